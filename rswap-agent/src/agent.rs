@@ -1,0 +1,1 @@
+//! The wiring: it connects the rooms and decides nothing.

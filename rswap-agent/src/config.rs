@@ -1,0 +1,1 @@
+//! The agent's configuration: TOML, with defaults that work.

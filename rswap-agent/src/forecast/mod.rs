@@ -1,0 +1,72 @@
+//! Profile history -> [`Demand`]. Pure: no I/O, no clock.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{instance::InstanceName, units::UnixMillis};
+
+/// A resource whose need is forecast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resource {
+    /// In cores.
+    Cpu,
+    /// In bytes.
+    Memory,
+}
+
+/// Forecast quantiles, in the resource's unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Quantiles {
+    /// Exceeded in 50 % of windows.
+    pub p50: f64,
+    /// Exceeded in 10 % of windows.
+    pub p90: f64,
+    /// Exceeded in 5 % of windows.
+    pub p95: f64,
+    /// Exceeded in 1 % of windows.
+    pub p99: f64,
+}
+
+/// What one instance will need of one resource, at one horizon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DemandPoint {
+    /// Of what.
+    pub resource: Resource,
+    /// How far ahead, in milliseconds.
+    pub horizon_ms: u64,
+    /// How much.
+    pub need: Quantiles,
+    /// Whether the forecast has seen enough to be believed.
+    pub evidence: Evidence,
+}
+
+/// How much a forecast rests on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum Evidence {
+    /// Fewer outcomes seen than needed to be calibrated: plans must not rest on it.
+    TooLittle {
+        /// Forecasts of this horizon whose outcome is known.
+        seen: u64,
+        /// How many are needed.
+        needed: u64,
+    },
+    /// Calibrated.
+    Enough {
+        /// Forecasts of this horizon whose outcome is known.
+        seen: u64,
+        /// Share of those outcomes at or under their p95: 0.95 is perfect.
+        p95_coverage: f64,
+    },
+}
+
+/// The forecast need of one instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Demand {
+    /// Whose.
+    pub instance: InstanceName,
+    /// When the forecast was made.
+    pub at: UnixMillis,
+    /// Per resource and horizon.
+    pub points: Vec<DemandPoint>,
+}

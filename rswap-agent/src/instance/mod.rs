@@ -1,0 +1,111 @@
+//! What runs: process trees in a cgroup v2, started with `rswap run` or adopted.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::UnixMillis;
+
+/// Why an instance could not be named, started, adopted or found.
+#[derive(Debug, thiserror::Error)]
+pub enum InstanceError {
+    /// The text is not a valid instance name.
+    #[error("{0:?} is not an instance name: use 1 to 63 of a-z, 0-9, '.', '_', '-', starting with a letter or digit")]
+    Name(String),
+}
+
+/// An instance's name: unique on its host, kept when it moves.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct InstanceName(String);
+
+impl InstanceName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for InstanceName {
+    type Err = InstanceError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
+        let starts_well = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
+        if starts_well && text.len() <= 63 && text.chars().all(allowed) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(InstanceError::Name(text.to_owned()))
+        }
+    }
+}
+
+impl TryFrom<String> for InstanceName {
+    type Error = InstanceError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<InstanceName> for String {
+    fn from(name: InstanceName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for InstanceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// How an instance came under rswap's care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// Started with `rswap run`: it has a PID namespace and an init of ours, so it can migrate.
+    Run,
+    /// An existing cgroup, taken over as it is: it can be profiled and moved between local pools.
+    Adopted,
+    /// Arrived from another host by migration.
+    Migrated,
+}
+
+/// A process tree in one cgroup v2.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Unique on the host.
+    pub name: InstanceName,
+    /// Free `key=value` pairs of the user's.
+    pub labels: BTreeMap<String, String>,
+    /// Absolute path of its cgroup v2 directory.
+    pub cgroup: PathBuf,
+    /// The cgroup's id in the kernel (its directory's inode number).
+    pub cgroup_id: u64,
+    /// How it came here.
+    pub origin: Origin,
+    /// Pid (in the agent's PID namespace) of its namespace's init; `None` when adopted.
+    pub init_pid: Option<i32>,
+    /// The command as it was started; empty when adopted.
+    pub command: Vec<String>,
+    /// Its own network namespace's address, when it has one.
+    pub network: Option<NetworkIdentity>,
+    /// The CPU pool that the user asked for with `--pool`, or that it was last moved to.
+    pub pool: Option<String>,
+    /// When it was started, adopted or activated here.
+    pub since: UnixMillis,
+}
+
+/// What the network knows an instance by; it goes along when the instance migrates.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkIdentity {
+    /// IPv4 address.
+    pub address: std::net::Ipv4Addr,
+    /// Prefix length, in bits.
+    pub prefix_len: u8,
+    /// Default route, if any.
+    pub gateway: Option<std::net::Ipv4Addr>,
+    /// Ethernet address.
+    pub mac: [u8; 6],
+}

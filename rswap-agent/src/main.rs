@@ -1,0 +1,3 @@
+//! `rswap`: the daemon and its command line.
+
+fn main() {}

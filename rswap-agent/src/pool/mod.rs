@@ -1,0 +1,69 @@
+//! What there is to sit on: one view of core sets and hosts, with capacity, cost and performance.
+
+use std::{collections::BTreeSet, net::SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+/// A set of logical CPUs.
+pub type CpuSet = BTreeSet<usize>;
+
+/// Something that an instance can sit on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pool {
+    /// Unique on the host.
+    pub name: String,
+    /// What it is made of.
+    pub kind: PoolKind,
+    /// All of it.
+    pub capacity: Capacity,
+    /// What is in use of it now, by anybody.
+    pub used: Capacity,
+    /// Money per core and hour, in the configuration's currency.
+    pub cost_per_core_hour: f64,
+    /// Money per GiB of memory and hour (0 where the pool has no memory of its own).
+    pub cost_per_gib_hour: f64,
+    /// Speed of one of its cores relative to the reference core (1.0).
+    pub performance: f64,
+    /// Whether instances may be put there.
+    pub state: PoolState,
+}
+
+/// What a pool is made of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum PoolKind {
+    /// A set of this host's cores.
+    Cpu {
+        /// Which.
+        cpus: CpuSet,
+    },
+    /// Another host's agent.
+    Host {
+        /// Where it takes migrations.
+        address: SocketAddr,
+    },
+    /// This host as a whole: the pool that an instance leaves when it migrates.
+    ThisHost,
+}
+
+/// An amount of what a pool offers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Capacity {
+    /// Cores.
+    pub cores: f64,
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+}
+
+/// Whether a pool takes instances.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum PoolState {
+    /// It does.
+    Ready,
+    /// It does not, and why.
+    Unavailable {
+        /// For people.
+        reason: String,
+    },
+}

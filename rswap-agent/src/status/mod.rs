@@ -1,0 +1,1 @@
+//! Read-only HTTP on loopback, and metrics.

@@ -1,0 +1,1 @@
+//! Surgery on a foreign process: stop it, read it, rebuild it. No network here.

@@ -1,0 +1,2 @@
+//! Words that the eBPF programs and the agent share: records, map layouts, histogram indexing, limits.
+#![no_std]

@@ -1,0 +1,1 @@
+//! The scenario tests' harness: hosts as network namespaces, workloads, faults.

@@ -1,0 +1,3 @@
+//! The project's own commands: set up, build, run, demonstrate, test.
+
+fn main() {}
