@@ -1,0 +1,112 @@
+//! What the migration engine needs of the two ends: a running instance to read from, and one to build.
+//!
+//! The engine knows pages, rounds, frames and the commit point; it knows nothing of processes. `layout`,
+//! `requirements` and `snapshot` are bytes that only the two implementations understand.
+//!
+//! A round is always: [`SourceTask::written`], [`SourceTask::layout`], then reads. On the wire, and so at the
+//! destination: the layout (only if it changed), then the discards, then the pages.
+
+/// Bytes in a page: the unit of tracking, of the codec and of the digest.
+pub const PAGE_SIZE: usize = 4096;
+
+/// A run of pages of one address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageRange {
+    /// Which address space (process), as numbered by the layout.
+    pub space: u32,
+    /// Address of the first byte; a multiple of [`PAGE_SIZE`].
+    pub start: u64,
+    /// Number of pages.
+    pub pages: u64,
+}
+
+/// What a scan of the write tracker found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Pages that must be sent. No page is in it twice.
+    pub populated: Vec<PageRange>,
+    /// Pages that an earlier scan reported as populated and that are no longer (unmapped, or given back with
+    /// `madvise`): the destination must discard them. Pages that were never reported may be in it too.
+    ///
+    /// `dropped` is applied before `populated`, and a page may be in both: that says that its mapping was
+    /// replaced by another one, so the destination's copy is no base for a delta. Every page at whose address
+    /// `apply_layout` loses the contents has to be in here.
+    pub dropped: Vec<PageRange>,
+}
+
+impl Written {
+    /// Number of pages to send.
+    pub fn populated_pages(&self) -> u64 {
+        self.populated.iter().map(|range| range.pages).sum()
+    }
+}
+
+/// Whatever went wrong in a task; its text says what was attempted, on what, and what to do.
+pub type TaskError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The running instance at the source.
+pub trait SourceTask {
+    /// What the destination must be able to do; opaque, it goes in the offer. Refuses what can't migrate.
+    /// Nothing has been touched yet, and this must not touch anything either.
+    fn requirements(&mut self) -> Result<Vec<u8>, TaskError>;
+
+    /// Starts tracking writes.
+    fn start_tracking(&mut self) -> Result<(), TaskError>;
+
+    /// The address spaces' mappings, opaque; called after `written` of the same round.
+    fn layout(&mut self) -> Result<Vec<u8>, TaskError>;
+
+    /// What has to be sent: at the first call all that is populated, later all written since the last call.
+    /// Re-arms the tracker.
+    fn written(&mut self) -> Result<Written, TaskError>;
+
+    /// Reads memory; `addr` and `buf.len()` are multiples of [`PAGE_SIZE`].
+    ///
+    /// Returns how many bytes at the front of `buf` are valid, a multiple of [`PAGE_SIZE`]. Fewer than
+    /// `buf.len()` says that the page after them is **gone**: unmapped since the scan, or outside the
+    /// mappings of the last `layout` (the destination has no place for it). The engine skips that page for
+    /// this round and goes on after it; the next `written` tells the truth about it, as populated or as
+    /// dropped. While the task is frozen nothing can be gone, and the engine takes it as an error.
+    fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<usize, TaskError>;
+
+    /// Stops every thread. When it fails, the engine calls `thaw`.
+    fn freeze(&mut self) -> Result<(), TaskError>;
+
+    /// The task's image without its memory, opaque; only when frozen.
+    fn snapshot(&mut self) -> Result<Vec<u8>, TaskError>;
+
+    /// Lets the task run again and stops tracking; idempotent, called on every failure before the commit,
+    /// also if the task was never tracked or frozen.
+    fn thaw(&mut self) -> Result<(), TaskError>;
+
+    /// Ends the frozen task for good; only after the commit, when the destination runs.
+    fn destroy(&mut self) -> Result<(), TaskError>;
+}
+
+/// The instance being built at the destination. Nothing but the engine changes its memory until `activate`.
+pub trait DestinationTask {
+    /// Refuses here, by name, what this host can't do. After a refusal nothing is left behind.
+    fn prepare(&mut self, requirements: &[u8]) -> Result<(), TaskError>;
+
+    /// Brings the mappings to this layout. The contents of pages that lie in both stay, unless the source
+    /// reports them as dropped in the same round.
+    fn apply_layout(&mut self, layout: &[u8]) -> Result<(), TaskError>;
+
+    /// Writes whole pages, inside the last layout, whatever the protection of their mapping.
+    fn write(&mut self, space: u32, addr: u64, data: &[u8]) -> Result<(), TaskError>;
+
+    /// Makes pages unpopulated. Those outside the layout (already unmapped by it) are no error.
+    fn discard(&mut self, range: &PageRange) -> Result<(), TaskError>;
+
+    /// Reads back whole pages that were written: for the digest, and as the base of a delta.
+    fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<(), TaskError>;
+
+    /// Restores everything but running.
+    fn restore(&mut self, image: &[u8]) -> Result<(), TaskError>;
+
+    /// Lets it run; only after the commit.
+    fn activate(&mut self) -> Result<(), TaskError>;
+
+    /// Forgets everything; idempotent, never called after the commit.
+    fn abandon(&mut self) -> Result<(), TaskError>;
+}
