@@ -1,3 +1,9 @@
 //! The project's own commands: set up, build, run, demonstrate, test.
 
-fn main() {}
+mod ebpf;
+
+fn main() -> anyhow::Result<()> {
+    let object = ebpf::build(true)?;
+    println!("{}", object.display());
+    Ok(())
+}

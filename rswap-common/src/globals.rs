@@ -1,0 +1,75 @@
+//! Names of the programs' read-only globals, which the agent sets before it loads them.
+//!
+//! Offsets are of fields in the running kernel's structures, in bytes, from its BTF: the programs are not
+//! built for one kernel. The kernel's verifier sees a global as a constant once it is frozen, so a field
+//! access through one is a plain typed load.
+
+macro_rules! globals {
+    ($($(#[$doc:meta])* $name:ident;)*) => {
+        $($(#[$doc])* pub const $name: &str = stringify!($name);)*
+    };
+}
+
+globals! {
+    /// Number of slots in the maps.
+    SLOT_COUNT;
+    /// Number of shards of the block records, less one: the mask of a CPU's number.
+    BLOCK_SHARD_MASK;
+    /// 0: the programs log nothing. 4: they log each event that they count (slow; for their developers).
+    AYA_LOG_LEVEL;
+    /// 1: a block request is charged to its `bio`'s cgroup where that one is tracked (cgroup v2 with `io`).
+    BLOCK_BY_BLKCG;
+    /// 1: a block request is charged to the cgroup of the task that submitted it.
+    BLOCK_BY_SUBMITTER;
+
+    /// `task_struct.cgroups`.
+    TASK_CGROUPS;
+    /// `task_struct.sched_info.last_queued`.
+    TASK_LAST_QUEUED;
+    /// `task_struct.sched_info.last_arrival`.
+    TASK_LAST_ARRIVAL;
+    /// `task_struct.se.cfs_rq`.
+    TASK_CFS_RQ;
+    /// `cfs_rq.rq`.
+    CFS_RQ_RQ;
+    /// `rq.clock`.
+    RQ_CLOCK;
+    /// `css_set.dfl_cgrp`.
+    CSS_SET_DFL_CGRP;
+    /// `cgroup.kn`.
+    CGROUP_KN;
+    /// `kernfs_node.id`.
+    KERNFS_ID;
+
+    /// `request.q`.
+    REQUEST_Q;
+    /// `request.bio`.
+    REQUEST_BIO;
+    /// `request.cmd_flags`.
+    REQUEST_CMD_FLAGS;
+    /// `request.__data_len`.
+    REQUEST_DATA_LEN;
+    /// `request.start_time_ns`.
+    REQUEST_START_NS;
+    /// `request.io_start_time_ns`.
+    REQUEST_IO_START_NS;
+    /// `request_queue.disk`.
+    QUEUE_DISK;
+    /// `gendisk.major`.
+    DISK_MAJOR;
+    /// `gendisk.first_minor`.
+    DISK_FIRST_MINOR;
+    /// `bio.bi_blkg`.
+    BIO_BLKG;
+    /// `blkcg_gq.blkcg`.
+    BLKG_BLKCG;
+    /// `blkcg.css.cgroup`.
+    BLKCG_CGROUP;
+
+    /// `sock.sk_protocol`.
+    SOCK_PROTOCOL;
+    /// `sock.sk_cgrp_data.cgroup`.
+    SOCK_CGROUP;
+    /// `tcp_sock.srtt_us`.
+    TCP_SRTT_US;
+}

@@ -1,0 +1,198 @@
+//! What lies in the maps that the eBPF programs write and the agent maps into its memory.
+//!
+//! Every tracked instance has a slot. Scheduler and TCP records are kept once per slot and CPU, so no two
+//! CPUs write to the same record and plain (not atomic) additions are enough. Block records are larger (one
+//! per device and direction) and their events are rarer: these are kept in a few shards, with atomic
+//! additions. All counters only ever grow (and wrap); the agent works with differences.
+
+use crate::histogram::{BUCKETS, index_of};
+
+/// Most instances that are tracked at a time on one host. An instance past this is not profiled by the
+/// probes, and the agent says so; its events cost no more than those of any foreign cgroup.
+pub const MAX_SLOTS: u32 = 256;
+
+/// Most cgroups (instances' own and their descendants) that are mapped to slots at a time.
+pub const MAX_CGROUPS: u32 = 8192;
+
+/// Block devices told apart. The last index is shared by all devices past the table.
+pub const MAX_DEVICES: u32 = 8;
+
+/// Index under which devices that are not in the table are counted.
+pub const OTHER_DEVICE: u32 = MAX_DEVICES - 1;
+
+/// Block requests in flight whose submitter is remembered at a time.
+pub const MAX_REQUESTS: u32 = 16384;
+
+/// Most shards of the block records.
+pub const MAX_BLOCK_SHARDS: u32 = 4;
+
+/// Names of the maps in the eBPF object.
+pub mod map_names {
+    /// Hash: kernfs cgroup id (`u64`) -> slot (`u32`).
+    pub const CGROUP_SLOTS: &str = "CGROUP_SLOTS";
+    /// Array of [`super::SlotRecord`], index by [`super::slot_index`]; can be mapped into memory.
+    pub const SLOTS: &str = "SLOTS";
+    /// Array of [`super::BlockRecord`], index by [`super::block_index`]; can be mapped into memory.
+    pub const BLOCKS: &str = "BLOCKS";
+    /// Array of one [`super::DeviceTable`]; can be mapped into memory.
+    pub const DEVICES: &str = "DEVICES";
+}
+
+/// One histogram as the programs fill it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HistogramRecord {
+    /// Exact sum of the samples; wraps.
+    pub sum: u64,
+    /// Samples per bucket; each wraps.
+    pub buckets: [u32; BUCKETS],
+}
+
+impl HistogramRecord {
+    /// One without samples.
+    pub const EMPTY: Self = Self { sum: 0, buckets: [0; BUCKETS] };
+
+    /// Counts one sample. Only for a record that no other CPU writes.
+    #[inline(always)]
+    pub fn add(&mut self, value: u64) {
+        self.sum = self.sum.wrapping_add(value);
+        if let Some(bucket) = self.buckets.get_mut(index_of(value)) {
+            *bucket = bucket.wrapping_add(1);
+        }
+    }
+}
+
+/// What one CPU saw of one slot's instance: scheduler and TCP.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotRecord {
+    /// Time from runnable to running, in nanoseconds.
+    pub run_queue_ns: HistogramRecord,
+    /// Time on a CPU between two switches, in nanoseconds.
+    pub on_cpu_ns: HistogramRecord,
+    /// Smoothed TCP round-trip time, in microseconds.
+    pub tcp_rtt_us: HistogramRecord,
+    /// TCP payload received, in bytes.
+    pub tcp_bytes_in: u64,
+    /// TCP payload sent, in bytes.
+    pub tcp_bytes_out: u64,
+}
+
+impl SlotRecord {
+    /// One without events.
+    pub const EMPTY: Self = Self {
+        run_queue_ns: HistogramRecord::EMPTY,
+        on_cpu_ns: HistogramRecord::EMPTY,
+        tcp_rtt_us: HistogramRecord::EMPTY,
+        tcp_bytes_in: 0,
+        tcp_bytes_out: 0,
+    };
+}
+
+/// What one shard saw of one slot's instance on one device in one direction.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockRecord {
+    /// Issue to completion, in nanoseconds.
+    pub latency_ns: HistogramRecord,
+    /// Bytes completed.
+    pub bytes: u64,
+}
+
+impl BlockRecord {
+    /// One without events.
+    pub const EMPTY: Self = Self { latency_ns: HistogramRecord::EMPTY, bytes: 0 };
+}
+
+/// Direction of a block request, as its records are indexed.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockDirection {
+    /// From the device.
+    Read = 0,
+    /// To the device.
+    Write = 1,
+}
+
+/// The devices told apart, by their place in the table; 0 is an empty place.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceTable {
+    /// `major << 20 | minor`, as the kernel numbers devices inside.
+    pub devices: [u32; MAX_DEVICES as usize],
+}
+
+/// The kernel's number of the device `major:minor`.
+#[inline(always)]
+pub const fn device_number(major: u32, minor: u32) -> u32 {
+    (major << 20) | (minor & 0xf_ffff)
+}
+
+/// Place of a slot's record of one CPU, with `slots` slots.
+#[inline(always)]
+pub const fn slot_index(cpu: u32, slot: u32, slots: u32) -> u32 {
+    cpu * slots + slot
+}
+
+/// Place of a slot's record of one shard, device and direction, with `slots` slots.
+#[inline(always)]
+pub const fn block_index(shard: u32, slot: u32, slots: u32, device: u32, direction: BlockDirection) -> u32 {
+    ((shard * slots + slot) * MAX_DEVICES + device) * 2 + direction as u32
+}
+
+/// Shards of the block records on a host with `cpus` CPUs: a power of two.
+pub const fn block_shards(cpus: u32) -> u32 {
+    let mut shards = 1;
+    while shards * 2 <= cpus && shards * 2 <= MAX_BLOCK_SHARDS {
+        shards *= 2;
+    }
+    shards
+}
+
+// Both sides are compiled apart: the layout must not depend on the target's alignment rules.
+const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
+const _: () = assert!(size_of::<SlotRecord>() == 3 * size_of::<HistogramRecord>() + 16);
+const _: () = assert!(size_of::<BlockRecord>() == size_of::<HistogramRecord>() + 8);
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn places_do_not_overlap_and_fill_the_map() {
+        let (shards, slots) = (4, 5);
+        let mut seen = BTreeSet::new();
+        for shard in 0..shards {
+            for slot in 0..slots {
+                for device in 0..MAX_DEVICES {
+                    for direction in [BlockDirection::Read, BlockDirection::Write] {
+                        assert!(seen.insert(block_index(shard, slot, slots, device, direction)));
+                    }
+                }
+            }
+        }
+        assert_eq!(seen.len() as u32, shards * slots * MAX_DEVICES * 2);
+        assert_eq!(seen.last().copied(), Some(shards * slots * MAX_DEVICES * 2 - 1));
+    }
+
+    #[test]
+    fn shards_are_a_power_of_two_within_the_limit() {
+        for (cpus, shards) in [(1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (256, 4)] {
+            assert_eq!(block_shards(cpus), shards);
+        }
+    }
+
+    #[test]
+    fn a_record_counts_its_samples() {
+        let mut record = HistogramRecord::EMPTY;
+        for value in [0, 1, 1, u64::MAX] {
+            record.add(value);
+        }
+        assert_eq!(record.buckets[1], 2);
+        assert_eq!(record.buckets[BUCKETS - 1], 1);
+        assert_eq!(record.sum, 1);
+    }
+}
