@@ -10,7 +10,9 @@ use crate::units::UnixMillis;
 #[derive(Debug, thiserror::Error)]
 pub enum InstanceError {
     /// The text is not a valid instance name.
-    #[error("{0:?} is not an instance name: use 1 to 63 of a-z, 0-9, '.', '_', '-', starting with a letter or digit")]
+    #[error(
+        "{0:?} is not an instance name: use 1 to 63 of a-z, 0-9, '.', '_', '-', starting with a letter or digit"
+    )]
     Name(String),
 }
 
