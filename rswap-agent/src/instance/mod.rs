@@ -1,5 +1,12 @@
 //! What runs: process trees in a cgroup v2, started with `rswap run` or adopted.
 
+pub mod arrival;
+pub mod cgroup;
+pub mod init;
+pub mod launch;
+pub mod network;
+pub mod registry;
+
 use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +21,32 @@ pub enum InstanceError {
         "{0:?} is not an instance name: use 1 to 63 of a-z, 0-9, '.', '_', '-', starting with a letter or digit"
     )]
     Name(String),
+    /// A system call or a file operation failed.
+    #[error("{what}")]
+    Io {
+        /// What was attempted, on what.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// Setting up the network failed.
+    #[error("{what}")]
+    Network {
+        /// What was attempted, on what.
+        what: String,
+        /// Why it failed.
+        source: Box<rtnetlink::Error>,
+    },
+    /// Something isn't as it must be.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl InstanceError {
+    /// For `map_err`: an I/O error with what was attempted.
+    pub(crate) fn io<E: Into<std::io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+        move |source| Self::Io { what: what.into(), source: source.into() }
+    }
 }
 
 /// An instance's name: unique on its host, kept when it moves.

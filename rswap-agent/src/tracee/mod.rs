@@ -1,1 +1,81 @@
 //! Surgery on a foreign process: stop it, read it, rebuild it. No network here.
+//!
+//! ```text
+//! source                                   destination
+//!   check    what can't be carried           stub      a process with the right pid and nothing in it
+//!   tracker  what was written                space     mappings as the source has them
+//!   stopped  every thread held still         rebuild   descriptors, credentials, threads, registers
+//!   capture  -> image::TaskImage  ------------------>
+//! ```
+//!
+//! All of it works by ptrace and by system calls run inside the tracee ([`remote`]); no code is put
+//! into it. ptrace is bound to a thread, so the types here must stay on the thread that made them.
+
+pub mod capture;
+pub mod check;
+pub mod descriptors;
+pub mod image;
+pub mod layout;
+pub mod rebuild;
+pub mod remote;
+pub mod space;
+pub mod stopped;
+pub mod tracker;
+
+use std::io;
+
+/// Why surgery failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceeError {
+    /// A system call of ours failed.
+    #[error("{what} of process {pid}")]
+    Call {
+        /// What was attempted.
+        what: &'static str,
+        /// On which process or thread.
+        pid: i32,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A system call that the tracee made for us failed.
+    #[error("{call} inside process {pid}")]
+    Remote {
+        /// Which call.
+        call: &'static str,
+        /// In which process or thread.
+        pid: i32,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A file of `/proc` isn't as expected.
+    #[error("{path}: {problem}")]
+    Proc {
+        /// Which file.
+        path: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The process ended meanwhile.
+    #[error("process {0} is gone")]
+    Gone(i32),
+    /// Something that is not carried.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+impl TraceeError {
+    /// For `map_err`: a call of ours on `pid`.
+    pub(crate) fn call(what: &'static str, pid: i32) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Call { what, pid, source }
+    }
+
+    /// For `map_err`: a problem with a file of `/proc`.
+    pub(crate) fn proc(path: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::Proc { path: path.into(), problem: error.to_string() }
+    }
+}
+
+/// Reads a whole file of `/proc`.
+pub(crate) fn read_proc(path: &str) -> Result<String, TraceeError> {
+    std::fs::read_to_string(path).map_err(TraceeError::proc(path))
+}

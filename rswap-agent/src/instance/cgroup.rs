@@ -1,0 +1,79 @@
+//! Cgroups v2 of instances. Only directories that rswap made are ever removed.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use super::InstanceError;
+
+/// How long a cgroup may take to become empty after its processes were killed.
+const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where the cgroup v2 hierarchy is mounted: with v1 controllers in use it is not at `/sys/fs/cgroup`.
+pub fn mount_point() -> Result<PathBuf, InstanceError> {
+    let what = "reading /proc/self/mountinfo";
+    let process = procfs::process::Process::myself()
+        .and_then(|process| process.mountinfo())
+        .map_err(|error| InstanceError::io(what)(io::Error::other(error)))?;
+    let found = process.into_iter().find(|mount| mount.fs_type == "cgroup2").map(|mount| mount.mount_point);
+    found.ok_or_else(|| {
+        InstanceError::Invalid("no cgroup v2 is mounted: mount -t cgroup2 none /sys/fs/cgroup".into())
+    })
+}
+
+/// Makes the cgroup `parent/name` and returns its path.
+///
+/// # Errors
+/// When it exists already and has processes.
+pub fn create(parent: &str, name: &str) -> Result<PathBuf, InstanceError> {
+    let path = mount_point()?.join(parent).join(name);
+    fs::create_dir_all(&path).map_err(InstanceError::io(format!("making the cgroup {}", path.display())))?;
+    if is_populated(&path) {
+        return Err(InstanceError::Invalid(format!(
+            "{} has processes already: choose another name",
+            path.display()
+        )));
+    }
+    Ok(path)
+}
+
+/// The kernel's id of a cgroup: its directory's inode number.
+pub fn id(path: &Path) -> Result<u64, InstanceError> {
+    let metadata = fs::metadata(path).map_err(InstanceError::io(format!("looking at {}", path.display())))?;
+    Ok(metadata.ino())
+}
+
+/// Whether any process is in the cgroup or below it.
+pub fn is_populated(path: &Path) -> bool {
+    fs::read_to_string(path.join("cgroup.events")).is_ok_and(|events| events.contains("populated 1"))
+}
+
+/// Kills every process in the cgroup at once and waits until it is empty.
+pub fn kill(path: &Path) -> Result<(), InstanceError> {
+    let file = path.join("cgroup.kill");
+    fs::write(&file, "1").map_err(InstanceError::io(format!("writing {}", file.display())))?;
+    let deadline = Instant::now() + EMPTY_TIMEOUT;
+    while is_populated(path) {
+        if Instant::now() > deadline {
+            return Err(InstanceError::Invalid(format!(
+                "{} still has processes after a kill",
+                path.display()
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Removes an empty cgroup; one that is gone already is no error.
+pub fn remove(path: &Path) -> Result<(), InstanceError> {
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(InstanceError::io(format!("removing {}", path.display()))(error))
+        }
+        _ => Ok(()),
+    }
+}

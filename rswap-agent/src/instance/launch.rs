@@ -1,0 +1,248 @@
+//! Starts a command as an instance: cgroup, namespaces, network, init.
+
+use std::{
+    collections::BTreeMap,
+    ffi::CString,
+    fs::File,
+    io::{self, Write},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    sched::{CpuSet as KernelCpuSet, sched_setaffinity},
+    sys::{
+        signal::{SigSet, Signal},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+
+use super::{
+    Instance, InstanceError, InstanceName, NetworkIdentity, Origin, cgroup, network::Port, registry::Registry,
+};
+use crate::{pool::CpuSet, sys::spawn, units::UnixMillis};
+
+/// `rswap run`'s exit status when the instance went on elsewhere: it has no status yet (EX_TEMPFAIL).
+pub const MOVED_AWAY: i32 = 75;
+
+/// Where instances of this host live.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Runtime state.
+    pub state_dir: PathBuf,
+    /// Directory under the cgroup v2 mount.
+    pub cgroup_parent: String,
+    /// Bridge for instances with an address of their own.
+    pub bridge: Option<String>,
+}
+
+/// What is to be started.
+#[derive(Clone, Debug)]
+pub struct LaunchSpec {
+    /// Its name.
+    pub name: InstanceName,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// The CPU pool and its cores.
+    pub pool: Option<(String, CpuSet)>,
+    /// A network namespace of its own with this address.
+    pub network: Option<NetworkIdentity>,
+    /// Return when it runs; else wait for its end.
+    pub detach: bool,
+    /// Where its output goes when detached.
+    pub log: Option<PathBuf>,
+    /// The command.
+    pub command: Vec<String>,
+}
+
+/// Starts `spec` and, unless detached, waits for its end. Returns the exit status for `rswap run`.
+pub fn run(place: &Place, spec: &LaunchSpec) -> Result<i32, InstanceError> {
+    let registry = Registry::open(&place.state_dir)?;
+    if registry.get(&spec.name)?.is_some() {
+        return Err(InstanceError::Invalid(format!(
+            "an instance {} is running: choose another --name",
+            spec.name
+        )));
+    }
+    // Blocked before the start, so that none gets lost between start and wait.
+    let forwarded = block_forwarded_signals()?;
+    let started = start(place, spec, None)?;
+    registry.put(&started.instance)?;
+    started.go()?;
+    if spec.detach {
+        return Ok(0);
+    }
+    let status = supervise(started.init_pid, &forwarded)?;
+    let moved = registry.get(&spec.name)?.is_none() && was_moved(place, &spec.name);
+    registry.remove(&spec.name)?;
+    // The kernel takes a moment to empty the cgroup; what is left then is the agent's to clear.
+    if let Err(error) = cgroup::remove(&started.instance.cgroup) {
+        tracing::debug!(%error, "the cgroup stays for now");
+    }
+    if moved {
+        eprintln!("rswap: {} goes on at another host", spec.name);
+        return Ok(MOVED_AWAY);
+    }
+    Ok(status)
+}
+
+/// Leaves word that `name` went on elsewhere, for the `rswap run` that waits for it.
+pub fn note_moved(state_dir: &Path, name: &InstanceName) -> Result<(), InstanceError> {
+    let path = moved_marker(state_dir, name);
+    std::fs::write(&path, []).map_err(InstanceError::io(format!("writing {}", path.display())))
+}
+
+fn was_moved(place: &Place, name: &InstanceName) -> bool {
+    std::fs::remove_file(moved_marker(&place.state_dir, name)).is_ok()
+}
+
+fn moved_marker(state_dir: &Path, name: &InstanceName) -> PathBuf {
+    state_dir.join("instances").join(format!("{name}.moved"))
+}
+
+/// An instance whose init waits for the word to go.
+pub(super) struct Started {
+    pub(super) instance: Instance,
+    pub(super) init_pid: i32,
+    pub(super) port: Option<Port>,
+    go: File,
+}
+
+impl Started {
+    /// Puts its port on the bridge and lets the init start its work.
+    fn go(&self) -> Result<(), InstanceError> {
+        if let Some(port) = &self.port {
+            port.attach()?;
+        }
+        self.start_work()
+    }
+
+    /// Lets the init start its work, off the network.
+    pub(super) fn start_work(&self) -> Result<(), InstanceError> {
+        (&self.go).write_all(&[1]).map_err(InstanceError::io("starting the init's work"))
+    }
+}
+
+/// Makes cgroup, namespaces and network; `stub` asks for a process with that pid instead of the command.
+pub(super) fn start(place: &Place, spec: &LaunchSpec, stub: Option<i32>) -> Result<Started, InstanceError> {
+    let bridge = match (&spec.network, &place.bridge) {
+        (Some(_), None) => {
+            let text = "an instance with an address needs a bridge: set network.bridge in the configuration";
+            return Err(InstanceError::Invalid(text.into()));
+        }
+        (_, bridge) => bridge.clone().unwrap_or_default(),
+    };
+    let path = cgroup::create(&place.cgroup_parent, spec.name.as_str())?;
+    let directory = File::open(&path).map_err(InstanceError::io(format!("opening {}", path.display())))?;
+    let (wait, go) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(InstanceError::io("making a pipe"))?;
+    let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    if spec.network.is_some() {
+        flags |= libc::CLONE_NEWNET;
+    }
+    let arguments = init_arguments(spec, stub, std::os::fd::AsRawFd::as_raw_fd(&wait))?;
+    let program = own_program()?;
+    let init_pid =
+        spawn::spawn_in_namespaces(flags, directory.as_fd(), &program, &arguments, &[wait.as_fd()])
+            .map_err(InstanceError::io("starting the instance's init"))?;
+    let mut started = Started {
+        instance: Instance {
+            name: spec.name.clone(),
+            labels: spec.labels.clone(),
+            cgroup_id: cgroup::id(&path)?,
+            cgroup: path,
+            origin: Origin::Run,
+            init_pid: Some(init_pid),
+            command: spec.command.clone(),
+            network: spec.network.clone(),
+            pool: spec.pool.as_ref().map(|(name, _)| name.clone()),
+            since: UnixMillis::now(),
+        },
+        init_pid,
+        port: None,
+        go: File::from(go),
+    };
+    // From here on a failure drops `go`, and the init ends.
+    if let Some((_, cpus)) = &spec.pool {
+        set_affinity(init_pid, cpus)?;
+    }
+    if let Some(identity) = &spec.network {
+        let port = Port::new(&spec.name, &bridge, identity, init_pid);
+        port.create()?;
+        started.port = Some(port);
+    }
+    Ok(started)
+}
+
+fn init_arguments(spec: &LaunchSpec, stub: Option<i32>, go: i32) -> Result<Vec<CString>, InstanceError> {
+    let mut words = vec!["rswap".to_owned(), "__init".to_owned(), format!("--go={go}")];
+    if spec.detach {
+        words.push("--detach".into());
+    }
+    if let Some(log) = &spec.log {
+        words.push(format!("--log={}", log.display()));
+    }
+    match stub {
+        Some(pid) => words.push(format!("--stub={pid}")),
+        None => {
+            words.push("--".into());
+            words.extend(spec.command.iter().cloned());
+        }
+    }
+    let word =
+        |word: String| CString::new(word).map_err(|_| InstanceError::Invalid("a NUL byte in a word".into()));
+    words.into_iter().map(word).collect()
+}
+
+/// The running program, even if its file was replaced meanwhile.
+fn own_program() -> Result<CString, InstanceError> {
+    CString::new("/proc/self/exe")
+        .map_err(|error| InstanceError::io("naming ourselves")(io::Error::other(error)))
+}
+
+fn set_affinity(pid: i32, cpus: &CpuSet) -> Result<(), InstanceError> {
+    let mut set = KernelCpuSet::new();
+    for cpu in cpus {
+        set.set(*cpu).map_err(InstanceError::io(format!("naming cpu {cpu}")))?;
+    }
+    sched_setaffinity(Pid::from_raw(pid), &set)
+        .map_err(InstanceError::io(format!("moving pid {pid} to {cpus:?}")))
+}
+
+fn block_forwarded_signals() -> Result<SigSet, InstanceError> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGCHLD] {
+        set.add(signal);
+    }
+    set.thread_block().map_err(InstanceError::io("blocking signals"))?;
+    Ok(set)
+}
+
+/// Waits for the init's end and passes signals on to the command meanwhile.
+fn supervise(init_pid: i32, forwarded: &SigSet) -> Result<i32, InstanceError> {
+    loop {
+        match waitpid(Pid::from_raw(init_pid), Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
+            Ok(_) => {}
+            Err(error) => return Err(InstanceError::io("waiting for the instance")(error)),
+        }
+        let signal = forwarded.wait().map_err(InstanceError::io("waiting for a signal"))?;
+        // A terminal sends these to the whole foreground group: the command has them already.
+        let from_terminal =
+            matches!(signal, Signal::SIGINT | Signal::SIGQUIT) && io::IsTerminal::is_terminal(&io::stdin());
+        if signal != Signal::SIGCHLD && !from_terminal {
+            for child in children(init_pid) {
+                // It may have ended just now.
+                let _ = nix::sys::signal::kill(Pid::from_raw(child), signal);
+            }
+        }
+    }
+}
+
+/// The children of a process of one thread.
+pub(super) fn children(pid: i32) -> Vec<i32> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().filter_map(|word| word.parse().ok()).collect()
+}

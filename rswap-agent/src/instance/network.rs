@@ -1,0 +1,155 @@
+//! An instance's own network: a veth pair between its namespace and the host's bridge.
+
+use std::{fs::File, future::Future, io, net::Ipv4Addr, os::fd::AsFd};
+
+use futures_util::TryStreamExt;
+use nix::sched::{CloneFlags, setns};
+use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
+
+use super::{InstanceError, InstanceName, NetworkIdentity};
+use crate::sys::packet;
+
+/// What the interface is called inside.
+const INNER: &str = "eth0";
+
+/// The host's end of an instance's veth pair.
+#[derive(Clone, Debug)]
+pub struct Port {
+    interface: String,
+    bridge: String,
+    identity: NetworkIdentity,
+    init_pid: i32,
+}
+
+impl Port {
+    /// The port of instance `name`, whose init is `init_pid`, on `bridge`. Nothing is made yet.
+    pub fn new(name: &InstanceName, bridge: &str, identity: &NetworkIdentity, init_pid: i32) -> Self {
+        // Interface names have 15 bytes; instance names don't fit.
+        let hash = xxhash_rust::xxh3::xxh3_64(name.as_str().as_bytes()) & 0xff_ffff_ffff;
+        let interface = format!("rsw{hash:010x}");
+        Self { interface, bridge: bridge.to_owned(), identity: identity.clone(), init_pid }
+    }
+
+    /// Makes the pair and configures the inner end. The bridge doesn't see it yet.
+    pub fn create(&self) -> Result<(), InstanceError> {
+        let name = format!("{}i", self.interface);
+        let inner = name.as_str();
+        run(|handle| async move {
+            handle.link().add(LinkVeth::new(&self.interface, inner).build()).execute().await?;
+            let index = index_of(&handle, inner).await?;
+            let message = LinkUnspec::new_with_index(index).setns_by_pid(self.init_pid as u32).build();
+            handle.link().change(message).execute().await
+        })
+        .map_err(self.failed("making the veth pair"))?;
+        let configure = || {
+            run(|handle| async move {
+                let lo = index_of(&handle, "lo").await?;
+                handle.link().change(LinkUnspec::new_with_index(lo).up().build()).execute().await?;
+                let index = index_of(&handle, inner).await?;
+                let message =
+                    LinkUnspec::new_with_index(index).name(INNER.into()).address(self.identity.mac.to_vec());
+                handle.link().change(message.build()).execute().await?;
+                let (address, prefix) = (self.identity.address.into(), self.identity.prefix_len);
+                handle.address().add(index, address, prefix).execute().await?;
+                handle.link().change(LinkUnspec::new_with_index(index).up().build()).execute().await?;
+                if let Some(gateway) = self.identity.gateway {
+                    let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(gateway).build();
+                    handle.route().add(route).execute().await?;
+                }
+                Ok(())
+            })
+            .map_err(self.failed("configuring the inner interface"))
+        };
+        self.inside(configure)
+    }
+
+    /// Puts the port on the bridge and tells the neighbours where the address is now.
+    pub fn attach(&self) -> Result<(), InstanceError> {
+        run(|handle| async move {
+            let bridge = index_of(&handle, &self.bridge).await?;
+            let port = index_of(&handle, &self.interface).await?;
+            handle
+                .link()
+                .change(LinkUnspec::new_with_index(port).controller(bridge).up().build())
+                .execute()
+                .await
+        })
+        .map_err(self.failed("putting the port on the bridge"))?;
+        self.announce()
+    }
+
+    /// Takes the port off the bridge: nothing reaches the instance, and nothing leaves it.
+    pub fn detach(&self) -> Result<(), InstanceError> {
+        run(|handle| async move {
+            let port = index_of(&handle, &self.interface).await?;
+            handle
+                .link()
+                .change(LinkUnspec::new_with_index(port).nocontroller().down().build())
+                .execute()
+                .await
+        })
+        .map_err(self.failed("taking the port off the bridge"))
+    }
+
+    fn announce(&self) -> Result<(), InstanceError> {
+        self.inside(|| {
+            let what = || format!("announcing {}", self.identity.address);
+            let index = nix::net::if_::if_nametoindex(INNER).map_err(InstanceError::io(what()))?;
+            packet::announce_ipv4(index, self.identity.mac, self.identity.address)
+                .map_err(InstanceError::io(what()))
+        })
+    }
+
+    /// Runs `work` on a thread of its own inside the instance's network namespace.
+    fn inside<T: Send>(
+        &self,
+        work: impl FnOnce() -> Result<T, InstanceError> + Send,
+    ) -> Result<T, InstanceError> {
+        let path = format!("/proc/{}/ns/net", self.init_pid);
+        let namespace = File::open(&path).map_err(InstanceError::io(format!("opening {path}")))?;
+        std::thread::scope(|scope| {
+            let enter_and_work = || {
+                setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .map_err(InstanceError::io(format!("entering {path}")))?;
+                work()
+            };
+            let ended = scope.spawn(enter_and_work).join();
+            ended.unwrap_or_else(|_| Err(InstanceError::Invalid(format!("the thread in {path} panicked"))))
+        })
+    }
+
+    fn failed(&self, what: &str) -> impl FnOnce(rtnetlink::Error) -> InstanceError {
+        let what = format!("{what} ({} on {})", self.interface, self.bridge);
+        move |source| InstanceError::Network { what, source: Box::new(source) }
+    }
+}
+
+/// An address for an instance whose MAC the user didn't choose: locally administered, from the IP address.
+pub fn mac_for(address: Ipv4Addr) -> [u8; 6] {
+    let [a, b, c, d] = address.octets();
+    [0x02, 0x72, a, b, c, d]
+}
+
+async fn index_of(handle: &Handle, name: &str) -> Result<u32, rtnetlink::Error> {
+    let mut links = handle.link().get().match_name(name.to_owned()).execute();
+    match links.try_next().await? {
+        Some(link) => Ok(link.header.index),
+        None => Err(rtnetlink::Error::RequestFailed),
+    }
+}
+
+/// Runs netlink requests in the calling thread's network namespace, on a runtime of their own: the
+/// namespace is the thread's, and a shared runtime's threads have others.
+fn run<F, W>(work: W) -> Result<(), rtnetlink::Error>
+where
+    W: FnOnce(Handle) -> F,
+    F: Future<Output = Result<(), rtnetlink::Error>>,
+{
+    let failed = |error: io::Error| rtnetlink::Error::NamespaceError(error.to_string());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(failed)?;
+        tokio::spawn(connection);
+        work(handle).await
+    })
+}

@@ -1,0 +1,79 @@
+//! Processes seen from outside: pidfds, their descriptors, comparisons, limits, signals.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+};
+
+/// A pidfd of `pid`.
+pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: a plain system call without pointers; a non-negative result is a descriptor that is ours.
+    let fd = super::check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel has just made this descriptor for us, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// A duplicate, here, of descriptor `fd` of the process behind `pidfd`.
+pub fn pidfd_getfd(pidfd: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: a plain system call without pointers; a non-negative result is a descriptor that is ours.
+    let fd = super::check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?;
+    // SAFETY: the kernel has just made this descriptor for us, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Sends `signal` to the process behind `pidfd`; a process that is gone is not an error.
+pub fn pidfd_send_signal(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
+    let no_info: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: no safe wrapper; a null siginfo makes the kernel fill it in as kill(2) does.
+    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, no_info, 0) };
+    match super::check(sent) {
+        Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Whether descriptors `a` and `b` of process `pid` share one open file description.
+pub fn same_description(pid: i32, a: RawFd, b: RawFd) -> io::Result<bool> {
+    const KCMP_FILE: i32 = 0;
+    // SAFETY: a plain system call without pointers.
+    let order = super::check(unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, a, b) })?;
+    Ok(order == 0)
+}
+
+/// Queues `info` (a whole `siginfo_t`) to thread `tid`, or to its process as a whole.
+pub fn queue_signal(pid: i32, tid: Option<i32>, info: &[u8; 128]) -> io::Result<()> {
+    let signal = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+    // SAFETY: no safe wrapper takes a ready siginfo. `info` is as large as the kernel's siginfo_t.
+    let sent = unsafe {
+        match tid {
+            Some(tid) => libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid, tid, signal, info.as_ptr()),
+            None => libc::syscall(libc::SYS_rt_sigqueueinfo, pid, signal, info.as_ptr()),
+        }
+    };
+    super::check(sent).map(|_| ())
+}
+
+/// Head and length of a thread's robust futex list.
+pub fn robust_list(tid: i32) -> io::Result<(u64, u64)> {
+    let (mut head, mut len) = (0_u64, 0_u64);
+    // SAFETY: the kernel writes one pointer-sized number to each of the two locals.
+    super::check(unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &mut head, &mut len) })?;
+    Ok((head, len))
+}
+
+/// Scheduling of a thread as `sched_getattr(2)` tells it (`struct sched_attr`, first version).
+pub type SchedAttr = [u8; 48];
+
+/// Reads the scheduling of thread `tid`.
+pub fn sched_getattr(tid: i32) -> io::Result<SchedAttr> {
+    let mut attr = [0_u8; 48];
+    // SAFETY: the kernel writes at most the size that is passed, which is the buffer's.
+    super::check(unsafe { libc::syscall(libc::SYS_sched_getattr, tid, attr.as_mut_ptr(), attr.len(), 0) })?;
+    Ok(attr)
+}
+
+/// Sets the scheduling of thread `tid`.
+pub fn sched_setattr(tid: i32, attr: &SchedAttr) -> io::Result<()> {
+    // SAFETY: the kernel only reads the struct, whose first field says its size.
+    super::check(unsafe { libc::syscall(libc::SYS_sched_setattr, tid, attr.as_ptr(), 0) }).map(|_| ())
+}

@@ -1,0 +1,176 @@
+//! The ptrace requests that surgery needs, on one thread at a time.
+//!
+//! ptrace is bound to the tracing thread: everything on one tracee must come from the thread that
+//! seized it, and when that thread ends, the kernel lets its tracees go on.
+
+use std::io;
+
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+/// General registers.
+pub type Registers = libc::user_regs_struct;
+
+const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
+const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
+const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const NT_X86_XSTATE: usize = 0x202;
+/// Larger than any xsave area that x86-64 has today (AMX included: 11 KiB).
+const XSTATE_MAX: usize = 32 * 1024;
+
+/// Where a thread's restartable-sequence area is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RseqConfiguration {
+    /// Address of the area, 0 when there is none.
+    pub address: u64,
+    /// Its length, in bytes.
+    pub size: u32,
+    /// The signature that abort handlers carry.
+    pub signature: u32,
+    /// Always 0.
+    pub flags: u32,
+    /// Padding.
+    pub pad: u32,
+}
+
+fn request(number: libc::c_uint, tid: i32, addr: usize, data: usize) -> io::Result<libc::c_long> {
+    // SAFETY: this module passes either plain numbers or pointers to locals that outlive the call and are
+    // as large as the request says; the kernel checks that `tid` is a tracee of this thread.
+    super::check(unsafe { libc::ptrace(number, tid, addr, data) })
+}
+
+/// Starts tracing `tid` without stopping it. New threads and children of it are traced as well when
+/// `follow` is on; when `kill_on_exit` is on, the tracee dies with its tracer.
+pub fn seize(tid: i32, follow: bool, kill_on_exit: bool) -> io::Result<()> {
+    let mut options = 0;
+    if follow {
+        options |= libc::PTRACE_O_TRACECLONE;
+    }
+    if kill_on_exit {
+        options |= libc::PTRACE_O_EXITKILL;
+    }
+    request(libc::PTRACE_SEIZE, tid, 0, options as usize).map(|_| ())
+}
+
+/// Replaces the options given to [`seize`] by none: the tracee outlives its tracer.
+pub fn clear_options(tid: i32) -> io::Result<()> {
+    request(libc::PTRACE_SETOPTIONS, tid, 0, 0).map(|_| ())
+}
+
+/// Asks a seized thread to stop; it has when [`wait_stop`] returns.
+pub fn interrupt(tid: i32) -> io::Result<()> {
+    request(libc::PTRACE_INTERRUPT, tid, 0, 0).map(|_| ())
+}
+
+/// How a thread stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// By [`interrupt`], a new thread's first stop, or a group stop.
+    Event,
+    /// About to receive this signal.
+    Signal(i32),
+    /// Another ptrace event.
+    Other,
+    /// It is gone.
+    Gone,
+}
+
+/// Waits until `tid` stops.
+pub fn wait_stop(tid: i32) -> io::Result<Stop> {
+    loop {
+        return match waitpid(Pid::from_raw(tid), Some(WaitPidFlag::__WALL)) {
+            Ok(WaitStatus::PtraceEvent(_, _, event)) if event == libc::PTRACE_EVENT_STOP => Ok(Stop::Event),
+            Ok(WaitStatus::PtraceEvent(..)) => Ok(Stop::Other),
+            Ok(WaitStatus::Stopped(_, signal)) => Ok(Stop::Signal(signal as i32)),
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => Ok(Stop::Gone),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => continue,
+            Err(nix::errno::Errno::ECHILD) => Ok(Stop::Gone),
+            Err(error) => Err(error.into()),
+        };
+    }
+}
+
+/// Runs one instruction (for a `syscall` instruction: the whole call).
+pub fn single_step(tid: i32) -> io::Result<()> {
+    request(libc::PTRACE_SINGLESTEP, tid, 0, 0).map(|_| ())
+}
+
+/// Lets a stopped thread go on, delivering `signal` if it isn't 0.
+pub fn resume(tid: i32, signal: i32) -> io::Result<()> {
+    request(libc::PTRACE_CONT, tid, 0, signal as usize).map(|_| ())
+}
+
+/// Stops tracing a stopped thread and lets it go on, delivering `signal` if it isn't 0.
+pub fn detach(tid: i32, signal: i32) -> io::Result<()> {
+    request(libc::PTRACE_DETACH, tid, 0, signal as usize).map(|_| ())
+}
+
+/// General registers of a stopped thread.
+pub fn registers(tid: i32) -> io::Result<Registers> {
+    // SAFETY: the struct is plain numbers, for which all zeros is a value.
+    let mut registers: Registers = unsafe { std::mem::zeroed() };
+    request(libc::PTRACE_GETREGS, tid, 0, &raw mut registers as usize)?;
+    Ok(registers)
+}
+
+/// Sets the general registers of a stopped thread.
+pub fn set_registers(tid: i32, registers: &Registers) -> io::Result<()> {
+    request(libc::PTRACE_SETREGS, tid, 0, registers as *const Registers as usize).map(|_| ())
+}
+
+/// The xsave area (x87, SSE, AVX, pkeys ...) of a stopped thread.
+pub fn extended_state(tid: i32) -> io::Result<Vec<u8>> {
+    let mut area = vec![0_u8; XSTATE_MAX];
+    let mut iov = libc::iovec { iov_base: area.as_mut_ptr().cast(), iov_len: area.len() };
+    request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, &raw mut iov as usize)?;
+    area.truncate(iov.iov_len);
+    Ok(area)
+}
+
+/// Sets the xsave area of a stopped thread.
+pub fn set_extended_state(tid: i32, area: &[u8]) -> io::Result<()> {
+    let mut iov = libc::iovec { iov_base: area.as_ptr().cast_mut().cast(), iov_len: area.len() };
+    request(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, &raw mut iov as usize).map(|_| ())
+}
+
+/// The blocked signals of a stopped thread, bit n-1 for signal n.
+pub fn signal_mask(tid: i32) -> io::Result<u64> {
+    let mut mask = 0_u64;
+    request(PTRACE_GETSIGMASK, tid, 8, &raw mut mask as usize)?;
+    Ok(mask)
+}
+
+/// Sets the blocked signals of a stopped thread.
+pub fn set_signal_mask(tid: i32, mask: u64) -> io::Result<()> {
+    request(PTRACE_SETSIGMASK, tid, 8, &raw const mask as usize).map(|_| ())
+}
+
+/// The restartable-sequence area of a stopped thread.
+pub fn rseq_configuration(tid: i32) -> io::Result<RseqConfiguration> {
+    let mut rseq = RseqConfiguration::default();
+    let size = size_of::<RseqConfiguration>();
+    request(PTRACE_GET_RSEQ_CONFIGURATION, tid, size, &raw mut rseq as usize)?;
+    Ok(rseq)
+}
+
+/// The signals queued to a stopped thread (or, with `shared`, to its process), whole `siginfo_t`s.
+pub fn pending_signals(tid: i32, shared: bool) -> io::Result<Vec<[u8; 128]>> {
+    #[repr(C)]
+    struct PeekArgs {
+        offset: u64,
+        flags: u32,
+        count: i32,
+    }
+    let mut found = Vec::new();
+    loop {
+        let args = PeekArgs { offset: found.len() as u64, flags: u32::from(shared), count: 1 };
+        let mut info = [0_u8; 128];
+        let got =
+            request(libc::PTRACE_PEEKSIGINFO, tid, &raw const args as usize, info.as_mut_ptr() as usize)?;
+        if got == 0 {
+            return Ok(found);
+        }
+        found.push(info);
+    }
+}

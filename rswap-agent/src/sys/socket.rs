@@ -1,0 +1,109 @@
+//! Socket options and names as raw bytes, so that any option can be read here and set there.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+/// An `int` option.
+pub fn option(socket: &OwnedFd, level: i32, name: i32) -> io::Result<i32> {
+    let mut value = 0_i32;
+    let mut len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `value`.
+    let done =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, (&raw mut value).cast(), &mut len) };
+    super::check(done.into())?;
+    Ok(value)
+}
+
+/// Sets an `int` option.
+pub fn set_option(socket: &OwnedFd, level: i32, name: i32, value: i32) -> io::Result<()> {
+    let len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes of `value`.
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), len) };
+    super::check(done.into()).map(|_| ())
+}
+
+/// The socket's own address, as the kernel's bytes.
+pub fn local_name(socket: &OwnedFd) -> io::Result<Vec<u8>> {
+    let mut name = vec![0_u8; size_of::<libc::sockaddr_storage>()];
+    let mut len = name.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `name`.
+    let done = unsafe { libc::getsockname(socket.as_raw_fd(), name.as_mut_ptr().cast(), &mut len) };
+    super::check(done.into())?;
+    name.truncate(len as usize);
+    Ok(name)
+}
+
+/// Binds the socket to an address in the kernel's bytes.
+pub fn bind(socket: &OwnedFd, name: &[u8]) -> io::Result<()> {
+    // SAFETY: the kernel reads `name.len()` bytes of `name`.
+    let done = unsafe { libc::bind(socket.as_raw_fd(), name.as_ptr().cast(), name.len() as libc::socklen_t) };
+    super::check(done.into()).map(|_| ())
+}
+
+/// Starts listening.
+pub fn listen(socket: &OwnedFd, backlog: i32) -> io::Result<()> {
+    // SAFETY: a plain system call without pointers.
+    super::check(unsafe { libc::listen(socket.as_raw_fd(), backlog) }.into()).map(|_| ())
+}
+
+/// What `TCP_INFO` says of a TCP socket, as far as rswap needs it.
+#[derive(Clone, Copy, Debug)]
+pub struct TcpInfo {
+    /// `TCP_ESTABLISHED` is 1, `TCP_CLOSE` 7, `TCP_LISTEN` 10 (include/net/tcp_states.h).
+    pub state: u8,
+    /// For a listening socket: the backlog given to `listen(2)`.
+    pub backlog: u32,
+}
+
+/// Reads `TCP_INFO`.
+pub fn tcp_info(socket: &OwnedFd) -> io::Result<TcpInfo> {
+    // SAFETY: the struct is plain numbers, for which all zeros is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `info`.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &mut len,
+        )
+    };
+    super::check(done.into())?;
+    Ok(TcpInfo { state: info.tcpi_state, backlog: info.tcpi_sacked })
+}
+
+/// Copies up to `limit` bytes of what is queued in `pipe` without taking them out.
+pub fn peek_pipe(pipe: &OwnedFd, limit: usize) -> io::Result<Vec<u8>> {
+    let mut waiting = 0_i32;
+    // SAFETY: FIONREAD writes one int.
+    super::check(unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &mut waiting) }.into())?;
+    let waiting = waiting as usize;
+    if waiting == 0 {
+        return Ok(Vec::new());
+    }
+    if waiting > limit {
+        return Err(io::Error::other(format!("{waiting} bytes are queued in a pipe, more than {limit}")));
+    }
+    let (reader, writer) = nix::unistd::pipe()?;
+    // A pipe holds pages, not bytes: as many slots as the source has are enough for what it holds.
+    // SAFETY: plain system calls without pointers.
+    unsafe {
+        let size = super::check(libc::fcntl(pipe.as_raw_fd(), libc::F_GETPIPE_SZ).into())?;
+        super::check(libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, size as i32).into())?;
+    }
+    // SAFETY: a plain system call without pointers; it copies references, and leaves the source as it was.
+    let copied = unsafe { libc::tee(pipe.as_raw_fd(), writer.as_raw_fd(), waiting, libc::SPLICE_F_NONBLOCK) };
+    let copied = super::check(copied as libc::c_long)? as usize;
+    if copied != waiting {
+        return Err(io::Error::other(format!(
+            "only {copied} of {waiting} queued bytes of a pipe were copied"
+        )));
+    }
+    let mut queued = vec![0; waiting];
+    io::Read::read_exact(&mut std::fs::File::from(reader), &mut queued)?;
+    Ok(queued)
+}

@@ -1,0 +1,313 @@
+//! Takes the image of a stopped process.
+
+use std::fs;
+
+use super::{
+    TraceeError, descriptors,
+    image::{Credentials, MemoryMap, TaskImage, ThreadImage},
+    layout::{self, Layout, Mapping},
+    read_proc,
+    remote::Remote,
+    stopped::StoppedProcess,
+};
+use crate::sys::{
+    process,
+    ptrace::{self, Registers},
+};
+
+/// The kernel's internal results of an interrupted system call (include/linux/errno.h).
+const ERESTARTSYS: i64 = -512;
+const ERESTARTNOINTR: i64 = -513;
+const ERESTARTNOHAND: i64 = -514;
+const ERESTART_RESTARTBLOCK: i64 = -516;
+
+/// Takes the image of `stopped`, whose mappings are `mappings`. What can't be carried is refused.
+pub fn capture(stopped: &StoppedProcess, mappings: Vec<Mapping>) -> Result<TaskImage, TraceeError> {
+    let pid = stopped.pid();
+    let (descriptors, refused) = descriptors::describe(pid)?;
+    if let Some(refused) = refused.first() {
+        let text =
+            format!("descriptor {} of process {pid}: {}: {}", refused.fd, refused.what, refused.remedy);
+        return Err(TraceeError::Unsupported(text));
+    }
+    let kernel_mappings = layout::read_mappings(pid)?.into_iter().filter(Mapping::is_kernels_own).collect();
+    let status = Status::read(pid)?;
+    let mut leader = Remote::new(pid)?;
+    leader.map_scratch(None)?;
+    let brk = leader.call("brk", libc::SYS_brk, [0; 6])?;
+    let image = TaskImage {
+        layout: Layout { mappings, huge_pages_off: status.number("THP_enabled:") == Some(0) },
+        kernel_mappings,
+        memory_map: memory_map(pid, brk)?,
+        auxv: read_bytes(&format!("/proc/{pid}/auxv"))?,
+        exe: link(pid, "exe")?,
+        cwd: link(pid, "cwd")?,
+        umask: status.radix("Umask:", 8).unwrap_or(0o022) as u32,
+        credentials: status.credentials(),
+        limits: limits(pid)?,
+        oom_score_adj: read_proc(&format!("/proc/{pid}/oom_score_adj"))?.trim().parse().unwrap_or(0),
+        dumpable: leader.call("prctl", libc::SYS_prctl, [libc::PR_GET_DUMPABLE as u64, 0, 0, 0, 0, 0])?,
+        child_subreaper: read_back(&mut leader, libc::PR_GET_CHILD_SUBREAPER as u64)?,
+        signal_actions: signal_actions(&mut leader, &status)?,
+        pending_signals: pending(pid, true)?,
+        interval_timers: interval_timers(&mut leader)?,
+        descriptors,
+        threads: Vec::new(),
+    };
+    let mut threads = vec![thread(pid, pid, &mut leader)?];
+    for tid in stopped.tids().into_iter().skip(1) {
+        threads.push(thread(pid, tid, &mut leader.for_thread(tid)?)?);
+    }
+    Ok(TaskImage { threads, ..image })
+}
+
+fn thread(pid: i32, tid: i32, remote: &mut Remote) -> Result<ThreadImage, TraceeError> {
+    let call = TraceeError::call;
+    let registers = resumable(*remote.saved_registers());
+    let at = remote.put(0, &[0; 24])?;
+    remote.call("sigaltstack", libc::SYS_sigaltstack, [0, at, 0, 0, 0, 0])?;
+    let alternate_stack = remote.get(0)?;
+    const PR_GET_TID_ADDRESS: u64 = 40;
+    let at = remote.put(0, &[0; 8])?;
+    remote.call("prctl", libc::SYS_prctl, [PR_GET_TID_ADDRESS, at, 0, 0, 0, 0])?;
+    let clear_child_tid = u64::from_ne_bytes(remote.get(0)?);
+    let status = read_proc(&format!("/proc/{pid}/task/{tid}/status"))?;
+    let inner = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    Ok(ThreadImage {
+        tid: inner.split_whitespace().last().and_then(|word| word.parse().ok()).unwrap_or(tid),
+        comm: read_proc(&format!("/proc/{pid}/task/{tid}/comm"))?.trim_end_matches('\n').to_owned(),
+        registers: registers_to_bytes(&registers),
+        extended_state: ptrace::extended_state(tid).map_err(call("PTRACE_GETREGSET", tid))?,
+        signal_mask: remote.saved_mask(),
+        pending_signals: pending(tid, false)?,
+        alternate_stack,
+        clear_child_tid,
+        robust_list: process::robust_list(tid).map_err(call("get_robust_list", tid))?,
+        rseq: ptrace::rseq_configuration(tid).map_err(call("PTRACE_GET_RSEQ_CONFIGURATION", tid))?,
+        scheduling: process::sched_getattr(tid).map_err(call("sched_getattr", tid))?.to_vec(),
+    })
+}
+
+/// The registers with which a thread goes on elsewhere. Where the stop interrupted a system call, the
+/// kernel would restart it on return; there, the call is made again by us instead.
+fn resumable(mut registers: Registers) -> Registers {
+    if registers.orig_rax as i64 >= 0 {
+        match registers.rax as i64 {
+            ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND => {
+                registers.rax = registers.orig_rax;
+                registers.rip -= 2;
+            }
+            // What is left of the time is known to the source's kernel only.
+            ERESTART_RESTARTBLOCK => registers.rax = -i64::from(libc::EINTR) as u64,
+            _ => {}
+        }
+    }
+    registers.orig_rax = !0;
+    registers
+}
+
+/// The registers' words, in the kernel's order.
+pub(super) fn registers_to_bytes(registers: &Registers) -> Vec<u8> {
+    words(registers).iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// The reverse of [`registers_to_bytes`]; `None` when the length is wrong.
+pub(super) fn registers_from_bytes(bytes: &[u8]) -> Option<Registers> {
+    let words: Vec<u64> =
+        bytes.chunks_exact(8).filter_map(|c| Some(u64::from_ne_bytes(c.try_into().ok()?))).collect();
+    let [
+        r15,
+        r14,
+        r13,
+        r12,
+        rbp,
+        rbx,
+        r11,
+        r10,
+        r9,
+        r8,
+        rax,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        orig_rax,
+        rip,
+        cs,
+        eflags,
+        rsp,
+        ss,
+        fs_base,
+        gs_base,
+        ds,
+        es,
+        fs,
+        gs,
+    ] = <[u64; 27]>::try_from(words).ok()?;
+    Some(Registers {
+        r15,
+        r14,
+        r13,
+        r12,
+        rbp,
+        rbx,
+        r11,
+        r10,
+        r9,
+        r8,
+        rax,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        orig_rax,
+        rip,
+        cs,
+        eflags,
+        rsp,
+        ss,
+        fs_base,
+        gs_base,
+        ds,
+        es,
+        fs,
+        gs,
+    })
+}
+
+fn words(r: &Registers) -> [u64; 27] {
+    [
+        r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi,
+        r.rdi, r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs, r.gs,
+    ]
+}
+
+/// Fields of `/proc/PID/status`.
+pub(super) struct Status(String);
+
+impl Status {
+    /// Reads it.
+    pub(super) fn read(pid: i32) -> Result<Self, TraceeError> {
+        read_proc(&format!("/proc/{pid}/status")).map(Self)
+    }
+
+    fn text(&self, name: &str) -> &str {
+        self.0.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim()
+    }
+
+    /// A number in base `radix`.
+    pub(super) fn radix(&self, name: &str, radix: u32) -> Option<u64> {
+        u64::from_str_radix(self.text(name).split_whitespace().next()?, radix).ok()
+    }
+
+    /// A decimal number.
+    pub(super) fn number(&self, name: &str) -> Option<u64> {
+        self.radix(name, 10)
+    }
+
+    fn ids<const N: usize>(&self, name: &str) -> [u32; N] {
+        let mut ids = [0; N];
+        for (id, word) in ids.iter_mut().zip(self.text(name).split_whitespace()) {
+            *id = word.parse().unwrap_or_default();
+        }
+        ids
+    }
+
+    /// Users, groups and capabilities.
+    pub(super) fn credentials(&self) -> Credentials {
+        let capability = |name| self.radix(name, 16).unwrap_or_default();
+        Credentials {
+            uids: self.ids("Uid:"),
+            gids: self.ids("Gid:"),
+            groups: self.text("Groups:").split_whitespace().filter_map(|word| word.parse().ok()).collect(),
+            capabilities: ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"].map(capability),
+            no_new_privs: self.number("NoNewPrivs:") == Some(1),
+        }
+    }
+}
+
+/// Soft and hard limits, in the order of their numbers: that of the lines of `/proc/PID/limits`, which
+/// can be read where prlimit(2) on another user's process needs a capability.
+pub(super) fn limits(pid: i32) -> Result<Vec<(u64, u64)>, TraceeError> {
+    let text = read_proc(&format!("/proc/{pid}/limits"))?;
+    let value = |word: Option<&str>| match word {
+        Some("unlimited") => Some(u64::MAX),
+        word => word?.parse().ok(),
+    };
+    let parse = |line: &str| {
+        let mut words = line.get(26..)?.split_whitespace();
+        Some((value(words.next())?, value(words.next())?))
+    };
+    Ok(text.lines().skip(1).filter_map(parse).collect())
+}
+
+/// Code, data, heap, stack, arguments and environment, from `/proc/PID/stat` (proc_pid_stat(5)).
+fn memory_map(pid: i32, brk: u64) -> Result<MemoryMap, TraceeError> {
+    let path = format!("/proc/{pid}/stat");
+    let text = read_proc(&path)?;
+    let after_name = text.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
+    let fields: Vec<&str> = after_name.split_whitespace().collect();
+    // The first of them is field 3.
+    let field = |number: usize| fields.get(number - 3).and_then(|word| word.parse().ok());
+    let bounds = || {
+        Some([
+            field(26)?,
+            field(27)?,
+            field(45)?,
+            field(46)?,
+            field(47)?,
+            brk,
+            field(28)?,
+            field(48)?,
+            field(49)?,
+            field(50)?,
+            field(51)?,
+        ])
+    };
+    let bounds = bounds().ok_or_else(|| TraceeError::Proc { path, problem: "too few fields".into() })?;
+    Ok(MemoryMap { bounds })
+}
+
+fn signal_actions(remote: &mut Remote, status: &Status) -> Result<Vec<(i32, [u8; 32])>, TraceeError> {
+    let set = status.radix("SigIgn:", 16).unwrap_or(!0) | status.radix("SigCgt:", 16).unwrap_or(!0);
+    let mut actions = Vec::new();
+    for signal in (1..=64).filter(|signal| set & (1 << (signal - 1)) != 0) {
+        let at = remote.put(0, &[0; 32])?;
+        remote.call("rt_sigaction", libc::SYS_rt_sigaction, [signal as u64, 0, at, 8, 0, 0])?;
+        actions.push((signal, remote.get(0)?));
+    }
+    Ok(actions)
+}
+
+fn interval_timers(remote: &mut Remote) -> Result<Vec<[u8; 32]>, TraceeError> {
+    let mut timers = Vec::new();
+    for which in [libc::ITIMER_REAL, libc::ITIMER_VIRTUAL, libc::ITIMER_PROF] {
+        let at = remote.put(0, &[0; 32])?;
+        remote.call("getitimer", libc::SYS_getitimer, [which as u64, at, 0, 0, 0, 0])?;
+        timers.push(remote.get(0)?);
+    }
+    Ok(timers)
+}
+
+/// A prctl(2) that writes an int to the address that it is given.
+fn read_back(remote: &mut Remote, option: u64) -> Result<bool, TraceeError> {
+    let at = remote.put(0, &[0; 4])?;
+    remote.call("prctl", libc::SYS_prctl, [option, at, 0, 0, 0, 0])?;
+    Ok(i32::from_ne_bytes(remote.get(0)?) != 0)
+}
+
+fn pending(tid: i32, shared: bool) -> Result<Vec<Vec<u8>>, TraceeError> {
+    let signals =
+        ptrace::pending_signals(tid, shared).map_err(TraceeError::call("PTRACE_PEEKSIGINFO", tid))?;
+    Ok(signals.into_iter().map(|info| info.to_vec()).collect())
+}
+
+pub(super) fn link(pid: i32, name: &str) -> Result<String, TraceeError> {
+    let path = format!("/proc/{pid}/{name}");
+    let target = fs::read_link(&path).map_err(TraceeError::proc(path))?;
+    Ok(target.to_string_lossy().into_owned())
+}
+
+fn read_bytes(path: &str) -> Result<Vec<u8>, TraceeError> {
+    fs::read(path).map_err(TraceeError::proc(path))
+}

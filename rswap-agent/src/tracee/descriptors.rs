@@ -1,0 +1,452 @@
+//! Open files: what they are, and how they are made again.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write,
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::fs::{FileTypeExt, MetadataExt},
+    },
+};
+
+use super::{
+    TraceeError,
+    image::{Descriptor, DescriptorKind, SocketImage, SocketState},
+    read_proc,
+    remote::Remote,
+};
+use crate::sys::{process, socket};
+
+/// More queued bytes than the largest pipe of an unprivileged user holds are not carried.
+const PIPE_LIMIT: usize = 1 << 20;
+const TCP_ESTABLISHED: u8 = 1;
+const TCP_CLOSE: u8 = 7;
+const TCP_LISTEN: u8 = 10;
+
+/// Character devices without state: (major, minor).
+const HARMLESS_DEVICES: [(u64, u64); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
+
+/// Socket options that are read at the source and set at the destination, where they aren't 0.
+const OPTIONS: [(i32, i32); 11] = [
+    (libc::SOL_SOCKET, libc::SO_REUSEADDR),
+    (libc::SOL_SOCKET, libc::SO_REUSEPORT),
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
+    (libc::SOL_SOCKET, libc::SO_BROADCAST),
+    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
+    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
+];
+
+/// An open descriptor that can't be carried.
+#[derive(Clone, Debug)]
+pub struct Refused {
+    /// Which.
+    pub fd: RawFd,
+    /// What it is.
+    pub what: String,
+    /// What would make it possible.
+    pub remedy: &'static str,
+}
+
+/// All open files of process `pid`, and those that can't be carried. Touches nothing; the answer is only
+/// consistent when the process is stopped.
+pub fn describe(pid: i32) -> Result<(Vec<Descriptor>, Vec<Refused>), TraceeError> {
+    let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
+    let mut descriptors: Vec<Descriptor> = Vec::new();
+    let mut refused = Vec::new();
+    for fd in list(pid)? {
+        let Some(info) = Info::read(pid, fd)? else { continue };
+        let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
+        let flags = info.flags & !libc::O_CLOEXEC;
+        if let Some(same) = shared_with(pid, fd, &mut descriptors)? {
+            same.numbers.push((fd, close_on_exec));
+            continue;
+        }
+        match info.kind(&pidfd, pid, fd)? {
+            Ok(kind) => descriptors.push(Descriptor { numbers: vec![(fd, close_on_exec)], flags, kind }),
+            Err((what, remedy)) => refused.push(Refused { fd, what, remedy }),
+        }
+    }
+    refuse_open_ended_pipes(&descriptors, &mut refused);
+    Ok((descriptors, refused))
+}
+
+/// The descriptor numbers of `pid`, ascending.
+fn list(pid: i32) -> Result<Vec<RawFd>, TraceeError> {
+    let path = format!("/proc/{pid}/fd");
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(&path).map_err(TraceeError::proc(path.as_str()))? {
+        let entry = entry.map_err(TraceeError::proc(path.as_str()))?;
+        numbers.extend(entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+fn shared_with(
+    pid: i32,
+    fd: RawFd,
+    known: &mut [Descriptor],
+) -> Result<Option<&mut Descriptor>, TraceeError> {
+    for descriptor in known {
+        let first = descriptor.numbers[0].0;
+        if process::same_description(pid, first, fd).map_err(TraceeError::call("kcmp", pid))? {
+            return Ok(Some(descriptor));
+        }
+    }
+    Ok(None)
+}
+
+/// A pipe is carried when exactly its two ends are here; else the other end is somebody else's.
+fn refuse_open_ended_pipes(descriptors: &[Descriptor], refused: &mut Vec<Refused>) {
+    let mut ends: BTreeMap<u64, (usize, usize)> = BTreeMap::new();
+    let pipe = |descriptor: &Descriptor| match descriptor.kind {
+        DescriptorKind::Pipe { inode, .. } => Some((inode, descriptor.flags & libc::O_ACCMODE)),
+        _ => None,
+    };
+    for (inode, access) in descriptors.iter().filter_map(pipe) {
+        let (reads, writes) = ends.entry(inode).or_default();
+        *(if access == libc::O_RDONLY { reads } else { writes }) += 1;
+    }
+    for descriptor in descriptors {
+        if let Some((inode, _)) = pipe(descriptor)
+            && ends[&inode] != (1, 1)
+        {
+            refused.push(Refused {
+                fd: descriptor.numbers[0].0,
+                what: "a pipe whose other end is outside the process".into(),
+                remedy: "start the instance with --detach, or with its input and output redirected to files",
+            });
+        }
+    }
+}
+
+/// What `/proc/PID/fd` and `/proc/PID/fdinfo` tell of one descriptor.
+struct Info {
+    target: String,
+    flags: i32,
+    position: i64,
+    text: String,
+}
+
+type Kind = Result<DescriptorKind, (String, &'static str)>;
+
+impl Info {
+    /// `None` when the descriptor was closed meanwhile.
+    fn read(pid: i32, fd: RawFd) -> Result<Option<Self>, TraceeError> {
+        let link = format!("/proc/{pid}/fd/{fd}");
+        let Ok(target) = fs::read_link(&link) else { return Ok(None) };
+        let path = format!("/proc/{pid}/fdinfo/{fd}");
+        let text = read_proc(&path)?;
+        let bad = || TraceeError::Proc { path: path.clone(), problem: "no flags or position in it".into() };
+        let flags = field(&text, "flags:").and_then(|v| i32::from_str_radix(v, 8).ok()).ok_or_else(bad)?;
+        let position = field(&text, "pos:").and_then(|v| v.parse().ok()).ok_or_else(bad)?;
+        Ok(Some(Self { target: target.to_string_lossy().into_owned(), flags, position, text }))
+    }
+
+    fn kind(&self, pidfd: &OwnedFd, pid: i32, fd: RawFd) -> Result<Kind, TraceeError> {
+        let ours = || process::pidfd_getfd(pidfd, fd).map_err(TraceeError::call("pidfd_getfd", pid));
+        let number = |name, radix| field(&self.text, name).and_then(|v| u64::from_str_radix(v, radix).ok());
+        if self.flags & libc::O_ASYNC != 0 {
+            return Ok(Err((format!("{} with O_ASYNC", self.target), "not carried in this version")));
+        }
+        Ok(match self.target.as_str() {
+            target if target.starts_with('/') => self.file(pid, fd),
+            target if target.starts_with("pipe:") => {
+                let pipe = ours()?;
+                let inode = nix::sys::stat::fstat(&pipe)
+                    .map_err(|error| TraceeError::call("fstat of a pipe", pid)(error.into()))?
+                    .st_ino;
+                let capacity = nix::fcntl::fcntl(&pipe, nix::fcntl::FcntlArg::F_GETPIPE_SZ)
+                    .map_err(|error| TraceeError::call("F_GETPIPE_SZ", pid)(error.into()))?;
+                let reads = self.flags & libc::O_ACCMODE == libc::O_RDONLY;
+                let queued = if reads {
+                    socket::peek_pipe(&pipe, PIPE_LIMIT)
+                        .map_err(TraceeError::call("reading a pipe's contents", pid))?
+                } else {
+                    Vec::new()
+                };
+                Ok(DescriptorKind::Pipe { inode, queued, capacity })
+            }
+            target if target.starts_with("socket:") => describe_socket(&ours()?, pid)?,
+            "anon_inode:[eventfd]" => match number("eventfd-count:", 16) {
+                Some(count) => Ok(DescriptorKind::Event {
+                    count,
+                    semaphore: number("eventfd-semaphore:", 10) == Some(1),
+                }),
+                None => Err((self.target.clone(), "the kernel doesn't tell its count")),
+            },
+            "anon_inode:[eventpoll]" => Ok(DescriptorKind::Epoll { watched: self.watched() }),
+            "anon_inode:[signalfd]" => match number("sigmask:", 16) {
+                Some(mask) => Ok(DescriptorKind::Signal { mask }),
+                None => Err((self.target.clone(), "the kernel doesn't tell its signals")),
+            },
+            "anon_inode:[timerfd]" => match self.timer() {
+                Some(timer) => Ok(timer),
+                None => Err((self.target.clone(), "the kernel doesn't tell its times")),
+            },
+            target => Err((target.to_owned(), "not carried in this version")),
+        })
+    }
+
+    fn file(&self, pid: i32, fd: RawFd) -> Kind {
+        let metadata = fs::metadata(format!("/proc/{pid}/fd/{fd}"))
+            .map_err(|error| (format!("{}: {error}", self.target), "make the file readable"))?;
+        let file_type = metadata.file_type();
+        let device = (libc::major(metadata.rdev()).into(), libc::minor(metadata.rdev()).into());
+        if file_type.is_char_device() && !HARMLESS_DEVICES.contains(&device) {
+            let remedy = "close the device or terminal, or start the instance with --detach";
+            return Err((format!("device {}", self.target), remedy));
+        }
+        if file_type.is_fifo() || file_type.is_socket() || file_type.is_block_device() {
+            return Err((self.target.clone(), "not carried in this version"));
+        }
+        if metadata.nlink() == 0 {
+            return Err((
+                format!("deleted file {}", self.target),
+                "deleted files aren't carried in this version",
+            ));
+        }
+        if self.text.lines().any(|line| line.starts_with("lock:")) {
+            return Err((format!("{} with a lock", self.target), "locks aren't carried in this version"));
+        }
+        let size = file_type.is_file().then_some(metadata.len());
+        Ok(DescriptorKind::File { path: self.target.clone(), position: self.position, size })
+    }
+
+    /// `tfd: 5 events: 19 data: 5 pos:0 ino:61 sdev:8`, numbers but the first in hexadecimal.
+    fn watched(&self) -> Vec<(i32, u32, u64)> {
+        let parse = |line: &str| {
+            let mut words = line.strip_prefix("tfd:")?.split_whitespace();
+            let fd = words.next()?.parse().ok()?;
+            let events = u32::from_str_radix(words.nth(1)?, 16).ok()?;
+            let data = u64::from_str_radix(words.nth(1)?, 16).ok()?;
+            Some((fd, events, data))
+        };
+        self.text.lines().filter_map(parse).collect()
+    }
+
+    /// `it_value: (0, 49406829)` and `it_interval: (1, 0)`, in seconds and nanoseconds, remaining.
+    fn timer(&self) -> Option<DescriptorKind> {
+        let pair = |name| {
+            let (s, ns) = field(&self.text, name)?.strip_prefix('(')?.strip_suffix(')')?.split_once(", ")?;
+            Some((s.parse::<i64>().ok()?, ns.parse::<i64>().ok()?))
+        };
+        let clock = field(&self.text, "clockid:")?.parse().ok()?;
+        let (interval, value) = (pair("it_interval:")?, pair("it_value:")?);
+        let mut spec = [0; 32];
+        for (chunk, word) in spec.chunks_exact_mut(8).zip([interval.0, interval.1, value.0, value.1]) {
+            chunk.copy_from_slice(&word.to_ne_bytes());
+        }
+        Some(DescriptorKind::Timer { clock, spec })
+    }
+}
+
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
+}
+
+fn describe_socket(ours: &OwnedFd, pid: i32) -> Result<Kind, TraceeError> {
+    let get = |name| {
+        socket::option(ours, libc::SOL_SOCKET, name).map_err(TraceeError::call("getsockopt of a socket", pid))
+    };
+    let (domain, kind) = (get(libc::SO_DOMAIN)?, get(libc::SO_TYPE)?);
+    if domain == libc::AF_UNIX {
+        return Ok(Err(("a unix socket".into(), "unix sockets aren't carried in this version")));
+    }
+    if (domain != libc::AF_INET && domain != libc::AF_INET6) || kind != libc::SOCK_STREAM {
+        let what = format!("a socket of family {domain} and type {kind}");
+        return Ok(Err((what, "only TCP sockets are carried in this version")));
+    }
+    let info = socket::tcp_info(ours).map_err(TraceeError::call("TCP_INFO", pid))?;
+    let state = match info.state {
+        TCP_LISTEN => SocketState::Listening { backlog: info.backlog as i32 },
+        TCP_CLOSE => SocketState::Idle,
+        state => {
+            tracing::debug!(state, established = state == TCP_ESTABLISHED, "a connection will be lost");
+            SocketState::Disconnected
+        }
+    };
+    let mut local = Vec::new();
+    if matches!(state, SocketState::Listening { .. }) {
+        local = socket::local_name(ours).map_err(TraceeError::call("getsockname", pid))?;
+    }
+    let read = |&(level, name): &(i32, i32)| Some((level, name, socket::option(ours, level, name).ok()?));
+    let options = OPTIONS.iter().filter_map(read).filter(|(_, _, value)| *value != 0).collect();
+    Ok(Ok(DescriptorKind::Socket(SocketImage { domain, kind, options, local, state })))
+}
+
+/// Makes the descriptors in the stub behind `remote`, which has none open.
+pub fn restore(remote: &mut Remote, descriptors: &[Descriptor]) -> Result<(), TraceeError> {
+    let mut pipes: BTreeMap<u64, [RawFd; 2]> = BTreeMap::new();
+    let (epolls, others): (Vec<_>, Vec<_>) =
+        descriptors.iter().partition(|descriptor| matches!(descriptor.kind, DescriptorKind::Epoll { .. }));
+    // The numbers that the pipes' other ends wait under must not be wanted by anybody.
+    let spare = descriptors.iter().flat_map(|d| &d.numbers).map(|(fd, _)| fd + 1).max().unwrap_or(0).max(3);
+    for descriptor in &others {
+        let made = make(remote, descriptor, &mut pipes, spare)?;
+        place(remote, made, descriptor)?;
+    }
+    // An epoll may watch any other, so they all must be there first.
+    for descriptor in &epolls {
+        let made = remote.call("epoll_create1", libc::SYS_epoll_create1, [0; 6])?;
+        place(remote, made as RawFd, descriptor)?;
+    }
+    for descriptor in &epolls {
+        let DescriptorKind::Epoll { watched } = &descriptor.kind else { continue };
+        let epoll = descriptor.numbers[0].0 as u64;
+        for &(fd, events, data) in watched {
+            let mut event = [0; 12];
+            event[..4].copy_from_slice(&events.to_ne_bytes());
+            event[4..].copy_from_slice(&data.to_ne_bytes());
+            let at = remote.put(0, &event)?;
+            let add = libc::EPOLL_CTL_ADD as u64;
+            remote.call("epoll_ctl", libc::SYS_epoll_ctl, [epoll, add, fd as u64, at, 0, 0])?;
+        }
+    }
+    Ok(())
+}
+
+/// Moves a new descriptor to its numbers and sets what the description has besides.
+fn place(remote: &mut Remote, made: RawFd, descriptor: &Descriptor) -> Result<(), TraceeError> {
+    let cloexec = |flag: bool| if flag { libc::O_CLOEXEC as u64 } else { 0 };
+    let mut stays = false;
+    for &(number, close_on_exec) in &descriptor.numbers {
+        if number == made {
+            stays = true;
+            let flag = if close_on_exec { libc::FD_CLOEXEC as u64 } else { 0 };
+            remote.call("fcntl", libc::SYS_fcntl, [made as u64, libc::F_SETFD as u64, flag, 0, 0, 0])?;
+        } else {
+            let args = [made as u64, number as u64, cloexec(close_on_exec), 0, 0, 0];
+            remote.call("dup3", libc::SYS_dup3, args)?;
+        }
+    }
+    if !stays {
+        remote.call("close", libc::SYS_close, [made as u64, 0, 0, 0, 0, 0])?;
+    }
+    if !matches!(descriptor.kind, DescriptorKind::File { .. }) {
+        let number = descriptor.numbers[0].0 as u64;
+        let args = [number, libc::F_SETFL as u64, descriptor.flags as u64, 0, 0, 0];
+        remote.call("fcntl", libc::SYS_fcntl, args)?;
+    }
+    Ok(())
+}
+
+/// Makes one description and returns its number in the stub.
+fn make(
+    remote: &mut Remote,
+    descriptor: &Descriptor,
+    pipes: &mut BTreeMap<u64, [RawFd; 2]>,
+    spare: RawFd,
+) -> Result<RawFd, TraceeError> {
+    let pid = remote.tid();
+    let made = match &descriptor.kind {
+        DescriptorKind::File { path, position, size } => {
+            open(remote, path, descriptor.flags, *position, *size)? as u64
+        }
+        DescriptorKind::Pipe { inode, queued, capacity } => {
+            let reads = descriptor.flags & libc::O_ACCMODE == libc::O_RDONLY;
+            let ends = match pipes.get(inode) {
+                Some(&ends) => ends,
+                None => make_pipe(remote, *capacity, spare + 2 * pipes.len() as RawFd)?,
+            };
+            pipes.insert(*inode, ends);
+            if !queued.is_empty() {
+                let writer = remote.share_descriptor(ends[1])?;
+                fs::File::from(writer).write_all(queued).map_err(TraceeError::call("filling a pipe", pid))?;
+            }
+            ends[usize::from(!reads)] as u64
+        }
+        DescriptorKind::Event { count, semaphore } => {
+            let flags = if *semaphore { libc::EFD_SEMAPHORE } else { 0 } as u64;
+            // The initial count of eventfd2 has 32 bits; the rest is added by a write.
+            let made = remote.call("eventfd2", libc::SYS_eventfd2, [0, flags, 0, 0, 0, 0])?;
+            if *count > 0 {
+                fs::File::from(remote.share_descriptor(made as RawFd)?)
+                    .write_all(&count.to_ne_bytes())
+                    .map_err(TraceeError::call("setting an eventfd", pid))?;
+            }
+            made
+        }
+        DescriptorKind::Timer { clock, spec } => {
+            let made =
+                remote.call("timerfd_create", libc::SYS_timerfd_create, [*clock as u64, 0, 0, 0, 0, 0])?;
+            let at = remote.put(0, spec)?;
+            remote.call("timerfd_settime", libc::SYS_timerfd_settime, [made, 0, at, 0, 0, 0])?;
+            made
+        }
+        DescriptorKind::Signal { mask } => {
+            let at = remote.put(0, &mask.to_ne_bytes())?;
+            remote.call("signalfd4", libc::SYS_signalfd4, [!0, at, 8, 0, 0, 0])?
+        }
+        DescriptorKind::Socket(image) => {
+            let args = [image.domain as u64, image.kind as u64, 0, 0, 0, 0];
+            let made = remote.call("socket", libc::SYS_socket, args)?;
+            restore_socket(&remote.share_descriptor(made as RawFd)?, image)
+                .map_err(TraceeError::call("restoring a socket", pid))?;
+            made
+        }
+        DescriptorKind::Epoll { .. } => remote.call("epoll_create1", libc::SYS_epoll_create1, [0; 6])?,
+    };
+    Ok(made as RawFd)
+}
+
+fn open(
+    remote: &mut Remote,
+    path: &str,
+    flags: i32,
+    position: i64,
+    size: Option<u64>,
+) -> Result<RawFd, TraceeError> {
+    let mut name = path.as_bytes().to_vec();
+    name.push(0);
+    let at = remote.put(0, &name)?;
+    let flags = flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC) | libc::O_NOCTTY;
+    let args = [libc::AT_FDCWD as u64, at, flags as u64, 0, 0, 0];
+    let made = remote.call("openat", libc::SYS_openat, args)?;
+    if let Some(size) = size {
+        let ours = remote.share_descriptor(made as RawFd)?;
+        let here = fs::File::from(ours).metadata().map_err(TraceeError::call("fstat", remote.tid()))?.len();
+        if here != size {
+            let text = format!("{path} has {here} bytes at the destination and {size} at the source");
+            return Err(TraceeError::Unsupported(text));
+        }
+        if flags & libc::O_PATH == 0 {
+            let args = [made, position as u64, libc::SEEK_SET as u64, 0, 0, 0];
+            remote.call("lseek", libc::SYS_lseek, args)?;
+        }
+    }
+    Ok(made as RawFd)
+}
+
+/// Makes a pipe whose ends wait under `spare` and `spare + 1` until they are placed.
+fn make_pipe(remote: &mut Remote, capacity: i32, spare: RawFd) -> Result<[RawFd; 2], TraceeError> {
+    let at = remote.put(0, &[0; 8])?;
+    remote.call("pipe2", libc::SYS_pipe2, [at, 0, 0, 0, 0, 0])?;
+    let made: [u8; 8] = remote.get(0)?;
+    let number = |at: usize| i32::from_ne_bytes([made[at], made[at + 1], made[at + 2], made[at + 3]]);
+    let ends = [spare, spare + 1];
+    for (from, to) in [(number(0), ends[0]), (number(4), ends[1])] {
+        remote.call("dup3", libc::SYS_dup3, [from as u64, to as u64, libc::O_CLOEXEC as u64, 0, 0, 0])?;
+        remote.call("close", libc::SYS_close, [from as u64, 0, 0, 0, 0, 0])?;
+    }
+    let size = [ends[1] as u64, libc::F_SETPIPE_SZ as u64, capacity as u64, 0, 0, 0];
+    remote.call("fcntl", libc::SYS_fcntl, size)?;
+    Ok(ends)
+}
+
+fn restore_socket(ours: &OwnedFd, image: &SocketImage) -> std::io::Result<()> {
+    for &(level, name, value) in &image.options {
+        socket::set_option(ours, level, name, value)?;
+    }
+    if let SocketState::Listening { backlog } = image.state {
+        socket::bind(ours, &image.local)?;
+        socket::listen(ours, backlog)?;
+    }
+    Ok(())
+}

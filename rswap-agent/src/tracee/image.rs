@@ -1,0 +1,188 @@
+//! What a process is besides its memory: everything that [`super::capture`] takes and
+//! [`super::rebuild`] puts back.
+//!
+//! Pids and tids here are those of the instance's own PID namespace: they stay the same.
+
+use serde::{Deserialize, Serialize};
+
+use super::layout::Layout;
+use crate::sys::ptrace::RseqConfiguration;
+
+/// One frozen process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TaskImage {
+    /// Its mappings at the freeze.
+    pub layout: Layout,
+    /// The kernel's own mappings (vDSO and its data), which are moved to the same addresses.
+    pub kernel_mappings: Vec<super::layout::Mapping>,
+    /// Where code, data, heap, arguments and environment begin and end.
+    pub memory_map: MemoryMap,
+    /// The auxiliary vector, as the kernel gave it.
+    pub auxv: Vec<u8>,
+    /// The program's file.
+    pub exe: String,
+    /// The working directory.
+    pub cwd: String,
+    /// File mode creation mask.
+    pub umask: u32,
+    /// Users, groups and capabilities.
+    pub credentials: Credentials,
+    /// Soft and hard limit of each resource, by its number.
+    pub limits: Vec<(u64, u64)>,
+    /// `oom_score_adj`.
+    pub oom_score_adj: i32,
+    /// `PR_GET_DUMPABLE`.
+    pub dumpable: u64,
+    /// `PR_GET_CHILD_SUBREAPER`.
+    pub child_subreaper: bool,
+    /// Kernel `struct sigaction` of each signal that isn't as at the beginning: (signal, bytes).
+    pub signal_actions: Vec<(i32, [u8; 32])>,
+    /// Signals queued to the process: whole `siginfo_t`s.
+    pub pending_signals: Vec<Vec<u8>>,
+    /// `struct itimerval` of ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF.
+    pub interval_timers: Vec<[u8; 32]>,
+    /// Open files.
+    pub descriptors: Vec<Descriptor>,
+    /// Its threads, the leader first.
+    pub threads: Vec<ThreadImage>,
+}
+
+/// `struct prctl_mm_map` without its pointers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryMap {
+    /// start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arg_start, arg_end,
+    /// env_start, env_end: addresses.
+    pub bounds: [u64; 11],
+}
+
+/// Users, groups and capabilities.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Real, effective, saved and file-system user.
+    pub uids: [u32; 4],
+    /// Real, effective, saved and file-system group.
+    pub gids: [u32; 4],
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Inheritable, permitted, effective, bounding and ambient capabilities.
+    pub capabilities: [u64; 5],
+    /// `PR_SET_NO_NEW_PRIVS`.
+    pub no_new_privs: bool,
+}
+
+/// One thread.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ThreadImage {
+    /// Its id in the instance's PID namespace.
+    pub tid: i32,
+    /// Its name.
+    pub comm: String,
+    /// General registers (`struct user_regs_struct`), ready to go on from.
+    pub registers: Vec<u8>,
+    /// The xsave area.
+    pub extended_state: Vec<u8>,
+    /// Blocked signals.
+    pub signal_mask: u64,
+    /// Signals queued to it alone.
+    pub pending_signals: Vec<Vec<u8>>,
+    /// `stack_t` of its alternate signal stack.
+    pub alternate_stack: [u8; 24],
+    /// Where the kernel writes 0 when it ends (`set_tid_address`).
+    pub clear_child_tid: u64,
+    /// Head and length of its robust futex list.
+    pub robust_list: (u64, u64),
+    /// Its restartable-sequence area.
+    pub rseq: RseqConfiguration,
+    /// `struct sched_attr`.
+    pub scheduling: Vec<u8>,
+}
+
+/// One open file description and the descriptors that share it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Descriptor {
+    /// The numbers, each with its close-on-exec flag; the first is the one that it's made under.
+    pub numbers: Vec<(i32, bool)>,
+    /// `F_GETFL`.
+    pub flags: i32,
+    /// What it is.
+    pub kind: DescriptorKind,
+}
+
+/// What an open file description is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum DescriptorKind {
+    /// A regular file, a directory, or one of the harmless character devices.
+    File {
+        /// Its path in the instance.
+        path: String,
+        /// The offset, in bytes.
+        position: i64,
+        /// The length of a regular file, in bytes: the destination's must be the same.
+        size: Option<u64>,
+    },
+    /// One end of a pipe whose other end is in the instance, too.
+    Pipe {
+        /// Which pipe.
+        inode: u64,
+        /// What is queued in it (only at one of its read ends).
+        queued: Vec<u8>,
+        /// `F_GETPIPE_SZ`, in bytes.
+        capacity: i32,
+    },
+    /// eventfd(2).
+    Event {
+        /// Its count.
+        count: u64,
+        /// `EFD_SEMAPHORE`.
+        semaphore: bool,
+    },
+    /// timerfd(2).
+    Timer {
+        /// Its clock.
+        clock: i32,
+        /// `struct itimerspec`, relative.
+        spec: [u8; 32],
+    },
+    /// signalfd(2).
+    Signal {
+        /// Signals that it takes, bit n-1 for signal n.
+        mask: u64,
+    },
+    /// epoll(7): (descriptor number, events, user data).
+    Epoll {
+        /// What it watches.
+        watched: Vec<(i32, u32, u64)>,
+    },
+    /// A TCP or UDP socket.
+    Socket(SocketImage),
+}
+
+/// A socket of the internet families.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SocketImage {
+    /// `AF_INET` or `AF_INET6`.
+    pub domain: i32,
+    /// `SOCK_STREAM` or `SOCK_DGRAM`.
+    pub kind: i32,
+    /// Options as (level, name, value).
+    pub options: Vec<(i32, i32, i32)>,
+    /// The address that it is bound to, the kernel's bytes; empty when it isn't.
+    pub local: Vec<u8>,
+    /// What it does.
+    pub state: SocketState,
+}
+
+/// What a socket does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SocketState {
+    /// Neither listening nor connected.
+    Idle,
+    /// Listening.
+    Listening {
+        /// The queue's length.
+        backlog: i32,
+    },
+    /// It had a connection, which this form does not carry: it becomes a socket that has lost it, and the
+    /// peer is told so by the first segment that it sends.
+    Disconnected,
+}

@@ -1,0 +1,265 @@
+//! An address space's mappings, and how to turn one layout into another.
+
+use serde::{Deserialize, Serialize};
+
+use super::{TraceeError, read_proc};
+
+/// One mapping, as `/proc/PID/maps` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mapping {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte.
+    pub end: u64,
+    /// `PROT_*`.
+    pub protection: i32,
+    /// Changes are seen by others.
+    pub shared: bool,
+    /// Offset in the file, in bytes.
+    pub offset: u64,
+    /// Inode number, 0 without a file.
+    pub inode: u64,
+    /// The file's path, `[heap]`, `[stack]`, `[vdso]` ..., or empty.
+    pub name: String,
+}
+
+impl Mapping {
+    /// Made and filled by the kernel: it is moved or left alone, never copied.
+    pub fn is_kernels_own(&self) -> bool {
+        matches!(self.name.as_str(), "[vdso]" | "[vsyscall]") || self.name.starts_with("[vvar")
+    }
+
+    /// Backed by a file.
+    pub fn is_file(&self) -> bool {
+        self.inode != 0
+    }
+
+    /// A file's contents as they are: the destination's file serves as well.
+    pub fn is_read_only_file(&self) -> bool {
+        self.is_file() && self.protection & libc::PROT_WRITE == 0
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Never true: the kernel has no empty mapping.
+    pub fn is_empty(&self) -> bool {
+        self.start >= self.end
+    }
+
+    /// Whether a part of `other` in the same place would be this mapping's memory just as well: the same
+    /// kind of backing, whatever the protection.
+    fn continues(&self, other: &Self) -> bool {
+        self.shared == other.shared
+            && self.inode == other.inode
+            && (!self.is_file()
+                || (self.name == other.name
+                    && self.offset.wrapping_sub(self.start) == other.offset.wrapping_sub(other.start)))
+            && (self.name == "[stack]") == (other.name == "[stack]")
+    }
+
+    /// The part of it from `start` to `end`.
+    fn part(&self, start: u64, end: u64) -> Self {
+        let offset = if self.is_file() { self.offset + (start - self.start) } else { 0 };
+        Self { start, end, offset, ..self.clone() }
+    }
+}
+
+/// The mappings of one process, and what else belongs to its address space from the beginning.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// In ascending order.
+    pub mappings: Vec<Mapping>,
+    /// Transparent huge pages are switched off for the process (`PR_SET_THP_DISABLE`).
+    pub huge_pages_off: bool,
+}
+
+/// One step from a layout to another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Unmap these bytes.
+    Unmap {
+        /// First byte.
+        start: u64,
+        /// One past the last byte.
+        end: u64,
+    },
+    /// Map this.
+    Map(Mapping),
+    /// Change the protection.
+    Protect {
+        /// First byte.
+        start: u64,
+        /// One past the last byte.
+        end: u64,
+        /// `PROT_*`.
+        protection: i32,
+    },
+}
+
+/// The steps that turn mappings `old` into `new`; what stays the same keeps its contents.
+pub fn changes(old: &[Mapping], new: &[Mapping]) -> Vec<Change> {
+    let mut cuts: Vec<u64> = old.iter().chain(new).flat_map(|m| [m.start, m.end]).collect();
+    cuts.sort_unstable();
+    cuts.dedup();
+    let mut steps = Vec::new();
+    for pair in cuts.windows(2) {
+        let (start, end) = (pair[0], pair[1]);
+        match (covering(old, start), covering(new, start)) {
+            (Some(_), None) => steps.push(Change::Unmap { start, end }),
+            (None, Some(new)) => steps.push(Change::Map(new.part(start, end))),
+            (Some(old), Some(new)) if !old.continues(new) => {
+                steps.push(Change::Unmap { start, end });
+                steps.push(Change::Map(new.part(start, end)));
+            }
+            (Some(old), Some(new)) if old.protection != new.protection => {
+                steps.push(Change::Protect { start, end, protection: new.protection });
+            }
+            _ => {}
+        }
+    }
+    steps
+}
+
+fn covering(mappings: &[Mapping], address: u64) -> Option<&Mapping> {
+    let after = mappings.partition_point(|mapping| mapping.end <= address);
+    mappings.get(after).filter(|mapping| mapping.start <= address)
+}
+
+/// The mappings of process `pid`.
+pub fn read_mappings(pid: i32) -> Result<Vec<Mapping>, TraceeError> {
+    let path = format!("/proc/{pid}/maps");
+    parse(&read_proc(&path)?).ok_or_else(|| TraceeError::Proc { path, problem: "unexpected format".into() })
+}
+
+fn parse(text: &str) -> Option<Vec<Mapping>> {
+    text.lines().map(parse_line).collect()
+}
+
+fn parse_line(line: &str) -> Option<Mapping> {
+    let mut rest = line;
+    let mut field = || {
+        let (word, tail) = rest.split_once(' ').unwrap_or((rest, ""));
+        rest = tail;
+        Some(word).filter(|word| !word.is_empty())
+    };
+    let (start, end) = field()?.split_once('-')?;
+    let permissions = field()?.as_bytes().to_vec();
+    let offset = field()?;
+    let _device = field()?;
+    let inode = field()?;
+    let bit = |at: usize, letter: u8, value: i32| {
+        if permissions.get(at) == Some(&letter) { value } else { 0 }
+    };
+    Some(Mapping {
+        start: u64::from_str_radix(start, 16).ok()?,
+        end: u64::from_str_radix(end, 16).ok()?,
+        protection: bit(0, b'r', libc::PROT_READ)
+            | bit(1, b'w', libc::PROT_WRITE)
+            | bit(2, b'x', libc::PROT_EXEC),
+        shared: permissions.get(3) == Some(&b's'),
+        offset: u64::from_str_radix(offset, 16).ok()?,
+        inode: inode.parse().ok()?,
+        // The kernel writes a newline in a path as \012; everything else is as it is.
+        name: rest.trim_start().replace("\\012", "\n"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn anonymous(start: u64, end: u64, protection: i32) -> Mapping {
+        Mapping { start, end, protection, shared: false, offset: 0, inode: 0, name: String::new() }
+    }
+
+    #[test]
+    fn a_grown_heap_keeps_its_contents() {
+        let steps = changes(&[anonymous(0x1000, 0x3000, 3)], &[anonymous(0x1000, 0x5000, 3)]);
+        assert_eq!(steps, [Change::Map(anonymous(0x3000, 0x5000, 3))]);
+    }
+
+    #[test]
+    fn a_changed_protection_keeps_the_contents() {
+        let steps = changes(
+            &[anonymous(0x1000, 0x3000, 3)],
+            &[anonymous(0x1000, 0x2000, 1), anonymous(0x2000, 0x3000, 3)],
+        );
+        assert_eq!(steps, [Change::Protect { start: 0x1000, end: 0x2000, protection: 1 }]);
+    }
+
+    #[test]
+    fn another_file_in_the_same_place_is_mapped_anew() {
+        let file = |inode| Mapping { inode, name: "/lib/x".into(), ..anonymous(0x1000, 0x2000, 1) };
+        let steps = changes(&[file(7)], &[file(8)]);
+        assert_eq!(steps, [Change::Unmap { start: 0x1000, end: 0x2000 }, Change::Map(file(8))]);
+    }
+
+    #[test]
+    fn a_line_of_maps_is_understood() {
+        let line = "7f1c2a000000-7f1c2a021000 r-xp 00003000 fe:00 1234                       /usr/lib/a b.so";
+        let mapping = parse_line(line).expect("a valid line");
+        assert_eq!(mapping.name, "/usr/lib/a b.so");
+        assert_eq!(mapping.protection, libc::PROT_READ | libc::PROT_EXEC);
+        assert_eq!((mapping.offset, mapping.inode, mapping.shared), (0x3000, 1234, false));
+    }
+
+    #[test]
+    fn this_process_can_be_read() {
+        let mappings = read_mappings(std::process::id() as i32).expect("own mappings");
+        assert!(mappings.iter().any(|mapping| mapping.name == "[vdso]"));
+    }
+
+    fn layouts() -> impl Strategy<Value = Vec<Mapping>> {
+        prop::collection::vec((0_u64..32, 1_u64..6, 0_i32..4, 0_u64..3), 0..10).prop_map(|parts| {
+            let mut at = 0;
+            parts
+                .into_iter()
+                .map(|(gap, pages, protection, inode)| {
+                    let start = at + gap;
+                    at = start + pages;
+                    Mapping { inode, ..anonymous(start << 12, at << 12, protection) }
+                })
+                .collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_text_never_panics(text in ".{0,200}") {
+            let _ = parse(&text);
+        }
+
+        #[test]
+        fn the_steps_lead_to_the_new_layout(old in layouts(), new in layouts()) {
+            // Page by page: what the steps leave must be what the new layout says.
+            let page = |mappings: &[Mapping], at: u64| {
+                covering(mappings, at).map(|m| (m.protection, m.inode, m.offset.wrapping_sub(m.start)))
+            };
+            let mut state: std::collections::BTreeMap<u64, (i32, u64, u64)> =
+                (0..2048).filter_map(|n| page(&old, n << 12).map(|p| (n << 12, p))).collect();
+            for step in changes(&old, &new) {
+                match step {
+                    Change::Unmap { start, end } => state.retain(|at, _| !(start..end).contains(at)),
+                    Change::Map(m) => for at in (m.start..m.end).step_by(4096) {
+                        prop_assert!(!state.contains_key(&at));
+                        state.insert(at, (m.protection, m.inode, m.offset.wrapping_sub(m.start)));
+                    },
+                    Change::Protect { start, end, protection } => for (_, p) in state.range_mut(start..end) {
+                        p.0 = protection;
+                    },
+                }
+            }
+            for n in 0..2048_u64 {
+                let (got, wanted) = (state.get(&(n << 12)), page(&new, n << 12));
+                prop_assert_eq!(got.map(|p| (p.0, p.1)), wanted.map(|p| (p.0, p.1)));
+                if wanted.is_some_and(|p| p.1 != 0) {
+                    prop_assert_eq!(got.copied(), wanted);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Puts a process's image into a stub whose memory is already there.
+//!
+//! Everything that a program could see is set while the threads are stopped; [`Rebuilt::release`] only
+//! lets them go. The restartable-sequence areas come last of all: from then on the kernel writes to them.
+
+use super::{
+    TraceeError,
+    capture::{Status, limits, registers_from_bytes},
+    descriptors,
+    image::{Credentials, TaskImage, ThreadImage},
+    remote::Remote,
+    space::Space,
+    stopped::list_threads,
+};
+use crate::sys::{process, ptrace, ptrace::Stop, spawn::CloneArgs};
+
+/// A process that is ready to run, every thread stopped.
+#[derive(Debug)]
+pub struct Rebuilt {
+    tids: Vec<i32>,
+}
+
+impl Rebuilt {
+    /// Lets it run. From here on it no longer dies with its tracer.
+    pub fn release(self) -> Result<(), TraceeError> {
+        for &tid in &self.tids {
+            ptrace::clear_options(tid).map_err(TraceeError::call("PTRACE_SETOPTIONS", tid))?;
+        }
+        for &tid in &self.tids {
+            ptrace::detach(tid, 0).map_err(TraceeError::call("PTRACE_DETACH", tid))?;
+        }
+        Ok(())
+    }
+}
+
+/// Puts `image` into `space`, whose layout and contents are complete.
+pub fn rebuild(space: &mut Space, image: &TaskImage) -> Result<Rebuilt, TraceeError> {
+    let pid = space.pid();
+    let leader = &mut space.remote;
+    memory_map(leader, image)?;
+    descriptors::restore(leader, &image.descriptors)?;
+    path_call(leader, "chdir", libc::SYS_chdir, &image.cwd)?;
+    leader.call("umask", libc::SYS_umask, [image.umask.into(), 0, 0, 0, 0, 0])?;
+    for (signal, action) in &image.signal_actions {
+        let at = leader.put(0, action)?;
+        // SIGKILL and SIGSTOP can't be set, and nobody could have set them.
+        leader.call("rt_sigaction", libc::SYS_rt_sigaction, [*signal as u64, at, 0, 8, 0, 0])?;
+    }
+    if image.child_subreaper {
+        leader.call("prctl", libc::SYS_prctl, [libc::PR_SET_CHILD_SUBREAPER as u64, 1, 0, 0, 0, 0])?;
+    }
+    set_limits(leader, image)?;
+    let tids = make_threads(leader, image)?;
+
+    let mut threads = Vec::with_capacity(tids.len());
+    for (&tid, thread) in tids.iter().zip(&image.threads) {
+        let mut remote = leader.for_thread(tid)?;
+        restore_thread(&mut remote, thread)?;
+        set_credentials(&mut remote, &image.credentials)?;
+        threads.push(remote);
+    }
+    let leader = &mut space.remote;
+    leader.call(
+        "prctl",
+        libc::SYS_prctl,
+        [libc::PR_SET_DUMPABLE as u64, image.dumpable.min(1), 0, 0, 0, 0],
+    )?;
+    set_oom_score(pid, image.oom_score_adj)?;
+    requeue_signals(leader, &tids, image)?;
+    for (which, timer) in image.interval_timers.iter().enumerate().filter(|(_, timer)| timer[16..] != [0; 16])
+    {
+        let at = leader.put(0, timer)?;
+        leader.call("setitimer", libc::SYS_setitimer, [which as u64, at, 0, 0, 0, 0])?;
+    }
+    leader.unmap_scratch()?;
+    for (remote, thread) in threads.iter_mut().zip(&image.threads) {
+        set_going(remote, thread)?;
+    }
+    Ok(Rebuilt { tids })
+}
+
+fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {
+    const PR_SET_MM: u64 = 35;
+    const PR_SET_MM_MAP: u64 = 14;
+    /// `struct prctl_mm_map` (include/uapi/linux/prctl.h): eleven addresses, the auxiliary vector's
+    /// address, its size and the executable's descriptor.
+    const SIZE: u64 = 104;
+    let exe = path_call(leader, "open", libc::SYS_open, &image.exe)?;
+    let auxv_at = leader.put(SIZE, &image.auxv)?;
+    let mut map = Vec::new();
+    for word in image.memory_map.bounds.iter().chain([&auxv_at]) {
+        map.extend(word.to_ne_bytes());
+    }
+    map.extend((image.auxv.len() as u32).to_ne_bytes());
+    map.extend((exe as u32).to_ne_bytes());
+    let at = leader.put(0, &map)?;
+    leader.call("prctl", libc::SYS_prctl, [PR_SET_MM, PR_SET_MM_MAP, at, SIZE, 0, 0])?;
+    leader.call("close", libc::SYS_close, [exe, 0, 0, 0, 0, 0])?;
+    Ok(())
+}
+
+/// A call whose first argument is a path and whose others are 0.
+fn path_call(
+    remote: &mut Remote,
+    name: &'static str,
+    number: libc::c_long,
+    path: &str,
+) -> Result<u64, TraceeError> {
+    let mut bytes = path.as_bytes().to_vec();
+    bytes.push(0);
+    let at = remote.put(0, &bytes)?;
+    remote.call(name, number, [at, 0, 0, 0, 0, 0])
+}
+
+fn set_limits(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {
+    let here = limits(leader.tid())?;
+    for (number, (limit, here)) in image.limits.iter().zip(here).enumerate() {
+        if *limit != here {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&limit.0.to_ne_bytes());
+            bytes[8..].copy_from_slice(&limit.1.to_ne_bytes());
+            let at = leader.put(0, &bytes)?;
+            leader.call("prlimit64", libc::SYS_prlimit64, [0, number as u64, at, 0, 0, 0])?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the threads besides the leader, each with its tid; returns all tids as the agent sees them.
+fn make_threads(leader: &mut Remote, image: &TaskImage) -> Result<Vec<i32>, TraceeError> {
+    let pid = leader.tid();
+    let mut tids = vec![pid];
+    for thread in image.threads.iter().skip(1) {
+        const TID_OFFSET: u64 = 96;
+        let tid_at = leader.put(TID_OFFSET, &thread.tid.to_ne_bytes())?;
+        let flags = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        let args =
+            CloneArgs { flags: flags as u64, set_tid: tid_at, set_tid_size: 1, ..CloneArgs::default() };
+        let bytes = args.to_bytes();
+        let at = leader.put(0, &bytes)?;
+        leader.call("clone3", libc::SYS_clone3, [at, bytes.len() as u64, 0, 0, 0, 0])?;
+        let fresh = list_threads(pid)?.into_iter().find(|tid| !tids.contains(tid));
+        let tid = fresh.ok_or(TraceeError::Gone(pid))?;
+        // Threads of a seized process are traced from their first instruction, and stop before it.
+        match ptrace::wait_stop(tid).map_err(TraceeError::call("waiting for a new thread", tid))? {
+            Stop::Gone => return Err(TraceeError::Gone(tid)),
+            _ => tids.push(tid),
+        }
+    }
+    Ok(tids)
+}
+
+fn restore_thread(remote: &mut Remote, thread: &ThreadImage) -> Result<(), TraceeError> {
+    let tid = remote.tid();
+    let mut name = thread.comm.as_bytes().to_vec();
+    name.push(0);
+    let at = remote.put(0, &name)?;
+    remote.call("prctl", libc::SYS_prctl, [libc::PR_SET_NAME as u64, at, 0, 0, 0, 0])?;
+    let at = remote.put(0, &thread.alternate_stack)?;
+    // sigaltstack(2) refuses to set SS_ONSTACK, and the kernel finds out by itself from the stack pointer.
+    const SS_ONSTACK: u8 = 1;
+    remote.put(8, &[thread.alternate_stack[8] & !SS_ONSTACK])?;
+    remote.call("sigaltstack", libc::SYS_sigaltstack, [at, 0, 0, 0, 0, 0])?;
+    let args = [thread.clear_child_tid, 0, 0, 0, 0, 0];
+    remote.call("set_tid_address", libc::SYS_set_tid_address, args)?;
+    if thread.robust_list.0 != 0 {
+        let args = [thread.robust_list.0, thread.robust_list.1, 0, 0, 0, 0];
+        remote.call("set_robust_list", libc::SYS_set_robust_list, args)?;
+    }
+    let wrong =
+        |what| TraceeError::Unsupported(format!("thread {}: {what} in its image is damaged", thread.tid));
+    let scheduling = thread.scheduling.as_slice().try_into().map_err(|_| wrong("the scheduling"))?;
+    process::sched_setattr(tid, &scheduling).map_err(TraceeError::call("sched_setattr", tid))?;
+    ptrace::set_extended_state(tid, &thread.extended_state)
+        .map_err(TraceeError::call("PTRACE_SETREGSET of the xsave area", tid))
+}
+
+/// Credentials are each thread's own in the kernel. A stub has root's; what it doesn't need is dropped.
+fn set_credentials(remote: &mut Remote, wanted: &Credentials) -> Result<(), TraceeError> {
+    let here = Status::read(remote.tid())?.credentials();
+    if here.groups != wanted.groups {
+        let groups: Vec<u8> = wanted.groups.iter().flat_map(|group| group.to_ne_bytes()).collect();
+        let at = remote.put(0, &groups)?;
+        let args = [wanted.groups.len() as u64, at, 0, 0, 0, 0];
+        remote.call("setgroups", libc::SYS_setgroups, args)?;
+    }
+    if wanted.no_new_privs {
+        remote.call("prctl", libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0, 0])?;
+    }
+    for capability in (0..64).filter(|n| (here.capabilities[3] & !wanted.capabilities[3]) >> n & 1 == 1) {
+        remote.call("prctl", libc::SYS_prctl, [libc::PR_CAPBSET_DROP as u64, capability, 0, 0, 0, 0])?;
+    }
+    if here.gids != wanted.gids {
+        let [real, effective, saved, _] = wanted.gids.map(u64::from);
+        remote.call("setresgid", libc::SYS_setresgid, [real, effective, saved, 0, 0, 0])?;
+    }
+    if here.uids != wanted.uids {
+        let [real, effective, saved, _] = wanted.uids.map(u64::from);
+        remote.call("setresuid", libc::SYS_setresuid, [real, effective, saved, 0, 0, 0])?;
+    }
+    let [inheritable, permitted, effective, ..] = wanted.capabilities;
+    if Status::read(remote.tid())?.credentials().capabilities[..3] != wanted.capabilities[..3] {
+        // _LINUX_CAPABILITY_VERSION_3, for the calling thread; then two sets of 32 bits.
+        let header = [0x2008_0522_u32, 0].map(u32::to_ne_bytes).concat();
+        let half =
+            |shift: u32| [effective, permitted, inheritable].map(|set| ((set >> shift) as u32).to_ne_bytes());
+        let header_at = remote.put(0, &header)?;
+        let data_at = remote.put(16, &[half(0), half(32)].concat().concat())?;
+        remote.call("capset", libc::SYS_capset, [header_at, data_at, 0, 0, 0, 0])?;
+    }
+    Ok(())
+}
+
+fn set_oom_score(pid: i32, score: i32) -> Result<(), TraceeError> {
+    let path = format!("/proc/{pid}/oom_score_adj");
+    if super::read_proc(&path)?.trim().parse() == Ok(score) {
+        return Ok(());
+    }
+    std::fs::write(&path, score.to_string()).map_err(TraceeError::proc(path))
+}
+
+/// Only the process itself may queue a siginfo that claims to be the kernel's.
+fn requeue_signals(leader: &mut Remote, tids: &[i32], image: &TaskImage) -> Result<(), TraceeError> {
+    let Some(inner_pid) = image.threads.first().map(|thread| thread.tid as u64) else { return Ok(()) };
+    let signal = |info: &[u8]| info.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes)) as u64;
+    for info in &image.pending_signals {
+        let at = leader.put(0, info)?;
+        let args = [inner_pid, signal(info), at, 0, 0, 0];
+        leader.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, args)?;
+    }
+    debug_assert_eq!(tids.len(), image.threads.len());
+    for thread in &image.threads {
+        for info in &thread.pending_signals {
+            let at = leader.put(0, info)?;
+            let args = [inner_pid, thread.tid as u64, signal(info), at, 0, 0];
+            leader.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)?;
+        }
+    }
+    Ok(())
+}
+
+/// Registers the restartable-sequence area and sets mask and registers: nothing may run in it afterwards.
+fn set_going(remote: &mut Remote, thread: &ThreadImage) -> Result<(), TraceeError> {
+    let tid = remote.tid();
+    if thread.rseq.address != 0 {
+        let rseq = thread.rseq;
+        let args = [rseq.address, rseq.size.into(), 0, rseq.signature.into(), 0, 0];
+        remote.call("rseq", libc::SYS_rseq, args)?;
+    }
+    let damaged =
+        || TraceeError::Unsupported(format!("thread {}: the registers in its image are damaged", thread.tid));
+    let registers = registers_from_bytes(&thread.registers).ok_or_else(damaged)?;
+    ptrace::set_signal_mask(tid, thread.signal_mask).map_err(TraceeError::call("PTRACE_SETSIGMASK", tid))?;
+    ptrace::set_registers(tid, &registers).map_err(TraceeError::call("PTRACE_SETREGS", tid))
+}
