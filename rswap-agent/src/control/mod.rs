@@ -1,1 +1,190 @@
 //! The agent's mutating calls, over a unix socket, and the client that the command line uses.
+//!
+//! The socket is the authentication: its mode is 0600, so only its owner (root) can open it. Calls become
+//! [`Command`]s for the wiring, each with a way to answer; a migration answers with a stream of
+//! [`MigrateEvent`]s, one JSON object per line. A caller that goes away doesn't stop a migration.
+
+pub mod client;
+mod routes;
+
+use std::{
+    collections::BTreeMap,
+    fs::Permissions,
+    future::Future,
+    io,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, oneshot},
+};
+
+use crate::{
+    instance::{Instance, InstanceName},
+    status::{ApiError, Board, MigrationProgress, MigrationReport},
+};
+pub use routes::router;
+
+/// Body of `POST /v1/swap`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SwapRequest {
+    /// Which instance.
+    pub instance: InstanceName,
+    /// To which CPU pool.
+    pub pool: String,
+}
+
+/// Answer to `POST /v1/swap`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SwapDone {
+    /// Which instance.
+    pub instance: InstanceName,
+    /// The pool that it sits on now.
+    pub pool: String,
+    /// How long the swap took, in milliseconds.
+    pub duration_ms: f64,
+    /// What the swap says about itself.
+    pub detail: serde_json::Value,
+}
+
+/// Body of `POST /v1/migrate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    /// Which instance.
+    pub instance: InstanceName,
+    /// To which host: the name of a host pool, or `ADDRESS:PORT` of the agent there.
+    pub host: String,
+}
+
+/// Body of `POST /v1/adopt`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdoptRequest {
+    /// An existing cgroup v2 directory: absolute, or as `/proc/PID/cgroup` shows it.
+    pub cgroup: PathBuf,
+    /// What to call it.
+    pub name: InstanceName,
+    /// Free `key=value` pairs.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Body of `POST /v1/register`: an instance that `rswap run` has written to the registry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterRequest {
+    /// Which.
+    pub instance: InstanceName,
+}
+
+/// One line of the answer to `POST /v1/migrate`. The last one is `done` or `failed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum MigrateEvent {
+    /// It goes on.
+    Progress(MigrationProgress),
+    /// The instance runs at the destination.
+    Done(MigrationReport),
+    /// The instance runs where it ran before.
+    Failed(ApiError),
+}
+
+/// How the wiring answers a command.
+pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
+
+/// A call, for the wiring.
+#[derive(Debug)]
+pub enum Command {
+    /// Move an instance to a CPU pool.
+    Swap(SwapRequest, Reply<SwapDone>),
+    /// Migrate an instance. Events that nobody reads are dropped, the last one never before it was tried to send.
+    Migrate(MigrateRequest, mpsc::Sender<MigrateEvent>),
+    /// Take over an existing cgroup.
+    Adopt(AdoptRequest, Reply<Instance>),
+    /// Look at the registry again, now.
+    Register(RegisterRequest, Reply<Instance>),
+}
+
+/// Why the control socket could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Another agent answers on it.
+    #[error("another agent already serves {0}: stop it first, or set another agent.control_socket")]
+    InUse(PathBuf),
+    /// Something that is not a socket is in the way.
+    #[error("{0} exists and is not a socket: remove it, or set another agent.control_socket")]
+    NotASocket(PathBuf),
+    /// The socket could not be made.
+    #[error("cannot {action} for the control socket {path}: check the directory and that this runs as root")]
+    Socket {
+        /// What was attempted.
+        action: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The bound control socket; its file goes when this is dropped.
+#[derive(Debug)]
+pub struct ControlSocket {
+    listener: UnixListener,
+    file: SocketFile,
+}
+
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // It may be gone with its directory already: nothing more to do then.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Makes the control socket, for its owner only. A socket that a dead agent left behind is replaced.
+pub async fn bind(path: &Path) -> Result<ControlSocket, ControlError> {
+    let failed = |action| move |source| ControlError::Socket { action, path: path.to_owned(), source };
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory).map_err(failed("create the directory"))?;
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => return Err(ControlError::NotASocket(path.to_owned())),
+        Ok(_) if UnixStream::connect(path).await.is_ok() => return Err(ControlError::InUse(path.to_owned())),
+        Ok(_) => std::fs::remove_file(path).map_err(failed("remove the old file"))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed("look at the file")(error)),
+    }
+    // Made under another name and renamed when its mode is set: at its own name nobody else could ever open it.
+    let mut unready = path.as_os_str().to_owned();
+    unready.push(format!(".{}", std::process::id()));
+    let unready = PathBuf::from(unready);
+    let _ = std::fs::remove_file(&unready);
+    let listener = UnixListener::bind(&unready).map_err(failed("listen"))?;
+    std::fs::set_permissions(&unready, Permissions::from_mode(0o600)).map_err(failed("set mode 0600"))?;
+    std::fs::rename(&unready, path).map_err(failed("put the socket in place"))?;
+    Ok(ControlSocket { listener, file: SocketFile(path.to_owned()) })
+}
+
+/// Serves the read-only and the mutating routes until `stop` resolves.
+pub async fn serve(
+    socket: ControlSocket,
+    board: Board,
+    commands: mpsc::Sender<Command>,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let ControlSocket { listener, file } = socket;
+    let served = axum::serve(listener, router(board, commands)).with_graceful_shutdown(stop).await;
+    drop(file);
+    served
+}
+
+#[cfg(test)]
+mod tests;

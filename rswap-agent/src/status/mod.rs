@@ -1,1 +1,59 @@
 //! Read-only HTTP on loopback, and metrics.
+//!
+//! The wiring writes what it knows to the [`Board`]; the routes read it. Nothing here changes an instance,
+//! which is why it needs no authentication, and why it is served on loopback only.
+//! The routes and their JSON are documented in `docs/api.md` and stay stable.
+
+mod board;
+mod metrics;
+mod router;
+
+use std::{future::Future, net::SocketAddr};
+
+use tokio::net::TcpListener;
+
+pub use board::{
+    Board, BoardState, DECISIONS_KEPT, InstanceView, MIGRATIONS_KEPT, MigrationProgress, MigrationReport,
+    MigrationState, MigrationView, ProbeState, ProbeView, ProgramView,
+};
+pub use router::{ApiError, router};
+
+/// Why the status could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusError {
+    /// The configured address can be reached from other hosts.
+    #[error(
+        "cannot serve the status on {0}: it has no authentication, so it is served on loopback only; \
+         set agent.status_address to 127.0.0.1:PORT or [::1]:PORT"
+    )]
+    NotLoopback(SocketAddr),
+    /// The address could not be bound.
+    #[error("cannot listen on {address} for the status: choose another agent.status_address")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Binds the status server's address, if it is a loopback one.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, StatusError> {
+    if !address.ip().is_loopback() {
+        return Err(StatusError::NotLoopback(address));
+    }
+    TcpListener::bind(address).await.map_err(|source| StatusError::Listen { address, source })
+}
+
+/// Serves the read-only routes until `stop` resolves.
+pub async fn serve(
+    listener: TcpListener,
+    board: Board,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    axum::serve(listener, router(board)).with_graceful_shutdown(stop).await
+}
+
+#[cfg(test)]
+mod tests;

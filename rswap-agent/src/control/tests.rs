@@ -1,0 +1,123 @@
+//! The mutating routes over a real unix socket, with a wiring that answers from the test.
+
+use super::{
+    client::{Client, ClientError, Target},
+    *,
+};
+
+struct Served {
+    client: Client,
+    commands: mpsc::Receiver<Command>,
+    directory: tempfile::TempDir,
+}
+
+async fn served() -> Served {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run/control.sock");
+    let (sender, commands) = mpsc::channel(4);
+    let socket = bind(&path).await.unwrap();
+    tokio::spawn(serve(socket, Board::default(), sender, std::future::pending()));
+    Served { client: Client::new(Target::Socket(path)), commands, directory }
+}
+
+#[tokio::test]
+async fn the_socket_is_its_owners_only() {
+    let served = served().await;
+    let path = served.directory.path().join("run/control.sock");
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(matches!(bind(&path).await.unwrap_err(), ControlError::InUse(_)));
+    let status: serde_json::Value = served.client.get("/v1/status").await.unwrap();
+    assert_eq!(status["instances"], 0);
+}
+
+#[tokio::test]
+async fn replaces_a_dead_agents_socket_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control.sock");
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    drop(bind(&path).await.unwrap());
+    assert!(!path.exists());
+    std::fs::write(&path, "mine").unwrap();
+    assert!(matches!(bind(&path).await.unwrap_err(), ControlError::NotASocket(_)));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+}
+
+#[tokio::test]
+async fn a_swap_is_answered_by_the_wiring() {
+    let mut served = served().await;
+    let request = SwapRequest { instance: "db".parse().unwrap(), pool: "fast".into() };
+    let (answer, ()) = tokio::join!(served.client.post::<SwapDone>("/v1/swap", &request), async {
+        let Some(Command::Swap(got, reply)) = served.commands.recv().await else { panic!("no swap") };
+        let done = SwapDone {
+            instance: got.instance,
+            pool: got.pool,
+            duration_ms: 1.5,
+            detail: serde_json::Value::Null,
+        };
+        reply.send(Ok(done)).unwrap();
+    });
+    assert_eq!(answer.unwrap().pool, "fast");
+}
+
+#[tokio::test]
+async fn a_refusal_keeps_its_status_and_hint() {
+    let mut served = served().await;
+    let request = RegisterRequest { instance: "db".parse().unwrap() };
+    let (answer, ()) = tokio::join!(served.client.post::<Instance>("/v1/register", &request), async {
+        let Some(Command::Register(_, reply)) = served.commands.recv().await else { panic!("no register") };
+        reply.send(Err(ApiError::no_instance("db"))).unwrap();
+    });
+    let Err(ClientError::Refused(error)) = answer else { panic!("{answer:?}") };
+    assert_eq!((error.status, error.hint.as_str()), (404, "see `rswap ps`"));
+}
+
+#[tokio::test]
+async fn bad_bodies_never_reach_the_wiring() {
+    let mut served = served().await;
+    for body in [
+        serde_json::json!({}),
+        serde_json::json!({"instance": "../etc", "pool": "x"}),
+        serde_json::json!({"instance": "db", "pool": "x", "force": true}),
+    ] {
+        let answer = served.client.post::<SwapDone>("/v1/swap", &body).await;
+        assert!(
+            matches!(answer, Err(ClientError::Refused(ref e)) if (400..500).contains(&e.status)),
+            "{answer:?}"
+        );
+    }
+    assert!(served.commands.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_migration_streams_its_events() {
+    let mut served = served().await;
+    let request = MigrateRequest { instance: "db".parse().unwrap(), host: "b".into() };
+    let wiring = async {
+        let Some(Command::Migrate(_, events)) = served.commands.recv().await else { panic!("no migrate") };
+        for round in 1..=200 {
+            events
+                .send(MigrateEvent::Progress(MigrationProgress { round, ..Default::default() }))
+                .await
+                .unwrap();
+        }
+        events.send(MigrateEvent::Done(MigrationReport { rounds: 200, ..Default::default() })).await.unwrap();
+    };
+    let caller = async {
+        let mut events = served.client.post_stream("/v1/migrate", &request).await.unwrap();
+        let mut seen = Vec::new();
+        while let Some(event) = events.next::<MigrateEvent>().await.unwrap() {
+            seen.push(event);
+        }
+        seen
+    };
+    let ((), seen) = tokio::join!(wiring, caller);
+    assert_eq!(seen.len(), 201);
+    assert!(matches!(&seen[200], MigrateEvent::Done(report) if report.rounds == 200));
+}
+
+#[tokio::test]
+async fn says_how_to_start_a_missing_agent() {
+    let client = Client::new(Target::Socket("/nonexistent/rswap.sock".into()));
+    let error = client.get::<serde_json::Value>("/v1/status").await.unwrap_err();
+    assert!(error.to_string().contains("rswap agent"), "{error}");
+}

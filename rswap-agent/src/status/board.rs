@@ -1,0 +1,265 @@
+//! What the agent knows, in the form in which it is shown.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    forecast::Demand,
+    instance::{Instance, InstanceName},
+    plan::{Decision, Plan},
+    pool::Pool,
+    profile::Profile,
+    units::UnixMillis,
+};
+
+/// Decisions kept per instance; the oldest go first.
+pub const DECISIONS_KEPT: usize = 200;
+
+/// Ended migrations kept; the oldest go first. Running ones are always kept.
+pub const MIGRATIONS_KEPT: usize = 100;
+
+/// State of one probe.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum ProbeState {
+    /// It measures.
+    Active,
+    /// It does not, and why.
+    Unavailable {
+        /// For people.
+        reason: String,
+    },
+}
+
+/// One probe of the profiler.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeView {
+    /// Which.
+    pub name: String,
+    /// Whether it measures.
+    #[serde(flatten)]
+    pub state: ProbeState,
+}
+
+/// What an eBPF program has cost since it was loaded. Zero while the kernel's BPF statistics are off.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramView {
+    /// Which.
+    pub name: String,
+    /// How often it ran.
+    pub runs: u64,
+    /// For how long in all, in nanoseconds.
+    pub run_time_ns: u64,
+}
+
+/// One instance with what was last measured and forecast.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InstanceView {
+    /// The instance itself.
+    #[serde(flatten)]
+    pub instance: Instance,
+    /// Its last window.
+    pub profile: Option<Profile>,
+    /// Its last forecast.
+    pub demand: Option<Demand>,
+}
+
+/// How far a running migration is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MigrationProgress {
+    /// What it is doing: `offer`, `transfer`, `snapshot`, `verify`, `activate`, `deactivate`.
+    pub phase: String,
+    /// Pre-copy round, from 1.
+    pub round: u32,
+    /// Pages sent in this round.
+    pub round_pages_sent: u64,
+    /// Pages that this round has to send.
+    pub round_pages: u64,
+    /// Pages sent in all rounds.
+    pub pages_sent: u64,
+    /// Bytes sent in all rounds, as they went over the wire.
+    pub bytes_sent: u64,
+    /// Bytes per second over the wire.
+    pub bytes_per_s: f64,
+    /// Bytes of memory written per second by the instance; unknown in the first round.
+    pub dirty_bytes_per_s: Option<f64>,
+    /// How long the instance would stand still if it were frozen now, in milliseconds; unknown in the first round.
+    pub expected_unavailability_ms: Option<f64>,
+}
+
+/// What a completed migration took.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// From the freeze to the activation at the destination, in milliseconds.
+    pub unavailability_ms: f64,
+    /// From the offer to the end, in milliseconds.
+    pub duration_ms: u64,
+    /// Rounds, the last delta included.
+    pub rounds: u32,
+    /// Pages sent.
+    pub pages_sent: u64,
+    /// Pages found written after the first round.
+    pub pages_dirtied: u64,
+    /// Bytes sent, as they went over the wire.
+    pub bytes_sent: u64,
+}
+
+/// Where a migration stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum MigrationState {
+    /// On its way.
+    Running {
+        /// Its latest progress.
+        progress: MigrationProgress,
+    },
+    /// The instance runs at the destination, and no longer here.
+    Done {
+        /// What it took.
+        report: MigrationReport,
+        /// When it ended.
+        ended: UnixMillis,
+    },
+    /// The instance runs where it ran before.
+    Failed {
+        /// What went wrong, and what to do.
+        error: String,
+        /// When it ended.
+        ended: UnixMillis,
+    },
+}
+
+/// One migration, away from this host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationView {
+    /// Unique since the agent's start; they count up.
+    pub id: u64,
+    /// Which instance.
+    pub instance: InstanceName,
+    /// Where to: the host pool's name.
+    pub host: String,
+    /// When it began.
+    pub started: UnixMillis,
+    /// Where it stands.
+    #[serde(flatten)]
+    pub state: MigrationState,
+}
+
+/// All that is shown.
+#[derive(Clone, Debug, Default)]
+pub struct BoardState {
+    /// This host's name.
+    pub host: String,
+    /// `observe` or `act`.
+    pub mode: String,
+    /// When the agent started.
+    pub started: UnixMillis,
+    /// Windows sampled since then.
+    pub windows: u64,
+    /// How long the last window's work took the agent, in microseconds: its own cost.
+    pub last_window_work_us: u64,
+    /// The profiler's probes.
+    pub probes: Vec<ProbeView>,
+    /// What its programs cost.
+    pub programs: Vec<ProgramView>,
+    /// Instances by name.
+    pub instances: BTreeMap<InstanceName, InstanceView>,
+    /// Pools, this host's and others.
+    pub pools: Vec<Pool>,
+    /// The last plan.
+    pub plan: Plan,
+    /// Past decisions per instance, oldest first.
+    pub decisions: BTreeMap<InstanceName, VecDeque<Decision>>,
+    /// Migrations, oldest first.
+    pub migrations: VecDeque<MigrationView>,
+    /// Core swaps carried out.
+    pub swaps_done: u64,
+    /// Core swaps that failed and left the instance where it was.
+    pub swaps_failed: u64,
+    /// Migrations away from here that were completed.
+    pub migrations_done: u64,
+    /// Migrations away from here that failed and left the instance here.
+    pub migrations_failed: u64,
+    /// The id that the newest migration has.
+    pub last_migration_id: u64,
+}
+
+impl BoardState {
+    /// Keeps the instance's decision, and forgets the oldest past [`DECISIONS_KEPT`].
+    pub fn keep_decision(&mut self, instance: &InstanceName, decision: Decision) {
+        let kept = self.decisions.entry(instance.clone()).or_default();
+        kept.push_back(decision);
+        while kept.len() > DECISIONS_KEPT {
+            kept.pop_front();
+        }
+    }
+
+    /// Replaces the instances by those that `present` lists, and keeps what is known of those that stay.
+    /// The decisions of those that left are kept as long as a migration of theirs is shown.
+    pub fn set_instances(&mut self, present: impl IntoIterator<Item = Instance>) {
+        let mut before = std::mem::take(&mut self.instances);
+        for instance in present {
+            let name = instance.name.clone();
+            let (profile, demand) =
+                before.remove(&name).map_or((None, None), |view| (view.profile, view.demand));
+            self.instances.insert(name, InstanceView { instance, profile, demand });
+        }
+        let (instances, migrations) = (&self.instances, &self.migrations);
+        self.decisions
+            .retain(|name, _| instances.contains_key(name) || migrations.iter().any(|m| m.instance == *name));
+    }
+
+    /// Shows a new migration, and answers with its id.
+    pub fn begin_migration(&mut self, instance: InstanceName, host: String, started: UnixMillis) -> u64 {
+        self.last_migration_id += 1;
+        let id = self.last_migration_id;
+        let state = MigrationState::Running { progress: MigrationProgress::default() };
+        self.migrations.push_back(MigrationView { id, instance, host, started, state });
+        let ended = |m: &MigrationView| !matches!(m.state, MigrationState::Running { .. });
+        while self.migrations.iter().filter(|m| ended(m)).count() > MIGRATIONS_KEPT {
+            match self.migrations.iter().position(ended) {
+                Some(oldest) => self.migrations.remove(oldest),
+                None => break,
+            };
+        }
+        id
+    }
+
+    /// Shows where the migration stands now.
+    pub fn set_migration(&mut self, id: u64, state: MigrationState) {
+        match &state {
+            MigrationState::Running { .. } => {}
+            MigrationState::Done { .. } => self.migrations_done += 1,
+            MigrationState::Failed { .. } => self.migrations_failed += 1,
+        }
+        if let Some(migration) = self.migrations.iter_mut().find(|m| m.id == id) {
+            migration.state = state;
+        }
+    }
+}
+
+/// The shared [`BoardState`].
+#[derive(Clone, Debug, Default)]
+pub struct Board(Arc<RwLock<BoardState>>);
+
+impl Board {
+    /// A board that shows `state`.
+    pub fn new(state: BoardState) -> Self {
+        Self(Arc::new(RwLock::new(state)))
+    }
+
+    /// Reads. Hold it briefly: the wiring waits meanwhile.
+    pub fn read(&self) -> RwLockReadGuard<'_, BoardState> {
+        // A panic elsewhere must not take the status with it: every write leaves a state that can be shown.
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what is shown.
+    pub fn write<T>(&self, change: impl FnOnce(&mut BoardState) -> T) -> T {
+        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}

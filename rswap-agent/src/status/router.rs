@@ -1,0 +1,157 @@
+//! The read-only routes.
+
+use axum::{
+    Json, Router,
+    extract::{Query, State, rejection::QueryRejection},
+    http::{HeaderName, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{Board, InstanceView, MigrationState, metrics};
+use crate::{instance::InstanceName, plan::Decision, pool::Pool, units::UnixMillis};
+
+/// How every error is answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{error}: {hint}")]
+pub struct ApiError {
+    /// What was attempted, and what went wrong.
+    pub error: String,
+    /// What to do about it.
+    pub hint: String,
+    /// The HTTP status.
+    #[serde(skip, default = "internal")]
+    pub status: u16,
+}
+
+fn internal() -> u16 {
+    StatusCode::INTERNAL_SERVER_ERROR.as_u16()
+}
+
+impl ApiError {
+    /// An error with its HTTP status.
+    pub fn new(status: StatusCode, error: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { error: error.into(), hint: hint.into(), status: status.as_u16() }
+    }
+
+    /// There is no such instance.
+    pub fn no_instance(name: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            format!("there is no instance {name:?} on this host"),
+            "see `rswap ps`",
+        )
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, Json(self)).into_response()
+    }
+}
+
+/// The read-only routes over `board`.
+pub fn router(board: Board) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/instances", get(instances))
+        .route("/v1/profiles", get(profiles))
+        .route("/v1/pools", get(pools))
+        .route("/v1/plan", get(plan))
+        .route("/v1/migrations", get(migrations))
+        .route("/v1/decisions", get(decisions))
+        .route("/metrics", get(metrics_text))
+        .fallback(|| async {
+            ApiError::new(
+                StatusCode::NOT_FOUND,
+                "there is no such route",
+                "the routes are listed in docs/api.md",
+            )
+        })
+        .with_state(board)
+}
+
+async fn status(State(board): State<Board>) -> Response {
+    let now = UnixMillis::now();
+    let board = board.read();
+    let running = |m: &&super::MigrationView| matches!(m.state, MigrationState::Running { .. });
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "host": board.host,
+        "mode": board.mode,
+        "at": now,
+        "uptime_ms": now.since(board.started),
+        "windows": board.windows,
+        "last_window_work_us": board.last_window_work_us,
+        "instances": board.instances.len(),
+        "migrations_running": board.migrations.iter().filter(running).count(),
+        "migrations_done": board.migrations_done,
+        "migrations_failed": board.migrations_failed,
+        "swaps_done": board.swaps_done,
+        "swaps_failed": board.swaps_failed,
+        "probes": board.probes,
+        "programs": board.programs,
+    }))
+    .into_response()
+}
+
+async fn instances(State(board): State<Board>) -> Response {
+    let board = board.read();
+    Json(board.instances.values().map(|view| &view.instance).collect::<Vec<_>>()).into_response()
+}
+
+async fn profiles(State(board): State<Board>) -> Json<Vec<InstanceView>> {
+    Json(board.read().instances.values().cloned().collect())
+}
+
+async fn pools(State(board): State<Board>) -> Json<Vec<Pool>> {
+    Json(board.read().pools.clone())
+}
+
+async fn plan(State(board): State<Board>) -> Response {
+    Json(&board.read().plan).into_response()
+}
+
+async fn migrations(State(board): State<Board>) -> Response {
+    Json(&board.read().migrations).into_response()
+}
+
+#[derive(Deserialize)]
+struct DecisionsOf {
+    instance: InstanceName,
+}
+
+async fn decisions(
+    State(board): State<Board>,
+    query: Result<Query<DecisionsOf>, QueryRejection>,
+) -> Result<Json<Vec<Decision>>, ApiError> {
+    let Query(DecisionsOf { instance }) = query.map_err(|rejection| {
+        ApiError::new(
+            StatusCode::BAD_REQUEST,
+            format!("cannot read the query: {}", rejection.body_text()),
+            "ask for /v1/decisions?instance=NAME",
+        )
+    })?;
+    let board = board.read();
+    match board.decisions.get(&instance) {
+        Some(kept) => Ok(Json(kept.iter().cloned().collect())),
+        None if board.instances.contains_key(&instance) => Ok(Json(Vec::new())),
+        None => Err(ApiError::no_instance(instance.as_str())),
+    }
+}
+
+async fn metrics_text(
+    State(board): State<Board>,
+) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {
+    let text = metrics::encode(&board.read(), UnixMillis::now()).map_err(|error| {
+        ApiError::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("cannot encode the metrics: {error}"),
+            "try again",
+        )
+    })?;
+    Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text))
+}
