@@ -1,1 +1,486 @@
 //! The agent's configuration: TOML, with defaults that work.
+//!
+//! Everything is optional. A key that does not exist, a value of the wrong type and a value out of
+//! range are errors that name the file, the line and the key; nothing is silently ignored.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+
+use crate::{
+    forecast::Quantile,
+    pool::{CpuSet, cpu_list},
+};
+
+/// Read when no path is given and it exists.
+pub const DEFAULT_PATH: &str = "/etc/rswap/rswap.toml";
+
+/// Why a configuration could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error(
+        "cannot read the configuration {path}: check that it exists and is readable, or leave out --config"
+    )]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file was read, but something in it is wrong.
+    #[error("{path}:{line}: {key}: {message}")]
+    Invalid {
+        /// Which file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// The key, with its sections: `plan.threshold`, `pool[0].cpus`.
+        key: String,
+        /// What is wrong with it.
+        message: String,
+    },
+}
+
+/// The whole configuration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The agent itself.
+    pub agent: AgentConfig,
+    /// Where instances are plugged in.
+    pub network: NetworkConfig,
+    /// Live migration.
+    pub migrate: MigrateConfig,
+    /// What this host costs, as a whole.
+    pub this_host: ThisHostConfig,
+    /// The forecaster.
+    pub forecast: ForecastConfig,
+    /// The planner.
+    pub plan: PlanConfig,
+    /// Core sets and other hosts. Without a core set, one pool per core class is found.
+    #[serde(rename = "pool", deserialize_with = "pools")]
+    pub pools: Vec<PoolConfig>,
+}
+
+/// Whether plans are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Plan and explain, touch nothing.
+    #[default]
+    Observe,
+    /// Carry the plans out.
+    Act,
+}
+
+/// `[agent]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AgentConfig {
+    /// What this host is called in plans and offers.
+    pub host: String,
+    /// Runtime state. Under /run on purpose: no instance outlives a reboot.
+    pub state_dir: PathBuf,
+    /// Unix socket of the mutating calls.
+    pub control_socket: PathBuf,
+    /// Read-only HTTP.
+    pub status_address: SocketAddr,
+    /// Plan only, or act.
+    pub mode: Mode,
+    /// Length of a profile window, in milliseconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub window_ms: u64,
+    /// Directory under the cgroup v2 mount in which instances get theirs.
+    #[serde(deserialize_with = "cgroup_name")]
+    pub cgroup_parent: String,
+}
+
+impl Default for AgentConfig {
+    fn default() -> Self {
+        let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+        Self {
+            host: host.unwrap_or_else(|| "localhost".to_owned()),
+            state_dir: "/run/rswap".into(),
+            control_socket: "/run/rswap/control.sock".into(),
+            status_address: SocketAddr::from(([127, 0, 0, 1], 7790)),
+            mode: Mode::default(),
+            window_ms: 1000,
+            cgroup_parent: "rswap".to_owned(),
+        }
+    }
+}
+
+/// `[network]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// Bridge that instances with an address of their own are plugged into.
+    pub bridge: Option<String>,
+    /// Interface through which other hosts are reached.
+    pub uplink: Option<String>,
+}
+
+/// `[migrate]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MigrateConfig {
+    /// Where this host takes migrations. Not set: it takes none.
+    pub listen: Option<SocketAddr>,
+    /// How long an instance may stand still, in milliseconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub max_unavailability_ms: u64,
+    /// A migration that is not committed after so many seconds is rolled back.
+    #[serde(deserialize_with = "positive_integer")]
+    pub deadline_s: u64,
+    /// Memory for copies of sent pages, against which deltas are made.
+    pub cache_bytes: u64,
+    /// Pre-copy rounds at most.
+    #[serde(deserialize_with = "positive_u32")]
+    pub max_rounds: u32,
+    /// Compare digests of all memory on both sides before the commit.
+    pub verify: bool,
+}
+
+impl Default for MigrateConfig {
+    fn default() -> Self {
+        Self {
+            listen: None,
+            max_unavailability_ms: 100,
+            deadline_s: 120,
+            cache_bytes: 256 << 20,
+            max_rounds: 30,
+            verify: true,
+        }
+    }
+}
+
+/// `[this_host]`: what staying costs, so that other hosts can be compared with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ThisHostConfig {
+    /// Money per core and hour.
+    #[serde(deserialize_with = "non_negative")]
+    pub cost_per_core_hour: f64,
+    /// Money per GiB of memory and hour.
+    #[serde(deserialize_with = "non_negative")]
+    pub cost_per_gib_hour: f64,
+    /// Speed of a core, relative to the reference core.
+    #[serde(deserialize_with = "positive")]
+    pub performance: f64,
+    /// Cores that instances may use; all online ones if not set.
+    #[serde(deserialize_with = "optional_positive")]
+    pub cores: Option<f64>,
+    /// Memory that instances may use, in GiB; all of it if not set.
+    #[serde(deserialize_with = "optional_positive")]
+    pub memory_gib: Option<f64>,
+}
+
+impl Default for ThisHostConfig {
+    fn default() -> Self {
+        Self {
+            cost_per_core_hour: 0.04,
+            cost_per_gib_hour: 0.005,
+            performance: 1.0,
+            cores: None,
+            memory_gib: None,
+        }
+    }
+}
+
+/// `[forecast]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ForecastConfig {
+    /// How far ahead to forecast, in milliseconds.
+    #[serde(deserialize_with = "horizons")]
+    pub horizons_ms: Vec<u64>,
+    /// Outcomes of a horizon that must be known before plans may rest on it.
+    #[serde(deserialize_with = "positive_integer")]
+    pub min_seen: u64,
+}
+
+impl Default for ForecastConfig {
+    fn default() -> Self {
+        Self { horizons_ms: vec![5_000, 15_000, 30_000, 60_000], min_seen: 30 }
+    }
+}
+
+/// `[plan]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PlanConfig {
+    /// Alternatives are looked for when the score of the present pool is above this, in money per hour.
+    #[serde(deserialize_with = "finite")]
+    pub threshold: f64,
+    /// The optimization weight: what one unit of performance is worth, in money per hour.
+    #[serde(deserialize_with = "non_negative")]
+    pub weight: f64,
+    /// The quantile of the forecast that a pool must be able to give.
+    pub quantile: Quantile,
+    /// How much better another pool must be for a move that nothing forces, in money per hour.
+    #[serde(deserialize_with = "non_negative")]
+    pub hysteresis: f64,
+    /// Share of a pool that is left free: it counts as full before it is.
+    #[serde(deserialize_with = "share")]
+    pub headroom: f64,
+    /// Time after a move in which the instance stays, in milliseconds.
+    pub cool_down_ms: u64,
+    /// How far ahead plans look, and the time in which a move must pay for itself, in milliseconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub horizon_ms: u64,
+    /// What an hour of an instance's standing still costs, in money.
+    #[serde(deserialize_with = "non_negative")]
+    pub unavailability_cost_per_hour: f64,
+    /// Speed of the link to other hosts, in bytes per second, until it has been measured.
+    #[serde(deserialize_with = "positive")]
+    pub link_bytes_per_s: f64,
+}
+
+impl Default for PlanConfig {
+    fn default() -> Self {
+        Self {
+            threshold: 0.0,
+            weight: 0.02,
+            quantile: Quantile::P95,
+            hysteresis: 0.005,
+            headroom: 0.1,
+            cool_down_ms: 30_000,
+            horizon_ms: 60_000,
+            unavailability_cost_per_hour: 10.0,
+            link_bytes_per_s: 100e6,
+        }
+    }
+}
+
+/// One `[[pool]]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "RawPool")]
+pub struct PoolConfig {
+    /// Unique.
+    pub name: String,
+    /// What it is made of.
+    #[serde(flatten)]
+    pub kind: PoolKindConfig,
+    /// Money per core and hour.
+    pub cost_per_core_hour: f64,
+    /// Speed of a core, relative to the reference core.
+    pub performance: f64,
+}
+
+/// What a configured pool is made of.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum PoolKindConfig {
+    /// Cores of this host.
+    Cpu {
+        /// Which.
+        cpus: CpuSet,
+        /// Cores that may be used, where it is not all of them.
+        capacity_cores: Option<f64>,
+    },
+    /// Another host's agent.
+    Host {
+        /// Where it takes migrations.
+        host: SocketAddr,
+        /// Money per GiB of memory and hour.
+        cost_per_gib_hour: f64,
+        /// Cores that it offers.
+        cores: f64,
+        /// Memory that it offers, in GiB.
+        memory_gib: f64,
+    },
+}
+
+/// A `[[pool]]` as it stands in the file: which keys belong together is checked afterwards.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPool {
+    name: String,
+    #[serde(default, deserialize_with = "cpus")]
+    cpus: Option<CpuSet>,
+    host: Option<SocketAddr>,
+    #[serde(default, deserialize_with = "optional_non_negative")]
+    cost_per_core_hour: Option<f64>,
+    #[serde(default, deserialize_with = "optional_non_negative")]
+    cost_per_gib_hour: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    performance: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    capacity_cores: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    cores: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    memory_gib: Option<f64>,
+}
+
+impl TryFrom<RawPool> for PoolConfig {
+    type Error = String;
+
+    fn try_from(raw: RawPool) -> Result<Self, String> {
+        let name = raw.name;
+        if name.is_empty() {
+            return Err("a pool needs a name".to_owned());
+        }
+        let only = |other: &str, keys: &[(&str, bool)]| match keys.iter().find(|(_, present)| *present) {
+            Some((key, _)) => Err(format!("pool {name:?}: `{key}` belongs to {other} pools only")),
+            None => Ok(()),
+        };
+        let kind = match (raw.cpus, raw.host) {
+            (Some(cpus), None) => {
+                only(
+                    "host",
+                    &[
+                        ("cores", raw.cores.is_some()),
+                        ("memory_gib", raw.memory_gib.is_some()),
+                        ("cost_per_gib_hour", raw.cost_per_gib_hour.is_some()),
+                    ],
+                )?;
+                PoolKindConfig::Cpu { cpus, capacity_cores: raw.capacity_cores }
+            }
+            (None, Some(host)) => {
+                only("cpu", &[("capacity_cores", raw.capacity_cores.is_some())])?;
+                let needed = |key: &str, value: Option<f64>| {
+                    value.ok_or_else(|| {
+                        format!("pool {name:?}: a host pool needs `{key}`: what the host offers")
+                    })
+                };
+                PoolKindConfig::Host {
+                    host,
+                    cost_per_gib_hour: raw
+                        .cost_per_gib_hour
+                        .unwrap_or(ThisHostConfig::default().cost_per_gib_hour),
+                    cores: needed("cores", raw.cores)?,
+                    memory_gib: needed("memory_gib", raw.memory_gib)?,
+                }
+            }
+            _ => {
+                return Err(format!(
+                    "pool {name:?}: needs either `cpus = \"0-3\"` (cores of this host) or `host = \"ip:port\"` \
+                     (another agent), not both"
+                ));
+            }
+        };
+        let this_host = ThisHostConfig::default();
+        Ok(Self {
+            name,
+            kind,
+            cost_per_core_hour: raw.cost_per_core_hour.unwrap_or(this_host.cost_per_core_hour),
+            performance: raw.performance.unwrap_or(this_host.performance),
+        })
+    }
+}
+
+impl Config {
+    /// Reads `path`; without one, [`DEFAULT_PATH`] if it exists, and the defaults otherwise.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let chosen = path.unwrap_or(Path::new(DEFAULT_PATH));
+        match std::fs::read_to_string(chosen) {
+            Ok(text) => Self::parse(&text, chosen),
+            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            Err(source) => Err(ConfigError::Read { path: chosen.to_owned(), source }),
+        }
+    }
+
+    /// Reads a configuration's text; `path` is only for the error.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let invalid = |key: String, error: &toml::de::Error| ConfigError::Invalid {
+            path: path.to_owned(),
+            line: error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count()),
+            key: if key == "." { "syntax".to_owned() } else { key },
+            message: error.message().trim().replace('\n', "; "),
+        };
+        let document = toml::Deserializer::parse(text).map_err(|error| invalid(".".to_owned(), &error))?;
+        serde_path_to_error::deserialize(document)
+            .map_err(|error| invalid(error.path().to_string(), error.inner()))
+    }
+}
+
+fn checked<'de, D: Deserializer<'de>>(from: D, is: fn(f64) -> bool, wanted: &str) -> Result<f64, D::Error> {
+    let value = f64::deserialize(from)?;
+    if value.is_finite() && is(value) {
+        Ok(value)
+    } else {
+        Err(D::Error::custom(format!("{value} is not {wanted}")))
+    }
+}
+
+fn finite<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    checked(from, |_| true, "a finite number")
+}
+
+fn positive<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    checked(from, |value| value > 0.0, "above 0")
+}
+
+fn non_negative<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    checked(from, |value| value >= 0.0, "0 or above")
+}
+
+fn share<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    checked(from, |value| (0.0..1.0).contains(&value), "a share: 0 or above, and under 1")
+}
+
+fn optional_positive<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
+    positive(from).map(Some)
+}
+
+fn optional_non_negative<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
+    non_negative(from).map(Some)
+}
+
+fn positive_integer<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    match u64::deserialize(from)? {
+        0 => Err(D::Error::custom("0 is not possible here: use 1 or more")),
+        value => Ok(value),
+    }
+}
+
+fn positive_u32<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    u32::try_from(positive_integer(from)?).map_err(D::Error::custom)
+}
+
+fn cpus<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
+    let cpus = cpu_list::parse(&String::deserialize(from)?).map_err(D::Error::custom)?;
+    if cpus.is_empty() { Err(D::Error::custom("a CPU pool needs at least one CPU")) } else { Ok(Some(cpus)) }
+}
+
+fn horizons<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u64>, D::Error> {
+    let mut horizons = Vec::<u64>::deserialize(from)?;
+    horizons.sort_unstable();
+    horizons.dedup();
+    match horizons.first() {
+        None => Err(D::Error::custom("at least one horizon is needed")),
+        Some(0) => Err(D::Error::custom("a horizon of 0 ms is not a forecast")),
+        Some(_) if horizons.len() > 16 => Err(D::Error::custom("at most 16 horizons")),
+        Some(_) => Ok(horizons),
+    }
+}
+
+fn cgroup_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    let name = String::deserialize(from)?;
+    let plain = !name.is_empty() && name.split('/').all(|part| !["", ".", ".."].contains(&part));
+    if plain {
+        Ok(name)
+    } else {
+        Err(D::Error::custom("must be a path under the cgroup v2 mount, without `..`"))
+    }
+}
+
+fn pools<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PoolConfig>, D::Error> {
+    let pools = Vec::<PoolConfig>::deserialize(from)?;
+    let mut names = std::collections::BTreeSet::from(["this-host"]);
+    match pools.iter().find(|pool| !names.insert(pool.name.as_str())) {
+        Some(twice) => Err(D::Error::custom(format!("the pool name {:?} is taken", twice.name))),
+        None => Ok(pools),
+    }
+}
+
+#[cfg(test)]
+mod tests;

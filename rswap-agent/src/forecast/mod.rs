@@ -27,6 +27,32 @@ pub struct Quantiles {
     pub p99: f64,
 }
 
+/// Which of the [`Quantiles`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantile {
+    /// Exceeded in 50 % of windows.
+    P50,
+    /// Exceeded in 10 % of windows.
+    P90,
+    /// Exceeded in 5 % of windows.
+    P95,
+    /// Exceeded in 1 % of windows.
+    P99,
+}
+
+impl Quantiles {
+    /// The one that is asked for.
+    pub fn at(&self, quantile: Quantile) -> f64 {
+        match quantile {
+            Quantile::P50 => self.p50,
+            Quantile::P90 => self.p90,
+            Quantile::P95 => self.p95,
+            Quantile::P99 => self.p99,
+        }
+    }
+}
+
 /// What one instance will need of one resource, at one horizon.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DemandPoint {

@@ -1,5 +1,7 @@
 //! What there is to sit on: one view of core sets and hosts, with capacity, cost and performance.
 
+pub mod cpu_list;
+
 use std::{collections::BTreeSet, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,103 @@
+//! What a configuration may say, and what an error about it says.
+
+use super::*;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(text, Path::new("rswap.toml"))
+}
+
+fn error(text: &str) -> String {
+    parse(text).unwrap_err().to_string()
+}
+
+#[test]
+fn nothing_is_needed() {
+    let config = parse("").unwrap();
+    assert_eq!(config, Config::default());
+    assert_eq!(config.agent.mode, Mode::Observe);
+    assert_eq!(config.migrate.listen, None);
+}
+
+#[test]
+fn a_whole_file() {
+    let config = parse(
+        r#"
+        [agent]
+        host = "a"
+        mode = "act"
+        window_ms = 250
+        [migrate]
+        listen = "10.0.0.1:7791"
+        [forecast]
+        horizons_ms = [5000, 1000]
+        [plan]
+        quantile = "p99"
+        [[pool]]
+        name = "slow"
+        cpus = "0-1,3"
+        cost_per_core_hour = 0.01
+        performance = 0.5
+        [[pool]]
+        name = "b"
+        host = "10.0.0.2:7791"
+        cores = 4
+        memory_gib = 8
+        "#,
+    )
+    .unwrap();
+    assert_eq!(config.agent.mode, Mode::Act);
+    assert_eq!(config.forecast.horizons_ms, [1000, 5000]);
+    assert_eq!(config.plan.quantile, Quantile::P99);
+    assert_eq!(
+        config.pools[0].kind,
+        PoolKindConfig::Cpu { cpus: CpuSet::from([0, 1, 3]), capacity_cores: None }
+    );
+    assert!(matches!(config.pools[1].kind, PoolKindConfig::Host { cores: 4.0, memory_gib: 8.0, .. }));
+}
+
+#[test]
+fn errors_name_file_line_and_key() {
+    let unknown = error("[agent]\nhost = \"a\"\nwindow = 3\n");
+    assert!(unknown.starts_with("rswap.toml:3: agent.window: unknown field"), "{unknown}");
+
+    let wrong_type = error("[plan]\n\nthreshold = \"much\"\n");
+    assert!(wrong_type.starts_with("rswap.toml:3: plan.threshold: invalid type"), "{wrong_type}");
+
+    let out_of_range = error("[plan]\nheadroom = 1.5\n");
+    assert!(out_of_range.starts_with("rswap.toml:2: plan.headroom: 1.5 is not a share"), "{out_of_range}");
+
+    let mode = error("[agent]\nmode = \"guess\"\n");
+    assert!(mode.starts_with("rswap.toml:2: agent.mode: unknown variant"), "{mode}");
+
+    let syntax = error("[agent]\nhost = \n");
+    assert!(syntax.starts_with("rswap.toml:2: "), "{syntax}");
+}
+
+#[test]
+fn errors_in_pools_name_the_pool() {
+    let cpus = error("[[pool]]\nname = \"a\"\ncpus = \"0\"\n[[pool]]\nname = \"b\"\ncpus = \"3-1\"\n");
+    assert!(cpus.starts_with("rswap.toml:6: pool[1]"), "{cpus}");
+    assert!(cpus.contains("ends before it starts"), "{cpus}");
+
+    let both = error("[[pool]]\nname = \"a\"\ncpus = \"0\"\nhost = \"1.2.3.4:5\"\n");
+    assert!(both.contains("pool[0]") && both.contains("not both"), "{both}");
+
+    let half = error("[[pool]]\nname = \"a\"\nhost = \"1.2.3.4:5\"\ncores = 2\n");
+    assert!(half.contains("`memory_gib`"), "{half}");
+
+    let twice = error("[[pool]]\nname = \"a\"\ncpus = \"0\"\n[[pool]]\nname = \"a\"\ncpus = \"1\"\n");
+    assert!(twice.contains("pool") && twice.contains("is taken"), "{twice}");
+}
+
+#[test]
+fn a_named_file_must_exist() {
+    let error = Config::load(Some(Path::new("/nonexistent/rswap.toml"))).unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/rswap.toml"));
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_text_is_read_or_refused(text in ".{0,200}") {
+        let _ = parse(&text);
+    }
+}
