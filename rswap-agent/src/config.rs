@@ -236,6 +236,9 @@ pub struct PlanConfig {
     /// What an hour of an instance's standing still costs, in money.
     #[serde(deserialize_with = "non_negative")]
     pub unavailability_cost_per_hour: f64,
+    /// What a GiB sent to another host costs, in money.
+    #[serde(deserialize_with = "non_negative")]
+    pub cost_per_gib_sent: f64,
     /// Speed of the link to other hosts, in bytes per second, until it has been measured.
     #[serde(deserialize_with = "positive")]
     pub link_bytes_per_s: f64,
@@ -252,6 +255,7 @@ impl Default for PlanConfig {
             cool_down_ms: 30_000,
             horizon_ms: 60_000,
             unavailability_cost_per_hour: 10.0,
+            cost_per_gib_sent: 0.0005,
             link_bytes_per_s: 100e6,
         }
     }

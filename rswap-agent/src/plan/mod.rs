@@ -1,8 +1,31 @@
 //! Demand + pools -> [`Plan`]. Pure: no I/O, no clock.
+//!
+//! Each round, for each instance and pool kind: score the present pool; past the threshold, or when the forecast need
+//! exceeds what the present pool can give, compare every pool of the kind. A pool that cannot meet the need is dropped,
+//! with the reason. The lowest score wins, with the price of the move counted in. A move that nothing forces must beat
+//! the present pool by the hysteresis, and waits for the cool-down; a move that the need forces waits for neither,
+//! only for the back-off after a failure. Every candidate is kept with its numbers, whatever was decided.
+
+mod explain;
+mod ledger;
+mod planner;
+mod price;
+mod reason;
+pub mod score;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::UnixMillis;
+pub use explain::explain;
+pub use planner::Planner;
+pub use price::MovePrice;
+pub use reason::{Dropped, StayReason};
+pub use score::Terms;
+
+use crate::{
+    forecast::{Demand, Quantile},
+    instance::InstanceName,
+    units::UnixMillis,
+};
 
 /// What to do in this round, and why; every candidate with its numbers is kept.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -13,6 +36,111 @@ pub struct Plan {
     pub decisions: Vec<Decision>,
 }
 
-/// What was decided for one instance and one pool kind. (Skeleton: the plan room fills it.)
+/// Which kind of pool a move changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MoveKind {
+    /// Another core set of this host.
+    Cpu,
+    /// Another host.
+    Host,
+}
+
+/// What the planner needs to know about one instance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Decision {}
+pub struct InstanceView {
+    /// Which.
+    pub instance: InstanceName,
+    /// The CPU pool that it sits on; `None` while it may use every core.
+    pub cpu_pool: Option<String>,
+    /// Its forecast, CPU in reference cores (cores x the performance of the pool they were used on).
+    pub demand: Demand,
+    /// Cores in use now, of the pool it sits on.
+    pub cores: f64,
+    /// Memory in use now, in bytes.
+    pub resident_bytes: u64,
+    /// Bytes written per second, where writes are tracked.
+    pub dirty_bytes_per_s: Option<f64>,
+    /// The kinds of move that it can make at all.
+    pub movable: Vec<MoveKind>,
+}
+
+/// The need that a decision rests on, in reference cores and bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NeedUsed {
+    /// Mean of the medians over the horizon: what the money is reckoned with.
+    pub expected_cores: f64,
+    /// Highest value of `quantile` over the horizon: what a pool must be able to give.
+    pub limit_cores: f64,
+    /// As `expected_cores`, in bytes.
+    pub expected_bytes: u64,
+    /// As `limit_cores`, in bytes.
+    pub limit_bytes: u64,
+    /// Which quantile.
+    pub quantile: Quantile,
+}
+
+/// One pool, with its numbers for one instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Candidate {
+    /// Name of the pool.
+    pub pool: String,
+    /// ROS, in money per hour: lower is better.
+    pub score: f64,
+    /// What the score is made of.
+    pub terms: Terms,
+    /// What it costs to get there; `None` for the pool that it sits on.
+    pub move_price: Option<MovePrice>,
+    /// Score + the price of the move spread over the planning horizon, in money per hour: candidates are ranked by it.
+    pub total: f64,
+    /// Why it is out of the question, if it is.
+    pub dropped: Option<Dropped>,
+}
+
+/// What was decided for one instance and one pool kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    /// For whom.
+    pub instance: InstanceName,
+    /// About which kind of pool.
+    pub kind: MoveKind,
+    /// When.
+    pub at: UnixMillis,
+    /// The need that it rests on; `None` if the forecast has seen too little.
+    pub need: Option<NeedUsed>,
+    /// Milliseconds until the need exceeds what the present pool can give; `None` if it doesn't within the horizon.
+    pub crossing_in_ms: Option<u64>,
+    /// The present pool.
+    pub current: Option<Candidate>,
+    /// Every other pool of the kind, best first.
+    pub candidates: Vec<Candidate>,
+    /// The score above which alternatives are looked for, in money per hour.
+    pub threshold: f64,
+    /// The gain that an unforced move must exceed, in money per hour.
+    pub hysteresis: f64,
+    /// The result.
+    pub outcome: Outcome,
+}
+
+/// The result of a decision.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "outcome")]
+pub enum Outcome {
+    /// It stays where it is.
+    Stay {
+        /// Why.
+        reason: StayReason,
+    },
+    /// It moves.
+    Move {
+        /// To which pool.
+        to: String,
+        /// When to start, so that the move is done before the need is there.
+        start_by: UnixMillis,
+        /// Whether the need forces it, or only the score is better.
+        forced: bool,
+    },
+}
+
+#[cfg(test)]
+mod tests;

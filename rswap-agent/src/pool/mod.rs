@@ -1,6 +1,11 @@
 //! What there is to sit on: one view of core sets and hosts, with capacity, cost and performance.
 
 pub mod cpu_list;
+mod discover;
+mod usage;
+
+pub use discover::{THIS_HOST, discover};
+pub use usage::{overlap, with_usage};
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
@@ -68,4 +73,14 @@ pub enum PoolState {
         /// For people.
         reason: String,
     },
+}
+
+impl Pool {
+    /// The pool's CPUs, if it is a set of this host's cores.
+    pub fn cpus(&self) -> Option<&CpuSet> {
+        match &self.kind {
+            PoolKind::Cpu { cpus } => Some(cpus),
+            PoolKind::Host { .. } | PoolKind::ThisHost => None,
+        }
+    }
 }

@@ -1,0 +1,102 @@
+//! A decision in words and numbers, for people.
+
+use std::fmt::Write as _;
+
+use comfy_table::{Table, presets::UTF8_BORDERS_ONLY};
+
+use super::{Candidate, Decision, MoveKind, Outcome};
+
+/// The whole decision: the need it rests on, every pool with its numbers, the result and why.
+pub fn explain(decision: &Decision) -> String {
+    let kind = match decision.kind {
+        MoveKind::Cpu => "core pool",
+        MoveKind::Host => "host",
+    };
+    let result = match &decision.outcome {
+        Outcome::Stay { reason } => format!("stays: {reason}"),
+        Outcome::Move { to, start_by, forced } => {
+            let why = if *forced { "the present one can't meet the need" } else { "its score is better" };
+            format!("moves to {to} in {} ms: {why}", start_by.since(decision.at))
+        }
+    };
+    let mut text = format!("{} ({kind}) {result}\n", decision.instance);
+    // Writing to a String cannot fail.
+    if let Some(need) = &decision.need {
+        let _ = writeln!(
+            text,
+            "need: {:.3} reference cores expected, {:.3} at {:?}; memory {} MiB expected, {} MiB at {:?}",
+            need.expected_cores,
+            need.limit_cores,
+            need.quantile,
+            need.expected_bytes >> 20,
+            need.limit_bytes >> 20,
+            need.quantile,
+        );
+    }
+    match decision.crossing_in_ms {
+        Some(ms) => {
+            let _ = writeln!(text, "the need exceeds the present pool in {ms} ms");
+        }
+        None if decision.need.is_some() => {
+            let _ = writeln!(text, "the need stays within the present pool over the horizon");
+        }
+        None => {}
+    }
+    let rows: Vec<_> = decision.current.iter().chain(&decision.candidates).collect();
+    if !rows.is_empty() {
+        let mut table = Table::new();
+        table.load_preset(UTF8_BORDERS_ONLY);
+        table.set_header([
+            "pool",
+            "needs/has cores",
+            "demand x cost /h",
+            "performance x weight /h",
+            "ROS /h",
+            "move",
+            "total /h",
+            "remark",
+        ]);
+        for candidate in rows {
+            table.add_row(row(candidate));
+        }
+        let _ = writeln!(text, "{table}");
+        let _ = writeln!(
+            text,
+            "ROS = (predicted demand x current cost) - (current performance x weight), money per hour, lower is better; \
+             threshold {:.5}, margin for an unforced move {:.5}",
+            decision.threshold, decision.hysteresis,
+        );
+    }
+    text
+}
+
+fn row(candidate: &Candidate) -> Vec<String> {
+    let terms = &candidate.terms;
+    let (moving, remark) = match &candidate.move_price {
+        None => ("-".to_owned(), "here".to_owned()),
+        Some(price) => (
+            format!(
+                "{:.2} s, {} MiB, {:.0} ms still",
+                price.seconds,
+                price.bytes >> 20,
+                price.unavailability_ms
+            ),
+            String::new(),
+        ),
+    };
+    let remark = match &candidate.dropped {
+        Some(reason) if remark.is_empty() => format!("dropped: {reason}"),
+        Some(reason) => format!("{remark}; {reason}"),
+        None => remark,
+    };
+    vec![
+        candidate.pool.clone(),
+        format!("{:.2} / {:.2}", terms.limit_cores, terms.available_cores),
+        format!("{:.5}", terms.cost_per_hour),
+        format!("{:.3} x {:.4} = {:.5}", terms.performance, terms.weight, terms.performance * terms.weight),
+        format!("{:.5}", candidate.score),
+        moving,
+        format!("{:.5}", candidate.total),
+        remark,
+    ]
+}

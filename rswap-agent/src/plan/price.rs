@@ -1,0 +1,64 @@
+//! What a move costs: time, bytes, unavailability, and all of it as money.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Dropped, InstanceView, MoveKind};
+use crate::config::PlanConfig;
+
+/// Setting affinities takes milliseconds; this is generous.
+const CPU_MOVE_S: f64 = 0.05;
+/// Offer, freeze, verify and commit, next to the transfer itself.
+const HOST_FIXED_S: f64 = 1.0;
+/// Stand-still of a migration next to its last delta.
+const HOST_FIXED_UNAVAILABLE_S: f64 = 0.05;
+/// Pre-copy rounds after which the rest is taken to be sent in the stand-still.
+const ROUNDS: i32 = 5;
+/// Written / sent bytes above which pre-copy is not expected to end.
+const CONVERGES_BELOW: f64 = 0.8;
+
+/// What a move is expected to take, and its price.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MovePrice {
+    /// Duration.
+    pub seconds: f64,
+    /// Bytes sent.
+    pub bytes: u64,
+    /// Time in which the instance stands still, in milliseconds.
+    pub unavailability_ms: f64,
+    /// All of it, in money.
+    pub money: f64,
+}
+
+/// The price of a move to a pool that costs `cost_per_hour` for this instance; while it goes on, both are paid for.
+/// An estimate is given even where the move is not expected to end, so that the numbers can be shown.
+pub(super) fn price(
+    kind: MoveKind,
+    view: &InstanceView,
+    cost_per_hour: f64,
+    config: &PlanConfig,
+) -> (MovePrice, Option<Dropped>) {
+    let (seconds, bytes, unavailable_s, dropped) = match kind {
+        MoveKind::Cpu => (CPU_MOVE_S, 0.0, 0.0, None),
+        MoveKind::Host => {
+            let link = config.link_bytes_per_s;
+            // Untracked writes are unknown, not absent: a tenth of the link is assumed.
+            let dirty =
+                view.dirty_bytes_per_s.filter(|rate| rate.is_finite()).unwrap_or(link / 10.0).max(0.0);
+            // A round can't write more than the instance has: a small one always ends.
+            let ratio = dirty / link;
+            let resident = view.resident_bytes as f64;
+            let dropped = (ratio >= CONVERGES_BELOW)
+                .then_some(Dropped::WillNotConverge { dirty_bytes_per_s: dirty, link_bytes_per_s: link });
+            // Each round sends what was written during the one before: a geometric series.
+            let shrink = ratio.min(CONVERGES_BELOW);
+            let bytes = resident / (1.0 - shrink);
+            let last = resident * shrink.powi(ROUNDS);
+            (bytes / link + HOST_FIXED_S, bytes, HOST_FIXED_UNAVAILABLE_S + last / link, dropped)
+        }
+    };
+    let money = seconds / 3600.0 * cost_per_hour.max(0.0)
+        + bytes / (1u64 << 30) as f64 * config.cost_per_gib_sent
+        + unavailable_s / 3600.0 * config.unavailability_cost_per_hour;
+    let price = MovePrice { seconds, bytes: bytes as u64, unavailability_ms: unavailable_s * 1000.0, money };
+    (price, dropped)
+}

@@ -1,0 +1,122 @@
+//! Why an instance stays, and why a pool is out of the question.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Why an instance stays where it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "why")]
+pub enum StayReason {
+    /// The forecast is not calibrated yet.
+    TooLittleSeen {
+        /// Outcomes known.
+        seen: u64,
+        /// Outcomes needed.
+        needed: u64,
+    },
+    /// The present pool meets the need, and its score is not past the threshold.
+    UnderThreshold,
+    /// No other pool is better by the margin.
+    NothingBetter {
+        /// Gain of the best one, in money per hour, after the price of the move; `None` if every pool was dropped.
+        best_gain: Option<f64>,
+        /// Gain that it must exceed.
+        hysteresis: f64,
+    },
+    /// The need exceeds the present pool, and no other pool can meet it either.
+    NoPoolFits,
+    /// It moved a short while ago, and nothing forces another move.
+    CoolDown {
+        /// Milliseconds left.
+        left_ms: u64,
+    },
+    /// Its last move failed.
+    BackOff {
+        /// Failures in a row.
+        failures: u32,
+        /// Milliseconds left.
+        left_ms: u64,
+    },
+    /// A move of it is under way.
+    InFlight,
+    /// Another kind of move was decided in the same round, and comes first.
+    OtherMoveFirst,
+}
+
+impl fmt::Display for StayReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLittleSeen { seen, needed } => {
+                write!(f, "too little seen: {seen} of {needed} forecast outcomes")
+            }
+            Self::UnderThreshold => {
+                write!(f, "the present pool meets the need, and its score is under the threshold")
+            }
+            Self::NothingBetter { best_gain: Some(gain), hysteresis } => {
+                write!(
+                    f,
+                    "the best other pool gains {gain:.5}/h, which is not above the margin of {hysteresis:.5}/h"
+                )
+            }
+            Self::NothingBetter { best_gain: None, .. } => write!(f, "no other pool is possible"),
+            Self::NoPoolFits => write!(f, "the need exceeds the present pool, and no other pool can meet it"),
+            Self::CoolDown { left_ms } => write!(f, "cooling down after a move: {left_ms} ms left"),
+            Self::BackOff { failures, left_ms } => {
+                write!(f, "waiting after {failures} failed move(s): {left_ms} ms left")
+            }
+            Self::InFlight => write!(f, "a move is under way"),
+            Self::OtherMoveFirst => write!(f, "another kind of move comes first"),
+        }
+    }
+}
+
+/// Why a pool is out of the question for an instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "why")]
+pub enum Dropped {
+    /// The pool takes nobody.
+    Unavailable {
+        /// Why.
+        reason: String,
+    },
+    /// It cannot give the cores.
+    Cores {
+        /// Needed there.
+        needed: f64,
+        /// Left there.
+        available: f64,
+    },
+    /// It cannot give the memory.
+    Memory {
+        /// Needed there, in bytes.
+        needed_bytes: u64,
+        /// Left there, in bytes.
+        available_bytes: u64,
+    },
+    /// Memory is written faster than the link can send it.
+    WillNotConverge {
+        /// Written, in bytes per second.
+        dirty_bytes_per_s: f64,
+        /// Sent, in bytes per second.
+        link_bytes_per_s: f64,
+    },
+}
+
+impl fmt::Display for Dropped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unavailable { reason } => write!(f, "unavailable: {reason}"),
+            Self::Cores { needed, available } => write!(f, "needs {needed:.2} cores, has {available:.2}"),
+            Self::Memory { needed_bytes, available_bytes } => {
+                write!(f, "needs {} MiB, has {} MiB", needed_bytes >> 20, available_bytes >> 20)
+            }
+            Self::WillNotConverge { dirty_bytes_per_s, link_bytes_per_s } => write!(
+                f,
+                "writes {:.1} MB/s, the link sends {:.1} MB/s",
+                dirty_bytes_per_s / 1e6,
+                link_bytes_per_s / 1e6
+            ),
+        }
+    }
+}

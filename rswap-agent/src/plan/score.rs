@@ -1,0 +1,60 @@
+//! The Resource Optimization Score.
+//!
+//! ROS = (predicted demand x current cost) - (current performance x optimization weight), in **money per hour**; lower
+//! is better. The two products get the same unit like this (`docs/score.md` has the derivation):
+//!
+//! - predicted demand x current cost: cores of the pool x money per core and hour + GiB x money per GiB and hour.
+//!   Demand is forecast in reference cores; a pool of performance `p` needs `1/p` of its cores for each.
+//! - current performance: the work (expected reference cores) weighted with the speed at which the pool does it
+//!   (performance, 1.0 = reference) and with the share of the limit need that the pool can give. The optimization
+//!   weight is money per hour for one reference core of work done at reference speed.
+
+use serde::{Deserialize, Serialize};
+
+use super::NeedUsed;
+use crate::pool::Pool;
+
+/// What a score is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Terms {
+    /// Expected need, in cores of this pool.
+    pub expected_cores: f64,
+    /// Need that must be met, in cores of this pool.
+    pub limit_cores: f64,
+    /// Cores that this instance can have here.
+    pub available_cores: f64,
+    /// Expected memory, in GiB.
+    pub expected_gib: f64,
+    /// Predicted demand x current cost, in money per hour.
+    pub cost_per_hour: f64,
+    /// Current performance: reference cores of work x speed x share of the need that is met.
+    pub performance: f64,
+    /// The optimization weight, in money per hour and unit of performance.
+    pub weight: f64,
+}
+
+impl Terms {
+    /// ROS in money per hour: lower is better.
+    pub fn score(&self) -> f64 {
+        self.cost_per_hour - self.performance * self.weight
+    }
+}
+
+/// The terms of `pool` for an instance with `need` that can have `available_cores` of it.
+pub fn terms(need: &NeedUsed, pool: &Pool, available_cores: f64, weight: f64) -> Terms {
+    // The configuration refuses a performance of 0; a pool from elsewhere must not divide by it either.
+    let speed = pool.performance.max(1e-6);
+    let expected_cores = need.expected_cores / speed;
+    let limit_cores = need.limit_cores / speed;
+    let expected_gib = need.expected_bytes as f64 / (1u64 << 30) as f64;
+    let met = if limit_cores <= available_cores { 1.0 } else { available_cores.max(0.0) / limit_cores };
+    Terms {
+        expected_cores,
+        limit_cores,
+        available_cores,
+        expected_gib,
+        cost_per_hour: expected_cores * pool.cost_per_core_hour + expected_gib * pool.cost_per_gib_hour,
+        performance: need.expected_cores * pool.performance * met,
+        weight,
+    }
+}
