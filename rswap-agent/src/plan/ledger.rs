@@ -84,7 +84,7 @@ impl<'a> Ledger<'a> {
     pub(super) fn available(&self, index: usize, name: &InstanceName) -> (f64, u64) {
         let pool = &self.pools[index];
         let (mut cores, mut bytes) = self.foreign[index];
-        let others = self.entries.iter().map(|(other, entry)| (other, entry));
+        let others = self.entries.iter();
         let in_flight = self.in_flight.iter().map(|(other, entry)| (other, entry));
         for (_, entry) in others.chain(in_flight).filter(|(other, _)| *other != name) {
             let (share, memory) = match (&pool.kind, &entry.host) {
