@@ -1,6 +1,6 @@
 //! Makes a new machine ready. Each step is said, and a step that is already done is left out.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use anyhow::{Context, bail, ensure};
 use xshell::{Shell, cmd};
