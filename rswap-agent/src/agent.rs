@@ -1,1 +1,167 @@
 //! The wiring: it connects the rooms and decides nothing.
+//!
+//! ```text
+//! every window, on one thread:
+//!   registry -> profiler -> forecaster -> planner -> board (what is shown)
+//!                                            |
+//!                          mode act: swaps and migrations, each on a thread of its own
+//!                                            |
+//!                                      planner.moved / failed
+//! meanwhile, on the runtime's threads: status (HTTP, loopback), control (unix socket)
+//! ```
+//!
+//! On SIGTERM or SIGINT it takes no more work, waits for the moves under way up to [`DRAIN_WITHIN`], and ends.
+//! Instances keep running; the next agent finds them in the registry.
+
+mod commands;
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    time::{self, MissedTickBehavior},
+};
+
+use crate::{
+    config::{Config, Mode},
+    control::{self, ControlError},
+    instance::{InstanceError, launch::Place, registry::Registry},
+    pool::{Pool, PoolKind},
+    status::{self, Board, BoardState, StatusError},
+    units::UnixMillis,
+};
+
+/// How long moves under way may go on after the word to stop.
+pub const DRAIN_WITHIN: Duration = Duration::from_secs(30);
+
+/// Calls that wait for the wiring.
+const COMMANDS_WAITING: usize = 16;
+
+/// Why the agent could not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The runtime, a signal or a server failed.
+    #[error("cannot {attempted}")]
+    Io {
+        /// What was attempted.
+        attempted: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The status room.
+    #[error(transparent)]
+    Status(#[from] StatusError),
+    /// The control room.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The instance room.
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
+    /// No such host.
+    #[error("{host:?} is neither a host pool nor ADDRESS:PORT: the host pools are: {known}")]
+    NoHost {
+        /// As it was given.
+        host: String,
+        /// What there is.
+        known: String,
+    },
+}
+
+fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> AgentError {
+    move |source| AgentError::Io { attempted, source }
+}
+
+/// Where instances of this host live.
+pub fn place(config: &Config) -> Place {
+    Place {
+        state_dir: config.agent.state_dir.clone(),
+        cgroup_parent: config.agent.cgroup_parent.clone(),
+        bridge: config.network.bridge.clone(),
+    }
+}
+
+/// Where `host`, a host pool's name or `ADDRESS:PORT`, takes migrations.
+pub fn host_address(pools: &[Pool], host: &str) -> Result<SocketAddr, AgentError> {
+    let address = |pool: &Pool| match pool.kind {
+        PoolKind::Host { address } => Some(address),
+        PoolKind::Cpu { .. } | PoolKind::ThisHost => None,
+    };
+    let named = pools.iter().find(|pool| pool.name == host).and_then(address);
+    named.or_else(|| host.parse().ok()).ok_or_else(|| {
+        let known: Vec<_> = pools.iter().filter(|p| address(p).is_some()).map(|p| p.name.as_str()).collect();
+        AgentError::NoHost { host: host.to_owned(), known: known.join(", ") }
+    })
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+pub fn run(config: Config) -> Result<(), AgentError> {
+    // Two threads serve; the windows' work is done on this one.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(failed("start the runtime"))?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<(), AgentError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed("watch for SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("watch for SIGINT"))?;
+    let registry = Registry::open(&config.agent.state_dir)?;
+    let board = Board::new(BoardState {
+        host: config.agent.host.clone(),
+        mode: match config.agent.mode {
+            Mode::Observe => "observe".to_owned(),
+            Mode::Act => "act".to_owned(),
+        },
+        started: UnixMillis::now(),
+        ..BoardState::default()
+    });
+
+    let listener = status::bind(config.agent.status_address).await?;
+    let socket = control::bind(&config.agent.control_socket).await?;
+    let (stop, stopped) = watch::channel(false);
+    let stopping = |mut stopped: watch::Receiver<bool>| async move {
+        // An error says that the sender is gone: that is the end as well.
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    let (sender, mut commands) = mpsc::channel(COMMANDS_WAITING);
+    let serving_status = tokio::spawn(status::serve(listener, board.clone(), stopping(stopped.clone())));
+    let serving_control = tokio::spawn(control::serve(socket, board.clone(), sender, stopping(stopped)));
+    tracing::info!(
+        host = config.agent.host,
+        mode = ?config.agent.mode,
+        status = %config.agent.status_address,
+        control = %config.agent.control_socket.display(),
+        "rswap watches"
+    );
+
+    let mut wiring = commands::Wiring::new(&config, registry, board);
+    let mut windows = time::interval(Duration::from_millis(config.agent.window_ms));
+    windows.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = windows.tick() => wiring.window(UnixMillis::now()),
+            Some(command) = commands.recv() => wiring.command(command),
+        }
+    }
+    tracing::info!("stopping: instances keep running");
+    // Nobody is left to ask when the receiver is gone, and the servers see that it is over.
+    stop.send_replace(true);
+    drop(commands);
+    let served = async {
+        for server in [serving_status, serving_control] {
+            if let Ok(Err(error)) = server.await {
+                tracing::warn!(%error, "a server ended badly");
+            }
+        }
+    };
+    if time::timeout(DRAIN_WITHIN, served).await.is_err() {
+        tracing::warn!("callers are still connected: ending anyway");
+    }
+    Ok(())
+}

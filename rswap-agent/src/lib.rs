@@ -4,6 +4,7 @@
 //! [`agent`] sees them all. Rooms that decide ([`forecast`], [`plan`]) do no I/O and have no clock.
 
 pub mod agent;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod forecast;

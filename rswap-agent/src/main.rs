@@ -1,3 +1,5 @@
 //! `rswap`: the daemon and its command line.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    rswap_agent::cli::main()
+}

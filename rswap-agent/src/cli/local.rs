@@ -1,0 +1,167 @@
+//! The commands that work on the host themselves: `agent`, `run`, `check`, and the internal ones.
+
+use std::{net::Ipv4Addr, process::ExitCode, str::FromStr};
+
+use anyhow::{Context, bail};
+use tracing_subscriber::EnvFilter;
+
+use super::{
+    CheckArguments, InitArguments, RunArguments, Session, labels, print_json, runtime, table::table,
+};
+use crate::{
+    agent,
+    config::Config,
+    control::{RegisterRequest, client::ClientError},
+    instance::{
+        self, Instance, InstanceName, NetworkIdentity,
+        init::{InitOptions, Work},
+        launch::{self, LaunchSpec},
+        network::mac_for,
+        registry::Registry,
+    },
+    pool::{self, PoolKind},
+    tracee::{self, check::Severity},
+};
+
+/// `--net ADDRESS/PREFIX[,gw=ADDRESS]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct NetworkArgument(pub(super) NetworkIdentity);
+
+impl FromStr for NetworkArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong =
+            || format!("{text:?} is not ADDRESS/PREFIX[,gw=ADDRESS], such as 10.0.0.5/24,gw=10.0.0.1");
+        let (network, gateway) = match text.split_once(",gw=") {
+            Some((network, gateway)) => (network, Some(gateway.parse::<Ipv4Addr>().map_err(|_| wrong())?)),
+            None => (text, None),
+        };
+        let (address, prefix) = network.split_once('/').ok_or_else(wrong)?;
+        let address = address.parse().map_err(|_| wrong())?;
+        let prefix_len = prefix.parse().ok().filter(|bits| (1..=32).contains(bits)).ok_or_else(wrong)?;
+        Ok(Self(NetworkIdentity { address, prefix_len, gateway, mac: mac_for(address) }))
+    }
+}
+
+pub(super) fn agent(config: Config) -> anyhow::Result<ExitCode> {
+    let filter = EnvFilter::try_from_env("RSWAP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    agent::run(config)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A status as the shell shows it; what doesn't fit is a failure.
+fn exit_code(status: i32) -> ExitCode {
+    u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+pub(super) fn init(arguments: InitArguments) -> anyhow::Result<ExitCode> {
+    let work = match arguments.stub {
+        Some(pid) => Work::Stub(pid),
+        None => Work::Command(arguments.command),
+    };
+    let options = InitOptions { go: arguments.go, detach: arguments.detach, log: arguments.log, work };
+    Ok(exit_code(instance::init::run(options)?))
+}
+
+pub(super) fn run(session: &Session, arguments: RunArguments) -> anyhow::Result<ExitCode> {
+    let config = &session.config;
+    let name = match arguments.name {
+        Some(name) => name,
+        None => default_name(&arguments.command[0]),
+    };
+    let pool = arguments.pool.map(|pool| cpu_pool(config, pool)).transpose()?;
+    let spec = LaunchSpec {
+        name: name.clone(),
+        labels: labels::by_key(arguments.labels),
+        pool,
+        network: arguments.net.map(|NetworkArgument(identity)| identity),
+        detach: arguments.detach,
+        log: arguments.log,
+        command: arguments.command,
+    };
+    let status = launch::run(&agent::place(config), &spec)?;
+    if spec.detach {
+        tell_agent(session, name)?;
+    }
+    Ok(exit_code(status))
+}
+
+/// Lets the agent look at once. Without an agent the instance runs all the same, and is found when one starts.
+fn tell_agent(session: &Session, instance: InstanceName) -> anyhow::Result<()> {
+    let told =
+        runtime()?.block_on(session.client.post::<Instance>("/v1/register", &RegisterRequest { instance }));
+    match told {
+        Ok(_) => {}
+        Err(ClientError::Connect { .. }) => {
+            eprintln!("rswap: it runs, but no agent watches it: start `rswap agent`")
+        }
+        Err(error) => eprintln!("rswap: it runs, but the agent does not watch it yet: {error}"),
+    }
+    Ok(())
+}
+
+/// The command's file name as far as it can be a name, and our pid.
+fn default_name(command: &str) -> InstanceName {
+    let file = command.rsplit('/').next().unwrap_or_default().to_lowercase();
+    let plain: String =
+        file.chars().filter(|c| c.is_ascii_alphanumeric() || "._-".contains(*c)).take(40).collect();
+    let stem = plain.trim_start_matches(['.', '_', '-']);
+    let stem = if stem.is_empty() { "instance" } else { stem };
+    format!("{stem}-{}", std::process::id())
+        .parse()
+        .expect("only allowed characters are left, in an allowed order")
+}
+
+fn cpu_pool(config: &Config, name: String) -> anyhow::Result<(String, pool::CpuSet)> {
+    let pools = pool::discover(config);
+    match pools.iter().find(|pool| pool.name == name).map(|pool| &pool.kind) {
+        Some(PoolKind::Cpu { cpus }) => Ok((name, cpus.clone())),
+        Some(_) => bail!("{name:?} is not a CPU pool: start it here, and use `rswap migrate`"),
+        None => {
+            let known: Vec<_> =
+                pools.iter().filter(|p| p.cpus().is_some()).map(|p| p.name.as_str()).collect();
+            bail!("there is no pool {name:?}: the CPU pools of this host are {}", known.join(", "))
+        }
+    }
+}
+
+pub(super) fn check(session: &Session, arguments: &CheckArguments) -> anyhow::Result<ExitCode> {
+    let registry = Registry::open(&session.config.agent.state_dir)?;
+    let Some(instance) = registry.get(&arguments.instance)? else {
+        bail!("there is no instance {} on this host: see `rswap ps`", arguments.instance);
+    };
+    if let Some(host) = &arguments.host {
+        reach(&session.config, host)?;
+    }
+    let findings = tracee::check::check(&instance)?;
+    let refused = findings.iter().any(|finding| finding.severity == Severity::Refused);
+    let code = if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    if arguments.output.json {
+        print_json(&findings)?;
+        return Ok(code);
+    }
+    if !findings.is_empty() {
+        let mut rows = table(&["PID", "", "ITEM", "WHY, AND WHAT TO DO"]);
+        for finding in &findings {
+            let severity = match finding.severity {
+                Severity::Refused => "refused",
+                Severity::Lost => "lost",
+            };
+            rows.add_row([&finding.pid.to_string(), severity, &finding.item, &finding.reason]);
+        }
+        println!("{rows}");
+    }
+    println!("{} {}", instance.name, if refused { "can't migrate" } else { "can migrate" });
+    Ok(code)
+}
+
+/// Whether something listens where the host takes migrations.
+fn reach(config: &Config, host: &str) -> anyhow::Result<()> {
+    let address = agent::host_address(&pool::discover(config), host)?;
+    std::net::TcpStream::connect_timeout(&address, std::time::Duration::from_secs(3)).with_context(|| {
+        format!("cannot reach {host} at {address}: is migrate.listen set there, and an agent up?")
+    })?;
+    Ok(())
+}

@@ -1,0 +1,229 @@
+//! The command line: what a person types, and how the answers look.
+//!
+//! `run` and `check` work on the host themselves; the other commands ask the agent over its control
+//! socket. Whatever a script would want is there as `--json` too.
+
+mod change;
+mod labels;
+mod local;
+mod migrate;
+mod show;
+mod table;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
+
+use crate::{
+    config::Config,
+    control::client::{Client, Target},
+    instance::InstanceName,
+};
+use labels::Label;
+use local::NetworkArgument;
+
+/// Watches running Linux work with eBPF, forecasts its need, and moves it before the need arrives.
+#[derive(Debug, Parser)]
+#[command(name = "rswap", version, about, propagate_version = true)]
+struct Cli {
+    /// Configuration file [default: /etc/rswap/rswap.toml, if it exists]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The agent's control socket [default: agent.control_socket of the configuration]
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent, in the foreground
+    Agent,
+    /// Start a command as an instance; its exit status is the command's
+    Run(RunArguments),
+    /// Take over an existing cgroup v2 as an instance
+    Adopt(AdoptArguments),
+    /// List the instances, with their last window
+    Ps(Output),
+    /// List the pools
+    Pools(Output),
+    /// Show the last plan
+    Plan(Output),
+    /// Show why an instance is where it is: each kept decision, with all its numbers
+    Explain(ExplainArguments),
+    /// Move an instance to a CPU pool
+    Swap(SwapArguments),
+    /// Migrate an instance to another host
+    Migrate(MigrateArguments),
+    /// Name what a migration would not carry, without touching anything
+    Check(CheckArguments),
+    /// The first process of an instance's PID namespace
+    #[command(name = "__init", hide = true)]
+    Init(InitArguments),
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+struct Output {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct RunArguments {
+    /// Its name, unique on the host [default: the command's name and the pid]
+    #[arg(long)]
+    name: Option<InstanceName>,
+    /// A label; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    labels: Vec<Label>,
+    /// The CPU pool to start on
+    #[arg(long)]
+    pool: Option<String>,
+    /// Give it a network namespace with this address on the host's bridge
+    #[arg(long, value_name = "ADDRESS/PREFIX[,gw=ADDRESS]")]
+    net: Option<NetworkArgument>,
+    /// Return when it runs
+    #[arg(long)]
+    detach: bool,
+    /// Where its output goes
+    #[arg(long, value_name = "FILE", requires = "detach")]
+    log: Option<PathBuf>,
+    /// The command and its arguments
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct AdoptArguments {
+    /// The cgroup: an absolute path, or as `/proc/PID/cgroup` shows it
+    cgroup: PathBuf,
+    /// What to call it
+    #[arg(long)]
+    name: InstanceName,
+    /// A label; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    labels: Vec<Label>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct ExplainArguments {
+    /// Which instance
+    instance: InstanceName,
+    /// How many decisions, the latest last
+    #[arg(long, short = 'n', default_value_t = 3)]
+    last: usize,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct SwapArguments {
+    /// Which instance
+    instance: InstanceName,
+    /// To which CPU pool
+    pool: String,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct MigrateArguments {
+    /// Which instance
+    instance: InstanceName,
+    /// To which host: a host pool's name, or ADDRESS:PORT
+    host: String,
+    /// Print JSON, one event per line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct CheckArguments {
+    /// Which instance
+    instance: InstanceName,
+    /// A host pool that is looked up and reached too
+    host: Option<String>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct InitArguments {
+    #[arg(long)]
+    go: i32,
+    #[arg(long)]
+    detach: bool,
+    #[arg(long)]
+    log: Option<PathBuf>,
+    #[arg(long, conflicts_with = "command")]
+    stub: Option<i32>,
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+/// What every command needs.
+struct Session {
+    config: Config,
+    client: Client,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("rswap: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    // The init must stay as small as it can: no configuration, no runtime, no log.
+    if let Command::Init(arguments) = cli.command {
+        return local::init(arguments);
+    }
+    let config = Config::load(cli.config.as_deref())?;
+    let socket = cli.socket.unwrap_or_else(|| config.agent.control_socket.clone());
+    let session = Session { client: Client::new(Target::Socket(socket)), config };
+    match cli.command {
+        Command::Agent => local::agent(session.config),
+        Command::Run(arguments) => local::run(&session, arguments),
+        Command::Check(arguments) => local::check(&session, &arguments),
+        other => runtime()?.block_on(ask(&session, other)),
+    }
+}
+
+async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Ps(output) => show::ps(&session.client, output).await?,
+        Command::Pools(output) => show::pools(&session.client, output).await?,
+        Command::Plan(output) => show::plan(&session.client, output).await?,
+        Command::Explain(arguments) => show::explain(&session.client, &arguments).await?,
+        Command::Adopt(arguments) => change::adopt(&session.client, arguments).await?,
+        Command::Swap(arguments) => change::swap(&session.client, arguments).await?,
+        Command::Migrate(arguments) => return migrate::migrate(&session.client, arguments).await,
+        Command::Agent | Command::Run(_) | Command::Check(_) | Command::Init(_) => {
+            unreachable!("handled without the agent")
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")
+}
+
+fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

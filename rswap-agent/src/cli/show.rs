@@ -1,0 +1,105 @@
+//! `ps`, `pools`, `plan`, `explain`: what the agent knows, as tables.
+
+use super::{
+    ExplainArguments, Output, print_json,
+    table::{bytes, nanoseconds, or_dash, table},
+};
+use crate::{
+    control::client::Client,
+    plan::{self, Decision, Plan},
+    pool::{Pool, PoolKind, PoolState, cpu_list},
+    status::InstanceView,
+};
+
+pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
+    let views: Vec<InstanceView> = client.get("/v1/profiles").await?;
+    if output.json {
+        return print_json(&views);
+    }
+    let mut rows = table(&[
+        "NAME", "ORIGIN", "PID", "POOL", "ADDRESS", "CORES", "RESIDENT", "WAIT", "DIRTY/S", "COMMAND",
+    ]);
+    for view in &views {
+        let instance = &view.instance;
+        let profile = view.profile.as_ref();
+        let wait = profile.map(|p| &p.cpu.run_queue_ns).filter(|queue| queue.count > 0);
+        rows.add_row([
+            instance.name.to_string(),
+            format!("{:?}", instance.origin).to_lowercase(),
+            or_dash(instance.init_pid.map(|pid| pid.to_string())),
+            or_dash(instance.pool.clone()),
+            or_dash(instance.network.as_ref().map(|network| network.address.to_string())),
+            or_dash(profile.map(|p| format!("{:.2}", p.cpu.cores))),
+            or_dash(profile.map(|p| bytes(p.memory.resident_bytes as f64))),
+            or_dash(wait.map(|queue| nanoseconds(queue.sum as f64 / queue.count as f64))),
+            or_dash(profile.and_then(|p| p.memory.dirty_bytes_per_s).map(bytes)),
+            instance.command.join(" "),
+        ]);
+    }
+    println!("{rows}");
+    Ok(())
+}
+
+pub(super) async fn pools(client: &Client, output: Output) -> anyhow::Result<()> {
+    let pools: Vec<Pool> = client.get("/v1/pools").await?;
+    if output.json {
+        return print_json(&pools);
+    }
+    let mut rows =
+        table(&["NAME", "KIND", "CORES", "MEMORY", "COST/CORE/H", "COST/GIB/H", "PERFORMANCE", "STATE"]);
+    for pool in &pools {
+        let kind = match &pool.kind {
+            PoolKind::Cpu { cpus } => format!("cpus {}", cpu_list::format(cpus)),
+            PoolKind::Host { address } => format!("host {address}"),
+            PoolKind::ThisHost => "this host".to_owned(),
+        };
+        let memory = (pool.capacity.memory_bytes > 0).then(|| {
+            format!("{} / {}", bytes(pool.used.memory_bytes as f64), bytes(pool.capacity.memory_bytes as f64))
+        });
+        rows.add_row([
+            pool.name.clone(),
+            kind,
+            format!("{:.2} / {:.2}", pool.used.cores, pool.capacity.cores),
+            or_dash(memory),
+            pool.cost_per_core_hour.to_string(),
+            pool.cost_per_gib_hour.to_string(),
+            pool.performance.to_string(),
+            match &pool.state {
+                PoolState::Ready => "ready".to_owned(),
+                PoolState::Unavailable { reason } => reason.clone(),
+            },
+        ]);
+    }
+    println!("{rows}");
+    Ok(())
+}
+
+pub(super) async fn plan(client: &Client, output: Output) -> anyhow::Result<()> {
+    let made: Plan = client.get("/v1/plan").await?;
+    if output.json {
+        return print_json(&made);
+    }
+    if made.decisions.is_empty() {
+        println!("nothing to decide yet: no instance has a forecast (see `rswap ps`)");
+    }
+    for decision in &made.decisions {
+        println!("{}", plan::explain(decision));
+    }
+    Ok(())
+}
+
+pub(super) async fn explain(client: &Client, arguments: &ExplainArguments) -> anyhow::Result<()> {
+    let path = format!("/v1/decisions?instance={}", arguments.instance);
+    let kept: Vec<Decision> = client.get(&path).await?;
+    let last = &kept[kept.len().saturating_sub(arguments.last)..];
+    if arguments.output.json {
+        return print_json(&last);
+    }
+    if last.is_empty() {
+        println!("nothing was decided about {} yet: it needs a forecast first", arguments.instance);
+    }
+    for decision in last {
+        println!("{}", plan::explain(decision));
+    }
+    Ok(())
+}
