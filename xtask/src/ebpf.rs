@@ -107,7 +107,8 @@ fn choose(nightly: bool, debian: bool) -> Result<Toolchain> {
     }
 }
 
-fn nightly_has_source() -> bool {
+/// Whether rustup has a nightly compiler with the source of `core`.
+pub(crate) fn nightly_has_source() -> bool {
     let output = Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]).output();
     output.is_ok_and(|output| output.status.success() && sysroot_has_source(&output.stdout))
 }

@@ -1,9 +1,74 @@
 //! The project's own commands: set up, build, run, demonstrate, test.
+//!
+//! `cargo xtask setup` makes a new machine ready; `build`, `demo` and `test` call it themselves, so
+//! that one command is enough on a new machine. Every step is said before it is taken.
 
+mod compile;
+mod daemon;
 mod ebpf;
+mod setup;
+mod suite;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "rswap's own commands")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing: system packages, eBPF toolchain, bpf-linker, the demo's Redis
+    Setup,
+    /// Build the eBPF programs and the agent
+    Build {
+        /// Optimised
+        #[arg(long)]
+        release: bool,
+    },
+    /// Run the daemon on this host, with the default configuration unless arguments say otherwise
+    Run {
+        /// Passed on to `rswap agent`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Which kernel features are there, and what each lack costs
+    Doctor,
+    /// Formatting, lints, unit tests and the scenarios on real programs
+    Test {
+        /// Only the scenario files whose name contains this text (no formatting, no lints, no unit tests)
+        #[arg(long)]
+        only: Option<String>,
+    },
+    /// Two hosts, a Redis under load, a core swap and a migration before the peak: live, then checked
+    Demo,
+}
 
 fn main() -> anyhow::Result<()> {
-    let object = ebpf::build(true)?;
-    println!("{}", object.display());
-    Ok(())
+    match Cli::parse().command {
+        Command::Setup => setup::run(),
+        Command::Build { release } => {
+            setup::run()?;
+            compile::everything(release).map(drop)
+        }
+        Command::Run { arguments } => daemon::run(&arguments),
+        Command::Doctor => daemon::doctor(),
+        Command::Test { only } => suite::run(only.as_deref()),
+        Command::Demo => daemon::demo(),
+    }
+}
+
+/// The workspace's directory: where every path of the project starts.
+pub(crate) fn project_root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}
+
+/// Says a step before it is taken.
+pub(crate) fn step(what: &str) {
+    println!("==> {what}");
 }

@@ -1,0 +1,259 @@
+//! `cargo xtask test`: everything that has to hold, from formatting to migrations of real programs.
+//!
+//! The test binaries are built once, by one cargo call over the whole workspace, and then started
+//! from here: a second call with another choice of packages would build the dependencies again.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+use serde::Deserialize;
+use xshell::{Shell, cmd};
+
+use crate::{compile, project_root, setup, step};
+
+/// No test binary runs longer than this; a migration that hangs must not hang the build.
+const BINARY_DEADLINE: Duration = Duration::from_secs(300);
+
+/// Runs the suite, or only the scenario files whose name contains `only`.
+pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
+    let started = Instant::now();
+    setup::run()?;
+    let shell = Shell::new()?;
+    shell.change_dir(project_root());
+    let bin_dir = compile::everything(false)?;
+    let mut failures = Vec::new();
+    if only.is_none() {
+        checks(&shell, &mut failures);
+    }
+    step("Building the tests");
+    let binaries = test_binaries()?;
+    let mut total = Counts::default();
+    for binary in &binaries {
+        let chosen = only.is_none_or(|text| binary.scenario && binary.name.contains(text));
+        if !chosen {
+            continue;
+        }
+        step(&format!("{} {}", if binary.scenario { "Scenarios:" } else { "Unit tests:" }, binary.name));
+        let counts = run_binary(binary, &bin_dir)?;
+        if counts.failed > 0 {
+            failures.push(binary.name.clone());
+        }
+        total.add(&counts);
+    }
+    if !failures.is_empty() {
+        println!("\nfailed: {}", failures.join(", "));
+    }
+    println!("took {} s", started.elapsed().as_secs());
+    println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
+    ensure!(failures.is_empty(), "{} of the steps failed", failures.len());
+    Ok(())
+}
+
+/// Formatting, lints and licences. All are run, so that one run says everything that is wrong.
+fn checks(shell: &Shell, failures: &mut Vec<String>) {
+    let mut check = |name: &str, command: xshell::Cmd<'_>| {
+        step(name);
+        if let Err(error) = command.run() {
+            eprintln!("{error}");
+            failures.push(name.to_owned());
+        }
+    };
+    check("Formatting", cmd!(shell, "cargo fmt --all --check"));
+    if project_root().join("rswap-ebpf/Cargo.toml").exists() {
+        check(
+            "Formatting of the eBPF programs",
+            cmd!(shell, "cargo fmt --manifest-path rswap-ebpf/Cargo.toml --check"),
+        );
+    }
+    check("Lints", cmd!(shell, "cargo clippy --workspace --all-targets --locked -- -D warnings"));
+    if cmd!(shell, "cargo deny --version").quiet().ignore_stderr().read().is_ok() {
+        check(
+            "Licences and sources of the dependencies",
+            cmd!(shell, "cargo deny check licenses bans sources"),
+        );
+    } else {
+        step(
+            "Licences and sources of the dependencies: not checked, cargo-deny is not installed (cargo install cargo-deny)",
+        );
+    }
+}
+
+/// A compiled test binary.
+struct TestBinary {
+    name: String,
+    path: PathBuf,
+    package_dir: PathBuf,
+    scenario: bool,
+}
+
+#[derive(Deserialize)]
+struct CargoMessage {
+    reason: String,
+    executable: Option<PathBuf>,
+    manifest_path: Option<PathBuf>,
+    target: Option<CargoTarget>,
+    profile: Option<CargoProfile>,
+}
+
+#[derive(Deserialize)]
+struct CargoTarget {
+    name: String,
+    kind: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct CargoProfile {
+    test: bool,
+}
+
+/// Compiles all tests; unit tests come first, since they fail fastest.
+fn test_binaries() -> anyhow::Result<Vec<TestBinary>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["test", "--workspace", "--locked", "--no-run", "--message-format=json-render-diagnostics"])
+        .current_dir(project_root())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    ensure!(output.status.success(), "the tests do not compile");
+    let mut binaries = Vec::new();
+    for line in output.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+        let message: CargoMessage =
+            serde_json::from_slice(line).context("cargo said something unexpected")?;
+        let (Some(path), Some(manifest), Some(target), Some(profile)) =
+            (message.executable, message.manifest_path, message.target, message.profile)
+        else {
+            continue;
+        };
+        if message.reason != "compiler-artifact" || !profile.test {
+            continue;
+        }
+        let package_dir = manifest.parent().unwrap_or(Path::new(".")).to_owned();
+        let scenario =
+            package_dir == project_root().join("tests") && target.kind.iter().any(|kind| kind == "test");
+        let package = package_dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = if scenario { target.name } else { format!("{package}/{}", target.name) };
+        binaries.push(TestBinary { name, path, package_dir, scenario });
+    }
+    ensure!(!binaries.is_empty(), "cargo named no test binary");
+    binaries.sort_by(|a, b| (a.scenario, &a.name).cmp(&(b.scenario, &b.name)));
+    Ok(binaries)
+}
+
+/// What a test binary's own summary said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+/// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; ...`.
+fn parse_summary(line: &str) -> Option<Counts> {
+    let (_, numbers) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let mut counts = Counts::default();
+    for part in numbers.split("; ") {
+        match part.split_once(' ') {
+            Some((number, "passed")) => counts.passed = number.parse().ok()?,
+            Some((number, "failed")) => counts.failed = number.parse().ok()?,
+            Some((number, "ignored")) => counts.skipped = number.parse().ok()?,
+            _ => {}
+        }
+    }
+    Some(counts)
+}
+
+/// Runs one test binary, passing its output on, and stops it if it hangs.
+fn run_binary(binary: &TestBinary, bin_dir: &Path) -> anyhow::Result<Counts> {
+    use std::os::unix::process::CommandExt;
+    let skip_log = compile::target_dir().join("skipped.log");
+    fs::write(&skip_log, "").with_context(|| format!("cannot write {}", skip_log.display()))?;
+    let mut command = Command::new(&binary.path);
+    command
+        .current_dir(&binary.package_dir)
+        .env("RSWAP_BIN_DIR", bin_dir)
+        // A test that finds that it cannot run here writes a line to this file.
+        .env("RSWAP_SKIP_LOG", &skip_log)
+        .stdout(Stdio::piped())
+        .process_group(0);
+    if binary.scenario {
+        // Scenarios measure time and use the machine's cores and cgroups: one at a time.
+        command.arg("--test-threads=1");
+    }
+    let mut child = command.spawn().with_context(|| format!("cannot start {}", binary.path.display()))?;
+    let stdout = child.stdout.take().context("the test binary has no output")?;
+    let (sender, lines) = mpsc::channel();
+    let reader = thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    let deadline = Instant::now() + BINARY_DEADLINE;
+    let mut summary = None;
+    loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                summary = parse_summary(&line).or(summary);
+                println!("{line}");
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                println!("{} did not end within {} s: killed", binary.name, BINARY_DEADLINE.as_secs());
+                let group = Pid::from_raw(i32::try_from(child.id()).context("a pid that is no pid")?);
+                killpg(group, Signal::SIGKILL).context("cannot kill the test that hangs")?;
+                break;
+            }
+        }
+    }
+    let status = child.wait().context("cannot wait for the test binary")?;
+    // What the killed test left running may hold the pipe open: the reader is not waited for then.
+    if summary.is_some() {
+        reader.join().ok();
+    }
+    let mut counts = summary.unwrap_or_default();
+    if !status.success() && counts.failed == 0 {
+        counts.failed = 1;
+    }
+    let skips = fs::read_to_string(&skip_log).unwrap_or_default();
+    for skip in skips.lines() {
+        println!("skipped: {skip}");
+        // The test itself could only return, so its runner counted it among those that passed.
+        counts.skipped += 1;
+        counts.passed = counts.passed.saturating_sub(1);
+    }
+    Ok(counts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_runners_summary() {
+        let line = "test result: FAILED. 12 passed; 1 failed; 2 ignored; 0 measured; 3 filtered out; finished in 0.01s";
+        assert_eq!(parse_summary(line), Some(Counts { passed: 12, failed: 1, skipped: 2 }));
+        assert_eq!(parse_summary("test tests::it ... ok"), None);
+    }
+}
