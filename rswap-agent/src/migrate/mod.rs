@@ -1,7 +1,112 @@
 //! A host as a pool: write tracking, delta codec, wire frames, source, destination, verify, journal.
+//!
+//! ```text
+//! source                                        destination
+//!   offer     Hello, Offer  ------------------>   prepare: compare, make a stub
+//!             <------------------ Accept/Refuse
+//!   transfer  Layout, Discard, Pages, RoundEnd ->  apply, write, read back
+//!             <------------------------ RoundAck   (again until little is written)
+//!   snapshot  freeze; last delta, Image -------->  restore, all but running
+//!   verify    <----------------------- Verified   digests of all memory and of the image
+//!   COMMIT    journal; Commit ------------------>  journal; run
+//!   end       <---------------------- Activated
+//!             destroy
+//! ```
+//!
+//! Before the commit is journalled at the source, any failure thaws the source, and the destination
+//! forgets what it built. Afterwards the source is never let go: if the destination's answer doesn't
+//! come, it stays frozen and the error says so ([`MigrateError::InDoubt`]). The destination runs only what
+//! it has verified and only after it has read the commit, so there are never two running copies.
 
+pub mod cache;
+pub mod codec;
+pub mod converge;
+pub mod destination;
+pub mod digest;
+pub mod journal;
 pub mod linux_destination;
 pub mod linux_source;
+pub mod progress;
+pub mod source;
 pub mod traits;
+pub mod wire;
 
+#[cfg(test)]
+mod tests;
+
+pub use progress::{Phase, Progress, Report};
 pub use traits::{DestinationTask, PAGE_SIZE, PageRange, SourceTask, TaskError, Written};
+
+/// Why a migration did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// Talking to the peer failed.
+    #[error("the link to the peer failed while {doing}")]
+    Link {
+        /// In which phase.
+        doing: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The peer sent something that it must not send.
+    #[error("the peer broke the protocol while {doing}: {problem}")]
+    Protocol {
+        /// In which phase.
+        doing: &'static str,
+        /// What was wrong.
+        problem: String,
+    },
+    /// The peer said no, or had a failure.
+    #[error("the peer refused while {doing}: {reason}")]
+    Peer {
+        /// In which phase.
+        doing: &'static str,
+        /// Its words.
+        reason: String,
+    },
+    /// Our own instance could not be read, frozen or built.
+    #[error("the instance failed while {doing}")]
+    Task {
+        /// In which phase.
+        doing: &'static str,
+        /// Why.
+        source: TaskError,
+    },
+    /// The two copies are not the same.
+    #[error("the copy at the destination is not the same: digest {there:032x} there, {here:032x} here")]
+    Digest {
+        /// Ours.
+        here: u128,
+        /// The peer's.
+        there: u128,
+    },
+    /// Memory is written faster than it can be sent.
+    #[error(
+        "it does not converge: after {rounds} rounds {expected_ms:.0} ms of unavailability are expected and \
+         {allowed_ms} allowed; try when less is written, or raise migrate.max_unavailability_ms"
+    )]
+    NotConverging {
+        /// How many rounds were made.
+        rounds: u32,
+        /// Milliseconds of unavailability to be expected.
+        expected_ms: f64,
+        /// Milliseconds allowed.
+        allowed_ms: u64,
+    },
+    /// It took too long.
+    #[error("not committed within {0} s (migrate.deadline_s): rolled back")]
+    Deadline(u64),
+    /// The journal could not be written.
+    #[error("writing the journal {path}")]
+    Journal {
+        /// Which file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The commit was sent, and the destination's answer did not come: only it knows whether it runs.
+    #[error(
+        "in doubt: the commit was sent and not answered; the source stays frozen: look at the destination"
+    )]
+    InDoubt(#[source] Box<MigrateError>),
+}

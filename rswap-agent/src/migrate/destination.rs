@@ -1,0 +1,191 @@
+//! The side at which an instance arrives.
+
+use std::{
+    io::{Read, Write},
+    path::Path,
+};
+
+use super::{
+    MigrateError, codec,
+    digest::MemoryDigest,
+    journal::{Journal, Role, State},
+    traits::{DestinationTask, PAGE_SIZE, TaskError},
+    wire::{self, Frame, Hello, Tag, WireError},
+};
+
+/// Takes an instance from `stream` and lets it run here. Returns when it runs.
+///
+/// # Errors
+/// Nothing of it is left here, with one exception: an error after the commit, which the journal shows.
+pub fn run<S: Read + Write, T: DestinationTask>(
+    stream: S,
+    task: &mut T,
+    journal_dir: &Path,
+    name: &str,
+) -> Result<(), MigrateError> {
+    let journal = Journal::begin(journal_dir, name, Role::Destination)?;
+    let mut destination =
+        Destination { stream, task, doing: "offering", digest: MemoryDigest::default(), fresh: Vec::new() };
+    let committed = destination.until_commit().and_then(|()| journal.record(State::Committed));
+    if let Err(error) = committed {
+        destination.roll_back(&error);
+        journal.finish();
+        return Err(error);
+    }
+    destination.activate()?;
+    journal.finish();
+    Ok(())
+}
+
+struct Destination<'a, S, T> {
+    stream: S,
+    task: &'a mut T,
+    doing: &'static str,
+    digest: MemoryDigest,
+    /// Pages that came and were not read back yet.
+    fresh: Vec<(u32, u64)>,
+}
+
+impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
+    /// Everything before the commit: any failure leaves nothing here.
+    fn until_commit(&mut self) -> Result<(), MigrateError> {
+        self.offer()?;
+        let image = self.transfer()?;
+        self.verify(&image)?;
+        self.doing = "waiting for the commit";
+        self.expect(Tag::Commit).map(|_| ())
+    }
+
+    fn offer(&mut self) -> Result<(), MigrateError> {
+        let theirs = self.expect(Tag::Hello)?;
+        let theirs = postcard::from_bytes(&theirs).map_err(|_| self.broken("a malformed Hello".into()))?;
+        wire::negotiate(&Hello::ours(), &theirs).map_err(|reason| self.broken(reason))?;
+        self.send(Tag::Hello, &postcard::to_stdvec(&Hello::ours()).unwrap_or_default())?;
+        let requirements = self.expect(Tag::Offer)?;
+        self.task.prepare(&requirements).map_err(self.task_failed())?;
+        self.send(Tag::Accept, &[])
+    }
+
+    /// Takes rounds of memory until the image comes, which is returned.
+    fn transfer(&mut self) -> Result<Vec<u8>, MigrateError> {
+        self.doing = "copying memory";
+        loop {
+            let Frame { tag, payload } = self.receive()?;
+            match tag {
+                Tag::Layout => self.task.apply_layout(&payload).map_err(self.task_failed())?,
+                Tag::Discard => self.discard(&payload)?,
+                Tag::Pages => self.take_pages(&payload)?,
+                Tag::RoundEnd => {
+                    self.read_back()?;
+                    self.send(Tag::RoundAck, &[])?;
+                }
+                Tag::Image => return Ok(payload),
+                other => return Err(self.broken(format!("{other:?} came during the transfer"))),
+            }
+        }
+    }
+
+    fn discard(&mut self, payload: &[u8]) -> Result<(), MigrateError> {
+        // Pages that were sent before are part of no digest once they are gone.
+        self.read_back()?;
+        for range in wire::parse_ranges(payload).map_err(|error| self.wire(error))? {
+            self.digest.discard(&range);
+            self.task.discard(&range).map_err(self.task_failed())?;
+        }
+        Ok(())
+    }
+
+    fn take_pages(&mut self, payload: &[u8]) -> Result<(), MigrateError> {
+        let mut page = [0; PAGE_SIZE];
+        for record in wire::parse_pages(payload).map_err(|error| self.wire(error))? {
+            let (space, addr) = (record.space, record.addr);
+            if record.encoding == codec::Encoding::Delta {
+                self.task.read(space, addr, &mut page).map_err(self.task_failed())?;
+            }
+            codec::decode(record.encoding, record.data, &mut page)
+                .map_err(|error| self.broken(error.to_string()))?;
+            self.task.write(space, addr, &page).map_err(self.task_failed())?;
+            self.fresh.push((space, addr));
+        }
+        Ok(())
+    }
+
+    /// Reads what came from the memory that it was written to: the digest is of what is really there.
+    fn read_back(&mut self) -> Result<(), MigrateError> {
+        let mut page = [0; PAGE_SIZE];
+        for (space, addr) in std::mem::take(&mut self.fresh) {
+            self.task.read(space, addr, &mut page).map_err(self.task_failed())?;
+            self.digest.set(space, addr, &page);
+        }
+        Ok(())
+    }
+
+    fn verify(&mut self, image: &[u8]) -> Result<(), MigrateError> {
+        self.doing = "restoring";
+        // Before the task is restored: from then on the kernel writes to its memory, too.
+        self.read_back()?;
+        self.task.restore(image).map_err(self.task_failed())?;
+        self.doing = "verifying";
+        let digest = self.digest.with_image(image);
+        self.send(Tag::Verified, &digest.to_le_bytes())
+    }
+
+    fn activate(&mut self) -> Result<(), MigrateError> {
+        self.doing = "activating";
+        self.task.activate().map_err(self.task_failed())?;
+        self.send(Tag::Activated, &[])
+    }
+
+    fn roll_back(&mut self, error: &MigrateError) {
+        if let Err(error) = self.task.abandon() {
+            tracing::error!(%error, "a failed arrival could not be removed");
+        }
+        let mut reason = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(error) = cause {
+            reason = format!("{reason}: {error}");
+            cause = error.source();
+        }
+        reason.truncate(reason.floor_char_boundary(Tag::Abort.limit()));
+        // The peer may be what failed; it finds out by the closed link, too.
+        let _ = self.send(Tag::Abort, reason.as_bytes());
+    }
+
+    fn send(&mut self, tag: Tag, payload: &[u8]) -> Result<(), MigrateError> {
+        wire::write_frame(&mut self.stream, tag, payload).map_err(|error| self.wire(error))?;
+        let doing = self.doing;
+        self.stream.flush().map_err(|source| MigrateError::Link { doing, source })
+    }
+
+    fn receive(&mut self) -> Result<Frame, MigrateError> {
+        let frame = wire::read_frame(&mut self.stream).map_err(|error| self.wire(error))?;
+        if frame.tag == Tag::Abort {
+            let reason = String::from_utf8_lossy(&frame.payload).into_owned();
+            return Err(MigrateError::Peer { doing: self.doing, reason });
+        }
+        Ok(frame)
+    }
+
+    fn expect(&mut self, tag: Tag) -> Result<Vec<u8>, MigrateError> {
+        match self.receive()? {
+            frame if frame.tag == tag => Ok(frame.payload),
+            frame => Err(self.broken(format!("{:?} came where {tag:?} was due", frame.tag))),
+        }
+    }
+
+    fn task_failed(&self) -> impl FnOnce(TaskError) -> MigrateError + use<S, T> {
+        let doing = self.doing;
+        move |source| MigrateError::Task { doing, source }
+    }
+
+    fn broken(&self, problem: String) -> MigrateError {
+        MigrateError::Protocol { doing: self.doing, problem }
+    }
+
+    fn wire(&self, error: WireError) -> MigrateError {
+        match error {
+            WireError::Io(source) => MigrateError::Link { doing: self.doing, source },
+            other => self.broken(other.to_string()),
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! What a migration has come to, on disk: one small file each, written through before the next step.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::MigrateError;
+
+/// Which side wrote the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The instance leaves.
+    Source,
+    /// The instance arrives.
+    Destination,
+}
+
+/// How far it came. What follows a crash in each state is said with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Not committed: the source goes on, the destination forgets.
+    Preparing,
+    /// Committed: the source must not run again; the destination's copy is the instance.
+    Committed,
+}
+
+/// One migration's entry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Which side this is.
+    pub role: Role,
+    /// How far it came.
+    pub state: State,
+}
+
+/// The journal of one migration; its file goes when it ends in an orderly way.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    role: Role,
+}
+
+impl Journal {
+    /// Opens a journal for one migration, `name` among those of `directory`.
+    pub fn begin(directory: &Path, name: &str, role: Role) -> Result<Self, MigrateError> {
+        let side = match role {
+            Role::Source => "source",
+            Role::Destination => "destination",
+        };
+        let journal = Self { path: directory.join(format!("{name}.{side}.json")), role };
+        fs::create_dir_all(directory).map_err(journal.failed())?;
+        journal.record(State::Preparing)?;
+        Ok(journal)
+    }
+
+    /// Writes the state through to the disk.
+    pub fn record(&self, state: State) -> Result<(), MigrateError> {
+        let write = || -> io::Result<()> {
+            let temporary = self.path.with_extension("new");
+            let mut file = File::create(&temporary)?;
+            file.write_all(&serde_json::to_vec(&Entry { role: self.role, state })?)?;
+            file.sync_all()?;
+            fs::rename(&temporary, &self.path)?;
+            File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
+        };
+        write().map_err(self.failed())
+    }
+
+    /// The migration ended, one way or the other, and both sides know.
+    pub fn finish(self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a finished journal could not be removed");
+        }
+    }
+
+    fn failed(&self) -> impl FnOnce(io::Error) -> MigrateError {
+        let path = self.path.display().to_string();
+        move |source| MigrateError::Journal { path, source }
+    }
+}
+
+/// The entries that a crash left behind, by file name.
+pub fn left_over(directory: &Path) -> io::Result<Vec<(String, Entry)>> {
+    let mut found = Vec::new();
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        entries => entries?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "json") {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            found.push((name, serde_json::from_slice(&fs::read(&path)?)?));
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crash_leaves_the_last_state() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let journal = Journal::begin(directory.path(), "redis", Role::Source).expect("begin");
+        journal.record(State::Committed).expect("record");
+        let entry = Entry { role: Role::Source, state: State::Committed };
+        let found = left_over(directory.path()).expect("left over");
+        assert_eq!(found, [("redis.source.json".to_owned(), entry)]);
+        journal.finish();
+        assert_eq!(left_over(directory.path()).expect("left over"), []);
+    }
+}

@@ -1,0 +1,417 @@
+//! The side that an instance leaves.
+
+use std::{
+    io::{BufWriter, Read, Write},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use super::{
+    MigrateError,
+    cache::SentPages,
+    codec,
+    converge::{self, Budget, Observed, Step},
+    digest::MemoryDigest,
+    journal::{Journal, Role, State},
+    progress::{Phase, Progress, Report},
+    traits::{PAGE_SIZE, PageRange, SourceTask, TaskError, Written},
+    wire::{self, Hello, Tag, WireError},
+};
+use crate::config::MigrateConfig;
+
+/// Milliseconds of a freeze in which nothing was written, until the first one has been measured.
+const FIXED_FREEZE_MS: f64 = 15.0;
+const READ_BYTES: usize = wire::BATCH_PAGES * PAGE_SIZE;
+
+/// Moves `task` through `stream` to a destination. Returns when it runs there and is gone here.
+///
+/// # Errors
+/// With any error but [`MigrateError::InDoubt`] the instance runs here as before.
+pub fn run<S: Read + Write, T: SourceTask>(
+    stream: S,
+    task: &mut T,
+    config: &MigrateConfig,
+    journal_dir: &Path,
+    name: &str,
+    on_progress: &mut dyn FnMut(&Progress),
+) -> Result<Report, MigrateError> {
+    let journal = Journal::begin(journal_dir, name, Role::Source)?;
+    let mut source = Source::new(stream, task, config, on_progress);
+    let committed = source.prepare_commit().and_then(|()| {
+        // The commit point. A crash before this line's end leaves the source to go on; after it, never.
+        journal.record(State::Committed)
+    });
+    if let Err(error) = committed {
+        source.roll_back(&error);
+        journal.finish();
+        return Err(error);
+    }
+    source.hand_over().map_err(|error| MigrateError::InDoubt(Box::new(error)))?;
+    source.deactivate()?;
+    journal.finish();
+    Ok(source.into_report())
+}
+
+struct Source<'a, S: Write, T> {
+    stream: BufWriter<Stream<S>>,
+    task: &'a mut T,
+    config: &'a MigrateConfig,
+    on_progress: &'a mut dyn FnMut(&Progress),
+    started: Instant,
+    frozen: Option<Instant>,
+    doing: &'static str,
+    layout: Vec<u8>,
+    digest: MemoryDigest,
+    sent: SentPages,
+    progress: Progress,
+    report: Report,
+}
+
+/// Lets a buffered writer's stream be read as well.
+struct Stream<S>(S);
+
+impl<S: Write> Write for Stream<S> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        self.0.write(data)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
+    fn new(
+        stream: S,
+        task: &'a mut T,
+        config: &'a MigrateConfig,
+        on_progress: &'a mut dyn FnMut(&Progress),
+    ) -> Self {
+        Self {
+            stream: BufWriter::with_capacity(256 * 1024, Stream(stream)),
+            task,
+            config,
+            on_progress,
+            started: Instant::now(),
+            frozen: None,
+            doing: "offering",
+            layout: Vec::new(),
+            digest: MemoryDigest::default(),
+            sent: SentPages::new(config.cache_bytes),
+            progress: Progress::default(),
+            report: Report::default(),
+        }
+    }
+
+    /// Everything before the commit: any failure leaves the instance as it was.
+    fn prepare_commit(&mut self) -> Result<(), MigrateError> {
+        self.offer()?;
+        self.transfer()?;
+        self.snapshot()
+    }
+
+    fn offer(&mut self) -> Result<(), MigrateError> {
+        self.enter(Phase::Offer, "offering");
+        let requirements = self.task.requirements().map_err(self.task_failed())?;
+        let hello = postcard::to_stdvec(&Hello::ours()).unwrap_or_default();
+        self.send(Tag::Hello, &hello)?;
+        let theirs = self.expect(Tag::Hello)?;
+        let theirs = postcard::from_bytes(&theirs).map_err(|_| self.broken("a malformed Hello".into()))?;
+        wire::negotiate(&Hello::ours(), &theirs).map_err(|reason| self.broken(reason))?;
+        self.send(Tag::Offer, &requirements)?;
+        self.expect(Tag::Accept)?;
+        Ok(())
+    }
+
+    /// Pre-copy rounds, until what is left fits the budget.
+    fn transfer(&mut self) -> Result<(), MigrateError> {
+        self.enter(Phase::Transfer, "copying memory");
+        self.task.start_tracking().map_err(self.task_failed())?;
+        let budget =
+            Budget { unavailability_ms: self.config.max_unavailability_ms, rounds: self.config.max_rounds };
+        let mut last_look = Instant::now();
+        let mut bytes_per_s = 0.0;
+        for round in 0.. {
+            self.check_deadline()?;
+            let written = self.task.written().map_err(self.task_failed())?;
+            let since_last_look = last_look.elapsed();
+            last_look = Instant::now();
+            let bytes = written.populated_pages() * PAGE_SIZE as u64;
+            self.progress.round = round;
+            if round > 0 {
+                self.count_dirtied(&written, since_last_look);
+                let observed = Observed {
+                    rounds: round,
+                    bytes_per_s,
+                    dirty_bytes: bytes as f64,
+                    fixed_ms: FIXED_FREEZE_MS,
+                };
+                let expected = converge::expected_ms(&observed);
+                self.progress.expected_unavailability_ms = expected;
+                match converge::decide(&observed, &budget) {
+                    Step::Continue => {}
+                    // Sent in this last round, so that the freeze finds only what is written meanwhile.
+                    Step::Freeze => {
+                        self.send_round(&written, true)?;
+                        self.report.rounds = round + 1;
+                        return Ok(());
+                    }
+                    Step::GiveUp => {
+                        let allowed_ms = budget.unavailability_ms;
+                        let rounds = round;
+                        return Err(MigrateError::NotConverging {
+                            rounds,
+                            expected_ms: expected,
+                            allowed_ms,
+                        });
+                    }
+                }
+            }
+            let began = Instant::now();
+            self.send_round(&written, true)?;
+            // A round of few pages is all latency: it says nothing of the bandwidth.
+            if bytes > 1 << 20 || bytes_per_s == 0.0 {
+                bytes_per_s = bytes.max(1) as f64 / began.elapsed().as_secs_f64().max(1e-6);
+            }
+            self.progress.bytes_per_s = bytes_per_s;
+            (self.on_progress)(&self.progress);
+        }
+        Ok(())
+    }
+
+    /// The freeze: last delta, image, and the destination's digest.
+    fn snapshot(&mut self) -> Result<(), MigrateError> {
+        self.enter(Phase::Snapshot, "freezing");
+        let frozen = Instant::now();
+        self.frozen = Some(frozen);
+        self.task.freeze().map_err(self.task_failed())?;
+        self.step("freeze");
+        let written = self.task.written().map_err(self.task_failed())?;
+        self.count_dirtied(&written, Duration::ZERO);
+        self.send_round(&written, false)?;
+        self.step("last delta");
+        let image = self.task.snapshot().map_err(self.task_failed())?;
+        self.step("image");
+        self.send(Tag::Image, &image)?;
+        self.enter(Phase::Verify, "verifying");
+        let here = self.digest.with_image(&image);
+        let answer = self.expect(Tag::Verified)?;
+        let bytes = answer.try_into().map_err(|_| self.broken("a malformed Verified".into()))?;
+        let there = u128::from_le_bytes(bytes);
+        self.step("restore and verify");
+        if here != there {
+            return Err(MigrateError::Digest { here, there });
+        }
+        self.report.digest = format!("{here:032x}");
+        self.check_deadline()
+    }
+
+    /// After the commit: the destination runs.
+    fn hand_over(&mut self) -> Result<(), MigrateError> {
+        self.step("journal");
+        self.enter(Phase::Activate, "handing over");
+        self.send(Tag::Commit, &[])?;
+        self.expect(Tag::Activated)?;
+        self.step("activate");
+        self.report.freeze_ms = self.frozen.map_or(0.0, |at| milliseconds(at.elapsed()));
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Result<(), MigrateError> {
+        self.enter(Phase::Deactivate, "removing the source");
+        self.task.destroy().map_err(self.task_failed())
+    }
+
+    fn into_report(self) -> Report {
+        let progress = &self.progress;
+        Report {
+            pages_sent: progress.pages_sent,
+            bytes_sent: progress.bytes_sent,
+            pages_dirtied: progress.bytes_dirtied / PAGE_SIZE as u64,
+            bytes_dirtied: progress.bytes_dirtied,
+            total_ms: milliseconds(self.started.elapsed()),
+            ..self.report
+        }
+    }
+
+    fn roll_back(&mut self, error: &MigrateError) {
+        if let Err(thaw) = self.task.thaw() {
+            tracing::error!(error = %thaw, "the instance could not be let go after a failed migration");
+        }
+        // The peer may be what failed; it finds out by the closed link, too.
+        let _ = self.send(Tag::Abort, error.to_string().as_bytes());
+    }
+
+    /// Sends the layout if it changed, what was dropped, and the pages; waits for the destination to have
+    /// them if `acknowledged`.
+    fn send_round(&mut self, written: &Written, acknowledged: bool) -> Result<(), MigrateError> {
+        let layout = self.task.layout().map_err(self.task_failed())?;
+        if layout != self.layout {
+            self.put(Tag::Layout, &layout)?;
+            self.layout = layout;
+        }
+        for ranges in written.dropped.chunks(wire::DISCARD_RANGES) {
+            for range in ranges {
+                self.digest.discard(range);
+                let end = range.start + range.pages * PAGE_SIZE as u64;
+                self.sent.discard(range.space, range.start, end);
+            }
+            self.put(Tag::Discard, &wire::write_ranges(ranges))?;
+        }
+        self.progress.round_pages = written.populated_pages();
+        let mut batch = Batch::default();
+        let mut memory = vec![0; READ_BYTES];
+        for range in &written.populated {
+            self.send_range(range, &mut memory, &mut batch)?;
+        }
+        self.flush_batch(&mut batch)?;
+        if acknowledged {
+            self.send(Tag::RoundEnd, &[])?;
+            self.expect(Tag::RoundAck)?;
+        }
+        Ok(())
+    }
+
+    fn send_range(
+        &mut self,
+        range: &PageRange,
+        memory: &mut [u8],
+        batch: &mut Batch,
+    ) -> Result<(), MigrateError> {
+        let end = range.start + range.pages * PAGE_SIZE as u64;
+        let mut at = range.start;
+        while at < end {
+            let wanted = memory.len().min((end - at) as usize);
+            let got = self.task.read(range.space, at, &mut memory[..wanted]).map_err(self.task_failed())?;
+            for page in memory[..got].chunks_exact(PAGE_SIZE) {
+                self.send_page(range.space, at, page, batch)?;
+                at += PAGE_SIZE as u64;
+            }
+            if got == 0 {
+                if self.frozen.is_some() {
+                    let source = TaskError::from(format!("memory at {at:#x} can't be read in the freeze"));
+                    return Err(MigrateError::Task { doing: self.doing, source });
+                }
+                // Gone since the scan: the next one will tell.
+                at += PAGE_SIZE as u64;
+            }
+        }
+        Ok(())
+    }
+
+    fn send_page(
+        &mut self,
+        space: u32,
+        addr: u64,
+        page: &[u8],
+        batch: &mut Batch,
+    ) -> Result<(), MigrateError> {
+        let base = self.sent.get(space, addr);
+        let encoding = codec::encode(page, base, &mut batch.encoded);
+        wire::push_page(&mut batch.payload, space, addr, encoding, &batch.encoded);
+        self.sent.put(space, addr, page, self.progress.round > 0);
+        self.digest.set(space, addr, page);
+        self.progress.pages_sent += 1;
+        batch.pages += 1;
+        if batch.pages == wire::BATCH_PAGES {
+            self.flush_batch(batch)?;
+            if self.progress.pages_sent.is_multiple_of(16 * wire::BATCH_PAGES as u64) {
+                self.check_deadline()?;
+                (self.on_progress)(&self.progress);
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_batch(&mut self, batch: &mut Batch) -> Result<(), MigrateError> {
+        if batch.pages > 0 {
+            self.put(Tag::Pages, &batch.payload)?;
+            batch.payload.clear();
+            batch.pages = 0;
+        }
+        Ok(())
+    }
+
+    fn count_dirtied(&mut self, written: &Written, during: Duration) {
+        let bytes = written.populated_pages() * PAGE_SIZE as u64;
+        self.progress.bytes_dirtied += bytes;
+        if !during.is_zero() {
+            self.progress.dirty_bytes_per_s = bytes as f64 / during.as_secs_f64();
+        }
+    }
+
+    /// Puts a frame into the buffer.
+    fn put(&mut self, tag: Tag, payload: &[u8]) -> Result<(), MigrateError> {
+        let sent = wire::write_frame(&mut self.stream, tag, payload).map_err(|error| self.wire(error))?;
+        self.progress.bytes_sent += sent;
+        Ok(())
+    }
+
+    /// Puts a frame into the buffer and sends the buffer off.
+    fn send(&mut self, tag: Tag, payload: &[u8]) -> Result<(), MigrateError> {
+        self.put(tag, payload)?;
+        let doing = self.doing;
+        self.stream.flush().map_err(|source| MigrateError::Link { doing, source })
+    }
+
+    fn expect(&mut self, tag: Tag) -> Result<Vec<u8>, MigrateError> {
+        let frame = wire::read_frame(&mut self.stream.get_mut().0).map_err(|error| self.wire(error))?;
+        match frame.tag {
+            got if got == tag => Ok(frame.payload),
+            Tag::Abort => {
+                let reason = String::from_utf8_lossy(&frame.payload).into_owned();
+                Err(MigrateError::Peer { doing: self.doing, reason })
+            }
+            got => Err(self.broken(format!("{got:?} came where {tag:?} was due"))),
+        }
+    }
+
+    fn check_deadline(&self) -> Result<(), MigrateError> {
+        let allowed = Duration::from_secs(self.config.deadline_s);
+        if self.started.elapsed() > allowed {
+            return Err(MigrateError::Deadline(self.config.deadline_s));
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, phase: Phase, doing: &'static str) {
+        self.doing = doing;
+        self.progress.phase = phase;
+        (self.on_progress)(&self.progress);
+    }
+
+    /// Notes where the time of the freeze went.
+    fn step(&mut self, name: &str) {
+        let Some(frozen) = self.frozen else { return };
+        let before: f64 = self.report.freeze_steps_ms.iter().map(|(_, ms)| ms).sum();
+        self.report.freeze_steps_ms.push((name.to_owned(), milliseconds(frozen.elapsed()) - before));
+    }
+
+    fn task_failed(&self) -> impl FnOnce(TaskError) -> MigrateError + use<S, T> {
+        let doing = self.doing;
+        move |source| MigrateError::Task { doing, source }
+    }
+
+    fn broken(&self, problem: String) -> MigrateError {
+        MigrateError::Protocol { doing: self.doing, problem }
+    }
+
+    fn wire(&self, error: WireError) -> MigrateError {
+        match error {
+            WireError::Io(source) => MigrateError::Link { doing: self.doing, source },
+            other => self.broken(other.to_string()),
+        }
+    }
+}
+
+/// Pages that wait to be sent together.
+#[derive(Default)]
+struct Batch {
+    payload: Vec<u8>,
+    encoded: Vec<u8>,
+    pages: usize,
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
