@@ -142,8 +142,6 @@ pub struct MigrateConfig {
     /// Pre-copy rounds at most.
     #[serde(deserialize_with = "positive_u32")]
     pub max_rounds: u32,
-    /// Compare digests of all memory on both sides before the commit.
-    pub verify: bool,
 }
 
 impl Default for MigrateConfig {
@@ -154,7 +152,6 @@ impl Default for MigrateConfig {
             deadline_s: 120,
             cache_bytes: 256 << 20,
             max_rounds: 30,
-            verify: true,
         }
     }
 }

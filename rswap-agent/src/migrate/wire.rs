@@ -212,7 +212,7 @@ pub fn parse_pages(mut payload: &[u8]) -> Result<Vec<PageRecord<'_>>, WireError>
         let (space, addr) = (payload.get_u32_le(), payload.get_u64_le());
         let encoding = Encoding::from_number(payload.get_u8()).ok_or_else(malformed)?;
         let len = payload.get_u16_le() as usize;
-        if len > payload.len() || len > PAGE_SIZE || addr % PAGE_SIZE as u64 != 0 {
+        if len > payload.len() || len > PAGE_SIZE || !addr.is_multiple_of(PAGE_SIZE as u64) {
             return Err(malformed());
         }
         let (data, rest) = payload.split_at(len);
@@ -238,14 +238,14 @@ pub fn write_ranges(ranges: &[PageRange]) -> Vec<u8> {
 
 /// Reads the payload of a `Discard` frame.
 pub fn parse_ranges(mut payload: &[u8]) -> Result<Vec<PageRange>, WireError> {
-    if payload.len() % 20 != 0 {
+    if !payload.len().is_multiple_of(20) {
         return Err(WireError::Malformed(Tag::Discard));
     }
     let mut ranges = Vec::with_capacity(payload.len() / 20);
     while payload.has_remaining() {
         let (space, start, pages) = (payload.get_u32_le(), payload.get_u64_le(), payload.get_u64_le());
         let end = pages.checked_mul(PAGE_SIZE as u64).and_then(|len| start.checked_add(len));
-        if end.is_none() || start % PAGE_SIZE as u64 != 0 {
+        if end.is_none() || !start.is_multiple_of(PAGE_SIZE as u64) {
             return Err(WireError::Malformed(Tag::Discard));
         }
         ranges.push(PageRange { space, start, pages });
