@@ -108,6 +108,19 @@ impl<U: Uplink> LinuxSource<U> {
     }
 }
 
+/// An instance that is committed to the destination, but not known to run there, must not run here when
+/// this thread ends and its tracees are let go.
+impl<U> Drop for LinuxSource<U> {
+    fn drop(&mut self) {
+        if self.stopped.is_some() {
+            let file = self.instance.cgroup.join("cgroup.freeze");
+            if let Err(error) = std::fs::write(&file, "1") {
+                tracing::error!(path = %file.display(), %error, "an instance in doubt could not be kept frozen");
+            }
+        }
+    }
+}
+
 fn ranges(spans: Vec<Span>) -> Vec<PageRange> {
     let page = PAGE_SIZE as u64;
     let range = |span: Span| PageRange { space: 0, start: span.start, pages: (span.end - span.start) / page };

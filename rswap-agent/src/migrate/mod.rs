@@ -24,6 +24,7 @@ pub mod converge;
 pub mod destination;
 pub mod digest;
 pub mod journal;
+pub mod linux;
 pub mod linux_destination;
 pub mod linux_source;
 pub mod progress;

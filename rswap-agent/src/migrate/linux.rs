@@ -1,0 +1,94 @@
+//! Both ends of a migration on this host: over TCP, with real instances.
+
+use std::{
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use super::{
+    MigrateError, Progress, Report, TaskError, destination,
+    linux_destination::{LinuxDestination, Reception},
+    linux_source::{LinuxSource, Uplink},
+    source,
+};
+use crate::{
+    config::MigrateConfig,
+    instance::{
+        Instance,
+        arrival::{self, Arrival},
+        launch::{self, Place},
+        network::Port,
+        registry::Registry,
+    },
+};
+
+/// A peer that says nothing for so long is taken for dead.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// Moves `instance` from `place` to the agent at `host`. Blocks; the thread must live until it returns.
+///
+/// # Errors
+/// As [`source::run`]: with any error but [`MigrateError::InDoubt`] the instance runs here as before.
+pub fn send(
+    place: &Place,
+    instance: &Instance,
+    host: SocketAddr,
+    config: &MigrateConfig,
+    on_progress: &mut dyn FnMut(&Progress),
+) -> Result<Report, MigrateError> {
+    let failed = |source| MigrateError::Task { doing: "looking at the instance", source };
+    let link = |source| MigrateError::Link { doing: "connecting to the destination", source };
+    let uplink = HostPort(match (&instance.network, &place.bridge, instance.init_pid) {
+        (Some(identity), Some(bridge), Some(init)) => Some(Port::new(&instance.name, bridge, identity, init)),
+        _ => None,
+    });
+    let end = end_at_source(place.clone(), instance.clone());
+    let mut task = LinuxSource::new(instance.clone(), uplink, end).map_err(failed)?;
+    let stream = TcpStream::connect_timeout(&host, SILENCE).map_err(link)?;
+    set_up(&stream).map_err(link)?;
+    let journals = place.state_dir.join("migrations");
+    source::run(stream, &mut task, config, &journals, instance.name.as_str(), on_progress)
+}
+
+/// Takes an instance that comes in on `stream` to `place`; returns it when it runs. Blocks.
+pub fn receive(place: &Place, stream: TcpStream, name: &str) -> Result<Option<Instance>, MigrateError> {
+    set_up(&stream).map_err(|source| MigrateError::Link { doing: "taking a connection", source })?;
+    let mut task = LinuxDestination::new(HostReception(place.clone()));
+    destination::run(stream, &mut task, &place.state_dir.join("migrations"), name)?;
+    Ok(task.into_instance())
+}
+
+fn set_up(stream: &TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(SILENCE))?;
+    stream.set_write_timeout(Some(SILENCE))
+}
+
+fn end_at_source(place: Place, instance: Instance) -> Box<dyn FnMut() -> Result<(), TaskError>> {
+    Box::new(move || {
+        // Before the processes end, so that a waiting `rswap run` knows why.
+        launch::note_moved(&place.state_dir, &instance.name)?;
+        Registry::open(&place.state_dir)?.remove(&instance.name)?;
+        Ok(arrival::end(&instance)?)
+    })
+}
+
+struct HostPort(Option<Port>);
+
+impl Uplink for HostPort {
+    fn detach(&mut self) -> Result<(), TaskError> {
+        Ok(self.0.as_ref().map_or(Ok(()), Port::detach)?)
+    }
+
+    fn attach(&mut self) -> Result<(), TaskError> {
+        Ok(self.0.as_ref().map_or(Ok(()), Port::attach)?)
+    }
+}
+
+struct HostReception(Place);
+
+impl Reception for HostReception {
+    fn receive(&mut self, instance: &Instance, inner_pid: i32) -> Result<Arrival, TaskError> {
+        Ok(Arrival::receive(&self.0, instance, inner_pid)?)
+    }
+}
