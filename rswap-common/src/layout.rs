@@ -5,7 +5,7 @@
 //! per device and direction) and their events are rarer: these are kept in a few shards, with atomic
 //! additions. All counters only ever grow (and wrap); the agent works with differences.
 
-use crate::histogram::{BUCKETS, index_of};
+use crate::histogram::BUCKETS;
 
 /// Most instances that are tracked at a time on one host. An instance past this is not profiled by the
 /// probes, and the agent says so; its events cost no more than those of any foreign cgroup.
@@ -51,15 +51,6 @@ pub struct HistogramRecord {
 impl HistogramRecord {
     /// One without samples.
     pub const EMPTY: Self = Self { sum: 0, buckets: [0; BUCKETS] };
-
-    /// Counts one sample. Only for a record that no other CPU writes.
-    #[inline(always)]
-    pub fn add(&mut self, value: u64) {
-        self.sum = self.sum.wrapping_add(value);
-        if let Some(bucket) = self.buckets.get_mut(index_of(value)) {
-            *bucket = bucket.wrapping_add(1);
-        }
-    }
 }
 
 /// What one CPU saw of one slot's instance: scheduler and TCP.
@@ -183,16 +174,5 @@ mod tests {
         for (cpus, shards) in [(1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (256, 4)] {
             assert_eq!(block_shards(cpus), shards);
         }
-    }
-
-    #[test]
-    fn a_record_counts_its_samples() {
-        let mut record = HistogramRecord::EMPTY;
-        for value in [0, 1, 1, u64::MAX] {
-            record.add(value);
-        }
-        assert_eq!(record.buckets[1], 2);
-        assert_eq!(record.buckets[BUCKETS - 1], 1);
-        assert_eq!(record.sum, 1);
     }
 }

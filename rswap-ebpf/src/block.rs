@@ -14,14 +14,11 @@ use aya_ebpf::{
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::debug;
-use rswap_common::{
-    histogram::{BUCKETS, index_of},
-    layout::{BlockDirection, BlockRecord, MAX_DEVICES, OTHER_DEVICE, device_number},
-};
+use rswap_common::layout::{BlockDirection, BlockRecord, MAX_DEVICES, OTHER_DEVICE, device_number};
 
 use crate::{
     kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{DEVICES, REQUESTS, block_record, slot_of},
+    maps::{DEVICES, REQUESTS, block_record, bucket_of, slot_of},
 };
 
 offsets!(
@@ -144,10 +141,7 @@ fn device_of(request: KernelPtr) -> u32 {
 /// Counts one sample in a record that other CPUs also write.
 #[inline(always)]
 fn add_shared(record: *mut BlockRecord, value: u64) {
-    let index = index_of(value);
-    if index >= BUCKETS {
-        return;
-    }
+    let Some(index) = bucket_of(value) else { return };
     // SAFETY: the map gave the pointer, `index` is in range, and every writer adds atomically.
     unsafe {
         let histogram = &raw mut (*record).latency_ns;

@@ -5,7 +5,7 @@
 #![no_std]
 #![no_main]
 #![allow(internal_features, reason = "atomic addition has no stable form on this target")]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 
 mod block;
 mod kernel;

@@ -9,7 +9,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{slot_of, slot_record},
+    maps::{count, slot_of, slot_record},
 };
 
 offsets!(
@@ -35,7 +35,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         {
             let ran_ns = run_queue_clock(prev).saturating_sub(arrived);
             // SAFETY: the map gave the pointer, and only this program on this CPU writes this histogram.
-            unsafe { (*record).on_cpu_ns.add(ran_ns) };
+            unsafe { count(&mut (*record).on_cpu_ns, ran_ns) };
             debug!(&ctx, "slot {} ran {} ns", slot, ran_ns);
         }
     }
@@ -47,7 +47,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         {
             let waited_ns = run_queue_clock(next).saturating_sub(queued);
             // SAFETY: the map gave the pointer, and only this program on this CPU writes this histogram.
-            unsafe { (*record).run_queue_ns.add(waited_ns) };
+            unsafe { count(&mut (*record).run_queue_ns, waited_ns) };
             debug!(&ctx, "slot {} waited {} ns", slot, waited_ns);
         }
     }

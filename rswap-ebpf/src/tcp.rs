@@ -2,13 +2,13 @@
 //!
 //! A socket belongs to the cgroup that it was made in (accepted ones: that of the listener).
 
-use aya_ebpf::{macros::btf_tracepoint, programs::BtfTracePointContext};
+use aya_ebpf::{helpers::bpf_skc_to_tcp_sock, macros::btf_tracepoint, programs::BtfTracePointContext};
 use aya_log_ebpf::debug;
 use rswap_common::layout::SlotRecord;
 
 use crate::{
     kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{slot_of, slot_record},
+    maps::{count, slot_of, slot_record},
 };
 
 offsets!(SOCK_PROTOCOL, SOCK_CGROUP, TCP_SRTT_US);
@@ -23,12 +23,18 @@ fn tcp_probe(ctx: BtfTracePointContext) -> i32 {
     if let Some(slot) = slot_of_sock(sock)
         && let Some(record) = slot_record(slot)
     {
+        // The verifier knows the argument only as a `struct sock`; the helper makes it the larger type.
+        // SAFETY: the kernel checks the socket's type and answers null for another one.
+        let tcp_sock = unsafe { bpf_skc_to_tcp_sock(sock.cast_mut()) }.cast_const();
+        if tcp_sock.is_null() {
+            return 0;
+        }
         // The kernel keeps it in eighths of a microsecond. 0: no sample yet.
-        let smoothed_eighths: u32 = field(sock, &TCP_SRTT_US);
+        let smoothed_eighths: u32 = field(tcp_sock.cast(), &TCP_SRTT_US);
         if smoothed_eighths != 0 {
             let rtt_us = u64::from(smoothed_eighths >> 3);
             // SAFETY: the map gave the pointer, and only this program on this CPU writes this histogram.
-            unsafe { (*record).tcp_rtt_us.add(rtt_us) };
+            unsafe { count(&mut (*record).tcp_rtt_us, rtt_us) };
             debug!(&ctx, "slot {} round trip {} us", slot, rtt_us);
         }
     }

@@ -1,5 +1,9 @@
 //! Mergeable log-linear histograms (relative error at most 1/16).
 
+use rswap_common::{
+    histogram::{BUCKETS, bounds_of, index_of},
+    layout::HistogramRecord,
+};
 use serde::{Deserialize, Serialize};
 
 /// Counts per log-linear bucket, with the exact number and sum of the samples.
@@ -9,6 +13,122 @@ pub struct Histogram {
     pub buckets: Vec<(u16, u64)>,
     /// Number of samples.
     pub count: u64,
-    /// Sum of the samples' bucket values, in the histogram's unit.
+    /// Exact sum of the samples, in the histogram's unit.
     pub sum: u64,
+}
+
+impl Histogram {
+    /// What was counted between two readings of the same record, however the counters wrapped meanwhile.
+    pub fn between(earlier: &HistogramRecord, later: &HistogramRecord) -> Self {
+        let buckets: Vec<(u16, u64)> = (0..BUCKETS)
+            .map(|index| (index as u16, u64::from(later.buckets[index].wrapping_sub(earlier.buckets[index]))))
+            .filter(|&(_, count)| count > 0)
+            .collect();
+        let count = buckets.iter().map(|&(_, count)| count).sum();
+        Self { buckets, count, sum: later.sum.wrapping_sub(earlier.sum) }
+    }
+
+    /// Counts one sample.
+    pub fn record(&mut self, value: u64) {
+        let index = index_of(value) as u16;
+        match self.buckets.binary_search_by_key(&index, |&(index, _)| index) {
+            Ok(place) => self.buckets[place].1 += 1,
+            Err(place) => self.buckets.insert(place, (index, 1)),
+        }
+        self.count += 1;
+        self.sum = self.sum.saturating_add(value);
+    }
+
+    /// Adds another histogram's samples.
+    pub fn merge(&mut self, other: &Self) {
+        for &(index, count) in &other.buckets {
+            match self.buckets.binary_search_by_key(&index, |&(index, _)| index) {
+                Ok(place) => self.buckets[place].1 = self.buckets[place].1.saturating_add(count),
+                Err(place) => self.buckets.insert(place, (index, count)),
+            }
+        }
+        self.count = self.count.saturating_add(other.count);
+        self.sum = self.sum.saturating_add(other.sum);
+    }
+
+    /// The value that a share `q` (0 to 1) of the samples does not exceed, to within 1/16; `None` without
+    /// samples.
+    pub fn quantile(&self, q: f64) -> Option<u64> {
+        let total: u64 = self.buckets.iter().map(|&(_, count)| count).sum();
+        let rank = ((q.clamp(0.0, 1.0) * total as f64).ceil() as u64).clamp(1, total.max(1));
+        let mut seen = 0;
+        for &(index, count) in &self.buckets {
+            seen += count;
+            if seen >= rank {
+                return Some(bounds_of(index.into()).middle());
+            }
+        }
+        None
+    }
+
+    /// The samples' mean; `None` without samples.
+    pub fn mean(&self) -> Option<f64> {
+        (self.count > 0).then(|| self.sum as f64 / self.count as f64)
+    }
+}
+
+/// Adds what another CPU's record of the same metric counted.
+pub(super) fn add_record(total: &mut HistogramRecord, shard: &HistogramRecord) {
+    total.sum = total.sum.wrapping_add(shard.sum);
+    for (bucket, count) in total.buckets.iter_mut().zip(&shard.buckets) {
+        *bucket = bucket.wrapping_add(*count);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn of(values: &[u64]) -> Histogram {
+        let mut histogram = Histogram::default();
+        values.iter().for_each(|&value| histogram.record(value));
+        histogram
+    }
+
+    #[test]
+    fn an_empty_histogram_has_no_quantiles() {
+        assert_eq!(Histogram::default().quantile(0.5), None);
+        assert_eq!(Histogram::default().mean(), None);
+    }
+
+    #[test]
+    fn a_difference_survives_wrapping() {
+        let mut earlier = HistogramRecord::EMPTY;
+        earlier.sum = u64::MAX - 1;
+        earlier.buckets[5] = u32::MAX;
+        let mut later = earlier;
+        later.sum = 8;
+        later.buckets[5] = 1;
+        let difference = Histogram::between(&earlier, &later);
+        assert_eq!(difference, Histogram { buckets: vec![(5, 2)], count: 2, sum: 10 });
+    }
+
+    proptest! {
+        #[test]
+        fn merging_is_counting_together(a: Vec<u32>, b: Vec<u32>) {
+            let (a, b): (Vec<u64>, Vec<u64>) =
+                (a.into_iter().map(u64::from).collect(), b.into_iter().map(u64::from).collect());
+            let mut merged = of(&a);
+            merged.merge(&of(&b));
+            prop_assert_eq!(merged, of(&[a, b].concat()));
+        }
+
+        #[test]
+        fn a_quantile_is_within_a_sixteenth_of_the_exact_one(
+            mut values in prop::collection::vec(0..1u64 << 39, 1..200), q in 0.0..=1.0f64,
+        ) {
+            let estimate = of(&values).quantile(q).unwrap();
+            values.sort_unstable();
+            let rank = ((q * values.len() as f64).ceil() as usize).clamp(1, values.len());
+            let exact = values[rank - 1];
+            prop_assert!(estimate.abs_diff(exact) * 16 <= exact, "{} for {}", estimate, exact);
+        }
+    }
 }

@@ -1,11 +1,86 @@
 //! Kernel events -> [`Profile`]: what each instance did in the last window.
+//!
+//! eBPF programs count the events of tracked cgroups into histograms ([`probes`]); a [`Profiler`] maps these
+//! into its memory, reads them once per window, and adds what cgroup v2 and /proc say. A probe that this
+//! kernel does not take is reported with its reason, and the rest goes on.
+//!
+//! ```text
+//!   sched_switch   block_rq_complete   tcp_probe, sock_*_length
+//!        |                |                    |
+//!        |   cgroup id -> slot, or not counted |
+//!        v                v                    v
+//!   records per CPU and slot (maps) --mmap--> counters at a window's end, less those at its start
+//!                                                  |
+//!   cpu.stat, *.pressure, /proc/PID/statm ---------+--> Profile
+//! ```
 
+pub mod btf;
+mod cgroup;
+pub mod doctor;
 pub mod histogram;
+mod probes;
+mod profiler;
+mod slots;
+
+use std::{io, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{instance::InstanceName, units::UnixMillis};
 use histogram::Histogram;
+
+pub use cgroup::unified_mount;
+pub use probes::{ProbeState, ProbeStatus, ProgramCost};
+pub use profiler::{ProfileConfig, Profiler};
+
+/// Why something could not be profiled.
+#[derive(Debug, thiserror::Error)]
+pub enum ProfileError {
+    /// A file of the kernel's could not be read.
+    #[error("read {path}", path = path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the kernel's does not hold what is expected there.
+    #[error("understand {path}: {what}", path = path.display())]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// The host has no cgroup v2.
+    #[error(
+        "no cgroup2 file system is mounted here: mount one (`mount -t cgroup2 none /sys/fs/cgroup/unified`)"
+    )]
+    NoUnifiedHierarchy,
+    /// The kernel's type information can't be used.
+    #[error(transparent)]
+    Types(#[from] btf::BtfError),
+    /// An instance is tracked already, in another cgroup.
+    #[error("{name} is already profiled, as {path}: untrack it first", path = path.display())]
+    AlreadyTracked {
+        /// The instance.
+        name: InstanceName,
+        /// Its cgroup.
+        path: PathBuf,
+    },
+    /// A cgroup could not be mapped to its slot.
+    #[error("tell the eBPF programs about cgroup {id} of {name}")]
+    Register {
+        /// The instance.
+        name: InstanceName,
+        /// The cgroup's id.
+        id: u64,
+        /// Why.
+        #[source]
+        source: aya::maps::MapError,
+    },
+}
 
 /// What one instance did in one window.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,7 +106,7 @@ pub struct Profile {
 pub struct CpuProfile {
     /// CPU time used in the window / its length: 1.0 is one core kept busy.
     pub cores: f64,
-    /// Time from runnable to running, in nanoseconds.
+    /// Time from runnable to running, in nanoseconds: waiting for a busy core, as in `/proc/PID/schedstat`.
     pub run_queue_ns: Histogram,
     /// Time on a core between two switches, in nanoseconds.
     pub on_cpu_ns: Histogram,
@@ -52,13 +127,13 @@ pub enum Direction {
 /// Block I/O of one device and direction.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockProfile {
-    /// `major:minor`.
+    /// `major:minor`; `other` for the devices past the [`rswap_common::layout::MAX_DEVICES`] told apart.
     pub device: String,
     /// Which way.
     pub direction: Direction,
     /// Bytes completed in the window.
     pub bytes: u64,
-    /// Issue to completion, in nanoseconds.
+    /// Issue to completion, in nanoseconds: one sample per request.
     pub latency_ns: Histogram,
 }
 

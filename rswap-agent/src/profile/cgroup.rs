@@ -1,0 +1,140 @@
+//! What cgroup v2 and /proc say about an instance: CPU time, pressure, memory, members.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use super::ProfileError;
+
+/// Deepest cgroup below an instance's own that is looked for.
+const MAX_DEPTH: usize = 16;
+
+/// Where cgroup v2 is mounted.
+pub fn unified_mount() -> Result<PathBuf, ProfileError> {
+    const MOUNTS: &str = "/proc/self/mountinfo";
+    let text = read(Path::new(MOUNTS))?;
+    unified_mount_in(&text).ok_or(ProfileError::NoUnifiedHierarchy)
+}
+
+fn unified_mount_in(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        (filesystem.split(' ').next() == Some("cgroup2"))
+            .then(|| mount.split(' ').nth(4).map(PathBuf::from))?
+    })
+}
+
+/// Whether the v2 hierarchy at `mount` has a controller.
+pub(super) fn has_controller(mount: &Path, controller: &str) -> bool {
+    fs::read_to_string(mount.join("cgroup.controllers"))
+        .is_ok_and(|text| text.split_whitespace().any(|name| name == controller))
+}
+
+/// The kernel's ids of a cgroup and all below it: their directories' inode numbers.
+pub(super) fn ids(cgroup: &Path) -> Result<BTreeSet<u64>, ProfileError> {
+    let mut ids = BTreeSet::new();
+    walk(cgroup, 0, &mut |path| {
+        ids.insert(fs::metadata(path)?.ino());
+        Ok(())
+    })
+    .map_err(|source| ProfileError::Read { path: cgroup.to_owned(), source })?;
+    Ok(ids)
+}
+
+/// Calls `visit` with `cgroup` and all below it. A child that vanishes meanwhile is left out.
+fn walk(cgroup: &Path, depth: usize, visit: &mut dyn FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
+    visit(cgroup)?;
+    if depth == MAX_DEPTH {
+        return Ok(());
+    }
+    for entry in fs::read_dir(cgroup)? {
+        let Ok(entry) = entry else { continue };
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            match walk(&entry.path(), depth + 1, visit) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// CPU time used by a cgroup and all below it, in microseconds.
+pub(super) fn cpu_usage_us(cgroup: &Path) -> Result<u64, ProfileError> {
+    let path = cgroup.join("cpu.stat");
+    let text = read(&path)?;
+    field(&text, "usage_usec").ok_or(ProfileError::Parse { path, what: "no usage_usec" })
+}
+
+/// Time in which some task was held up for lack of a resource (`cpu`, `memory`), in microseconds, where
+/// the kernel keeps it.
+pub(super) fn pressure_some_us(cgroup: &Path, resource: &str) -> Option<u64> {
+    let text = fs::read_to_string(cgroup.join(format!("{resource}.pressure"))).ok()?;
+    pressure_total(&text)
+}
+
+fn pressure_total(text: &str) -> Option<u64> {
+    let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
+    some.split(' ').find_map(|word| word.strip_prefix("total="))?.parse().ok()
+}
+
+/// Memory that an instance holds: what its cgroup is charged where the memory controller is there, else
+/// the sum of its processes' resident sets (memory shared between them is then counted for each).
+pub(super) fn resident_bytes(cgroup: &Path) -> Result<u64, ProfileError> {
+    if let Ok(text) = fs::read_to_string(cgroup.join("memory.current"))
+        && let Ok(bytes) = text.trim().parse()
+    {
+        return Ok(bytes);
+    }
+    // A process that has ended meanwhile holds nothing.
+    let resident = |pid: i32| procfs::process::Process::new(pid).and_then(|process| process.statm()).ok();
+    Ok(pids(cgroup)?.into_iter().filter_map(resident).map(|statm| statm.resident * procfs::page_size()).sum())
+}
+
+/// The processes of a cgroup and of all below it.
+fn pids(cgroup: &Path) -> Result<BTreeSet<i32>, ProfileError> {
+    let mut pids = BTreeSet::new();
+    walk(cgroup, 0, &mut |path| {
+        // A threaded cgroup below lists no processes of its own (EOPNOTSUPP); they are listed above it.
+        if let Ok(text) = fs::read_to_string(path.join("cgroup.procs")) {
+            // 0 stands for a process outside of our PID namespace.
+            pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|&pid| pid > 0));
+        }
+        Ok(())
+    })
+    .map_err(|source| ProfileError::Read { path: cgroup.to_owned(), source })?;
+    Ok(pids)
+}
+
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+fn read(path: &Path) -> Result<String, ProfileError> {
+    fs::read_to_string(path).map_err(|source| ProfileError::Read { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unified_hierarchy_is_found_among_the_old_ones() {
+        let mounts = "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                      38 31 0:35 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
+        assert_eq!(unified_mount_in(mounts), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(unified_mount_in("garbage\n"), None);
+    }
+
+    #[test]
+    fn counters_are_read_from_the_kernels_files() {
+        assert_eq!(field("usage_usec 12\nuser_usec 7\n", "user_usec"), Some(7));
+        assert_eq!(field("usage_usec_x 12\n", "usage_usec"), None);
+        let pressure = "some avg10=0.00 avg60=0.00 avg300=0.00 total=81\nfull avg10=0.00 total=3\n";
+        assert_eq!(pressure_total(pressure), Some(81));
+        assert_eq!(pressure_total(""), None);
+    }
+}

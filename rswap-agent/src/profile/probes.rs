@@ -1,0 +1,358 @@
+//! The eBPF programs: what each needs of the kernel, loading them, and what became of each.
+
+use std::os::fd::OwnedFd;
+
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData},
+    programs::BtfTracePoint,
+    sys::{Stats, enable_stats},
+};
+use rswap_common::{
+    globals as g,
+    layout::{BlockRecord, MAX_DEVICES, SlotRecord, block_shards, map_names},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{ProfileConfig, btf::KernelTypes};
+use crate::sys::bpf_mmap::{BpfRecord, MappedArray};
+
+/// The object that `cargo xtask build` made, if it was there when the agent was built.
+#[cfg(rswap_ebpf_object)]
+static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("RSWAP_EBPF_OBJECT")));
+/// The object that `cargo xtask build` made, if it was there when the agent was built.
+#[cfg(not(rswap_ebpf_object))]
+static OBJECT: Option<&[u8]> = None;
+
+/// Lines kept of a verifier's log: the reason, and three lines of statistics with the error code.
+const VERIFIER_LINES: usize = 6;
+
+const NO_OBJECT: &str = "built without eBPF programs: use `cargo xtask build`";
+
+/// Whether a probe counts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum ProbeState {
+    /// It does.
+    Active,
+    /// It does not, and why.
+    Unavailable {
+        /// For people.
+        reason: String,
+    },
+}
+
+/// What became of one probe.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeStatus {
+    /// The tracepoint that it sits on.
+    pub name: String,
+    /// Whether it counts.
+    #[serde(flatten)]
+    pub state: ProbeState,
+}
+
+/// What one program has cost so far, from the kernel's own statistics.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProgramCost {
+    /// The tracepoint that it sits on.
+    pub name: String,
+    /// How often it ran while the statistics were on.
+    pub runs: u64,
+    /// Mean time of a run, in nanoseconds (the measuring included).
+    pub ns_per_run: f64,
+}
+
+/// A program, and what it relies on. Tracepoints and structures change between kernels, at no version that
+/// could be asked for (vendors backport): hence every one is looked up.
+pub(super) struct Probe {
+    /// Name of the program and of its tracepoint.
+    pub(super) tracepoint: &'static str,
+    /// The arguments' types, as far as they are used.
+    arguments: &'static [&'static str],
+    /// (global, structure, field)
+    fields: &'static [(&'static str, &'static str, &'static str)],
+}
+
+const CGROUP_FIELDS: [(&str, &str, &str); 2] =
+    [(g::CGROUP_KN, "cgroup", "kn"), (g::KERNFS_ID, "kernfs_node", "id")];
+
+const SOCK_FIELDS: [(&str, &str, &str); 4] = [
+    CGROUP_FIELDS[0],
+    CGROUP_FIELDS[1],
+    (g::SOCK_PROTOCOL, "sock", "sk_protocol"),
+    (g::SOCK_CGROUP, "sock", "sk_cgrp_data.cgroup"),
+];
+
+const BLOCK_IO_START: &str = "block_io_start";
+
+pub(super) const PROBES: [Probe; 6] = [
+    Probe {
+        tracepoint: "sched_switch",
+        arguments: &["bool", "struct task_struct *", "struct task_struct *"],
+        fields: &[
+            CGROUP_FIELDS[0],
+            CGROUP_FIELDS[1],
+            (g::TASK_CGROUPS, "task_struct", "cgroups"),
+            (g::TASK_LAST_QUEUED, "task_struct", "sched_info.last_queued"),
+            (g::TASK_LAST_ARRIVAL, "task_struct", "sched_info.last_arrival"),
+            (g::TASK_CFS_RQ, "task_struct", "se.cfs_rq"),
+            (g::CFS_RQ_RQ, "cfs_rq", "rq"),
+            (g::RQ_CLOCK, "rq", "clock"),
+            (g::CSS_SET_DFL_CGRP, "css_set", "dfl_cgrp"),
+        ],
+    },
+    Probe {
+        tracepoint: "block_rq_complete",
+        arguments: &["struct request *", "blk_status_t", "int"],
+        fields: &[
+            CGROUP_FIELDS[0],
+            CGROUP_FIELDS[1],
+            (g::REQUEST_Q, "request", "q"),
+            (g::REQUEST_BIO, "request", "bio"),
+            (g::REQUEST_CMD_FLAGS, "request", "cmd_flags"),
+            (g::REQUEST_DATA_LEN, "request", "__data_len"),
+            (g::REQUEST_START_NS, "request", "start_time_ns"),
+            (g::REQUEST_IO_START_NS, "request", "io_start_time_ns"),
+            (g::QUEUE_DISK, "request_queue", "disk"),
+            (g::DISK_MAJOR, "gendisk", "major"),
+            (g::DISK_FIRST_MINOR, "gendisk", "first_minor"),
+            (g::BIO_BLKG, "bio", "bi_blkg"),
+            (g::BLKG_BLKCG, "blkcg_gq", "blkcg"),
+            (g::BLKCG_CGROUP, "blkcg", "css.cgroup"),
+        ],
+    },
+    Probe { tracepoint: BLOCK_IO_START, arguments: &["struct request *"], fields: &[] },
+    Probe {
+        tracepoint: "tcp_probe",
+        arguments: &["struct sock *"],
+        fields: &[
+            CGROUP_FIELDS[0],
+            CGROUP_FIELDS[1],
+            (g::SOCK_CGROUP, "sock", "sk_cgrp_data.cgroup"),
+            (g::TCP_SRTT_US, "tcp_sock", "srtt_us"),
+        ],
+    },
+    Probe {
+        tracepoint: "sock_send_length",
+        arguments: &["struct sock *", "int", "int"],
+        fields: &SOCK_FIELDS,
+    },
+    Probe {
+        tracepoint: "sock_recv_length",
+        arguments: &["struct sock *", "int", "int"],
+        fields: &SOCK_FIELDS,
+    },
+];
+
+impl Probe {
+    /// The offsets that the program needs in this kernel, or why it can't run here.
+    pub(super) fn resolve(&self, types: &KernelTypes) -> Result<Vec<(&'static str, u64)>, String> {
+        let found = types.tracepoint_arguments(self.tracepoint).map_err(|error| error.to_string())?;
+        let same = |expected: &&str, found: &String| *expected == found || integers(expected, found);
+        if found.len() < self.arguments.len() || !self.arguments.iter().zip(&found).all(|(e, f)| same(e, f)) {
+            return Err(format!(
+                "this kernel's tracepoint {} has the arguments ({}), not ({}, ..)",
+                self.tracepoint,
+                found.join(", "),
+                self.arguments.join(", ")
+            ));
+        }
+        let offset = |&(global, in_struct, field): &(&'static str, &str, &str)| {
+            let offset = types.field_offset(in_struct, field).map_err(|error| error.to_string())?;
+            Ok((global, offset))
+        };
+        self.fields.iter().map(offset).collect()
+    }
+}
+
+/// Numbers pass in a register of one size whatever their C type is called.
+fn integers(expected: &str, found: &str) -> bool {
+    let integer = |name: &str| matches!(name, "int" | "unsigned int" | "blk_status_t" | "u32" | "u8");
+    integer(expected) && integer(found)
+}
+
+/// What the loaded programs share with the agent.
+pub(super) struct Maps {
+    /// kernfs cgroup id -> slot.
+    pub(super) cgroup_slots: HashMap<MapData, u64, u32>,
+    /// The table of devices, one entry.
+    pub(super) devices: Array<MapData, [u32; MAX_DEVICES as usize]>,
+    /// Scheduler and TCP records per CPU and slot.
+    pub(super) slots: MappedArray<SlotRecord>,
+    /// Block records per shard, slot, device and direction.
+    pub(super) blocks: MappedArray<BlockRecord>,
+    /// CPUs in `slots`.
+    pub(super) cpus: u32,
+    /// Shards in `blocks`.
+    pub(super) shards: u32,
+}
+
+/// The programs, as long as they are attached.
+pub(super) struct Probes {
+    pub(super) statuses: Vec<ProbeStatus>,
+    pub(super) maps: Option<Maps>,
+    ebpf: Option<Ebpf>,
+    flush_log: Option<Box<dyn FnMut() + Send>>,
+    statistics: Option<OwnedFd>,
+}
+
+impl Probes {
+    /// Loads and attaches what this kernel takes. Never fails as a whole.
+    pub(super) fn load(config: &ProfileConfig) -> Self {
+        let mut this =
+            Self { statuses: Vec::new(), maps: None, ebpf: None, flush_log: None, statistics: None };
+        if let Err(reason) = this.try_load(config) {
+            this.maps = None;
+            this.ebpf = None;
+            this.statuses = PROBES.iter().map(|probe| status(probe, Err(reason.clone()))).collect();
+        }
+        if config.measure_program_cost {
+            this.statistics = enable_stats(Stats::RunTime)
+                .inspect_err(
+                    |error| tracing::warn!(%error, "the cost of the eBPF programs can't be measured"),
+                )
+                .ok();
+        }
+        this
+    }
+
+    fn try_load(&mut self, config: &ProfileConfig) -> Result<(), String> {
+        let object = OBJECT.ok_or(NO_OBJECT)?;
+        let types = KernelTypes::of_this_kernel().map_err(|error| error.to_string())?;
+        let resolved: Vec<_> = PROBES.iter().map(|probe| probe.resolve(&types)).collect();
+        drop(types);
+
+        let cpus =
+            aya::util::nr_cpus().map_err(|(what, error)| format!("count the CPUs ({what}): {error}"))? as u32;
+        let shards = block_shards(cpus);
+        let by_blkcg =
+            super::cgroup::unified_mount().is_ok_and(|mount| super::cgroup::has_controller(&mount, "io"));
+        let by_submitter = PROBES
+            .iter()
+            .zip(&resolved)
+            .any(|(probe, found)| probe.tracepoint == BLOCK_IO_START && found.is_ok());
+        let words = [
+            (g::SLOT_COUNT, config.slots),
+            (g::BLOCK_SHARD_MASK, shards - 1),
+            (g::BLOCK_BY_BLKCG, by_blkcg.into()),
+            (g::BLOCK_BY_SUBMITTER, by_submitter.into()),
+        ];
+        let log_level: u8 = if config.debug_programs { 4 } else { 0 };
+        let offsets: Vec<(&str, u64)> = resolved.iter().flatten().flatten().copied().collect();
+
+        let block_entries = shards * config.slots * MAX_DEVICES * 2;
+        let btf =
+            Btf::from_sys_fs().map_err(|error| format!("read the kernel's type information: {error}"))?;
+        let mut loader = EbpfLoader::new();
+        loader.btf(Some(&btf)).override_global(g::AYA_LOG_LEVEL, &log_level, true);
+        loader.map_max_entries(map_names::SLOTS, cpus * config.slots);
+        loader.map_max_entries(map_names::BLOCKS, block_entries);
+        for (name, value) in &words {
+            loader.override_global(name, value, true);
+        }
+        for (name, offset) in &offsets {
+            loader.override_global(name, offset, true);
+        }
+        let mut ebpf =
+            loader.load(object).map_err(|error| format!("load the eBPF object: {}", chain(&error)))?;
+
+        let map = |name: &str, ebpf: &mut Ebpf| {
+            ebpf.take_map(name).ok_or_else(|| format!("the eBPF object has no map {name}: build it again"))
+        };
+        let unmapped =
+            |name: &str, error: &dyn std::fmt::Display| format!("use the eBPF map {name}: {error}");
+        // The programs find their maps by file descriptor when they are loaded: the maps stay open in `Maps`.
+        let cgroup_slots = HashMap::try_from(map(map_names::CGROUP_SLOTS, &mut ebpf)?)
+            .map_err(|error| unmapped(map_names::CGROUP_SLOTS, &error))?;
+        let devices = Array::try_from(map(map_names::DEVICES, &mut ebpf)?)
+            .map_err(|error| unmapped(map_names::DEVICES, &error))?;
+        let slots = mapped(&ebpf, map_names::SLOTS, cpus * config.slots)?;
+        let blocks = mapped(&ebpf, map_names::BLOCKS, block_entries)?;
+
+        self.statuses = PROBES
+            .iter()
+            .zip(resolved)
+            .map(|(probe, found)| {
+                status(probe, found.and_then(|_offsets| attach(&mut ebpf, probe.tracepoint, &btf)))
+            })
+            .collect();
+        if config.debug_programs {
+            self.flush_log = log_reader(&mut ebpf);
+        }
+        self.maps = Some(Maps { cgroup_slots, devices, slots, blocks, cpus, shards });
+        self.ebpf = Some(ebpf);
+        Ok(())
+    }
+
+    /// Passes the programs' own messages on to the agent's log.
+    pub(super) fn flush_log(&mut self) {
+        if let Some(flush) = &mut self.flush_log {
+            flush();
+        }
+    }
+
+    /// What each program has cost since the statistics are on; empty while they are off.
+    pub(super) fn costs(&self) -> Vec<ProgramCost> {
+        let (Some(ebpf), Some(_on)) = (&self.ebpf, &self.statistics) else { return Vec::new() };
+        let cost = |(name, program): (&str, &aya::programs::Program)| {
+            let info = program.info().ok()?;
+            let runs = info.run_count();
+            let ns_per_run = if runs == 0 { 0.0 } else { info.run_time().as_nanos() as f64 / runs as f64 };
+            Some(ProgramCost { name: name.to_owned(), runs, ns_per_run })
+        };
+        ebpf.programs().filter_map(cost).collect()
+    }
+}
+
+fn mapped<T: BpfRecord>(ebpf: &Ebpf, name: &str, entries: u32) -> Result<MappedArray<T>, String> {
+    let Some(Map::Array(map)) = ebpf.map(name) else {
+        return Err(format!("the eBPF object has no array map {name}: build it again"));
+    };
+    MappedArray::new(map.fd(), entries).map_err(|error| format!("map {name} into memory: {error}"))
+}
+
+fn attach(ebpf: &mut Ebpf, tracepoint: &str, btf: &Btf) -> Result<(), String> {
+    let program =
+        ebpf.program_mut(tracepoint).ok_or("the eBPF object has no such program: build it again")?;
+    let program: &mut BtfTracePoint = program.try_into().map_err(|error| chain(&error))?;
+    program
+        .load(tracepoint, btf)
+        .map_err(|error| format!("the kernel refuses the program: {}", chain(&error)))?;
+    program.attach().map_err(|error| format!("attach to the tracepoint: {}", chain(&error)))?;
+    Ok(())
+}
+
+fn log_reader(ebpf: &mut Ebpf) -> Option<Box<dyn FnMut() + Send>> {
+    match aya_log::EbpfLogger::init(ebpf) {
+        Ok(mut logger) => Some(Box::new(move || logger.flush())),
+        Err(error) => {
+            tracing::warn!(%error, "the eBPF programs' messages can't be read");
+            None
+        }
+    }
+}
+
+fn status(probe: &Probe, outcome: Result<(), String>) -> ProbeStatus {
+    let state = match outcome {
+        Ok(()) => ProbeState::Active,
+        Err(reason) => ProbeState::Unavailable { reason },
+    };
+    ProbeStatus { name: probe.tracepoint.to_owned(), state }
+}
+
+/// An error with its causes. Of a verifier's log, which goes to the debug log whole, the last lines say why.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    let lines: Vec<&str> = text.lines().collect();
+    if lines.len() <= VERIFIER_LINES + 1 {
+        return text;
+    }
+    tracing::debug!(%text, "refused eBPF program");
+    format!("{} .. {}", lines[0], lines[lines.len() - VERIFIER_LINES..].join("; "))
+}

@@ -1,0 +1,284 @@
+//! Tracks instances and makes their profiles, window by window.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use rswap_common::layout::MAX_SLOTS;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    CpuProfile, MemoryProfile, ProbeStatus, Profile, ProfileError, ProgramCost, TcpProfile, cgroup,
+    probes::Probes,
+    slots::{Counters, Devices, FreeSlots},
+};
+use crate::{instance::InstanceName, units::UnixMillis};
+
+/// How profiling is done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ProfileConfig {
+    /// Most instances whose kernel events are counted (at most [`MAX_SLOTS`]). Each takes about 4 KiB of
+    /// kernel memory per CPU, and 20 KiB for each of up to four block shards.
+    pub slots: u32,
+    /// Whether the eBPF programs log each event that they count: slow, for developers.
+    pub debug_programs: bool,
+    /// Whether the kernel measures what the eBPF programs cost; measuring costs a little too.
+    pub measure_program_cost: bool,
+}
+
+impl Default for ProfileConfig {
+    fn default() -> Self {
+        Self { slots: MAX_SLOTS, debug_programs: false, measure_program_cost: false }
+    }
+}
+
+/// Watches the tracked instances. Everything stops and is undone when it is dropped.
+pub struct Profiler {
+    config: ProfileConfig,
+    state: Mutex<State>,
+}
+
+struct State {
+    probes: Probes,
+    free: FreeSlots,
+    devices: Devices,
+    tracked: BTreeMap<InstanceName, Tracked>,
+}
+
+struct Tracked {
+    cgroup: PathBuf,
+    /// `None`: there is no slot left, or no probe.
+    slot: Option<u32>,
+    /// The cgroups that the programs know as this instance's.
+    registered: BTreeSet<u64>,
+    last: Reading,
+    dirty_bytes_per_s: Option<f64>,
+}
+
+/// Everything that is counted for an instance, at one moment.
+struct Reading {
+    /// `None` until the first sample: `track` has no clock, so the first window begins with that sample.
+    at: Option<UnixMillis>,
+    counters: Option<Counters>,
+    cpu_usage_us: u64,
+    cpu_pressure_us: Option<u64>,
+    memory_pressure_us: Option<u64>,
+}
+
+impl Profiler {
+    /// Loads the probes that this kernel takes; the others are in [`Self::probes`], with the reason.
+    pub fn start(config: &ProfileConfig) -> Self {
+        let config = ProfileConfig { slots: config.slots.clamp(1, MAX_SLOTS), ..config.clone() };
+        let probes = Probes::load(&config);
+        for status in &probes.statuses {
+            tracing::debug!(probe = status.name, state = ?status.state, "probe");
+        }
+        let mut state = State {
+            probes,
+            free: FreeSlots::new(config.slots),
+            devices: Devices::default(),
+            tracked: BTreeMap::new(),
+        };
+        state.look_for_devices();
+        Self { config, state: Mutex::new(state) }
+    }
+
+    /// What became of each probe.
+    pub fn probes(&self) -> Vec<ProbeStatus> {
+        self.lock().probes.statuses.clone()
+    }
+
+    /// Begins to profile an instance; its window begins with the next [`Self::sample`]. Past
+    /// [`ProfileConfig::slots`] instances the kernel's events are not counted: CPU time and memory still are.
+    pub fn track(&self, name: &InstanceName, cgroup: &Path) -> Result<(), ProfileError> {
+        let mut state = self.lock();
+        if let Some(tracked) = state.tracked.get(name) {
+            if tracked.cgroup == cgroup {
+                return Ok(());
+            }
+            return Err(ProfileError::AlreadyTracked { name: name.clone(), path: tracked.cgroup.clone() });
+        }
+        // Read first: an instance whose cgroup is not there takes no slot.
+        let mut reading = Reading::of_cgroup(cgroup)?;
+        let slot = if state.probes.maps.is_some() { state.free.take() } else { None };
+        match (&state.probes.maps, slot) {
+            (Some(maps), Some(slot)) => {
+                reading.counters = Some(Counters::read(maps, self.config.slots, slot));
+            }
+            (Some(_), None) => tracing::warn!(
+                %name, slots = self.config.slots,
+                "all slots are taken: this instance's profile will have no kernel events (raise profile.slots)"
+            ),
+            (None, _) => {}
+        }
+        let mut tracked = Tracked {
+            cgroup: cgroup.to_owned(),
+            slot,
+            registered: BTreeSet::new(),
+            last: reading,
+            dirty_bytes_per_s: None,
+        };
+        let registered = state.register_cgroups(name, &mut tracked);
+        state.tracked.insert(name.clone(), tracked);
+        if let Err(error) = registered {
+            state.forget(name);
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Stops profiling an instance; nothing happens if it is not tracked.
+    pub fn untrack(&self, name: &InstanceName) {
+        self.lock().forget(name);
+    }
+
+    /// What the write tracker measured for an instance, in bytes per second; `None` when it no longer tracks.
+    pub fn set_dirty_rate(&self, name: &InstanceName, bytes_per_s: Option<f64>) {
+        if let Some(tracked) = self.lock().tracked.get_mut(name) {
+            tracked.dirty_bytes_per_s = bytes_per_s;
+        }
+    }
+
+    /// The profile of every tracked instance for the window since the last call. An instance's first call
+    /// only begins its first window; one whose cgroup has gone has none.
+    pub fn sample(&self, now: UnixMillis) -> Vec<Profile> {
+        let mut state = self.lock();
+        state.probes.flush_log();
+        state.look_for_devices();
+        let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
+        names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots)).collect()
+    }
+
+    /// What each program has cost since [`Self::start`]; empty unless
+    /// [`ProfileConfig::measure_program_cost`] is on.
+    pub fn program_costs(&self) -> Vec<ProgramCost> {
+        self.lock().probes.costs()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change is complete before anything that may panic, so the state is sound even then.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reading {
+    fn of_cgroup(path: &Path) -> Result<Self, ProfileError> {
+        Ok(Self {
+            at: None,
+            counters: None,
+            cpu_usage_us: cgroup::cpu_usage_us(path)?,
+            cpu_pressure_us: cgroup::pressure_some_us(path, "cpu"),
+            memory_pressure_us: cgroup::pressure_some_us(path, "memory"),
+        })
+    }
+}
+
+impl State {
+    fn look_for_devices(&mut self) {
+        if let Some(maps) = &mut self.probes.maps
+            && self.devices.rescan()
+            && let Err(error) = maps.devices.set(0, self.devices.table(), 0)
+        {
+            tracing::warn!(%error, "block devices can't be told apart");
+        }
+    }
+
+    /// Tells the programs about cgroups of the instance that are new, and to forget those that have gone.
+    fn register_cgroups(&mut self, name: &InstanceName, tracked: &mut Tracked) -> Result<(), ProfileError> {
+        let (Some(maps), Some(slot)) = (&mut self.probes.maps, tracked.slot) else { return Ok(()) };
+        let present = cgroup::ids(&tracked.cgroup)?;
+        for &id in present.difference(&tracked.registered.clone()) {
+            maps.cgroup_slots.insert(id, slot, 0).map_err(|source| ProfileError::Register {
+                name: name.clone(),
+                id,
+                source,
+            })?;
+            tracked.registered.insert(id);
+        }
+        for id in tracked.registered.difference(&present) {
+            // Gone already is as good as removed.
+            let _gone = maps.cgroup_slots.remove(id);
+        }
+        tracked.registered = present;
+        Ok(())
+    }
+
+    fn forget(&mut self, name: &InstanceName) {
+        let Some(tracked) = self.tracked.remove(name) else { return };
+        if let (Some(maps), Some(slot)) = (&mut self.probes.maps, tracked.slot) {
+            for id in &tracked.registered {
+                let _gone = maps.cgroup_slots.remove(id);
+            }
+            self.free.give_back(slot);
+        }
+    }
+
+    fn sample_one(&mut self, name: &InstanceName, now: UnixMillis, slots: u32) -> Option<Profile> {
+        let mut tracked = self.tracked.remove(name)?;
+        let profile = self.window(name, &mut tracked, now, slots);
+        self.tracked.insert(name.clone(), tracked);
+        match profile {
+            Ok(profile) => profile,
+            Err(error) => {
+                tracing::debug!(%name, error = &error as &dyn std::error::Error, "no profile for this window");
+                None
+            }
+        }
+    }
+
+    fn window(
+        &mut self,
+        name: &InstanceName,
+        tracked: &mut Tracked,
+        now: UnixMillis,
+        slots: u32,
+    ) -> Result<Option<Profile>, ProfileError> {
+        self.register_cgroups(name, tracked)?;
+        let mut reading = Reading::of_cgroup(&tracked.cgroup)?;
+        reading.at = Some(now);
+        if let (Some(maps), Some(slot)) = (&self.probes.maps, tracked.slot) {
+            reading.counters = Some(Counters::read(maps, slots, slot));
+        }
+        let resident_bytes = cgroup::resident_bytes(&tracked.cgroup)?;
+        let last = std::mem::replace(&mut tracked.last, reading);
+        let reading = &tracked.last;
+
+        let Some(started) = last.at else { return Ok(None) };
+        let window_ms = now.since(started);
+        if window_ms == 0 {
+            // Nothing can be said per second of no time; what was counted belongs to the next window.
+            tracked.last = last;
+            return Ok(None);
+        }
+        let share = |later: Option<u64>, earlier: Option<u64>| {
+            Some((later?.saturating_sub(earlier?) as f64 / (window_ms as f64 * 1e3)).min(1.0))
+        };
+        let mut profile = Profile {
+            instance: name.clone(),
+            at: now,
+            window_ms,
+            cpu: CpuProfile {
+                cores: reading.cpu_usage_us.saturating_sub(last.cpu_usage_us) as f64
+                    / (window_ms as f64 * 1e3),
+                pressure_some: share(reading.cpu_pressure_us, last.cpu_pressure_us),
+                ..CpuProfile::default()
+            },
+            block: Vec::new(),
+            tcp: TcpProfile::default(),
+            memory: MemoryProfile {
+                resident_bytes,
+                dirty_bytes_per_s: tracked.dirty_bytes_per_s,
+                pressure_some: share(reading.memory_pressure_us, last.memory_pressure_us),
+            },
+        };
+        if let (Some(earlier), Some(later)) = (&last.counters, &reading.counters) {
+            later.add_cpu_since(earlier, &mut profile.cpu);
+            profile.tcp = later.tcp_since(earlier);
+            profile.block = later.block_since(earlier, &self.devices);
+        }
+        Ok(Some(profile))
+    }
+}

@@ -1,0 +1,87 @@
+//! Read-only views of eBPF array maps, mapped into our memory: no system call per value.
+
+use std::{
+    io,
+    marker::PhantomData,
+    mem::MaybeUninit,
+    num::NonZeroUsize,
+    os::fd::AsFd,
+    ptr::NonNull,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use rswap_common::layout::{BlockRecord, SlotRecord};
+
+/// A record that eBPF programs fill.
+///
+/// # Safety
+/// The type is `repr(C)`, made of integers only and without padding, so that any bits are a valid value; its
+/// size is a multiple of 8 and its alignment at most 8.
+pub unsafe trait BpfRecord: Copy {}
+
+// SAFETY: `repr(C)`, u64 and u32 counters only; the sizes are asserted where the types are defined.
+unsafe impl BpfRecord for SlotRecord {}
+// SAFETY: as above.
+unsafe impl BpfRecord for BlockRecord {}
+
+/// An array map of `T`, mapped read-only until it is dropped.
+#[derive(Debug)]
+pub struct MappedArray<T: BpfRecord> {
+    address: NonNull<AtomicU64>,
+    length_bytes: NonZeroUsize,
+    entries: u32,
+    record: PhantomData<T>,
+}
+
+// SAFETY: the mapping belongs to the value, and is only ever read, word by word and atomically.
+unsafe impl<T: BpfRecord> Send for MappedArray<T> {}
+// SAFETY: as above: shared reading is atomic.
+unsafe impl<T: BpfRecord> Sync for MappedArray<T> {}
+
+impl<T: BpfRecord> MappedArray<T> {
+    /// Words of one record.
+    const WORDS: usize = {
+        assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() <= 8);
+        size_of::<T>() / 8
+    };
+
+    /// Maps all `entries` of the array map behind `map`, which was made with `BPF_F_MMAPABLE`.
+    pub fn new(map: impl AsFd, entries: u32) -> io::Result<Self> {
+        let length_bytes = NonZeroUsize::new(entries as usize * Self::WORDS * 8)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an array map without entries"))?;
+        // SAFETY: needed because nothing else reads a map without a system call per value. A new mapping at
+        // an address of the kernel's choice aliases nothing of ours; the kernel refuses a length past the map.
+        let address =
+            unsafe { mmap(None, length_bytes, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, map, 0) }?;
+        Ok(Self { address: address.cast(), length_bytes, entries, record: PhantomData })
+    }
+
+    /// The record at `index`, as it is now: each word is read at once, the record as a whole is not.
+    pub fn read(&self, index: u32) -> Option<T> {
+        if index >= self.entries {
+            return None;
+        }
+        let mut record = MaybeUninit::<T>::uninit();
+        for word in 0..Self::WORDS {
+            // SAFETY: needed because the kernel writes this memory meanwhile: it may only be read atomically.
+            // In range (`index` was checked), aligned (pages), and mapped as long as `self` is.
+            let value = unsafe { self.address.add(index as usize * Self::WORDS + word).as_ref() };
+            // SAFETY: `word` is inside of the record; unaligned, so that no alignment of `T` is asked for.
+            unsafe {
+                record.as_mut_ptr().cast::<u64>().add(word).write_unaligned(value.load(Ordering::Relaxed));
+            };
+        }
+        // SAFETY: every word was written, and any bits are a valid `T` (the trait's contract).
+        Some(unsafe { record.assume_init() })
+    }
+}
+
+impl<T: BpfRecord> Drop for MappedArray<T> {
+    fn drop(&mut self) {
+        // SAFETY: this very mapping was made in `new`, and no reference into it outlives a call of `read`.
+        if let Err(error) = unsafe { munmap(self.address.cast(), self.length_bytes.get()) } {
+            tracing::warn!(%error, "could not unmap an eBPF map");
+        }
+    }
+}

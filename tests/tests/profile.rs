@@ -1,0 +1,352 @@
+//! The profile against independent counts: the kernel's own, fio's, and a program's that counts its bytes.
+//!
+//! Each needs root, cgroup v2, and an agent built with the eBPF programs; where something is missing the
+//! test says so and passes.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a scenario that can't be set up has failed, and may say so by panicking"
+)]
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpListener,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rswap_agent::{
+    instance::InstanceName,
+    profile::{Direction, ProbeState, Profile, ProfileConfig, Profiler, unified_mount},
+    units::UnixMillis,
+};
+
+/// A cgroup of the test's own. Dropping it kills what is in it and removes it.
+struct TestCgroup(PathBuf);
+
+impl TestCgroup {
+    fn new() -> Option<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let mount = match unified_mount() {
+            Ok(mount) => mount,
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                return None;
+            }
+        };
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = mount.join(format!("rswap-test-profile-{}-{number}", std::process::id()));
+        if let Err(error) = fs::create_dir(&path) {
+            eprintln!("skipped: can't make the cgroup {}: {error}", path.display());
+            return None;
+        }
+        Some(Self(path))
+    }
+
+    /// Starts `command` in the cgroup: it is there before its program begins.
+    fn spawn(&self, command: &mut Command) -> Child {
+        let procs = self.0.join("cgroup.procs");
+        // SAFETY: needed because the program must be in the cgroup from its first instruction on; between
+        // fork and exec it only opens, writes and closes a file (the path was allocated before).
+        unsafe { command.pre_exec(move || fs::write(&procs, "0")) };
+        command.spawn().expect("start the program under test")
+    }
+
+    fn cpu_usage_us(&self) -> u64 {
+        let text = fs::read_to_string(self.0.join("cpu.stat")).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("usage_usec ")).unwrap();
+        line.parse().unwrap()
+    }
+}
+
+impl Drop for TestCgroup {
+    fn drop(&mut self) {
+        let _old_kernel = fs::write(self.0.join("cgroup.kill"), "1");
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// A profiler whose probes of these names count, or `None` and the reason on the test's output.
+fn profiler(needed: &[&str]) -> Option<Profiler> {
+    let config = ProfileConfig { slots: 8, measure_program_cost: true, ..ProfileConfig::default() };
+    let profiler = Profiler::start(&config);
+    for status in profiler.probes() {
+        if let ProbeState::Unavailable { reason } = status.state
+            && needed.contains(&status.name.as_str())
+        {
+            eprintln!("skipped: the probe {} is unavailable: {reason}", status.name);
+            return None;
+        }
+    }
+    Some(profiler)
+}
+
+/// Tracks `cgroup` and begins its first window.
+fn begin(profiler: &Profiler, cgroup: &Path) -> InstanceName {
+    let name: InstanceName = "under-test".parse().unwrap();
+    profiler.track(&name, cgroup).unwrap();
+    assert!(profiler.sample(UnixMillis::now()).is_empty(), "the first sample only begins the window");
+    name
+}
+
+/// The profile of the one tracked instance since [`begin`].
+fn end(profiler: &Profiler) -> Profile {
+    let profile = profiler.sample(UnixMillis::now()).pop().expect("a tracked instance has a profile");
+    for cost in profiler.program_costs() {
+        eprintln!("{}: {} runs, {:.0} ns each", cost.name, cost.runs, cost.ns_per_run);
+    }
+    profile
+}
+
+/// Waits for `child` at most `limit`, then kills it.
+fn wait(mut child: Child, limit: Duration) -> String {
+    let deadline = Instant::now() + limit;
+    let mut stdout = child.stdout.take();
+    let reader = thread::spawn(move || {
+        let mut text = String::new();
+        if let Some(stdout) = &mut stdout {
+            stdout.read_to_string(&mut text).unwrap();
+        }
+        text
+    });
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success(), "the program under test failed: {status}");
+            return reader.join().unwrap();
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("the program under test took longer than {limit:?}");
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn has(program: &str) -> bool {
+    let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if found.is_err() {
+        eprintln!("skipped: {program} is not installed");
+    }
+    found.is_ok()
+}
+
+#[test]
+fn cpu_time_is_that_of_the_kernels_cpu_stat() {
+    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&[])) else { return };
+    let child = cgroup.spawn(Command::new("timeout").args([
+        "20",
+        "taskset",
+        "-c",
+        "0",
+        "sh",
+        "-c",
+        "while :; do :; done",
+    ]));
+    thread::sleep(Duration::from_millis(200));
+    begin(&profiler, &cgroup.0);
+    let (usage, started) = (cgroup.cpu_usage_us(), Instant::now());
+    thread::sleep(Duration::from_secs(2));
+    let profile = end(&profiler);
+    let cores = (cgroup.cpu_usage_us() - usage) as f64 / started.elapsed().as_micros() as f64;
+    eprintln!("profile: {:.4} cores; cpu.stat: {cores:.4}", profile.cpu.cores);
+    assert!((profile.cpu.cores - cores).abs() < 0.02, "{} against {cores}", profile.cpu.cores);
+    assert!(profile.memory.resident_bytes > 0);
+    drop(cgroup);
+    reap(child);
+}
+
+/// Waits for a child that its cgroup's removal has killed.
+fn reap(mut child: Child) {
+    let _killed = child.wait();
+}
+
+/// `/proc/PID/schedstat`: nanoseconds on a CPU, nanoseconds waiting for one, number of times on one.
+fn schedstat(pid: u32) -> Option<[u64; 3]> {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+    let numbers: Vec<u64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    numbers.try_into().ok()
+}
+
+#[test]
+fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
+    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&["sched_switch"])) else { return };
+    // Two on one core wait for each other; the third sleeps and wakes.
+    let busy = "exec timeout 20 sh -c 'while :; do :; done'";
+    let sleepy = "i=0; while [ $i -lt 2000 ]; do read -t 0.001 x <> /dev/zero; i=$((i+1)); done";
+    let mut children = Vec::new();
+    for script in [busy, busy] {
+        children.push(cgroup.spawn(Command::new("taskset").args(["-c", "0", "sh", "-c", script])));
+    }
+    children
+        .push(cgroup.spawn(Command::new("timeout").args(["20", "taskset", "-c", "0", "bash", "-c", sleepy])));
+    thread::sleep(Duration::from_millis(300));
+    let members = || -> Vec<u32> {
+        let text = fs::read_to_string(cgroup.0.join("cgroup.procs")).unwrap();
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    };
+    // Nothing may run while the two sides read their counters.
+    let freeze = |frozen: bool| {
+        fs::write(cgroup.0.join("cgroup.freeze"), if frozen { "1" } else { "0" }).unwrap();
+        let wanted = format!("frozen {}", u8::from(frozen));
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !fs::read_to_string(cgroup.0.join("cgroup.events")).unwrap().contains(&wanted) {
+            assert!(Instant::now() < deadline, "the cgroup does not become {wanted}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        thread::sleep(Duration::from_millis(50));
+    };
+    let sum = |pids: &[u32]| {
+        pids.iter()
+            .filter_map(|&pid| schedstat(pid))
+            .fold([0; 3], |a, b| [a[0] + b[0], a[1] + b[1], a[2] + b[2]])
+    };
+    freeze(true);
+    let pids = members();
+    if pids.is_empty() || sum(&pids) == [0; 3] {
+        eprintln!("skipped: this kernel has no /proc/PID/schedstat");
+        return;
+    }
+    begin(&profiler, &cgroup.0);
+    let before = sum(&pids);
+    freeze(false);
+    thread::sleep(Duration::from_secs(2));
+    freeze(true);
+    assert_eq!(members(), pids, "no process may come or go during the measurement");
+    let after = sum(&pids);
+    let profile = end(&profiler);
+    let (waited_ns, switches) = (after[1] - before[1], after[2] - before[2]);
+    let histogram = &profile.cpu.run_queue_ns;
+    eprintln!(
+        "profile: {} switches, {} ns waited; schedstat: {switches}, {waited_ns} ns; p50 {:?} ns, p99 {:?} ns",
+        histogram.count,
+        histogram.sum,
+        histogram.quantile(0.5),
+        histogram.quantile(0.99)
+    );
+    assert!(switches > 100);
+    assert!(histogram.count.abs_diff(switches) as f64 <= switches as f64 * 0.02);
+    assert!(histogram.sum.abs_diff(waited_ns) as f64 <= waited_ns as f64 * 0.02);
+    drop(cgroup);
+    children.into_iter().for_each(reap);
+}
+
+#[test]
+fn block_requests_are_those_that_fio_counts() {
+    if !has("fio") {
+        return;
+    }
+    let needed = ["block_rq_complete", "block_io_start"];
+    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&needed)) else { return };
+    // Not in /tmp, which may be in memory.
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = directory.path().join("data");
+    let mut data = fs::File::create(&file).unwrap();
+    for block in 0..64u8 {
+        data.write_all(&vec![block + 1; 1 << 20]).unwrap();
+    }
+    data.sync_all().unwrap();
+    drop(data);
+
+    begin(&profiler, &cgroup.0);
+    let mut fio = Command::new("fio");
+    fio.args(["--name=count", "--rw=randread", "--bs=4k", "--direct=1", "--ioengine=psync", "--size=64m"])
+        .args(["--runtime=3", "--time_based", "--output-format=json", "--allow_file_create=0"])
+        .arg(format!("--filename={}", file.display()))
+        .stdout(Stdio::piped());
+    let output = wait(cgroup.spawn(&mut fio), Duration::from_secs(30));
+    let profile = end(&profiler);
+
+    let output: serde_json::Value = serde_json::from_str(&output[output.find('{').unwrap()..]).unwrap();
+    let read = &output["jobs"][0]["read"];
+    let (requests, bytes) = (read["total_ios"].as_u64().unwrap(), read["io_bytes"].as_u64().unwrap());
+    let reads: Vec<_> = profile.block.iter().filter(|block| block.direction == Direction::Read).collect();
+    assert_eq!(reads.len(), 1, "one device: {:?}", profile.block);
+    let latency = &reads[0].latency_ns;
+    eprintln!(
+        "profile: {} requests, {} bytes on {}; fio: {requests}, {bytes}; p50 {:?} ns, fio's mean {} ns",
+        latency.count,
+        reads[0].bytes,
+        reads[0].device,
+        latency.quantile(0.5),
+        read["clat_ns"]["mean"]
+    );
+    assert_ne!(reads[0].device, "other", "the disk has a place of its own");
+    assert!(latency.count.abs_diff(requests) as f64 <= requests as f64 * 0.001);
+    assert!(reads[0].bytes.abs_diff(bytes) as f64 <= bytes as f64 * 0.001);
+    // A request is part of what fio waits for, so it can't take longer on average.
+    let clat_mean_ns = read["clat_ns"]["mean"].as_f64().unwrap();
+    let mean_ns = latency.mean().unwrap();
+    assert!(mean_ns < clat_mean_ns && mean_ns > clat_mean_ns * 0.2, "{mean_ns} against {clat_mean_ns}");
+}
+
+#[test]
+fn tcp_bytes_are_those_that_the_program_counts() {
+    let needed = ["tcp_probe", "sock_send_length", "sock_recv_length"];
+    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&needed)) else { return };
+    if !has("python3") {
+        return;
+    }
+    begin(&profiler, &cgroup.0);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // Echoes are larger than requests, so that the directions can't be mistaken for each other.
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut request = [0; 64];
+        while stream.read_exact(&mut request).is_ok() {
+            stream.write_all(&[7; 1000]).unwrap();
+        }
+    });
+    let client = format!(
+        "import socket\ns = socket.create_connection(('127.0.0.1', {port}), timeout=10)\nsent = received = 0\n\
+         for i in range(2000):\n    s.sendall(b'x' * 64)\n    sent += 64\n    want = 1000\n    \
+         while want:\n        s.recv(10, socket.MSG_PEEK)\n        got = len(s.recv(want))\n        want -= got\n        received += got\n\
+         print(sent, received)\n"
+    );
+    let child = cgroup.spawn(Command::new("python3").args(["-c", &client]).stdout(Stdio::piped()));
+    let output = wait(child, Duration::from_secs(30));
+    server.join().unwrap();
+    let profile = end(&profiler);
+    let counted: Vec<u64> = output.split_whitespace().map(|word| word.parse().unwrap()).collect();
+    let rtt = &profile.tcp.rtt_us;
+    eprintln!(
+        "profile: {} out, {} in; program: {counted:?}; {} round-trip samples, p50 {:?} us",
+        profile.tcp.bytes_out,
+        profile.tcp.bytes_in,
+        rtt.count,
+        rtt.quantile(0.5)
+    );
+    assert_eq!([profile.tcp.bytes_out, profile.tcp.bytes_in], counted[..]);
+    assert!(rtt.count >= 1000 && rtt.quantile(0.5).unwrap() < 10_000);
+}
+
+#[test]
+fn events_of_a_cgroup_below_are_counted_and_those_of_an_untracked_one_are_not() {
+    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&["sched_switch"])) else { return };
+    let below = TestCgroup(cgroup.0.join("below"));
+    fs::create_dir(&below.0).unwrap();
+    let name = begin(&profiler, &cgroup.0);
+    let naps = || {
+        let mut command = Command::new("sh");
+        command.args(["-c", "for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.01; done"]);
+        command
+    };
+    wait(below.spawn(&mut naps()), Duration::from_secs(10));
+    let profile = end(&profiler);
+    assert!(profile.cpu.on_cpu_ns.count >= 10, "{} switches below", profile.cpu.on_cpu_ns.count);
+
+    profiler.untrack(&name);
+    begin(&profiler, &cgroup.0);
+    wait(naps().spawn().unwrap(), Duration::from_secs(10));
+    assert_eq!(end(&profiler).cpu.on_cpu_ns.count, 0, "a foreign process was counted");
+}
