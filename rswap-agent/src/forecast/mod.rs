@@ -1,6 +1,19 @@
 //! Profile history -> [`Demand`]. Pure: no I/O, no clock.
+//!
+//! Online: one update per instance and window, in constant memory. Four experts (last value, EWMA, Holt's trend,
+//! seasonal-naive with a period found by autocorrelation) each give quantiles: their point forecast plus the quantiles of
+//! their own recent errors at that horizon. They are averaged with weights from their recent pinball loss, and a
+//! conformal step then moves each quantile until it is exceeded as often as it says. Nothing is believed before enough
+//! forecasts of a horizon have met their outcome.
+
+mod forecaster;
+mod horizon;
+mod season;
+mod series;
 
 use serde::{Deserialize, Serialize};
+
+pub use forecaster::Forecaster;
 
 use crate::{instance::InstanceName, units::UnixMillis};
 
@@ -96,3 +109,6 @@ pub struct Demand {
     /// Per resource and horizon.
     pub points: Vec<DemandPoint>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,89 @@
+//! The forecaster: a series per instance and resource.
+
+use std::collections::BTreeMap;
+
+use super::{Demand, DemandPoint, Resource, series::Series};
+use crate::{config::ForecastConfig, instance::InstanceName, profile::Profile, units::UnixMillis};
+
+/// Without a new window for so many windows there is no forecast any more.
+const STALE_WINDOWS: u64 = 10;
+
+/// Forecasts every instance that it is shown.
+#[derive(Clone, Debug)]
+pub struct Forecaster {
+    config: ForecastConfig,
+    instances: BTreeMap<InstanceName, Watched>,
+}
+
+#[derive(Clone, Debug)]
+struct Watched {
+    at: UnixMillis,
+    window_ms: u64,
+    series: [(Resource, Series); 2],
+}
+
+impl Forecaster {
+    /// A forecaster that has seen nothing.
+    pub fn new(config: ForecastConfig) -> Self {
+        Self { config, instances: BTreeMap::new() }
+    }
+
+    /// Takes in one window of an instance on reference cores.
+    pub fn observe(&mut self, profile: &Profile) {
+        self.observe_at_speed(profile, 1.0);
+    }
+
+    /// Takes in one window of an instance on cores of the given performance: demand is forecast in reference cores, so
+    /// that it stays comparable when the instance moves.
+    pub fn observe_at_speed(&mut self, profile: &Profile, performance: f64) {
+        let window_ms = profile.window_ms.max(1);
+        let fresh = || Watched {
+            at: UnixMillis(profile.at.0.saturating_sub(window_ms)),
+            window_ms,
+            series: [Resource::Cpu, Resource::Memory]
+                .map(|resource| (resource, Series::new(&self.config.horizons_ms, window_ms))),
+        };
+        let watched = self.instances.entry(profile.instance.clone()).or_insert_with(fresh);
+        if watched.window_ms != window_ms {
+            // Everything learned is counted in windows of the old length.
+            *watched = fresh();
+        }
+        // To the nearest window: ends of windows jitter.
+        let windows = (profile.at.since(watched.at) + window_ms / 2) / window_ms;
+        if windows == 0 {
+            return; // Seen already, or the clock went back.
+        }
+        watched.at = profile.at;
+        for (resource, series) in &mut watched.series {
+            let value = match resource {
+                Resource::Cpu => profile.cpu.cores * performance,
+                Resource::Memory => profile.memory.resident_bytes as f64,
+            };
+            series.skip(windows - 1);
+            series.observe(value);
+        }
+    }
+
+    /// What the instance will need; `None` if it is unknown or was not seen for a while.
+    pub fn demand(&self, instance: &InstanceName, now: UnixMillis) -> Option<Demand> {
+        let watched = self.instances.get(instance)?;
+        if now.since(watched.at) > watched.window_ms.saturating_mul(STALE_WINDOWS) {
+            return None;
+        }
+        let points = watched.series.iter().flat_map(|(resource, series)| {
+            let forecasts = series.forecasts(self.config.min_seen).zip(&self.config.horizons_ms);
+            forecasts.map(|((need, evidence), &horizon_ms)| DemandPoint {
+                resource: *resource,
+                horizon_ms,
+                need,
+                evidence,
+            })
+        });
+        Some(Demand { instance: instance.clone(), at: now, points: points.collect() })
+    }
+
+    /// Drops what is known of an instance.
+    pub fn forget(&mut self, instance: &InstanceName) {
+        self.instances.remove(instance);
+    }
+}

@@ -1,0 +1,171 @@
+//! The forecaster's promises.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    config::ForecastConfig,
+    profile::{CpuProfile, MemoryProfile, Profile, TcpProfile},
+};
+
+const WINDOW_MS: u64 = 250;
+
+fn profile(at_window: u64, cores: f64, resident_bytes: u64) -> Profile {
+    Profile {
+        instance: "a".parse().unwrap(),
+        at: UnixMillis(1_000_000 + at_window * WINDOW_MS),
+        window_ms: WINDOW_MS,
+        cpu: CpuProfile { cores, ..CpuProfile::default() },
+        block: vec![],
+        tcp: TcpProfile::default(),
+        memory: MemoryProfile { resident_bytes, ..MemoryProfile::default() },
+    }
+}
+
+fn forecaster() -> Forecaster {
+    Forecaster::new(ForecastConfig { horizons_ms: vec![250, 1_000, 2_500, 5_000], min_seen: 20 })
+}
+
+fn demand(forecaster: &Forecaster, window: u64) -> Option<Demand> {
+    forecaster.demand(&"a".parse().unwrap(), UnixMillis(1_000_000 + window * WINDOW_MS))
+}
+
+fn point(demand: &Demand, resource: Resource, horizon_ms: u64) -> DemandPoint {
+    demand.points.iter().find(|p| p.resource == resource && p.horizon_ms == horizon_ms).unwrap().clone()
+}
+
+/// SplitMix64, so that a printed seed repeats the run.
+struct Random(u64);
+
+impl Random {
+    fn unit(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Sum of uniforms: near enough to normal, standard deviation 1.
+    fn noise(&mut self) -> f64 {
+        (0..12).map(|_| self.unit()).sum::<f64>() - 6.0
+    }
+}
+
+/// Idle, with a peak in the last third of each period.
+fn daily(window: u64, period: u64) -> f64 {
+    if window % period >= period * 2 / 3 { 0.9 } else { 0.1 }
+}
+
+#[test]
+fn too_little_is_said() {
+    let mut forecaster = forecaster();
+    assert_eq!(demand(&forecaster, 0), None);
+    forecaster.observe(&profile(0, 0.5, 1));
+    let cpu = point(&demand(&forecaster, 0).unwrap(), Resource::Cpu, 1_000);
+    assert_eq!(cpu.evidence, Evidence::TooLittle { seen: 0, needed: 20 });
+    forecaster.forget(&"a".parse().unwrap());
+    assert_eq!(demand(&forecaster, 0), None);
+}
+
+#[test]
+fn a_constant_is_forecast_as_itself() {
+    let mut forecaster = forecaster();
+    for window in 0..100 {
+        forecaster.observe(&profile(window, 0.5, 64 << 20));
+    }
+    let demand = demand(&forecaster, 99).unwrap();
+    let cpu = point(&demand, Resource::Cpu, 2_500);
+    assert!((cpu.need.p50 - 0.5).abs() < 1e-9 && (cpu.need.p99 - 0.5).abs() < 1e-9, "{cpu:?}");
+    assert!(matches!(cpu.evidence, Evidence::Enough { p95_coverage: 1.0, .. }), "{cpu:?}");
+    assert!((point(&demand, Resource::Memory, 250).need.p95 - f64::from(64 << 20)).abs() < 1.0);
+}
+
+#[test]
+fn a_repeated_rise_is_forecast_before_it_comes() {
+    let seed = 7;
+    println!("seed {seed}");
+    for period in [20, 36, 60] {
+        let mut random = Random(seed);
+        let mut forecaster = forecaster();
+        // The third rise: two periods have been seen, and a part of the third.
+        let rise = 2 * period + period * 2 / 3;
+        for window in 0..rise - 5 {
+            forecaster.observe(&profile(
+                window,
+                (daily(window, period) + 0.02 * random.noise()).max(0.0),
+                1 << 20,
+            ));
+        }
+        let demand = demand(&forecaster, rise - 6).unwrap();
+        // 2.5 s ahead the peak is there, 1 s ahead it is not.
+        let (soon, later) = (point(&demand, Resource::Cpu, 1_000), point(&demand, Resource::Cpu, 2_500));
+        assert!(later.need.p95 > 0.7, "period {period}: {later:?}");
+        assert!(later.need.p50 > 0.6, "period {period}: {later:?}");
+        assert!(soon.need.p50 < 0.4, "period {period}: {soon:?}");
+    }
+}
+
+#[test]
+fn p95_covers_95_percent_of_a_noisy_season() {
+    let seed = 20_261_123;
+    println!("seed {seed}");
+    let mut random = Random(seed);
+    let mut forecaster = forecaster();
+    for window in 0..4_000u64 {
+        let phase = window as f64 / 48.0 * std::f64::consts::TAU;
+        let value = 1.0 + 0.6 * phase.sin() + 0.1 * random.noise();
+        forecaster.observe(&profile(window, value.max(0.0), 1 << 20));
+    }
+    for horizon_ms in [250, 1_000, 2_500, 5_000] {
+        let cpu = point(&demand(&forecaster, 3_999).unwrap(), Resource::Cpu, horizon_ms);
+        let Evidence::Enough { p95_coverage, .. } = cpu.evidence else { panic!("{cpu:?}") };
+        // Stated tolerance: 1.5 points.
+        assert!((p95_coverage - 0.95).abs() <= 0.015, "{horizon_ms} ms: {p95_coverage}");
+        // Coverage bought with width would be worth nothing: the noise's p95 - p50 is 0.16.
+        assert!(cpu.need.p95 - cpu.need.p50 < 0.4, "{horizon_ms} ms: {cpu:?}");
+    }
+}
+
+#[test]
+fn gaps_do_not_shift_the_season() {
+    let period = 20;
+    let mut forecaster = forecaster();
+    let rise = 5 * period + period * 2 / 3;
+    for window in (0..rise - 5).filter(|window| !(70..78).contains(window)) {
+        forecaster.observe(&profile(window, daily(window, period), 1 << 20));
+    }
+    let later = point(&demand(&forecaster, rise - 6).unwrap(), Resource::Cpu, 2_500);
+    assert!(later.need.p95 > 0.7, "{later:?}");
+}
+
+#[test]
+fn what_was_not_seen_for_long_is_not_forecast() {
+    let mut forecaster = forecaster();
+    forecaster.observe(&profile(0, 0.5, 1));
+    assert!(demand(&forecaster, 5).is_some());
+    assert!(demand(&forecaster, 50).is_none());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn quantiles_are_ordered_amounts_whatever_is_seen(
+        windows in prop::collection::vec((0u64..700, any::<f64>(), 0.0..4.0f64, any::<u64>(), 0u8..8), 1..150),
+    ) {
+        let mut forecaster = forecaster();
+        let mut at = 0;
+        for (gap, wild, tame, bytes, kind) in windows {
+            at += if kind == 0 { gap } else { 1 };
+            // Above this, sums of squares overflow, and no machine has so many cores.
+            let cores = if kind == 1 { wild } else { tame };
+            let cores = if cores.abs() > 1e100 { f64::NAN } else { cores };
+            forecaster.observe(&profile(at, cores, bytes));
+            let demand = demand(&forecaster, at).unwrap();
+            for DemandPoint { need, .. } in demand.points {
+                let ordered = [0.0, need.p50, need.p90, need.p95, need.p99, f64::MAX];
+                prop_assert!(ordered.windows(2).all(|pair| pair[0] <= pair[1]), "{need:?}");
+            }
+        }
+    }
+}
