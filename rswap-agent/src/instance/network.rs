@@ -30,7 +30,7 @@ impl Port {
         Self { interface, bridge: bridge.to_owned(), identity: identity.clone(), init_pid }
     }
 
-    /// Makes the pair and configures the inner end. The bridge doesn't see it yet.
+    /// Makes the pair and configures the inner end. The port is on the bridge, but down: nothing passes.
     pub fn create(&self) -> Result<(), InstanceError> {
         let name = format!("{}i", self.interface);
         let inner = name.as_str();
@@ -38,7 +38,11 @@ impl Port {
             handle.link().add(LinkVeth::new(&self.interface, inner).build()).execute().await?;
             let index = index_of(&handle, inner).await?;
             let message = LinkUnspec::new_with_index(index).setns_by_pid(self.init_pid as u32).build();
-            handle.link().change(message).execute().await
+            handle.link().change(message).execute().await?;
+            // Done here and not in `attach`: joining a bridge takes the kernel milliseconds.
+            let bridge = index_of(&handle, &self.bridge).await?;
+            let port = index_of(&handle, &self.interface).await?;
+            handle.link().change(LinkUnspec::new_with_index(port).controller(bridge).build()).execute().await
         })
         .map_err(self.failed("making the veth pair"))?;
         let configure = || {
@@ -63,32 +67,23 @@ impl Port {
         self.inside(configure)
     }
 
-    /// Puts the port on the bridge and tells the neighbours where the address is now.
+    /// Lets traffic through and tells the neighbours where the address is now.
     pub fn attach(&self) -> Result<(), InstanceError> {
-        run(|handle| async move {
-            let bridge = index_of(&handle, &self.bridge).await?;
-            let port = index_of(&handle, &self.interface).await?;
-            handle
-                .link()
-                .change(LinkUnspec::new_with_index(port).controller(bridge).up().build())
-                .execute()
-                .await
-        })
-        .map_err(self.failed("putting the port on the bridge"))?;
+        self.set_up(true).map_err(self.failed("opening the port"))?;
         self.announce()
     }
 
-    /// Takes the port off the bridge: nothing reaches the instance, and nothing leaves it.
+    /// Lets nothing through: nothing reaches the instance, and nothing leaves it.
     pub fn detach(&self) -> Result<(), InstanceError> {
+        self.set_up(false).map_err(self.failed("closing the port"))
+    }
+
+    fn set_up(&self, up: bool) -> Result<(), rtnetlink::Error> {
         run(|handle| async move {
-            let port = index_of(&handle, &self.interface).await?;
-            handle
-                .link()
-                .change(LinkUnspec::new_with_index(port).nocontroller().down().build())
-                .execute()
-                .await
+            let port = LinkUnspec::new_with_name(&self.interface);
+            let port = if up { port.up() } else { port.down() };
+            handle.link().change(port.build()).execute().await
         })
-        .map_err(self.failed("taking the port off the bridge"))
     }
 
     fn announce(&self) -> Result<(), InstanceError> {

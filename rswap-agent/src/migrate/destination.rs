@@ -9,7 +9,7 @@ use super::{
     MigrateError, codec,
     digest::MemoryDigest,
     journal::{Journal, Role, State},
-    traits::{DestinationTask, PAGE_SIZE, TaskError},
+    traits::{DestinationTask, PAGE_SIZE, PageRange, TaskError},
     wire::{self, Frame, Hello, Tag, WireError},
 };
 
@@ -43,7 +43,7 @@ struct Destination<'a, S, T> {
     doing: &'static str,
     digest: MemoryDigest,
     /// Pages that came and were not read back yet.
-    fresh: Vec<(u32, u64)>,
+    fresh: Vec<PageRange>,
 }
 
 impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
@@ -96,26 +96,33 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     }
 
     fn take_pages(&mut self, payload: &[u8]) -> Result<(), MigrateError> {
-        let mut page = [0; PAGE_SIZE];
-        for record in wire::parse_pages(payload).map_err(|error| self.wire(error))? {
-            let (space, addr) = (record.space, record.addr);
-            if record.encoding == codec::Encoding::Delta {
-                self.task.read(space, addr, &mut page).map_err(self.task_failed())?;
+        let records = wire::parse_pages(payload).map_err(|error| self.wire(error))?;
+        // Neighbours are written together: a call per page costs more than its bytes.
+        for run in records.chunk_by(|a, b| b.space == a.space && b.addr == a.addr + PAGE_SIZE as u64) {
+            let (space, addr) = (run[0].space, run[0].addr);
+            let mut memory = vec![0; run.len() * PAGE_SIZE];
+            if run.iter().any(|record| record.encoding == codec::Encoding::Delta) {
+                self.task.read(space, addr, &mut memory).map_err(self.task_failed())?;
             }
-            codec::decode(record.encoding, record.data, &mut page)
-                .map_err(|error| self.broken(error.to_string()))?;
-            self.task.write(space, addr, &page).map_err(self.task_failed())?;
-            self.fresh.push((space, addr));
+            for (record, page) in run.iter().zip(memory.chunks_exact_mut(PAGE_SIZE)) {
+                codec::decode(record.encoding, record.data, page)
+                    .map_err(|error| self.broken(error.to_string()))?;
+            }
+            self.task.write(space, addr, &memory).map_err(self.task_failed())?;
+            self.fresh.push(PageRange { space, start: addr, pages: run.len() as u64 });
         }
         Ok(())
     }
 
     /// Reads what came from the memory that it was written to: the digest is of what is really there.
     fn read_back(&mut self) -> Result<(), MigrateError> {
-        let mut page = [0; PAGE_SIZE];
-        for (space, addr) in std::mem::take(&mut self.fresh) {
-            self.task.read(space, addr, &mut page).map_err(self.task_failed())?;
-            self.digest.set(space, addr, &page);
+        let mut memory = vec![0; wire::BATCH_PAGES * PAGE_SIZE];
+        for PageRange { space, start, pages } in std::mem::take(&mut self.fresh) {
+            let memory = &mut memory[..pages as usize * PAGE_SIZE];
+            self.task.read(space, start, memory).map_err(self.task_failed())?;
+            for (page, addr) in memory.chunks_exact(PAGE_SIZE).zip((start..).step_by(PAGE_SIZE)) {
+                self.digest.set(space, addr, page);
+            }
         }
         Ok(())
     }

@@ -147,7 +147,9 @@ impl DestinationTask for Copy {
         Ok(())
     }
     fn write(&mut self, _space: u32, addr: u64, data: &[u8]) -> Result<(), TaskError> {
-        self.memory.insert(addr, data.to_vec());
+        for (page, at) in data.chunks_exact(PAGE_SIZE).zip((addr..).step_by(PAGE_SIZE)) {
+            self.memory.insert(at, page.to_vec());
+        }
         Ok(())
     }
     fn discard(&mut self, range: &PageRange) -> Result<(), TaskError> {
@@ -155,7 +157,13 @@ impl DestinationTask for Copy {
         Ok(())
     }
     fn read(&mut self, _space: u32, addr: u64, buf: &mut [u8]) -> Result<(), TaskError> {
-        buf.copy_from_slice(self.memory.get(&addr).ok_or("no such page")?);
+        for (page, at) in buf.chunks_exact_mut(PAGE_SIZE).zip((addr..).step_by(PAGE_SIZE)) {
+            // Like real memory: what was never written reads as zeros.
+            match self.memory.get(&at) {
+                Some(contents) => page.copy_from_slice(contents),
+                None => page.fill(0),
+            }
+        }
         Ok(())
     }
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
