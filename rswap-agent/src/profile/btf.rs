@@ -147,6 +147,11 @@ impl KernelTypes {
         }
     }
 
+    /// Whether the kernel itself (not a module) has the structure.
+    pub fn has_struct(&self, name: &str) -> bool {
+        self.structs.contains_key(name)
+    }
+
     /// The offset, in bytes, of a field such as `sched_info.last_queued` in `struct task_struct`. Anonymous
     /// structures and unions on the way are looked into.
     pub fn field_offset(&self, in_struct: &str, field: &str) -> Result<u64, BtfError> {

@@ -1,6 +1,17 @@
-//! Which features of the kernel are there, and what each lack costs.
+//! Which features of the kernel are there, and what each lack costs. Leaves nothing changed.
 
+use std::{fs, path::Path};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use serde::Serialize;
+
+use super::{
+    ProbeState, ProbeStatus, ProfileConfig,
+    btf::{KERNEL_BTF, KernelTypes},
+    cgroup,
+    probes::Probes,
+};
+use crate::sys;
 
 /// One feature that rswap uses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -13,4 +24,174 @@ pub struct Feature {
     pub detail: String,
     /// What does not work without it.
     pub cost_of_lack: String,
+}
+
+/// What was found, or how it was missed.
+type Finding = Result<String, String>;
+
+fn feature(name: &str, finding: Finding, cost_of_lack: &str) -> Feature {
+    let (present, detail) = match finding {
+        Ok(detail) => (true, detail),
+        Err(detail) => (false, detail),
+    };
+    Feature { name: name.to_owned(), present, detail, cost_of_lack: cost_of_lack.to_owned() }
+}
+
+/// Looks for everything that rswap uses of the kernel. Needs root, as the agent does.
+pub fn features() -> Vec<Feature> {
+    let types = KernelTypes::of_this_kernel();
+    let mut found = vec![feature(
+        "BTF",
+        types.as_ref().map(|_| KERNEL_BTF.to_owned()).map_err(|error| format!("{error} ({KERNEL_BTF})")),
+        "no eBPF probe loads: profiles hold only what cgroup and /proc say",
+    )];
+    let types = types.ok();
+    // Nothing but loading and attaching them shows that they work; they are detached again at once.
+    let probes = Probes::load(&ProfileConfig { slots: 1, ..ProfileConfig::default() }).statuses;
+    found.push(feature("eBPF typed tracepoints (tp_btf)", typed_tracepoints(&probes), "no eBPF probe loads"));
+    for ProbeStatus { name, state } in probes {
+        let finding = match state {
+            ProbeState::Active => Ok("the program loads and attaches".to_owned()),
+            ProbeState::Unavailable { reason } => Err(reason),
+        };
+        found.push(feature(&format!("tracepoint {name}"), finding, probe_cost(&name)));
+    }
+    found.extend(control_group_features());
+    found.extend(migration_features());
+    for (name, structure) in [("bridge", "net_bridge"), ("veth", "veth_priv")] {
+        found.push(feature(
+            name,
+            network_driver(name, structure, types.as_ref()),
+            "instances get no network namespace of their own: they can't keep their address when they migrate",
+        ));
+    }
+    found
+}
+
+fn probe_cost(tracepoint: &str) -> &'static str {
+    match tracepoint {
+        "sched_switch" => "no run-queue latency and no on-CPU times",
+        "block_rq_complete" => "no block latency and no block bytes",
+        "block_io_start" => "block I/O is charged to instances only where cgroup v2 has the io controller",
+        "tcp_probe" => "no TCP round-trip times",
+        "sock_send_length" => "no count of TCP bytes sent",
+        "sock_recv_length" => "no count of TCP bytes received",
+        _ => "some events are not counted",
+    }
+}
+
+fn typed_tracepoints(probes: &[ProbeStatus]) -> Finding {
+    let active = probes.iter().filter(|probe| probe.state == ProbeState::Active).count();
+    match (active, probes.first()) {
+        (0, Some(ProbeStatus { state: ProbeState::Unavailable { reason }, .. })) => Err(reason.clone()),
+        _ => Ok(format!("{active} of {} programs attach", probes.len())),
+    }
+}
+
+fn control_group_features() -> Vec<Feature> {
+    let mount = cgroup::unified_mount();
+    let cpuset = match &mount {
+        Ok(mount) if cgroup::has_controller(mount, "cpuset") => Ok("in cgroup.controllers".to_owned()),
+        Ok(mount) => Err(format!("not in {}/cgroup.controllers", mount.display())),
+        Err(_) => Err("no cgroup v2".to_owned()),
+    };
+    let pressure = match &mount {
+        Ok(mount) if mount.join("cpu.pressure").exists() => Ok("per cgroup".to_owned()),
+        _ if Path::new("/proc/pressure/cpu").exists() => Err("only for the whole host".to_owned()),
+        _ => Err("no /proc/pressure (CONFIG_PSI, or psi=1 on the kernel's command line)".to_owned()),
+    };
+    vec![
+        feature(
+            "cgroup v2",
+            mount.map(|mount| mount.display().to_string()).map_err(|error| error.to_string()),
+            "no instance can be started or adopted",
+        ),
+        feature("cgroup v2 cpuset", cpuset, "cores are set thread by thread instead (affinity)"),
+        feature("pressure (PSI)", pressure, "profiles say nothing about pressure"),
+    ]
+}
+
+fn migration_features() -> Vec<Feature> {
+    let scan = pagemap_scan();
+    // Both came with the same version of Linux (6.7), and userfaultfd shows this file since 5.2.
+    let uffd = match &scan {
+        Ok(_) if Path::new("/proc/sys/vm/unprivileged_userfaultfd").exists() => {
+            Ok("userfaultfd, and a kernel new enough for asynchronous write protection".to_owned())
+        }
+        Ok(_) => Err("no userfaultfd (CONFIG_USERFAULTFD)".to_owned()),
+        Err(_) => Err("asynchronous write protection came with PAGEMAP_SCAN (Linux 6.7)".to_owned()),
+    };
+    let namespace = |kind: &str, setting: &str| {
+        let path = format!("/proc/self/ns/{kind}");
+        if Path::new(&path).exists() { Ok(path) } else { Err(format!("no {path} ({setting})")) }
+    };
+    let no_tracking = "instances can't be migrated while they run: writes can't be tracked";
+    vec![
+        feature("userfaultfd, asynchronous write protection", uffd, no_tracking),
+        feature("PAGEMAP_SCAN", scan, no_tracking),
+        feature(
+            "PID namespaces",
+            namespace("pid", "CONFIG_PID_NS"),
+            "instances can't be migrated: their pids could be taken at the destination",
+        ),
+        feature(
+            "time namespaces",
+            namespace("time", "CONFIG_TIME_NS"),
+            "a migrated program sees the destination's monotonic clock jump",
+        ),
+        feature("TCP_REPAIR", tcp_repair(), "established connections can't go along with a migration"),
+    ]
+}
+
+fn pagemap_scan() -> Finding {
+    let mut pagemap = sys::pagemap::Pagemap::open(std::process::id() as i32)
+        .map_err(|error| format!("open pagemap: {error}"))?;
+    // Nothing is ever mapped at the lowest page: the scan finds nothing, but says whether it is known.
+    pagemap
+        .scan(0, 4096, sys::pagemap::Query::default(), &mut Vec::new())
+        .map(|()| "answers".to_owned())
+        .map_err(|error| format!("ioctl on /proc/self/pagemap: {error}"))
+}
+
+fn tcp_repair() -> Finding {
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(|error| format!("make a TCP socket: {error}"))?;
+    sys::socket::set_option(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, 1)
+        .map(|()| "a socket of ours went into repair mode".to_owned())
+        .map_err(|error| format!("setsockopt TCP_REPAIR (root is needed): {error}"))
+}
+
+/// Whether a network driver is built in, loaded, or there to be loaded. None is made to find out.
+fn network_driver(module: &str, structure: &str, types: Option<&KernelTypes>) -> Finding {
+    if types.is_some_and(|types| types.has_struct(structure)) {
+        return Ok("built into the kernel".to_owned());
+    }
+    if Path::new("/sys/module").join(module).exists() {
+        return Ok("loaded".to_owned());
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let modules = Path::new("/lib/modules").join(release.trim());
+    let listed = |file: &str| {
+        let text = fs::read_to_string(modules.join(file)).unwrap_or_default();
+        text.lines().any(|line| line.contains(&format!("/{module}.ko")))
+    };
+    if listed("modules.builtin") || listed("modules.dep") {
+        return Ok(format!("in {}", modules.display()));
+    }
+    Err(format!("neither in the kernel nor among {}", modules.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_feature_says_what_was_found_and_what_its_lack_costs() {
+        let features = features();
+        for feature in &features {
+            println!("{} {}: {}", if feature.present { "+" } else { "-" }, feature.name, feature.detail);
+            assert!(!feature.detail.is_empty() && !feature.cost_of_lack.is_empty(), "{feature:?}");
+        }
+        assert!(features.len() >= 15);
+    }
 }

@@ -65,9 +65,9 @@ pub struct ProgramCost {
 
 /// A program, and what it relies on. Tracepoints and structures change between kernels, at no version that
 /// could be asked for (vendors backport): hence every one is looked up.
-pub(super) struct Probe {
+struct Probe {
     /// Name of the program and of its tracepoint.
-    pub(super) tracepoint: &'static str,
+    tracepoint: &'static str,
     /// The arguments' types, as far as they are used.
     arguments: &'static [&'static str],
     /// (global, structure, field)
@@ -86,7 +86,7 @@ const SOCK_FIELDS: [(&str, &str, &str); 4] = [
 
 const BLOCK_IO_START: &str = "block_io_start";
 
-pub(super) const PROBES: [Probe; 6] = [
+const PROBES: [Probe; 6] = [
     Probe {
         tracepoint: "sched_switch",
         arguments: &["bool", "struct task_struct *", "struct task_struct *"],
@@ -147,7 +147,7 @@ pub(super) const PROBES: [Probe; 6] = [
 
 impl Probe {
     /// The offsets that the program needs in this kernel, or why it can't run here.
-    pub(super) fn resolve(&self, types: &KernelTypes) -> Result<Vec<(&'static str, u64)>, String> {
+    fn resolve(&self, types: &KernelTypes) -> Result<Vec<(&'static str, u64)>, String> {
         let found = types.tracepoint_arguments(self.tracepoint).map_err(|error| error.to_string())?;
         let same = |expected: &&str, found: &String| *expected == found || integers(expected, found);
         if found.len() < self.arguments.len() || !self.arguments.iter().zip(&found).all(|(e, f)| same(e, f)) {

@@ -118,7 +118,9 @@ impl Devices {
             .map(|entry| entry.path())
             // Only devices with a hardware queue complete requests (dm, md and zram pass on bios). One without
             // a size is not in use: eight idle loop devices must not take the places of real disks.
-            .filter(|path| path.join("mq/0").exists() && read(path, "size").is_some_and(|size| size.trim() != "0"))
+            .filter(|path| {
+                path.join("mq/0").exists() && read(path, "size").is_some_and(|size| size.trim() != "0")
+            })
             .filter_map(|path| Some((!path.join("device").exists(), parse_number(&read(&path, "dev")?)?)))
             .collect();
         // Disks that hardware (or the hypervisor) stands behind come first.
