@@ -1,0 +1,60 @@
+//! Some hosts and a client, joined by a switch.
+
+use std::net::Ipv4Addr;
+
+use anyhow::Context;
+
+use crate::{
+    host::{Host, HostOptions},
+    netns::{Netns, cable},
+    sweep,
+};
+
+/// The hosts' agents take migrations here.
+pub const MIGRATE_PORT: u16 = 7791;
+
+/// A network with a client in it; hosts are added with [`Fleet::host`].
+#[derive(Debug)]
+pub struct Fleet {
+    /// Where the clients of the instances are.
+    pub client: Netns,
+    switch: Netns,
+    scratch: tempfile::TempDir,
+    hosts: u8,
+}
+
+impl Fleet {
+    /// Makes switch and client.
+    pub fn new() -> anyhow::Result<Self> {
+        sweep::stale()?;
+        let scratch = tempfile::Builder::new().prefix("rswt").tempdir().context("cannot make a directory")?;
+        let switch = Netns::create(sweep::own_name("sw"))?;
+        switch.ip(&["link", "add", "sw0", "type", "bridge"])?;
+        switch.ip(&["link", "set", "sw0", "up"])?;
+        let client = Netns::create(sweep::own_name("client"))?;
+        cable((&client, "eth0"), (&switch, "client"))?;
+        switch.ip(&["link", "set", "client", "master", "sw0"])?;
+        client.ip(&["addr", "add", "10.88.0.100/24", "dev", "eth0"])?;
+        Ok(Self { client, switch, scratch, hosts: 0 })
+    }
+
+    /// Adds a host and starts its agent. The first one is 10.88.0.1, the next 10.88.0.2.
+    pub fn host(&mut self, name: &str, options: &HostOptions) -> anyhow::Result<Host> {
+        self.hosts += 1;
+        let address = Ipv4Addr::new(10, 88, 0, self.hosts);
+        let netns = Netns::create(sweep::own_name(name))?;
+        netns.ip(&["link", "add", "br0", "type", "bridge"])?;
+        netns.ip(&["link", "set", "br0", "up"])?;
+        let port = format!("host{}", self.hosts);
+        cable((&netns, "up0"), (&self.switch, &port))?;
+        self.switch.ip(&["link", "set", &port, "master", "sw0"])?;
+        netns.ip(&["link", "set", "up0", "master", "br0"])?;
+        netns.ip(&["addr", "add", &format!("{address}/24"), "dev", "br0"])?;
+        Host::start(name, address, netns, &self.scratch.path().join(name), options)
+    }
+
+    /// A directory that goes with the fleet.
+    pub fn scratch(&self) -> &std::path::Path {
+        self.scratch.path()
+    }
+}

@@ -1,0 +1,234 @@
+//! One host: a network namespace and an agent in it.
+
+use std::{
+    fs::{self, File},
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use rswap_agent::{
+    control::client::{Client, Target},
+    instance::cgroup,
+};
+use serde::de::DeserializeOwned;
+
+use crate::{binary, fleet::MIGRATE_PORT, migration::Migration, netns::Netns, sweep, wait_for};
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Lines of the agent's log that a failed test shows.
+const LOG_LINES_SHOWN: usize = 40;
+
+/// What a test wants otherwise than the default.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// `observe` or `act`.
+    pub mode: &'static str,
+    /// Length of a profile window, in milliseconds.
+    pub window_ms: u64,
+    /// Further sections of the configuration, in TOML: `[plan]`, `[forecast]`, `[[pool]]`.
+    pub more: String,
+}
+
+impl Default for HostOptions {
+    fn default() -> Self {
+        Self { mode: "observe", window_ms: 1000, more: String::new() }
+    }
+}
+
+/// A host with its agent. When it is dropped, the agent is stopped and the instances are killed.
+#[derive(Debug)]
+pub struct Host {
+    name: String,
+    address: Ipv4Addr,
+    netns: Netns,
+    dir: PathBuf,
+    cgroup_parent: String,
+    agent: Option<Child>,
+}
+
+impl Host {
+    pub(crate) fn start(
+        name: &str,
+        address: Ipv4Addr,
+        netns: Netns,
+        dir: &Path,
+        options: &HostOptions,
+    ) -> anyhow::Result<Self> {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let cgroup_parent = sweep::own_name(name);
+        let mut host =
+            Self { name: name.to_owned(), address, netns, dir: dir.to_owned(), cgroup_parent, agent: None };
+        let configuration = host.configuration(options);
+        let path = host.config_path();
+        fs::write(&path, configuration).with_context(|| format!("cannot write {}", path.display()))?;
+        host.start_agent()?;
+        Ok(host)
+    }
+
+    fn configuration(&self, options: &HostOptions) -> String {
+        format!(
+            "[agent]\nhost = {:?}\nstate_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
+             mode = {:?}\nwindow_ms = {}\ncgroup_parent = {:?}\n\n\
+             [network]\nbridge = \"br0\"\nuplink = \"up0\"\n\n\
+             [migrate]\nlisten = \"{}\"\n\n{}",
+            self.name,
+            self.dir,
+            self.socket(),
+            options.mode,
+            options.window_ms,
+            self.cgroup_parent,
+            self.migrate_address(),
+            options.more
+        )
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.dir.join("rswap.toml")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.join("agent.log")
+    }
+
+    /// Its agent's control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("control.sock")
+    }
+
+    /// Its address in the fleet's network.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// Where its agent takes migrations.
+    pub fn migrate_address(&self) -> String {
+        format!("{}:{MIGRATE_PORT}", self.address)
+    }
+
+    /// Its network namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// The directory that its instances' cgroups are in.
+    pub fn cgroup(&self) -> anyhow::Result<PathBuf> {
+        Ok(cgroup::mount_point()?.join(&self.cgroup_parent))
+    }
+
+    /// Starts the agent and waits until it answers. It dies with the calling thread.
+    pub fn start_agent(&mut self) -> anyhow::Result<()> {
+        let log = File::options().create(true).append(true).open(self.log_path())?;
+        let mut command = self.rswap(&["agent"])?;
+        let mut agent = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start the agent")?;
+        let answered = wait_for(&format!("the agent of host {}", self.name), START_LIMIT, || {
+            if let Some(status) = agent.try_wait()? {
+                bail!("the agent of host {} ended: {status}\n{}", self.name, self.log_tail());
+            }
+            Ok(self.get::<serde_json::Value>("/v1/status").ok())
+        });
+        self.agent = Some(agent);
+        answered.map(drop)
+    }
+
+    /// Kills the agent as a crash would. Its instances live on.
+    pub fn kill_agent(&mut self) -> anyhow::Result<()> {
+        if let Some(mut agent) = self.agent.take() {
+            agent.kill().context("cannot kill the agent")?;
+            agent.wait().context("cannot wait for the agent")?;
+        }
+        Ok(())
+    }
+
+    /// The agent's pid: setpriv and nsenter replaced themselves by it.
+    pub fn agent_pid(&self) -> Option<u32> {
+        self.agent.as_ref().map(Child::id)
+    }
+
+    /// A call of the command line on this host.
+    pub fn rswap(&self, arguments: &[&str]) -> anyhow::Result<Command> {
+        let mut command = self.netns.command(&binary("rswap")?);
+        command.arg("--config").arg(self.config_path()).args(arguments);
+        Ok(command)
+    }
+
+    /// Calls the command line and returns what it printed; a failure is an error with what it said.
+    pub fn call(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.rswap(arguments)?.stdin(Stdio::null()).output().context("cannot start rswap")?;
+        if !output.status.success() {
+            bail!(
+                "rswap {} on host {}: {}: {}",
+                arguments.join(" "),
+                self.name,
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Starts `command` as a detached instance; its output goes to a file in the host's directory.
+    pub fn run(&self, name: &str, options: &[&str], command: &[&str]) -> anyhow::Result<()> {
+        let log = self.dir.join(format!("{name}.log"));
+        let log = log.to_string_lossy();
+        let head = ["run", "--detach", "--name", name, "--log", &log];
+        self.call(&[&head, options, &["--"], command].concat()).map(drop)
+    }
+
+    /// Asks the agent, over its control socket.
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let client = Client::new(Target::Socket(self.socket()));
+        Ok(runtime.block_on(client.get(path))?)
+    }
+
+    /// Starts a migration: to `destination`, the name of a host pool or `address:port`.
+    pub fn migrate(&self, instance: &str, destination: &str) -> anyhow::Result<Migration> {
+        Migration::start(self.rswap(&["migrate", "--json", instance, destination])?)
+    }
+
+    /// The end of the agent's log.
+    pub fn log_tail(&self) -> String {
+        let log = fs::read(self.log_path()).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log).into_owned();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..].join("\n")
+    }
+
+    fn stop(&mut self) -> anyhow::Result<()> {
+        if let Some(mut agent) = self.agent.take() {
+            let pid = Pid::from_raw(i32::try_from(agent.id()).context("a pid that is no pid")?);
+            kill(pid, Signal::SIGTERM).context("cannot stop the agent")?;
+            let ended = wait_for("the agent to stop", STOP_LIMIT, || Ok(agent.try_wait()?));
+            if ended.is_err() {
+                agent.kill().context("cannot kill the agent")?;
+                agent.wait().context("cannot wait for the agent")?;
+                eprintln!("the agent of host {} did not stop by itself", self.name);
+            }
+        }
+        sweep::remove_cgroup(&self.cgroup()?)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("---- the agent of host {} said last:\n{}\n----", self.name, self.log_tail());
+        }
+        if let Err(error) = self.stop() {
+            eprintln!("cannot clean up host {}: {error:#}", self.name);
+        }
+    }
+}
