@@ -55,8 +55,25 @@ impl Journal {
         };
         let journal = Self { path: directory.join(format!("{name}.{side}.json")), role };
         fs::create_dir_all(directory).map_err(journal.failed())?;
+        journal.refuse_if_committed().map_err(journal.failed())?;
         journal.record(State::Preparing)?;
         Ok(journal)
+    }
+
+    /// Writing over a commit would forget that the instance may run at the other host, and the next
+    /// failure would let it go here as well: two copies.
+    fn refuse_if_committed(&self) -> io::Result<()> {
+        let text = match fs::read(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            text => text?,
+        };
+        let entry: Entry = serde_json::from_slice(&text)?;
+        if entry.state == State::Committed {
+            let text = "an earlier migration was committed and its end is not known: make sure where the \
+                        instance runs, then remove this file";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        Ok(())
     }
 
     /// Writes the state through to the disk.
@@ -105,6 +122,25 @@ pub fn left_over(directory: &Path) -> io::Result<Vec<(String, Entry)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_commit_in_doubt_is_not_written_over() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let begin = || Journal::begin(directory.path(), "redis", Role::Source);
+        drop(begin().expect("begin"));
+        // A crash before the commit is no obstacle.
+        let journal = begin().expect("begin again");
+        journal.record(State::Committed).expect("record");
+        let refused = begin().expect_err("it is in doubt");
+        assert!(matches!(refused, MigrateError::Journal { .. }), "{refused:?}");
+        let entry = Entry { role: Role::Source, state: State::Committed };
+        assert_eq!(
+            left_over(directory.path()).expect("left over"),
+            [("redis.source.json".to_owned(), entry)]
+        );
+        journal.finish();
+        begin().expect("a settled migration is no obstacle");
+    }
 
     #[test]
     fn a_crash_leaves_the_last_state() {

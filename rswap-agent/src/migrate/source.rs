@@ -47,7 +47,8 @@ pub fn run<S: Read + Write, T: SourceTask>(
         return Err(error);
     }
     source.hand_over().map_err(|error| MigrateError::InDoubt(Box::new(error)))?;
-    source.deactivate()?;
+    // It runs at the destination by now: what could not be removed here must not be taken for running.
+    source.deactivate().map_err(|error| MigrateError::InDoubt(Box::new(error)))?;
     journal.finish();
     Ok(source.into_report())
 }
