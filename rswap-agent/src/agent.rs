@@ -14,14 +14,21 @@
 //! Instances keep running; the next agent finds them in the registry.
 
 mod commands;
+mod incoming;
+mod moves;
+mod wiring;
 
 use std::{io, net::SocketAddr, time::Duration};
 
+use incoming::Incoming;
 use tokio::{
+    net::{TcpListener, TcpStream},
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     time::{self, MissedTickBehavior},
 };
+
+use wiring::Wiring;
 
 use crate::{
     config::{Config, Mode},
@@ -34,6 +41,9 @@ use crate::{
 
 /// How long moves under way may go on after the word to stop.
 pub const DRAIN_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long callers may take to read their last answers.
+const CALLERS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Calls that wait for the wiring.
 const COMMANDS_WAITING: usize = 16;
@@ -138,8 +148,13 @@ async fn serve(config: Config) -> Result<(), AgentError> {
         "rswap watches"
     );
 
-    let mut wiring = commands::Wiring::new(&config, registry, board);
-    let mut windows = time::interval(Duration::from_millis(config.agent.window_ms));
+    let (ended_sender, mut ended) = mpsc::unbounded_channel();
+    let (arrived_sender, mut arrived) = mpsc::unbounded_channel();
+    let incoming = Incoming::new(place(&config), arrived_sender);
+    let arrivals = listen(config.migrate.listen).await?;
+    let window = Duration::from_millis(config.agent.window_ms);
+    let mut wiring = Wiring::new(config, registry, board, ended_sender);
+    let mut windows = time::interval(window);
     windows.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -147,12 +162,35 @@ async fn serve(config: Config) -> Result<(), AgentError> {
             _ = interrupt.recv() => break,
             _ = windows.tick() => wiring.window(UnixMillis::now()),
             Some(command) = commands.recv() => wiring.command(command),
+            Some(end) = ended.recv() => wiring.move_ended(end),
+            Some(_instance) = arrived.recv() => wiring.refresh(),
+            connected = accept(arrivals.as_ref()) => match connected {
+                Ok((stream, from)) => incoming.accept(stream, from),
+                Err(error) => {
+                    // Out of descriptors, mostly: it would come again at once.
+                    tracing::warn!(%error, "a migration could not be accepted");
+                    time::sleep(Duration::from_millis(100)).await;
+                }
+            },
         }
     }
     tracing::info!("stopping: instances keep running");
-    // Nobody is left to ask when the receiver is gone, and the servers see that it is over.
-    stop.send_replace(true);
+    drop(arrivals);
+    // Nobody is left to ask when the receiver is gone, and the servers end with their last answers.
     drop(commands);
+    let deadline = time::Instant::now() + DRAIN_WITHIN;
+    while wiring.is_moving() || incoming.is_busy() {
+        tokio::select! {
+            Some(end) = ended.recv() => wiring.move_ended(end),
+            // An arrival's end has no message when it failed: look again.
+            () = time::sleep(Duration::from_millis(50)) => {}
+            () = time::sleep_until(deadline) => {
+                tracing::warn!("moves are still under way: ending anyway, which rolls them back");
+                break;
+            }
+        }
+    }
+    stop.send_replace(true);
     let served = async {
         for server in [serving_status, serving_control] {
             if let Ok(Err(error)) = server.await {
@@ -160,8 +198,25 @@ async fn serve(config: Config) -> Result<(), AgentError> {
             }
         }
     };
-    if time::timeout(DRAIN_WITHIN, served).await.is_err() {
+    if time::timeout(CALLERS_WITHIN, served).await.is_err() {
         tracing::warn!("callers are still connected: ending anyway");
     }
     Ok(())
+}
+
+/// Where migrations arrive, if this host takes any.
+async fn listen(address: Option<SocketAddr>) -> Result<Option<TcpListener>, AgentError> {
+    let Some(address) = address else { return Ok(None) };
+    let listener =
+        TcpListener::bind(address).await.map_err(failed("listen on migrate.listen for migrations"))?;
+    tracing::warn!(%address, "taking migrations: whoever reaches this address can start programs here");
+    Ok(Some(listener))
+}
+
+/// The next connection; never, without a listener.
+async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, SocketAddr)> {
+    match listener {
+        Some(listener) => listener.accept().await,
+        None => std::future::pending().await,
+    }
 }

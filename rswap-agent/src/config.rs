@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use crate::{
     forecast::Quantile,
     pool::{CpuSet, cpu_list},
+    profile::ProfileConfig,
 };
 
 /// Read when no path is given and it exists.
@@ -58,6 +59,8 @@ pub struct Config {
     pub migrate: MigrateConfig,
     /// What this host costs, as a whole.
     pub this_host: ThisHostConfig,
+    /// The profiler.
+    pub profile: ProfileConfig,
     /// The forecaster.
     pub forecast: ForecastConfig,
     /// The planner.

@@ -1,63 +1,29 @@
-//! What is connected, and how calls reach it.
+//! Calls that change which instances there are.
 
 use std::path::{Path, PathBuf};
 
 use axum::http::StatusCode;
 
+use super::wiring::{Wiring, refused};
 use crate::{
-    config::Config,
-    control::{AdoptRequest, Command, MigrateEvent, RegisterRequest},
-    instance::{Instance, InstanceName, Origin, cgroup, registry::Registry},
-    status::{ApiError, Board},
+    control::{AdoptRequest, RegisterRequest},
+    instance::{Instance, InstanceName, Origin, cgroup},
+    status::ApiError,
     units::UnixMillis,
 };
 
-/// All rooms' nouns, and what is under way.
-pub(super) struct Wiring {
-    registry: Registry,
-    board: Board,
-}
-
 impl Wiring {
-    pub(super) fn new(_config: &Config, registry: Registry, board: Board) -> Self {
-        Self { registry, board }
-    }
-
-    /// One window's work.
-    pub(super) fn window(&mut self, _now: UnixMillis) {
-        if let Err(error) = self.look() {
-            tracing::warn!(%error, "the registry can't be read: going on with the instances known");
-        }
-        self.board.write(|board| board.windows += 1);
-    }
-
-    fn look(&self) -> Result<(), ApiError> {
-        let instances = self.registry.list().map_err(|error| refused("list the instances", &error))?;
-        self.board.write(|board| board.set_instances(instances));
-        Ok(())
-    }
-
-    pub(super) fn command(&mut self, command: Command) {
-        // A caller that went away doesn't need its answer.
-        match command {
-            Command::Adopt(request, reply) => drop(reply.send(self.adopt(request))),
-            Command::Register(request, reply) => drop(reply.send(self.register(&request))),
-            Command::Swap(_, reply) => drop(reply.send(Err(cannot("swap")))),
-            Command::Migrate(_, events) => drop(events.try_send(MigrateEvent::Failed(cannot("migrate")))),
-        }
-    }
-
-    fn register(&self, request: &RegisterRequest) -> Result<Instance, ApiError> {
+    pub(super) fn register(&mut self, request: &RegisterRequest) -> Result<Instance, ApiError> {
         self.look()?;
-        self.known(&request.instance)
+        self.known_now(&request.instance)
     }
 
-    fn known(&self, name: &InstanceName) -> Result<Instance, ApiError> {
+    pub(super) fn known_now(&self, name: &InstanceName) -> Result<Instance, ApiError> {
         let found = self.registry.get(name).map_err(|error| refused("look up the instance", &error))?;
         found.ok_or_else(|| ApiError::no_instance(name.as_str()))
     }
 
-    fn adopt(&self, request: AdoptRequest) -> Result<Instance, ApiError> {
+    pub(super) fn adopt(&mut self, request: AdoptRequest) -> Result<Instance, ApiError> {
         let conflict = |error: String, hint: &str| Err(ApiError::new(StatusCode::CONFLICT, error, hint));
         let get = |name| self.registry.get(name).map_err(|error| refused("look up the instance", &error));
         if get(&request.name)?.is_some() {
@@ -106,19 +72,4 @@ fn resolve(given: &Path) -> Result<PathBuf, ApiError> {
             "give its directory, or the path in /proc/PID/cgroup",
         )
     })
-}
-
-fn cannot(what: &str) -> ApiError {
-    ApiError::new(StatusCode::NOT_IMPLEMENTED, format!("this version can't {what} yet"), "use a later one")
-}
-
-/// An answer that keeps the error's causes.
-pub(super) fn refused(attempted: &str, error: &dyn std::error::Error) -> ApiError {
-    let mut text = format!("cannot {attempted}: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text, "see the agent's log, and `rswap doctor`")
 }

@@ -1,4 +1,4 @@
-//! The commands that work on the host themselves: `agent`, `run`, `check`, and the internal ones.
+//! The commands that work on the host themselves: `agent`, `run`, `check`, `doctor`, and the internal ones.
 
 use std::{net::Ipv4Addr, process::ExitCode, str::FromStr};
 
@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    CheckArguments, InitArguments, RunArguments, Session, labels, print_json, runtime, table::table,
+    CheckArguments, InitArguments, Output, RunArguments, Session, labels, print_json, runtime, table::table,
 };
 use crate::{
     agent,
@@ -20,6 +20,7 @@ use crate::{
         registry::Registry,
     },
     pool::{self, PoolKind},
+    profile::doctor as features,
     tracee::{self, check::Severity},
 };
 
@@ -164,4 +165,20 @@ fn reach(config: &Config, host: &str) -> anyhow::Result<()> {
         format!("cannot reach {host} at {address}: is migrate.listen set there, and an agent up?")
     })?;
     Ok(())
+}
+
+pub(super) fn doctor(output: Output) -> anyhow::Result<ExitCode> {
+    let found = features::features();
+    if output.json {
+        print_json(&found)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut rows = table(&["FEATURE", "", "FOUND", "WITHOUT IT"]);
+    for feature in &found {
+        let mark = if feature.present { "yes" } else { "no" };
+        let lack = if feature.present { "" } else { feature.cost_of_lack.as_str() };
+        rows.add_row([feature.name.as_str(), mark, feature.detail.as_str(), lack]);
+    }
+    println!("{rows}");
+    Ok(ExitCode::SUCCESS)
 }

@@ -25,6 +25,13 @@ pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> any
         match event {
             MigrateEvent::Progress(_) => {}
             MigrateEvent::Done(_) => return Ok(ExitCode::SUCCESS),
+            MigrateEvent::InDoubt(error) => {
+                eprintln!(
+                    "rswap: {} is frozen here, and may run at {}: {error}",
+                    request.instance, request.host
+                );
+                return Ok(ExitCode::FAILURE);
+            }
             MigrateEvent::Failed(error) => {
                 eprintln!("rswap: {} stays here: {error}", request.instance);
                 return Ok(ExitCode::FAILURE);
@@ -75,8 +82,8 @@ impl Shown {
                 println!("{}", summary(report));
             }
             (Self::Lines { .. }, MigrateEvent::Done(report)) => println!("{}", summary(report)),
-            (Self::Bar(bar), MigrateEvent::Failed(_)) => bar.finish_and_clear(),
-            (Self::Lines { .. }, MigrateEvent::Failed(_)) => {}
+            (Self::Bar(bar), MigrateEvent::Failed(_) | MigrateEvent::InDoubt(_)) => bar.finish_and_clear(),
+            (Self::Lines { .. }, MigrateEvent::Failed(_) | MigrateEvent::InDoubt(_)) => {}
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The command line: what a person types, and how the answers look.
 //!
-//! `run` and `check` work on the host themselves; the other commands ask the agent over its control
+//! `run`, `check` and `doctor` work on the host themselves; the other commands ask the agent over its control
 //! socket. Whatever a script would want is there as `--json` too.
 
 mod change;
@@ -60,6 +60,8 @@ enum Command {
     Migrate(MigrateArguments),
     /// Name what a migration would not carry, without touching anything
     Check(CheckArguments),
+    /// Show which kernel features are there, and what each lack costs
+    Doctor(Output),
     /// The first process of an instance's PID namespace
     #[command(name = "__init", hide = true)]
     Init(InitArguments),
@@ -196,6 +198,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Agent => local::agent(session.config),
         Command::Run(arguments) => local::run(&session, arguments),
         Command::Check(arguments) => local::check(&session, &arguments),
+        Command::Doctor(output) => local::doctor(output),
         other => runtime()?.block_on(ask(&session, other)),
     }
 }
@@ -209,7 +212,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Adopt(arguments) => change::adopt(&session.client, arguments).await?,
         Command::Swap(arguments) => change::swap(&session.client, arguments).await?,
         Command::Migrate(arguments) => return migrate::migrate(&session.client, arguments).await,
-        Command::Agent | Command::Run(_) | Command::Check(_) | Command::Init(_) => {
+        Command::Agent | Command::Run(_) | Command::Check(_) | Command::Doctor(_) | Command::Init(_) => {
             unreachable!("handled without the agent")
         }
     }

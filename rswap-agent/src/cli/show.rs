@@ -33,11 +33,22 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
             or_dash(profile.map(|p| bytes(p.memory.resident_bytes as f64))),
             or_dash(wait.map(|queue| nanoseconds(queue.sum as f64 / queue.count as f64))),
             or_dash(profile.and_then(|p| p.memory.dirty_bytes_per_s).map(bytes)),
-            instance.command.join(" "),
+            one_line(&instance.command),
         ]);
     }
     println!("{rows}");
     Ok(())
+}
+
+/// The command, short enough for a table.
+fn one_line(command: &[String]) -> String {
+    const WIDTH: usize = 48;
+    let words = command.join(" ");
+    let plain = words.split_whitespace().collect::<Vec<_>>().join(" ");
+    match plain.char_indices().nth(WIDTH) {
+        Some((cut, _)) => format!("{}…", &plain[..cut]),
+        None => plain,
+    }
 }
 
 pub(super) async fn pools(client: &Client, output: Output) -> anyhow::Result<()> {

@@ -82,7 +82,7 @@ pub struct RegisterRequest {
     pub instance: InstanceName,
 }
 
-/// One line of the answer to `POST /v1/migrate`. The last one is `done` or `failed`.
+/// One line of the answer to `POST /v1/migrate`. The last one is no `progress`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "event")]
 pub enum MigrateEvent {
@@ -90,6 +90,8 @@ pub enum MigrateEvent {
     Progress(MigrationProgress),
     /// The instance runs at the destination.
     Done(MigrationReport),
+    /// The commit was sent and not answered: the instance is frozen here until a person has looked.
+    InDoubt(ApiError),
     /// The instance runs where it ran before.
     Failed(ApiError),
 }

@@ -65,6 +65,8 @@ pub fn run(place: &Place, spec: &LaunchSpec) -> Result<i32, InstanceError> {
             spec.name
         )));
     }
+    // Left by one of the same name that nobody waited for: it would be taken for word of this one.
+    let _ = was_moved(place, &spec.name);
     // Blocked before the start, so that none gets lost between start and wait.
     let forwarded = block_forwarded_signals()?;
     let started = start(place, spec, None)?;

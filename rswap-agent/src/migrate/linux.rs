@@ -2,6 +2,7 @@
 
 use std::{
     net::{SocketAddr, TcpStream},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -25,6 +26,11 @@ use crate::{
 /// A peer that says nothing for so long is taken for dead.
 const SILENCE: Duration = Duration::from_secs(10);
 
+/// Where the journals of this host's migrations are.
+pub fn journals(place: &Place) -> PathBuf {
+    place.state_dir.join("migrations")
+}
+
 /// Moves `instance` from `place` to the agent at `host`. Blocks; the thread must live until it returns.
 ///
 /// # Errors
@@ -46,7 +52,7 @@ pub fn send(
     let mut task = LinuxSource::new(instance.clone(), uplink, end).map_err(failed)?;
     let stream = TcpStream::connect_timeout(&host, SILENCE).map_err(link)?;
     set_up(&stream).map_err(link)?;
-    let journals = place.state_dir.join("migrations");
+    let journals = journals(place);
     source::run(stream, &mut task, config, &journals, instance.name.as_str(), on_progress)
 }
 
@@ -54,7 +60,7 @@ pub fn send(
 pub fn receive(place: &Place, stream: TcpStream, name: &str) -> Result<Option<Instance>, MigrateError> {
     set_up(&stream).map_err(|source| MigrateError::Link { doing: "taking a connection", source })?;
     let mut task = LinuxDestination::new(HostReception(place.clone()));
-    destination::run(stream, &mut task, &place.state_dir.join("migrations"), name)?;
+    destination::run(stream, &mut task, &journals(place), name)?;
     Ok(task.into_instance())
 }
 

@@ -12,7 +12,7 @@ use crate::{
     instance::{Instance, InstanceName},
     plan::{Decision, Plan},
     pool::Pool,
-    profile::Profile,
+    profile::{ProbeStatus, Profile, ProgramCost},
     units::UnixMillis,
 };
 
@@ -21,40 +21,6 @@ pub const DECISIONS_KEPT: usize = 200;
 
 /// Ended migrations kept; the oldest go first. Running ones are always kept.
 pub const MIGRATIONS_KEPT: usize = 100;
-
-/// State of one probe.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "state")]
-pub enum ProbeState {
-    /// It measures.
-    Active,
-    /// It does not, and why.
-    Unavailable {
-        /// For people.
-        reason: String,
-    },
-}
-
-/// One probe of the profiler.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProbeView {
-    /// Which.
-    pub name: String,
-    /// Whether it measures.
-    #[serde(flatten)]
-    pub state: ProbeState,
-}
-
-/// What an eBPF program has cost since it was loaded. Zero while the kernel's BPF statistics are off.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProgramView {
-    /// Which.
-    pub name: String,
-    /// How often it ran.
-    pub runs: u64,
-    /// For how long in all, in nanoseconds.
-    pub run_time_ns: u64,
-}
 
 /// One instance with what was last measured and forecast.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -124,6 +90,13 @@ pub enum MigrationState {
         /// When it ended.
         ended: UnixMillis,
     },
+    /// The commit was sent and not answered: the instance is frozen here until a person has looked.
+    InDoubt {
+        /// What went wrong, and what to do.
+        error: String,
+        /// When it ended.
+        ended: UnixMillis,
+    },
     /// The instance runs where it ran before.
     Failed {
         /// What went wrong, and what to do.
@@ -163,9 +136,9 @@ pub struct BoardState {
     /// How long the last window's work took the agent, in microseconds: its own cost.
     pub last_window_work_us: u64,
     /// The profiler's probes.
-    pub probes: Vec<ProbeView>,
+    pub probes: Vec<ProbeStatus>,
     /// What its programs cost.
-    pub programs: Vec<ProgramView>,
+    pub programs: Vec<ProgramCost>,
     /// Instances by name.
     pub instances: BTreeMap<InstanceName, InstanceView>,
     /// Pools, this host's and others.
@@ -234,7 +207,7 @@ impl BoardState {
         match &state {
             MigrationState::Running { .. } => {}
             MigrationState::Done { .. } => self.migrations_done += 1,
-            MigrationState::Failed { .. } => self.migrations_failed += 1,
+            MigrationState::Failed { .. } | MigrationState::InDoubt { .. } => self.migrations_failed += 1,
         }
         if let Some(migration) = self.migrations.iter_mut().find(|m| m.id == id) {
             migration.state = state;

@@ -12,8 +12,8 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::{BoardState, MigrationState, ProbeState};
-use crate::units::UnixMillis;
+use super::{BoardState, MigrationState};
+use crate::{profile::ProbeState, units::UnixMillis};
 
 type FloatGauge = Gauge<f64, AtomicU64>;
 
@@ -89,7 +89,10 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
     let (runs, run_time) = (Family::<Named, Counter>::default(), Family::<Named, Counter>::default());
     for program in &board.programs {
         runs.get_or_create(&named(&program.name)).inner().store(program.runs, Relaxed);
-        run_time.get_or_create(&named(&program.name)).inner().store(program.run_time_ns, Relaxed);
+        run_time
+            .get_or_create(&named(&program.name))
+            .inner()
+            .store((program.ns_per_run * program.runs as f64) as u64, Relaxed);
     }
     registry.register("bpf_runs", "Runs of an eBPF program", runs);
     registry.register(

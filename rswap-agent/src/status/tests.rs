@@ -4,6 +4,7 @@ use super::*;
 use crate::{
     control::client::{Client, Target},
     plan::Plan,
+    profile::{ProbeState, ProbeStatus},
     units::UnixMillis,
 };
 
@@ -61,7 +62,7 @@ async fn exposes_metrics() {
     let board = board();
     board.write(|b| {
         b.swaps_done = 4;
-        b.probes.push(ProbeView {
+        b.probes.push(ProbeStatus {
             name: "sched".into(),
             state: ProbeState::Unavailable { reason: "no BTF".into() },
         });

@@ -1,0 +1,199 @@
+//! Moves, each on a thread of its own: ptrace is bound to the thread that began it, and a move may block.
+
+use std::{
+    net::SocketAddr,
+    panic::{self, AssertUnwindSafe},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::mpsc::{Sender, UnboundedSender};
+
+use super::wiring::refused;
+use crate::{
+    config::Config,
+    control::{MigrateEvent, Reply, SwapDone},
+    instance::{Instance, InstanceName, launch::Place},
+    migrate::{MigrateError, Progress, Report, linux},
+    plan::MoveKind,
+    pool::CpuSet,
+    status::{ApiError, Board, MigrationProgress, MigrationReport, MigrationState},
+};
+
+/// What is to be done.
+pub(super) enum Order {
+    Swap { instance: Instance, cpus: CpuSet },
+    Migration { instance: Instance, address: SocketAddr, progress: ProgressSink },
+}
+
+impl Order {
+    pub(super) fn instance(&self) -> &Instance {
+        match self {
+            Self::Swap { instance, .. } | Self::Migration { instance, .. } => instance,
+        }
+    }
+}
+
+/// Who waits for the end.
+pub(super) enum Stake {
+    Swap(Option<Reply<SwapDone>>),
+    Migration { id: u64, events: Option<Sender<MigrateEvent>> },
+}
+
+impl Stake {
+    pub(super) fn kind(&self) -> MoveKind {
+        match self {
+            Self::Swap(_) => MoveKind::Cpu,
+            Self::Migration { .. } => MoveKind::Host,
+        }
+    }
+}
+
+/// What a move came to.
+pub(super) enum Moved {
+    #[expect(dead_code, reason = "core swaps report this as soon as they are carried out")]
+    Swap(serde_json::Value),
+    Migration(MigrationReport),
+}
+
+impl Moved {
+    pub(super) fn into_detail(self) -> serde_json::Value {
+        match self {
+            Self::Swap(detail) => detail,
+            Self::Migration(_) => serde_json::Value::Null,
+        }
+    }
+
+    pub(super) fn into_report(self) -> MigrationReport {
+        match self {
+            Self::Swap(_) => MigrationReport::default(),
+            Self::Migration(report) => report,
+        }
+    }
+}
+
+/// Why a move did not happen.
+pub(super) enum Stayed {
+    /// The instance runs where it ran before.
+    Here(ApiError),
+    /// Only the other host knows whether the instance runs there; here it stays frozen.
+    InDoubt(ApiError),
+}
+
+/// A move's end.
+pub(super) struct Ended {
+    pub(super) instance: InstanceName,
+    pub(super) to: String,
+    pub(super) result: Result<Moved, Stayed>,
+    pub(super) stake: Stake,
+    pub(super) took: Duration,
+}
+
+/// Carries `order` out on a thread of its own; its end is told to `ended`, whatever happens.
+pub(super) fn spawn(
+    order: Order,
+    to: String,
+    stake: Stake,
+    place: Place,
+    config: &Config,
+    ended: UnboundedSender<Ended>,
+) {
+    let config = config.clone();
+    std::thread::spawn(move || {
+        let began = Instant::now();
+        let instance = order.instance().name.clone();
+        // An instance whose move panicked must not count as moving for ever.
+        let result = panic::catch_unwind(AssertUnwindSafe(|| match order {
+            Order::Swap { instance, cpus } => cpu_swap(&instance, &cpus).map_err(Stayed::Here),
+            Order::Migration { instance, address, mut progress } => {
+                migrate(&instance, address, &mut progress, &place, &config)
+            }
+        }));
+        let result = result.unwrap_or_else(|_| {
+            let answer =
+                refused("end the move", &std::io::Error::other("its thread panicked: see the agent's log"));
+            // It may have been past the commit point: only the other host knows.
+            Err(match stake.kind() {
+                MoveKind::Cpu => Stayed::Here(answer),
+                MoveKind::Host => Stayed::InDoubt(answer),
+            })
+        });
+        let end = Ended { instance, to, result, stake, took: began.elapsed() };
+        // The agent has stopped waiting: nobody is left to be told.
+        drop(ended.send(end));
+    });
+}
+
+fn cpu_swap(instance: &Instance, cpus: &CpuSet) -> Result<Moved, ApiError> {
+    let error = format!("cannot move {} to CPUs {cpus:?}: this version can't yet", instance.name);
+    Err(ApiError::new(axum::http::StatusCode::NOT_IMPLEMENTED, error, "use a later one"))
+}
+
+fn migrate(
+    instance: &Instance,
+    address: SocketAddr,
+    progress: &mut ProgressSink,
+    place: &Place,
+    config: &Config,
+) -> Result<Moved, Stayed> {
+    let sent = linux::send(place, instance, address, &config.migrate, &mut |now| progress.show(now));
+    sent.map(|report| Moved::Migration(reported(&report))).map_err(|error| {
+        let answer = refused(&format!("migrate {} to {address}", instance.name), &error);
+        match error {
+            MigrateError::InDoubt(_) => Stayed::InDoubt(answer),
+            _ => Stayed::Here(answer),
+        }
+    })
+}
+
+/// Shows a migration's progress on the board, and to the caller if there is one.
+pub(super) struct ProgressSink {
+    board: Board,
+    id: u64,
+    events: Option<Sender<MigrateEvent>>,
+    round: u32,
+    /// Pages sent before this round, and until the last event.
+    before_round: u64,
+    last: u64,
+}
+
+impl ProgressSink {
+    pub(super) fn new(board: Board, id: u64, events: Option<Sender<MigrateEvent>>) -> Self {
+        Self { board, id, events, round: 0, before_round: 0, last: 0 }
+    }
+
+    fn show(&mut self, progress: &Progress) {
+        if progress.round != self.round {
+            (self.round, self.before_round) = (progress.round, self.last);
+        }
+        self.last = progress.pages_sent;
+        // A rate of 0 is one that has not been measured yet.
+        let known = |rate: f64| (rate > 0.0).then_some(rate);
+        let shown = MigrationProgress {
+            phase: format!("{:?}", progress.phase).to_lowercase(),
+            round: progress.round + 1,
+            round_pages_sent: progress.pages_sent.saturating_sub(self.before_round),
+            round_pages: progress.round_pages,
+            pages_sent: progress.pages_sent,
+            bytes_sent: progress.bytes_sent,
+            bytes_per_s: progress.bytes_per_s,
+            dirty_bytes_per_s: known(progress.dirty_bytes_per_s),
+            expected_unavailability_ms: known(progress.expected_unavailability_ms),
+        };
+        if let Some(events) = &self.events {
+            // Dropped for a reader that is too slow or gone: the migration waits for nobody.
+            drop(events.try_send(MigrateEvent::Progress(shown.clone())));
+        }
+        self.board.write(|board| board.set_migration(self.id, MigrationState::Running { progress: shown }));
+    }
+}
+
+fn reported(report: &Report) -> MigrationReport {
+    MigrationReport {
+        unavailability_ms: report.freeze_ms,
+        duration_ms: report.total_ms.round() as u64,
+        rounds: report.rounds,
+        pages_sent: report.pages_sent,
+        pages_dirtied: report.pages_dirtied,
+        bytes_sent: report.bytes_sent,
+    }
+}

@@ -1,0 +1,423 @@
+//! What is connected, and one window's way through it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+use axum::http::StatusCode;
+use tokio::sync::mpsc::{self, UnboundedSender};
+
+use super::{
+    moves::{self, Ended, Moved, Order, Stake, Stayed},
+    place,
+};
+use crate::{
+    config::{Config, Mode},
+    control::{Command, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest},
+    forecast::Forecaster,
+    instance::{Instance, InstanceName, registry::Registry},
+    migrate::{journal, linux},
+    plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
+    pool::{self, Pool},
+    profile::{Profile, Profiler},
+    status::{ApiError, Board, MigrationState},
+    units::UnixMillis,
+};
+
+const IN_DOUBT_HINT: &str = "look at the other host with `rswap ps`: if it runs there, end the frozen processes here; \
+                             if not, remove its file in the state directory's migrations/, start the agent again, \
+                             and write 0 to its cgroup.freeze";
+
+/// All rooms' nouns, and what is under way.
+pub(super) struct Wiring {
+    pub(super) config: Config,
+    pub(super) registry: Registry,
+    pub(super) board: Board,
+    pub(super) ended: UnboundedSender<Ended>,
+    profiler: Profiler,
+    forecaster: Forecaster,
+    planner: Planner,
+    pools: Vec<Pool>,
+    /// The instances of the last look, by name.
+    pub(super) known: BTreeMap<InstanceName, Instance>,
+    moving: BTreeMap<InstanceName, String>,
+    /// Frozen after a commit that was not answered.
+    in_doubt: BTreeSet<InstanceName>,
+}
+
+impl Wiring {
+    pub(super) fn new(
+        config: Config,
+        registry: Registry,
+        board: Board,
+        ended: UnboundedSender<Ended>,
+    ) -> Self {
+        let profiler = Profiler::start(&config.profile);
+        let pools = pool::discover(&config);
+        board.write(|board| {
+            board.probes = profiler.probes();
+            board.pools.clone_from(&pools);
+        });
+        let forecaster = Forecaster::new(config.forecast.clone());
+        let mut planner = Planner::new(config.plan.clone());
+        let in_doubt = in_doubt(&config);
+        for name in &in_doubt {
+            planner.started(name, "a host that did not answer");
+        }
+        let (known, moving) = Default::default();
+        Self { config, registry, board, ended, profiler, forecaster, planner, pools, known, moving, in_doubt }
+    }
+
+    /// Whether moves are under way.
+    pub(super) fn is_moving(&self) -> bool {
+        !self.moving.is_empty()
+    }
+
+    /// One window: registry -> profile -> forecast -> plan -> board, and swap in mode `act`.
+    pub(super) fn window(&mut self, now: UnixMillis) {
+        let began = Instant::now();
+        if let Err(error) = self.look() {
+            tracing::warn!(%error, "going on with the instances known");
+        }
+        let profiles = self.profiler.sample(now);
+        for profile in &profiles {
+            let performance = self.performance_under(&profile.instance);
+            self.forecaster.observe_at_speed(profile, performance);
+        }
+        let seen: Vec<_> =
+            profiles.iter().map(|profile| (profile, self.pool_of(&profile.instance))).collect();
+        let pools = pool::with_usage(self.pools.clone(), &seen);
+        let views: Vec<InstanceView> =
+            profiles.iter().filter_map(|profile| self.view(profile, now)).collect();
+        let plan = self.planner.plan(now, &views, &pools);
+        if self.config.agent.mode == Mode::Act {
+            self.act(&plan, now);
+        }
+        self.show(profiles, views, pools, plan, began);
+    }
+
+    /// Follows the registry: what came is profiled, what went is forgotten.
+    pub(super) fn look(&mut self) -> Result<(), ApiError> {
+        let listed = self.registry.list().map_err(|error| refused("list the instances", &error))?;
+        let present: BTreeMap<_, _> = listed.into_iter().map(|i| (i.name.clone(), i)).collect();
+        for (name, before) in &self.known {
+            // A name whose cgroup changed is another instance.
+            if present.get(name).is_none_or(|now| now.cgroup_id != before.cgroup_id) {
+                tracing::info!(instance = %name, "gone");
+                self.profiler.untrack(name);
+                self.forecaster.forget(name);
+                if !self.moving.contains_key(name) {
+                    self.planner.forget(name);
+                }
+            }
+        }
+        for (name, instance) in &present {
+            if self.known.get(name).is_none_or(|before| before.cgroup_id != instance.cgroup_id) {
+                tracing::info!(instance = %name, cgroup = %instance.cgroup.display(), "watching");
+                if let Err(error) = self.profiler.track(name, &instance.cgroup) {
+                    tracing::warn!(instance = %name, error = %refused("profile it", &error), "not profiled");
+                }
+            }
+        }
+        self.board.write(|board| board.set_instances(present.values().cloned()));
+        self.known = present;
+        Ok(())
+    }
+
+    fn pool_of(&self, name: &InstanceName) -> Option<&str> {
+        self.known.get(name)?.pool.as_deref()
+    }
+
+    /// Speed of the cores that the instance runs on.
+    fn performance_under(&self, name: &InstanceName) -> f64 {
+        let sits_on = self.pool_of(name);
+        let pool = self.pools.iter().find(|pool| Some(pool.name.as_str()) == sits_on);
+        pool.map_or(self.config.this_host.performance, |pool| pool.performance)
+    }
+
+    fn view(&self, profile: &Profile, now: UnixMillis) -> Option<InstanceView> {
+        let instance = self.known.get(&profile.instance)?;
+        let demand = self.forecaster.demand(&profile.instance, now)?;
+        // Only what has a PID namespace of its own can be rebuilt elsewhere.
+        let movable = match instance.init_pid {
+            Some(_) => vec![MoveKind::Cpu, MoveKind::Host],
+            None => vec![MoveKind::Cpu],
+        };
+        Some(InstanceView {
+            instance: instance.name.clone(),
+            cpu_pool: instance.pool.clone(),
+            demand,
+            cores: profile.cpu.cores,
+            resident_bytes: profile.memory.resident_bytes,
+            dirty_bytes_per_s: profile.memory.dirty_bytes_per_s,
+            movable,
+        })
+    }
+
+    /// Starts every move that would be late if it waited for the next window.
+    fn act(&mut self, plan: &Plan, now: UnixMillis) {
+        let next_window = UnixMillis(now.0 + self.config.agent.window_ms);
+        for decision in &plan.decisions {
+            let Outcome::Move { to, start_by, .. } = &decision.outcome else { continue };
+            if *start_by > next_window {
+                continue;
+            }
+            let instance = decision.instance.clone();
+            let started = match decision.kind {
+                MoveKind::Cpu => self.start_swap(SwapRequest { instance, pool: to.clone() }, None),
+                MoveKind::Host => self.start_migration(MigrateRequest { instance, host: to.clone() }, None),
+            };
+            if let Err((error, _)) = started {
+                tracing::warn!(instance = %decision.instance, to, %error, "a planned move did not start");
+                self.planner.failed(&decision.instance, decision.kind, now);
+            }
+        }
+    }
+
+    fn show(
+        &self,
+        profiles: Vec<Profile>,
+        views: Vec<InstanceView>,
+        pools: Vec<Pool>,
+        plan: Plan,
+        began: Instant,
+    ) {
+        let programs = self.profiler.program_costs();
+        self.board.write(|board| {
+            for profile in profiles {
+                if let Some(view) = board.instances.get_mut(&profile.instance) {
+                    view.profile = Some(profile);
+                }
+            }
+            for InstanceView { instance, demand, .. } in views {
+                if let Some(view) = board.instances.get_mut(&instance) {
+                    view.demand = Some(demand);
+                }
+            }
+            for decision in &plan.decisions {
+                board.keep_decision(&decision.instance, decision.clone());
+            }
+            (board.pools, board.plan, board.programs) = (pools, plan, programs);
+            board.windows += 1;
+            board.last_window_work_us = began.elapsed().as_micros() as u64;
+        });
+    }
+
+    pub(super) fn command(&mut self, command: Command) {
+        // A caller that went away doesn't need its answer: hence the drops.
+        match command {
+            Command::Adopt(request, reply) => drop(reply.send(self.adopt(request))),
+            Command::Register(request, reply) => drop(reply.send(self.register(&request))),
+            Command::Swap(request, reply) => {
+                if let Err((error, Stake::Swap(Some(reply)))) = self.start_swap(request, Some(reply)) {
+                    drop(reply.send(Err(error)));
+                }
+            }
+            Command::Migrate(request, events) => {
+                if let Err((error, Stake::Migration { events: Some(events), .. })) =
+                    self.start_migration(request, Some(events))
+                {
+                    drop(events.try_send(MigrateEvent::Failed(error)));
+                }
+            }
+        }
+    }
+
+    fn start_swap(
+        &mut self,
+        request: SwapRequest,
+        reply: Option<Reply<SwapDone>>,
+    ) -> Result<(), (ApiError, Stake)> {
+        let stake = Stake::Swap(reply);
+        let found = self.pools.iter().find(|pool| pool.name == request.pool).and_then(Pool::cpus).cloned();
+        let ready = self.free_instance(&request.instance).and_then(|instance| {
+            found.map(|cpus| (instance, cpus)).ok_or_else(|| {
+                let error = format!("there is no CPU pool {:?} on this host", request.pool);
+                ApiError::new(
+                    StatusCode::NOT_FOUND,
+                    error,
+                    "see `rswap pools`; for hosts use `rswap migrate`",
+                )
+            })
+        });
+        match ready {
+            Ok((instance, cpus)) => {
+                self.begin(Order::Swap { instance, cpus }, request.pool, stake);
+                Ok(())
+            }
+            Err(error) => Err((error, stake)),
+        }
+    }
+
+    fn start_migration(
+        &mut self,
+        request: MigrateRequest,
+        events: Option<mpsc::Sender<MigrateEvent>>,
+    ) -> Result<(), (ApiError, Stake)> {
+        let ready = self.free_instance(&request.instance).and_then(|instance| {
+            let address = super::host_address(&self.pools, &request.host);
+            address
+                .map(|address| (instance, address))
+                .map_err(|error| ApiError::new(StatusCode::NOT_FOUND, error.to_string(), "see `rswap pools`"))
+        });
+        match ready {
+            Ok((instance, address)) => {
+                let (name, host) = (request.instance, request.host);
+                let id = self.board.write(|b| b.begin_migration(name, host.clone(), UnixMillis::now()));
+                let progress = moves::ProgressSink::new(self.board.clone(), id, events.clone());
+                let order = Order::Migration { instance, address, progress };
+                self.begin(order, host, Stake::Migration { id, events });
+                Ok(())
+            }
+            Err(error) => Err((error, Stake::Migration { id: 0, events })),
+        }
+    }
+
+    /// The instance, if no move of it is under way.
+    fn free_instance(&mut self, name: &InstanceName) -> Result<Instance, ApiError> {
+        if let Some(to) = self.moving.get(name) {
+            let error = format!("{name} is on its way to {to} already");
+            return Err(ApiError::new(StatusCode::CONFLICT, error, "wait until it has arrived"));
+        }
+        if self.in_doubt.contains(name) {
+            let error =
+                format!("{name} was committed to another host, which did not answer: it is frozen here");
+            return Err(ApiError::new(StatusCode::CONFLICT, error, IN_DOUBT_HINT));
+        }
+        self.known_now(name)
+    }
+
+    fn begin(&mut self, order: Order, to: String, stake: Stake) {
+        let name = order.instance().name.clone();
+        tracing::info!(instance = %name, to, kind = ?stake.kind(), "moving");
+        self.planner.started(&name, &to);
+        self.moving.insert(name, to.clone());
+        moves::spawn(order, to, stake, place(&self.config), &self.config, self.ended.clone());
+    }
+
+    /// Takes note of a move's end, and answers whoever asked for it.
+    pub(super) fn move_ended(&mut self, ended: Ended) {
+        let now = UnixMillis::now();
+        let Ended { instance, to, result, stake, took } = ended;
+        self.moving.remove(&instance);
+        match &result {
+            Ok(_) => {
+                tracing::info!(%instance, to, ms = took.as_millis(), "moved");
+                self.planner.moved(&instance, stake.kind(), now);
+            }
+            Err(Stayed::Here(error)) => {
+                tracing::warn!(%instance, to, %error, "not moved: it runs where it ran");
+                self.planner.failed(&instance, stake.kind(), now);
+            }
+            Err(Stayed::InDoubt(error)) => {
+                tracing::error!(%instance, to, %error, "in doubt: it stays frozen here");
+                // For the planner it stays on its way: nothing may move it until a person has looked.
+                self.in_doubt.insert(instance.clone());
+            }
+        }
+        match stake {
+            Stake::Swap(reply) => self.swap_ended(instance, to, result, took, reply),
+            Stake::Migration { id, events } => self.migration_ended(id, result, events, now),
+        }
+    }
+
+    fn swap_ended(
+        &mut self,
+        instance: InstanceName,
+        to: String,
+        result: Result<Moved, Stayed>,
+        took: Duration,
+        reply: Option<Reply<SwapDone>>,
+    ) {
+        self.board.write(|board| match &result {
+            Ok(_) => board.swaps_done += 1,
+            Err(_) => board.swaps_failed += 1,
+        });
+        if result.is_ok()
+            && let Err(error) = self.note_pool(&instance, &to)
+        {
+            tracing::warn!(%instance, %error, "the registry does not know its new pool");
+        }
+        let duration_ms = took.as_secs_f64() * 1e3;
+        let answer = match result {
+            Ok(moved) => Ok(SwapDone { instance, pool: to, duration_ms, detail: moved.into_detail() }),
+            Err(Stayed::Here(error) | Stayed::InDoubt(error)) => Err(error),
+        };
+        if let Some(reply) = reply {
+            // A caller that went away doesn't need its answer.
+            drop(reply.send(answer));
+        }
+    }
+
+    fn migration_ended(
+        &mut self,
+        id: u64,
+        result: Result<Moved, Stayed>,
+        events: Option<mpsc::Sender<MigrateEvent>>,
+        ended: UnixMillis,
+    ) {
+        let (state, last) = match result {
+            Ok(moved) => {
+                let report = moved.into_report();
+                (MigrationState::Done { report: report.clone(), ended }, MigrateEvent::Done(report))
+            }
+            Err(Stayed::Here(error)) => {
+                (MigrationState::Failed { error: error.to_string(), ended }, MigrateEvent::Failed(error))
+            }
+            Err(Stayed::InDoubt(error)) => {
+                (MigrationState::InDoubt { error: error.to_string(), ended }, MigrateEvent::InDoubt(error))
+            }
+        };
+        self.board.write(|board| board.set_migration(id, state));
+        self.refresh();
+        if let Some(events) = events {
+            // A slow reader gets it all the same, without holding up the windows.
+            tokio::spawn(async move { drop(events.send(last).await) });
+        }
+    }
+
+    /// Shows at once who is here now.
+    pub(super) fn refresh(&mut self) {
+        if let Err(error) = self.look() {
+            tracing::warn!(%error, "the next window looks again");
+        }
+    }
+
+    fn note_pool(&mut self, name: &InstanceName, pool: &str) -> Result<(), ApiError> {
+        let mut instance = self.known_now(name)?;
+        instance.pool = Some(pool.to_owned());
+        self.registry.put(&instance).map_err(|error| refused("keep the instance's pool", &error))?;
+        self.look()
+    }
+}
+
+/// The instances that an earlier agent committed to another host without an answer.
+fn in_doubt(config: &Config) -> BTreeSet<InstanceName> {
+    let directory = linux::journals(&place(config));
+    let left = journal::left_over(&directory).unwrap_or_else(|error| {
+        tracing::warn!(%error, path = %directory.display(), "earlier migrations can't be looked up");
+        Vec::new()
+    });
+    let mut frozen = BTreeSet::new();
+    for (file, entry) in left {
+        tracing::warn!(file, ?entry, "an earlier agent left a migration unfinished");
+        let name = file.strip_suffix(".source.json").unwrap_or(&file).parse::<InstanceName>();
+        if let (journal::Role::Source, journal::State::Committed, Ok(name)) = (entry.role, entry.state, name)
+        {
+            frozen.insert(name);
+        }
+    }
+    frozen
+}
+
+/// An answer that keeps the error's causes.
+pub(super) fn refused(attempted: &str, error: &dyn std::error::Error) -> ApiError {
+    let mut text = format!("cannot {attempted}: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text, "see the agent's log, and `rswap doctor`")
+}
