@@ -46,8 +46,9 @@ impl Arrival {
         let init = started.init_pid;
         // The init is this process's child, and outlives the move: somebody has to collect its status.
         std::thread::spawn(move || waitpid(Pid::from_raw(init), None));
-        started.start_work()?;
-        let stub_pid = wait_for_stub(init)?;
+        let stub_pid = started.start_work().and_then(|()| wait_for_stub(init)).inspect_err(|_| {
+            launch::discard(&started.instance);
+        })?;
         Ok(Self { instance: started.instance, stub_pid, port: started.port, registry })
     }
 

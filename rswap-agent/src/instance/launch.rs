@@ -70,8 +70,11 @@ pub fn run(place: &Place, spec: &LaunchSpec) -> Result<i32, InstanceError> {
     // Blocked before the start, so that none gets lost between start and wait.
     let forwarded = block_forwarded_signals()?;
     let started = start(place, spec, None)?;
-    registry.put(&started.instance)?;
-    started.go()?;
+    if let Err(error) = registry.put(&started.instance).and_then(|()| started.go()) {
+        discard(&started.instance);
+        registry.remove(&spec.name)?;
+        return Err(error);
+    }
     if spec.detach {
         return Ok(0);
     }
@@ -165,16 +168,31 @@ pub(super) fn start(place: &Place, spec: &LaunchSpec, stub: Option<i32>) -> Resu
         port: None,
         go: File::from(go),
     };
-    // From here on a failure drops `go`, and the init ends.
+    if let Err(error) = prepare(&mut started, spec, &bridge) {
+        discard(&started.instance);
+        return Err(error);
+    }
+    Ok(started)
+}
+
+/// What an init needs before it may start its work.
+fn prepare(started: &mut Started, spec: &LaunchSpec, bridge: &str) -> Result<(), InstanceError> {
     if let Some((_, cpus)) = &spec.pool {
-        set_affinity(init_pid, cpus)?;
+        set_affinity(started.init_pid, cpus)?;
     }
     if let Some(identity) = &spec.network {
-        let port = Port::new(&spec.name, &bridge, identity, init_pid);
+        let port = Port::new(&spec.name, bridge, identity, started.init_pid);
         port.create()?;
         started.port = Some(port);
     }
-    Ok(started)
+    Ok(())
+}
+
+/// Removes an instance that did not get to run; what remains is logged, as the first failure matters more.
+pub(super) fn discard(instance: &Instance) {
+    if let Err(error) = super::arrival::end(instance) {
+        tracing::warn!(instance = %instance.name, %error, "an instance that failed to start could not be removed");
+    }
 }
 
 fn init_arguments(spec: &LaunchSpec, stub: Option<i32>, go: i32) -> Result<Vec<CString>, InstanceError> {

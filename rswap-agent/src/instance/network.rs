@@ -32,6 +32,21 @@ impl Port {
 
     /// Makes the pair and configures the inner end. The port is on the bridge, but down: nothing passes.
     pub fn create(&self) -> Result<(), InstanceError> {
+        self.make().inspect_err(|_| self.remove())
+    }
+
+    /// Removes the pair, if it is there: after a failure, when it may still be in the host's namespace.
+    fn remove(&self) {
+        let removed = run(|handle| async move {
+            let index = index_of(&handle, &self.interface).await?;
+            handle.link().del(index).execute().await
+        });
+        if let Err(error) = removed {
+            tracing::debug!(interface = self.interface, %error, "no interface to remove");
+        }
+    }
+
+    fn make(&self) -> Result<(), InstanceError> {
         let name = format!("{}i", self.interface);
         let inner = name.as_str();
         run(|handle| async move {
