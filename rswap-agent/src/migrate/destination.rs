@@ -140,7 +140,11 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     fn activate(&mut self) -> Result<(), MigrateError> {
         self.doing = "activating";
         self.task.activate().map_err(self.task_failed())?;
-        self.send(Tag::Activated, &[])
+        // It runs here, whether the source hears of it or not; not hearing it, the source stays frozen.
+        if let Err(error) = self.send(Tag::Activated, &[]) {
+            tracing::error!(%error, "the source was not told that the instance runs here");
+        }
+        Ok(())
     }
 
     fn roll_back(&mut self, error: &MigrateError) {

@@ -20,6 +20,8 @@ pub const VERSION: u16 = 1;
 /// Pages of a batch at most.
 pub const BATCH_PAGES: usize = 64;
 
+/// No user-space address is larger, five-level page tables included.
+const ADDRESS_LIMIT: u64 = 1 << 56;
 const KIB: usize = 1024;
 const HEADER: usize = 5;
 const PAGE_HEADER: usize = 4 + 8 + 1 + 2;
@@ -212,7 +214,8 @@ pub fn parse_pages(mut payload: &[u8]) -> Result<Vec<PageRecord<'_>>, WireError>
         let (space, addr) = (payload.get_u32_le(), payload.get_u64_le());
         let encoding = Encoding::from_number(payload.get_u8()).ok_or_else(malformed)?;
         let len = payload.get_u16_le() as usize;
-        if len > payload.len() || len > PAGE_SIZE || !addr.is_multiple_of(PAGE_SIZE as u64) {
+        let page = addr.is_multiple_of(PAGE_SIZE as u64) && addr < ADDRESS_LIMIT;
+        if len > payload.len() || len > PAGE_SIZE || !page {
             return Err(malformed());
         }
         let (data, rest) = payload.split_at(len);
@@ -245,7 +248,7 @@ pub fn parse_ranges(mut payload: &[u8]) -> Result<Vec<PageRange>, WireError> {
     while payload.has_remaining() {
         let (space, start, pages) = (payload.get_u32_le(), payload.get_u64_le(), payload.get_u64_le());
         let end = pages.checked_mul(PAGE_SIZE as u64).and_then(|len| start.checked_add(len));
-        if end.is_none() || !start.is_multiple_of(PAGE_SIZE as u64) {
+        if end.is_none_or(|end| end > ADDRESS_LIMIT) || !start.is_multiple_of(PAGE_SIZE as u64) {
             return Err(WireError::Malformed(Tag::Discard));
         }
         ranges.push(PageRange { space, start, pages });
