@@ -16,6 +16,7 @@ use nix::{
 use rswap_agent::{
     control::client::{Client, Target},
     instance::cgroup,
+    status::InstanceView,
 };
 use serde::de::DeserializeOwned;
 
@@ -52,6 +53,8 @@ pub struct Host {
     dir: PathBuf,
     cgroup_parent: String,
     agent: Option<Child>,
+    /// Whether the end of the agent's log is printed at the end.
+    pub show_log: bool,
 }
 
 impl Host {
@@ -64,8 +67,15 @@ impl Host {
     ) -> anyhow::Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let cgroup_parent = sweep::own_name(name);
-        let mut host =
-            Self { name: name.to_owned(), address, netns, dir: dir.to_owned(), cgroup_parent, agent: None };
+        let mut host = Self {
+            name: name.to_owned(),
+            address,
+            netns,
+            dir: dir.to_owned(),
+            cgroup_parent,
+            agent: None,
+            show_log: true,
+        };
         let configuration = host.configuration(options);
         let path = host.config_path();
         fs::write(&path, configuration).with_context(|| format!("cannot write {}", path.display()))?;
@@ -194,6 +204,12 @@ impl Host {
         Ok(runtime.block_on(client.get(path))?)
     }
 
+    /// Whether the agent lists a living instance of this name.
+    pub fn has_instance(&self, name: &str) -> anyhow::Result<bool> {
+        let instances: Vec<InstanceView> = self.get("/v1/instances")?;
+        Ok(instances.iter().any(|view| view.instance.name.as_str() == name))
+    }
+
     /// Starts a migration: to `destination`, the name of a host pool or `address:port`.
     pub fn migrate(&self, instance: &str, destination: &str) -> anyhow::Result<Migration> {
         Migration::start(self.rswap(&["migrate", "--json", instance, destination])?)
@@ -224,7 +240,8 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        // The test runner shows this for tests that fail, and only for those.
+        if self.show_log {
             eprintln!("---- the agent of host {} said last:\n{}\n----", self.name, self.log_tail());
         }
         if let Err(error) = self.stop() {

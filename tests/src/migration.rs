@@ -62,7 +62,9 @@ impl Migration {
             match self.next_event()? {
                 Some(MigrateEvent::Progress(_)) => {}
                 Some(MigrateEvent::Done(report)) => return Ok(Ok(report)),
-                Some(MigrateEvent::Failed(error)) => return Ok(Err(error.to_string())),
+                Some(MigrateEvent::Failed(error) | MigrateEvent::InDoubt(error)) => {
+                    return Ok(Err(error.to_string()));
+                }
                 None => return Ok(Err(self.said())),
             }
         }
