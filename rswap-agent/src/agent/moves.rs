@@ -17,6 +17,7 @@ use crate::{
     plan::MoveKind,
     pool::CpuSet,
     status::{ApiError, Board, MigrationProgress, MigrationReport, MigrationState},
+    swap,
 };
 
 /// What is to be done.
@@ -50,7 +51,6 @@ impl Stake {
 
 /// What a move came to.
 pub(super) enum Moved {
-    #[expect(dead_code, reason = "core swaps report this as soon as they are carried out")]
     Swap(serde_json::Value),
     Migration(MigrationReport),
 }
@@ -124,8 +124,10 @@ pub(super) fn spawn(
 }
 
 fn cpu_swap(instance: &Instance, cpus: &CpuSet) -> Result<Moved, ApiError> {
-    let error = format!("cannot move {} to CPUs {cpus:?}: this version can't yet", instance.name);
-    Err(ApiError::new(axum::http::StatusCode::NOT_IMPLEMENTED, error, "use a later one"))
+    let attempted = format!("move {} to CPUs {cpus:?}", instance.name);
+    let report = swap::cpu::move_to(instance, cpus).map_err(|error| refused(&attempted, &error))?;
+    let detail = serde_json::to_value(report).map_err(|error| refused("report the swap", &error))?;
+    Ok(Moved::Swap(detail))
 }
 
 fn migrate(

@@ -2,14 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use axum::http::StatusCode;
 use tokio::sync::mpsc::{self, UnboundedSender};
 
 use super::{
-    moves::{self, Ended, Moved, Order, Stake, Stayed},
+    moves::{self, Ended, Order, Stake},
     place,
 };
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
     pool::{self, Pool},
     profile::{Profile, Profiler},
-    status::{ApiError, Board, MigrationState},
+    status::{ApiError, Board},
     units::UnixMillis,
 };
 
@@ -37,13 +37,13 @@ pub(super) struct Wiring {
     pub(super) ended: UnboundedSender<Ended>,
     profiler: Profiler,
     forecaster: Forecaster,
-    planner: Planner,
+    pub(super) planner: Planner,
     pools: Vec<Pool>,
     /// The instances of the last look, by name.
     pub(super) known: BTreeMap<InstanceName, Instance>,
-    moving: BTreeMap<InstanceName, String>,
+    pub(super) moving: BTreeMap<InstanceName, String>,
     /// Frozen after a commit that was not answered.
-    in_doubt: BTreeSet<InstanceName>,
+    pub(super) in_doubt: BTreeSet<InstanceName>,
 }
 
 impl Wiring {
@@ -296,99 +296,11 @@ impl Wiring {
         moves::spawn(order, to, stake, place(&self.config), &self.config, self.ended.clone());
     }
 
-    /// Takes note of a move's end, and answers whoever asked for it.
-    pub(super) fn move_ended(&mut self, ended: Ended) {
-        let now = UnixMillis::now();
-        let Ended { instance, to, result, stake, took } = ended;
-        self.moving.remove(&instance);
-        match &result {
-            Ok(_) => {
-                tracing::info!(%instance, to, ms = took.as_millis(), "moved");
-                self.planner.moved(&instance, stake.kind(), now);
-            }
-            Err(Stayed::Here(error)) => {
-                tracing::warn!(%instance, to, %error, "not moved: it runs where it ran");
-                self.planner.failed(&instance, stake.kind(), now);
-            }
-            Err(Stayed::InDoubt(error)) => {
-                tracing::error!(%instance, to, %error, "in doubt: it stays frozen here");
-                // For the planner it stays on its way: nothing may move it until a person has looked.
-                self.in_doubt.insert(instance.clone());
-            }
-        }
-        match stake {
-            Stake::Swap(reply) => self.swap_ended(instance, to, result, took, reply),
-            Stake::Migration { id, events } => self.migration_ended(id, result, events, now),
-        }
-    }
-
-    fn swap_ended(
-        &mut self,
-        instance: InstanceName,
-        to: String,
-        result: Result<Moved, Stayed>,
-        took: Duration,
-        reply: Option<Reply<SwapDone>>,
-    ) {
-        self.board.write(|board| match &result {
-            Ok(_) => board.swaps_done += 1,
-            Err(_) => board.swaps_failed += 1,
-        });
-        if result.is_ok()
-            && let Err(error) = self.note_pool(&instance, &to)
-        {
-            tracing::warn!(%instance, %error, "the registry does not know its new pool");
-        }
-        let duration_ms = took.as_secs_f64() * 1e3;
-        let answer = match result {
-            Ok(moved) => Ok(SwapDone { instance, pool: to, duration_ms, detail: moved.into_detail() }),
-            Err(Stayed::Here(error) | Stayed::InDoubt(error)) => Err(error),
-        };
-        if let Some(reply) = reply {
-            // A caller that went away doesn't need its answer.
-            drop(reply.send(answer));
-        }
-    }
-
-    fn migration_ended(
-        &mut self,
-        id: u64,
-        result: Result<Moved, Stayed>,
-        events: Option<mpsc::Sender<MigrateEvent>>,
-        ended: UnixMillis,
-    ) {
-        let (state, last) = match result {
-            Ok(moved) => {
-                let report = moved.into_report();
-                (MigrationState::Done { report: report.clone(), ended }, MigrateEvent::Done(report))
-            }
-            Err(Stayed::Here(error)) => {
-                (MigrationState::Failed { error: error.to_string(), ended }, MigrateEvent::Failed(error))
-            }
-            Err(Stayed::InDoubt(error)) => {
-                (MigrationState::InDoubt { error: error.to_string(), ended }, MigrateEvent::InDoubt(error))
-            }
-        };
-        self.board.write(|board| board.set_migration(id, state));
-        self.refresh();
-        if let Some(events) = events {
-            // A slow reader gets it all the same, without holding up the windows.
-            tokio::spawn(async move { drop(events.send(last).await) });
-        }
-    }
-
     /// Shows at once who is here now.
     pub(super) fn refresh(&mut self) {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "the next window looks again");
         }
-    }
-
-    fn note_pool(&mut self, name: &InstanceName, pool: &str) -> Result<(), ApiError> {
-        let mut instance = self.known_now(name)?;
-        instance.pool = Some(pool.to_owned());
-        self.registry.put(&instance).map_err(|error| refused("keep the instance's pool", &error))?;
-        self.look()
     }
 }
 

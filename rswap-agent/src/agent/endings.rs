@@ -1,0 +1,106 @@
+//! What follows from a move's end: what is remembered, shown and answered.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use super::{
+    moves::{Ended, Moved, Stake, Stayed},
+    wiring::{Wiring, refused},
+};
+use crate::{
+    control::{MigrateEvent, Reply, SwapDone},
+    instance::InstanceName,
+    status::{ApiError, MigrationState},
+    units::UnixMillis,
+};
+
+impl Wiring {
+    /// Takes note of a move's end, and answers whoever asked for it.
+    pub(super) fn move_ended(&mut self, ended: Ended) {
+        let now = UnixMillis::now();
+        let Ended { instance, to, result, stake, took } = ended;
+        self.moving.remove(&instance);
+        match &result {
+            Ok(_) => {
+                tracing::info!(%instance, to, ms = took.as_millis(), "moved");
+                self.planner.moved(&instance, stake.kind(), now);
+            }
+            Err(Stayed::Here(error)) => {
+                tracing::warn!(%instance, to, %error, "not moved: it runs where it ran");
+                self.planner.failed(&instance, stake.kind(), now);
+            }
+            Err(Stayed::InDoubt(error)) => {
+                tracing::error!(%instance, to, %error, "in doubt: it stays frozen here");
+                // For the planner it stays on its way: nothing may move it until a person has looked.
+                self.in_doubt.insert(instance.clone());
+            }
+        }
+        match stake {
+            Stake::Swap(reply) => self.swap_ended(instance, to, result, took, reply),
+            Stake::Migration { id, events } => self.migration_ended(id, result, events, now),
+        }
+    }
+
+    fn swap_ended(
+        &mut self,
+        instance: InstanceName,
+        to: String,
+        result: Result<Moved, Stayed>,
+        took: Duration,
+        reply: Option<Reply<SwapDone>>,
+    ) {
+        self.board.write(|board| match &result {
+            Ok(_) => board.swaps_done += 1,
+            Err(_) => board.swaps_failed += 1,
+        });
+        if result.is_ok()
+            && let Err(error) = self.note_pool(&instance, &to)
+        {
+            tracing::warn!(%instance, %error, "the registry does not know its new pool");
+        }
+        let duration_ms = took.as_secs_f64() * 1e3;
+        let answer = match result {
+            Ok(moved) => Ok(SwapDone { instance, pool: to, duration_ms, detail: moved.into_detail() }),
+            Err(Stayed::Here(error) | Stayed::InDoubt(error)) => Err(error),
+        };
+        if let Some(reply) = reply {
+            // A caller that went away doesn't need its answer.
+            drop(reply.send(answer));
+        }
+    }
+
+    fn migration_ended(
+        &mut self,
+        id: u64,
+        result: Result<Moved, Stayed>,
+        events: Option<mpsc::Sender<MigrateEvent>>,
+        ended: UnixMillis,
+    ) {
+        let (state, last) = match result {
+            Ok(moved) => {
+                let report = moved.into_report();
+                (MigrationState::Done { report: report.clone(), ended }, MigrateEvent::Done(report))
+            }
+            Err(Stayed::Here(error)) => {
+                (MigrationState::Failed { error: error.to_string(), ended }, MigrateEvent::Failed(error))
+            }
+            Err(Stayed::InDoubt(error)) => {
+                (MigrationState::InDoubt { error: error.to_string(), ended }, MigrateEvent::InDoubt(error))
+            }
+        };
+        self.board.write(|board| board.set_migration(id, state));
+        self.refresh();
+        if let Some(events) = events {
+            // A slow reader gets it all the same, without holding up the windows.
+            tokio::spawn(async move { drop(events.send(last).await) });
+        }
+    }
+
+    fn note_pool(&mut self, name: &InstanceName, pool: &str) -> Result<(), ApiError> {
+        let mut instance = self.known_now(name)?;
+        instance.pool = Some(pool.to_owned());
+        self.registry.put(&instance).map_err(|error| refused("keep the instance's pool", &error))?;
+        self.look()
+    }
+}
