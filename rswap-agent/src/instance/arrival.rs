@@ -7,7 +7,7 @@ use nix::{sys::wait::waitpid, unistd::Pid};
 use super::{
     Instance, InstanceError, cgroup,
     launch::{self, LaunchSpec, Place},
-    network::Port,
+    network::{self, Port},
     registry::Registry,
 };
 
@@ -68,9 +68,12 @@ impl Arrival {
     }
 }
 
-/// Kills an instance and removes its cgroup. Its network goes with its namespaces.
+/// Kills an instance, and removes its port and its cgroup.
 pub fn end(instance: &Instance) -> Result<(), InstanceError> {
     cgroup::kill(&instance.cgroup)?;
+    if instance.network.is_some() {
+        network::remove_port(&instance.name)?;
+    }
     cgroup::remove(&instance.cgroup)
 }
 

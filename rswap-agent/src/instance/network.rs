@@ -24,10 +24,12 @@ pub struct Port {
 impl Port {
     /// The port of instance `name`, whose init is `init_pid`, on `bridge`. Nothing is made yet.
     pub fn new(name: &InstanceName, bridge: &str, identity: &NetworkIdentity, init_pid: i32) -> Self {
-        // Interface names have 15 bytes; instance names don't fit.
-        let hash = xxhash_rust::xxh3::xxh3_64(name.as_str().as_bytes()) & 0xff_ffff_ffff;
-        let interface = format!("rsw{hash:010x}");
-        Self { interface, bridge: bridge.to_owned(), identity: identity.clone(), init_pid }
+        Self {
+            interface: interface_of(name),
+            bridge: bridge.to_owned(),
+            identity: identity.clone(),
+            init_pid,
+        }
     }
 
     /// Makes the pair and configures the inner end. The port is on the bridge, but down: nothing passes.
@@ -132,6 +134,33 @@ impl Port {
         let what = format!("{what} ({} on {})", self.interface, self.bridge);
         move |source| InstanceError::Network { what, source: Box::new(source) }
     }
+}
+
+/// Removes the port of instance `name`, whose processes are dead; one that is gone already is no error.
+///
+/// It would go with its namespace, but that can live on for minutes: connections whose last packets nobody
+/// acknowledges keep it, and answer for the address.
+pub fn remove_port(name: &InstanceName) -> Result<(), InstanceError> {
+    remove_interface(&interface_of(name))
+}
+
+/// Interface names have 15 bytes; instance names don't fit.
+fn interface_of(name: &InstanceName) -> String {
+    let hash = xxhash_rust::xxh3::xxh3_64(name.as_str().as_bytes()) & 0xff_ffff_ffff;
+    format!("rsw{hash:010x}")
+}
+
+fn remove_interface(interface: &str) -> Result<(), InstanceError> {
+    let Ok(index) = nix::net::if_::if_nametoindex(interface) else { return Ok(()) };
+    let removed = run(|handle| async move { handle.link().del(index).execute().await });
+    // It may have gone with its namespace meanwhile.
+    if removed.is_err() && nix::net::if_::if_nametoindex(interface).is_err() {
+        return Ok(());
+    }
+    removed.map_err(|source| InstanceError::Network {
+        what: format!("removing the port {interface}"),
+        source: Box::new(source),
+    })
 }
 
 /// An address for an instance whose MAC the user didn't choose: locally administered, from the IP address.
