@@ -31,9 +31,8 @@ const PAGE_BYTES: usize = 4096;
 const WORDS: usize = PAGE_BYTES / 8;
 /// The program's heartbeat.
 const TICK: Duration = Duration::from_millis(20);
-/// Pages verified and rewritten between two naps: busy, but not all the time.
-const BURST: usize = 256;
-const NAP: Duration = Duration::from_millis(1);
+/// Each thread rests so long after each burst of pages.
+const NAP: Duration = Duration::from_millis(5);
 
 const TIMER: u64 = 1;
 const EVENT: u64 = 2;
@@ -51,11 +50,12 @@ fn main() -> ExitCode {
 
 fn run() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [log, threads, mib_per_thread] = arguments.as_slice() else {
-        bail!("usage: memcheck LOG THREADS MIB_PER_THREAD");
+    let [log, threads, mib_per_thread, burst] = arguments.as_slice() else {
+        bail!("usage: memcheck LOG THREADS MIB_PER_THREAD PAGES_PER_BURST");
     };
     let threads: u64 = threads.parse().context("THREADS is no number")?;
     let mib: usize = mib_per_thread.parse().context("MIB_PER_THREAD is no number")?;
+    let burst: u64 = burst.parse().context("PAGES_PER_BURST is no number")?;
     let mut log = OpenOptions::new().create(true).append(true).open(log).context("cannot open the log")?;
 
     let verified = Arc::new(AtomicU64::new(0));
@@ -65,7 +65,7 @@ fn run() -> anyhow::Result<()> {
         thread::spawn(move || {
             let mut region = Region::new(thread, mib * (1 << 20) / PAGE_BYTES);
             loop {
-                for _ in 0..BURST {
+                for _ in 0..burst {
                     if let Err(wrong) = region.step() {
                         // Nobody to tell when the main thread is ending already.
                         let _ = failures.send(wrong);
