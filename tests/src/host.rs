@@ -210,6 +210,11 @@ impl Host {
         Ok(instances.iter().any(|view| view.instance.name.as_str() == name))
     }
 
+    /// Whether any process is in the cgroups of its instances.
+    pub fn has_processes(&self) -> anyhow::Result<bool> {
+        Ok(cgroup::is_populated(&self.cgroup()?))
+    }
+
     /// Starts a migration: to `destination`, the name of a host pool or `address:port`.
     pub fn migrate(&self, instance: &str, destination: &str) -> anyhow::Result<Migration> {
         Migration::start(self.rswap(&["migrate", "--json", instance, destination])?)

@@ -1,96 +1,126 @@
-//! A TCP proxy between two agents that damages one page on its way.
+//! A TCP proxy between two agents that does damage at a chosen frame of a migration.
 
 use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, Sender},
     },
     thread,
     time::Duration,
 };
 
 use anyhow::Context;
-use rswap_agent::migrate::wire::{Tag, WireError, parse_pages, read_frame, write_frame};
+use rswap_agent::migrate::wire::{Frame, Tag, parse_pages, read_frame, write_frame};
 
 use crate::netns::Netns;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A proxy that lets the first connection's first frame with pages arrive with one byte changed.
-#[derive(Debug)]
-pub struct DamagingProxy {
-    address: SocketAddr,
-    damaged: Arc<AtomicBool>,
+/// What the proxy does, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// One byte of the first page with contents arrives changed.
+    DamagePage,
+    /// The `nth` frame (from 0) of this kind is not passed on, nor is anything after it: the migration stands still at
+    /// exactly this place until [`Proxy::cut`].
+    HoldAt {
+        /// Which kind.
+        tag: Tag,
+        /// Which of its frames.
+        nth: usize,
+    },
 }
 
-impl DamagingProxy {
-    /// Listens on loopback in the namespace of the source, and passes on to `destination`. It ends with the process.
-    pub fn start(netns: &Netns, destination: SocketAddr) -> anyhow::Result<Self> {
-        let damaged = Arc::new(AtomicBool::new(false));
-        let done = damaged.clone();
-        let (sender, receiver) = std::sync::mpsc::channel();
+/// A proxy that has one [`Fault`]. Its threads end with the process.
+#[derive(Debug)]
+pub struct Proxy {
+    address: SocketAddr,
+    happened: Receiver<()>,
+    streams: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+impl Proxy {
+    /// Listens on loopback in the namespace of the source, for one migration to `destination`.
+    pub fn start(netns: &Netns, destination: SocketAddr, fault: Fault) -> anyhow::Result<Self> {
+        let streams = Arc::new(Mutex::new(Vec::new()));
+        let opened = streams.clone();
+        let (happens, happened) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         netns.spawn("proxy", move || {
             let listener = TcpListener::bind(("127.0.0.1", 0)).context("the proxy cannot listen")?;
             sender.send(listener.local_addr()?).context("nobody waits for the proxy")?;
-            for stream in listener.incoming() {
-                if let Err(error) = pass(stream?, destination, &done) {
-                    // A torn connection is what it is for.
-                    eprintln!("proxy: {error:#}");
-                }
-            }
-            Ok(())
+            let (source, _) = listener.accept().context("the proxy had no caller")?;
+            let onward = TcpStream::connect(destination).context("the proxy cannot reach the destination")?;
+            let (back_from, back_to) = (onward.try_clone()?, source.try_clone()?);
+            let all = [source.try_clone()?, onward.try_clone()?];
+            opened.lock().unwrap_or_else(PoisonError::into_inner).extend(all);
+            let back_happens = happens.clone();
+            let back = thread::spawn(move || pass(back_from, back_to, fault, &back_happens));
+            pass(source, onward, fault, &happens);
+            back.join().map_err(|_| anyhow::anyhow!("the proxy's way back panicked"))
         })?;
         let address = receiver.recv_timeout(PATIENCE).context("the proxy did not start")?;
-        Ok(Self { address, damaged })
+        Ok(Self { address, happened, streams })
     }
 
     /// Where the source finds it.
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    pub fn address(&self) -> String {
+        self.address.to_string()
     }
 
-    /// Whether it has changed its byte.
-    pub fn has_damaged(&self) -> bool {
-        self.damaged.load(Ordering::Acquire)
+    /// Waits until the fault has happened.
+    pub fn wait_for_fault(&self) -> anyhow::Result<()> {
+        self.happened.recv_timeout(PATIENCE).context("the migration did not come to the fault's place")
     }
-}
 
-fn pass(source: TcpStream, destination: SocketAddr, damaged: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    let onward = TcpStream::connect(destination).context("the proxy cannot reach the destination")?;
-    for stream in [&source, &onward] {
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-    }
-    let (mut back_from, mut back_to) = (onward.try_clone()?, source.try_clone()?);
-    let back = thread::spawn(move || {
-        let copied = std::io::copy(&mut back_from, &mut back_to);
-        // The other side must see the end too; it may be gone already.
-        let _ = back_to.shutdown(Shutdown::Both);
-        copied
-    });
-    let passed = pass_frames(&source, &onward, damaged);
-    let _ = onward.shutdown(Shutdown::Write);
-    back.join().map_err(|_| anyhow::anyhow!("the proxy's way back panicked"))??;
-    passed
-}
-
-/// Passes frame by frame. The byte that is changed is the last one of a page's contents: the frame stays well-formed,
-/// and of a compressed page it is a literal, so that only the page's contents can give the damage away.
-fn pass_frames(mut from: &TcpStream, mut to: &TcpStream, damaged: &AtomicBool) -> anyhow::Result<()> {
-    loop {
-        let mut frame = match read_frame(&mut from) {
-            Ok(frame) => frame,
-            Err(WireError::Io(_)) => return Ok(()),
-            Err(error) => return Err(error).context("the source sent no frame"),
-        };
-        if frame.tag == Tag::Pages && !damaged.load(Ordering::Acquire) {
-            let has_contents = parse_pages(&frame.payload)?.last().is_some_and(|page| !page.data.is_empty());
-            if let Some(last) = frame.payload.last_mut().filter(|_| has_contents) {
-                *last ^= 0x01;
-                damaged.store(true, Ordering::Release);
-            }
+    /// Closes both connections.
+    pub fn cut(&self) {
+        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // One whose peer is gone is closed already.
+            let _ = stream.shutdown(Shutdown::Both);
         }
-        write_frame(&mut to, frame.tag, &frame.payload)?;
+    }
+}
+
+/// Passes frame by frame until either side ends, which ends the other side too.
+fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<()>) {
+    let mut seen = 0;
+    let mut damaged = false;
+    while let Ok(mut frame) = read_frame(&mut from) {
+        match fault {
+            Fault::HoldAt { tag, nth } if frame.tag == tag => {
+                if seen == nth {
+                    // The test may have given up: then nobody is told.
+                    let _ = happens.send(());
+                    return;
+                }
+                seen += 1;
+            }
+            Fault::DamagePage if !damaged && damage(&mut frame) => {
+                damaged = true;
+                let _ = happens.send(());
+            }
+            _ => {}
+        }
+        if write_frame(&mut to, frame.tag, &frame.payload).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// Changes the last byte of a page's contents: the frame stays well-formed, and of a compressed page it is a literal,
+/// so that only the page's contents can give the damage away.
+fn damage(frame: &mut Frame) -> bool {
+    let has_contents = frame.tag == Tag::Pages
+        && parse_pages(&frame.payload)
+            .is_ok_and(|pages| pages.last().is_some_and(|page| !page.data.is_empty()));
+    match frame.payload.last_mut() {
+        Some(last) if has_contents => {
+            *last ^= 0x01;
+            true
+        }
+        _ => false,
     }
 }
