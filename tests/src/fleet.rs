@@ -43,7 +43,10 @@ impl Fleet {
         self.hosts += 1;
         let address = Ipv4Addr::new(10, 88, 0, self.hosts);
         let netns = Netns::create(sweep::own_name(name))?;
-        netns.ip(&["link", "add", "br0", "type", "bridge"])?;
+        // Without an address of its own a bridge takes its lowest port's: every instance that comes or goes could change
+        // it, and the other hosts would send to an address that nobody has.
+        let mac = format!("02:72:00:00:00:{:02x}", self.hosts);
+        netns.ip(&["link", "add", "br0", "address", &mac, "type", "bridge"])?;
         netns.ip(&["link", "set", "br0", "up"])?;
         let port = format!("host{}", self.hosts);
         cable((&netns, "up0"), (&self.switch, &port))?;
