@@ -139,8 +139,12 @@ async fn serve(config: Config) -> Result<(), AgentError> {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
     let (sender, mut commands) = mpsc::channel(COMMANDS_WAITING);
+    let (ended_sender, mut ended) = mpsc::unbounded_channel();
+    let mut wiring = Wiring::new(config.clone(), registry, board.clone(), ended_sender);
+    // Before anybody can ask: an empty answer would mean that nothing runs here.
+    wiring.refresh();
     let serving_status = tokio::spawn(status::serve(listener, board.clone(), stopping(stopped.clone())));
-    let serving_control = tokio::spawn(control::serve(socket, board.clone(), sender, stopping(stopped)));
+    let serving_control = tokio::spawn(control::serve(socket, board, sender, stopping(stopped)));
     tracing::info!(
         host = config.agent.host,
         mode = ?config.agent.mode,
@@ -149,12 +153,10 @@ async fn serve(config: Config) -> Result<(), AgentError> {
         "rswap watches"
     );
 
-    let (ended_sender, mut ended) = mpsc::unbounded_channel();
     let (arrived_sender, mut arrived) = mpsc::unbounded_channel();
     let incoming = Incoming::new(place(&config), arrived_sender);
     let arrivals = listen(config.migrate.listen).await?;
     let window = Duration::from_millis(config.agent.window_ms);
-    let mut wiring = Wiring::new(config, registry, board, ended_sender);
     let mut windows = time::interval(window);
     windows.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::Context;
 use redis::{Connection, RedisResult};
+use rswap_agent::units::UnixMillis;
 use serde::Serialize;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -38,18 +39,32 @@ pub struct ClientReport {
     pub largest_gap_at_ms: f64,
     /// Connections made after the first one.
     pub reconnects: u64,
+    /// Every acknowledgement.
+    #[serde(skip)]
+    acks: Acks,
 }
 
-/// Acknowledgements and the gaps between them.
-#[derive(Debug, Default)]
+impl ClientReport {
+    /// Longest time between two acknowledgements of which any part lies in `from..=to`, in milliseconds.
+    pub fn largest_gap_between_ms(&self, from: UnixMillis, to: UnixMillis) -> f64 {
+        let since_start = |at: UnixMillis| Duration::from_millis(at.since(self.acks.started));
+        let gap = self.acks.largest_gap(since_start(from), since_start(to));
+        gap.0.as_secs_f64() * 1e3
+    }
+}
+
+/// Acknowledgements, as times since the client's start, and the gaps between them.
+#[derive(Clone, Debug, Default)]
 struct Acks {
+    started: UnixMillis,
     times: Vec<Duration>,
 }
 
 impl Acks {
-    fn largest_gap(&self) -> (Duration, Duration) {
-        let gaps = self.times.windows(2).map(|pair| (pair[1].saturating_sub(pair[0]), pair[0]));
-        gaps.max().unwrap_or_default()
+    /// The longest gap of which any part lies between the two times, and when it began.
+    fn largest_gap(&self, from: Duration, to: Duration) -> (Duration, Duration) {
+        let pairs = self.times.windows(2).filter(|pair| pair[1] >= from && pair[0] <= to);
+        pairs.map(|pair| (pair[1].saturating_sub(pair[0]), pair[0])).max().unwrap_or_default()
     }
 }
 
@@ -96,13 +111,14 @@ impl VerifyingClient {
             count_wrong(&mut connect(server, PATIENT_TIMEOUT)?, "w", acked_writes, 64)
         })?;
         let lost_writes = check.join().map_err(|_| anyhow::anyhow!("the check panicked"))??;
-        let (gap, at) = acks.largest_gap();
+        let (gap, at) = acks.largest_gap(Duration::ZERO, Duration::MAX);
         Ok(ClientReport {
             acked_writes,
             lost_writes,
             largest_gap_ms: gap.as_secs_f64() * 1e3,
             largest_gap_at_ms: at.as_secs_f64() * 1e3,
             reconnects,
+            acks,
         })
     }
 }
@@ -114,7 +130,7 @@ fn write_until(
     pause: Duration,
 ) -> anyhow::Result<(Acks, u64)> {
     let started = Instant::now();
-    let mut acks = Acks::default();
+    let mut acks = Acks { started: UnixMillis::now(), times: Vec::new() };
     let mut connections = 0_u64;
     let mut connection: Option<Connection> = None;
     while !stop.load(Ordering::Acquire) {
@@ -262,9 +278,12 @@ mod tests {
 
     #[test]
     fn the_largest_gap_is_found_with_its_beginning() {
-        let acks = Acks { times: [0, 3, 50, 52].map(Duration::from_millis).to_vec() };
-        assert_eq!(acks.largest_gap(), (Duration::from_millis(47), Duration::from_millis(3)));
-        assert_eq!(Acks::default().largest_gap(), Default::default());
+        let ms = Duration::from_millis;
+        let acks = Acks { times: [0, 3, 50, 52].map(ms).to_vec(), ..Acks::default() };
+        assert_eq!(acks.largest_gap(ms(0), Duration::MAX), (ms(47), ms(3)));
+        assert_eq!(acks.largest_gap(ms(20), ms(30)), (ms(47), ms(3)));
+        assert_eq!(acks.largest_gap(ms(51), ms(60)), (ms(2), ms(50)));
+        assert_eq!(Acks::default().largest_gap(ms(0), Duration::MAX), Default::default());
     }
 
     #[test]

@@ -167,6 +167,26 @@ impl Host {
         self.agent.as_ref().map(Child::id)
     }
 
+    /// Waits until an agent that was told to stop has ended.
+    pub fn wait_for_agent(&mut self, limit: Duration) -> anyhow::Result<()> {
+        if let Some(mut agent) = self.agent.take() {
+            let ended = wait_for("the agent to end", limit, || Ok(agent.try_wait()?));
+            if ended.is_err() {
+                self.agent = Some(agent);
+            }
+            let status = ended?;
+            anyhow::ensure!(status.success(), "the agent of host {} ended: {status}", self.name);
+        }
+        Ok(())
+    }
+
+    /// What a person would type for `rswap` on this host, as one line for a shell.
+    pub fn command_line(&self) -> anyhow::Result<String> {
+        let command = self.rswap(&[])?;
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        Ok(words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" "))
+    }
+
     /// A call of the command line on this host.
     pub fn rswap(&self, arguments: &[&str]) -> anyhow::Result<Command> {
         let mut command = self.netns.command(&binary("rswap")?);

@@ -68,11 +68,16 @@ pub fn wait_for<T>(
 /// Why scenarios cannot run here, if they can't. A scenario that gets a reason returns at once, and is
 /// counted as skipped by `cargo xtask test`.
 pub fn reason_to_skip(test: &str) -> Option<&'static str> {
-    let reason = if !nix::unistd::geteuid().is_root() {
-        "it needs root: network namespaces, cgroups, eBPF"
-    } else {
+    if nix::unistd::geteuid().is_root() {
         return None;
-    };
+    }
+    let reason = "it needs root: network namespaces, cgroups, eBPF";
+    skip(test, reason);
+    Some(reason)
+}
+
+/// Says that `test` can't run here and why, to people and to `cargo xtask test`, which counts it.
+pub fn skip(test: &str, reason: &str) {
     if let Some(path) = std::env::var_os("RSWAP_SKIP_LOG") {
         let log = std::fs::OpenOptions::new().append(true).create(true).open(path);
         // Without the log the test counts as passed, which the line on standard error corrects for people.
@@ -81,5 +86,4 @@ pub fn reason_to_skip(test: &str) -> Option<&'static str> {
         }
     }
     eprintln!("skipped: {test}: {reason}");
-    Some(reason)
 }

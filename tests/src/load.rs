@@ -1,7 +1,9 @@
 //! A load on Redis that repeats, as days do, in seconds.
 
 use std::{
+    fs,
     net::Ipv4Addr,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,51 +16,71 @@ use anyhow::Context;
 
 use crate::netns::Netns;
 
-/// Elements of the list that each query sorts: about a millisecond of the server's time on one core.
-const SORTED_ELEMENTS: u64 = 2000;
+/// Elements of the list that each query sorts: some milliseconds of the server's time on one core.
+const SORTED_ELEMENTS: u64 = 8000;
 const TIMEOUT: Duration = Duration::from_millis(200);
 /// Load is offered in slices of this length.
 const SLICE: Duration = Duration::from_millis(50);
+/// Queries by which the cost of one is measured.
+const TRIAL_QUERIES: u32 = 100;
 
-/// A day: quiet, a ramp, the peak, a ramp down.
+/// A day, as the CPU time that the server needs for the queries.
 #[derive(Clone, Copy, Debug)]
 pub struct Pattern {
     /// Length of a day.
     pub day: Duration,
-    /// Queries per second when it is quiet.
-    pub quiet_per_s: f64,
-    /// Queries per second at the peak.
-    pub peak_per_s: f64,
-    /// When the ramp to the peak begins, as a share of the day.
-    pub ramp_from: f64,
+    /// (share of the day, cores), ascending from share 0; in between along a line, and back to the first at the end.
+    pub cores: &'static [(f64, f64)],
     /// When the peak begins, as a share of the day.
     pub peak_from: f64,
-    /// When the peak ends, as a share of the day. The ramp down is as long as the ramp up.
+    /// When it ends.
     pub peak_to: f64,
 }
 
 impl Pattern {
-    /// Queries per second, `at` after the first day's beginning.
-    pub fn rate_per_s(&self, at: Duration) -> f64 {
-        let days = at.as_secs_f64() / self.day.as_secs_f64();
-        let share = days.fract();
-        let ramp = self.peak_from - self.ramp_from;
-        let height = if share < self.ramp_from {
-            0.0
-        } else if share < self.peak_from {
-            (share - self.ramp_from) / ramp
-        } else if share < self.peak_to {
-            1.0
-        } else {
-            (1.0 - (share - self.peak_to) / ramp).max(0.0)
-        };
-        self.quiet_per_s + height * (self.peak_per_s - self.quiet_per_s)
+    /// Cores' worth of queries, `at` after the first day's beginning.
+    pub fn cores_at(&self, at: Duration) -> f64 {
+        let share = (at.as_secs_f64() / self.day.as_secs_f64()).fract();
+        let after = self.cores.partition_point(|(from, _)| *from <= share);
+        let (from, low) = self.cores[after.saturating_sub(1)];
+        let (to, high) = self.cores.get(after).copied().unwrap_or((1.0, self.cores[0].1));
+        low + (high - low) * ((share - from) / (to - from)).clamp(0.0, 1.0)
+    }
+
+    /// Which day it is, from 0, `at` after the first one's beginning.
+    pub fn day_at(&self, at: Duration) -> u32 {
+        (at.as_secs_f64() / self.day.as_secs_f64()) as u32
     }
 
     /// When the peak of day `day` (from 0) begins, after the first day's beginning.
     pub fn peak_start(&self, day: u32) -> Duration {
         self.day * day + self.day.mul_f64(self.peak_from)
     }
+
+    /// When it ends.
+    pub fn peak_end(&self, day: u32) -> Duration {
+        self.day * day + self.day.mul_f64(self.peak_to)
+    }
+}
+
+/// The CPU time that one query takes the server, whose cgroup is `cgroup`: the kernel's count over some queries.
+pub fn query_cost(netns: &Netns, server: Ipv4Addr, cgroup: &Path) -> anyhow::Result<Duration> {
+    let stat = cgroup.join("cpu.stat");
+    let used = move || -> anyhow::Result<Duration> {
+        let text = fs::read_to_string(&stat).with_context(|| format!("cannot read {}", stat.display()))?;
+        let usage = text.lines().find_map(|line| line.strip_prefix("usage_usec "));
+        Ok(Duration::from_micros(usage.context("no usage_usec in cpu.stat")?.parse()?))
+    };
+    let trial = netns.spawn("trial", move || {
+        let client = redis::Client::open(format!("redis://{server}:6379/"))?;
+        let mut connection = connect(&client)?;
+        let before = used()?;
+        for _ in 0..TRIAL_QUERIES {
+            query(&mut connection)?;
+        }
+        Ok((used()? - before) / TRIAL_QUERIES)
+    })?;
+    trial.join().map_err(|_| anyhow::anyhow!("the trial panicked"))?
 }
 
 /// A running load.
@@ -71,12 +93,13 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts the first day.
-    pub fn start(netns: &Netns, server: Ipv4Addr, pattern: Pattern) -> anyhow::Result<Self> {
+    /// Starts the first day. One query takes the server `cost` of CPU time.
+    pub fn start(netns: &Netns, server: Ipv4Addr, pattern: Pattern, cost: Duration) -> anyhow::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let started = Instant::now();
-        let thread = netns.spawn("load", move || offer(&stopped, server, pattern, started))?;
+        let per_s = move |at| pattern.cores_at(at) / cost.as_secs_f64();
+        let thread = netns.spawn("load", move || offer(&stopped, server, per_s, started))?;
         Ok(Self { stop, thread, started })
     }
 
@@ -87,7 +110,13 @@ impl Load {
     }
 }
 
-fn offer(stop: &AtomicBool, server: Ipv4Addr, pattern: Pattern, started: Instant) -> anyhow::Result<u64> {
+/// Offers `per_s(time since the start)` queries per second until it is stopped.
+fn offer(
+    stop: &AtomicBool,
+    server: Ipv4Addr,
+    per_s: impl Fn(Duration) -> f64,
+    started: Instant,
+) -> anyhow::Result<u64> {
     let client = redis::Client::open(format!("redis://{server}:6379/"))?;
     let mut connection = None;
     let mut answered = 0;
@@ -95,27 +124,31 @@ fn offer(stop: &AtomicBool, server: Ipv4Addr, pattern: Pattern, started: Instant
     let mut next = started;
     while !stop.load(Ordering::Acquire) {
         next += SLICE;
-        due += pattern.rate_per_s(started.elapsed()) * SLICE.as_secs_f64();
+        due += per_s(started.elapsed()) * SLICE.as_secs_f64();
         while due >= 1.0 && Instant::now() < next {
             due -= 1.0;
             let Some(open) = &mut connection else {
                 connection = connect(&client).ok();
                 continue;
             };
-            let sort =
-                redis::cmd("SORT").arg("load:list").arg("ALPHA").arg("LIMIT").arg(0).arg(1).query(open);
-            match sort {
-                Ok(redis::Value::Array(_)) => answered += 1,
+            match query(open) {
+                Ok(()) => answered += 1,
                 // The server is being moved, or was: this query is given up, as a user would.
-                _ => connection = None,
+                Err(_) => connection = None,
             }
         }
         // What could not be offered in its time is not made up for: users don't come back for it at once.
-        due = due.min(pattern.rate_per_s(started.elapsed()) * SLICE.as_secs_f64() + 1.0);
+        due = due.min(per_s(started.elapsed()) * SLICE.as_secs_f64() + 1.0);
         thread::sleep(next.saturating_duration_since(Instant::now()));
         next = next.max(Instant::now());
     }
     Ok(answered)
+}
+
+/// Sorts the list, and asks for its first element only.
+fn query(connection: &mut redis::Connection) -> redis::RedisResult<()> {
+    let mut sort = redis::cmd("SORT");
+    sort.arg("load:list").arg("ALPHA").arg("LIMIT").arg(0).arg(1).query::<Vec<String>>(connection).map(drop)
 }
 
 fn connect(client: &redis::Client) -> anyhow::Result<redis::Connection> {
@@ -139,22 +172,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_load_is_quiet_then_high_then_quiet_and_repeats() {
+    fn the_load_follows_its_breakpoints_and_repeats() {
         let pattern = Pattern {
             day: Duration::from_secs(20),
-            quiet_per_s: 10.0,
-            peak_per_s: 110.0,
-            ramp_from: 0.5,
+            cores: &[(0.0, 0.1), (0.5, 0.1), (0.6, 1.1), (0.8, 1.1), (0.9, 0.1)],
             peak_from: 0.6,
             peak_to: 0.8,
         };
-        let rate = |s: f64| pattern.rate_per_s(Duration::from_secs_f64(s));
-        assert_eq!(rate(1.0), 10.0);
-        assert!((rate(11.0) - 60.0).abs() < 1e-6);
-        assert_eq!(rate(14.0), 110.0);
-        assert!((rate(17.0) - 60.0).abs() < 1e-6);
-        assert_eq!(rate(19.0), 10.0);
-        assert_eq!(rate(21.0), rate(1.0));
+        let near = |s: f64, cores: f64| {
+            let found = pattern.cores_at(Duration::from_secs_f64(s));
+            assert!((found - cores).abs() < 1e-6, "{found} cores at {s} s, not {cores}");
+        };
+        for (s, cores) in [(1.0, 0.1), (11.0, 0.6), (14.0, 1.1), (17.0, 0.6), (19.0, 0.1), (31.0, 0.6)] {
+            near(s, cores);
+        }
         assert_eq!(pattern.peak_start(2), Duration::from_secs(52));
+        assert_eq!(pattern.peak_end(2), Duration::from_secs(56));
+        assert_eq!(pattern.day_at(Duration::from_secs(39)), 1);
     }
 }

@@ -1,6 +1,7 @@
 //! A TCP proxy between two agents that does damage at a chosen frame of a migration.
 
 use std::{
+    io::Write as _,
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex, PoisonError,
@@ -30,6 +31,8 @@ pub enum Fault {
         /// Which of its frames.
         nth: usize,
     },
+    /// Of the last delta, which is sent while the instance is frozen, only the first half is passed on.
+    HoldInLastDelta,
 }
 
 /// A proxy that has one [`Fault`]. Its threads end with the process.
@@ -87,6 +90,8 @@ impl Proxy {
 fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<()>) {
     let mut seen = 0;
     let mut damaged = false;
+    // What came since the last whole round: only the image tells that it is the last delta.
+    let mut kept: Vec<Frame> = Vec::new();
     while let Ok(mut frame) = read_frame(&mut from) {
         match fault {
             Fault::HoldAt { tag, nth } if frame.tag == tag => {
@@ -96,6 +101,27 @@ fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<(
                     return;
                 }
                 seen += 1;
+            }
+            Fault::HoldInLastDelta if frame.tag == Tag::Image => {
+                let mut delta = Vec::new();
+                for frame in &kept {
+                    // Writing to memory cannot fail, and the frames were within their limits.
+                    let _ = write_frame(&mut delta, frame.tag, &frame.payload);
+                }
+                let _ = to.write_all(&delta[..delta.len() / 2]);
+                let _ = happens.send(());
+                return;
+            }
+            Fault::HoldInLastDelta if matches!(frame.tag, Tag::Layout | Tag::Discard | Tag::Pages) => {
+                kept.push(frame);
+                continue;
+            }
+            Fault::HoldInLastDelta => {
+                let whole =
+                    kept.drain(..).all(|frame| write_frame(&mut to, frame.tag, &frame.payload).is_ok());
+                if !whole {
+                    break;
+                }
             }
             Fault::DamagePage if !damaged && damage(&mut frame) => {
                 damaged = true;

@@ -1,5 +1,5 @@
 //! A core swap moves every thread of a program that keeps making new ones, and a refused one changes nothing.
-//! Needs root and two online CPUs; says so and passes where it has not.
+//! Needs root and two online CPUs; is skipped where it has not.
 
 #![expect(clippy::unwrap_used, reason = "in a scenario a failed step fails the test, where it stands")]
 
@@ -19,6 +19,7 @@ use rswap_agent::{
     swap::{SwapError, cpu},
     units::UnixMillis,
 };
+use rswap_tests::{reason_to_skip, skip};
 
 const SPAWNER: &str = "RSWAP_TEST_SPAWNER";
 
@@ -113,22 +114,19 @@ impl Drop for Running {
 }
 
 /// The online CPUs, if the test can run here.
-fn usable() -> Option<CpuSet> {
+fn usable(test: &str) -> Option<CpuSet> {
+    reason_to_skip(test).is_none().then_some(())?;
     let online = cpu_list::parse(&fs::read_to_string("/sys/devices/system/cpu/online").unwrap()).unwrap();
-    if !nix::unistd::geteuid().is_root() {
-        println!("skipped: needs root");
-        None
-    } else if online.len() < 2 {
-        println!("skipped: needs two online CPUs");
-        None
-    } else {
-        Some(online)
+    if online.len() < 2 {
+        skip(test, "it needs two online CPUs");
+        return None;
     }
+    Some(online)
 }
 
 #[test]
 fn every_thread_is_moved_and_moved_back() {
-    let Some(online) = usable() else { return };
+    let Some(online) = usable("every_thread_is_moved_and_moved_back") else { return };
     let running = Running::start("swap");
     for &cpu in online.iter().take(2) {
         let target = CpuSet::from([cpu]);
@@ -146,7 +144,7 @@ fn every_thread_is_moved_and_moved_back() {
 
 #[test]
 fn a_refused_swap_changes_nothing() {
-    let Some(online) = usable() else { return };
+    let Some(online) = usable("a_refused_swap_changes_nothing") else { return };
     let running = Running::start("refused");
     let before: BTreeSet<CpuSet> = running.allowed().into_iter().collect();
     let offline = online.iter().max().unwrap() + 1;

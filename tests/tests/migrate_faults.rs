@@ -20,17 +20,19 @@ fn a_destination_killed_before_the_commit_changes_nothing() -> anyhow::Result<()
         return Ok(());
     }
     let mut scene = Scene::set()?;
+    let at = |tag, nth| Fault::HoldAt { tag, nth };
     let places = [
-        ("the offer", Tag::Offer, 0),
-        ("the first round", Tag::RoundEnd, 0),
-        ("the second round", Tag::RoundEnd, 1),
-        ("the third round", Tag::RoundEnd, 2),
-        ("the image, frozen", Tag::Image, 0),
-        ("the digests, frozen", Tag::Verified, 0),
+        ("the offer", at(Tag::Offer, 0)),
+        ("the first round", at(Tag::RoundEnd, 0)),
+        ("the second round", at(Tag::RoundEnd, 1)),
+        ("the third round", at(Tag::RoundEnd, 2)),
+        ("the last delta, frozen", Fault::HoldInLastDelta),
+        ("the image, frozen", at(Tag::Image, 0)),
+        ("the digests, frozen", at(Tag::Verified, 0)),
     ];
-    for (place, tag, nth) in places {
+    for (place, fault) in places {
         println!("killed at {place}");
-        let proxy = scene.proxy(Fault::HoldAt { tag, nth })?;
+        let proxy = scene.proxy(fault)?;
         let migration = scene.a.migrate("redis", &proxy.address())?;
         proxy.wait_for_fault()?;
         scene.b.kill_agent()?;

@@ -1,7 +1,7 @@
 //! The profile against independent counts: the kernel's own, fio's, and a program's that counts its bytes.
 //!
-//! Each needs root, cgroup v2, and an agent built with the eBPF programs; where something is missing the
-//! test says so and passes.
+//! Each needs root, and the kernel's type information (BTF) with the tracepoints that it measures by: where the
+//! kernel has no such thing the test is skipped, and where it has, a probe that does not load fails it.
 
 #![expect(
     clippy::unwrap_used,
@@ -22,30 +22,22 @@ use std::{
 
 use rswap_agent::{
     instance::InstanceName,
-    profile::{Direction, ProbeState, Profile, ProfileConfig, Profiler, unified_mount},
+    profile::{Direction, ProbeState, Profile, ProfileConfig, Profiler, btf::KernelTypes, unified_mount},
     units::UnixMillis,
 };
+use rswap_tests::{reason_to_skip, skip};
 
 /// A cgroup of the test's own. Dropping it kills what is in it and removes it.
 struct TestCgroup(PathBuf);
 
 impl TestCgroup {
-    fn new() -> Option<Self> {
+    fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let mount = match unified_mount() {
-            Ok(mount) => mount,
-            Err(error) => {
-                eprintln!("skipped: {error}");
-                return None;
-            }
-        };
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = mount.join(format!("rswap-test-profile-{}-{number}", std::process::id()));
-        if let Err(error) = fs::create_dir(&path) {
-            eprintln!("skipped: can't make the cgroup {}: {error}", path.display());
-            return None;
-        }
-        Some(Self(path))
+        let name = format!("rswap-test-profile-{}-{number}", std::process::id());
+        let path = unified_mount().unwrap().join(name);
+        fs::create_dir(&path).unwrap();
+        Self(path)
     }
 
     /// Starts `command` in the cgroup: it is there before its program begins.
@@ -74,16 +66,25 @@ impl Drop for TestCgroup {
     }
 }
 
-/// A profiler whose probes of these names count, or `None` and the reason on the test's output.
-fn profiler(needed: &[&str]) -> Option<Profiler> {
+/// A profiler whose probes of these names count; `None`, counted as skipped, where the kernel doesn't have them.
+fn profiler(test: &str, needed: &[&str]) -> Option<Profiler> {
+    reason_to_skip(test).is_none().then_some(())?;
+    let types = KernelTypes::of_this_kernel();
+    for tracepoint in needed {
+        let lacks = match &types {
+            Ok(types) => types.tracepoint_arguments(tracepoint).err().map(|error| error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(reason) = lacks {
+            skip(test, &reason);
+            return None;
+        }
+    }
     let config = ProfileConfig { slots: 8, measure_program_cost: true, ..ProfileConfig::default() };
     let profiler = Profiler::start(&config);
     for status in profiler.probes() {
-        if let ProbeState::Unavailable { reason } = status.state
-            && needed.contains(&status.name.as_str())
-        {
-            eprintln!("skipped: the probe {} is unavailable: {reason}", status.name);
-            return None;
+        if let ProbeState::Unavailable { reason } = status.state {
+            assert!(!needed.contains(&status.name.as_str()), "the probe {}: {reason}", status.name);
         }
     }
     Some(profiler)
@@ -131,17 +132,10 @@ fn wait(mut child: Child, limit: Duration) -> String {
     }
 }
 
-fn has(program: &str) -> bool {
-    let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if found.is_err() {
-        eprintln!("skipped: {program} is not installed");
-    }
-    found.is_ok()
-}
-
 #[test]
 fn cpu_time_is_that_of_the_kernels_cpu_stat() {
-    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&[])) else { return };
+    let Some(profiler) = profiler("cpu_time_is_that_of_the_kernels_cpu_stat", &[]) else { return };
+    let cgroup = TestCgroup::new();
     let child = cgroup.spawn(Command::new("timeout").args([
         "20",
         "taskset",
@@ -178,7 +172,9 @@ fn schedstat(pid: u32) -> Option<[u64; 3]> {
 
 #[test]
 fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
-    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&["sched_switch"])) else { return };
+    let test = "switches_and_waiting_are_those_of_the_kernels_schedstat";
+    let Some(profiler) = profiler(test, &["sched_switch"]) else { return };
+    let cgroup = TestCgroup::new();
     // Two on one core wait for each other; the third sleeps and wakes.
     let busy = "exec timeout 20 sh -c 'while :; do :; done'";
     let sleepy = "i=0; while [ $i -lt 2000 ]; do read -t 0.001 x <> /dev/zero; i=$((i+1)); done";
@@ -212,7 +208,7 @@ fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
     freeze(true);
     let pids = members();
     if pids.is_empty() || sum(&pids) == [0; 3] {
-        eprintln!("skipped: this kernel has no /proc/PID/schedstat");
+        skip(test, "this kernel has no /proc/PID/schedstat");
         return;
     }
     begin(&profiler, &cgroup.0);
@@ -244,11 +240,9 @@ fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
 
 #[test]
 fn block_requests_are_those_that_fio_counts() {
-    if !has("fio") {
-        return;
-    }
     let needed = ["block_rq_complete", "block_io_start"];
-    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&needed)) else { return };
+    let Some(profiler) = profiler("block_requests_are_those_that_fio_counts", &needed) else { return };
+    let cgroup = TestCgroup::new();
     // Not in /tmp, which may be in memory.
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let file = directory.path().join("data");
@@ -294,10 +288,8 @@ fn block_requests_are_those_that_fio_counts() {
 #[test]
 fn tcp_bytes_are_those_that_the_program_counts() {
     let needed = ["tcp_probe", "sock_send_length", "sock_recv_length"];
-    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&needed)) else { return };
-    if !has("python3") {
-        return;
-    }
+    let Some(profiler) = profiler("tcp_bytes_are_those_that_the_program_counts", &needed) else { return };
+    let cgroup = TestCgroup::new();
     begin(&profiler, &cgroup.0);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -335,7 +327,9 @@ fn tcp_bytes_are_those_that_the_program_counts() {
 
 #[test]
 fn events_of_a_cgroup_below_are_counted_and_those_of_an_untracked_one_are_not() {
-    let (Some(cgroup), Some(profiler)) = (TestCgroup::new(), profiler(&["sched_switch"])) else { return };
+    let test = "events_of_a_cgroup_below_are_counted_and_those_of_an_untracked_one_are_not";
+    let Some(profiler) = profiler(test, &["sched_switch"]) else { return };
+    let cgroup = TestCgroup::new();
     let below = TestCgroup(cgroup.0.join("below"));
     fs::create_dir(&below.0).unwrap();
     let name = begin(&profiler, &cgroup.0);

@@ -9,7 +9,7 @@ use crate::{ebpf, project_root, step};
 
 /// What the project needs at run time and in its scenarios.
 const SYSTEM_PACKAGES: &[&str] =
-    &["redis-server", "redis-tools", "fio", "iproute2", "bpftool", "procps", "util-linux"];
+    &["redis-server", "redis-tools", "fio", "python3", "iproute2", "bpftool", "procps", "util-linux"];
 /// What bpf-linker is built against.
 const LINKER_PACKAGES: &[&str] =
     &["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "build-essential"];
@@ -109,7 +109,7 @@ fn is_debian_like() -> anyhow::Result<bool> {
 
 /// Another distribution: nothing is installed, and what is needed is printed if any of it is missing.
 fn check_elsewhere(shell: &Shell) -> anyhow::Result<()> {
-    let programs = ["redis-server", "redis-cli", "fio", "ip", "bpftool", "nsenter", "bpf-linker"];
+    let programs = ["redis-server", "redis-cli", "fio", "python3", "ip", "bpftool", "nsenter", "bpf-linker"];
     let missing: Vec<&str> =
         programs.into_iter().filter(|name| cmd!(shell, "which {name}").quiet().read().is_err()).collect();
     let nightly = ebpf::nightly_has_source();

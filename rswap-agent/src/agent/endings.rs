@@ -22,8 +22,11 @@ impl Wiring {
         let Ended { instance, to, result, stake, took } = ended;
         self.moving.remove(&instance);
         match &result {
-            Ok(_) => {
+            Ok(moved) => {
                 tracing::info!(%instance, to, ms = took.as_millis(), "moved");
+                if let Moved::Migration(report) = moved {
+                    self.planner.link_measured(&to, report.memory_bytes_per_s);
+                }
                 self.planner.moved(&instance, stake.kind(), now);
             }
             Err(Stayed::Here(error)) => {

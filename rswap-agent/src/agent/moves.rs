@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     panic::{self, AssertUnwindSafe},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,7 @@ use crate::{
     migrate::{MigrateError, Progress, Report, linux},
     plan::MoveKind,
     pool::CpuSet,
+    profile::Profiler,
     status::{ApiError, Board, MigrationProgress, MigrationReport, MigrationState},
     swap,
 };
@@ -147,9 +149,11 @@ fn migrate(
     })
 }
 
-/// Shows a migration's progress on the board, and to the caller if there is one.
+/// Shows a migration's progress on the board, to the caller if there is one, and its dirty rate in the profile.
 pub(super) struct ProgressSink {
     board: Board,
+    profiler: Arc<Profiler>,
+    instance: InstanceName,
     id: u64,
     events: Option<Sender<MigrateEvent>>,
     round: u32,
@@ -159,8 +163,14 @@ pub(super) struct ProgressSink {
 }
 
 impl ProgressSink {
-    pub(super) fn new(board: Board, id: u64, events: Option<Sender<MigrateEvent>>) -> Self {
-        Self { board, id, events, round: 0, before_round: 0, last: 0 }
+    pub(super) fn new(
+        board: Board,
+        profiler: Arc<Profiler>,
+        instance: InstanceName,
+        id: u64,
+        events: Option<Sender<MigrateEvent>>,
+    ) -> Self {
+        Self { board, profiler, instance, id, events, round: 0, before_round: 0, last: 0 }
     }
 
     fn show(&mut self, progress: &Progress) {
@@ -170,6 +180,7 @@ impl ProgressSink {
         self.last = progress.pages_sent;
         // A rate of 0 is one that has not been measured yet.
         let known = |rate: f64| (rate > 0.0).then_some(rate);
+        self.profiler.set_dirty_rate(&self.instance, known(progress.dirty_bytes_per_s));
         let shown = MigrationProgress {
             phase: format!("{:?}", progress.phase).to_lowercase(),
             round: progress.round + 1,
@@ -189,6 +200,13 @@ impl ProgressSink {
     }
 }
 
+impl Drop for ProgressSink {
+    fn drop(&mut self) {
+        // Writes are tracked no longer.
+        self.profiler.set_dirty_rate(&self.instance, None);
+    }
+}
+
 fn reported(report: &Report) -> MigrationReport {
     MigrationReport {
         unavailability_ms: report.freeze_ms,
@@ -197,5 +215,8 @@ fn reported(report: &Report) -> MigrationReport {
         pages_sent: report.pages_sent,
         pages_dirtied: report.pages_dirtied,
         bytes_sent: report.bytes_sent,
+        memory_bytes_per_s: report.memory_bytes_per_s,
+        freeze_steps_ms: report.freeze_steps_ms.clone(),
+        digest: report.digest.clone(),
     }
 }

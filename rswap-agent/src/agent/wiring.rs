@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Instant,
 };
 
@@ -35,7 +36,7 @@ pub(super) struct Wiring {
     pub(super) registry: Registry,
     pub(super) board: Board,
     pub(super) ended: UnboundedSender<Ended>,
-    profiler: Profiler,
+    profiler: Arc<Profiler>,
     forecaster: Forecaster,
     pub(super) planner: Planner,
     pools: Vec<Pool>,
@@ -53,13 +54,13 @@ impl Wiring {
         board: Board,
         ended: UnboundedSender<Ended>,
     ) -> Self {
-        let profiler = Profiler::start(&config.profile);
+        let profiler = Arc::new(Profiler::start(&config.profile));
         let pools = pool::discover(&config);
         board.write(|board| {
             board.probes = profiler.probes();
             board.pools.clone_from(&pools);
         });
-        let forecaster = Forecaster::new(config.forecast.clone());
+        let forecaster = Forecaster::new(config.forecast.clone(), config.agent.window_ms);
         let mut planner = Planner::new(config.plan.clone());
         let in_doubt = in_doubt(&config);
         for name in &in_doubt {
@@ -265,7 +266,13 @@ impl Wiring {
             Ok((instance, address)) => {
                 let (name, host) = (request.instance, request.host);
                 let id = self.board.write(|b| b.begin_migration(name, host.clone(), UnixMillis::now()));
-                let progress = moves::ProgressSink::new(self.board.clone(), id, events.clone());
+                let progress = moves::ProgressSink::new(
+                    self.board.clone(),
+                    self.profiler.clone(),
+                    instance.name.clone(),
+                    id,
+                    events.clone(),
+                );
                 let order = Order::Migration { instance, address, progress };
                 self.begin(order, host, Stake::Migration { id, events });
                 Ok(())

@@ -47,7 +47,9 @@ impl FromStr for NetworkArgument {
 
 pub(super) fn agent(config: Config) -> anyhow::Result<ExitCode> {
     let filter = EnvFilter::try_from_env("RSWAP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_ansi(colours).init();
     agent::run(config)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -12,20 +12,21 @@ const STALE_WINDOWS: u64 = 10;
 #[derive(Clone, Debug)]
 pub struct Forecaster {
     config: ForecastConfig,
+    /// What a window is meant to last, in milliseconds: real ones are some milliseconds off, and longer under load.
+    window_ms: u64,
     instances: BTreeMap<InstanceName, Watched>,
 }
 
 #[derive(Clone, Debug)]
 struct Watched {
     at: UnixMillis,
-    window_ms: u64,
     series: [(Resource, Series); 2],
 }
 
 impl Forecaster {
-    /// A forecaster that has seen nothing.
-    pub fn new(config: ForecastConfig) -> Self {
-        Self { config, instances: BTreeMap::new() }
+    /// A forecaster that has seen nothing, for profiles of windows of nominally `window_ms` milliseconds.
+    pub fn new(config: ForecastConfig, window_ms: u64) -> Self {
+        Self { config, window_ms: window_ms.max(1), instances: BTreeMap::new() }
     }
 
     /// Takes in one window of an instance on reference cores.
@@ -36,18 +37,13 @@ impl Forecaster {
     /// Takes in one window of an instance on cores of the given performance: demand is forecast in reference cores, so
     /// that it stays comparable when the instance moves.
     pub fn observe_at_speed(&mut self, profile: &Profile, performance: f64) {
-        let window_ms = profile.window_ms.max(1);
+        let window_ms = self.window_ms;
         let fresh = || Watched {
             at: UnixMillis(profile.at.0.saturating_sub(window_ms)),
-            window_ms,
             series: [Resource::Cpu, Resource::Memory]
                 .map(|resource| (resource, Series::new(&self.config.horizons_ms, window_ms))),
         };
         let watched = self.instances.entry(profile.instance.clone()).or_insert_with(fresh);
-        if watched.window_ms != window_ms {
-            // Everything learned is counted in windows of the old length.
-            *watched = fresh();
-        }
         // To the nearest window: ends of windows jitter.
         let windows = (profile.at.since(watched.at) + window_ms / 2) / window_ms;
         if windows == 0 {
@@ -67,7 +63,7 @@ impl Forecaster {
     /// What the instance will need; `None` if it is unknown or was not seen for a while.
     pub fn demand(&self, instance: &InstanceName, now: UnixMillis) -> Option<Demand> {
         let watched = self.instances.get(instance)?;
-        if now.since(watched.at) > watched.window_ms.saturating_mul(STALE_WINDOWS) {
+        if now.since(watched.at) > self.window_ms.saturating_mul(STALE_WINDOWS) {
             return None;
         }
         let points = watched.series.iter().flat_map(|(resource, series)| {

@@ -23,7 +23,7 @@ fn profile(at_window: u64, cores: f64, resident_bytes: u64) -> Profile {
 }
 
 fn forecaster() -> Forecaster {
-    Forecaster::new(ForecastConfig { horizons_ms: vec![250, 1_000, 2_500, 5_000], min_seen: 20 })
+    Forecaster::new(ForecastConfig { horizons_ms: vec![250, 1_000, 2_500, 5_000], min_seen: 20 }, WINDOW_MS)
 }
 
 fn demand(forecaster: &Forecaster, window: u64) -> Option<Demand> {
@@ -137,6 +137,20 @@ fn gaps_do_not_shift_the_season() {
     }
     let later = point(&demand(&forecaster, rise - 6).unwrap(), Resource::Cpu, 2_500);
     assert!(later.need.p95 > 0.7, "{later:?}");
+}
+
+#[test]
+fn windows_that_are_not_quite_regular_are_one_series() {
+    let mut forecaster = forecaster();
+    for window in 0..60 {
+        let jitter = [0, 3, 250 / 3, 1][window as usize % 4];
+        let mut late = profile(window, 0.5, 1);
+        late.at.0 += jitter;
+        late.window_ms += jitter;
+        forecaster.observe(&late);
+    }
+    let cpu = point(&demand(&forecaster, 60).unwrap(), Resource::Cpu, 1_000);
+    assert!(matches!(cpu.evidence, Evidence::Enough { seen: 40.., .. }), "{cpu:?}");
 }
 
 #[test]

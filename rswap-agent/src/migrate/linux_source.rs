@@ -90,11 +90,15 @@ pub struct LinuxSource<U> {
 
 impl<U: Uplink> LinuxSource<U> {
     /// Prepares to move `instance`; nothing is touched yet. `end` is called once, after the commit.
+    ///
+    /// # Errors
+    /// What of the instance can't be carried, item by item.
     pub fn new(
         instance: Instance,
         uplink: U,
         end: Box<dyn FnMut() -> Result<(), TaskError>>,
     ) -> Result<Self, TaskError> {
+        check::require(&instance)?;
         let pid = check::processes(&instance)?.first().copied().unwrap_or_default();
         let (tracker, stopped, mappings) = (None, None, Vec::new());
         Ok(Self { instance, uplink, pid, tracker, stopped, detached: false, mappings, end })
@@ -129,16 +133,6 @@ fn ranges(spans: Vec<Span>) -> Vec<PageRange> {
 
 impl<U: Uplink> SourceTask for LinuxSource<U> {
     fn requirements(&mut self) -> Result<Vec<u8>, TaskError> {
-        let findings = check::check(&self.instance)?;
-        let refused: Vec<String> = findings
-            .iter()
-            .filter(|finding| finding.severity == check::Severity::Refused)
-            .map(|finding| format!("pid {}: {}: {}", finding.pid, finding.item, finding.reason))
-            .collect();
-        if !refused.is_empty() {
-            let text = format!("{} can't migrate: {}", self.instance.name, refused.join("; "));
-            return Err(TraceeError::Unsupported(text).into());
-        }
         let mappings = layout::read_mappings(self.pid)?;
         let (kernel_mappings, own): (Vec<_>, Vec<_>) =
             mappings.into_iter().partition(Mapping::is_kernels_own);

@@ -57,6 +57,8 @@ pub struct Report {
     pub pages_dirtied: u64,
     /// The same in bytes.
     pub bytes_dirtied: u64,
+    /// Memory transferred per second in the first round, which sends all that is populated, in bytes.
+    pub memory_bytes_per_s: f64,
     /// From the freeze until the destination's word that it runs, in milliseconds.
     pub freeze_ms: f64,
     /// From the offer to the end, in milliseconds.

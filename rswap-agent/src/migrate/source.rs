@@ -174,6 +174,9 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             if bytes > 1 << 20 || bytes_per_s == 0.0 {
                 bytes_per_s = bytes.max(1) as f64 / began.elapsed().as_secs_f64().max(1e-6);
             }
+            if round == 0 {
+                self.report.memory_bytes_per_s = bytes_per_s;
+            }
             self.progress.bytes_per_s = bytes_per_s;
             (self.on_progress)(&self.progress);
         }

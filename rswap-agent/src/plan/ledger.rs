@@ -70,13 +70,14 @@ impl<'a> Ledger<'a> {
         self.entries.insert(name.clone(), entry);
     }
 
+    /// What is no core set of this host is another host, also one that was named by its address and is no pool.
     fn going(&self, to: &str, promise: Promise) -> Entry {
-        let is_host = self.pools.iter().any(|p| p.name == to && matches!(p.kind, PoolKind::Host { .. }));
+        let is_core_set = self.pools.iter().any(|pool| pool.name == to && pool.cpus().is_some());
         let name = Some(to.to_owned());
-        if is_host {
-            Entry { promise, cpu_pool: None, host: name }
-        } else {
+        if is_core_set {
             Entry { promise, cpu_pool: name, host: None }
+        } else {
+            Entry { promise, cpu_pool: None, host: name }
         }
     }
 

@@ -34,12 +34,14 @@ struct Memory {
 pub struct Planner {
     config: PlanConfig,
     memory: BTreeMap<InstanceName, Memory>,
+    /// Bytes of memory per second to a host, by the host pool's name, as the last migration there found it.
+    links: BTreeMap<String, f64>,
 }
 
 impl Planner {
     /// A planner that remembers nothing yet.
     pub fn new(config: PlanConfig) -> Self {
-        Self { config, memory: BTreeMap::new() }
+        Self { config, memory: BTreeMap::new(), links: BTreeMap::new() }
     }
 
     /// A move has begun: until [`Planner::moved`] or [`Planner::failed`] the instance is left alone, and its place at
@@ -60,6 +62,13 @@ impl Planner {
         memory.in_flight = None;
         memory.failures = memory.failures.saturating_add(1);
         memory.last_failure = Some(now);
+    }
+
+    /// A migration to `host` transferred so many bytes of memory per second: moves there are priced by it from now on.
+    pub fn link_measured(&mut self, host: &str, bytes_per_s: f64) {
+        if bytes_per_s.is_finite() && bytes_per_s > 0.0 {
+            self.links.insert(host.to_owned(), bytes_per_s);
+        }
     }
 
     /// The instance is gone.
@@ -273,7 +282,8 @@ impl Planner {
         moving: Option<&InstanceView>,
     ) -> Candidate {
         let terms = score::terms(need, pool, cores, self.config.weight);
-        let moved = moving.map(|view| price::price(kind, view, terms.cost_per_hour, &self.config));
+        let link = self.links.get(&pool.name).copied().unwrap_or(self.config.link_bytes_per_s);
+        let moved = moving.map(|view| price::price(kind, view, terms.cost_per_hour, link, &self.config));
         let (move_price, hopeless) = moved.map_or((None, None), |(price, dropped)| (Some(price), dropped));
         let horizon_hours = self.config.horizon_ms as f64 / 3_600_000.0;
         let dropped = match &pool.state {

@@ -30,17 +30,18 @@ pub struct MovePrice {
 }
 
 /// The price of a move to a pool that costs `cost_per_hour` for this instance; while it goes on, both are paid for.
+/// `link` is the speed of the way to another host, in bytes of memory per second.
 /// An estimate is given even where the move is not expected to end, so that the numbers can be shown.
 pub(super) fn price(
     kind: MoveKind,
     view: &InstanceView,
     cost_per_hour: f64,
+    link: f64,
     config: &PlanConfig,
 ) -> (MovePrice, Option<Dropped>) {
     let (seconds, bytes, unavailable_s, dropped) = match kind {
         MoveKind::Cpu => (CPU_MOVE_S, 0.0, 0.0, None),
         MoveKind::Host => {
-            let link = config.link_bytes_per_s;
             // Untracked writes are unknown, not absent: a tenth of the link is assumed.
             let dirty =
                 view.dirty_bytes_per_s.filter(|rate| rate.is_finite()).unwrap_or(link / 10.0).max(0.0);

@@ -102,6 +102,33 @@ fn what_cannot_converge_is_not_migrated() {
 }
 
 #[test]
+fn a_measured_link_replaces_the_configured_one() {
+    let busy = [view("a", "fast", &[(5_000, 1.5)], ENOUGH)];
+    let mut planner = Planner::new(PlanConfig::default());
+    let seconds = |planner: &mut Planner| {
+        let plan = planner.plan(UnixMillis(0), &busy, &pools());
+        plan.decisions[1].candidates[0].move_price.unwrap().seconds
+    };
+    let guessed = seconds(&mut planner);
+    planner.link_measured("b", 1e9);
+    let measured = seconds(&mut planner);
+    // 100 MiB take about a second by the configured 100 MB/s.
+    assert!(guessed - measured > 0.8, "{guessed} s, then {measured} s");
+    planner.link_measured("b", f64::NAN);
+    assert_eq!(seconds(&mut planner), measured);
+}
+
+#[test]
+fn a_move_to_a_host_that_is_no_pool_takes_no_cores_here() {
+    let views = [view("a", "slow", &[(5_000, 0.4)], ENOUGH), view("z", "slow", &[(5_000, 0.8)], ENOUGH)];
+    let mut planner = Planner::new(PlanConfig::default());
+    planner.started(&views[0].instance, "10.9.9.9:7791");
+    let plan = planner.plan(UnixMillis(0), &views, &pools());
+    let last = plan.decisions.iter().find(|d| d.instance == views[1].instance).unwrap();
+    assert!(matches!(&last.outcome, Outcome::Move { to, .. } if to == "fast"), "{}", explain(last));
+}
+
+#[test]
 fn cheaper_is_taken_only_after_the_cool_down_and_with_a_margin() {
     let idle = [view("a", "fast", &[(5_000, 0.4)], ENOUGH)];
     let config = PlanConfig { hysteresis: 0.001, ..PlanConfig::default() };

@@ -72,6 +72,12 @@ pub struct MigrationReport {
     pub pages_dirtied: u64,
     /// Bytes sent, as they went over the wire.
     pub bytes_sent: u64,
+    /// Bytes of memory transferred per second in the first round, which sends all of it.
+    pub memory_bytes_per_s: f64,
+    /// Where the unavailability went: (step, milliseconds).
+    pub freeze_steps_ms: Vec<(String, f64)>,
+    /// Digest of all memory and of the task's state, in hexadecimal, the same on both hosts.
+    pub digest: String,
 }
 
 /// Where a migration stands.

@@ -69,6 +69,21 @@ pub fn check(instance: &Instance) -> Result<Vec<Finding>, TraceeError> {
     Ok(findings.list)
 }
 
+/// Refuses an instance that can't migrate, with everything that stands against it.
+pub fn require(instance: &Instance) -> Result<(), TraceeError> {
+    let findings = check(instance)?;
+    let refused: Vec<String> = findings
+        .iter()
+        .filter(|finding| finding.severity == Severity::Refused)
+        .map(|finding| format!("pid {}: {}: {}", finding.pid, finding.item, finding.reason))
+        .collect();
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let text = format!("{} can't migrate: {}", instance.name, refused.join("; "));
+    Err(TraceeError::Unsupported(text))
+}
+
 struct Findings {
     pid: i32,
     list: Vec<Finding>,

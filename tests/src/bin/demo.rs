@@ -14,40 +14,50 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use comfy_table::{Table, presets};
 use nix::sys::signal::{SigSet, Signal};
-use rswap_agent::units::UnixMillis;
+use rswap_agent::{
+    forecast::{Evidence, Resource},
+    plan::{self, Decision, MoveKind, Outcome},
+    status::{InstanceView, MigrationReport, MigrationState, MigrationView},
+    units::UnixMillis,
+};
 use rswap_tests::{
     Fleet, Host, HostOptions,
     client::{ClientReport, DataSet, REDIS, VerifyingClient},
-    load::{Load, Pattern},
+    load::{self, Load, Pattern},
 };
 use serde_json::{Value, json};
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
 const DATA_BYTES: u64 = 110 << 20;
-const DAYS: u32 = 4;
+/// The days after which the demo has failed, if the instance has not moved.
+const DAYS: u32 = 5;
+/// Quiet; busy, which is more than the slow cores give; the peak, which is more than the fast ones give.
 const PATTERN: Pattern = Pattern {
     day: Duration::from_secs(24),
-    quiet_per_s: 20.0,
-    peak_per_s: 500.0,
-    ramp_from: 0.4,
-    peak_from: 0.6,
-    peak_to: 0.8,
+    cores: &[(0.0, 0.05), (0.30, 0.05), (0.34, 0.36), (0.70, 0.36), (0.74, 0.68), (0.90, 0.68), (0.94, 0.05)],
+    peak_from: 0.74,
+    peak_to: 0.90,
 };
 /// A migration may keep the client waiting for less than this, in milliseconds.
 const PROMISED_MS: f64 = 100.0;
 const RESULT: &str = "target/rswap/demo.json";
 
-/// Host a: slow, cheap cores and fast, dear ones; host b is cheaper than a's fast cores, but another machine.
+/// Host a has a share of a core that is cheap and slow, and one that is dear and fast; host b has more and costs more.
+/// A plan may rest on a forecast when it was judged for two days of 48 windows.
 const HOST_A: &str = r#"
 [this_host]
-cores = 0.5
+cores = 0.6
 memory_gib = 8
 cost_per_core_hour = 0.05
 
+[profile]
+measure_program_cost = true
+
 [forecast]
-horizons_ms = [1000, 3000, 6000]
-min_seen = 20
+horizons_ms = [1000, 2000, 4000, 6000]
+min_seen = 96
 
 [plan]
 horizon_ms = 6000
@@ -56,58 +66,68 @@ cool_down_ms = 2000
 [[pool]]
 name = "slow"
 cpus = "1"
-capacity_cores = 0.2
+capacity_cores = 0.3
 cost_per_core_hour = 0.01
-performance = 0.5
 
 [[pool]]
 name = "fast"
 cpus = "0"
-capacity_cores = 0.9
+capacity_cores = 0.6
 cost_per_core_hour = 0.05
-performance = 1.0
 
 [[pool]]
 name = "b"
 host = "10.88.0.2:7791"
 cores = 2
 memory_gib = 8
-cost_per_core_hour = 0.04
-performance = 1.0
+cost_per_core_hour = 0.08
 "#;
 
 fn main() -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
-    say("two hosts, each a network namespace with an agent; a client on a third");
+    say("two hosts, each a network namespace with an agent; the clients are on a third");
     let mut fleet = Fleet::new()?;
     let options = HostOptions { mode: "act", window_ms: 500, more: HOST_A.into() };
     let mut a = fleet.host("a", &options)?;
     let mut b = fleet.host("b", &HostOptions { window_ms: 500, ..HostOptions::default() })?;
     (a.show_log, b.show_log) = (false, false);
+    say("host a's pools; b is the other host, and \"slow\" is what the instance starts on");
+    print!("{}", a.call(&["pools"])?);
 
-    say("an unmodified redis-server as an instance on host a, on the slow cores");
+    say("an unmodified redis-server as an instance on host a");
     a.run("redis", &["--net", &format!("{SERVER}/24"), "--pool", "slow"], REDIS)?;
     let data = DataSet::load(&fleet.client, SERVER, DATA_BYTES)?;
-    say(&format!("{} MiB of data in it", data.used_bytes(&fleet.client)? >> 20));
+    let cost = load::query_cost(&fleet.client, SERVER, &a.cgroup()?.join("redis"))?;
+    say(&format!(
+        "{} MiB of data in it; a query takes it {:.2} ms of CPU time",
+        data.used_bytes(&fleet.client)? >> 20,
+        cost.as_secs_f64() * 1e3
+    ));
+    say(&format!(
+        "a load that repeats every {} s (a \"day\"), and a client that remembers every acknowledged write",
+        PATTERN.day.as_secs()
+    ));
     let client = VerifyingClient::start(&fleet.client, SERVER, Duration::from_millis(2))?;
-    let load = Load::start(&fleet.client, SERVER, PATTERN)?;
+    let load = Load::start(&fleet.client, SERVER, PATTERN, cost)?;
     let load_began = UnixMillis::now();
 
     watch(&a, &b, &client, load.started, &stop)?;
 
     let answered = load.finish()?;
-    let decisions: Value = a.get("/v1/decisions?instance=redis")?;
-    let migrations: Value = a.get("/v1/migrations")?;
-    let status: Value = a.get("/v1/status")?;
+    let told = Told::by(&a)?;
     say("the client reads back every write that was acknowledged");
     let seen = client.finish(&fleet.client)?;
-    let wrong_keys = data.wrong_keys(&fleet.client)?;
-    let result = summary(&seen, wrong_keys, &decisions, &migrations, &status, load_began)?;
-    show(&result, answered, &seen);
+    let lost = seen.lost_writes + data.wrong_keys(&fleet.client)?;
+    for decision in &told.moves {
+        say(&format!("why did it move? `rswap explain redis` on host a, {:?} pools:", decision.kind));
+        print!("{}", plan::explain(decision));
+    }
+    let result = told.summary(&seen, lost, load_began)?;
+    show(&result, &told, answered, seen.reconnects);
     std::fs::create_dir_all("target/rswap").context("cannot make target/rswap")?;
     std::fs::write(RESULT, serde_json::to_vec_pretty(&result)?)
         .with_context(|| format!("cannot write {RESULT}"))?;
-    say(&format!("all of it, with every decision, is in {RESULT}"));
+    say(&format!("all of it, with the decisions, is in {RESULT}"));
     promises_kept(&result, b.has_instance("redis")?)
 }
 
@@ -140,112 +160,142 @@ fn watch(
     stop: &AtomicBool,
 ) -> anyhow::Result<()> {
     println!(
-        "{:>6} {:>4} {:>9} {:>7} {:>9} {:>9}  where",
-        "time", "day", "queries/s", "cores", "p95 soon", "acked"
+        "{:>6} {:>4} {:>7} {:>6} {:>22} {:>8} {:>8}  it runs on",
+        "time", "day", "offered", "used", "p95 within 6 s", "wait", "acked"
     );
     let mut moved_on_day = None;
     loop {
         thread::sleep(Duration::from_secs(1));
         ensure!(!stop.load(Ordering::Acquire), "stopped by the user");
         let at = load_began.elapsed();
-        let day = (at.as_secs_f64() / PATTERN.day.as_secs_f64()) as u32;
+        let day = PATTERN.day_at(at);
         let moved = !a.has_instance("redis")?;
-        let host = if moved { b } else { a };
-        let views: Value = host.get("/v1/profiles")?;
-        let view = &views[0];
-        let cores = view["profile"]["cpu"]["cores"].as_f64();
-        let soon = view["demand"]["points"].as_array().and_then(|points| {
-            let cpu = points.iter().filter(|point| point["resource"] == "cpu");
-            cpu.filter(|point| point["evidence"]["state"] == "enough")
-                .filter_map(|p| p["need"]["p95"].as_f64())
-                .reduce(f64::max)
-        });
-        let number = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.2}"));
-        let place = if moved { "host b".into() } else { format!("host a, {}", text(&view["pool"])) };
-        let (rate, acked) = (PATTERN.rate_per_s(at), client.acked());
+        let views: Vec<InstanceView> = if moved { b } else { a }.get("/v1/profiles")?;
+        let view = views.iter().find(|view| view.instance.name.as_str() == "redis");
+        let pool = view.and_then(|view| view.instance.pool.as_deref());
+        let place = if moved { "host b".to_owned() } else { format!("host a, {}", pool.unwrap_or("-")) };
+        let profile = view.and_then(|view| view.profile.as_ref());
+        let wait_us = profile.and_then(|p| p.cpu.run_queue_ns.mean()).map(|ns| ns / 1e3);
         println!(
-            "{:>5.0}s {:>4} {rate:>9.0} {:>7} {:>9} {acked:>9}  {place}",
+            "{:>5.0}s {:>4} {:>7.2} {:>6} {:>22} {:>8} {:>8}  {place}",
             at.as_secs_f64(),
             day + 1,
-            number(cores),
-            number(soon)
+            PATTERN.cores_at(at),
+            profile.map_or("-".into(), |p| format!("{:.2}", p.cpu.cores)),
+            view.map_or("-".into(), forecast_in_words),
+            wait_us.map_or("-".into(), |us| format!("{us:.0} us")),
+            client.acked(),
         );
         if moved && moved_on_day.is_none() {
             moved_on_day = Some(day);
         }
-        let over = moved_on_day.is_some_and(|day| at > PATTERN.peak_start(day) + PATTERN.day / 3);
-        if over || day >= DAYS {
+        if moved_on_day.is_some_and(|day| at > PATTERN.peak_end(day)) || day >= DAYS {
             return Ok(());
         }
     }
 }
 
-fn text(value: &Value) -> String {
-    value.as_str().unwrap_or("-").to_owned()
-}
-
-fn summary(
-    seen: &ClientReport,
-    wrong_keys: u64,
-    decisions: &Value,
-    migrations: &Value,
-    status: &Value,
-    load_began: UnixMillis,
-) -> anyhow::Result<Value> {
-    let moves: Vec<&Value> = decisions
-        .as_array()
-        .context("no list of decisions")?
-        .iter()
-        .filter(|d| d["outcome"]["outcome"] == "move")
-        .collect();
-    let done: Vec<&Value> = migrations
-        .as_array()
-        .context("no list of migrations")?
-        .iter()
-        .filter(|m| m["state"] == "done")
-        .collect();
-    let report = done.last().map(|migration| &migration["report"]).unwrap_or(&Value::Null);
-    let started = done.last().and_then(|migration| migration["started"].as_u64());
-    let before_peak = started.map(|started| {
-        let at = Duration::from_millis(UnixMillis(started).since(load_began));
-        let day = (at.as_secs_f64() / PATTERN.day.as_secs_f64()) as u32;
-        at < PATTERN.peak_start(day)
-    });
-    Ok(json!({
-        "acked_writes": seen.acked_writes,
-        "lost_writes": seen.lost_writes + wrong_keys,
-        "core_swaps": status["swaps_done"],
-        "migrations": done.len(),
-        "unavailability_ms": seen.largest_gap_ms,
-        "freeze_ms": report["unavailability_ms"],
-        "rounds": report["rounds"],
-        "bytes_sent": report["bytes_sent"],
-        "pages_dirtied": report["pages_dirtied"],
-        "moved_before_peak": before_peak.unwrap_or(false),
-        "programs": status["programs"],
-        "decisions": moves,
-    }))
-}
-
-fn show(result: &Value, answered: u64, seen: &ClientReport) {
-    println!();
-    for key in [
-        "acked_writes",
-        "lost_writes",
-        "core_swaps",
-        "migrations",
-        "unavailability_ms",
-        "freeze_ms",
-        "rounds",
-        "bytes_sent",
-        "pages_dirtied",
-        "moved_before_peak",
-    ] {
-        println!("{key:>20}  {}", result[key]);
+/// The highest p95 of the need for CPU over the horizons, or why there is none yet.
+fn forecast_in_words(view: &InstanceView) -> String {
+    let points = view.demand.iter().flat_map(|demand| &demand.points);
+    let mut highest: Option<f64> = None;
+    let mut waiting = None;
+    for point in points.filter(|point| point.resource == Resource::Cpu) {
+        match point.evidence {
+            Evidence::Enough { .. } => {
+                highest = Some(highest.map_or(point.need.p95, |other| other.max(point.need.p95)));
+            }
+            Evidence::TooLittle { seen, needed } => waiting = Some((seen, needed)),
+        }
     }
-    println!("{:>20}  {answered}", "queries answered");
-    println!("{:>20}  {}", "reconnects", seen.reconnects);
-    println!();
+    match (highest, waiting) {
+        (Some(cores), _) => format!("{cores:.2} cores"),
+        (None, Some((seen, needed))) => format!("{seen} of {needed} outcomes"),
+        (None, None) => "-".into(),
+    }
+}
+
+/// What host a's agent says of the moves.
+struct Told {
+    /// The last decision before each move.
+    moves: Vec<Decision>,
+    migrations: Vec<(MigrationReport, UnixMillis, UnixMillis)>,
+    status: Value,
+}
+
+impl Told {
+    fn by(a: &Host) -> anyhow::Result<Self> {
+        let decisions: Vec<Decision> = a.get("/v1/decisions?instance=redis")?;
+        let moves = [MoveKind::Cpu, MoveKind::Host].into_iter().filter_map(|kind| {
+            let last = decisions.iter().rev().filter(|decision| decision.kind == kind);
+            last.clone().find(|decision| matches!(decision.outcome, Outcome::Move { .. })).cloned()
+        });
+        let moves = moves.collect();
+        let migrations: Vec<MigrationView> = a.get("/v1/migrations")?;
+        let done = migrations.into_iter().filter_map(|migration| match migration.state {
+            MigrationState::Done { report, ended } => Some((report, migration.started, ended)),
+            _ => None,
+        });
+        Ok(Self { moves, migrations: done.collect(), status: a.get("/v1/status")? })
+    }
+
+    fn summary(&self, seen: &ClientReport, lost: u64, load_began: UnixMillis) -> anyhow::Result<Value> {
+        let (report, started, ended) = self.migrations.last().context("the instance was not migrated")?;
+        let began_at = Duration::from_millis(started.since(load_began));
+        let peak_at = PATTERN.peak_start(PATTERN.day_at(began_at));
+        Ok(json!({
+            "acked_writes": seen.acked_writes,
+            "lost_writes": lost,
+            "core_swaps": self.status["swaps_done"],
+            "migrations": self.migrations.len(),
+            "unavailability_ms": seen.largest_gap_between_ms(*started, UnixMillis(ended.0 + 1000)),
+            "largest_gap_ms": seen.largest_gap_ms,
+            "freeze_ms": report.unavailability_ms,
+            "freeze_steps_ms": report.freeze_steps_ms,
+            "migration_ms": report.duration_ms,
+            "rounds": report.rounds,
+            "bytes_sent": report.bytes_sent,
+            "pages_sent": report.pages_sent,
+            "pages_dirtied": report.pages_dirtied,
+            "moved_before_peak": began_at < peak_at,
+            "moved_before_peak_s": peak_at.as_secs_f64() - began_at.as_secs_f64(),
+            "programs": self.status["programs"],
+            "decisions": self.moves,
+        }))
+    }
+}
+
+fn show(result: &Value, told: &Told, answered: u64, reconnects: u64) {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    let mib = |value: &Value| format!("{:.1} MiB", value.as_f64().unwrap_or(0.0) / f64::from(1 << 20));
+    let ms = |value: &Value| format!("{:.1} ms", value.as_f64().unwrap_or(0.0));
+    for (what, value) in [
+        ("acknowledged writes", result["acked_writes"].to_string()),
+        ("of them lost", result["lost_writes"].to_string()),
+        ("core swaps, migrations", format!("{}, {}", result["core_swaps"], result["migrations"])),
+        (
+            "the migration began",
+            format!("{:.1} s before the peak", result["moved_before_peak_s"].as_f64().unwrap_or(0.0)),
+        ),
+        ("it took", ms(&result["migration_ms"])),
+        ("the client waited at most", ms(&result["unavailability_ms"])),
+        ("the instance stood still", ms(&result["freeze_ms"])),
+        ("rounds", result["rounds"].to_string()),
+        ("bytes sent", mib(&result["bytes_sent"])),
+        ("pages sent", result["pages_sent"].to_string()),
+        ("pages dirtied meanwhile", result["pages_dirtied"].to_string()),
+        ("queries answered", answered.to_string()),
+        ("the client's new connections", reconnects.to_string()),
+    ] {
+        table.add_row([what, value.as_str()]);
+    }
+    for program in told.status["programs"].as_array().into_iter().flatten() {
+        let ns = program["ns_per_run"].as_f64().unwrap_or(0.0);
+        let name = program["name"].as_str().unwrap_or_default();
+        table.add_row([format!("eBPF {name}"), format!("{ns:.0} ns, {} times", program["runs"])]);
+    }
+    println!("{table}");
 }
 
 fn promises_kept(result: &Value, on_b: bool) -> anyhow::Result<()> {
