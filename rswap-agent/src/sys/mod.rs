@@ -11,6 +11,7 @@ pub mod process;
 pub mod ptrace;
 pub mod socket;
 pub mod spawn;
+pub mod timer;
 pub mod uffd;
 
 use std::io;

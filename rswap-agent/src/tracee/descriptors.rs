@@ -16,7 +16,7 @@ use super::{
     read_proc,
     remote::Remote,
 };
-use crate::sys::{process, socket};
+use crate::sys::{process, socket, timer};
 
 /// More queued bytes than the largest pipe of an unprivileged user holds are not carried.
 const PIPE_LIMIT: usize = 1 << 20;
@@ -186,10 +186,20 @@ impl Info {
                 Some(mask) => Ok(DescriptorKind::Signal { mask }),
                 None => Err((self.target.clone(), "the kernel doesn't tell its signals")),
             },
-            "anon_inode:[timerfd]" => match self.timer() {
-                Some(timer) => Ok(timer),
-                None => Err((self.target.clone(), "the kernel doesn't tell its times")),
-            },
+            "anon_inode:[timerfd]" => {
+                let spec = timer::remaining(&ours()?).map_err(TraceeError::call("timerfd_gettime", pid))?;
+                // Asking may have counted expirations: what the kernel tells of them is read afterwards.
+                let told = Self::read(pid, fd)?.and_then(|now| {
+                    Some((
+                        field(&now.text, "clockid:")?.parse().ok()?,
+                        field(&now.text, "ticks:")?.parse().ok()?,
+                    ))
+                });
+                match told {
+                    Some((clock, ticks)) => Ok(DescriptorKind::Timer { clock, spec, ticks }),
+                    None => Err((self.target.clone(), "the kernel doesn't tell its clock")),
+                }
+            }
             target => Err((target.to_owned(), "not carried in this version")),
         })
     }
@@ -229,21 +239,6 @@ impl Info {
             Some((fd, events, data))
         };
         self.text.lines().filter_map(parse).collect()
-    }
-
-    /// `it_value: (0, 49406829)` and `it_interval: (1, 0)`, in seconds and nanoseconds, remaining.
-    fn timer(&self) -> Option<DescriptorKind> {
-        let pair = |name| {
-            let (s, ns) = field(&self.text, name)?.strip_prefix('(')?.strip_suffix(')')?.split_once(", ")?;
-            Some((s.parse::<i64>().ok()?, ns.parse::<i64>().ok()?))
-        };
-        let clock = field(&self.text, "clockid:")?.parse().ok()?;
-        let (interval, value) = (pair("it_interval:")?, pair("it_value:")?);
-        let mut spec = [0; 32];
-        for (chunk, word) in spec.chunks_exact_mut(8).zip([interval.0, interval.1, value.0, value.1]) {
-            chunk.copy_from_slice(&word.to_ne_bytes());
-        }
-        Some(DescriptorKind::Timer { clock, spec })
     }
 }
 
@@ -373,11 +368,16 @@ fn make(
             }
             made
         }
-        DescriptorKind::Timer { clock, spec } => {
+        DescriptorKind::Timer { clock, spec, ticks } => {
             let made =
                 remote.call("timerfd_create", libc::SYS_timerfd_create, [*clock as u64, 0, 0, 0, 0, 0])?;
-            let at = remote.put(0, spec)?;
+            let at = remote.put(0, &spec.map(i64::to_ne_bytes).concat())?;
             remote.call("timerfd_settime", libc::SYS_timerfd_settime, [made, 0, at, 0, 0, 0])?;
+            if *ticks > 0 {
+                timer::set_ticks(&remote.share_descriptor(made as RawFd)?, *ticks).map_err(
+                    TraceeError::call("setting a timer's expirations (CONFIG_CHECKPOINT_RESTORE)", pid),
+                )?;
+            }
             made
         }
         DescriptorKind::Signal { mask } => {

@@ -140,8 +140,10 @@ pub enum DescriptorKind {
     Timer {
         /// Its clock.
         clock: i32,
-        /// `struct itimerspec`, relative.
-        spec: [u8; 32],
+        /// Interval and time left: each seconds, then nanoseconds.
+        spec: [i64; 4],
+        /// Expirations that were not read yet.
+        ticks: u64,
     },
     /// signalfd(2).
     Signal {

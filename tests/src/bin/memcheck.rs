@@ -20,11 +20,14 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use nix::sys::{
-    epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
-    eventfd::{EfdFlags, EventFd},
-    time::TimeSpec,
-    timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        eventfd::{EfdFlags, EventFd},
+        time::TimeSpec,
+        timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
+    },
 };
 
 const PAGE_BYTES: usize = 4096;
@@ -163,6 +166,9 @@ fn watch(log: &mut File, verified: &AtomicU64, failed: &mpsc::Receiver<String>) 
     epoll.add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TIMER))?;
     epoll.add(event.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, EVENT))?;
     epoll.add(pipe_out.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, PIPE))?;
+    // Expires long before the first heartbeat, and is never read: it must stay readable wherever the program runs.
+    let expired = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC)?;
+    expired.set(Expiration::OneShot(TimeSpec::from_duration(TICK / 20)), TimerSetTimeFlags::empty())?;
     let mut line = 0_u64;
     let mut ready = [EpollEvent::empty(); 4];
     loop {
@@ -186,6 +192,9 @@ fn watch(log: &mut File, verified: &AtomicU64, failed: &mpsc::Receiver<String>) 
                     pipe_out.read_exact(&mut byte)?;
                     if byte[0] != line as u8 {
                         return fail(log, &format!("the pipe gave {} for line {line}", byte[0]));
+                    }
+                    if poll(&mut [PollFd::new(expired.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO)? != 1 {
+                        return fail(log, "a timer that had expired has not any more");
                     }
                     writeln!(log, "line={line} verified={}", verified.load(Ordering::Relaxed))?;
                     line += 1;
