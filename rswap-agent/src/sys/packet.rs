@@ -8,7 +8,10 @@ use std::{
 
 /// Sends a gratuitous ARP announcement (RFC 5227, section 3) for `address` at `mac` out of interface
 /// `if_index` of the calling thread's network namespace.
-pub fn announce_ipv4(if_index: u32, mac: [u8; 6], address: Ipv4Addr) -> io::Result<()> {
+///
+/// Returns the socket: the frame is on its way, but closing a packet socket waits for an RCU grace period, which takes
+/// milliseconds that the caller may not have.
+pub fn announce_ipv4(if_index: u32, mac: [u8; 6], address: Ipv4Addr) -> io::Result<OwnedFd> {
     let protocol = (libc::ETH_P_ARP as u16).to_be();
     // SAFETY: a plain system call; a non-negative result is a descriptor that is ours.
     let fd = super::check(unsafe {
@@ -45,5 +48,6 @@ pub fn announce_ipv4(if_index: u32, mac: [u8; 6], address: Ipv4Addr) -> io::Resu
             size_of::<libc::sockaddr_ll>() as u32,
         )
     };
-    super::check(sent as libc::c_long).map(|_| ())
+    super::check(sent as libc::c_long)?;
+    Ok(socket)
 }
