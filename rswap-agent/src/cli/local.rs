@@ -60,9 +60,9 @@ fn exit_code(status: i32) -> ExitCode {
 }
 
 pub(super) fn init(arguments: InitArguments) -> anyhow::Result<ExitCode> {
-    let work = match arguments.stub {
-        Some(pid) => Work::Stub(pid),
-        None => Work::Command(arguments.command),
+    let work = match (arguments.stub, arguments.link) {
+        (Some(pid), Some(link)) => Work::Stub { pid, link },
+        _ => Work::Command(arguments.command),
     };
     let options = InitOptions { go: arguments.go, detach: arguments.detach, log: arguments.log, work };
     Ok(exit_code(instance::init::run(options)?))

@@ -163,8 +163,10 @@ struct InitArguments {
     detach: bool,
     #[arg(long)]
     log: Option<PathBuf>,
-    #[arg(long, conflicts_with = "command")]
+    #[arg(long, conflicts_with = "command", requires = "link")]
     stub: Option<i32>,
+    #[arg(long)]
+    link: Option<i32>,
     #[arg(last = true)]
     command: Vec<String>,
 }

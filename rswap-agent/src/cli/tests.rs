@@ -54,10 +54,10 @@ fn global_options_stand_anywhere() {
 
 #[test]
 fn the_internal_command_is_read_as_it_is_written() {
-    let Command::Init(init) = parse("rswap __init --go=3 --detach --stub=7").unwrap().command else {
+    let Command::Init(init) = parse("rswap __init --go=3 --detach --stub=7 --link=4").unwrap().command else {
         panic!()
     };
-    assert_eq!((init.go, init.detach, init.stub), (3, true, Some(7)));
+    assert_eq!((init.go, init.detach, init.stub, init.link), (3, true, Some(7), Some(4)));
     let Command::Init(init) = parse("rswap __init --go=3 -- sh -c x").unwrap().command else { panic!() };
     assert_eq!(init.command, ["sh", "-c", "x"]);
 }

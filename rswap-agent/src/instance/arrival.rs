@@ -1,15 +1,19 @@
 //! An instance that arrives by migration: everything around the process, before and after the commit.
 
-use std::time::{Duration, Instant};
+use std::{
+    os::fd::AsFd,
+    time::{Duration, Instant},
+};
 
 use nix::{sys::wait::waitpid, unistd::Pid};
 
 use super::{
     Instance, InstanceError, cgroup,
-    launch::{self, LaunchSpec, Place},
+    launch::{self, LaunchSpec, Place, Stub},
     network::{self, Port},
     registry::Registry,
 };
+use crate::tracee::link::Link;
 
 /// How long the init may take to make the stub.
 const STUB_TIMEOUT: Duration = Duration::from_secs(5);
@@ -21,6 +25,8 @@ pub struct Arrival {
     pub instance: Instance,
     /// The stub's pid, as the agent sees it.
     pub stub_pid: i32,
+    /// The way to give it descriptors.
+    pub link: Link,
     port: Option<Port>,
     registry: Registry,
 }
@@ -42,14 +48,16 @@ impl Arrival {
             log: None,
             command: instance.command.clone(),
         };
-        let started = launch::start(place, &spec, Some(inner_pid))?;
+        let (link, theirs) = Link::new().map_err(InstanceError::io("making a stub's link"))?;
+        let stub = Stub { pid: inner_pid, link: theirs.as_fd() };
+        let started = launch::start(place, &spec, Some(&stub))?;
         let init = started.init_pid;
         // The init is this process's child, and outlives the move: somebody has to collect its status.
         std::thread::spawn(move || waitpid(Pid::from_raw(init), None));
         let stub_pid = started.start_work().and_then(|()| wait_for_stub(init)).inspect_err(|_| {
             launch::discard(&started.instance);
         })?;
-        Ok(Self { instance: started.instance, stub_pid, port: started.port, registry })
+        Ok(Self { instance: started.instance, stub_pid, link, port: started.port, registry })
     }
 
     /// Connects it to the bridge and tells the neighbours.

@@ -21,7 +21,10 @@ use nix::{
 };
 
 use super::InstanceError;
-use crate::sys::spawn::{self, Forked};
+use crate::{
+    sys::spawn::{self, Forked},
+    tracee::link::STUB_END,
+};
 
 /// What the init is to do.
 #[derive(Clone, Debug)]
@@ -41,8 +44,13 @@ pub struct InitOptions {
 pub enum Work {
     /// A command.
     Command(Vec<String>),
-    /// A process with this pid that waits to be rebuilt.
-    Stub(i32),
+    /// A process that waits to be rebuilt.
+    Stub {
+        /// Its pid.
+        pid: i32,
+        /// Its end of the socket by which it is given descriptors.
+        link: RawFd,
+    },
 }
 
 /// Runs as pid 1 of a new PID namespace; returns the exit status to end with.
@@ -62,14 +70,24 @@ pub fn run(options: InitOptions) -> Result<i32, InstanceError> {
     wait_for_go(options.go)?;
     if options.detach {
         // A detached instance must not hold on to what its starter happened to have open.
-        spawn::close_from(3);
+        let mut first = 3;
+        if let Work::Stub { link, .. } = options.work {
+            spawn::duplicate_as(link, STUB_END).map_err(InstanceError::io("keeping the stub's link"))?;
+            first = STUB_END as u32 + 1;
+        }
+        spawn::close_from(first);
     }
     let main = match &options.work {
         Work::Command(command) => start(command)?,
-        Work::Stub(pid) => match spawn::fork(Some(*pid)).map_err(InstanceError::io("making the stub"))? {
-            Forked::Child => spawn::pause_for_ever(),
-            Forked::Parent(pid) => pid,
-        },
+        Work::Stub { pid, .. } => {
+            match spawn::fork(Some(*pid)).map_err(InstanceError::io("making the stub"))? {
+                Forked::Child => spawn::pause_for_ever(),
+                Forked::Parent(pid) => {
+                    spawn::close_from(STUB_END as u32);
+                    pid
+                }
+            }
+        }
     };
     loop {
         match wait() {

@@ -5,7 +5,7 @@ use std::{
     ffi::CString,
     fs::File,
     io::{self, Write},
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
@@ -129,8 +129,20 @@ impl Started {
     }
 }
 
-/// Makes cgroup, namespaces and network; `stub` asks for a process with that pid instead of the command.
-pub(super) fn start(place: &Place, spec: &LaunchSpec, stub: Option<i32>) -> Result<Started, InstanceError> {
+/// A process to be made instead of a command, and to be rebuilt.
+pub(super) struct Stub<'a> {
+    /// Its pid in the instance's namespace.
+    pub(super) pid: i32,
+    /// Its end of the socket by which it is given descriptors.
+    pub(super) link: BorrowedFd<'a>,
+}
+
+/// Makes cgroup, namespaces and network; `stub` asks for such a process instead of the command.
+pub(super) fn start(
+    place: &Place,
+    spec: &LaunchSpec,
+    stub: Option<&Stub<'_>>,
+) -> Result<Started, InstanceError> {
     let bridge = match (&spec.network, &place.bridge) {
         (Some(_), None) => {
             let text = "an instance with an address needs a bridge: set network.bridge in the configuration";
@@ -148,9 +160,10 @@ pub(super) fn start(place: &Place, spec: &LaunchSpec, stub: Option<i32>) -> Resu
     }
     let arguments = init_arguments(spec, stub, std::os::fd::AsRawFd::as_raw_fd(&wait))?;
     let program = own_program()?;
-    let init_pid =
-        spawn::spawn_in_namespaces(flags, directory.as_fd(), &program, &arguments, &[wait.as_fd()])
-            .map_err(InstanceError::io("starting the instance's init"))?;
+    let mut keep = vec![wait.as_fd()];
+    keep.extend(stub.map(|stub| stub.link));
+    let init_pid = spawn::spawn_in_namespaces(flags, directory.as_fd(), &program, &arguments, &keep)
+        .map_err(InstanceError::io("starting the instance's init"))?;
     let mut started = Started {
         instance: Instance {
             name: spec.name.clone(),
@@ -195,7 +208,11 @@ pub(super) fn discard(instance: &Instance) {
     }
 }
 
-fn init_arguments(spec: &LaunchSpec, stub: Option<i32>, go: i32) -> Result<Vec<CString>, InstanceError> {
+fn init_arguments(
+    spec: &LaunchSpec,
+    stub: Option<&Stub<'_>>,
+    go: i32,
+) -> Result<Vec<CString>, InstanceError> {
     let mut words = vec!["rswap".to_owned(), "__init".to_owned(), format!("--go={go}")];
     if spec.detach {
         words.push("--detach".into());
@@ -204,7 +221,10 @@ fn init_arguments(spec: &LaunchSpec, stub: Option<i32>, go: i32) -> Result<Vec<C
         words.push(format!("--log={}", log.display()));
     }
     match stub {
-        Some(pid) => words.push(format!("--stub={pid}")),
+        Some(Stub { pid, link }) => {
+            words.push(format!("--stub={pid}"));
+            words.push(format!("--link={}", std::os::fd::AsRawFd::as_raw_fd(link)));
+        }
         None => {
             words.push("--".into());
             words.extend(spec.command.iter().cloned());

@@ -20,7 +20,9 @@ pub struct MemoryDigest {
 impl MemoryDigest {
     /// Takes in a page's present contents.
     pub fn set(&mut self, space: u32, addr: u64, contents: &[u8]) {
-        let part = xxh3_128_with_seed(contents, addr ^ (u64::from(space) << 52));
+        // Spreads the number over all bits: spaces and addresses must not cancel each other out.
+        let place = u64::from(space).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let part = xxh3_128_with_seed(contents, addr ^ place);
         let old = self.pages.insert((space, addr), part).unwrap_or(0);
         self.sum = self.sum.wrapping_sub(old).wrapping_add(part);
     }

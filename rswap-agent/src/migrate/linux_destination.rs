@@ -1,22 +1,30 @@
-//! A Linux process that is being built as the destination of a migration.
+//! An instance, a tree of Linux processes, that is being built as the destination of a migration.
 
-use std::time::Instant;
+use std::{collections::BTreeMap, time::Instant};
 
 use super::{
-    linux_source::{HostTraits, Requirements, file_digest},
+    linux_source::{HostTraits, Requirements},
+    source_process::file_digest,
     traits::{DestinationTask, PAGE_SIZE, PageRange, TaskError},
 };
 use crate::{
     instance::{Instance, Origin, arrival::Arrival},
     tracee::{
         TraceeError,
-        image::TaskImage,
-        layout::Layout,
+        descriptors::Restorer,
+        image::InstanceImage,
+        layout::{InstanceLayout, Mapping, ProcessLayout},
+        link::Link,
+        objects::{BuiltObject, FIRST_SPACE},
         rebuild::{self, Rebuilt},
-        space::Space,
+        space::{SharedMemory, Space},
+        tree::{self, INIT, Node},
     },
     units::UnixMillis,
 };
+
+/// Most shared memory that a layout may ask for. It takes room only when it is written.
+const SHARED_LIMIT_BYTES: u64 = 1 << 40;
 
 /// Where arriving instances are put; given by the wiring.
 pub trait Reception {
@@ -28,15 +36,35 @@ pub trait Reception {
 pub struct LinuxDestination<R> {
     reception: R,
     arrival: Option<Arrival>,
-    space: Option<Space>,
+    main_pid: i32,
+    /// What the files of the layouts must have been compared with already.
+    compared: BTreeMap<String, u128>,
+    processes: Vec<BuiltProcess>,
+    objects: BTreeMap<u64, BuiltObject>,
     rebuilt: Option<Rebuilt>,
     instance: Option<Instance>,
+}
+
+/// One process under construction.
+struct BuiltProcess {
+    number: u32,
+    node: Node,
+    space: Space,
 }
 
 impl<R: Reception> LinuxDestination<R> {
     /// Waits for an offer.
     pub fn new(reception: R) -> Self {
-        Self { reception, arrival: None, space: None, rebuilt: None, instance: None }
+        Self {
+            reception,
+            arrival: None,
+            main_pid: 0,
+            compared: BTreeMap::new(),
+            processes: Vec::new(),
+            objects: BTreeMap::new(),
+            rebuilt: None,
+            instance: None,
+        }
     }
 
     /// The instance, once it runs here.
@@ -44,9 +72,111 @@ impl<R: Reception> LinuxDestination<R> {
         self.instance
     }
 
-    fn space(&mut self) -> Result<&mut Space, TaskError> {
-        self.space.as_mut().ok_or_else(|| "nothing has been prepared".into())
+    fn space(&mut self, number: u32) -> Result<&mut Space, TaskError> {
+        let found = self.processes.iter_mut().find(|process| process.number == number);
+        found.map(|process| &mut process.space).ok_or_else(|| format!("there is no process {number}").into())
     }
+
+    fn object(&self, number: u32) -> Result<&BuiltObject, TaskError> {
+        let found = self.objects.values().find(|object| object.object.space == number);
+        found.ok_or_else(|| format!("there is no shared memory {number}").into())
+    }
+
+    /// Ends the stubs of processes that have ended at the source.
+    fn end_those_not_in(&mut self, layout: &InstanceLayout) -> Result<(), TaskError> {
+        let stays = |process: &BuiltProcess| layout.processes.iter().any(|p| p.space == process.number);
+        while let Some(at) = self.processes.iter().position(|process| !stays(process)) {
+            let ended = self.processes.remove(at);
+            ended.space.end()?;
+            // Children of the init are collected by it.
+            if let Some(parent) = self.processes.iter_mut().find(|p| p.node.pid == ended.node.parent) {
+                parent.space.reap(ended.node.pid)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn make(&mut self, wanted: &ProcessLayout) -> Result<(), TaskError> {
+        let node = wanted.node;
+        let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
+        let mut space = if node.parent == INIT && node.pid == self.main_pid && self.processes.is_empty() {
+            Space::take(arrival.stub_pid, &wanted.kernel_mappings)?
+        } else {
+            make_beside_or_below(&mut self.processes, node, Some(&wanted.kernel_mappings))?
+        };
+        if node.session == node.pid {
+            space.start_session()?;
+        }
+        self.processes.push(BuiltProcess { number: wanted.space, node, space });
+        Ok(())
+    }
+
+    fn resize_objects(&mut self, layout: &InstanceLayout) -> Result<(), TaskError> {
+        let total: u64 = layout.objects.iter().map(|object| object.bytes).fold(0, u64::saturating_add);
+        if total > SHARED_LIMIT_BYTES {
+            return Err(refuse(format!("{total} bytes of shared memory are more than any host has")));
+        }
+        self.objects.retain(|inode, _| layout.objects.iter().any(|object| object.inode == *inode));
+        for object in &layout.objects {
+            match self.objects.get_mut(&object.inode) {
+                Some(built) => built.resize(object)?,
+                None => drop(self.objects.insert(object.inode, BuiltObject::make(object)?)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the zombies, and puts every process into its group.
+    fn finish_tree(&mut self, image: &InstanceImage) -> Result<(), TaskError> {
+        let mut zombies = Vec::new();
+        for &node in &image.zombies {
+            let mut space = make_beside_or_below(&mut self.processes, node, None)?;
+            if node.session == node.pid {
+                space.start_session()?;
+            }
+            zombies.push(BuiltProcess { number: u32::MAX, node, space });
+        }
+        for process in &self.processes {
+            let wanted = process.node.session;
+            if wanted != 0 && tree::session(process.space.pid())? != wanted {
+                let text = format!("process {} can't be put into session {wanted}", process.node.pid);
+                return Err(refuse(text));
+            }
+        }
+        // Leaders first: nobody can join a group that isn't there. Leaders of sessions lead their group already.
+        let leads = |node: &Node| node.group == node.pid;
+        for leaders in [true, false] {
+            for process in self.processes.iter_mut().chain(&mut zombies) {
+                let node = process.node;
+                if node.group != 0 && node.session != node.pid && leads(&node) == leaders {
+                    process.space.join_group(node.group)?;
+                }
+            }
+        }
+        for zombie in zombies {
+            zombie.space.end_with(zombie.node.status.unwrap_or(0))?;
+        }
+        for process in &mut self.processes {
+            process.space.drop_signals()?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes the process of `node`: a child of its parent's stub, or a sibling of the main one.
+fn make_beside_or_below(
+    processes: &mut [BuiltProcess],
+    node: Node,
+    kernel_mappings: Option<&[Mapping]>,
+) -> Result<Space, TaskError> {
+    let beside = node.parent == INIT;
+    let by = match beside {
+        true => processes.iter_mut().find(|process| process.node.parent == INIT),
+        false => processes.iter_mut().find(|process| process.node.pid == node.parent),
+    };
+    let by =
+        by.ok_or_else(|| refuse(format!("process {} comes before its parent {}", node.pid, node.parent)))?;
+    Ok(by.space.make_child(node.pid, beside, kernel_mappings)?)
 }
 
 fn refuse(text: String) -> TaskError {
@@ -70,17 +200,21 @@ fn compare(requirements: &Requirements) -> Result<(), TaskError> {
                     namespace, which this version doesn't make";
         return Err(refuse(text.into()));
     }
-    for (path, digest) in &requirements.files {
+    let available = available_memory_bytes()?;
+    if requirements.resident_bytes > available {
+        let wanted = requirements.resident_bytes;
+        return Err(refuse(format!("no room: {wanted} bytes are needed, {available} are available")));
+    }
+    compare_files(&requirements.files)
+}
+
+fn compare_files<'a>(files: impl IntoIterator<Item = (&'a String, &'a u128)>) -> Result<(), TaskError> {
+    for (path, digest) in files {
         match file_digest(path) {
             Ok(here) if here == *digest => {}
             Ok(_) => return Err(refuse(format!("{path} differs: install the same version on both hosts"))),
             Err(error) => return Err(refuse(format!("{path} can't be read on this host: {error}"))),
         }
-    }
-    let available = available_memory_bytes()?;
-    if requirements.resident_bytes > available {
-        let wanted = requirements.resident_bytes;
-        return Err(refuse(format!("no room: {wanted} bytes are needed, {available} are available")));
     }
     Ok(())
 }
@@ -95,34 +229,86 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
     fn prepare(&mut self, requirements: &[u8]) -> Result<(), TaskError> {
         let requirements: Requirements = postcard::from_bytes(requirements)?;
         compare(&requirements)?;
-        let arrival = self.reception.receive(&requirements.instance, requirements.inner_pid)?;
-        let stub = arrival.stub_pid;
-        self.arrival = Some(arrival);
-        self.space = Some(Space::take(stub, &requirements.kernel_mappings)?);
+        self.arrival = Some(self.reception.receive(&requirements.instance, requirements.main_pid)?);
+        self.main_pid = requirements.main_pid;
+        self.compared = requirements.files;
         Ok(())
     }
 
     fn apply_layout(&mut self, layout: &[u8]) -> Result<(), TaskError> {
-        let layout: Layout = postcard::from_bytes(layout)?;
-        Ok(self.space()?.apply(&layout)?)
+        let layout: InstanceLayout = postcard::from_bytes(layout)?;
+        compare_files(
+            layout.files.iter().filter(|(path, digest)| self.compared.get(*path) != Some(*digest)),
+        )?;
+        self.compared.clone_from(&layout.files);
+        self.end_those_not_in(&layout)?;
+        self.resize_objects(&layout)?;
+        for wanted in &layout.processes {
+            match self.processes.iter_mut().find(|process| process.number == wanted.space) {
+                None => self.make(wanted)?,
+                Some(known) => {
+                    if wanted.node.session == wanted.node.pid && known.node.session != wanted.node.session {
+                        known.space.start_session()?;
+                    }
+                    known.node = wanted.node;
+                }
+            }
+        }
+        let link: &Link = &self.arrival.as_ref().ok_or("nothing has been prepared")?.link;
+        let mut shared = SharedMemory { link, objects: &self.objects };
+        for wanted in &layout.processes {
+            if let Some(process) = self.processes.iter_mut().find(|process| process.number == wanted.space) {
+                process.space.apply(wanted, &mut shared)?;
+            }
+        }
+        Ok(())
     }
 
-    fn write(&mut self, _space: u32, addr: u64, data: &[u8]) -> Result<(), TaskError> {
-        Ok(self.space()?.write(addr, data)?)
+    fn write(&mut self, space: u32, addr: u64, data: &[u8]) -> Result<(), TaskError> {
+        if space >= FIRST_SPACE {
+            return Ok(self.object(space)?.write(addr, data)?);
+        }
+        Ok(self.space(space)?.write(addr, data)?)
     }
 
     fn discard(&mut self, range: &PageRange) -> Result<(), TaskError> {
         let end = range.start + range.pages * PAGE_SIZE as u64;
-        Ok(self.space()?.discard(range.start, end)?)
+        // What is gone as a whole is gone with everything in it.
+        if range.space >= FIRST_SPACE {
+            return match self.object(range.space) {
+                Ok(object) => Ok(object.discard(range.start, end)?),
+                Err(_) => Ok(()),
+            };
+        }
+        match self.space(range.space) {
+            Ok(space) => Ok(space.discard(range.start, end)?),
+            Err(_) => Ok(()),
+        }
     }
 
-    fn read(&mut self, _space: u32, addr: u64, buf: &mut [u8]) -> Result<(), TaskError> {
-        Ok(self.space()?.read(addr, buf)?)
+    fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<(), TaskError> {
+        if space >= FIRST_SPACE {
+            return Ok(self.object(space)?.read(addr, buf)?);
+        }
+        Ok(self.space(space)?.read(addr, buf)?)
     }
 
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
-        let image: TaskImage = postcard::from_bytes(image)?;
-        let rebuilt = rebuild::rebuild(self.space()?, &image)?;
+        let image: InstanceImage = postcard::from_bytes(image)?;
+        self.finish_tree(&image)?;
+        let stubs: BTreeMap<i32, i32> =
+            self.processes.iter().map(|process| (process.node.pid, process.space.pid())).collect();
+        let link: &Link = &self.arrival.as_ref().ok_or("nothing has been prepared")?.link;
+        let mut restorer = Restorer::new(link, &stubs);
+        let mut rebuilt = Rebuilt::default();
+        for described in &image.processes {
+            let process = self.processes.iter_mut().find(|process| process.number == described.space);
+            let process = process.ok_or_else(|| format!("there is no process {}", described.space))?;
+            rebuilt.add(rebuild::rebuild(&mut process.space, &described.task, &mut restorer)?);
+        }
+        if image.processes.len() != self.processes.len() {
+            return Err(refuse("the image has fewer processes than the layout".into()));
+        }
         self.rebuilt = Some(rebuilt);
         Ok(())
     }
@@ -145,7 +331,8 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
 
     fn abandon(&mut self) -> Result<(), TaskError> {
         self.rebuilt = None;
-        self.space = None;
+        self.processes.clear();
+        self.objects.clear();
         if let Some(arrival) = self.arrival.take() {
             arrival.forget()?;
         }

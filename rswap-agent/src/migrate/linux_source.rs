@@ -1,30 +1,40 @@
-//! A running Linux process as the source of a migration.
+//! A running instance, a tree of Linux processes, as the source of a migration.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::traits::{PAGE_SIZE, PageRange, SourceTask, TaskError, Written};
+use super::{
+    source_process::{FileDigests, SourceProcess},
+    traits::{PAGE_SIZE, PageRange, SourceTask, TaskError, Written},
+};
 use crate::{
     instance::Instance,
-    sys::mem::{self, RemoteAddr},
+    sys::{
+        mem::{self, RemoteAddr},
+        process::{Common, has_in_common},
+    },
     tracee::{
-        TraceeError, capture, check,
-        layout::{self, Layout, Mapping},
-        stopped::StoppedProcess,
-        tracker::{Span, Tracker},
+        TraceeError,
+        capture::{self, Frozen},
+        check,
+        layout::{self, InstanceLayout},
+        objects::{self, SourceObject},
+        tracker::Span,
+        tree::{self, INIT, Member, Node},
     },
 };
+
+/// Passes over the tree before processes that are made faster than they can be stopped are given up.
+const MAX_PASSES: usize = 100;
 
 /// What the destination must have, so that the instance can go on there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Requirements {
     /// The instance as the source knows it.
     pub instance: Instance,
-    /// The process's id in the instance's PID namespace.
-    pub inner_pid: i32,
-    /// The kernel's own mappings, to be laid out alike.
-    pub kernel_mappings: Vec<Mapping>,
+    /// The main process's id in the instance's PID namespace.
+    pub main_pid: i32,
     /// What must be the same on both hosts.
     pub host: HostTraits,
     /// Digest of each file that is mapped, by path.
@@ -62,11 +72,6 @@ fn procfs_flags(cpuinfo: &str) -> Vec<String> {
     words.split_whitespace().map(str::to_owned).collect()
 }
 
-/// The digest by which files are compared between hosts.
-pub fn file_digest(path: &str) -> std::io::Result<u128> {
-    std::fs::read(path).map(|contents| xxhash_rust::xxh3::xxh3_128(&contents))
-}
-
 /// How the network is taken from the instance during the freeze, and given back if the move fails.
 pub trait Uplink {
     /// Nothing reaches the instance any more, and nothing leaves it.
@@ -75,15 +80,17 @@ pub trait Uplink {
     fn attach(&mut self) -> Result<(), TaskError>;
 }
 
-/// An instance of one process, as the engine sees it.
+/// An instance, as the engine sees it.
 pub struct LinuxSource<U> {
     instance: Instance,
     uplink: U,
-    pid: i32,
-    tracker: Option<Tracker>,
-    stopped: Option<StoppedProcess>,
+    processes: Vec<SourceProcess>,
+    zombies: Vec<Node>,
+    objects: BTreeMap<u64, SourceObject>,
+    files: FileDigests,
+    next_space: u32,
+    frozen: bool,
     detached: bool,
-    mappings: Vec<Mapping>,
     /// Ends the instance for good; given by the room that started it.
     end: Box<dyn FnMut() -> Result<(), TaskError>>,
 }
@@ -99,16 +106,87 @@ impl<U: Uplink> LinuxSource<U> {
         end: Box<dyn FnMut() -> Result<(), TaskError>>,
     ) -> Result<Self, TaskError> {
         check::require(&instance)?;
-        let pid = check::processes(&instance)?.first().copied().unwrap_or_default();
-        let (tracker, stopped, mappings) = (None, None, Vec::new());
-        Ok(Self { instance, uplink, pid, tracker, stopped, detached: false, mappings, end })
+        Ok(Self {
+            instance,
+            uplink,
+            processes: Vec::new(),
+            zombies: Vec::new(),
+            objects: BTreeMap::new(),
+            files: FileDigests::default(),
+            next_space: 0,
+            frozen: false,
+            detached: false,
+            end,
+        })
     }
 
-    fn space_layout(&self) -> Result<Layout, TraceeError> {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid))
-            .map_err(TraceeError::proc("status"))?;
-        let huge_pages_off = text.lines().any(|line| line.split_whitespace().eq(["THP_enabled:", "0"]));
-        Ok(Layout { mappings: self.mappings.clone(), huge_pages_off })
+    /// Looks who is there. Processes that are new get a number; returns the numbers of those that are gone.
+    fn look(&mut self) -> Result<Vec<u32>, TraceeError> {
+        let members = tree::members(&self.instance)?;
+        let living = members.iter().filter(|member| member.node.status.is_none());
+        let living: Vec<_> = living.filter(|member| !lends_memory(member, &members)).collect();
+        self.zombies =
+            members.iter().map(|member| member.node).filter(|node| node.status.is_some()).collect();
+        let mut gone = Vec::new();
+        self.processes.retain(|process| {
+            let stays = living.iter().any(|member| member.pid == process.pid());
+            if !stays {
+                gone.push(process.space);
+            }
+            stays
+        });
+        let mut before = std::mem::take(&mut self.processes);
+        for member in living {
+            let process = match before.iter().position(|process| process.pid() == member.pid) {
+                Some(at) => {
+                    let mut process = before.swap_remove(at);
+                    process.member = *member;
+                    process
+                }
+                None => {
+                    let space = self.next_space;
+                    self.next_space += 1;
+                    SourceProcess::new(space, *member)
+                }
+            };
+            // In the tree's order: parents first.
+            self.processes.push(process);
+        }
+        Ok(gone)
+    }
+
+    /// Opens the shared memory that came, and forgets what nobody maps any more; returns the numbers of the latter.
+    fn look_for_objects(&mut self) -> Result<Vec<u32>, TraceeError> {
+        let mut present = BTreeMap::new();
+        for process in &self.processes {
+            for mapping in process.mappings.iter().filter(|mapping| mapping.is_shared_memory()) {
+                present.entry(mapping.inode).or_insert((process.pid(), mapping.clone()));
+            }
+        }
+        let mut gone = Vec::new();
+        self.objects.retain(|inode, object| {
+            let stays = present.contains_key(inode);
+            if !stays {
+                gone.push(object.object.space);
+            }
+            stays
+        });
+        for (inode, (pid, mapping)) in present {
+            if !self.objects.contains_key(&inode) {
+                let space = objects::FIRST_SPACE + self.next_space;
+                self.next_space += 1;
+                self.objects.insert(inode, SourceObject::open(pid, &mapping, space)?);
+            }
+        }
+        Ok(gone)
+    }
+
+    fn process(&self, space: u32) -> Option<&SourceProcess> {
+        self.processes.iter().find(|process| process.space == space)
+    }
+
+    fn main(&self) -> Option<&SourceProcess> {
+        self.processes.iter().find(|process| process.member.node.parent == INIT)
     }
 }
 
@@ -116,7 +194,7 @@ impl<U: Uplink> LinuxSource<U> {
 /// this thread ends and its tracees are let go.
 impl<U> Drop for LinuxSource<U> {
     fn drop(&mut self) {
-        if self.stopped.is_some() {
+        if self.frozen {
             let file = self.instance.cgroup.join("cgroup.freeze");
             if let Err(error) = std::fs::write(&file, "1") {
                 tracing::error!(path = %file.display(), %error, "an instance in doubt could not be kept frozen");
@@ -125,86 +203,162 @@ impl<U> Drop for LinuxSource<U> {
     }
 }
 
-fn ranges(spans: Vec<Span>) -> Vec<PageRange> {
+fn ranges(space: u32, spans: Vec<Span>) -> impl Iterator<Item = PageRange> {
     let page = PAGE_SIZE as u64;
-    let range = |span: Span| PageRange { space: 0, start: span.start, pages: (span.end - span.start) / page };
-    spans.into_iter().map(range).collect()
+    spans.into_iter().map(move |span| PageRange {
+        space,
+        start: span.start,
+        pages: (span.end - span.start) / page,
+    })
+}
+
+/// All that an address space can hold.
+fn everything(space: u32) -> PageRange {
+    PageRange { space, start: 0, pages: 1 << 44 }
+}
+
+/// Whether it still runs in its parent's memory, between vfork(2) and execve(2): it has none of its own to be carried,
+/// and the parent, which can't be stopped before that is over, comes first.
+fn lends_memory(member: &Member, members: &[Member]) -> bool {
+    let parent = members.iter().find(|other| other.node.pid == member.node.parent);
+    parent.is_some_and(|parent| has_in_common(member.pid, parent.pid, Common::Memory).unwrap_or(false))
+}
+
+/// Whether the process has ended meanwhile: it gives up its memory first, and becomes a zombie a little later.
+fn has_ended(pid: i32) -> bool {
+    if std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.is_empty()) {
+        return true;
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    !status
+        .lines()
+        .any(|line| line.starts_with("State:") && !line.contains("Z (zombie)") && !line.contains("X ("))
 }
 
 impl<U: Uplink> SourceTask for LinuxSource<U> {
     fn requirements(&mut self) -> Result<Vec<u8>, TaskError> {
-        let mappings = layout::read_mappings(self.pid)?;
-        let (kernel_mappings, own): (Vec<_>, Vec<_>) =
-            mappings.into_iter().partition(Mapping::is_kernels_own);
-        let mut files = BTreeMap::new();
-        for mapping in own.iter().filter(|mapping| mapping.is_file()) {
-            if !files.contains_key(&mapping.name) {
-                files.insert(mapping.name.clone(), file_digest(&mapping.name)?);
-            }
+        self.look()?;
+        let mut resident_kib = 0;
+        for process in &self.processes {
+            self.files.add(&layout::read_mappings(process.pid())?)?;
+            let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid()))?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+            resident_kib +=
+                line.split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
         }
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid))?;
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
-            line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
-        };
-        let inner_pid = field("NSpid:").last().and_then(|word| word.parse().ok()).unwrap_or(self.pid);
-        let resident_kib: u64 = field("VmRSS:").first().and_then(|word| word.parse().ok()).unwrap_or(0);
         let requirements = Requirements {
             instance: self.instance.clone(),
-            inner_pid,
-            kernel_mappings,
+            main_pid: self
+                .main()
+                .map(|main| main.member.node.pid)
+                .ok_or("the instance has no main process")?,
             host: HostTraits::here()?,
-            files,
+            files: self.files.all(),
             resident_bytes: resident_kib * 1024,
         };
         Ok(postcard::to_stdvec(&requirements)?)
     }
 
     fn start_tracking(&mut self) -> Result<(), TaskError> {
-        self.tracker = Some(Tracker::start(self.pid)?);
+        // Each process is tracked from its first look on: `written` finds those too that are made later.
         Ok(())
     }
 
     fn layout(&mut self) -> Result<Vec<u8>, TaskError> {
-        Ok(postcard::to_stdvec(&self.space_layout()?)?)
+        let layout = InstanceLayout {
+            processes: self.processes.iter().map(SourceProcess::layout).collect(),
+            objects: self.objects.values().map(|object| object.object.clone()).collect(),
+            files: self.files.all(),
+        };
+        Ok(postcard::to_stdvec(&layout)?)
     }
 
     fn written(&mut self) -> Result<Written, TaskError> {
-        let tracker = self.tracker.as_mut().ok_or("writes are not tracked yet")?;
-        let written = tracker.take_written()?;
-        self.mappings = written.mappings;
-        Ok(Written { populated: ranges(written.populated), dropped: ranges(written.dropped) })
+        let mut found = Written::default();
+        found.dropped.extend(self.look()?.into_iter().map(everything));
+        let mut ended = Vec::new();
+        for process in &mut self.processes {
+            let (written, replaced) = match process.take_written() {
+                Ok(taken) => taken,
+                Err(_) if !self.frozen && has_ended(process.pid()) => {
+                    ended.push(process.space);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if replaced {
+                found.dropped.push(everything(process.space));
+            }
+            self.files.add(&written.mappings)?;
+            found.populated.extend(ranges(process.space, written.populated));
+            found.dropped.extend(ranges(process.space, written.dropped));
+        }
+        self.processes.retain(|process| !ended.contains(&process.space));
+        found.dropped.extend(ended.into_iter().map(everything));
+        found.dropped.extend(self.look_for_objects()?.into_iter().map(everything));
+        let pid = self.main().map_or(0, SourceProcess::pid);
+        for object in self.objects.values_mut() {
+            let (changed, dropped) = object.take_changed(pid)?;
+            found.populated.extend(ranges(object.object.space, changed));
+            found.dropped.extend(ranges(object.object.space, dropped));
+        }
+        Ok(found)
     }
 
-    fn read(&mut self, _space: u32, addr: u64, buf: &mut [u8]) -> Result<usize, TaskError> {
-        let got = mem::read(self.pid, RemoteAddr(addr), buf)?;
+    fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<usize, TaskError> {
+        if let Some(object) = self.objects.values().find(|object| object.object.space == space) {
+            object.read(addr, buf)?;
+            return Ok(buf.len());
+        }
+        let Some(pid) = self.process(space).map(SourceProcess::pid) else { return Ok(0) };
+        let got = match mem::read(pid, RemoteAddr(addr), buf) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(0),
+            got => got?,
+        };
         let got = got - got % PAGE_SIZE;
         if got > 0 {
             return Ok(got);
         }
         // Memory that the program itself may not read is read all the same.
-        match mem::ForcedMemory::open(self.pid)?.read_exact(RemoteAddr(addr), &mut buf[..PAGE_SIZE]) {
+        match mem::ForcedMemory::open(pid)?.read_exact(RemoteAddr(addr), &mut buf[..PAGE_SIZE]) {
             Ok(()) => Ok(PAGE_SIZE),
             Err(_) => Ok(0),
         }
     }
 
     fn freeze(&mut self) -> Result<(), TaskError> {
-        self.stopped = Some(StoppedProcess::stop(self.pid)?);
-        self.detached = true;
-        self.uplink.detach()
+        self.frozen = true;
+        for _ in 0..MAX_PASSES {
+            self.look()?;
+            if self.processes.iter().all(|process| process.stopped.is_some()) {
+                self.detached = true;
+                return self.uplink.detach();
+            }
+            for process in &mut self.processes {
+                match process.stop() {
+                    Err(TraceeError::Gone(_)) => {}
+                    stopped => stopped?,
+                }
+            }
+        }
+        let text = format!("{} makes processes faster than they can be stopped", self.instance.name);
+        Err(TraceeError::Unsupported(text).into())
     }
 
     fn snapshot(&mut self) -> Result<Vec<u8>, TaskError> {
-        let stopped = self.stopped.as_ref().ok_or("the instance is not frozen")?;
-        let mut image = capture::capture(stopped, self.mappings.clone())?;
-        image.layout = self.space_layout()?;
+        let mut stopped = Vec::new();
+        for process in &self.processes {
+            let threads = process.stopped.as_ref().ok_or("the instance is not frozen")?;
+            let mappings = process.mappings.as_slice();
+            stopped.push(Frozen { space: process.space, member: process.member, threads, mappings });
+        }
+        let image = capture::capture_instance(&stopped, self.zombies.clone())?;
         Ok(postcard::to_stdvec(&image)?)
     }
 
     fn thaw(&mut self) -> Result<(), TaskError> {
-        self.tracker = None;
-        self.stopped = None;
+        self.processes.iter_mut().for_each(SourceProcess::release);
+        self.frozen = false;
         if std::mem::take(&mut self.detached) {
             self.uplink.attach()?;
         }
@@ -214,8 +368,8 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
     fn destroy(&mut self) -> Result<(), TaskError> {
         // Killed before it is let go: not one instruction of the source runs after the commit.
         (self.end)()?;
-        self.tracker = None;
-        self.stopped = None;
+        self.frozen = false;
+        self.processes.iter_mut().for_each(SourceProcess::release);
         Ok(())
     }
 }

@@ -29,6 +29,7 @@ pub mod linux_destination;
 pub mod linux_source;
 pub mod progress;
 pub mod source;
+pub mod source_process;
 pub mod traits;
 pub mod wire;
 

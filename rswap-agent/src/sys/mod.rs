@@ -4,6 +4,8 @@
 //! says why its unsafe block is sound; policy lives with the callers.
 
 pub mod bpf_mmap;
+pub mod clock;
+pub mod file;
 pub mod mem;
 pub mod packet;
 pub mod pagemap;

@@ -34,10 +34,43 @@ pub fn pidfd_send_signal(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
 
 /// Whether descriptors `a` and `b` of process `pid` share one open file description.
 pub fn same_description(pid: i32, a: RawFd, b: RawFd) -> io::Result<bool> {
+    same_description_of(pid, a, pid, b)
+}
+
+/// Whether descriptor `a` of process `pid` and `b` of process `other` are one open file description.
+pub fn same_description_of(pid: i32, a: RawFd, other: i32, b: RawFd) -> io::Result<bool> {
     const KCMP_FILE: i32 = 0;
+    kcmp(pid, other, KCMP_FILE, a, b)
+}
+
+/// What processes can have in common besides memory and descriptors that are shared one by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Common {
+    /// The whole address space (`KCMP_VM`).
+    Memory = 1,
+    /// The table of descriptors (`KCMP_FILES`).
+    Descriptors = 2,
+    /// Root, working directory and umask (`KCMP_FS`).
+    Directories = 3,
+}
+
+/// Whether two processes have this in common.
+pub fn has_in_common(pid: i32, other: i32, what: Common) -> io::Result<bool> {
+    kcmp(pid, other, what as i32, 0, 0)
+}
+
+fn kcmp(pid: i32, other: i32, what: i32, a: i32, b: i32) -> io::Result<bool> {
     // SAFETY: a plain system call without pointers.
-    let order = super::check(unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, a, b) })?;
+    let order = super::check(unsafe { libc::syscall(libc::SYS_kcmp, pid, other, what, a, b) })?;
     Ok(order == 0)
+}
+
+/// Who gets SIGIO for a descriptor: a pid, minus a process group's id, or 0 for nobody.
+pub fn signal_owner(descriptor: &OwnedFd) -> io::Result<i32> {
+    // SAFETY: a plain system call without pointers; the kernel's result for a group is negative, and no error.
+    let owner = unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_GETOWN) };
+    if owner == -1 { Err(io::Error::last_os_error()) } else { Ok(owner) }
 }
 
 /// Queues `info` (a whole `siginfo_t`) to thread `tid`, or to its process as a whole.

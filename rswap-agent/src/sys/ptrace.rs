@@ -3,7 +3,10 @@
 //! ptrace is bound to the tracing thread: everything on one tracee must come from the thread that
 //! seized it, and when that thread ends, the kernel lets its tracees go on.
 
-use std::io;
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -45,7 +48,7 @@ fn request(number: libc::c_uint, tid: i32, addr: usize, data: usize) -> io::Resu
 pub fn seize(tid: i32, follow: bool, kill_on_exit: bool) -> io::Result<()> {
     let mut options = 0;
     if follow {
-        options |= libc::PTRACE_O_TRACECLONE;
+        options |= libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK;
     }
     if kill_on_exit {
         options |= libc::PTRACE_O_EXITKILL;
@@ -79,7 +82,35 @@ pub enum Stop {
 /// Waits until `tid` stops.
 pub fn wait_stop(tid: i32) -> io::Result<Stop> {
     loop {
-        return match waitpid(Pid::from_raw(tid), Some(WaitPidFlag::__WALL)) {
+        if let Some(stop) = look_for_stop(tid, WaitPidFlag::__WALL)? {
+            return Ok(stop);
+        }
+    }
+}
+
+/// Waits until `tid` stops, but no longer than `limit`: a thread in an uninterruptible wait does not stop before that ends.
+pub fn wait_stop_within(tid: i32, limit: Duration) -> io::Result<Stop> {
+    let began = Instant::now();
+    let mut pause = Duration::from_micros(10);
+    loop {
+        if let Some(stop) = look_for_stop(tid, WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)? {
+            return Ok(stop);
+        }
+        if began.elapsed() > limit {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("it does not stop within {limit:?}"),
+            ));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(1));
+    }
+}
+
+fn look_for_stop(tid: i32, flags: WaitPidFlag) -> io::Result<Option<Stop>> {
+    loop {
+        let found = match waitpid(Pid::from_raw(tid), Some(flags)) {
+            Ok(WaitStatus::StillAlive) => return Ok(None),
             Ok(WaitStatus::PtraceEvent(_, _, event)) if event == libc::PTRACE_EVENT_STOP => Ok(Stop::Event),
             Ok(WaitStatus::PtraceEvent(..)) => Ok(Stop::Other),
             Ok(WaitStatus::Stopped(_, signal)) => Ok(Stop::Signal(signal as i32)),
@@ -88,6 +119,7 @@ pub fn wait_stop(tid: i32) -> io::Result<Stop> {
             Err(nix::errno::Errno::ECHILD) => Ok(Stop::Gone),
             Err(error) => Err(error.into()),
         };
+        return found.map(Some);
     }
 }
 

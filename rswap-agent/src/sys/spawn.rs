@@ -149,6 +149,13 @@ pub fn close_from(first: u32) {
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
 }
 
+/// Duplicates descriptor `from` as number `to`, which is closed first if it is open; it isn't close-on-exec. For a process
+/// that owns neither as an object.
+pub fn duplicate_as(from: std::os::fd::RawFd, to: std::os::fd::RawFd) -> io::Result<()> {
+    // SAFETY: a plain system call without pointers; the caller has no object that owns `to`.
+    super::check(unsafe { libc::dup2(from, to) }.into()).map(|_| ())
+}
+
 /// Takes over a descriptor that the parent process handed down by its number.
 pub fn inherited_descriptor(fd: std::os::fd::RawFd) -> std::os::fd::OwnedFd {
     // SAFETY: the number is on the command line that the parent made, which keeps the descriptor open for

@@ -1,14 +1,17 @@
-//! Takes the image of a stopped process.
+//! Takes the image of an instance whose processes are stopped.
 
 use std::fs;
 
 use super::{
-    TraceeError, descriptors,
-    image::{Credentials, MemoryMap, TaskImage, ThreadImage},
+    TraceeError,
+    descriptors::{self, Refused},
+    image::{Credentials, Descriptor, InstanceImage, MemoryMap, ProcessImage, TaskImage, ThreadImage},
     layout::{self, Layout, Mapping},
     read_proc,
     remote::Remote,
     stopped::StoppedProcess,
+    tree::{Member, Node},
+    unix::Peers,
 };
 use crate::sys::{
     process,
@@ -21,15 +24,51 @@ const ERESTARTNOINTR: i64 = -513;
 const ERESTARTNOHAND: i64 = -514;
 const ERESTART_RESTARTBLOCK: i64 = -516;
 
-/// Takes the image of `stopped`, whose mappings are `mappings`. What can't be carried is refused.
-pub fn capture(stopped: &StoppedProcess, mappings: Vec<Mapping>) -> Result<TaskImage, TraceeError> {
-    let pid = stopped.pid();
-    let (descriptors, refused) = descriptors::describe(pid)?;
-    if let Some(refused) = refused.first() {
-        let text =
-            format!("descriptor {} of process {pid}: {}: {}", refused.fd, refused.what, refused.remedy);
-        return Err(TraceeError::Unsupported(text));
+/// A living process of a frozen instance.
+#[derive(Clone, Copy, Debug)]
+pub struct Frozen<'a> {
+    /// Its number as an address space.
+    pub space: u32,
+    /// Its pids and its place in the tree.
+    pub member: Member,
+    /// Its threads, held still.
+    pub threads: &'a StoppedProcess,
+    /// Its mappings, without the kernel's own.
+    pub mappings: &'a [Mapping],
+}
+
+/// Takes the image of an instance whose processes are all in `frozen`, parents first. What can't be carried is refused.
+pub fn capture_instance(frozen: &[Frozen<'_>], zombies: Vec<Node>) -> Result<InstanceImage, TraceeError> {
+    let mut open = Vec::new();
+    let peers = Peers::of_process(frozen.first().map_or(0, |process| process.member.pid));
+    for process in frozen {
+        let pid = process.member.pid;
+        let (descriptors, refused) = descriptors::describe(pid, &peers, true)?;
+        refused.first().map_or(Ok(()), |refused| refuse(pid, refused))?;
+        open.push((pid, process.member.node.pid, descriptors));
     }
+    let lists: Vec<_> = open.iter().map(|(pid, _, list)| (*pid, list.as_slice())).collect();
+    descriptors::connected_outside(&lists).first().map_or(Ok(()), |(pid, refused)| refuse(*pid, refused))?;
+    descriptors::share(&mut open)?;
+    let mut processes = Vec::with_capacity(frozen.len());
+    for (process, (_, _, descriptors)) in frozen.iter().zip(open) {
+        let task = capture(process.threads, process.mappings.to_vec(), descriptors)?;
+        processes.push(ProcessImage { space: process.space, node: process.member.node, task });
+    }
+    Ok(InstanceImage { processes, zombies })
+}
+
+fn refuse(pid: i32, refused: &Refused) -> Result<(), TraceeError> {
+    let text = format!("descriptor {} of process {pid}: {}: {}", refused.fd, refused.what, refused.remedy);
+    Err(TraceeError::Unsupported(text))
+}
+
+fn capture(
+    stopped: &StoppedProcess,
+    mappings: Vec<Mapping>,
+    descriptors: Vec<Descriptor>,
+) -> Result<TaskImage, TraceeError> {
+    let pid = stopped.pid();
     let kernel_mappings = layout::read_mappings(pid)?.into_iter().filter(Mapping::is_kernels_own).collect();
     let status = Status::read(pid)?;
     let mut leader = Remote::new(pid)?;
@@ -47,7 +86,8 @@ pub fn capture(stopped: &StoppedProcess, mappings: Vec<Mapping>) -> Result<TaskI
         limits: limits(pid)?,
         oom_score_adj: read_proc(&format!("/proc/{pid}/oom_score_adj"))?.trim().parse().unwrap_or(0),
         dumpable: leader.call("prctl", libc::SYS_prctl, [libc::PR_GET_DUMPABLE as u64, 0, 0, 0, 0, 0])?,
-        child_subreaper: read_back(&mut leader, libc::PR_GET_CHILD_SUBREAPER as u64)?,
+        child_subreaper: read_back(&mut leader, libc::PR_GET_CHILD_SUBREAPER as u64)? != 0,
+        parent_death_signal: read_back(&mut leader, libc::PR_GET_PDEATHSIG as u64)?,
         signal_actions: signal_actions(&mut leader, &status)?,
         pending_signals: pending(pid, true)?,
         interval_timers: interval_timers(&mut leader)?,
@@ -191,7 +231,13 @@ impl Status {
         read_proc(&format!("/proc/{pid}/status")).map(Self)
     }
 
-    fn text(&self, name: &str) -> &str {
+    /// The last of a line's numbers.
+    pub(super) fn last_number(&self, name: &str) -> Option<i32> {
+        self.text(name).split_whitespace().last()?.parse().ok()
+    }
+
+    /// What follows a name.
+    pub(super) fn text(&self, name: &str) -> &str {
         self.0.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim()
     }
 
@@ -290,10 +336,10 @@ fn interval_timers(remote: &mut Remote) -> Result<Vec<[u8; 32]>, TraceeError> {
 }
 
 /// A prctl(2) that writes an int to the address that it is given.
-fn read_back(remote: &mut Remote, option: u64) -> Result<bool, TraceeError> {
+fn read_back(remote: &mut Remote, option: u64) -> Result<i32, TraceeError> {
     let at = remote.put(0, &[0; 4])?;
     remote.call("prctl", libc::SYS_prctl, [option, at, 0, 0, 0, 0])?;
-    Ok(i32::from_ne_bytes(remote.get(0)?) != 0)
+    Ok(i32::from_ne_bytes(remote.get(0)?))
 }
 
 fn pending(tid: i32, shared: bool) -> Result<Vec<Vec<u8>>, TraceeError> {

@@ -8,10 +8,14 @@ use super::{
     TraceeError,
     capture::{Status, link},
     descriptors,
-    image::{DescriptorKind, SocketState},
-    layout, read_proc,
+    image::{Descriptor, DescriptorKind, SocketState},
+    layout, read_proc, tree,
+    unix::Peers,
 };
-use crate::instance::Instance;
+use crate::{
+    instance::Instance,
+    sys::process::{Common, has_in_common},
+};
 
 /// How much a finding matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,13 +40,6 @@ pub struct Finding {
     pub severity: Severity,
 }
 
-/// The processes of an instance, without the init that rswap gave it.
-pub fn processes(instance: &Instance) -> Result<Vec<i32>, TraceeError> {
-    let text = read_proc(&instance.cgroup.join("cgroup.procs").to_string_lossy())?;
-    let pids = text.lines().filter_map(|line| line.parse().ok());
-    Ok(pids.filter(|pid| Some(*pid) != instance.init_pid).collect())
-}
-
 /// Everything of `instance` that a migration does not carry; nothing with [`Severity::Refused`] means that
 /// it can migrate.
 pub fn check(instance: &Instance) -> Result<Vec<Finding>, TraceeError> {
@@ -53,20 +50,72 @@ pub fn check(instance: &Instance) -> Result<Vec<Finding>, TraceeError> {
             "start it with `rswap run`: an adopted instance stays here",
         );
     }
-    let pids = processes(instance)?;
-    match pids.as_slice() {
-        [] => findings.refuse("no process", "it has ended"),
-        [_] => {}
-        more => {
-            let item = format!("{} processes: {more:?}", more.len());
-            findings.refuse(&item, "only instances of one process are carried in this version");
+    let listed = tree::listed(instance)?;
+    if listed.is_empty() {
+        findings.refuse("no process", "it has ended");
+    }
+    whole_tree(&mut findings, instance, &listed)?;
+    let peers = Peers::of_process(listed.first().copied().unwrap_or_default());
+    let mut open = Vec::new();
+    for &pid in &listed {
+        findings.pid = pid;
+        match process(&mut findings, &peers) {
+            Ok(descriptors) => open.push((pid, descriptors)),
+            // Ended meanwhile.
+            Err(_) if fs::metadata(format!("/proc/{pid}")).is_err() => {}
+            Err(error) => return Err(error),
         }
     }
-    for pid in pids {
+    let lists: Vec<_> = open.iter().map(|(pid, list)| (*pid, list.as_slice())).collect();
+    for (pid, refused) in descriptors::connected_outside(&lists) {
         findings.pid = pid;
-        process(&mut findings)?;
+        findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
     }
     Ok(findings.list)
+}
+
+/// What the processes are to each other.
+fn whole_tree(findings: &mut Findings, instance: &Instance, listed: &[i32]) -> Result<(), TraceeError> {
+    let below = fs::read_dir(&instance.cgroup).into_iter().flatten().flatten();
+    for entry in below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        let item = format!("a cgroup of its own making, {}", entry.file_name().to_string_lossy());
+        findings.refuse(&item, "cgroups below the instance's aren't carried in this version");
+    }
+    if instance.init_pid.is_none() {
+        return Ok(());
+    }
+    let members = tree::members(instance)?;
+    for &pid in listed.iter().filter(|&&pid| members.iter().all(|member| member.pid != pid)) {
+        // One that was made since the walk is no stranger.
+        if fs::metadata(format!("/proc/{pid}")).is_ok()
+            && tree::members(instance)?.iter().all(|m| m.pid != pid)
+        {
+            findings.pid = pid;
+            findings.refuse("a process from outside", "it was put into the instance's cgroup: take it out");
+        }
+    }
+    for (pid, reason) in tree::obstacles(&members) {
+        findings.pid = pid;
+        findings.refuse(&reason, "not carried in this version: restart what left it behind");
+    }
+    let living: Vec<i32> = members.iter().filter(|m| m.node.status.is_none()).map(|m| m.pid).collect();
+    for (at, &pid) in living.iter().enumerate() {
+        for &other in &living[..at] {
+            // Memory in common with its parent has every process for a moment, between vfork and execve.
+            for what in [Common::Descriptors, Common::Directories] {
+                // One that has ended meanwhile has nothing in common with anybody.
+                if has_in_common(pid, other, what).unwrap_or(false) {
+                    findings.pid = pid;
+                    let item = format!("{what:?} in common with process {other}").to_lowercase();
+                    findings.refuse(
+                        &item,
+                        "what clone(2) shares between processes isn't carried in this version",
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Refuses an instance that can't migrate, with everything that stands against it.
@@ -100,7 +149,8 @@ impl Findings {
     }
 }
 
-fn process(findings: &mut Findings) -> Result<(), TraceeError> {
+/// Looks at one process, and returns its descriptors.
+fn process(findings: &mut Findings, peers: &Peers) -> Result<Vec<Descriptor>, TraceeError> {
     let pid = findings.pid;
     let status = Status::read(pid)?;
     if status.number("TracerPid:").unwrap_or(0) != 0 {
@@ -131,11 +181,11 @@ fn process(findings: &mut Findings) -> Result<(), TraceeError> {
         }
     }
     memory(findings)?;
-    let (open, refused) = descriptors::describe(pid)?;
+    let (open, refused) = descriptors::describe(pid, peers, false)?;
     for refused in refused {
         findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
     }
-    for descriptor in open {
+    for descriptor in &open {
         if let DescriptorKind::Socket(socket) = &descriptor.kind
             && socket.state == SocketState::Disconnected
         {
@@ -144,7 +194,7 @@ fn process(findings: &mut Findings) -> Result<(), TraceeError> {
             findings.add(&item, reason, Severity::Lost);
         }
     }
-    Ok(())
+    Ok(open)
 }
 
 fn memory(findings: &mut Findings) -> Result<(), TraceeError> {
@@ -153,8 +203,12 @@ fn memory(findings: &mut Findings) -> Result<(), TraceeError> {
         if mapping.is_kernels_own() {
             continue;
         }
-        if mapping.shared && !mapping.is_read_only_file() {
-            findings.refuse(&item, "shared memory isn't carried in this version");
+        if mapping.is_shared_memory() && mapping.name.starts_with("/SYSV") {
+            findings.refuse(&item, "SysV shared memory isn't carried in this version");
+        } else if mapping.is_shared_memory() {
+            // Whole objects are carried.
+        } else if mapping.shared && !mapping.is_read_only_file() {
+            findings.refuse(&item, "files that are written through a mapping aren't carried in this version");
         } else if mapping.is_file() && mapping.name.ends_with(" (deleted)") {
             findings.refuse(&item, "its file was deleted: restart the program");
         } else if mapping.is_file() && fs::metadata(&mapping.name).is_err() {

@@ -1,7 +1,7 @@
 //! Open files: what they are, and how they are made again.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fs,
     io::Write,
     os::{
@@ -12,9 +12,12 @@ use std::{
 
 use super::{
     TraceeError,
-    image::{Descriptor, DescriptorKind, SocketImage, SocketState},
+    capture::Status,
+    image::{Descriptor, DescriptorKind, SocketImage, SocketState, UnixImage},
+    link::{Link, STUB_END},
     read_proc,
     remote::Remote,
+    unix::{self, Peers},
 };
 use crate::sys::{process, socket, timer};
 
@@ -54,8 +57,12 @@ pub struct Refused {
 }
 
 /// All open files of process `pid`, and those that can't be carried. Touches nothing; the answer is only
-/// consistent when the process is stopped.
-pub fn describe(pid: i32) -> Result<(Vec<Descriptor>, Vec<Refused>), TraceeError> {
+/// consistent when the process is stopped. With `contents`, what waits in pipes and sockets is read as well.
+pub fn describe(
+    pid: i32,
+    peers: &Peers,
+    contents: bool,
+) -> Result<(Vec<Descriptor>, Vec<Refused>), TraceeError> {
     let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
     let mut descriptors: Vec<Descriptor> = Vec::new();
     let mut refused = Vec::new();
@@ -67,13 +74,76 @@ pub fn describe(pid: i32) -> Result<(Vec<Descriptor>, Vec<Refused>), TraceeError
             same.numbers.push((fd, close_on_exec));
             continue;
         }
-        match info.kind(&pidfd, pid, fd)? {
-            Ok(kind) => descriptors.push(Descriptor { numbers: vec![(fd, close_on_exec)], flags, kind }),
+        let owner = match flags & libc::O_ASYNC {
+            0 => 0,
+            _ => owner(&pidfd, pid, fd)?,
+        };
+        let look = Look { pidfd: &pidfd, pid, fd, peers, contents };
+        match info.kind(&look)? {
+            Ok(kind) => {
+                descriptors.push(Descriptor { numbers: vec![(fd, close_on_exec)], flags, owner, kind });
+            }
             Err((what, remedy)) => refused.push(Refused { fd, what, remedy }),
         }
     }
-    refuse_open_ended_pipes(&descriptors, &mut refused);
     Ok((descriptors, refused))
+}
+
+/// Where and how to look at one descriptor.
+struct Look<'a> {
+    pidfd: &'a OwnedFd,
+    pid: i32,
+    fd: RawFd,
+    peers: &'a Peers,
+    contents: bool,
+}
+
+impl Look<'_> {
+    /// Our duplicate of it.
+    fn ours(&self) -> Result<OwnedFd, TraceeError> {
+        process::pidfd_getfd(self.pidfd, self.fd).map_err(TraceeError::call("pidfd_getfd", self.pid))
+    }
+}
+
+/// Who gets SIGIO for a descriptor, as a pid in its own PID namespace.
+fn owner(pidfd: &OwnedFd, pid: i32, fd: RawFd) -> Result<i32, TraceeError> {
+    let ours = process::pidfd_getfd(pidfd, fd).map_err(TraceeError::call("pidfd_getfd", pid))?;
+    let owner = process::signal_owner(&ours).map_err(TraceeError::call("F_GETOWN", pid))?;
+    if owner == 0 {
+        return Ok(0);
+    }
+    // One that has ended gets no signals.
+    let Ok(status) = Status::read(owner.abs()) else { return Ok(0) };
+    Ok(status.last_number("NSpid:").unwrap_or(0) * owner.signum())
+}
+
+/// Marks descriptors that are the same description as one of an earlier process. `processes`: the pid that the agent
+/// sees, the pid inside, and the descriptors.
+pub fn share(processes: &mut [(i32, i32, Vec<Descriptor>)]) -> Result<(), TraceeError> {
+    let mut known: BTreeMap<(String, i32), Vec<(i32, i32, RawFd)>> = BTreeMap::new();
+    for (pid, inner, descriptors) in processes {
+        for descriptor in descriptors {
+            let number = descriptor.numbers[0].0;
+            // Only what looks alike can be the same, and comparing costs a system call.
+            let path = format!("/proc/{pid}/fd/{number}");
+            let target =
+                fs::read_link(&path).map_err(TraceeError::proc(path))?.to_string_lossy().into_owned();
+            let alike = known.entry((target, descriptor.flags)).or_default();
+            let mut same = None;
+            for &(other, other_inner, other_number) in alike.iter().filter(|(other, ..)| other != pid) {
+                let compared = process::same_description_of(*pid, number, other, other_number);
+                if compared.map_err(TraceeError::call("kcmp", *pid))? {
+                    same = Some((other_inner, other_number));
+                    break;
+                }
+            }
+            match same {
+                Some((pid, number)) => descriptor.kind = DescriptorKind::Shared { pid, number },
+                None => alike.push((*pid, *inner, number)),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The descriptor numbers of `pid`, ascending.
@@ -102,28 +172,43 @@ fn shared_with(
     Ok(None)
 }
 
-/// A pipe is carried when exactly its two ends are here; else the other end is somebody else's.
-fn refuse_open_ended_pipes(descriptors: &[Descriptor], refused: &mut Vec<Refused>) {
-    let mut ends: BTreeMap<u64, (usize, usize)> = BTreeMap::new();
+/// What is connected to something outside of the instance: (pid, descriptor). `processes`: pids that the agent sees, with
+/// their descriptors.
+pub fn connected_outside(processes: &[(i32, &[Descriptor])]) -> Vec<(i32, Refused)> {
+    let mut pipes: BTreeMap<u64, (bool, bool)> = BTreeMap::new();
+    let mut sockets = BTreeSet::new();
     let pipe = |descriptor: &Descriptor| match descriptor.kind {
         DescriptorKind::Pipe { inode, .. } => Some((inode, descriptor.flags & libc::O_ACCMODE)),
         _ => None,
     };
-    for (inode, access) in descriptors.iter().filter_map(pipe) {
-        let (reads, writes) = ends.entry(inode).or_default();
-        *(if access == libc::O_RDONLY { reads } else { writes }) += 1;
-    }
-    for descriptor in descriptors {
-        if let Some((inode, _)) = pipe(descriptor)
-            && ends[&inode] != (1, 1)
-        {
-            refused.push(Refused {
-                fd: descriptor.numbers[0].0,
-                what: "a pipe whose other end is outside the process".into(),
-                remedy: "start the instance with --detach, or with its input and output redirected to files",
-            });
+    let all =
+        || processes.iter().flat_map(|(pid, list)| list.iter().map(move |descriptor| (*pid, descriptor)));
+    for (_, descriptor) in all() {
+        if let Some((inode, access)) = pipe(descriptor) {
+            let (read, written) = pipes.entry(inode).or_default();
+            *read |= access != libc::O_WRONLY;
+            *written |= access != libc::O_RDONLY;
+        }
+        if let DescriptorKind::UnixPair(image) = &descriptor.kind {
+            sockets.insert(image.inode);
         }
     }
+    let refused = all().filter_map(|(pid, descriptor)| {
+        let what = match &descriptor.kind {
+            DescriptorKind::Pipe { inode, .. } if pipes[inode] != (true, true) => "a pipe",
+            DescriptorKind::UnixPair(image) if image.peer != 0 && !sockets.contains(&image.peer) => {
+                "a unix socket"
+            }
+            _ => return None,
+        };
+        let refused = Refused {
+            fd: descriptor.numbers[0].0,
+            what: format!("{what} whose other end is outside the instance"),
+            remedy: "start the instance with --detach, or with its input and output redirected to files",
+        };
+        Some((pid, refused))
+    });
+    refused.collect()
 }
 
 /// What `/proc/PID/fd` and `/proc/PID/fdinfo` tell of one descriptor.
@@ -149,12 +234,10 @@ impl Info {
         Ok(Some(Self { target: target.to_string_lossy().into_owned(), flags, position, text }))
     }
 
-    fn kind(&self, pidfd: &OwnedFd, pid: i32, fd: RawFd) -> Result<Kind, TraceeError> {
-        let ours = || process::pidfd_getfd(pidfd, fd).map_err(TraceeError::call("pidfd_getfd", pid));
+    fn kind(&self, look: &Look<'_>) -> Result<Kind, TraceeError> {
+        let Look { pid, fd, .. } = *look;
+        let ours = || look.ours();
         let number = |name, radix| field(&self.text, name).and_then(|v| u64::from_str_radix(v, radix).ok());
-        if self.flags & libc::O_ASYNC != 0 {
-            return Ok(Err((format!("{} with O_ASYNC", self.target), "not carried in this version")));
-        }
         Ok(match self.target.as_str() {
             target if target.starts_with('/') => self.file(pid, fd),
             target if target.starts_with("pipe:") => {
@@ -165,7 +248,7 @@ impl Info {
                 let capacity = nix::fcntl::fcntl(&pipe, nix::fcntl::FcntlArg::F_GETPIPE_SZ)
                     .map_err(|error| TraceeError::call("F_GETPIPE_SZ", pid)(error.into()))?;
                 let reads = self.flags & libc::O_ACCMODE == libc::O_RDONLY;
-                let queued = if reads {
+                let queued = if reads && look.contents {
                     socket::peek_pipe(&pipe, PIPE_LIMIT)
                         .map_err(TraceeError::call("reading a pipe's contents", pid))?
                 } else {
@@ -173,7 +256,7 @@ impl Info {
                 };
                 Ok(DescriptorKind::Pipe { inode, queued, capacity })
             }
-            target if target.starts_with("socket:") => describe_socket(&ours()?, pid)?,
+            target if target.starts_with("socket:") => describe_socket(&ours()?, look)?,
             "anon_inode:[eventfd]" => match number("eventfd-count:", 16) {
                 Some(count) => Ok(DescriptorKind::Event {
                     count,
@@ -246,13 +329,18 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
 
-fn describe_socket(ours: &OwnedFd, pid: i32) -> Result<Kind, TraceeError> {
+fn describe_socket(ours: &OwnedFd, look: &Look<'_>) -> Result<Kind, TraceeError> {
+    let pid = look.pid;
     let get = |name| {
         socket::option(ours, libc::SOL_SOCKET, name).map_err(TraceeError::call("getsockopt of a socket", pid))
     };
     let (domain, kind) = (get(libc::SO_DOMAIN)?, get(libc::SO_TYPE)?);
     if domain == libc::AF_UNIX {
-        return Ok(Err(("a unix socket".into(), "unix sockets aren't carried in this version")));
+        let inode = nix::sys::stat::fstat(ours)
+            .map_err(|error| TraceeError::call("fstat of a socket", pid)(error.into()))?
+            .st_ino;
+        let described = unix::describe(ours, inode, look.peers, look.contents)?;
+        return Ok(described.map(DescriptorKind::UnixPair));
     }
     if (domain != libc::AF_INET && domain != libc::AF_INET6) || kind != libc::SOCK_STREAM {
         let what = format!("a socket of family {domain} and type {kind}");
@@ -276,35 +364,179 @@ fn describe_socket(ours: &OwnedFd, pid: i32) -> Result<Kind, TraceeError> {
     Ok(Ok(DescriptorKind::Socket(SocketImage { domain, kind, options, local, state })))
 }
 
-/// Makes the descriptors in the stub behind `remote`, which has none open.
-pub fn restore(remote: &mut Remote, descriptors: &[Descriptor]) -> Result<(), TraceeError> {
-    let mut pipes: BTreeMap<u64, [RawFd; 2]> = BTreeMap::new();
-    let (epolls, others): (Vec<_>, Vec<_>) =
-        descriptors.iter().partition(|descriptor| matches!(descriptor.kind, DescriptorKind::Epoll { .. }));
-    // The numbers that the pipes' other ends wait under must not be wanted by anybody.
-    let spare = descriptors.iter().flat_map(|d| &d.numbers).map(|(fd, _)| fd + 1).max().unwrap_or(0).max(3);
-    for descriptor in &others {
-        let made = make(remote, descriptor, &mut pipes, spare)?;
-        place(remote, made, descriptor)?;
+/// Makes an instance's descriptors in its stubs, process by process.
+pub struct Restorer<'a> {
+    link: &'a Link,
+    /// The stubs by their pid inside; the value is the pid that the agent sees.
+    stubs: &'a BTreeMap<i32, i32>,
+    /// Read and write end of the pipes made so far, by the source's inode.
+    pipes: BTreeMap<u64, [OwnedFd; 2]>,
+    /// Unix sockets made so far, by the source's inode.
+    sockets: BTreeMap<u64, OwnedFd>,
+}
+
+impl<'a> Restorer<'a> {
+    /// For the stubs behind `link`.
+    pub fn new(link: &'a Link, stubs: &'a BTreeMap<i32, i32>) -> Self {
+        Self { link, stubs, pipes: BTreeMap::new(), sockets: BTreeMap::new() }
     }
-    // An epoll may watch any other, so they all must be there first.
-    for descriptor in &epolls {
-        let made = remote.call("epoll_create1", libc::SYS_epoll_create1, [0; 6])?;
-        place(remote, made as RawFd, descriptor)?;
+
+    /// Makes the descriptors of one process in the stub behind `remote`, which has none open but its end of the link.
+    pub fn restore(&mut self, remote: &mut Remote, descriptors: &[Descriptor]) -> Result<(), TraceeError> {
+        let (epolls, others): (Vec<_>, Vec<_>) = descriptors
+            .iter()
+            .partition(|descriptor| matches!(descriptor.kind, DescriptorKind::Epoll { .. }));
+        // Where the link waits must not be wanted by anybody.
+        let end = descriptors.iter().flat_map(|d| &d.numbers).map(|(fd, _)| fd + 1).max().unwrap_or(0).max(4);
+        let cloexec = libc::O_CLOEXEC as u64;
+        remote.call("dup3", libc::SYS_dup3, [STUB_END as u64, end as u64, cloexec, 0, 0, 0])?;
+        remote.call("close", libc::SYS_close, [STUB_END as u64, 0, 0, 0, 0, 0])?;
+        for descriptor in &others {
+            let made = self.make(remote, descriptor, end)?;
+            place(remote, made, descriptor)?;
+        }
+        // An epoll may watch any other, so they all must be there first.
+        for descriptor in &epolls {
+            let made = remote.call("epoll_create1", libc::SYS_epoll_create1, [0; 6])?;
+            place(remote, made as RawFd, descriptor)?;
+        }
+        for descriptor in &epolls {
+            let DescriptorKind::Epoll { watched } = &descriptor.kind else { continue };
+            let epoll = descriptor.numbers[0].0 as u64;
+            for &(fd, events, data) in watched {
+                let mut event = [0; 12];
+                event[..4].copy_from_slice(&events.to_ne_bytes());
+                event[4..].copy_from_slice(&data.to_ne_bytes());
+                let at = remote.put(0, &event)?;
+                let add = libc::EPOLL_CTL_ADD as u64;
+                remote.call("epoll_ctl", libc::SYS_epoll_ctl, [epoll, add, fd as u64, at, 0, 0])?;
+            }
+        }
+        remote.call("close", libc::SYS_close, [end as u64, 0, 0, 0, 0, 0])?;
+        Ok(())
     }
-    for descriptor in &epolls {
-        let DescriptorKind::Epoll { watched } = &descriptor.kind else { continue };
-        let epoll = descriptor.numbers[0].0 as u64;
-        for &(fd, events, data) in watched {
-            let mut event = [0; 12];
-            event[..4].copy_from_slice(&events.to_ne_bytes());
-            event[4..].copy_from_slice(&data.to_ne_bytes());
-            let at = remote.put(0, &event)?;
-            let add = libc::EPOLL_CTL_ADD as u64;
-            remote.call("epoll_ctl", libc::SYS_epoll_ctl, [epoll, add, fd as u64, at, 0, 0])?;
+
+    /// Makes one description and returns its number in the stub, whose end of the link is `end`.
+    fn make(
+        &mut self,
+        remote: &mut Remote,
+        descriptor: &Descriptor,
+        end: RawFd,
+    ) -> Result<RawFd, TraceeError> {
+        let pid = remote.tid();
+        let made = match &descriptor.kind {
+            DescriptorKind::File { path, position, size } => {
+                open(remote, path, descriptor.flags, *position, *size)? as u64
+            }
+            DescriptorKind::Shared { pid: holder, number } => {
+                let damaged = || TraceeError::Unsupported(format!("the image has no process {holder}"));
+                let stub = *self.stubs.get(holder).ok_or_else(damaged)?;
+                let pidfd = process::pidfd_open(stub).map_err(TraceeError::call("pidfd_open", stub))?;
+                let ours = process::pidfd_getfd(&pidfd, *number)
+                    .map_err(TraceeError::call("taking a shared descriptor", stub))?;
+                self.link.give(remote, end, &ours)? as u64
+            }
+            DescriptorKind::Pipe { inode, queued, capacity } => {
+                let reads = descriptor.flags & libc::O_ACCMODE == libc::O_RDONLY;
+                let ends = match self.pipes.entry(*inode) {
+                    Entry::Occupied(made) => made.into_mut(),
+                    Entry::Vacant(missing) => {
+                        let made = make_pipe(*capacity).map_err(TraceeError::call("making a pipe", pid))?;
+                        missing.insert(made)
+                    }
+                };
+                if !queued.is_empty() {
+                    nix::unistd::write(&ends[1], queued)
+                        .ok()
+                        .filter(|written| *written == queued.len())
+                        .ok_or_else(|| TraceeError::Unsupported("a pipe could not be filled again".into()))?;
+                }
+                self.link.give(remote, end, &ends[usize::from(!reads)])? as u64
+            }
+            DescriptorKind::Event { count, semaphore } => {
+                let flags = if *semaphore { libc::EFD_SEMAPHORE } else { 0 } as u64;
+                // The initial count of eventfd2 has 32 bits; the rest is added by a write.
+                let made = remote.call("eventfd2", libc::SYS_eventfd2, [0, flags, 0, 0, 0, 0])?;
+                if *count > 0 {
+                    fs::File::from(remote.share_descriptor(made as RawFd)?)
+                        .write_all(&count.to_ne_bytes())
+                        .map_err(TraceeError::call("setting an eventfd", pid))?;
+                }
+                made
+            }
+            DescriptorKind::Timer { clock, spec, ticks } => {
+                let made = remote.call(
+                    "timerfd_create",
+                    libc::SYS_timerfd_create,
+                    [*clock as u64, 0, 0, 0, 0, 0],
+                )?;
+                let at = remote.put(0, &spec.map(i64::to_ne_bytes).concat())?;
+                remote.call("timerfd_settime", libc::SYS_timerfd_settime, [made, 0, at, 0, 0, 0])?;
+                if *ticks > 0 {
+                    let what = "setting a timer's expirations (CONFIG_CHECKPOINT_RESTORE)";
+                    timer::set_ticks(&remote.share_descriptor(made as RawFd)?, *ticks)
+                        .map_err(TraceeError::call(what, pid))?;
+                }
+                made
+            }
+            DescriptorKind::Signal { mask } => {
+                let at = remote.put(0, &mask.to_ne_bytes())?;
+                remote.call("signalfd4", libc::SYS_signalfd4, [!0, at, 8, 0, 0, 0])?
+            }
+            DescriptorKind::Socket(image) => {
+                let args = [image.domain as u64, image.kind as u64, 0, 0, 0, 0];
+                let made = remote.call("socket", libc::SYS_socket, args)?;
+                restore_socket(&remote.share_descriptor(made as RawFd)?, image)
+                    .map_err(TraceeError::call("restoring a socket", pid))?;
+                made
+            }
+            DescriptorKind::UnixPair(image) => self.make_unix(remote, image, end)? as u64,
+            DescriptorKind::Epoll { .. } => remote.call("epoll_create1", libc::SYS_epoll_create1, [0; 6])?,
+        };
+        Ok(made as RawFd)
+    }
+
+    /// The pair is made in the stub of the process that has the first of its ends, so that the kernel knows it as the
+    /// program's.
+    fn make_unix(
+        &mut self,
+        remote: &mut Remote,
+        image: &UnixImage,
+        end: RawFd,
+    ) -> Result<RawFd, TraceeError> {
+        let pid = remote.tid();
+        let mut made = None;
+        if !self.sockets.contains_key(&image.inode) {
+            let at = remote.put(0, &[0; 8])?;
+            let args = [libc::AF_UNIX as u64, image.kind as u64, 0, at, 0, 0];
+            remote.call("socketpair", libc::SYS_socketpair, args)?;
+            let numbers: [u8; 8] = remote.get(0)?;
+            let number = |at: usize| {
+                i32::from_ne_bytes([numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3]])
+            };
+            self.sockets.insert(image.inode, remote.share_descriptor(number(0))?);
+            self.sockets.insert(image.peer, remote.take_descriptor(number(4))?);
+            made = Some(number(0));
+        }
+        if let Some(peer) = self.sockets.get(&image.peer) {
+            unix::fill(peer, &image.queued).map_err(TraceeError::call("filling a unix socket", pid))?;
+        }
+        if image.peer == 0 {
+            // Closed at the source: the program reads what is queued, and then the end.
+            self.sockets.remove(&0);
+        }
+        let ours = self.sockets.get(&image.inode);
+        let ours =
+            ours.ok_or_else(|| TraceeError::Unsupported("the image's unix sockets are damaged".into()))?;
+        for &(level, name, value) in &image.options {
+            socket::set_option(ours, level, name, value)
+                .map_err(TraceeError::call("setting a unix socket's options", pid))?;
+        }
+        match made {
+            Some(number) => Ok(number),
+            None => self.link.give(remote, end, ours),
         }
     }
-    Ok(())
 }
 
 /// Moves a new descriptor to its numbers and sets what the description has besides.
@@ -324,76 +556,27 @@ fn place(remote: &mut Remote, made: RawFd, descriptor: &Descriptor) -> Result<()
     if !stays {
         remote.call("close", libc::SYS_close, [made as u64, 0, 0, 0, 0, 0])?;
     }
-    if !matches!(descriptor.kind, DescriptorKind::File { .. }) {
-        let number = descriptor.numbers[0].0 as u64;
-        let args = [number, libc::F_SETFL as u64, descriptor.flags as u64, 0, 0, 0];
-        remote.call("fcntl", libc::SYS_fcntl, args)?;
+    let number = descriptor.numbers[0].0 as u64;
+    match descriptor.kind {
+        // Opened with its flags, or made and set already.
+        DescriptorKind::File { .. } | DescriptorKind::Shared { .. } => {}
+        _ => {
+            if descriptor.owner != 0 {
+                let args = [number, libc::F_SETOWN as u64, descriptor.owner as u64, 0, 0, 0];
+                remote.call("fcntl", libc::SYS_fcntl, args)?;
+            }
+            let args = [number, libc::F_SETFL as u64, descriptor.flags as u64, 0, 0, 0];
+            remote.call("fcntl", libc::SYS_fcntl, args)?;
+        }
     }
     Ok(())
 }
 
-/// Makes one description and returns its number in the stub.
-fn make(
-    remote: &mut Remote,
-    descriptor: &Descriptor,
-    pipes: &mut BTreeMap<u64, [RawFd; 2]>,
-    spare: RawFd,
-) -> Result<RawFd, TraceeError> {
-    let pid = remote.tid();
-    let made = match &descriptor.kind {
-        DescriptorKind::File { path, position, size } => {
-            open(remote, path, descriptor.flags, *position, *size)? as u64
-        }
-        DescriptorKind::Pipe { inode, queued, capacity } => {
-            let reads = descriptor.flags & libc::O_ACCMODE == libc::O_RDONLY;
-            let ends = match pipes.get(inode) {
-                Some(&ends) => ends,
-                None => make_pipe(remote, *capacity, spare + 2 * pipes.len() as RawFd)?,
-            };
-            pipes.insert(*inode, ends);
-            if !queued.is_empty() {
-                let writer = remote.share_descriptor(ends[1])?;
-                fs::File::from(writer).write_all(queued).map_err(TraceeError::call("filling a pipe", pid))?;
-            }
-            ends[usize::from(!reads)] as u64
-        }
-        DescriptorKind::Event { count, semaphore } => {
-            let flags = if *semaphore { libc::EFD_SEMAPHORE } else { 0 } as u64;
-            // The initial count of eventfd2 has 32 bits; the rest is added by a write.
-            let made = remote.call("eventfd2", libc::SYS_eventfd2, [0, flags, 0, 0, 0, 0])?;
-            if *count > 0 {
-                fs::File::from(remote.share_descriptor(made as RawFd)?)
-                    .write_all(&count.to_ne_bytes())
-                    .map_err(TraceeError::call("setting an eventfd", pid))?;
-            }
-            made
-        }
-        DescriptorKind::Timer { clock, spec, ticks } => {
-            let made =
-                remote.call("timerfd_create", libc::SYS_timerfd_create, [*clock as u64, 0, 0, 0, 0, 0])?;
-            let at = remote.put(0, &spec.map(i64::to_ne_bytes).concat())?;
-            remote.call("timerfd_settime", libc::SYS_timerfd_settime, [made, 0, at, 0, 0, 0])?;
-            if *ticks > 0 {
-                timer::set_ticks(&remote.share_descriptor(made as RawFd)?, *ticks).map_err(
-                    TraceeError::call("setting a timer's expirations (CONFIG_CHECKPOINT_RESTORE)", pid),
-                )?;
-            }
-            made
-        }
-        DescriptorKind::Signal { mask } => {
-            let at = remote.put(0, &mask.to_ne_bytes())?;
-            remote.call("signalfd4", libc::SYS_signalfd4, [!0, at, 8, 0, 0, 0])?
-        }
-        DescriptorKind::Socket(image) => {
-            let args = [image.domain as u64, image.kind as u64, 0, 0, 0, 0];
-            let made = remote.call("socket", libc::SYS_socket, args)?;
-            restore_socket(&remote.share_descriptor(made as RawFd)?, image)
-                .map_err(TraceeError::call("restoring a socket", pid))?;
-            made
-        }
-        DescriptorKind::Epoll { .. } => remote.call("epoll_create1", libc::SYS_epoll_create1, [0; 6])?,
-    };
-    Ok(made as RawFd)
+/// Makes a pipe of `capacity` bytes: its read end and its write end.
+fn make_pipe(capacity: i32) -> std::io::Result<[OwnedFd; 2]> {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(capacity))?;
+    Ok([reader, writer])
 }
 
 fn open(
@@ -422,22 +605,6 @@ fn open(
         }
     }
     Ok(made as RawFd)
-}
-
-/// Makes a pipe whose ends wait under `spare` and `spare + 1` until they are placed.
-fn make_pipe(remote: &mut Remote, capacity: i32, spare: RawFd) -> Result<[RawFd; 2], TraceeError> {
-    let at = remote.put(0, &[0; 8])?;
-    remote.call("pipe2", libc::SYS_pipe2, [at, 0, 0, 0, 0, 0])?;
-    let made: [u8; 8] = remote.get(0)?;
-    let number = |at: usize| i32::from_ne_bytes([made[at], made[at + 1], made[at + 2], made[at + 3]]);
-    let ends = [spare, spare + 1];
-    for (from, to) in [(number(0), ends[0]), (number(4), ends[1])] {
-        remote.call("dup3", libc::SYS_dup3, [from as u64, to as u64, libc::O_CLOEXEC as u64, 0, 0, 0])?;
-        remote.call("close", libc::SYS_close, [from as u64, 0, 0, 0, 0, 0])?;
-    }
-    let size = [ends[1] as u64, libc::F_SETPIPE_SZ as u64, capacity as u64, 0, 0, 0];
-    remote.call("fcntl", libc::SYS_fcntl, size)?;
-    Ok(ends)
 }
 
 fn restore_socket(ours: &OwnedFd, image: &SocketImage) -> std::io::Result<()> {

@@ -1,12 +1,32 @@
-//! What a process is besides its memory: everything that [`super::capture`] takes and
+//! What an instance is besides its memory: everything that [`super::capture`] takes and
 //! [`super::rebuild`] puts back.
 //!
 //! Pids and tids here are those of the instance's own PID namespace: they stay the same.
 
 use serde::{Deserialize, Serialize};
 
-use super::layout::Layout;
+use super::{layout::Layout, tree::Node};
 use crate::sys::ptrace::RseqConfiguration;
+
+/// A frozen instance.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct InstanceImage {
+    /// Its living processes, parents before their children.
+    pub processes: Vec<ProcessImage>,
+    /// Its zombies.
+    pub zombies: Vec<Node>,
+}
+
+/// One living process of an instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProcessImage {
+    /// Its number as an address space.
+    pub space: u32,
+    /// Its place among the others.
+    pub node: Node,
+    /// The process itself.
+    pub task: TaskImage,
+}
 
 /// One frozen process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +55,8 @@ pub struct TaskImage {
     pub dumpable: u64,
     /// `PR_GET_CHILD_SUBREAPER`.
     pub child_subreaper: bool,
+    /// `PR_GET_PDEATHSIG`: the signal for when its parent ends, 0 for none.
+    pub parent_death_signal: i32,
     /// Kernel `struct sigaction` of each signal that isn't as at the beginning: (signal, bytes).
     pub signal_actions: Vec<(i32, [u8; 32])>,
     /// Signals queued to the process: whole `siginfo_t`s.
@@ -104,6 +126,8 @@ pub struct Descriptor {
     pub numbers: Vec<(i32, bool)>,
     /// `F_GETFL`.
     pub flags: i32,
+    /// Who gets SIGIO, with `O_ASYNC`: a process's pid in the instance's namespace, or minus a group's; 0 for nobody.
+    pub owner: i32,
     /// What it is.
     pub kind: DescriptorKind,
 }
@@ -119,6 +143,13 @@ pub enum DescriptorKind {
         position: i64,
         /// The length of a regular file, in bytes: the destination's must be the same.
         size: Option<u64>,
+    },
+    /// The same description as this descriptor of a process that comes before this one.
+    Shared {
+        /// Its pid in the instance's namespace.
+        pid: i32,
+        /// The descriptor's number there.
+        number: i32,
     },
     /// One end of a pipe whose other end is in the instance, too.
     Pipe {
@@ -157,6 +188,23 @@ pub enum DescriptorKind {
     },
     /// A TCP or UDP socket.
     Socket(SocketImage),
+    /// One of the two sockets of a pair of unix sockets without names.
+    UnixPair(UnixImage),
+}
+
+/// One end of a pair of unix sockets without names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnixImage {
+    /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
+    pub kind: i32,
+    /// Its inode at the source.
+    pub inode: u64,
+    /// The other end's; 0 when that is closed.
+    pub peer: u64,
+    /// What waits to be read here: one entry per message, or one for all of a stream's bytes.
+    pub queued: Vec<Vec<u8>>,
+    /// Options as (level, name, value).
+    pub options: Vec<(i32, i32, i32)>,
 }
 
 /// A socket of the internet families.

@@ -1,8 +1,10 @@
 //! An address space's mappings, and how to turn one layout into another.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use super::{TraceeError, read_proc};
+use super::{TraceeError, objects::SharedObject, read_proc, tree::Node};
 
 /// One mapping, as `/proc/PID/maps` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,13 @@ impl Mapping {
     /// Backed by a file.
     pub fn is_file(&self) -> bool {
         self.inode != 0
+    }
+
+    /// Memory that is shared through the kernel alone: anonymous, memfd, SysV.
+    pub fn is_shared_memory(&self) -> bool {
+        let nameless =
+            ["/dev/zero (deleted)", "/memfd:", "/SYSV"].iter().any(|name| self.name.starts_with(name));
+        self.shared && self.inode != 0 && nameless
     }
 
     /// A file's contents as they are: the destination's file serves as well.
@@ -74,6 +83,30 @@ pub struct Layout {
     pub mappings: Vec<Mapping>,
     /// Transparent huge pages are switched off for the process (`PR_SET_THP_DISABLE`).
     pub huge_pages_off: bool,
+}
+
+/// The address spaces of an instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceLayout {
+    /// Its living processes, parents before their children.
+    pub processes: Vec<ProcessLayout>,
+    /// The memory that they share.
+    pub objects: Vec<SharedObject>,
+    /// Digest of each file that is mapped, by path: the destination's must be the same.
+    pub files: BTreeMap<String, u128>,
+}
+
+/// The address space of one process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessLayout {
+    /// Its number.
+    pub space: u32,
+    /// Whose it is.
+    pub node: Node,
+    /// The kernel's own mappings, to be laid out alike.
+    pub kernel_mappings: Vec<Mapping>,
+    /// All others.
+    pub layout: Layout,
 }
 
 /// One step from a layout to another.

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! source                                   destination
-//!   check    what can't be carried           stub      a process with the right pid and nothing in it
-//!   tracker  what was written                space     mappings as the source has them
+//!   check    what can't be carried           link      a socket by which stubs are given descriptors
+//!   tree     who is whose child              space     a stub with the right pid, and mappings as the source has them
+//!   tracker  what was written                objects   shared memory
 //!   stopped  every thread held still         rebuild   descriptors, credentials, threads, registers
-//!   capture  -> image::TaskImage  ------------------>
+//!   capture  -> image::InstanceImage  ------------->
 //! ```
 //!
 //! All of it works by ptrace and by system calls run inside the tracee ([`remote`]); no code is put
@@ -16,11 +17,15 @@ pub mod check;
 pub mod descriptors;
 pub mod image;
 pub mod layout;
+pub mod link;
+pub mod objects;
 pub mod rebuild;
 pub mod remote;
 pub mod space;
 pub mod stopped;
 pub mod tracker;
+pub mod tree;
+pub mod unix;
 
 use std::io;
 

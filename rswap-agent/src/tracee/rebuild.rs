@@ -6,7 +6,7 @@
 use super::{
     TraceeError,
     capture::{Status, limits, registers_from_bytes},
-    descriptors,
+    descriptors::Restorer,
     image::{Credentials, TaskImage, ThreadImage},
     remote::Remote,
     space::Space,
@@ -14,14 +14,14 @@ use super::{
 };
 use crate::sys::{process, ptrace, ptrace::Stop, spawn::CloneArgs};
 
-/// A process that is ready to run, every thread stopped.
-#[derive(Debug)]
+/// Processes that are ready to run, every thread stopped.
+#[derive(Debug, Default)]
 pub struct Rebuilt {
     tids: Vec<i32>,
 }
 
 impl Rebuilt {
-    /// Lets it run. From here on it no longer dies with its tracer.
+    /// Lets them run. From here on they no longer die with their tracer.
     pub fn release(self) -> Result<(), TraceeError> {
         for &tid in &self.tids {
             ptrace::clear_options(tid).map_err(TraceeError::call("PTRACE_SETOPTIONS", tid))?;
@@ -33,12 +33,23 @@ impl Rebuilt {
     }
 }
 
+impl Rebuilt {
+    /// Takes in the threads of another process.
+    pub fn add(&mut self, other: Self) {
+        self.tids.extend(other.tids);
+    }
+}
+
 /// Puts `image` into `space`, whose layout and contents are complete.
-pub fn rebuild(space: &mut Space, image: &TaskImage) -> Result<Rebuilt, TraceeError> {
+pub fn rebuild(
+    space: &mut Space,
+    image: &TaskImage,
+    descriptors: &mut Restorer<'_>,
+) -> Result<Rebuilt, TraceeError> {
     let pid = space.pid();
     let leader = &mut space.remote;
     memory_map(leader, image)?;
-    descriptors::restore(leader, &image.descriptors)?;
+    descriptors.restore(leader, &image.descriptors)?;
     path_call(leader, "chdir", libc::SYS_chdir, &image.cwd)?;
     leader.call("umask", libc::SYS_umask, [image.umask.into(), 0, 0, 0, 0, 0])?;
     for (signal, action) in &image.signal_actions {
@@ -65,6 +76,11 @@ pub fn rebuild(space: &mut Space, image: &TaskImage) -> Result<Rebuilt, TraceeEr
         libc::SYS_prctl,
         [libc::PR_SET_DUMPABLE as u64, image.dumpable.min(1), 0, 0, 0, 0],
     )?;
+    if image.parent_death_signal != 0 {
+        // A change of user resets it: hence only now.
+        let args = [libc::PR_SET_PDEATHSIG as u64, image.parent_death_signal as u64, 0, 0, 0, 0];
+        leader.call("prctl", libc::SYS_prctl, args)?;
+    }
     set_oom_score(pid, image.oom_score_adj)?;
     requeue_signals(leader, &tids, image)?;
     for (which, timer) in image.interval_timers.iter().enumerate().filter(|(_, timer)| timer[16..] != [0; 16])

@@ -47,6 +47,13 @@ impl Remote {
         Ok(other)
     }
 
+    /// Takes over a child that this process was made to have: its memory is a copy.
+    pub fn for_process(&self, pid: i32) -> Result<Self, TraceeError> {
+        let mut child = Self::take_over(pid, self.syscall_at)?;
+        child.restore_on_drop = false;
+        Ok(child)
+    }
+
     fn take_over(tid: i32, syscall_at: u64) -> Result<Self, TraceeError> {
         let saved = ptrace::registers(tid).map_err(TraceeError::call("PTRACE_GETREGS", tid))?;
         let saved_mask = ptrace::signal_mask(tid).map_err(TraceeError::call("PTRACE_GETSIGMASK", tid))?;

@@ -1,18 +1,27 @@
 //! The address space of a process that is being built: a stub with the right pid, emptied of everything
 //! but the kernel's own mappings, into which mappings and contents come while the source still runs.
 
+use std::collections::BTreeMap;
+
 use super::{
     TraceeError,
-    layout::{self, Change, Layout, Mapping},
+    layout::{self, Change, Layout, Mapping, ProcessLayout},
+    link::{Link, STUB_END},
+    objects::BuiltObject,
     remote::Remote,
+    tree,
 };
 use crate::sys::{
     mem::{self, ForcedMemory, PAGE_SIZE, RemoteAddr},
+    process,
     ptrace::{self, Stop},
+    spawn::CloneArgs,
 };
 
 /// Lowest address that a process may map (`vm.mmap_min_addr`'s default): programs leave what follows free.
 const LOWEST: u64 = 0x1_0000;
+/// Where the kernel's own mappings wait while they change places: a stub has nothing else there.
+const DETOUR: u64 = 0x1000_0000;
 
 /// A process under construction. It is killed when the thread that took it ends before it was released.
 #[derive(Debug)]
@@ -21,7 +30,25 @@ pub struct Space {
     pub(super) remote: Remote,
     memory: ForcedMemory,
     layout: Layout,
+    kernel_mappings: Vec<Mapping>,
     scratch: u64,
+}
+
+/// The shared memory that stubs map, and the way to hand it to them.
+pub struct SharedMemory<'a> {
+    /// The way.
+    pub link: &'a Link,
+    /// By the inode at the source.
+    pub objects: &'a BTreeMap<u64, BuiltObject>,
+}
+
+impl SharedMemory<'_> {
+    fn give(&mut self, remote: &mut Remote, mapping: &Mapping) -> Result<i32, TraceeError> {
+        let missing =
+            || TraceeError::Unsupported(format!("the layout has no shared memory {}", mapping.inode));
+        let object = self.objects.get(&mapping.inode).ok_or_else(missing)?;
+        self.link.give(remote, STUB_END, &object.file)
+    }
 }
 
 impl Space {
@@ -29,6 +56,7 @@ impl Space {
     /// kernel's own mappings to where the source has them.
     pub fn take(pid: i32, kernel_mappings: &[Mapping]) -> Result<Self, TraceeError> {
         let call = TraceeError::call;
+        // Threads and children that it is made to have are traced as well, and die as well.
         ptrace::seize(pid, true, true).map_err(call("PTRACE_SEIZE", pid))?;
         ptrace::interrupt(pid).map_err(call("PTRACE_INTERRUPT", pid))?;
         if ptrace::wait_stop(pid).map_err(call("waiting for the stop", pid))? == Stop::Gone {
@@ -42,14 +70,127 @@ impl Space {
             let args = [rseq.address, rseq.size.into(), UNREGISTER, rseq.signature.into(), 0, 0];
             remote.call("rseq", libc::SYS_rseq, args)?;
         }
-        remote.call("close_range", libc::SYS_close_range, [0, u32::MAX.into(), 0, 0, 0, 0])?;
+        let end = STUB_END as u64;
+        remote.call("close_range", libc::SYS_close_range, [0, end - 1, 0, 0, 0, 0])?;
+        remote.call("close_range", libc::SYS_close_range, [end + 1, u32::MAX.into(), 0, 0, 0, 0])?;
+        Self::of(pid, remote, kernel_mappings)
+    }
+
+    /// Makes a child of this process, or of its parent (`beside`), with pid `inner` in the instance's namespace, and
+    /// takes it over. Without `kernel_mappings` those stay where they are.
+    pub fn make_child(
+        &mut self,
+        inner: i32,
+        beside: bool,
+        kernel_mappings: Option<&[Mapping]>,
+    ) -> Result<Self, TraceeError> {
+        const TID_OFFSET: u64 = 96;
+        let tid_at = self.remote.put(TID_OFFSET, &inner.to_ne_bytes())?;
+        let (flags, exit_signal) = match beside {
+            // It gets the signal of its sibling, and may not ask for another.
+            true => (libc::CLONE_PARENT as u64, 0),
+            false => (0, libc::SIGCHLD as u64),
+        };
+        let args = CloneArgs { flags, exit_signal, set_tid: tid_at, set_tid_size: 1, ..CloneArgs::default() };
+        let bytes = args.to_bytes();
+        let at = self.remote.put(0, &bytes)?;
+        self.remote.call("clone3", libc::SYS_clone3, [at, bytes.len() as u64, 0, 0, 0, 0])?;
+        let parent = match beside {
+            true => tree::parent(self.pid)?,
+            false => self.pid,
+        };
+        let pid = tree::child_with(parent, inner)?.ok_or(TraceeError::Gone(self.pid))?;
+        if ptrace::wait_stop(pid).map_err(TraceeError::call("waiting for a new process", pid))? == Stop::Gone
+        {
+            return Err(TraceeError::Gone(pid));
+        }
+        let remote = self.remote.for_process(pid)?;
+        Self::of(pid, remote, kernel_mappings.unwrap_or(&self.kernel_mappings))
+    }
+
+    /// Empties a process that has nothing to keep.
+    fn of(pid: i32, mut remote: Remote, kernel_mappings: &[Mapping]) -> Result<Self, TraceeError> {
         for mapping in layout::read_mappings(pid)?.iter().filter(|mapping| !mapping.is_kernels_own()) {
             remote.call("munmap", libc::SYS_munmap, [mapping.start, mapping.len(), 0, 0, 0, 0])?;
         }
         move_kernel_mappings(&mut remote, kernel_mappings)?;
         remote.map_scratch(Some(LOWEST))?;
-        let memory = ForcedMemory::open(pid).map_err(call("opening the memory", pid))?;
-        Ok(Self { pid, remote, memory, layout: Layout::default(), scratch: LOWEST })
+        let memory = ForcedMemory::open(pid).map_err(TraceeError::call("opening the memory", pid))?;
+        let kernel_mappings = kernel_mappings.to_vec();
+        Ok(Self { pid, remote, memory, layout: Layout::default(), kernel_mappings, scratch: LOWEST })
+    }
+
+    /// Starts a session of its own, as its process has.
+    pub fn start_session(&mut self) -> Result<(), TraceeError> {
+        self.remote.call("setsid", libc::SYS_setsid, [0; 6]).map(drop)
+    }
+
+    /// Puts it into a process group.
+    pub fn join_group(&mut self, group: i32) -> Result<(), TraceeError> {
+        self.remote.call("setpgid", libc::SYS_setpgid, [0, group as u64, 0, 0, 0, 0]).map(drop)
+    }
+
+    /// Ends it: its process has ended at the source.
+    pub fn end(self) -> Result<(), TraceeError> {
+        let pidfd = process::pidfd_open(self.pid).map_err(TraceeError::call("pidfd_open", self.pid))?;
+        process::pidfd_send_signal(&pidfd, libc::SIGKILL).map_err(TraceeError::call("ending", self.pid))?;
+        while ptrace::wait_stop(self.pid).map_err(TraceeError::call("waiting for the end", self.pid))?
+            != Stop::Gone
+        {}
+        Ok(())
+    }
+
+    /// Ends it with `status` (as wait(2) has it), for its parent to find.
+    pub fn end_with(mut self, status: i32) -> Result<(), TraceeError> {
+        let signal = status & 0x7f;
+        if signal != 0 {
+            return self.end_by(signal);
+        }
+        let code = (status >> 8 & 0xff) as u64;
+        match self.remote.call("exit_group", libc::SYS_exit_group, [code, 0, 0, 0, 0, 0]) {
+            Err(TraceeError::Gone(_)) => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(TraceeError::Unsupported(format!("process {} does not end", self.pid))),
+        }
+    }
+
+    fn end_by(self, signal: i32) -> Result<(), TraceeError> {
+        let pid = self.pid;
+        let call = TraceeError::call;
+        ptrace::set_signal_mask(pid, 0).map_err(call("PTRACE_SETSIGMASK", pid))?;
+        let pidfd = process::pidfd_open(pid).map_err(call("pidfd_open", pid))?;
+        process::pidfd_send_signal(&pidfd, signal).map_err(call("ending", pid))?;
+        let mut deliver = 0;
+        loop {
+            ptrace::resume(pid, deliver).map_err(call("PTRACE_CONT", pid))?;
+            match ptrace::wait_stop(pid).map_err(call("waiting for the end", pid))? {
+                Stop::Gone => return Ok(()),
+                Stop::Signal(signal) => deliver = signal,
+                Stop::Event | Stop::Other => deliver = 0,
+            }
+        }
+    }
+
+    /// Collects a child that has ended.
+    pub fn reap(&mut self, inner: i32) -> Result<(), TraceeError> {
+        let options = (libc::WNOHANG | libc::__WALL) as u64;
+        self.remote.call("wait4", libc::SYS_wait4, [inner as u64, 0, options, 0, 0, 0]).map(drop)
+    }
+
+    /// Takes away the signals that building the tree has sent to it.
+    pub fn drop_signals(&mut self) -> Result<(), TraceeError> {
+        let at = self.remote.put(0, &[[0xff; 8], [0; 8], [0; 8]].concat())?;
+        loop {
+            // The set; no siginfo; no time to wait; the set's size.
+            let args = [at, 0, at + 8, 8, 0, 0];
+            match self.remote.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
+                Ok(_) => {}
+                Err(TraceeError::Remote { source, .. }) if source.raw_os_error() == Some(libc::EAGAIN) => {
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Its pid, as the agent sees it.
@@ -57,8 +198,24 @@ impl Space {
         self.pid
     }
 
-    /// Brings the mappings to `layout`; what stays the same keeps its contents.
-    pub fn apply(&mut self, layout: &Layout) -> Result<(), TraceeError> {
+    /// Brings the mappings to those of `wanted`; what stays the same keeps its contents.
+    pub fn apply(
+        &mut self,
+        wanted: &ProcessLayout,
+        shared: &mut SharedMemory<'_>,
+    ) -> Result<(), TraceeError> {
+        let layout = &wanted.layout;
+        if wanted.kernel_mappings != self.kernel_mappings {
+            // It executes another program now: nothing of the old one stays.
+            for Mapping { start, end, .. } in std::mem::take(&mut self.layout.mappings) {
+                self.remote.call("munmap", libc::SYS_munmap, [start, end - start, 0, 0, 0, 0])?;
+            }
+            self.remote.unmap_scratch()?;
+            move_kernel_mappings(&mut self.remote, &wanted.kernel_mappings)?;
+            self.kernel_mappings.clone_from(&wanted.kernel_mappings);
+            self.remote.map_scratch(Some(LOWEST))?;
+            self.scratch = LOWEST;
+        }
         if layout.huge_pages_off != self.layout.huge_pages_off {
             let args = [libc::PR_SET_THP_DISABLE as u64, layout.huge_pages_off.into(), 0, 0, 0, 0];
             self.remote.call("prctl", libc::SYS_prctl, args)?;
@@ -73,7 +230,7 @@ impl Space {
                     let args = [start, end - start, protection as u64, 0, 0, 0];
                     self.remote.call("mprotect", libc::SYS_mprotect, args)?;
                 }
-                Change::Map(mapping) => self.map(&mapping)?,
+                Change::Map(mapping) => self.map(&mapping, shared)?,
             }
         }
         self.layout = layout.clone();
@@ -98,15 +255,18 @@ impl Space {
         Ok(())
     }
 
-    fn map(&mut self, mapping: &Mapping) -> Result<(), TraceeError> {
+    fn map(&mut self, mapping: &Mapping, shared: &mut SharedMemory<'_>) -> Result<(), TraceeError> {
         let sharing = if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        if mapping.shared && !mapping.is_read_only_file() {
+        let object = mapping.is_shared_memory();
+        if mapping.shared && !object && !mapping.is_read_only_file() {
             let text = format!("shared memory at {:#x} {} isn't carried", mapping.start, mapping.name);
             return Err(TraceeError::Unsupported(text));
         }
         let mut flags = sharing | libc::MAP_FIXED_NOREPLACE;
         let mut file = !0_u64;
-        if mapping.is_file() {
+        if object {
+            file = shared.give(&mut self.remote, mapping)? as u64;
+        } else if mapping.is_file() {
             let mut name = mapping.name.as_bytes().to_vec();
             name.push(0);
             let at = self.remote.put(0, &name)?;
@@ -179,20 +339,36 @@ fn move_kernel_mappings(remote: &mut Remote, wanted: &[Mapping]) -> Result<(), T
             "the kernel's own mappings (vDSO) differ between the hosts: use the same kernel build".into();
         return Err(TraceeError::Unsupported(text));
     }
-    // Moving over one that is still to be moved would destroy it.
-    let overlap = wanted.iter().any(|to| here.iter().any(|from| to.start < from.end && from.start < to.end));
-    let in_place = here.iter().zip(&wanted).all(|(from, to)| from.start == to.start);
-    if overlap && !in_place {
-        return Err(TraceeError::Unsupported(
-            "the vDSO of the new process lies in the way: try again".into(),
-        ));
+    if here.iter().zip(&wanted).all(|(from, to)| from.start == to.start) {
+        return Ok(());
     }
-    for (from, to) in here.iter().zip(&wanted).filter(|(from, to)| from.start != to.start) {
-        let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-        remote.call("mremap", libc::SYS_mremap, [from.start, from.len(), from.len(), flags, to.start, 0])?;
-        if from.name == "[vdso]" {
-            remote.vdso_moved(from.start, to.start);
+    // Moving over one that is still to be moved would destroy it: then all make a detour.
+    let overlap = wanted.iter().any(|to| here.iter().any(|from| to.start < from.end && from.start < to.end));
+    if overlap {
+        let taken: Vec<(u64, u64)> =
+            here.iter().chain(wanted.iter().copied()).map(|mapping| (mapping.start, mapping.end)).collect();
+        let mut free = DETOUR;
+        for from in &mut here {
+            while taken.iter().any(|(start, end)| free < *end && *start < free + from.len()) {
+                free += from.len();
+            }
+            let to = Mapping { start: free, end: free + from.len(), ..from.clone() };
+            move_mapping(remote, from, to.start)?;
+            free = to.end;
+            *from = to;
         }
+    }
+    for (from, to) in here.iter().zip(&wanted) {
+        move_mapping(remote, from, to.start)?;
+    }
+    Ok(())
+}
+
+fn move_mapping(remote: &mut Remote, from: &Mapping, to: u64) -> Result<(), TraceeError> {
+    let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+    remote.call("mremap", libc::SYS_mremap, [from.start, from.len(), from.len(), flags, to, 0])?;
+    if from.name == "[vdso]" {
+        remote.vdso_moved(from.start, to);
     }
     Ok(())
 }

@@ -1,10 +1,13 @@
 //! A process with every thread held still.
 
-use std::{collections::BTreeSet, fs};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use super::TraceeError;
 use crate::sys::ptrace::{self, Stop};
 
+/// How long one thread may take to stop: in a wait that no signal ends (for a disk, or for a child to execute a program)
+/// it stops when that is over.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// How often the threads are listed again before a process that spawns faster than we stop is given up.
 const MAX_PASSES: usize = 100;
 
@@ -91,7 +94,7 @@ fn stop_thread(tid: i32) -> Result<Option<StoppedThread>, TraceeError> {
         };
     }
     ptrace::interrupt(tid).map_err(TraceeError::call("PTRACE_INTERRUPT", tid))?;
-    match ptrace::wait_stop(tid).map_err(TraceeError::call("waiting for the stop", tid))? {
+    match ptrace::wait_stop_within(tid, STOP_LIMIT).map_err(TraceeError::call("stopping", tid))? {
         Stop::Event | Stop::Other => Ok(Some(StoppedThread { tid, held_signal: 0 })),
         Stop::Signal(signal) => Ok(Some(StoppedThread { tid, held_signal: signal })),
         Stop::Gone => Ok(None),

@@ -31,7 +31,8 @@ pub struct WrittenSpans {
 #[derive(Debug)]
 pub struct Tracker {
     pid: i32,
-    writes: WriteTracker,
+    /// `None`: it stands still, and everything counts as written.
+    writes: Option<WriteTracker>,
     pagemap: Pagemap,
     /// What is protected, ascending.
     tracked: Vec<Span>,
@@ -46,7 +47,13 @@ impl Tracker {
         let fd = remote.take_descriptor(fd as i32)?;
         let writes = WriteTracker::new(fd).map_err(TraceeError::call("UFFDIO_API on a userfaultfd", pid))?;
         let pagemap = Pagemap::open(pid).map_err(TraceeError::call("opening the page map", pid))?;
-        Ok(Self { pid, writes, pagemap, tracked: Vec::new() })
+        Ok(Self { pid, writes: Some(writes), pagemap, tracked: Vec::new() })
+    }
+
+    /// For a process that is stopped already and was never tracked: what it has is all to be sent.
+    pub fn of_stopped(pid: i32) -> Result<Self, TraceeError> {
+        let pagemap = Pagemap::open(pid).map_err(TraceeError::call("opening the page map", pid))?;
+        Ok(Self { pid, writes: None, pagemap, tracked: Vec::new() })
     }
 
     /// What was written since the last call (at the first: everything that is there), protected again.
@@ -82,7 +89,8 @@ impl Tracker {
 
     /// Protects a new span; `false` when it is gone already.
     fn protect(&self, span: &Span) -> Result<bool, TraceeError> {
-        match self.writes.track(span.start, span.end) {
+        let Some(writes) = &self.writes else { return Ok(true) };
+        match writes.track(span.start, span.end) {
             Ok(()) => Ok(true),
             // Unmapped since the mappings were read: the next look will tell.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => Ok(false),

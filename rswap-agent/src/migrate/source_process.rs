@@ -1,0 +1,157 @@
+//! One process of an instance that is being moved away.
+
+use std::collections::BTreeMap;
+
+use crate::tracee::{
+    TraceeError,
+    layout::{self, Layout, Mapping, ProcessLayout},
+    read_proc,
+    stopped::StoppedProcess,
+    tracker::{Tracker, WrittenSpans},
+    tree::Member,
+};
+
+/// Programs that a process may execute during one look before it is given up.
+const EXECUTIONS: usize = 5;
+
+/// A living process, its writes tracked.
+#[derive(Debug)]
+pub struct SourceProcess {
+    /// Its number as an address space.
+    pub space: u32,
+    /// Its pids and its place in the tree.
+    pub member: Member,
+    /// Every thread held still, once it is frozen.
+    pub stopped: Option<StoppedProcess>,
+    /// Its own mappings at the last look.
+    pub mappings: Vec<Mapping>,
+    kernel_mappings: Vec<Mapping>,
+    huge_pages_off: bool,
+    tracker: Option<Tracker>,
+    program: Program,
+}
+
+/// What changes when a process executes another program.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Program(Vec<String>);
+
+impl Program {
+    /// Where code, stack and arguments begin (proc_pid_stat(5), fields 26, 28 and 48): drawn anew at every execve(2).
+    fn read(pid: i32) -> Result<Self, TraceeError> {
+        let text = read_proc(&format!("/proc/{pid}/stat"))?;
+        let after_name = text.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
+        let fields: Vec<&str> = after_name.split_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3).map(|word| (*word).to_owned());
+        Ok(Self([26, 28, 48].into_iter().filter_map(field).collect()))
+    }
+}
+
+impl SourceProcess {
+    /// A process that was just found; nothing of it is tracked yet.
+    pub fn new(space: u32, member: Member) -> Self {
+        Self {
+            space,
+            member,
+            stopped: None,
+            mappings: Vec::new(),
+            kernel_mappings: Vec::new(),
+            huge_pages_off: false,
+            tracker: None,
+            program: Program::default(),
+        }
+    }
+
+    /// Its pid as the agent sees it.
+    pub fn pid(&self) -> i32 {
+        self.member.pid
+    }
+
+    /// Stops every thread.
+    pub fn stop(&mut self) -> Result<(), TraceeError> {
+        if self.stopped.is_none() {
+            self.stopped = Some(StoppedProcess::stop(self.pid())?);
+        }
+        Ok(())
+    }
+
+    /// What it wrote since the last call, and whether it executes another program since then, which drops all that was
+    /// there.
+    pub fn take_written(&mut self) -> Result<(WrittenSpans, bool), TraceeError> {
+        let mut replaced = false;
+        for _ in 0..EXECUTIONS {
+            let program = Program::read(self.pid())?;
+            if program != self.program {
+                replaced |= self.tracker.take().is_some();
+                self.program = program;
+            }
+            match self.try_take_written() {
+                Ok(written) => return Ok((written, replaced)),
+                // It may be executing another program at this very moment: the old one's memory is gone then.
+                Err(_) if self.stopped.is_none() && Program::read(self.pid())? != self.program => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let text = format!("process {} executes one program after the other", self.pid());
+        Err(TraceeError::Unsupported(text))
+    }
+
+    fn try_take_written(&mut self) -> Result<WrittenSpans, TraceeError> {
+        let pid = self.pid();
+        let tracker = match self.tracker.take() {
+            Some(tracker) => self.tracker.insert(tracker),
+            None if self.stopped.is_some() => self.tracker.insert(Tracker::of_stopped(pid)?),
+            None => self.tracker.insert(Tracker::start(pid)?),
+        };
+        let written = tracker.take_written()?;
+        self.mappings.clone_from(&written.mappings);
+        let all = layout::read_mappings(pid)?;
+        self.kernel_mappings = all.into_iter().filter(Mapping::is_kernels_own).collect();
+        let status = read_proc(&format!("/proc/{pid}/status"))?;
+        self.huge_pages_off = status.lines().any(|line| line.split_whitespace().eq(["THP_enabled:", "0"]));
+        Ok(written)
+    }
+
+    /// Its address space as the last look found it.
+    pub fn layout(&self) -> ProcessLayout {
+        ProcessLayout {
+            space: self.space,
+            node: self.member.node,
+            kernel_mappings: self.kernel_mappings.clone(),
+            layout: Layout { mappings: self.mappings.clone(), huge_pages_off: self.huge_pages_off },
+        }
+    }
+
+    /// Stops tracking, and lets it go if it was stopped.
+    pub fn release(&mut self) {
+        self.tracker = None;
+        self.stopped = None;
+    }
+}
+
+/// The digest of every file that is mapped, each read once.
+#[derive(Debug, Default)]
+pub struct FileDigests {
+    known: BTreeMap<String, u128>,
+}
+
+impl FileDigests {
+    /// Takes in the files of `mappings`.
+    pub fn add(&mut self, mappings: &[Mapping]) -> std::io::Result<()> {
+        for mapping in mappings.iter().filter(|mapping| mapping.is_file() && !mapping.is_shared_memory()) {
+            if !self.known.contains_key(&mapping.name) {
+                self.known.insert(mapping.name.clone(), file_digest(&mapping.name)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// All of them, by path.
+    pub fn all(&self) -> BTreeMap<String, u128> {
+        self.known.clone()
+    }
+}
+
+/// The digest by which files are compared between hosts.
+pub fn file_digest(path: &str) -> std::io::Result<u128> {
+    std::fs::read(path).map(|contents| xxhash_rust::xxh3::xxh3_128(&contents))
+}

@@ -1,0 +1,204 @@
+//! Trees of processes migrate: a ring that checks itself, and a shell whose jobs come and go all the time.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use rswap_agent::migrate::wire::Tag;
+use rswap_tests::{
+    Fleet, Host, HostOptions,
+    proxy::{Fault, Proxy},
+    reason_to_skip, wait_for,
+};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Scene {
+    fleet: Fleet,
+    a: Host,
+    b: Host,
+    log: PathBuf,
+}
+
+impl Scene {
+    fn set() -> anyhow::Result<Self> {
+        let mut fleet = Fleet::new()?;
+        let a = fleet.host("a", &HostOptions::default())?;
+        let b = fleet.host("b", &HostOptions::default())?;
+        let log = fleet.scratch().join("tree.log");
+        Ok(Self { fleet, a, b, log })
+    }
+
+    /// Three moves there and back; the program must go on after each.
+    fn three_moves(&self, name: &str, goes_on: impl Fn(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        for (from, to) in [(&self.a, &self.b), (&self.b, &self.a), (&self.a, &self.b)] {
+            let report = from.migrate(name, &to.migrate_address())?.succeed()?;
+            println!("{report:?}");
+            assert!(!from.has_instance(name)? && to.has_instance(name)?);
+            assert!(!from.has_processes()?, "something is left at the source");
+            goes_on(&self.log)?;
+        }
+        Ok(())
+    }
+}
+
+fn ring(scene: &Scene, processes: &str, pause_s: &str) -> anyhow::Result<()> {
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/tree.py");
+    let (program, log) = (program.to_string_lossy(), scene.log.to_string_lossy());
+    scene.a.run("tree", &[], &["python3", &program, &log, processes, pause_s])?;
+    more_rounds(&scene.log)
+}
+
+/// Waits for a hundred further rounds of the ring, and for its zombie to be collected with its status.
+fn more_rounds(log: &Path) -> anyhow::Result<()> {
+    let before = rounds(log)?;
+    let reap = log.with_extension("log.reap");
+    fs::write(&reap, "")?;
+    wait_for("a hundred rounds, and the zombie's status", LIMIT, || {
+        let now = rounds(log)?;
+        Ok((now.0 >= before.0 + 100 && now.1 > before.1).then_some(()))
+    })
+}
+
+/// Rounds, and zombies collected.
+fn rounds(log: &Path) -> anyhow::Result<(u64, u64)> {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let (mut rounds, mut reaped) = (0, 0);
+    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+        let rest = line.strip_prefix(&format!("round={}", rounds + 1));
+        match rest.with_context(|| format!("round {} was due, not {line:?}", rounds + 1))? {
+            "" => {}
+            " reaped=7" => reaped += 1,
+            other => anyhow::bail!("{other:?} in round {}", rounds + 1),
+        }
+        rounds += 1;
+    }
+    Ok((rounds, reaped))
+}
+
+#[test]
+fn a_ring_of_processes_goes_round_without_a_break() -> anyhow::Result<()> {
+    if reason_to_skip("a_ring_of_processes_goes_round_without_a_break").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    ring(&scene, "4", "0.002")?;
+    scene.three_moves("tree", more_rounds)
+}
+
+#[test]
+fn a_tree_whose_copy_is_lost_goes_on_and_moves_at_the_second_try() -> anyhow::Result<()> {
+    if reason_to_skip("a_tree_whose_copy_is_lost_goes_on_and_moves_at_the_second_try").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    ring(&scene, "3", "0.002")?;
+    for fault in [Fault::HoldAt { tag: Tag::RoundEnd, nth: 1 }, Fault::HoldAt { tag: Tag::Verified, nth: 0 }]
+    {
+        let proxy = Proxy::start(scene.a.netns(), scene.b.migrate_address().parse()?, fault)?;
+        let migration = scene.a.migrate("tree", &proxy.address())?;
+        proxy.wait_for_fault()?;
+        proxy.cut();
+        assert!(migration.end()?.is_err(), "it was moved over a link that was cut");
+        assert!(scene.a.has_instance("tree")?);
+        more_rounds(&scene.log)?;
+        wait_for("what was built at b to go", LIMIT, || Ok((!scene.b.has_processes()?).then_some(())))?;
+    }
+    scene.three_moves("tree", more_rounds)
+}
+
+#[test]
+fn fifty_processes_move() -> anyhow::Result<()> {
+    if reason_to_skip("fifty_processes_move").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    ring(&scene, "50", "0.05")?;
+    scene.three_moves("tree", more_rounds)
+}
+
+/// Writes how far its monotonic clock is ahead of the kernel's at the start, in whole seconds, and a line whenever it went
+/// back or jumped.
+const CLOCK: &str = "
+import sys, time
+log = open(sys.argv[1], 'a', buffering=1)
+last = time.monotonic()
+count = 0
+while True:
+    now = time.monotonic()
+    if now < last or now > last + 5:
+        log.write(f'JUMPED from {last} to {now}\\n')
+    last = now
+    count += 1
+    log.write(f'{count} {now}\\n')
+    time.sleep(0.01)
+";
+
+#[test]
+fn the_clock_goes_on_where_the_kernel_has_another_time() -> anyhow::Result<()> {
+    if reason_to_skip("the_clock_goes_on_where_the_kernel_has_another_time").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    // In a time namespace an instance has another clock than the host, as one has that comes from another host.
+    let mut run = std::process::Command::new("unshare");
+    run.args(["--time", "--monotonic", "1000000", "--boottime", "1000000", "--fork", "--", "sh", "-c"]);
+    let (log, line) = (scene.log.to_string_lossy().into_owned(), scene.a.command_line()?);
+    run.arg(format!("exec {line} run --detach --name clock -- python3 -c \"$1\" \"$2\""))
+        .args(["sh", CLOCK, &log]);
+    assert!(run.stdin(std::process::Stdio::null()).status()?.success());
+    let goes_on = |log: &Path| -> anyhow::Result<()> {
+        let before = fs::read_to_string(log).unwrap_or_default().lines().count();
+        wait_for("fifty further ticks", LIMIT, || {
+            let text = fs::read_to_string(log).unwrap_or_default();
+            anyhow::ensure!(
+                !text.contains("JUMPED"),
+                "{}",
+                text.lines().find(|l| l.contains("JUMPED")).unwrap_or("")
+            );
+            Ok((text.lines().count() >= before + 50).then_some(()))
+        })
+    };
+    goes_on(&scene.log)?;
+    let first = fs::read_to_string(&scene.log)?;
+    let seen: f64 =
+        first.lines().next().and_then(|line| line.split(' ').nth(1)).context("no time")?.parse()?;
+    assert!(seen > 1_000_000.0, "the clock is not ahead: {seen}");
+    scene.three_moves("clock", goes_on)
+}
+
+/// Numbers lines, each made by a process of its own, through a pipeline of three.
+const JOBS: &str =
+    "i=0; while :; do i=$((i+1)); /bin/echo $i; sleep 0.01; done | cat | while read n; do echo $n; done";
+
+#[test]
+fn a_shell_whose_jobs_come_and_go_loses_no_line() -> anyhow::Result<()> {
+    if reason_to_skip("a_shell_whose_jobs_come_and_go_loses_no_line").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let script = format!("({JOBS}) >> {}", scene.log.display());
+    scene.a.run("jobs", &[], &["bash", "-c", &script])?;
+    more_lines(&scene.log)?;
+    scene.three_moves("jobs", more_lines)?;
+    assert!(scene.fleet.scratch().exists());
+    Ok(())
+}
+
+fn more_lines(log: &Path) -> anyhow::Result<()> {
+    let before = lines(log)?;
+    wait_for("fifty further lines", LIMIT, || Ok((lines(log)? >= before + 50).then_some(())))
+}
+
+fn lines(log: &Path) -> anyhow::Result<u64> {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let mut count = 0;
+    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+        count += 1;
+        anyhow::ensure!(line == count.to_string(), "line {count} was due, not {line:?}");
+    }
+    Ok(count)
+}
