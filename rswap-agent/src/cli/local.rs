@@ -21,6 +21,7 @@ use crate::{
     },
     pool::{self, PoolKind},
     profile::doctor as features,
+    sys::clock::Clocks,
     tracee::{self, check::Severity},
 };
 
@@ -60,8 +61,10 @@ fn exit_code(status: i32) -> ExitCode {
 }
 
 pub(super) fn init(arguments: InitArguments) -> anyhow::Result<ExitCode> {
+    let offsets = arguments.monotonic_ns.zip(arguments.boottime_ns);
+    let offsets = offsets.map(|(monotonic_ns, boottime_ns)| Clocks { monotonic_ns, boottime_ns });
     let work = match (arguments.stub, arguments.link) {
-        (Some(pid), Some(link)) => Work::Stub { pid, link },
+        (Some(pid), Some(link)) => Work::Stub { pid, link, offsets },
         _ => Work::Command(arguments.command),
     };
     let options = InitOptions { go: arguments.go, detach: arguments.detach, log: arguments.log, work };

@@ -167,6 +167,10 @@ struct InitArguments {
     stub: Option<i32>,
     #[arg(long)]
     link: Option<i32>,
+    #[arg(long, allow_hyphen_values = true, requires = "boottime_ns")]
+    monotonic_ns: Option<i64>,
+    #[arg(long, allow_hyphen_values = true)]
+    boottime_ns: Option<i64>,
     #[arg(last = true)]
     command: Vec<String>,
 }

@@ -58,6 +58,9 @@ fn the_internal_command_is_read_as_it_is_written() {
         panic!()
     };
     assert_eq!((init.go, init.detach, init.stub, init.link), (3, true, Some(7), Some(4)));
+    let line = "rswap __init --go=3 --stub=7 --link=4 --monotonic-ns=-5 --boottime-ns=6";
+    let Command::Init(init) = parse(line).unwrap().command else { panic!() };
+    assert_eq!((init.monotonic_ns, init.boottime_ns), (Some(-5), Some(6)));
     let Command::Init(init) = parse("rswap __init --go=3 -- sh -c x").unwrap().command else { panic!() };
     assert_eq!(init.command, ["sh", "-c", "x"]);
 }

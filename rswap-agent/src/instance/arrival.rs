@@ -13,7 +13,7 @@ use super::{
     network::{self, Port},
     registry::Registry,
 };
-use crate::tracee::link::Link;
+use crate::{sys::clock::Clocks, tracee::link::Link};
 
 /// How long the init may take to make the stub.
 const STUB_TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,8 +32,14 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    /// Makes room for `instance`, whose process has pid `inner_pid` in its namespace.
-    pub fn receive(place: &Place, instance: &Instance, inner_pid: i32) -> Result<Self, InstanceError> {
+    /// Makes room for `instance`, whose main process has pid `inner_pid` in its namespace, and clocks that are ahead
+    /// of this kernel's by `offsets`.
+    pub fn receive(
+        place: &Place,
+        instance: &Instance,
+        inner_pid: i32,
+        offsets: Option<Clocks>,
+    ) -> Result<Self, InstanceError> {
         let registry = Registry::open(&place.state_dir)?;
         if registry.get(&instance.name)?.is_some() {
             let text = format!("an instance {} is running on this host already", instance.name);
@@ -49,7 +55,7 @@ impl Arrival {
             command: instance.command.clone(),
         };
         let (link, theirs) = Link::new().map_err(InstanceError::io("making a stub's link"))?;
-        let stub = Stub { pid: inner_pid, link: theirs.as_fd() };
+        let stub = Stub { pid: inner_pid, link: theirs.as_fd(), offsets };
         let started = launch::start(place, &spec, Some(&stub))?;
         let init = started.init_pid;
         // The init is this process's child, and outlives the move: somebody has to collect its status.

@@ -22,7 +22,10 @@ use nix::{
 
 use super::InstanceError;
 use crate::{
-    sys::spawn::{self, Forked},
+    sys::{
+        clock::Clocks,
+        spawn::{self, Forked},
+    },
     tracee::link::STUB_END,
 };
 
@@ -50,6 +53,8 @@ pub enum Work {
         pid: i32,
         /// Its end of the socket by which it is given descriptors.
         link: RawFd,
+        /// By how much its clocks are ahead of the kernel's.
+        offsets: Option<Clocks>,
     },
 }
 
@@ -79,7 +84,10 @@ pub fn run(options: InitOptions) -> Result<i32, InstanceError> {
     }
     let main = match &options.work {
         Work::Command(command) => start(command)?,
-        Work::Stub { pid, .. } => {
+        Work::Stub { pid, offsets, .. } => {
+            offsets
+                .map_or(Ok(()), Clocks::make_namespace)
+                .map_err(InstanceError::io("making a time namespace (CONFIG_TIME_NS, CAP_SYS_TIME)"))?;
             match spawn::fork(Some(*pid)).map_err(InstanceError::io("making the stub"))? {
                 Forked::Child => spawn::pause_for_ever(),
                 Forked::Parent(pid) => {

@@ -21,7 +21,11 @@ use nix::{
 use super::{
     Instance, InstanceError, InstanceName, NetworkIdentity, Origin, cgroup, network::Port, registry::Registry,
 };
-use crate::{pool::CpuSet, sys::spawn, units::UnixMillis};
+use crate::{
+    pool::CpuSet,
+    sys::{clock::Clocks, spawn},
+    units::UnixMillis,
+};
 
 /// `rswap run`'s exit status when the instance went on elsewhere: it has no status yet (EX_TEMPFAIL).
 pub const MOVED_AWAY: i32 = 75;
@@ -135,6 +139,8 @@ pub(super) struct Stub<'a> {
     pub(super) pid: i32,
     /// Its end of the socket by which it is given descriptors.
     pub(super) link: BorrowedFd<'a>,
+    /// By how much its clocks are ahead of the kernel's.
+    pub(super) offsets: Option<Clocks>,
 }
 
 /// Makes cgroup, namespaces and network; `stub` asks for such a process instead of the command.
@@ -221,9 +227,13 @@ fn init_arguments(
         words.push(format!("--log={}", log.display()));
     }
     match stub {
-        Some(Stub { pid, link }) => {
+        Some(Stub { pid, link, offsets }) => {
             words.push(format!("--stub={pid}"));
             words.push(format!("--link={}", std::os::fd::AsRawFd::as_raw_fd(link)));
+            if let Some(Clocks { monotonic_ns, boottime_ns }) = offsets {
+                words.push(format!("--monotonic-ns={monotonic_ns}"));
+                words.push(format!("--boottime-ns={boottime_ns}"));
+            }
         }
         None => {
             words.push("--".into());

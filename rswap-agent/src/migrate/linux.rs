@@ -21,6 +21,7 @@ use crate::{
         network::Port,
         registry::Registry,
     },
+    sys::clock::Clocks,
 };
 
 /// A peer that says nothing for so long is taken for dead.
@@ -94,7 +95,12 @@ impl Uplink for HostPort {
 struct HostReception(Place);
 
 impl Reception for HostReception {
-    fn receive(&mut self, instance: &Instance, inner_pid: i32) -> Result<Arrival, TaskError> {
-        Ok(Arrival::receive(&self.0, instance, inner_pid)?)
+    fn receive(
+        &mut self,
+        instance: &Instance,
+        inner_pid: i32,
+        offsets: Option<Clocks>,
+    ) -> Result<Arrival, TaskError> {
+        Ok(Arrival::receive(&self.0, instance, inner_pid, offsets)?)
     }
 }

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{
     instance::{Instance, Origin, arrival::Arrival},
+    sys::clock::Clocks,
     tracee::{
         TraceeError,
         descriptors::Restorer,
@@ -28,8 +29,14 @@ const SHARED_LIMIT_BYTES: u64 = 1 << 40;
 
 /// Where arriving instances are put; given by the wiring.
 pub trait Reception {
-    /// Makes the cgroup, the namespaces with their init, and a stub with pid `inner_pid` waiting in them.
-    fn receive(&mut self, instance: &Instance, inner_pid: i32) -> Result<Arrival, TaskError>;
+    /// Makes the cgroup, the namespaces with their init, and a stub with pid `inner_pid` waiting in them, whose clocks
+    /// are ahead of the kernel's by `offsets`.
+    fn receive(
+        &mut self,
+        instance: &Instance,
+        inner_pid: i32,
+        offsets: Option<Clocks>,
+    ) -> Result<Arrival, TaskError>;
 }
 
 /// The instance under construction, as the engine sees it.
@@ -195,9 +202,9 @@ fn compare(requirements: &Requirements) -> Result<(), TaskError> {
     if !lacking.is_empty() {
         return Err(refuse(format!("this host's processor lacks {lacking:?}, which the program may use")));
     }
-    if here.boot_id != there.boot_id {
-        let text = "CLOCK_MONOTONIC would jump: moving between separately booted kernels needs a time \
-                    namespace, which this version doesn't make";
+    if here.vdso != there.vdso {
+        let text =
+            "the vDSO, code of the kernel's that programs call into, differs: use the same kernel build";
         return Err(refuse(text.into()));
     }
     let available = available_memory_bytes()?;
@@ -219,6 +226,18 @@ fn compare_files<'a>(files: impl IntoIterator<Item = (&'a String, &'a u128)>) ->
     Ok(())
 }
 
+/// By how much the instance's clocks must be ahead of this kernel's, so that they go on; `None` for not at all.
+///
+/// Between kernels that were started at different times it is reckoned from the clocks at the offer. What the offer took on
+/// its way is missing then, but less than the freeze: the clocks never go back.
+fn clock_offsets(requirements: &Requirements) -> Result<Option<Clocks>, TaskError> {
+    let offsets = match HostTraits::here()?.boot_id == requirements.host.boot_id {
+        true => requirements.clock_offsets,
+        false => requirements.clocks.minus(Clocks::of_this_kernel()?),
+    };
+    Ok(Some(offsets).filter(|offsets| *offsets != Clocks::default()))
+}
+
 fn available_memory_bytes() -> Result<u64, TaskError> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
@@ -228,8 +247,11 @@ fn available_memory_bytes() -> Result<u64, TaskError> {
 impl<R: Reception> DestinationTask for LinuxDestination<R> {
     fn prepare(&mut self, requirements: &[u8]) -> Result<(), TaskError> {
         let requirements: Requirements = postcard::from_bytes(requirements)?;
+        // Before the comparison, which may take long.
+        let offsets = clock_offsets(&requirements)?;
         compare(&requirements)?;
-        self.arrival = Some(self.reception.receive(&requirements.instance, requirements.main_pid)?);
+        self.arrival =
+            Some(self.reception.receive(&requirements.instance, requirements.main_pid, offsets)?);
         self.main_pid = requirements.main_pid;
         self.compared = requirements.files;
         Ok(())

@@ -11,6 +11,7 @@ use super::{
 use crate::{
     instance::Instance,
     sys::{
+        clock::Clocks,
         mem::{self, RemoteAddr},
         process::{Common, has_in_common},
     },
@@ -37,6 +38,10 @@ pub struct Requirements {
     pub main_pid: i32,
     /// What must be the same on both hosts.
     pub host: HostTraits,
+    /// The instance's clocks when the offer was made.
+    pub clocks: Clocks,
+    /// By how much they are ahead of the source's kernel.
+    pub clock_offsets: Clocks,
     /// Digest of each file that is mapped, by path.
     pub files: BTreeMap<String, u128>,
     /// Resident memory, in bytes: there must be room for it.
@@ -50,6 +55,8 @@ pub struct HostTraits {
     pub kernel: String,
     /// Processor features, as the kernel lists them.
     pub cpu_features: Vec<String>,
+    /// Digest of the vDSO's code, which the program calls into: it is moved, not copied.
+    pub vdso: u128,
     /// The running kernel's identity: CLOCK_MONOTONIC counts from its start.
     pub boot_id: String,
 }
@@ -61,6 +68,7 @@ impl HostTraits {
         Ok(Self {
             kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
             cpu_features: features,
+            vdso: layout::vdso_digest()?,
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
         })
     }
@@ -240,19 +248,23 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         self.look()?;
         let mut resident_kib = 0;
         for process in &self.processes {
-            self.files.add(&layout::read_mappings(process.pid())?)?;
-            let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid()))?;
+            // One that has ended since needs nothing.
+            let Ok(mappings) = layout::read_mappings(process.pid()) else { continue };
+            self.files.add(&mappings)?;
+            let status =
+                std::fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap_or_default();
             let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
             resident_kib +=
                 line.split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
         }
+        let main = self.main().map(|main| main.member).ok_or("the instance has no main process")?;
+        let clock_offsets = Clocks::offsets_of(main.pid)?;
         let requirements = Requirements {
             instance: self.instance.clone(),
-            main_pid: self
-                .main()
-                .map(|main| main.member.node.pid)
-                .ok_or("the instance has no main process")?,
+            main_pid: main.node.pid,
             host: HostTraits::here()?,
+            clocks: Clocks::of_this_kernel()?.plus(clock_offsets),
+            clock_offsets,
             files: self.files.all(),
             resident_bytes: resident_kib * 1024,
         };

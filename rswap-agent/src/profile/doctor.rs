@@ -137,7 +137,7 @@ fn migration_features() -> Vec<Feature> {
         feature(
             "time namespaces",
             namespace("time", "CONFIG_TIME_NS"),
-            "a migrated program sees the destination's monotonic clock jump",
+            "instances can't be taken from hosts that were started at another time: their clocks would jump",
         ),
         feature("TCP_REPAIR", tcp_repair(), "established connections can't go along with a migration"),
     ]

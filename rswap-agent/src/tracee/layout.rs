@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{TraceeError, objects::SharedObject, read_proc, tree::Node};
+use crate::sys::mem::{self, RemoteAddr};
 
 /// One mapping, as `/proc/PID/maps` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,6 +166,17 @@ fn covering(mappings: &[Mapping], address: u64) -> Option<&Mapping> {
 pub fn read_mappings(pid: i32) -> Result<Vec<Mapping>, TraceeError> {
     let path = format!("/proc/{pid}/maps");
     parse(&read_proc(&path)?).ok_or_else(|| TraceeError::Proc { path, problem: "unexpected format".into() })
+}
+
+/// Digest of this process's vDSO: the kernel maps the same one into every program.
+pub fn vdso_digest() -> std::io::Result<u128> {
+    let pid = std::process::id() as i32;
+    let mappings = read_mappings(pid).map_err(std::io::Error::other)?;
+    let vdso = mappings.iter().find(|mapping| mapping.name == "[vdso]");
+    let vdso = vdso.ok_or_else(|| std::io::Error::other("this process has no vDSO"))?;
+    let mut code = vec![0; vdso.len() as usize];
+    mem::read_exact(pid, RemoteAddr(vdso.start), &mut code)?;
+    Ok(xxhash_rust::xxh3::xxh3_128(&code))
 }
 
 fn parse(text: &str) -> Option<Vec<Mapping>> {
