@@ -4,6 +4,7 @@
 //! says why its unsafe block is sound; policy lives with the callers.
 
 pub mod bpf_mmap;
+pub mod filter;
 pub mod mem;
 pub mod packet;
 pub mod pagemap;
@@ -11,6 +12,7 @@ pub mod process;
 pub mod ptrace;
 pub mod socket;
 pub mod spawn;
+pub mod tcp;
 pub mod timer;
 pub mod uffd;
 
