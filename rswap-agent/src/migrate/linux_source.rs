@@ -1,6 +1,6 @@
 //! A running Linux process as the source of a migration.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,10 +11,16 @@ use crate::{
     tracee::{
         TraceeError, capture, check,
         layout::{self, Layout, Mapping},
+        settle::Settling,
         stopped::StoppedProcess,
+        tcp::Held,
         tracker::{Span, Tracker},
     },
 };
+
+/// How long connections that can't be carried may take to come to their end, the instance running: a round trip to a
+/// far peer.
+const SETTLING_LIMIT: Duration = Duration::from_millis(250);
 
 /// What the destination must have, so that the instance can go on there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -73,6 +79,9 @@ pub trait Uplink {
     fn detach(&mut self) -> Result<(), TaskError>;
     /// As before.
     fn attach(&mut self) -> Result<(), TaskError>;
+    /// What came for the instance since `detach` goes to where it is now. What fails of it is lost, as it can be on any
+    /// network.
+    fn pass_on(&mut self);
 }
 
 /// An instance of one process, as the engine sees it.
@@ -81,7 +90,9 @@ pub struct LinuxSource<U> {
     uplink: U,
     pid: i32,
     tracker: Option<Tracker>,
+    settling: Option<Settling>,
     stopped: Option<StoppedProcess>,
+    held: Held,
     detached: bool,
     mappings: Vec<Mapping>,
     /// Ends the instance for good; given by the room that started it.
@@ -100,8 +111,9 @@ impl<U: Uplink> LinuxSource<U> {
     ) -> Result<Self, TaskError> {
         check::require(&instance)?;
         let pid = check::processes(&instance)?.first().copied().unwrap_or_default();
-        let (tracker, stopped, mappings) = (None, None, Vec::new());
-        Ok(Self { instance, uplink, pid, tracker, stopped, detached: false, mappings, end })
+        let (tracker, settling, stopped, mappings) = (None, None, None, Vec::new());
+        let held = Held::default();
+        Ok(Self { instance, uplink, pid, tracker, settling, stopped, held, detached: false, mappings, end })
     }
 
     fn space_layout(&self) -> Result<Layout, TraceeError> {
@@ -189,31 +201,45 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         }
     }
 
+    fn settle(&mut self) -> Result<(), TaskError> {
+        let settling = self.settling.insert(Settling::begin(self.pid)?);
+        let left = settling.wait(SETTLING_LIMIT)?;
+        tracing::debug!(?left, "connections settled");
+        Ok(())
+    }
+
     fn freeze(&mut self) -> Result<(), TaskError> {
         self.stopped = Some(StoppedProcess::stop(self.pid)?);
         self.detached = true;
-        self.uplink.detach()
+        self.uplink.detach()?;
+        Ok(self.settling.as_ref().map_or(Ok(()), Settling::require)?)
     }
 
     fn snapshot(&mut self) -> Result<Vec<u8>, TaskError> {
         let stopped = self.stopped.as_ref().ok_or("the instance is not frozen")?;
         let mut image = capture::capture(stopped, self.mappings.clone())?;
         image.layout = self.space_layout()?;
+        self.held.hold(self.pid, &mut image.descriptors)?;
         Ok(postcard::to_stdvec(&image)?)
     }
 
     fn thaw(&mut self) -> Result<(), TaskError> {
         self.tracker = None;
+        // The port first: a connection that goes on asks its peer at once what it has.
+        let attached = if std::mem::take(&mut self.detached) { self.uplink.attach() } else { Ok(()) };
+        self.held.release();
+        self.settling = None;
         self.stopped = None;
-        if std::mem::take(&mut self.detached) {
-            self.uplink.attach()?;
-        }
-        Ok(())
+        self.uplink.pass_on();
+        attached
     }
 
     fn destroy(&mut self) -> Result<(), TaskError> {
+        self.uplink.pass_on();
         // Killed before it is let go: not one instruction of the source runs after the commit.
         (self.end)()?;
+        // In repair mode to the end: the destination has the connections, and their peers hear nothing of this.
+        self.held = Held::default();
         self.tracker = None;
         self.stopped = None;
         Ok(())

@@ -12,35 +12,23 @@ use std::{
 
 use super::{
     TraceeError,
-    image::{Descriptor, DescriptorKind, SocketImage, SocketState},
+    image::{Descriptor, DescriptorKind, SocketState},
     read_proc,
+    reconnect::{self, RawSockets, Reconnected},
     remote::Remote,
+    sockets, tcp,
 };
-use crate::sys::{process, socket, timer};
+use crate::sys::{filter, process, socket, timer};
 
 /// More queued bytes than the largest pipe of an unprivileged user holds are not carried.
 const PIPE_LIMIT: usize = 1 << 20;
-const TCP_ESTABLISHED: u8 = 1;
+/// No kernel lets a process have more descriptors (`fs.nr_open`'s own limit, rounded up).
+const NUMBER_LIMIT: RawFd = 1 << 30;
 const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
 
 /// Character devices without state: (major, minor).
 const HARMLESS_DEVICES: [(u64, u64); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
-
-/// Socket options that are read at the source and set at the destination, where they aren't 0.
-const OPTIONS: [(i32, i32); 11] = [
-    (libc::SOL_SOCKET, libc::SO_REUSEADDR),
-    (libc::SOL_SOCKET, libc::SO_REUSEPORT),
-    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
-    (libc::SOL_SOCKET, libc::SO_BROADCAST),
-    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
-    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
-    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
-    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
-];
 
 /// An open descriptor that can't be carried.
 #[derive(Clone, Debug)]
@@ -261,30 +249,68 @@ fn describe_socket(ours: &OwnedFd, pid: i32) -> Result<Kind, TraceeError> {
     let info = socket::tcp_info(ours).map_err(TraceeError::call("TCP_INFO", pid))?;
     let state = match info.state {
         TCP_LISTEN => SocketState::Listening { backlog: info.backlog as i32 },
-        TCP_CLOSE => SocketState::Idle,
-        state => {
-            tracing::debug!(state, established = state == TCP_ESTABLISHED, "a connection will be lost");
-            SocketState::Disconnected
-        }
+        TCP_CLOSE => match socket::bytes_waiting(ours) {
+            Ok(0) => SocketState::Idle,
+            _ => {
+                let remedy =
+                    "data of an ended connection isn't carried in this version: try again when it is read";
+                return Ok(Err(("a TCP connection that has ended, with data to be read".into(), remedy)));
+            }
+        },
+        state => match tcp::describe(ours, state, pid)? {
+            Ok(state) => state,
+            Err(refused) => return Ok(Err(refused)),
+        },
     };
     let mut local = Vec::new();
     if matches!(state, SocketState::Listening { .. }) {
+        if filter::is_attached(ours) {
+            return Ok(Err((
+                "a listening socket with a filter".into(),
+                "filters aren't carried in this version",
+            )));
+        }
         local = socket::local_name(ours).map_err(TraceeError::call("getsockname", pid))?;
     }
-    let read = |&(level, name): &(i32, i32)| Some((level, name, socket::option(ours, level, name).ok()?));
-    let options = OPTIONS.iter().filter_map(read).filter(|(_, _, value)| *value != 0).collect();
-    Ok(Ok(DescriptorKind::Socket(SocketImage { domain, kind, options, local, state })))
+    Ok(Ok(DescriptorKind::Socket(sockets::describe(ours, domain, kind, local, state))))
 }
 
-/// Makes the descriptors in the stub behind `remote`, which has none open.
-pub fn restore(remote: &mut Remote, descriptors: &[Descriptor]) -> Result<(), TraceeError> {
+/// Makes the descriptors in the stub behind `remote`, which has none open. Its connections are to be resumed when
+/// the network is there.
+pub fn restore(remote: &mut Remote, descriptors: &[Descriptor]) -> Result<Reconnected, TraceeError> {
+    validate(descriptors)?;
     let mut pipes: BTreeMap<u64, [RawFd; 2]> = BTreeMap::new();
     let (epolls, others): (Vec<_>, Vec<_>) =
         descriptors.iter().partition(|descriptor| matches!(descriptor.kind, DescriptorKind::Epoll { .. }));
     // The numbers that the pipes' other ends wait under must not be wanted by anybody.
     let spare = descriptors.iter().flat_map(|d| &d.numbers).map(|(fd, _)| fd + 1).max().unwrap_or(0).max(3);
+    // A connection may have its port from a listening socket, which could not take it any more afterwards.
+    let (connected, others): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|descriptor| tcp::connection(descriptor).is_some());
     for descriptor in &others {
         let made = make(remote, descriptor, &mut pipes, spare)?;
+        place(remote, made, descriptor)?;
+    }
+    let connections = || connected.iter().filter_map(|descriptor| tcp::connection(descriptor));
+    let mut reconnected = Reconnected {
+        raw: RawSockets::for_connections(connections().map(|(_, connection)| connection), |family| {
+            let args = [family as u64, libc::SOCK_RAW as u64, libc::IPPROTO_RAW as u64, 0, 0, 0];
+            let made = remote.call("socket", libc::SYS_socket, args)?;
+            remote.take_descriptor(made as RawFd)
+        })?,
+        waiting: Vec::new(),
+    };
+    if !connected.is_empty() {
+        sockets::require_own_network(remote.tid())?;
+    }
+    for descriptor in &connected {
+        let made = make(remote, descriptor, &mut pipes, spare)?;
+        let DescriptorKind::Socket(image) = &descriptor.kind else { continue };
+        let SocketState::Connected(connection) = &image.state else { continue };
+        let ours = remote.share_descriptor(made)?;
+        let waiting = reconnect::restore(ours, connection, image.buffers, &reconnected.raw)
+            .map_err(TraceeError::call("restoring a TCP connection", remote.tid()))?;
+        reconnected.waiting.push(waiting);
         place(remote, made, descriptor)?;
     }
     // An epoll may watch any other, so they all must be there first.
@@ -302,6 +328,31 @@ pub fn restore(remote: &mut Remote, descriptors: &[Descriptor]) -> Result<(), Tr
             let at = remote.put(0, &event)?;
             let add = libc::EPOLL_CTL_ADD as u64;
             remote.call("epoll_ctl", libc::SYS_epoll_ctl, [epoll, add, fd as u64, at, 0, 0])?;
+        }
+    }
+    Ok(reconnected)
+}
+
+/// Refuses what no source sends: the image comes from another host.
+fn validate(descriptors: &[Descriptor]) -> Result<(), TraceeError> {
+    let mut bytes = 0_usize;
+    for descriptor in descriptors {
+        let numbers = &descriptor.numbers;
+        if numbers.is_empty() || numbers.iter().any(|(fd, _)| !(0..NUMBER_LIMIT).contains(fd)) {
+            let text = format!("a descriptor with the numbers {numbers:?} in the image");
+            return Err(TraceeError::Unsupported(text));
+        }
+        if let DescriptorKind::Socket(image) = &descriptor.kind {
+            sockets::validate(image).map_err(|problem| {
+                TraceeError::Unsupported(format!(
+                    "the socket of descriptor {} in the image: {problem}",
+                    numbers[0].0
+                ))
+            })?;
+        }
+        if let Some((_, connection)) = tcp::connection(descriptor) {
+            bytes = bytes.saturating_add(connection.send_queue.len() + connection.receive_queue.len());
+            tcp::require_room(bytes)?;
         }
     }
     Ok(())
@@ -387,7 +438,7 @@ fn make(
         DescriptorKind::Socket(image) => {
             let args = [image.domain as u64, image.kind as u64, 0, 0, 0, 0];
             let made = remote.call("socket", libc::SYS_socket, args)?;
-            restore_socket(&remote.share_descriptor(made as RawFd)?, image)
+            sockets::restore(&remote.share_descriptor(made as RawFd)?, image)
                 .map_err(TraceeError::call("restoring a socket", pid))?;
             made
         }
@@ -438,15 +489,4 @@ fn make_pipe(remote: &mut Remote, capacity: i32, spare: RawFd) -> Result<[RawFd;
     let size = [ends[1] as u64, libc::F_SETPIPE_SZ as u64, capacity as u64, 0, 0, 0];
     remote.call("fcntl", libc::SYS_fcntl, size)?;
     Ok(ends)
-}
-
-fn restore_socket(ours: &OwnedFd, image: &SocketImage) -> std::io::Result<()> {
-    for &(level, name, value) in &image.options {
-        socket::set_option(ours, level, name, value)?;
-    }
-    if let SocketState::Listening { backlog } = image.state {
-        socket::bind(ours, &image.local)?;
-        socket::listen(ours, backlog)?;
-    }
-    Ok(())
 }

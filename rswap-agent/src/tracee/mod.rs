@@ -4,8 +4,10 @@
 //! source                                   destination
 //!   check    what can't be carried           stub      a process with the right pid and nothing in it
 //!   tracker  what was written                space     mappings as the source has them
+//!   settle   connections without descriptor
 //!   stopped  every thread held still         rebuild   descriptors, credentials, threads, registers
 //!   capture  -> image::TaskImage  ------------------>
+//!   tcp      connections held        reconnect  connections made again, and resumed
 //! ```
 //!
 //! All of it works by ptrace and by system calls run inside the tracee ([`remote`]); no code is put
@@ -17,9 +19,14 @@ pub mod descriptors;
 pub mod image;
 pub mod layout;
 pub mod rebuild;
+pub mod reconnect;
 pub mod remote;
+pub mod segment;
+pub mod settle;
+mod sockets;
 pub mod space;
 pub mod stopped;
+pub mod tcp;
 pub mod tracker;
 
 use std::io;

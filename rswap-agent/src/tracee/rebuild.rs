@@ -8,6 +8,7 @@ use super::{
     capture::{Status, limits, registers_from_bytes},
     descriptors,
     image::{Credentials, TaskImage, ThreadImage},
+    reconnect::Reconnected,
     remote::Remote,
     space::Space,
     stopped::list_threads,
@@ -18,17 +19,21 @@ use crate::sys::{process, ptrace, ptrace::Stop, spawn::CloneArgs};
 #[derive(Debug)]
 pub struct Rebuilt {
     tids: Vec<i32>,
+    reconnected: Reconnected,
 }
 
 impl Rebuilt {
-    /// Lets it run. From here on it no longer dies with its tracer.
+    /// Lets it run, and its connections before it; the port is up. From here on it no longer dies with its tracer.
     pub fn release(self) -> Result<(), TraceeError> {
+        self.reconnected.resume();
         for &tid in &self.tids {
             ptrace::clear_options(tid).map_err(TraceeError::call("PTRACE_SETOPTIONS", tid))?;
         }
         for &tid in &self.tids {
             ptrace::detach(tid, 0).map_err(TraceeError::call("PTRACE_DETACH", tid))?;
         }
+        // Nobody waits for it: the source has to hear that the instance runs.
+        std::thread::spawn(move || self.reconnected.repeat_lost());
         Ok(())
     }
 }
@@ -38,7 +43,7 @@ pub fn rebuild(space: &mut Space, image: &TaskImage) -> Result<Rebuilt, TraceeEr
     let pid = space.pid();
     let leader = &mut space.remote;
     memory_map(leader, image)?;
-    descriptors::restore(leader, &image.descriptors)?;
+    let reconnected = descriptors::restore(leader, &image.descriptors)?;
     path_call(leader, "chdir", libc::SYS_chdir, &image.cwd)?;
     leader.call("umask", libc::SYS_umask, [image.umask.into(), 0, 0, 0, 0, 0])?;
     for (signal, action) in &image.signal_actions {
@@ -76,7 +81,7 @@ pub fn rebuild(space: &mut Space, image: &TaskImage) -> Result<Rebuilt, TraceeEr
     for (remote, thread) in threads.iter_mut().zip(&image.threads) {
         set_going(remote, thread)?;
     }
-    Ok(Rebuilt { tids })
+    Ok(Rebuilt { tids, reconnected })
 }
 
 fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {
