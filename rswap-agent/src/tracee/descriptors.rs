@@ -46,17 +46,23 @@ pub struct Refused {
 pub fn describe(pid: i32) -> Result<(Vec<Descriptor>, Vec<Refused>), TraceeError> {
     let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
     let mut descriptors: Vec<Descriptor> = Vec::new();
+    // What the link of each says. Descriptors of one description say the same, and asking the kernel about every pair
+    // of thousands would take longer than everything else.
+    let mut targets: Vec<String> = Vec::new();
     let mut refused = Vec::new();
     for fd in list(pid)? {
         let Some(info) = Info::read(pid, fd)? else { continue };
         let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
         let flags = info.flags & !libc::O_CLOEXEC;
-        if let Some(same) = shared_with(pid, fd, &mut descriptors)? {
+        if let Some(same) = shared_with(pid, fd, &info.target, &targets, &mut descriptors)? {
             same.numbers.push((fd, close_on_exec));
             continue;
         }
         match info.kind(&pidfd, pid, fd)? {
-            Ok(kind) => descriptors.push(Descriptor { numbers: vec![(fd, close_on_exec)], flags, kind }),
+            Ok(kind) => {
+                descriptors.push(Descriptor { numbers: vec![(fd, close_on_exec)], flags, kind });
+                targets.push(info.target);
+            }
             Err((what, remedy)) => refused.push(Refused { fd, what, remedy }),
         }
     }
@@ -76,12 +82,15 @@ fn list(pid: i32) -> Result<Vec<RawFd>, TraceeError> {
     Ok(numbers)
 }
 
-fn shared_with(
+fn shared_with<'a>(
     pid: i32,
     fd: RawFd,
-    known: &mut [Descriptor],
-) -> Result<Option<&mut Descriptor>, TraceeError> {
-    for descriptor in known {
+    target: &str,
+    targets: &[String],
+    known: &'a mut [Descriptor],
+) -> Result<Option<&'a mut Descriptor>, TraceeError> {
+    let alike = known.iter_mut().zip(targets).filter(|(_, its)| *its == target);
+    for (descriptor, _) in alike {
         let first = descriptor.numbers[0].0;
         if process::same_description(pid, first, fd).map_err(TraceeError::call("kcmp", pid))? {
             return Ok(Some(descriptor));
