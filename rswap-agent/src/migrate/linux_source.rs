@@ -219,7 +219,8 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         let stopped = self.stopped.as_ref().ok_or("the instance is not frozen")?;
         let mut image = capture::capture(stopped, self.mappings.clone())?;
         image.layout = self.space_layout()?;
-        self.held.hold(self.pid, &mut image.descriptors)?;
+        self.held.take(self.pid, &image.descriptors)?;
+        self.held.read(self.pid, &mut image.descriptors)?;
         Ok(postcard::to_stdvec(&image)?)
     }
 

@@ -24,7 +24,7 @@ pub struct Rebuilt {
 
 impl Rebuilt {
     /// Lets it run, and its connections before it; the port is up. From here on it no longer dies with its tracer.
-    pub fn release(self) -> Result<(), TraceeError> {
+    pub fn release(mut self) -> Result<(), TraceeError> {
         self.reconnected.resume();
         for &tid in &self.tids {
             ptrace::clear_options(tid).map_err(TraceeError::call("PTRACE_SETOPTIONS", tid))?;
@@ -32,8 +32,10 @@ impl Rebuilt {
         for &tid in &self.tids {
             ptrace::detach(tid, 0).map_err(TraceeError::call("PTRACE_DETACH", tid))?;
         }
-        // Nobody waits for it: the source has to hear that the instance runs.
-        std::thread::spawn(move || self.reconnected.repeat_lost());
+        if !self.reconnected.waiting.is_empty() {
+            // Nobody waits for it: the source has to hear that the instance runs.
+            std::thread::spawn(move || self.reconnected.repeat_lost());
+        }
         Ok(())
     }
 }

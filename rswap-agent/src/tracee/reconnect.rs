@@ -397,19 +397,19 @@ pub struct Reconnected {
 
 impl Reconnected {
     /// Lets all go on; the port is up. One that fails does not stop the others: the instance runs here now, come what
-    /// may.
-    pub fn resume(&self) {
+    /// may. What remains are those of which something may be lost.
+    pub fn resume(&mut self) {
         for waiting in &self.waiting {
             if let Err(error) = waiting.resume() {
                 tracing::error!(local = %waiting.from, peer = %waiting.to, %error, "a TCP connection stays behind");
             }
         }
+        self.waiting.retain(|waiting| !waiting.sent.is_empty() || waiting.end);
     }
 
     /// Sends again what got lost on its way, after the peers had time to tell what they have. Doubles what it sends
     /// with each pass, as the kernel does; what it does not finish is left to the kernel.
     pub fn repeat_lost(mut self) {
-        self.waiting.retain(|waiting| !waiting.sent.is_empty() || waiting.end);
         let mut limit = REPEATED_SEGMENTS;
         for _ in 0..REPEATING_PASSES {
             if self.waiting.is_empty() {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   describe    by reading only: what state, is anything in the way
-//!   hold        instance frozen, port down: repair mode on, queues and numbers copied
+//!   take        instance frozen, port down: repair mode on
+//!   read        queues and numbers copied
 //!   release     the migration failed: repair mode off, the connection goes on here
 //!   (dropped)   the migration was committed: the socket ends in repair mode, and sends nothing
 //! ```
@@ -19,6 +20,7 @@ use super::{
     TraceeError,
     capture::link,
     image::{Descriptor, DescriptorKind, SocketState},
+    segment::socket_address,
 };
 use crate::sys::{
     filter, process, socket,
@@ -129,6 +131,16 @@ impl Connection {
         }
     }
 
+    /// Whether its segments may never leave the instance, and so don't stop with the port.
+    fn is_to_itself(&self) -> bool {
+        match (socket_address(&self.local), socket_address(&self.peer)) {
+            (Some(local), Some(peer)) => {
+                local.ip() == peer.ip() || local.ip().is_loopback() || peer.ip().is_loopback()
+            }
+            _ => true,
+        }
+    }
+
     /// How much of the send queue was sent, in bytes.
     pub fn sent(&self) -> usize {
         self.send_queue.len().saturating_sub(self.unsent as usize)
@@ -217,11 +229,6 @@ pub fn connection(descriptor: &Descriptor) -> Option<(i32, &Connection)> {
     Some((descriptor.numbers.first()?.0, connection))
 }
 
-fn duplicate(pid: i32, fd: i32) -> Result<OwnedFd, TraceeError> {
-    let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
-    process::pidfd_getfd(&pidfd, fd).map_err(TraceeError::call("pidfd_getfd", pid))
-}
-
 /// The connections of a frozen instance, in repair mode as long as they are not released.
 ///
 /// Dropping it closes only the duplicates: the program's sockets stay in repair mode, so that they end without a
@@ -234,36 +241,50 @@ pub struct Held {
 
 #[derive(Debug)]
 struct HeldSocket {
+    /// Whose it is, and under which number.
+    pid: i32,
+    fd: i32,
     ours: OwnedFd,
     /// `SO_REUSEADDR`, which repair mode replaces.
     reuse: i32,
 }
 
 impl Held {
-    /// Takes the connections among `descriptors` of stopped process `pid` and completes their images. After a
-    /// failure, what was taken is still held, and must be released.
-    pub fn hold(&mut self, pid: i32, descriptors: &mut [Descriptor]) -> Result<(), TraceeError> {
-        let first = self.sockets.len();
-        for (fd, _) in descriptors.iter().filter_map(connection) {
-            let ours = duplicate(pid, fd)?;
+    /// Takes the connections among `descriptors` of stopped process `pid`. After a failure, what was taken is still
+    /// held, and must be released.
+    pub fn take(&mut self, pid: i32, descriptors: &[Descriptor]) -> Result<(), TraceeError> {
+        let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
+        for (fd, connection) in descriptors.iter().filter_map(connection) {
+            let ours = process::pidfd_getfd(&pidfd, fd).map_err(TraceeError::call("pidfd_getfd", pid))?;
             let reuse = socket::option(&ours, libc::SOL_SOCKET, libc::SO_REUSEADDR)
                 .map_err(TraceeError::call("SO_REUSEADDR", pid))?;
-            filter::take_nothing(&ours).map_err(TraceeError::call("SO_ATTACH_FILTER", pid))?;
+            if connection.is_to_itself() {
+                filter::take_nothing(&ours).map_err(TraceeError::call("SO_ATTACH_FILTER", pid))?;
+            }
             let repaired = tcp::repair(&ours, Repair::On);
-            self.sockets.push(HeldSocket { ours, reuse });
+            self.sockets.push(HeldSocket { pid, fd, ours, reuse });
             repaired.map_err(TraceeError::call("TCP_REPAIR", pid))?;
         }
-        // Only now that no segment reaches any of them: the two ends of one connection must fit.
-        let mut held = self.sockets[first..].iter();
+        Ok(())
+    }
+
+    /// Completes the images of what was taken. The connections of all processes have to be taken before: a segment
+    /// between two of them must not change one end after the other was read.
+    pub fn read(&mut self, pid: i32, descriptors: &mut [Descriptor]) -> Result<(), TraceeError> {
+        let mut held = self.sockets.iter().filter(|socket| socket.pid == pid);
         for descriptor in descriptors {
+            let Some((fd, _)) = connection(descriptor) else { continue };
             let DescriptorKind::Socket(image) = &mut descriptor.kind else { continue };
             let SocketState::Connected(connection) = &mut image.state else { continue };
-            let Some(socket) = held.next() else { break };
-            let what = format!("descriptor {}", descriptor.numbers[0].0);
+            // Both are in the same order.
+            let not_taken =
+                || TraceeError::Unsupported(format!("descriptor {fd} of process {pid} was not taken"));
+            let socket = held.find(|socket| socket.fd == fd).ok_or_else(not_taken)?;
             dump(&socket.ours, connection)
                 .map_err(TraceeError::call("reading a TCP connection", pid))?
                 .map_err(|problem| {
-                    TraceeError::Unsupported(format!("{what} of process {pid}: a TCP connection {problem}"))
+                    let what = format!("descriptor {fd} of process {pid}: a TCP connection");
+                    TraceeError::Unsupported(format!("{what} {problem}"))
                 })?;
             self.bytes += connection.send_queue.len() + connection.receive_queue.len();
             require_room(self.bytes)?;
@@ -273,7 +294,7 @@ impl Held {
 
     /// Lets the connections go on where they are. The port must be up: each peer is asked what it has.
     pub fn release(&mut self) {
-        for HeldSocket { ours, reuse } in self.sockets.drain(..) {
+        for HeldSocket { ours, reuse, .. } in self.sockets.drain(..) {
             let_go(&ours, reuse);
         }
         self.bytes = 0;
@@ -329,7 +350,7 @@ fn dump(ours: &OwnedFd, connection: &mut Connection) -> io::Result<Result<(), St
     // The end of the stream is counted as a byte as long as it isn't acknowledged.
     let end = u32::from(phase.ended() && phase != Phase::FinWait2);
     let waiting = queued.unacknowledged.saturating_sub(end) as usize;
-    let mut queue = tcp::peek_all(ours, waiting + SEGMENT_LIMIT)?;
+    let mut queue = if waiting > 0 { tcp::peek_all(ours, waiting + SEGMENT_LIMIT)? } else { Vec::new() };
     if queue.len() < waiting || queue.len() >= waiting + SEGMENT_LIMIT {
         return Ok(Err(format!("has {waiting} bytes to be acknowledged, and {} in its queue", queue.len())));
     }
