@@ -152,6 +152,48 @@ fn what_has_no_descriptor_stops_a_migration_and_is_not_lost() -> anyhow::Result<
     waiting.finish().map(drop)
 }
 
+#[test]
+fn many_idle_connections_come_along() -> anyhow::Result<()> {
+    if reason_to_skip("many_idle_connections_come_along").is_some() {
+        return Ok(());
+    }
+    const CONNECTIONS: usize = 500;
+    let (fleet, a, b) = hosts()?;
+    a.run("redis", &["--net", &format!("{SERVER}/24")], REDIS)?;
+    // Redis answers when this is done.
+    DataSet::load(&fleet.client, SERVER, 1)?;
+    let connect = fleet.client.spawn("many", || {
+        let connect = || TcpStream::connect((SERVER, 6379));
+        let streams = (0..CONNECTIONS).map(|_| connect()).collect::<Result<Vec<TcpStream>, _>>()?;
+        for stream in &streams {
+            stream.set_read_timeout(Some(LIMIT))?;
+        }
+        Ok(streams)
+    })?;
+    let mut streams = connect.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+    let mut all_answer = || -> anyhow::Result<()> {
+        for stream in &mut streams {
+            stream.write_all(b"PING\r\n")?;
+        }
+        for stream in &mut streams {
+            let mut answer = [0; 7];
+            stream.read_exact(&mut answer)?;
+            assert_eq!(&answer, b"+PONG\r\n");
+        }
+        Ok(())
+    };
+    all_answer()?;
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let report = from.migrate("redis", &to.migrate_address())?.succeed()?;
+        println!(
+            "{CONNECTIONS} connections, freeze {:.1} ms: {:?}",
+            report.unavailability_ms, report.freeze_steps_ms
+        );
+        all_answer()?;
+    }
+    Ok(())
+}
+
 fn start_streams(fleet: &Fleet, host: &Host) -> anyhow::Result<SocketAddr> {
     let program = binary("stream_server")?;
     let address = SocketAddr::from((SERVER, 7000));
