@@ -68,6 +68,24 @@ impl Acks {
     }
 }
 
+/// How a [`VerifyingClient`] takes silence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// It makes a new connection after 20 ms.
+    Hasty,
+    /// It waits, for seconds: what it counts as reconnects, the server has broken.
+    Patient,
+}
+
+impl Manner {
+    fn timeout(self) -> Duration {
+        match self {
+            Self::Hasty => CLIENT_TIMEOUT,
+            Self::Patient => PATIENT_TIMEOUT,
+        }
+    }
+}
+
 /// Writes numbered keys, each once, and records every acknowledgement with its time.
 #[derive(Debug)]
 pub struct VerifyingClient {
@@ -80,10 +98,21 @@ pub struct VerifyingClient {
 impl VerifyingClient {
     /// Starts writing to `server` from the namespace, with a pause after each acknowledged write.
     pub fn start(netns: &Netns, server: Ipv4Addr, pause: Duration) -> anyhow::Result<Self> {
+        Self::start_in(Manner::Hasty, netns, server, pause)
+    }
+
+    /// As [`VerifyingClient::start`], in a manner.
+    pub fn start_in(
+        manner: Manner,
+        netns: &Netns,
+        server: Ipv4Addr,
+        pause: Duration,
+    ) -> anyhow::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let acked = Arc::new(AtomicU64::new(0));
         let (stopped, counter) = (stop.clone(), acked.clone());
-        let thread = netns.spawn("client", move || write_until(&stopped, &counter, server, pause))?;
+        let thread = netns
+            .spawn("client", move || write_until(&stopped, &counter, server, pause, manner.timeout()))?;
         Ok(Self { server, stop, acked, thread })
     }
 
@@ -128,6 +157,7 @@ fn write_until(
     acked: &AtomicU64,
     server: Ipv4Addr,
     pause: Duration,
+    timeout: Duration,
 ) -> anyhow::Result<(Acks, u64)> {
     let started = Instant::now();
     let mut acks = Acks { started: UnixMillis::now(), times: Vec::new() };
@@ -136,7 +166,7 @@ fn write_until(
     while !stop.load(Ordering::Acquire) {
         let number = acks.times.len() as u64;
         let Some(open) = &mut connection else {
-            connection = connect(server, CLIENT_TIMEOUT).ok();
+            connection = connect(server, timeout).ok();
             connections += u64::from(connection.is_some());
             if connection.is_none() {
                 // A refusal comes back at once; a lost packet has cost the timeout already.

@@ -16,7 +16,9 @@ pub mod host;
 pub mod load;
 pub mod migration;
 pub mod netns;
+pub mod persistent;
 pub mod proxy;
+pub mod stream;
 pub mod sweep;
 
 use std::{

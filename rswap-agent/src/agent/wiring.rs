@@ -322,12 +322,28 @@ fn in_doubt(config: &Config) -> BTreeSet<InstanceName> {
     for (file, entry) in left {
         tracing::warn!(file, ?entry, "an earlier agent left a migration unfinished");
         let name = file.strip_suffix(".source.json").unwrap_or(&file).parse::<InstanceName>();
-        if let (journal::Role::Source, journal::State::Committed, Ok(name)) = (entry.role, entry.state, name)
-        {
-            frozen.insert(name);
+        let (journal::Role::Source, Ok(name)) = (entry.role, name) else { continue };
+        match entry.state {
+            journal::State::Committed => drop(frozen.insert(name)),
+            journal::State::Preparing => recover(config, &name),
         }
     }
     frozen
+}
+
+/// An earlier agent was killed while it moved `name`, which goes on here.
+fn recover(config: &Config, name: &InstanceName) {
+    let place = place(config);
+    let found = Registry::open(&place.state_dir).and_then(|registry| registry.get(name));
+    match found {
+        Ok(Some(instance)) => {
+            if let Err(error) = linux::recover(&place, &instance) {
+                tracing::error!(instance = %name, %error, "its network could not be given back to it");
+            }
+        }
+        Ok(None) => {}
+        Err(error) => tracing::warn!(instance = %name, %error, "it can't be looked up"),
+    }
 }
 
 /// An answer that keeps the error's causes.

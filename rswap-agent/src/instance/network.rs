@@ -1,16 +1,31 @@
 //! An instance's own network: a veth pair between its namespace and the host's bridge.
 
-use std::{fs::File, future::Future, io, net::Ipv4Addr, os::fd::AsFd, sync::mpsc, time::Instant};
+use std::{
+    fs::File,
+    future::Future,
+    io,
+    net::Ipv4Addr,
+    os::fd::AsFd,
+    sync::mpsc,
+    time::{Duration, Instant},
+};
 
 use futures_util::TryStreamExt;
-use nix::sched::{CloneFlags, setns};
-use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use nix::{
+    net::if_::InterfaceFlags,
+    sched::{CloneFlags, setns},
+};
+use rtnetlink::{
+    Handle, IpVersion, LinkUnspec, LinkVeth, RouteMessageBuilder, packet_route::neighbour::NeighbourState,
+};
 
 use super::{InstanceError, InstanceName, NetworkIdentity};
-use crate::sys::packet;
+use crate::sys::packet::{self, Holder};
 
 /// What the interface is called inside.
 const INNER: &str = "eth0";
+/// How long the kernel may take to notice that an interface is up.
+const UP_LIMIT: Duration = Duration::from_millis(500);
 
 /// The host's end of an instance's veth pair.
 #[derive(Clone, Debug)]
@@ -99,6 +114,13 @@ impl Port {
         self.set_up(false).map_err(self.failed("closing the port"))
     }
 
+    /// Begins to hold what comes to the bridge for the instance.
+    pub fn hold(&self) -> Result<Holder, InstanceError> {
+        let what = || format!("holding frames on {}", self.bridge);
+        let index = nix::net::if_::if_nametoindex(self.bridge.as_str()).map_err(InstanceError::io(what()))?;
+        Holder::start(index, self.identity.mac).map_err(InstanceError::io(what()))
+    }
+
     fn set_up(&self, up: bool) -> Result<(), rtnetlink::Error> {
         run(|handle| async move {
             let port = LinkUnspec::new_with_name(&self.interface);
@@ -109,12 +131,21 @@ impl Port {
 
     /// Returns when the announcement is on its way; the thread that sent it lives on until its socket is closed.
     fn announce(&self) -> Result<(), InstanceError> {
+        wait_until_running(&self.interface);
         let namespace = self.namespace()?;
         let NetworkIdentity { address, mac, .. } = self.identity.clone();
         let (sender, sent) = mpsc::sync_channel(1);
+        let forgetting = format!("forgetting neighbours that did not answer ({})", self.interface);
+        let forgetting = move |source| InstanceError::Network { what: forgetting, source: Box::new(source) };
         std::thread::spawn(move || {
             let what = || format!("announcing {address}");
             let socket = enter(&namespace).and_then(|()| {
+                wait_until_running(INNER);
+                // What the instance's kernel sent while the port was down found nobody, and for a second it would not
+                // ask for the neighbour again.
+                if has_unanswered_questions() {
+                    run(forget_neighbours).map_err(forgetting)?;
+                }
                 let index = nix::net::if_::if_nametoindex(INNER).map_err(InstanceError::io(what()))?;
                 packet::announce_ipv4(index, mac, address).map_err(InstanceError::io(what()))
             });
@@ -193,6 +224,48 @@ fn remove_interface(interface: &str) -> Result<(), InstanceError> {
 pub fn mac_for(address: Ipv4Addr) -> [u8; 6] {
     let [a, b, c, d] = address.octets();
     [0x02, 0x72, a, b, c, d]
+}
+
+/// Waits until the kernel has noticed that an interface is up: it passes nothing before, and says nothing of it.
+fn wait_until_running(interface: &str) {
+    let running = || {
+        // As long as it can't be asked there is nothing to wait for.
+        nix::ifaddrs::getifaddrs().map_or(true, |mut all| {
+            all.any(|one| one.interface_name == interface && one.flags.contains(InterfaceFlags::IFF_RUNNING))
+        })
+    };
+    let deadline = Instant::now() + UP_LIMIT;
+    while !running() {
+        if Instant::now() > deadline {
+            tracing::warn!(interface, "it does not come up");
+            return;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Whether the calling thread's network namespace has asked for neighbours without an answer yet.
+fn has_unanswered_questions() -> bool {
+    let table = std::fs::read_to_string("/proc/thread-self/net/arp").unwrap_or_default();
+    table.lines().skip(1).any(|line| line.split_whitespace().nth(2) == Some("0x0"))
+}
+
+/// Forgets the neighbours that did not answer.
+async fn forget_neighbours(handle: Handle) -> Result<(), rtnetlink::Error> {
+    let mut neighbours = handle.neighbours().get().set_family(IpVersion::V4).execute();
+    let mut silent = Vec::new();
+    while let Some(neighbour) = neighbours.try_next().await? {
+        if matches!(neighbour.header.state, NeighbourState::Incomplete | NeighbourState::Failed) {
+            silent.push(neighbour);
+        }
+    }
+    for neighbour in silent {
+        // It may have answered just now, or be forgotten already.
+        if let Err(error) = handle.neighbours().del(neighbour).execute().await {
+            tracing::debug!(%error, "a neighbour stays");
+        }
+    }
+    Ok(())
 }
 
 async fn index_of(handle: &Handle, name: &str) -> Result<u32, rtnetlink::Error> {

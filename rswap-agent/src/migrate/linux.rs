@@ -21,7 +21,8 @@ use crate::{
         network::Port,
         registry::Registry,
     },
-    sys::clock::Clocks,
+    sys::{clock::Clocks, packet::Holder},
+    tracee::{settle, tree},
 };
 
 /// A peer that says nothing for so long is taken for dead.
@@ -45,10 +46,11 @@ pub fn send(
 ) -> Result<Report, MigrateError> {
     let failed = |source| MigrateError::Task { doing: "looking at the instance", source };
     let link = |source| MigrateError::Link { doing: "connecting to the destination", source };
-    let uplink = HostPort(match (&instance.network, &place.bridge, instance.init_pid) {
+    let port = match (&instance.network, &place.bridge, instance.init_pid) {
         (Some(identity), Some(bridge), Some(init)) => Some(Port::new(&instance.name, bridge, identity, init)),
         _ => None,
-    });
+    };
+    let uplink = HostPort { port, held: None };
     let end = end_at_source(place.clone(), instance.clone());
     let mut task = LinuxSource::new(instance.clone(), uplink, end).map_err(failed)?;
     let stream = TcpStream::connect_timeout(&host, SILENCE).map_err(link)?;
@@ -71,6 +73,19 @@ fn set_up(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_write_timeout(Some(SILENCE))
 }
 
+/// Gives `instance` back what an agent that was killed in its freeze has taken from it: its port, its connections.
+/// Nothing of it is committed.
+pub fn recover(place: &Place, instance: &Instance) -> Result<(), TaskError> {
+    if let (Some(identity), Some(bridge), Some(init)) = (&instance.network, &place.bridge, instance.init_pid)
+    {
+        Port::new(&instance.name, bridge, identity, init).attach()?;
+    }
+    for pid in tree::listed(instance)? {
+        settle::recover(pid)?;
+    }
+    Ok(())
+}
+
 fn end_at_source(place: Place, instance: Instance) -> Box<dyn FnMut() -> Result<(), TaskError>> {
     Box::new(move || {
         // Before the processes end, so that a waiting `rswap run` knows why.
@@ -80,15 +95,33 @@ fn end_at_source(place: Place, instance: Instance) -> Box<dyn FnMut() -> Result<
     })
 }
 
-struct HostPort(Option<Port>);
+/// An instance's port, and what came for the instance since the port was closed.
+struct HostPort {
+    port: Option<Port>,
+    held: Option<Holder>,
+}
 
 impl Uplink for HostPort {
     fn detach(&mut self) -> Result<(), TaskError> {
-        Ok(self.0.as_ref().map_or(Ok(()), Port::detach)?)
+        let Some(port) = &self.port else { return Ok(()) };
+        // Without it the senders have to repeat what they sent, no more.
+        self.held = port
+            .hold()
+            .inspect_err(|error| tracing::warn!(%error, "what comes in the freeze is not held"))
+            .ok();
+        Ok(port.detach()?)
     }
 
     fn attach(&mut self) -> Result<(), TaskError> {
-        Ok(self.0.as_ref().map_or(Ok(()), Port::attach)?)
+        Ok(self.port.as_ref().map_or(Ok(()), Port::attach)?)
+    }
+
+    fn pass_on(&mut self) {
+        let Some(held) = self.held.take() else { return };
+        match held.pass_on() {
+            Ok(frames) => tracing::debug!(frames, "passed on what came in the freeze"),
+            Err(error) => tracing::warn!(%error, "what came in the freeze could not be passed on"),
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 //! A running instance, a tree of Linux processes, as the source of a migration.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +24,8 @@ use crate::{
         check,
         layout::{self, InstanceLayout},
         objects::{self, SourceObject},
+        settle::Settling,
+        tcp::Held,
         tracker::Span,
         tree::{self, INIT, Member, Node},
     },
@@ -28,6 +33,10 @@ use crate::{
 
 /// Passes over the tree before processes that are made faster than they can be stopped are given up.
 const MAX_PASSES: usize = 100;
+
+/// How long connections that can't be carried may take to come to their end, the instance running: a round trip to a
+/// far peer.
+const SETTLING_LIMIT: Duration = Duration::from_millis(250);
 
 /// What the destination must have, so that the instance can go on there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,6 +95,9 @@ pub trait Uplink {
     fn detach(&mut self) -> Result<(), TaskError>;
     /// As before.
     fn attach(&mut self) -> Result<(), TaskError>;
+    /// What came for the instance since `detach` goes to where it is now. What fails of it is lost, as it can be on any
+    /// network.
+    fn pass_on(&mut self);
 }
 
 /// An instance, as the engine sees it.
@@ -97,6 +109,8 @@ pub struct LinuxSource<U> {
     objects: BTreeMap<u64, SourceObject>,
     files: FileDigests,
     next_space: u32,
+    settling: Vec<Settling>,
+    held: Held,
     frozen: bool,
     detached: bool,
     /// Ends the instance for good; given by the room that started it.
@@ -122,6 +136,8 @@ impl<U: Uplink> LinuxSource<U> {
             objects: BTreeMap::new(),
             files: FileDigests::default(),
             next_space: 0,
+            settling: Vec::new(),
+            held: Held::default(),
             frozen: false,
             detached: false,
             end,
@@ -338,13 +354,31 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         }
     }
 
+    fn settle(&mut self) -> Result<(), TaskError> {
+        for process in &self.processes {
+            match Settling::begin(process.pid()) {
+                Err(_) if has_ended(process.pid()) => {}
+                begun => self.settling.push(begun?),
+            }
+        }
+        let deadline = Instant::now() + SETTLING_LIMIT;
+        for settling in &self.settling {
+            // One that has ended meanwhile has nothing left to settle.
+            let left = settling.wait(deadline.saturating_duration_since(Instant::now())).unwrap_or_default();
+            tracing::debug!(?left, "connections settled");
+        }
+        Ok(())
+    }
+
     fn freeze(&mut self) -> Result<(), TaskError> {
         self.frozen = true;
         for _ in 0..MAX_PASSES {
             self.look()?;
             if self.processes.iter().all(|process| process.stopped.is_some()) {
                 self.detached = true;
-                return self.uplink.detach();
+                self.uplink.detach()?;
+                let living = |settling: &&Settling| self.processes.iter().any(|p| p.pid() == settling.pid());
+                return Ok(self.settling.iter().filter(living).try_for_each(Settling::require)?);
             }
             for process in &mut self.processes {
                 match process.stop() {
@@ -364,22 +398,34 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             let mappings = process.mappings.as_slice();
             stopped.push(Frozen { space: process.space, member: process.member, threads, mappings });
         }
-        let image = capture::capture_instance(&stopped, self.zombies.clone())?;
+        let mut image = capture::capture_instance(&stopped, self.zombies.clone())?;
+        for (process, described) in stopped.iter().zip(&image.processes) {
+            self.held.take(process.member.pid, &described.task.descriptors)?;
+        }
+        for (process, described) in stopped.iter().zip(&mut image.processes) {
+            self.held.read(process.member.pid, &mut described.task.descriptors)?;
+        }
         Ok(postcard::to_stdvec(&image)?)
     }
 
     fn thaw(&mut self) -> Result<(), TaskError> {
+        // The port first: a connection that goes on asks its peer at once what it has.
+        let attached = if std::mem::take(&mut self.detached) { self.uplink.attach() } else { Ok(()) };
+        self.held.release();
+        self.settling.clear();
         self.processes.iter_mut().for_each(SourceProcess::release);
         self.frozen = false;
-        if std::mem::take(&mut self.detached) {
-            self.uplink.attach()?;
-        }
-        Ok(())
+        self.uplink.pass_on();
+        attached
     }
 
     fn destroy(&mut self) -> Result<(), TaskError> {
+        self.uplink.pass_on();
         // Killed before it is let go: not one instruction of the source runs after the commit.
         (self.end)()?;
+        // In repair mode to the end: the destination has the connections, and their peers hear nothing of this.
+        self.held = Held::default();
+        self.settling.clear();
         self.frozen = false;
         self.processes.iter_mut().for_each(SourceProcess::release);
         Ok(())

@@ -186,6 +186,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
     /// The freeze: last delta, image, and the destination's digest.
     fn snapshot(&mut self) -> Result<(), MigrateError> {
         self.enter(Phase::Snapshot, "freezing");
+        self.task.settle().map_err(self.task_failed())?;
         let frozen = Instant::now();
         self.frozen = Some(frozen);
         self.task.freeze().map_err(self.task_failed())?;

@@ -69,6 +69,12 @@ pub trait SourceTask {
     /// dropped. While the task is frozen nothing can be gone, and the engine takes it as an error.
     fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<usize, TaskError>;
 
+    /// Right before the freeze, the task still running: lets what can't be carried come to its end. When it fails, the
+    /// engine calls `thaw`.
+    fn settle(&mut self) -> Result<(), TaskError> {
+        Ok(())
+    }
+
     /// Stops every thread. When it fails, the engine calls `thaw`.
     fn freeze(&mut self) -> Result<(), TaskError>;
 

@@ -6,6 +6,7 @@
 pub mod bpf_mmap;
 pub mod clock;
 pub mod file;
+pub mod filter;
 pub mod mem;
 pub mod packet;
 pub mod pagemap;
@@ -13,6 +14,7 @@ pub mod process;
 pub mod ptrace;
 pub mod socket;
 pub mod spawn;
+pub mod tcp;
 pub mod timer;
 pub mod uffd;
 

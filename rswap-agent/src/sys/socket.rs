@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
 /// An `int` option.
@@ -24,12 +24,43 @@ pub fn set_option(socket: &OwnedFd, level: i32, name: i32, value: i32) -> io::Re
     super::check(done.into()).map(|_| ())
 }
 
+/// An option of up to `limit` bytes, as the kernel's bytes.
+pub fn option_bytes(socket: &OwnedFd, level: i32, name: i32, limit: usize) -> io::Result<Vec<u8>> {
+    let mut value = vec![0_u8; limit];
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `value`.
+    let done =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &mut len) };
+    super::check(done.into())?;
+    value.truncate(len as usize);
+    Ok(value)
+}
+
+/// Sets an option in the kernel's bytes.
+pub fn set_option_bytes(socket: &OwnedFd, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    let len = value.len() as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes of `value`.
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.as_ptr().cast(), len) };
+    super::check(done.into()).map(|_| ())
+}
+
 /// The socket's own address, as the kernel's bytes.
 pub fn local_name(socket: &OwnedFd) -> io::Result<Vec<u8>> {
+    name_by(socket, libc::getsockname)
+}
+
+/// The address that the socket is connected to, as the kernel's bytes.
+pub fn peer_name(socket: &OwnedFd) -> io::Result<Vec<u8>> {
+    name_by(socket, libc::getpeername)
+}
+
+type AskName = unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut libc::socklen_t) -> i32;
+
+fn name_by(socket: &OwnedFd, ask: AskName) -> io::Result<Vec<u8>> {
     let mut name = vec![0_u8; size_of::<libc::sockaddr_storage>()];
     let mut len = name.len() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes to `name`.
-    let done = unsafe { libc::getsockname(socket.as_raw_fd(), name.as_mut_ptr().cast(), &mut len) };
+    // SAFETY: `ask` is one of the two system calls above, which write at most `len` bytes to `name`.
+    let done = unsafe { ask(socket.as_raw_fd(), name.as_mut_ptr().cast(), &mut len) };
     super::check(done.into())?;
     name.truncate(len as usize);
     Ok(name)
@@ -55,6 +86,14 @@ pub struct TcpInfo {
     pub state: u8,
     /// For a listening socket: the backlog given to `listen(2)`.
     pub backlog: u32,
+    /// For a listening socket: connections that wait to be accepted.
+    pub waiting: u32,
+    /// Timestamps, selective acknowledgements and window scales are in use: `TCPI_OPT_*`.
+    pub options: u8,
+    /// Window scales (the peer's, ours), as powers of two.
+    pub window_scale: (u8, u8),
+    /// Bytes of data in a full segment that it sends.
+    pub segment_bytes: u32,
 }
 
 /// Reads `TCP_INFO`.
@@ -73,7 +112,15 @@ pub fn tcp_info(socket: &OwnedFd) -> io::Result<TcpInfo> {
         )
     };
     super::check(done.into())?;
-    Ok(TcpInfo { state: info.tcpi_state, backlog: info.tcpi_sacked })
+    let scales = info.tcpi_snd_rcv_wscale;
+    Ok(TcpInfo {
+        state: info.tcpi_state,
+        backlog: info.tcpi_sacked,
+        waiting: info.tcpi_unacked,
+        options: info.tcpi_options,
+        window_scale: (scales & 15, scales >> 4),
+        segment_bytes: info.tcpi_snd_mss,
+    })
 }
 
 /// Copies up to `limit` bytes of what is queued in `pipe` without taking them out.
@@ -106,4 +153,20 @@ pub fn peek_pipe(pipe: &OwnedFd, limit: usize) -> io::Result<Vec<u8>> {
     let mut queued = vec![0; waiting];
     io::Read::read_exact(&mut std::fs::File::from(reader), &mut queued)?;
     Ok(queued)
+}
+
+/// Bytes that were received and not read yet.
+pub fn bytes_waiting(socket: &OwnedFd) -> io::Result<usize> {
+    let mut waiting = 0_i32;
+    // SAFETY: no safe wrapper; FIONREAD writes one int.
+    super::check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &mut waiting) }.into())?;
+    Ok(waiting.max(0) as usize)
+}
+
+/// A new socket.
+pub fn create(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+    // SAFETY: a plain system call; a non-negative result is a descriptor that is ours.
+    let fd = super::check(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) }.into())?;
+    // SAFETY: the kernel has just made this descriptor for us, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }

@@ -190,7 +190,8 @@ fn process(findings: &mut Findings, peers: &Peers) -> Result<Vec<Descriptor>, Tr
             && socket.state == SocketState::Disconnected
         {
             let item = format!("descriptor {}: a TCP connection", descriptor.numbers[0].0);
-            let reason = "connections break in this version; the peer is told, and connects again";
+            let reason = "its address is the host's, which stays here: the peer is told, and connects again; start the \
+                          instance with --net to keep its connections";
             findings.add(&item, reason, Severity::Lost);
         }
     }

@@ -13,37 +13,25 @@ use std::{
 use super::{
     TraceeError,
     capture::Status,
-    image::{Descriptor, DescriptorKind, SocketImage, SocketState, UnixImage},
+    image::{Descriptor, DescriptorKind, SocketState, UnixImage},
     link::{Link, STUB_END},
     read_proc,
+    reconnect::{self, RawSockets, Reconnected},
     remote::Remote,
+    sockets, tcp,
     unix::{self, Peers},
 };
-use crate::sys::{process, socket, timer};
+use crate::sys::{filter, process, socket, timer};
 
 /// More queued bytes than the largest pipe of an unprivileged user holds are not carried.
 const PIPE_LIMIT: usize = 1 << 20;
-const TCP_ESTABLISHED: u8 = 1;
+/// No kernel lets a process have more descriptors (`fs.nr_open`'s own limit, rounded up).
+const NUMBER_LIMIT: RawFd = 1 << 30;
 const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
 
 /// Character devices without state: (major, minor).
 const HARMLESS_DEVICES: [(u64, u64); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
-
-/// Socket options that are read at the source and set at the destination, where they aren't 0.
-const OPTIONS: [(i32, i32); 11] = [
-    (libc::SOL_SOCKET, libc::SO_REUSEADDR),
-    (libc::SOL_SOCKET, libc::SO_REUSEPORT),
-    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
-    (libc::SOL_SOCKET, libc::SO_BROADCAST),
-    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
-    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
-    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
-    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
-];
 
 /// An open descriptor that can't be carried.
 #[derive(Clone, Debug)]
@@ -65,12 +53,15 @@ pub fn describe(
 ) -> Result<(Vec<Descriptor>, Vec<Refused>), TraceeError> {
     let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
     let mut descriptors: Vec<Descriptor> = Vec::new();
+    // What the link of each says. Descriptors of one description say the same, and asking the kernel about every pair
+    // of thousands would take longer than everything else.
+    let mut targets: Vec<String> = Vec::new();
     let mut refused = Vec::new();
     for fd in list(pid)? {
         let Some(info) = Info::read(pid, fd)? else { continue };
         let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
         let flags = info.flags & !libc::O_CLOEXEC;
-        if let Some(same) = shared_with(pid, fd, &mut descriptors)? {
+        if let Some(same) = shared_with(pid, fd, &info.target, &targets, &mut descriptors)? {
             same.numbers.push((fd, close_on_exec));
             continue;
         }
@@ -82,6 +73,7 @@ pub fn describe(
         match info.kind(&look)? {
             Ok(kind) => {
                 descriptors.push(Descriptor { numbers: vec![(fd, close_on_exec)], flags, owner, kind });
+                targets.push(info.target);
             }
             Err((what, remedy)) => refused.push(Refused { fd, what, remedy }),
         }
@@ -120,7 +112,9 @@ fn owner(pidfd: &OwnedFd, pid: i32, fd: RawFd) -> Result<i32, TraceeError> {
 /// Marks descriptors that are the same description as one of an earlier process. `processes`: the pid that the agent
 /// sees, the pid inside, and the descriptors.
 pub fn share(processes: &mut [(i32, i32, Vec<Descriptor>)]) -> Result<(), TraceeError> {
-    let mut known: BTreeMap<(String, i32), Vec<(i32, i32, RawFd)>> = BTreeMap::new();
+    /// Agent's pid, pid inside, number.
+    type Holder = (i32, i32, RawFd);
+    let mut known: BTreeMap<(String, i32), Vec<Holder>> = BTreeMap::new();
     for (pid, inner, descriptors) in processes {
         for descriptor in descriptors {
             let number = descriptor.numbers[0].0;
@@ -158,12 +152,15 @@ fn list(pid: i32) -> Result<Vec<RawFd>, TraceeError> {
     Ok(numbers)
 }
 
-fn shared_with(
+fn shared_with<'a>(
     pid: i32,
     fd: RawFd,
-    known: &mut [Descriptor],
-) -> Result<Option<&mut Descriptor>, TraceeError> {
-    for descriptor in known {
+    target: &str,
+    targets: &[String],
+    known: &'a mut [Descriptor],
+) -> Result<Option<&'a mut Descriptor>, TraceeError> {
+    let alike = known.iter_mut().zip(targets).filter(|(_, its)| *its == target);
+    for (descriptor, _) in alike {
         let first = descriptor.numbers[0].0;
         if process::same_description(pid, first, fd).map_err(TraceeError::call("kcmp", pid))? {
             return Ok(Some(descriptor));
@@ -349,19 +346,30 @@ fn describe_socket(ours: &OwnedFd, look: &Look<'_>) -> Result<Kind, TraceeError>
     let info = socket::tcp_info(ours).map_err(TraceeError::call("TCP_INFO", pid))?;
     let state = match info.state {
         TCP_LISTEN => SocketState::Listening { backlog: info.backlog as i32 },
-        TCP_CLOSE => SocketState::Idle,
-        state => {
-            tracing::debug!(state, established = state == TCP_ESTABLISHED, "a connection will be lost");
-            SocketState::Disconnected
-        }
+        TCP_CLOSE => match socket::bytes_waiting(ours) {
+            Ok(0) => SocketState::Idle,
+            _ => {
+                let remedy =
+                    "data of an ended connection isn't carried in this version: try again when it is read";
+                return Ok(Err(("a TCP connection that has ended, with data to be read".into(), remedy)));
+            }
+        },
+        state => match tcp::describe(ours, state, pid)? {
+            Ok(state) => state,
+            Err(refused) => return Ok(Err(refused)),
+        },
     };
     let mut local = Vec::new();
     if matches!(state, SocketState::Listening { .. }) {
+        if filter::is_attached(ours) {
+            return Ok(Err((
+                "a listening socket with a filter".into(),
+                "filters aren't carried in this version",
+            )));
+        }
         local = socket::local_name(ours).map_err(TraceeError::call("getsockname", pid))?;
     }
-    let read = |&(level, name): &(i32, i32)| Some((level, name, socket::option(ours, level, name).ok()?));
-    let options = OPTIONS.iter().filter_map(read).filter(|(_, _, value)| *value != 0).collect();
-    Ok(Ok(DescriptorKind::Socket(SocketImage { domain, kind, options, local, state })))
+    Ok(Ok(DescriptorKind::Socket(sockets::describe(ours, domain, kind, local, state))))
 }
 
 /// Makes an instance's descriptors in its stubs, process by process.
@@ -382,7 +390,13 @@ impl<'a> Restorer<'a> {
     }
 
     /// Makes the descriptors of one process in the stub behind `remote`, which has none open but its end of the link.
-    pub fn restore(&mut self, remote: &mut Remote, descriptors: &[Descriptor]) -> Result<(), TraceeError> {
+    /// Its connections are to be resumed when the network is there.
+    pub fn restore(
+        &mut self,
+        remote: &mut Remote,
+        descriptors: &[Descriptor],
+    ) -> Result<Reconnected, TraceeError> {
+        validate(descriptors)?;
         let (epolls, others): (Vec<_>, Vec<_>) = descriptors
             .iter()
             .partition(|descriptor| matches!(descriptor.kind, DescriptorKind::Epoll { .. }));
@@ -391,10 +405,14 @@ impl<'a> Restorer<'a> {
         let cloexec = libc::O_CLOEXEC as u64;
         remote.call("dup3", libc::SYS_dup3, [STUB_END as u64, end as u64, cloexec, 0, 0, 0])?;
         remote.call("close", libc::SYS_close, [STUB_END as u64, 0, 0, 0, 0, 0])?;
+        // A connection may have its port from a listening socket, which could not take it any more afterwards.
+        let (connected, others): (Vec<_>, Vec<_>) =
+            others.into_iter().partition(|descriptor| tcp::connection(descriptor).is_some());
         for descriptor in &others {
             let made = self.make(remote, descriptor, end)?;
             place(remote, made, descriptor)?;
         }
+        let reconnected = self.reconnect(remote, &connected, end)?;
         // An epoll may watch any other, so they all must be there first.
         for descriptor in &epolls {
             let made = remote.call("epoll_create1", libc::SYS_epoll_create1, [0; 6])?;
@@ -413,7 +431,38 @@ impl<'a> Restorer<'a> {
             }
         }
         remote.call("close", libc::SYS_close, [end as u64, 0, 0, 0, 0, 0])?;
-        Ok(())
+        Ok(reconnected)
+    }
+
+    fn reconnect(
+        &mut self,
+        remote: &mut Remote,
+        connected: &[&Descriptor],
+        end: RawFd,
+    ) -> Result<Reconnected, TraceeError> {
+        let connections = connected.iter().filter_map(|descriptor| tcp::connection(descriptor));
+        let mut reconnected = Reconnected {
+            raw: RawSockets::for_connections(connections.map(|(_, connection)| connection), |family| {
+                let args = [family as u64, libc::SOCK_RAW as u64, libc::IPPROTO_RAW as u64, 0, 0, 0];
+                let made = remote.call("socket", libc::SYS_socket, args)?;
+                remote.take_descriptor(made as RawFd)
+            })?,
+            waiting: Vec::new(),
+        };
+        if !connected.is_empty() {
+            sockets::require_own_network(remote.tid())?;
+        }
+        for descriptor in connected {
+            let made = self.make(remote, descriptor, end)?;
+            let DescriptorKind::Socket(image) = &descriptor.kind else { continue };
+            let SocketState::Connected(connection) = &image.state else { continue };
+            let ours = remote.share_descriptor(made)?;
+            let waiting = reconnect::restore(ours, connection, image.buffers, &reconnected.raw)
+                .map_err(TraceeError::call("restoring a TCP connection", remote.tid()))?;
+            reconnected.waiting.push(waiting);
+            place(remote, made, descriptor)?;
+        }
+        Ok(reconnected)
     }
 
     /// Makes one description and returns its number in the stub, whose end of the link is `end`.
@@ -486,7 +535,7 @@ impl<'a> Restorer<'a> {
             DescriptorKind::Socket(image) => {
                 let args = [image.domain as u64, image.kind as u64, 0, 0, 0, 0];
                 let made = remote.call("socket", libc::SYS_socket, args)?;
-                restore_socket(&remote.share_descriptor(made as RawFd)?, image)
+                sockets::restore(&remote.share_descriptor(made as RawFd)?, image)
                     .map_err(TraceeError::call("restoring a socket", pid))?;
                 made
             }
@@ -537,6 +586,31 @@ impl<'a> Restorer<'a> {
             None => self.link.give(remote, end, ours),
         }
     }
+}
+
+/// Refuses what no source sends: the image comes from another host.
+fn validate(descriptors: &[Descriptor]) -> Result<(), TraceeError> {
+    let mut bytes = 0_usize;
+    for descriptor in descriptors {
+        let numbers = &descriptor.numbers;
+        if numbers.is_empty() || numbers.iter().any(|(fd, _)| !(0..NUMBER_LIMIT).contains(fd)) {
+            let text = format!("a descriptor with the numbers {numbers:?} in the image");
+            return Err(TraceeError::Unsupported(text));
+        }
+        if let DescriptorKind::Socket(image) = &descriptor.kind {
+            sockets::validate(image).map_err(|problem| {
+                TraceeError::Unsupported(format!(
+                    "the socket of descriptor {} in the image: {problem}",
+                    numbers[0].0
+                ))
+            })?;
+        }
+        if let Some((_, connection)) = tcp::connection(descriptor) {
+            bytes = bytes.saturating_add(connection.send_queue.len() + connection.receive_queue.len());
+            tcp::require_room(bytes)?;
+        }
+    }
+    Ok(())
 }
 
 /// Moves a new descriptor to its numbers and sets what the description has besides.
@@ -605,15 +679,4 @@ fn open(
         }
     }
     Ok(made as RawFd)
-}
-
-fn restore_socket(ours: &OwnedFd, image: &SocketImage) -> std::io::Result<()> {
-    for &(level, name, value) in &image.options {
-        socket::set_option(ours, level, name, value)?;
-    }
-    if let SocketState::Listening { backlog } = image.state {
-        socket::bind(ours, &image.local)?;
-        socket::listen(ours, backlog)?;
-    }
-    Ok(())
 }

@@ -216,10 +216,25 @@ pub struct SocketImage {
     pub kind: i32,
     /// Options as (level, name, value).
     pub options: Vec<(i32, i32, i32)>,
+    /// Options that are no `int`, as (level, name, the kernel's bytes).
+    pub other_options: Vec<(i32, i32, Vec<u8>)>,
+    /// Its buffers.
+    pub buffers: Buffers,
     /// The address that it is bound to, the kernel's bytes; empty when it isn't.
     pub local: Vec<u8>,
     /// What it does.
     pub state: SocketState,
+}
+
+/// A socket's buffers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Buffers {
+    /// `SO_SNDBUF`, in bytes, as the kernel tells it: twice of what was asked for.
+    pub send: i32,
+    /// `SO_RCVBUF`, likewise.
+    pub receive: i32,
+    /// `SO_BUF_LOCK`: which of them the program has chosen (1: send, 2: receive); the kernel grows the others.
+    pub locked: i32,
 }
 
 /// What a socket does.
@@ -232,7 +247,9 @@ pub enum SocketState {
         /// The queue's length.
         backlog: i32,
     },
-    /// It had a connection, which this form does not carry: it becomes a socket that has lost it, and the
-    /// peer is told so by the first segment that it sends.
+    /// Connected; the connection goes along.
+    Connected(Box<super::tcp::Connection>),
+    /// It had a connection by an address of the host, which stays there: it becomes a socket that has lost it, and
+    /// the peer is told so by the first segment that it sends.
     Disconnected,
 }

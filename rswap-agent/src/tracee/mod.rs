@@ -5,8 +5,10 @@
 //!   check    what can't be carried           link      a socket by which stubs are given descriptors
 //!   tree     who is whose child              space     a stub with the right pid, and mappings as the source has them
 //!   tracker  what was written                objects   shared memory
+//!   settle   connections without descriptor
 //!   stopped  every thread held still         rebuild   descriptors, credentials, threads, registers
 //!   capture  -> image::InstanceImage  ------------->
+//!   tcp      connections held                reconnect connections made again, and resumed
 //! ```
 //!
 //! All of it works by ptrace and by system calls run inside the tracee ([`remote`]); no code is put
@@ -20,9 +22,14 @@ pub mod layout;
 pub mod link;
 pub mod objects;
 pub mod rebuild;
+pub mod reconnect;
 pub mod remote;
+pub mod segment;
+pub mod settle;
+mod sockets;
 pub mod space;
 pub mod stopped;
+pub mod tcp;
 pub mod tracker;
 pub mod tree;
 pub mod unix;

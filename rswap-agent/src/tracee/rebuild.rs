@@ -8,6 +8,7 @@ use super::{
     capture::{Status, limits, registers_from_bytes},
     descriptors::Restorer,
     image::{Credentials, TaskImage, ThreadImage},
+    reconnect::Reconnected,
     remote::Remote,
     space::Space,
     stopped::list_threads,
@@ -18,16 +19,23 @@ use crate::sys::{process, ptrace, ptrace::Stop, spawn::CloneArgs};
 #[derive(Debug, Default)]
 pub struct Rebuilt {
     tids: Vec<i32>,
+    /// Each process's connections.
+    reconnected: Vec<Reconnected>,
 }
 
 impl Rebuilt {
-    /// Lets them run. From here on they no longer die with their tracer.
-    pub fn release(self) -> Result<(), TraceeError> {
+    /// Lets them run, and their connections before them; the port is up. From here on they no longer die with their tracer.
+    pub fn release(mut self) -> Result<(), TraceeError> {
+        self.reconnected.iter_mut().for_each(Reconnected::resume);
         for &tid in &self.tids {
             ptrace::clear_options(tid).map_err(TraceeError::call("PTRACE_SETOPTIONS", tid))?;
         }
         for &tid in &self.tids {
             ptrace::detach(tid, 0).map_err(TraceeError::call("PTRACE_DETACH", tid))?;
+        }
+        for reconnected in self.reconnected.into_iter().filter(|process| !process.waiting.is_empty()) {
+            // Nobody waits for it: the source has to hear that the instance runs.
+            std::thread::spawn(move || reconnected.repeat_lost());
         }
         Ok(())
     }
@@ -37,6 +45,7 @@ impl Rebuilt {
     /// Takes in the threads of another process.
     pub fn add(&mut self, other: Self) {
         self.tids.extend(other.tids);
+        self.reconnected.extend(other.reconnected);
     }
 }
 
@@ -49,7 +58,7 @@ pub fn rebuild(
     let pid = space.pid();
     let leader = &mut space.remote;
     memory_map(leader, image)?;
-    descriptors.restore(leader, &image.descriptors)?;
+    let reconnected = descriptors.restore(leader, &image.descriptors)?;
     path_call(leader, "chdir", libc::SYS_chdir, &image.cwd)?;
     leader.call("umask", libc::SYS_umask, [image.umask.into(), 0, 0, 0, 0, 0])?;
     for (signal, action) in &image.signal_actions {
@@ -92,7 +101,7 @@ pub fn rebuild(
     for (remote, thread) in threads.iter_mut().zip(&image.threads) {
         set_going(remote, thread)?;
     }
-    Ok(Rebuilt { tids })
+    Ok(Rebuilt { tids, reconnected: vec![reconnected] })
 }
 
 fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {

@@ -132,13 +132,11 @@ pub fn describe(
     let Some(peer) = peers.of(inode)? else {
         return Ok(Err(("a unix socket without a connection".into(), "not carried in this version")));
     };
-    let mut options = Vec::new();
-    for name in [libc::SO_PASSCRED] {
-        let value = option(name).map_err(failed)?;
-        if value != 0 {
-            options.push((libc::SOL_SOCKET, name, value));
-        }
-    }
+    let passes_credentials = option(libc::SO_PASSCRED).map_err(failed)?;
+    let options = match passes_credentials {
+        0 => Vec::new(),
+        on => vec![(libc::SOL_SOCKET, libc::SO_PASSCRED, on)],
+    };
     let queued = match contents {
         false => Vec::new(),
         true => match peek(ours, kind).map_err(failed)? {
