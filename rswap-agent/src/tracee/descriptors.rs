@@ -52,33 +52,51 @@ pub fn describe(
     contents: bool,
 ) -> Result<(Vec<Descriptor>, Vec<Refused>), TraceeError> {
     let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
-    let mut descriptors: Vec<Descriptor> = Vec::new();
-    // What the link of each says. Descriptors of one description say the same, and asking the kernel about every pair
-    // of thousands would take longer than everything else.
-    let mut targets: Vec<String> = Vec::new();
-    let mut refused = Vec::new();
+    let mut found = Found::default();
     for fd in list(pid)? {
-        let Some(info) = Info::read(pid, fd)? else { continue };
+        match found.add(&Look { pidfd: &pidfd, pid, fd, peers, contents }) {
+            // A program that runs may have closed it, or ended, since the list was made.
+            Err(_) if fs::symlink_metadata(format!("/proc/{pid}/fd/{fd}")).is_err() => {}
+            added => added?,
+        }
+    }
+    Ok((found.descriptors, found.refused))
+}
+
+/// What was found so far among the descriptors of one process.
+#[derive(Default)]
+struct Found {
+    descriptors: Vec<Descriptor>,
+    /// What the link of each says. Descriptors of one description say the same, and asking the kernel about every pair
+    /// of thousands would take longer than everything else.
+    targets: Vec<String>,
+    refused: Vec<Refused>,
+}
+
+impl Found {
+    fn add(&mut self, look: &Look<'_>) -> Result<(), TraceeError> {
+        let Look { pidfd, pid, fd, .. } = *look;
+        let Some(info) = Info::read(pid, fd)? else { return Ok(()) };
         let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
         let flags = info.flags & !libc::O_CLOEXEC;
-        if let Some(same) = shared_with(pid, fd, &info.target, &targets, &mut descriptors)? {
+        if let Some(same) = shared_with(pid, fd, &info.target, &self.targets, &mut self.descriptors)? {
             same.numbers.push((fd, close_on_exec));
-            continue;
+            return Ok(());
         }
         let owner = match flags & libc::O_ASYNC {
             0 => 0,
-            _ => owner(&pidfd, pid, fd)?,
+            _ => owner(pidfd, pid, fd)?,
         };
-        let look = Look { pidfd: &pidfd, pid, fd, peers, contents };
-        match info.kind(&look)? {
+        match info.kind(look)? {
             Ok(kind) => {
-                descriptors.push(Descriptor { numbers: vec![(fd, close_on_exec)], flags, owner, kind });
-                targets.push(info.target);
+                let numbers = vec![(fd, close_on_exec)];
+                self.descriptors.push(Descriptor { numbers, flags, owner, kind });
+                self.targets.push(info.target);
             }
-            Err((what, remedy)) => refused.push(Refused { fd, what, remedy }),
+            Err((what, remedy)) => self.refused.push(Refused { fd, what, remedy }),
         }
+        Ok(())
     }
-    Ok((descriptors, refused))
 }
 
 /// Where and how to look at one descriptor.
