@@ -22,6 +22,7 @@ mod wiring;
 use std::{io, net::SocketAddr, time::Duration};
 
 use incoming::Incoming;
+use nix::sys::signal::{SigSet, Signal};
 use tokio::{
     net::{TcpListener, TcpStream},
     signal::unix::{SignalKind, signal},
@@ -108,6 +109,11 @@ pub fn host_address(pools: &[Pool], host: &str) -> Result<SocketAddr, AgentError
 
 /// Runs the agent until SIGTERM or SIGINT.
 pub fn run(config: Config) -> Result<(), AgentError> {
+    // Whoever started us may have blocked them for itself, and a blocked signal would never stop us.
+    let mut stops = SigSet::empty();
+    stops.add(Signal::SIGTERM);
+    stops.add(Signal::SIGINT);
+    stops.thread_unblock().map_err(|errno| failed("unblock SIGTERM and SIGINT")(errno.into()))?;
     // Two threads serve; the windows' work is done on this one.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

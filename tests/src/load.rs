@@ -17,7 +17,7 @@ use anyhow::Context;
 use crate::netns::Netns;
 
 /// Elements of the list that each query sorts: some milliseconds of the server's time on one core.
-const SORTED_ELEMENTS: u64 = 8000;
+const SORTED_ELEMENTS: u64 = 4000;
 const TIMEOUT: Duration = Duration::from_millis(200);
 /// Load is offered in slices of this length.
 const SLICE: Duration = Duration::from_millis(50);

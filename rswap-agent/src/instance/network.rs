@@ -6,6 +6,7 @@ use std::{
     io,
     net::Ipv4Addr,
     os::fd::AsFd,
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -100,8 +101,12 @@ impl Port {
 
     /// Lets traffic through and tells the neighbours where the address is now.
     pub fn attach(&self) -> Result<(), InstanceError> {
+        let began = Instant::now();
         self.set_up(true).map_err(self.failed("opening the port"))?;
-        self.announce()
+        let opened = began.elapsed();
+        self.announce()?;
+        tracing::debug!(?opened, announced = ?began.elapsed(), "attached");
+        Ok(())
     }
 
     /// Lets nothing through: nothing reaches the instance, and nothing leaves it.
@@ -124,20 +129,37 @@ impl Port {
         })
     }
 
+    /// Returns when the announcement is on its way; the thread that sent it lives on until its socket is closed.
     fn announce(&self) -> Result<(), InstanceError> {
         wait_until_running(&self.interface);
-        self.inside(|| {
-            wait_until_running(INNER);
-            // What the instance's kernel sent while the port was down found nobody, and for a second it would not ask
-            // for the neighbour again.
-            if has_unanswered_questions() {
-                run(forget_neighbours).map_err(self.failed("forgetting neighbours that did not answer"))?;
-            }
-            let what = || format!("announcing {}", self.identity.address);
-            let index = nix::net::if_::if_nametoindex(INNER).map_err(InstanceError::io(what()))?;
-            packet::announce_ipv4(index, self.identity.mac, self.identity.address)
-                .map_err(InstanceError::io(what()))
-        })
+        let namespace = self.namespace()?;
+        let NetworkIdentity { address, mac, .. } = self.identity.clone();
+        let (sender, sent) = mpsc::sync_channel(1);
+        std::thread::spawn(move || {
+            let what = || format!("announcing {address}");
+            let socket = enter(&namespace).and_then(|()| {
+                wait_until_running(INNER);
+                // What the instance's kernel sent while the port was down found nobody, and for a second it would not
+                // ask for the neighbour again.
+                if has_unanswered_questions()
+                    && let Err(error) = run(forget_neighbours)
+                {
+                    tracing::warn!(%error, "neighbours that did not answer are asked again a second later only");
+                }
+                let index = nix::net::if_::if_nametoindex(INNER).map_err(InstanceError::io(what()))?;
+                packet::announce_ipv4(index, mac, address).map_err(InstanceError::io(what()))
+            });
+            // The receiver waits for it; only then is the socket closed.
+            let (socket, result) = match socket {
+                Ok(socket) => (Some(socket), Ok(())),
+                Err(error) => (None, Err(error)),
+            };
+            drop(sender.send(result));
+            drop(socket);
+        });
+        let panicked =
+            |_| Err(InstanceError::Invalid(format!("the thread that announces {address} panicked")));
+        sent.recv().unwrap_or_else(panicked)
     }
 
     /// Runs `work` on a thread of its own inside the instance's network namespace.
@@ -145,23 +167,30 @@ impl Port {
         &self,
         work: impl FnOnce() -> Result<T, InstanceError> + Send,
     ) -> Result<T, InstanceError> {
-        let path = format!("/proc/{}/ns/net", self.init_pid);
-        let namespace = File::open(&path).map_err(InstanceError::io(format!("opening {path}")))?;
+        let namespace = self.namespace()?;
         std::thread::scope(|scope| {
-            let enter_and_work = || {
-                setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
-                    .map_err(InstanceError::io(format!("entering {path}")))?;
-                work()
-            };
-            let ended = scope.spawn(enter_and_work).join();
-            ended.unwrap_or_else(|_| Err(InstanceError::Invalid(format!("the thread in {path} panicked"))))
+            let ended = scope.spawn(|| enter(&namespace).and_then(|()| work())).join();
+            let panicked =
+                |_| Err(InstanceError::Invalid("the thread in a network namespace panicked".into()));
+            ended.unwrap_or_else(panicked)
         })
+    }
+
+    fn namespace(&self) -> Result<File, InstanceError> {
+        let path = format!("/proc/{}/ns/net", self.init_pid);
+        File::open(&path).map_err(InstanceError::io(format!("opening {path}")))
     }
 
     fn failed(&self, what: &str) -> impl FnOnce(rtnetlink::Error) -> InstanceError {
         let what = format!("{what} ({} on {})", self.interface, self.bridge);
         move |source| InstanceError::Network { what, source: Box::new(source) }
     }
+}
+
+/// Takes the calling thread into a network namespace.
+fn enter(namespace: &File) -> Result<(), InstanceError> {
+    setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+        .map_err(InstanceError::io("entering the instance's network namespace"))
 }
 
 /// Removes the port of instance `name`, whose processes are dead; one that is gone already is no error.

@@ -139,6 +139,7 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
 
     fn activate(&mut self) -> Result<(), MigrateError> {
         self.doing = "activating";
+        tracing::debug!("committed");
         self.task.activate().map_err(self.task_failed())?;
         // It runs here, whether the source hears of it or not; not hearing it, the source stays frozen.
         if let Err(error) = self.send(Tag::Activated, &[]) {

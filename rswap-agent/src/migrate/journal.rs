@@ -1,8 +1,12 @@
 //! What a migration has come to, on disk: one small file each, written through before the next step.
+//!
+//! The file is made, with its directory entry, before anything is frozen. A new state then is written over the old one
+//! in place: one sector, without a change of size, so that it needs no transaction of the file system in the freeze.
 
 use std::{
     fs::{self, File},
     io::{self, Write},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -39,11 +43,15 @@ pub struct Entry {
     pub state: State,
 }
 
+/// Every record is filled up to this length, in bytes: one sector, which a disk writes whole or not at all.
+const RECORD_BYTES: usize = 512;
+
 /// The journal of one migration; its file goes when it ends in an orderly way.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
     role: Role,
+    file: File,
 }
 
 impl Journal {
@@ -53,40 +61,26 @@ impl Journal {
             Role::Source => "source",
             Role::Destination => "destination",
         };
-        let journal = Self { path: directory.join(format!("{name}.{side}.json")), role };
-        fs::create_dir_all(directory).map_err(journal.failed())?;
-        journal.refuse_if_committed().map_err(journal.failed())?;
-        journal.record(State::Preparing)?;
-        Ok(journal)
-    }
-
-    /// Writing over a commit would forget that the instance may run at the other host, and the next
-    /// failure would let it go here as well: two copies.
-    fn refuse_if_committed(&self) -> io::Result<()> {
-        let text = match fs::read(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            text => text?,
+        let path = directory.join(format!("{name}.{side}.json"));
+        let make = || -> io::Result<File> {
+            fs::create_dir_all(directory)?;
+            refuse_if_committed(&path)?;
+            let temporary = path.with_extension("new");
+            let mut file = File::create(&temporary)?;
+            file.write_all(&Entry { role, state: State::Preparing }.record()?)?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            File::open(directory)?.sync_all()?;
+            Ok(file)
         };
-        let entry: Entry = serde_json::from_slice(&text)?;
-        if entry.state == State::Committed {
-            let text = "an earlier migration was committed and its end is not known: make sure where the \
-                        instance runs, then remove this file";
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
-        }
-        Ok(())
+        let file = make().map_err(failed(&path))?;
+        Ok(Self { path, role, file })
     }
 
     /// Writes the state through to the disk.
     pub fn record(&self, state: State) -> Result<(), MigrateError> {
-        let write = || -> io::Result<()> {
-            let temporary = self.path.with_extension("new");
-            let mut file = File::create(&temporary)?;
-            file.write_all(&serde_json::to_vec(&Entry { role: self.role, state })?)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &self.path)?;
-            File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
-        };
-        write().map_err(self.failed())
+        let write = || self.file.write_all_at(&Entry { role: self.role, state }.record()?, 0);
+        write().and_then(|()| self.file.sync_data()).map_err(failed(&self.path))
     }
 
     /// The migration ended, one way or the other, and both sides know.
@@ -95,11 +89,36 @@ impl Journal {
             tracing::warn!(path = %self.path.display(), %error, "a finished journal could not be removed");
         }
     }
+}
 
-    fn failed(&self) -> impl FnOnce(io::Error) -> MigrateError {
-        let path = self.path.display().to_string();
-        move |source| MigrateError::Journal { path, source }
+impl Entry {
+    fn record(&self) -> io::Result<Vec<u8>> {
+        let mut text = serde_json::to_vec(self)?;
+        text.resize(RECORD_BYTES - 1, b' ');
+        text.push(b'\n');
+        Ok(text)
     }
+}
+
+/// Writing over a commit would forget that the instance may run at the other host, and the next
+/// failure would let it go here as well: two copies.
+fn refuse_if_committed(path: &Path) -> io::Result<()> {
+    let text = match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        text => text?,
+    };
+    let entry: Entry = serde_json::from_slice(&text)?;
+    if entry.state == State::Committed {
+        let text = "an earlier migration was committed and its end is not known: make sure where the \
+                    instance runs, then remove this file";
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+    }
+    Ok(())
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> MigrateError {
+    let path = path.display().to_string();
+    move |source| MigrateError::Journal { path, source }
 }
 
 /// The entries that a crash left behind, by file name.

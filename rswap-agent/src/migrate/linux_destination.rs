@@ -1,5 +1,7 @@
 //! A Linux process that is being built as the destination of a migration.
 
+use std::time::Instant;
+
 use super::{
     linux_source::{HostTraits, Requirements, file_digest},
     traits::{DestinationTask, PAGE_SIZE, PageRange, TaskError},
@@ -128,8 +130,11 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
     fn activate(&mut self) -> Result<(), TaskError> {
         let rebuilt = self.rebuilt.take().ok_or("nothing was restored")?;
         let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
+        let began = Instant::now();
         arrival.attach()?;
+        let attached = began.elapsed();
         rebuilt.release()?;
+        tracing::debug!(?attached, released = ?began.elapsed(), "activated");
         let mut instance = arrival.instance.clone();
         instance.origin = Origin::Migrated;
         instance.since = UnixMillis::now();

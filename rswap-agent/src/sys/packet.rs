@@ -10,7 +10,10 @@ use super::{filter, socket};
 
 /// Sends a gratuitous ARP announcement (RFC 5227, section 3) for `address` at `mac` out of interface
 /// `if_index` of the calling thread's network namespace.
-pub fn announce_ipv4(if_index: u32, mac: [u8; 6], address: Ipv4Addr) -> io::Result<()> {
+///
+/// Returns the socket: the frame is on its way, but closing a packet socket waits for an RCU grace period, which takes
+/// milliseconds that the caller may not have.
+pub fn announce_ipv4(if_index: u32, mac: [u8; 6], address: Ipv4Addr) -> io::Result<OwnedFd> {
     let protocol = (libc::ETH_P_ARP as u16).to_be();
     let socket = socket::create(libc::AF_PACKET, libc::SOCK_RAW, protocol.into())?;
 
@@ -38,7 +41,8 @@ pub fn announce_ipv4(if_index: u32, mac: [u8; 6], address: Ipv4Addr) -> io::Resu
             size_of::<libc::sockaddr_ll>() as u32,
         )
     };
-    super::check(sent as libc::c_long).map(|_| ())
+    super::check(sent as libc::c_long)?;
+    Ok(socket)
 }
 
 /// Sends a whole IP packet through a raw socket of its family (`IPPROTO_RAW`), to `to`.

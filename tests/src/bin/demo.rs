@@ -36,7 +36,7 @@ const DAYS: u32 = 5;
 /// Quiet; busy, which is more than the slow cores give; the peak, which is more than the fast ones give.
 const PATTERN: Pattern = Pattern {
     day: Duration::from_secs(24),
-    cores: &[(0.0, 0.05), (0.30, 0.05), (0.34, 0.36), (0.70, 0.36), (0.74, 0.68), (0.90, 0.68), (0.94, 0.05)],
+    cores: &[(0.0, 0.05), (0.30, 0.05), (0.34, 0.30), (0.70, 0.30), (0.74, 0.80), (0.90, 0.80), (0.94, 0.05)],
     peak_from: 0.74,
     peak_to: 0.90,
 };
@@ -48,7 +48,7 @@ const RESULT: &str = "target/rswap/demo.json";
 /// A plan may rest on a forecast when it was judged for two days of 48 windows.
 const HOST_A: &str = r#"
 [this_host]
-cores = 0.6
+cores = 0.7
 memory_gib = 8
 cost_per_core_hour = 0.05
 
@@ -66,13 +66,13 @@ cool_down_ms = 2000
 [[pool]]
 name = "slow"
 cpus = "1"
-capacity_cores = 0.3
+capacity_cores = 0.25
 cost_per_core_hour = 0.01
 
 [[pool]]
 name = "fast"
 cpus = "0"
-capacity_cores = 0.6
+capacity_cores = 0.7
 cost_per_core_hour = 0.05
 
 [[pool]]
@@ -267,7 +267,7 @@ impl Told {
 
 fn show(result: &Value, told: &Told, answered: u64, reconnects: u64) {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_preset(presets::UTF8_BORDERS_ONLY);
     let mib = |value: &Value| format!("{:.1} MiB", value.as_f64().unwrap_or(0.0) / f64::from(1 << 20));
     let ms = |value: &Value| format!("{:.1} ms", value.as_f64().unwrap_or(0.0));
     for (what, value) in [
