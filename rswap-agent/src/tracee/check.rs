@@ -156,6 +156,9 @@ fn process(findings: &mut Findings, peers: &Peers) -> Result<Vec<Descriptor>, Tr
     if status.number("TracerPid:").unwrap_or(0) != 0 {
         findings.refuse("a debugger", "it is traced: detach the tracer");
     }
+    if status.text("State:").starts_with('T') {
+        findings.refuse("stopped by a signal", "not carried in this version: let it go on (SIGCONT) first");
+    }
     if status.number("Seccomp:").unwrap_or(0) != 0 {
         findings.refuse("a seccomp filter", "filters aren't carried in this version");
     }
