@@ -102,13 +102,19 @@ struct HostPort {
 }
 
 impl Uplink for HostPort {
+    fn prepare(&mut self) {
+        // Without it the senders have to repeat what they sent, no more.
+        let warn =
+            |error: &dyn std::fmt::Display| tracing::warn!(%error, "what comes in the freeze is not held");
+        self.held = self.port.as_ref().and_then(|port| port.hold().inspect_err(|error| warn(error)).ok());
+    }
+
     fn detach(&mut self) -> Result<(), TaskError> {
         let Some(port) = &self.port else { return Ok(()) };
-        // Without it the senders have to repeat what they sent, no more.
-        self.held = port
-            .hold()
-            .inspect_err(|error| tracing::warn!(%error, "what comes in the freeze is not held"))
-            .ok();
+        if let Some(held) = &self.held {
+            // What came while the instance still ran has reached it.
+            held.forget()?;
+        }
         Ok(port.detach()?)
     }
 

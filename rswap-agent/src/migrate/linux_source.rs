@@ -91,6 +91,8 @@ fn procfs_flags(cpuinfo: &str) -> Vec<String> {
 
 /// How the network is taken from the instance during the freeze, and given back if the move fails.
 pub trait Uplink {
+    /// Makes ready for `detach`, the instance running: what takes long is done here.
+    fn prepare(&mut self);
     /// Nothing reaches the instance any more, and nothing leaves it.
     fn detach(&mut self) -> Result<(), TaskError>;
     /// As before.
@@ -355,6 +357,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
     }
 
     fn settle(&mut self) -> Result<(), TaskError> {
+        self.uplink.prepare();
         for process in &self.processes {
             match Settling::begin(process.pid()) {
                 Err(_) if has_ended(process.pid()) => {}

@@ -112,25 +112,45 @@ impl Holder {
         Ok(Self { socket, if_index, own_mac })
     }
 
+    /// Forgets what was held so far: it has reached its destination.
+    pub fn forget(&self) -> io::Result<()> {
+        // More may come all the time; what comes after this many is passed on, and arrives twice.
+        const FRAMES: usize = 100_000;
+        // The kernel refuses a shorter one (`packet_rcv_vnet`) with EINVAL.
+        let mut head = [0_u8; VNET_HEADER];
+        for _ in 0..FRAMES {
+            if self.receive(&mut head)?.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The next frame that is held, cut to the length of `frame`; returns how much of it that is.
+    fn receive(&self, frame: &mut [u8]) -> io::Result<Option<usize>> {
+        let (fd, at) = (self.socket.as_raw_fd(), frame.as_mut_ptr());
+        // SAFETY: the kernel writes at most `frame.len()` bytes to `frame`.
+        let got = unsafe { libc::recv(fd, at.cast(), frame.len(), libc::MSG_DONTWAIT) };
+        match super::check(got as libc::c_long) {
+            Ok(got) => Ok(Some(got as usize)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Sends what was held into the bridge, as if it came now; returns how many frames that were.
     pub fn pass_on(&self) -> io::Result<usize> {
         let mut frame = vec![0_u8; FRAME_LIMIT];
         let to = link_address(self.if_index, 0);
         let mut passed = 0;
         loop {
-            let (fd, at) = (self.socket.as_raw_fd(), frame.as_mut_ptr());
-            // SAFETY: the kernel writes at most `frame.len()` bytes to `frame`.
-            let got = unsafe { libc::recv(fd, at.cast(), frame.len(), libc::MSG_DONTWAIT) };
-            let got = match super::check(got as libc::c_long) {
-                Ok(got) => got as usize,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(passed),
-                Err(error) => return Err(error),
-            };
+            let Some(got) = self.receive(&mut frame)? else { return Ok(passed) };
             if got < SOURCE_AT + 6 {
                 continue;
             }
             frame[SOURCE_AT..SOURCE_AT + 6].copy_from_slice(&self.own_mac);
             let size = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+            let (fd, at) = (self.socket.as_raw_fd(), frame.as_ptr());
             let flags = libc::MSG_DONTWAIT;
             // SAFETY: `frame` and `to` outlive the call, and the lengths are theirs.
             let sent = unsafe { libc::sendto(fd, at.cast(), got, flags, (&raw const to).cast(), size) };
