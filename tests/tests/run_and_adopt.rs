@@ -181,3 +181,25 @@ fn a_running_cgroup_is_adopted_moved_between_cores_and_never_migrated() -> anyho
     assert_eq!(listed[0].instance.pool.as_deref(), Some("first"));
     Ok(())
 }
+
+/// Its first thread ends by itself (`SYS_exit` is 60), and another goes on.
+const LEADERLESS: &str = "import ctypes, threading, time
+threading.Thread(target=time.sleep, args=[600]).start()
+ctypes.CDLL(None).syscall(60, 0)";
+
+#[test]
+fn a_program_whose_first_thread_has_ended_is_refused_and_runs_on() -> anyhow::Result<()> {
+    if reason_to_skip("a_program_whose_first_thread_has_ended_is_refused_and_runs_on").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    let host = fleet.host("a", &HostOptions::default())?;
+    host.run("leaderless", &[], &["python3", "-c", LEADERLESS])?;
+    let reason = wait_for("the first thread to end", LIMIT, || {
+        let refused = host.migrate("leaderless", "10.88.0.9:1")?.end()?.expect_err("it was moved to nowhere");
+        Ok(refused.contains("a first thread that has ended").then_some(refused))
+    })?;
+    assert!(reason.contains("can't migrate"), "{reason}");
+    assert!(host.has_processes()?);
+    Ok(())
+}

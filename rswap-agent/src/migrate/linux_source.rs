@@ -250,17 +250,6 @@ fn lends_memory(member: &Member, members: &[Member]) -> bool {
     parent.is_some_and(|parent| has_in_common(member.pid, parent.pid, Common::Memory).unwrap_or(false))
 }
 
-/// Whether the process has ended meanwhile: it gives up its memory first, and becomes a zombie a little later.
-fn has_ended(pid: i32) -> bool {
-    if std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.is_empty()) {
-        return true;
-    }
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    !status
-        .lines()
-        .any(|line| line.starts_with("State:") && !line.contains("Z (zombie)") && !line.contains("X ("))
-}
-
 impl<U: Uplink> SourceTask for LinuxSource<U> {
     fn requirements(&mut self) -> Result<Vec<u8>, TaskError> {
         self.look()?;
@@ -310,7 +299,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         for process in &mut self.processes {
             let (written, replaced) = match process.take_written() {
                 Ok(taken) => taken,
-                Err(_) if !self.frozen && has_ended(process.pid()) => {
+                Err(_) if !self.frozen && tree::has_ended(process.pid()) => {
                     ended.push(process.space);
                     continue;
                 }
@@ -360,7 +349,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         self.uplink.prepare();
         for process in &self.processes {
             match Settling::begin(process.pid()) {
-                Err(_) if has_ended(process.pid()) => {}
+                Err(_) if tree::has_ended(process.pid()) => {}
                 begun => self.settling.push(begun?),
             }
         }

@@ -1,6 +1,6 @@
 //! One process of an instance that is being moved away.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::tracee::{
     TraceeError,
@@ -13,6 +13,8 @@ use crate::tracee::{
 
 /// Programs that a process may execute during one look before it is given up.
 const EXECUTIONS: usize = 5;
+/// Between two looks at one that is doing so.
+const NAP: Duration = Duration::from_millis(1);
 
 /// A living process, its writes tracked.
 #[derive(Debug)]
@@ -85,6 +87,12 @@ impl SourceProcess {
                 self.program = program;
             }
             match self.try_take_written() {
+                // In execve(2) the kernel maps its own one after the other.
+                Ok(_) if self.stopped.is_none() && !self.has_kernel_mappings()? => {
+                    self.tracker = None;
+                    replaced = true;
+                    std::thread::sleep(NAP);
+                }
                 Ok(written) => return Ok((written, replaced)),
                 // It may be executing another program at this very moment: the old one's memory is gone then.
                 Err(_) if self.stopped.is_none() && Program::read(self.pid())? != self.program => {}
@@ -109,6 +117,13 @@ impl SourceProcess {
         let status = read_proc(&format!("/proc/{pid}/status"))?;
         self.huge_pages_off = status.lines().any(|line| line.split_whitespace().eq(["THP_enabled:", "0"]));
         Ok(written)
+    }
+
+    /// Whether the kernel has mapped as much of its own here as into this program.
+    fn has_kernel_mappings(&self) -> Result<bool, TraceeError> {
+        let all = layout::read_mappings(std::process::id() as i32)?;
+        let ours = all.iter().filter(|mapping| mapping.is_kernels_own());
+        Ok(ours.map(|mapping| &mapping.name).eq(self.kernel_mappings.iter().map(|mapping| &mapping.name)))
     }
 
     /// Its address space as the last look found it.

@@ -61,8 +61,7 @@ pub fn check(instance: &Instance) -> Result<Vec<Finding>, TraceeError> {
         findings.pid = pid;
         match process(&mut findings, &peers) {
             Ok(descriptors) => open.push((pid, descriptors)),
-            // Ended meanwhile.
-            Err(_) if fs::metadata(format!("/proc/{pid}")).is_err() => {}
+            Err(_) if tree::has_ended(pid) => {}
             Err(error) => return Err(error),
         }
     }
@@ -152,6 +151,13 @@ impl Findings {
 /// Looks at one process, and returns its descriptors.
 fn process(findings: &mut Findings, peers: &Peers) -> Result<Vec<Descriptor>, TraceeError> {
     let pid = findings.pid;
+    if tree::has_lost_its_leader(pid) {
+        findings.refuse(
+            "a first thread that has ended while others go on",
+            "not carried in this version: restart it",
+        );
+        return Ok(Vec::new());
+    }
     let status = Status::read(pid)?;
     if status.number("TracerPid:").unwrap_or(0) != 0 {
         findings.refuse("a debugger", "it is traced: detach the tracer");

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, time::Duration};
 
-use super::TraceeError;
+use super::{TraceeError, tree};
 use crate::sys::ptrace::{self, Stop};
 
 /// How long one thread may take to stop: in a wait that no signal ends (for a disk, or for a child to execute a program)
@@ -38,7 +38,10 @@ impl StoppedProcess {
                 stopped.threads.sort_by_key(|thread| (thread.tid != pid, thread.tid));
                 return match stopped.threads.first() {
                     Some(leader) if leader.tid == pid => Ok(stopped),
-                    _ => Err(TraceeError::Gone(pid)),
+                    Some(_) => Err(TraceeError::Unsupported(format!(
+                        "the first thread of process {pid} has ended, and others go on: not carried in this version"
+                    ))),
+                    None => Err(TraceeError::Gone(pid)),
                 };
             }
             for tid in fresh {
@@ -89,7 +92,8 @@ pub fn list_threads(pid: i32) -> Result<Vec<i32>, TraceeError> {
 fn stop_thread(tid: i32) -> Result<Option<StoppedThread>, TraceeError> {
     if let Err(error) = ptrace::seize(tid, false, false) {
         return match error.raw_os_error() {
-            Some(libc::ESRCH) => Ok(None),
+            // What ends, or has a tracer, is not permitted either (`ptrace_attach` in kernel/ptrace.c).
+            Some(libc::ESRCH | libc::EPERM) if tree::has_thread_ended(tid) => Ok(None),
             _ => Err(TraceeError::Call { what: "PTRACE_SEIZE", pid: tid, source: error }),
         };
     }

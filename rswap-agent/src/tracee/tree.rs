@@ -122,7 +122,8 @@ fn read(pid: i32, parent: i32) -> Result<Node, TraceeError> {
     let status = Status::read(pid)?;
     let wrong = || TraceeError::Proc { path: format!("/proc/{pid}/status"), problem: "no pids in it".into() };
     let inner = |name: &str| status.last_number(name).ok_or_else(wrong);
-    let zombie = status.text("State:").starts_with('Z');
+    // A first thread that ends before the others looks like a zombie, too.
+    let zombie = status.text("State:").starts_with('Z') && !has_further_threads(&status);
     Ok(Node {
         pid: inner("NSpid:")?,
         parent,
@@ -130,6 +131,31 @@ fn read(pid: i32, parent: i32) -> Result<Node, TraceeError> {
         group: inner("NSpgid:")?,
         status: if zombie { Some(exit_status(pid)?) } else { None },
     })
+}
+
+fn has_further_threads(status: &Status) -> bool {
+    status.number("Threads:").unwrap_or(0) > 1
+}
+
+/// Whether its first thread has ended, and others go on.
+pub fn has_lost_its_leader(pid: i32) -> bool {
+    Status::read(pid)
+        .is_ok_and(|status| status.text("State:").starts_with('Z') && has_further_threads(&status))
+        && !has_ended(pid)
+}
+
+/// Whether the process has ended meanwhile: every thread has given up the memory, or is gone.
+pub fn has_ended(pid: i32) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    threads.flatten().all(|thread| {
+        // A thread gives up the memory first, and becomes a zombie a little later.
+        fs::read_to_string(thread.path().join("maps")).map_or(true, |maps| maps.is_empty())
+    })
+}
+
+/// Whether a thread has ended, though its process may go on.
+pub fn has_thread_ended(tid: i32) -> bool {
+    Status::read(tid).map_or(true, |status| status.text("State:").starts_with(['Z', 'X']))
 }
 
 /// Field 52 of `/proc/PID/stat` (proc_pid_stat(5)).
