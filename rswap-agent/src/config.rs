@@ -145,6 +145,9 @@ pub struct MigrateConfig {
     /// Pre-copy rounds at most.
     #[serde(deserialize_with = "positive_u32")]
     pub max_rounds: u32,
+    /// Nothing is copied before the freeze; asked for with each migration.
+    #[serde(skip)]
+    pub stop_and_copy: bool,
 }
 
 impl Default for MigrateConfig {
@@ -155,6 +158,7 @@ impl Default for MigrateConfig {
             deadline_s: 120,
             cache_bytes: 256 << 20,
             max_rounds: 30,
+            stop_and_copy: false,
         }
     }
 }

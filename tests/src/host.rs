@@ -34,13 +34,15 @@ pub struct HostOptions {
     pub mode: &'static str,
     /// Length of a profile window, in milliseconds.
     pub window_ms: u64,
+    /// How long an instance may stand still, in milliseconds.
+    pub max_unavailability_ms: u64,
     /// Further sections of the configuration, in TOML: `[plan]`, `[forecast]`, `[[pool]]`.
     pub more: String,
 }
 
 impl Default for HostOptions {
     fn default() -> Self {
-        Self { mode: "observe", window_ms: 1000, more: String::new() }
+        Self { mode: "observe", window_ms: 1000, max_unavailability_ms: 100, more: String::new() }
     }
 }
 
@@ -88,7 +90,7 @@ impl Host {
             "[agent]\nhost = {:?}\nstate_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
              mode = {:?}\nwindow_ms = {}\ncgroup_parent = {:?}\n\n\
              [network]\nbridge = \"br0\"\nuplink = \"up0\"\n\n\
-             [migrate]\nlisten = \"{}\"\n\n{}",
+             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\n\n{}",
             self.name,
             self.dir,
             self.socket(),
@@ -96,6 +98,7 @@ impl Host {
             options.window_ms,
             self.cgroup_parent,
             self.migrate_address(),
+            options.max_unavailability_ms,
             options.more
         )
     }
@@ -237,13 +240,28 @@ impl Host {
 
     /// Starts a migration: to `destination`, the name of a host pool or `address:port`.
     pub fn migrate(&self, instance: &str, destination: &str) -> anyhow::Result<Migration> {
-        Migration::start(self.rswap(&["migrate", "--json", instance, destination])?)
+        self.migrate_with(instance, destination, &[])
+    }
+
+    /// As [`Self::migrate`], with further options of `rswap migrate`.
+    pub fn migrate_with(
+        &self,
+        instance: &str,
+        destination: &str,
+        options: &[&str],
+    ) -> anyhow::Result<Migration> {
+        Migration::start(self.rswap(&[&["migrate", "--json", instance, destination], options].concat())?)
+    }
+
+    /// All that the agent has said.
+    pub fn log(&self) -> anyhow::Result<String> {
+        let log = fs::read(self.log_path()).context("cannot read the agent's log")?;
+        Ok(String::from_utf8_lossy(&log).into_owned())
     }
 
     /// The end of the agent's log.
     pub fn log_tail(&self) -> String {
-        let log = fs::read(self.log_path()).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log).into_owned();
+        let log = self.log().unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..].join("\n")
     }

@@ -10,8 +10,10 @@
 //!                                   '-- host b: br0 -- instances
 //! ```
 
+pub mod bench;
 pub mod client;
 pub mod fleet;
+pub mod heartbeat;
 pub mod host;
 pub mod load;
 pub mod migration;

@@ -36,7 +36,7 @@ fn pools(fast_cores: f64) -> String {
 }
 
 fn options(mode: &'static str, fast_cores: f64) -> HostOptions {
-    HostOptions { mode, window_ms: 200, more: pools(fast_cores) }
+    HostOptions { mode, window_ms: 200, more: pools(fast_cores), ..HostOptions::default() }
 }
 
 fn pool_of(host: &Host, name: &str) -> anyhow::Result<Option<String>> {

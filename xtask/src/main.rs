@@ -6,6 +6,7 @@
 mod compile;
 mod daemon;
 mod ebpf;
+mod rerun;
 mod setup;
 mod suite;
 

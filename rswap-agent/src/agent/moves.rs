@@ -11,7 +11,7 @@ use tokio::sync::mpsc::{Sender, UnboundedSender};
 
 use super::wiring::refused;
 use crate::{
-    config::Config,
+    config::{Config, MigrateConfig},
     control::{MigrateEvent, Reply, SwapDone},
     instance::{Instance, InstanceName, launch::Place},
     migrate::{MigrateError, Progress, Report, linux},
@@ -25,7 +25,7 @@ use crate::{
 /// What is to be done.
 pub(super) enum Order {
     Swap { instance: Instance, cpus: CpuSet },
-    Migration { instance: Instance, address: SocketAddr, progress: ProgressSink },
+    Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
 }
 
 impl Order {
@@ -106,8 +106,9 @@ pub(super) fn spawn(
         // An instance whose move panicked must not count as moving for ever.
         let result = panic::catch_unwind(AssertUnwindSafe(|| match order {
             Order::Swap { instance, cpus } => cpu_swap(&instance, &cpus).map_err(Stayed::Here),
-            Order::Migration { instance, address, mut progress } => {
-                migrate(&instance, address, &mut progress, &place, &config)
+            Order::Migration { instance, address, stop_and_copy, mut progress } => {
+                let migrate_config = MigrateConfig { stop_and_copy, ..config.migrate };
+                migrate(&instance, address, &mut progress, &place, &migrate_config)
             }
         }));
         let result = result.unwrap_or_else(|_| {
@@ -137,9 +138,9 @@ fn migrate(
     address: SocketAddr,
     progress: &mut ProgressSink,
     place: &Place,
-    config: &Config,
+    config: &MigrateConfig,
 ) -> Result<Moved, Stayed> {
-    let sent = linux::send(place, instance, address, &config.migrate, &mut |now| progress.show(now));
+    let sent = linux::send(place, instance, address, config, &mut |now| progress.show(now));
     sent.map(|report| Moved::Migration(reported(&report))).map_err(|error| {
         let answer = refused(&format!("migrate {} to {address}", instance.name), &error);
         match error {

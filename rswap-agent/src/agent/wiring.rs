@@ -167,7 +167,10 @@ impl Wiring {
             let instance = decision.instance.clone();
             let started = match decision.kind {
                 MoveKind::Cpu => self.start_swap(SwapRequest { instance, pool: to.clone() }, None),
-                MoveKind::Host => self.start_migration(MigrateRequest { instance, host: to.clone() }, None),
+                MoveKind::Host => self.start_migration(
+                    MigrateRequest { instance, host: to.clone(), stop_and_copy: false },
+                    None,
+                ),
             };
             if let Err((error, _)) = started {
                 tracing::warn!(instance = %decision.instance, to, %error, "a planned move did not start");
@@ -264,7 +267,7 @@ impl Wiring {
         });
         match ready {
             Ok((instance, address)) => {
-                let (name, host) = (request.instance, request.host);
+                let MigrateRequest { instance: name, host, stop_and_copy } = request;
                 let id = self.board.write(|b| b.begin_migration(name, host.clone(), UnixMillis::now()));
                 let progress = moves::ProgressSink::new(
                     self.board.clone(),
@@ -273,7 +276,7 @@ impl Wiring {
                     id,
                     events.clone(),
                 );
-                let order = Order::Migration { instance, address, progress };
+                let order = Order::Migration { instance, address, stop_and_copy, progress };
                 self.begin(order, host, Stake::Migration { id, events });
                 Ok(())
             }

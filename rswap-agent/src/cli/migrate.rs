@@ -17,7 +17,11 @@ use crate::{
 };
 
 pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> anyhow::Result<ExitCode> {
-    let request = MigrateRequest { instance: arguments.instance, host: arguments.host };
+    let request = MigrateRequest {
+        instance: arguments.instance,
+        host: arguments.host,
+        stop_and_copy: arguments.stop_and_copy,
+    };
     let mut events = client.post_stream("/v1/migrate", &request).await?;
     let mut shown = Shown::new(arguments.json);
     while let Some(event) = events.next::<MigrateEvent>().await? {

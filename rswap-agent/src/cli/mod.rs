@@ -140,6 +140,9 @@ struct MigrateArguments {
     instance: InstanceName,
     /// To which host: a host pool's name, or ADDRESS:PORT
     host: String,
+    /// Stop it, copy it, and start it there: it stands still for as long as copying takes
+    #[arg(long)]
+    stop_and_copy: bool,
     /// Print JSON, one event per line
     #[arg(long)]
     json: bool,

@@ -59,6 +59,9 @@ pub struct MigrateRequest {
     pub instance: InstanceName,
     /// To which host: the name of a host pool, or `ADDRESS:PORT` of the agent there.
     pub host: String,
+    /// Stop it, copy it, and start it there: nothing is copied while it runs.
+    #[serde(default)]
+    pub stop_and_copy: bool,
 }
 
 /// Body of `POST /v1/adopt`.

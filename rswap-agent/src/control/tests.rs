@@ -91,7 +91,7 @@ async fn bad_bodies_never_reach_the_wiring() {
 #[tokio::test]
 async fn a_migration_streams_its_events() {
     let mut served = served().await;
-    let request = MigrateRequest { instance: "db".parse().unwrap(), host: "b".into() };
+    let request = MigrateRequest { instance: "db".parse().unwrap(), host: "b".into(), stop_and_copy: false };
     let wiring = async {
         let Some(Command::Migrate(_, events)) = served.commands.recv().await else { panic!("no migrate") };
         for round in 1..=200 {

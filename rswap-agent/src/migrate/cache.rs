@@ -48,7 +48,14 @@ impl SentPages {
 
     /// Forgets pages: the destination's copies of them are gone.
     pub fn discard(&mut self, space: u32, start: u64, end: u64) {
-        self.pages.retain(|(of, addr), _| *of != space || *addr < start || *addr >= end);
+        // Whichever is less: many small stretches are given back at a time, and now and then a whole address space.
+        if (end - start) / (PAGE_SIZE as u64) < self.pages.len() as u64 {
+            for addr in (start..end).step_by(PAGE_SIZE) {
+                self.pages.remove(&(space, addr));
+            }
+        } else {
+            self.pages.retain(|(of, addr), _| *of != space || *addr < start || *addr >= end);
+        }
         if self.order.len() > 2 * self.pages.len() + 64 {
             self.order.retain(|key| self.pages.contains_key(key));
         }

@@ -127,6 +127,9 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
     /// Pre-copy rounds, until what is left fits the budget.
     fn transfer(&mut self) -> Result<(), MigrateError> {
         self.enter(Phase::Transfer, "copying memory");
+        if self.config.stop_and_copy {
+            return Ok(());
+        }
         self.task.start_tracking().map_err(self.task_failed())?;
         let budget =
             Budget { unavailability_ms: self.config.max_unavailability_ms, rounds: self.config.max_rounds };

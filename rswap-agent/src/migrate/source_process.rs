@@ -110,7 +110,10 @@ impl SourceProcess {
             None if self.stopped.is_some() => self.tracker.insert(Tracker::of_stopped(pid)?),
             None => self.tracker.insert(Tracker::start(pid)?),
         };
-        let written = tracker.take_written()?;
+        let written = match self.stopped {
+            Some(_) => tracker.take_last_written()?,
+            None => tracker.take_written()?,
+        };
         self.mappings.clone_from(&written.mappings);
         let all = layout::read_mappings(pid)?;
         self.kernel_mappings = all.into_iter().filter(Mapping::is_kernels_own).collect();

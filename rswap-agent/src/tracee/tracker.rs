@@ -4,11 +4,19 @@
 //! runs and is scanned from outside. A mapping that is new since the last scan isn't protected yet: the
 //! scan refuses it (`EPERM`), and it counts as new as a whole. So a write is never missed; at worst a
 //! page is sent twice.
+//!
+//! That a page has *gone* is not always told: when a program gives back two aligned megabytes (`MADV_DONTNEED`), the kernel
+//! frees their page table with all marks of protection in it, and a scan passes over the hole (`CONFIG_PT_RECLAIM`,
+//! Linux 6.14). So the tracker keeps in mind what it has reported as populated, and the last look, at a process that stands
+//! still, compares that with what is there.
 
 use std::ops::Range;
 
-use super::{TraceeError, layout, layout::Mapping, remote::Remote, stopped::StoppedProcess};
+use roaring::RoaringTreemap;
+
+use super::{TraceeError, layout, layout::Mapping, read_proc, remote::Remote, stopped::StoppedProcess};
 use crate::sys::{
+    mem::PAGE_SIZE,
     pagemap::{Pagemap, Query, Region, category},
     uffd::{self, WriteTracker},
 };
@@ -34,8 +42,12 @@ pub struct Tracker {
     /// `None`: it stands still, and everything counts as written.
     writes: Option<WriteTracker>,
     pagemap: Pagemap,
+    /// Whether any page can be in swap.
+    host_swaps: bool,
     /// What is protected, ascending.
     tracked: Vec<Span>,
+    /// The pages reported as populated and not as dropped since, by number.
+    reported: RoaringTreemap,
 }
 
 impl Tracker {
@@ -46,14 +58,20 @@ impl Tracker {
         let fd = remote.call("userfaultfd", libc::SYS_userfaultfd, [uffd::OPEN_FLAGS, 0, 0, 0, 0, 0])?;
         let fd = remote.take_descriptor(fd as i32)?;
         let writes = WriteTracker::new(fd).map_err(TraceeError::call("UFFDIO_API on a userfaultfd", pid))?;
-        let pagemap = Pagemap::open(pid).map_err(TraceeError::call("opening the page map", pid))?;
-        Ok(Self { pid, writes: Some(writes), pagemap, tracked: Vec::new() })
+        Ok(Self { writes: Some(writes), ..Self::of_stopped(pid)? })
     }
 
     /// For a process that is stopped already and was never tracked: what it has is all to be sent.
     pub fn of_stopped(pid: i32) -> Result<Self, TraceeError> {
         let pagemap = Pagemap::open(pid).map_err(TraceeError::call("opening the page map", pid))?;
-        Ok(Self { pid, writes: None, pagemap, tracked: Vec::new() })
+        Ok(Self {
+            pid,
+            writes: None,
+            pagemap,
+            host_swaps: false,
+            tracked: Vec::new(),
+            reported: RoaringTreemap::new(),
+        })
     }
 
     /// What was written since the last call (at the first: everything that is there), protected again.
@@ -61,6 +79,8 @@ impl Tracker {
         let mut written =
             WrittenSpans { mappings: layout::read_mappings(self.pid)?, ..WrittenSpans::default() };
         written.mappings.retain(|mapping| !mapping.is_kernels_own());
+        // Under its headline, a line for each device. A page that went there before a device was taken away is back.
+        self.host_swaps = read_proc("/proc/swaps")?.lines().count() > 1;
         let before = std::mem::take(&mut self.tracked);
         for span in &before {
             written.dropped.extend(unmapped(span, &written.mappings));
@@ -84,7 +104,35 @@ impl Tracker {
                 }
             }
         }
+        self.remember(&written);
         Ok(written)
+    }
+
+    /// As [`Self::take_written`], of a process that stands still: afterwards what was reported, at all looks together, is
+    /// what is there.
+    pub fn take_last_written(&mut self) -> Result<WrittenSpans, TraceeError> {
+        let mut written = self.take_written()?;
+        let mut there = RoaringTreemap::new();
+        for span in self.tracked.clone() {
+            self.populated(&span)?.iter().for_each(|span| insert(&mut there, span));
+        }
+        let missing = spans(&(&there - &self.reported));
+        if !missing.is_empty() {
+            // Harmless is only a page that a thread was about to write when it was stopped: its fault is over, the write isn't.
+            let pages = (&there - &self.reported).len();
+            tracing::warn!(pid = self.pid, pages, first = ?missing[0], "found pages that no look had reported");
+        }
+        written.dropped.extend(spans(&(&self.reported - &there)));
+        written.populated.extend(missing);
+        self.reported = there;
+        Ok(written)
+    }
+
+    fn remember(&mut self, written: &WrittenSpans) {
+        for span in &written.dropped {
+            self.reported.remove_range(numbers(span));
+        }
+        written.populated.iter().for_each(|span| insert(&mut self.reported, span));
     }
 
     /// Protects a new span; `false` when it is gone already.
@@ -140,13 +188,44 @@ impl Tracker {
     /// The pages of a span with contents of their own: neither the file's nor zero.
     fn populated(&mut self, span: &Span) -> Result<Vec<Span>, TraceeError> {
         let not = category::FILE | category::PFNZERO;
-        let any_of = category::PRESENT | category::SWAPPED;
+        // Markers look swapped, and there may be millions of them: they are only sorted out where it matters.
+        let any_of = if self.host_swaps { category::PRESENT | category::SWAPPED } else { category::PRESENT };
+        let query = Query { inverted: not, all_of: not, any_of, report: category::SWAPPED };
         let mut regions = Vec::new();
-        self.pagemap
-            .scan(span.start, span.end, Query { inverted: not, all_of: not, any_of, report: 0 }, &mut regions)
-            .map_err(TraceeError::call("PAGEMAP_SCAN", self.pid))?;
-        Ok(regions.into_iter().map(|region| region.start..region.end).collect())
+        let failed = |error| TraceeError::call("PAGEMAP_SCAN", self.pid)(error);
+        self.pagemap.scan(span.start, span.end, query, &mut regions).map_err(failed)?;
+        let mut found = Vec::with_capacity(regions.len());
+        for Region { start, end, categories } in regions {
+            if categories & category::SWAPPED == 0 {
+                found.push(start..end);
+            } else {
+                self.pagemap.in_swap(start..end, &mut found).map_err(failed)?;
+            }
+        }
+        Ok(found)
     }
+}
+
+/// The numbers of a span's pages.
+fn numbers(span: &Span) -> Range<u64> {
+    span.start / PAGE_SIZE..span.end / PAGE_SIZE
+}
+
+fn insert(pages: &mut RoaringTreemap, span: &Span) {
+    pages.insert_range(numbers(span));
+}
+
+/// Pages as spans, ascending.
+fn spans(pages: &RoaringTreemap) -> Vec<Span> {
+    let mut spans: Vec<Span> = Vec::new();
+    for page in pages {
+        let at = page * PAGE_SIZE;
+        match spans.last_mut() {
+            Some(last) if last.end == at => last.end += PAGE_SIZE,
+            _ => spans.push(at..at + PAGE_SIZE),
+        }
+    }
+    spans
 }
 
 /// The parts of a span that no mapping covers any more.

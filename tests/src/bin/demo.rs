@@ -87,7 +87,7 @@ fn main() -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
     say("two hosts, each a network namespace with an agent; the clients are on a third");
     let mut fleet = Fleet::new()?;
-    let options = HostOptions { mode: "act", window_ms: 500, more: HOST_A.into() };
+    let options = HostOptions { mode: "act", window_ms: 500, more: HOST_A.into(), ..HostOptions::default() };
     let mut a = fleet.host("a", &options)?;
     let mut b = fleet.host("b", &HostOptions { window_ms: 500, ..HostOptions::default() })?;
     (a.show_log, b.show_log) = (false, false);
