@@ -22,6 +22,7 @@ pub mod persistent;
 pub mod proxy;
 pub mod stream;
 pub mod sweep;
+pub mod traces;
 
 use std::{
     io::Write,

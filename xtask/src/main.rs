@@ -3,6 +3,7 @@
 //! `cargo xtask setup` makes a new machine ready; `build`, `demo` and `test` call it themselves, so
 //! that one command is enough on a new machine. Every step is said before it is taken.
 
+mod bench;
 mod compile;
 mod daemon;
 mod ebpf;
@@ -45,6 +46,12 @@ enum Command {
         #[arg(long)]
         only: Option<String>,
     },
+    /// Measure, and write the result to target/rswap/bench-*.json
+    Bench {
+        /// What
+        #[command(subcommand)]
+        what: bench::Bench,
+    },
     /// Two hosts, a Redis under load, a core swap and a migration before the peak: live, then checked
     Demo,
 }
@@ -59,6 +66,7 @@ fn main() -> anyhow::Result<()> {
         Command::Run { arguments } => daemon::run(&arguments),
         Command::Doctor => daemon::doctor(),
         Command::Test { only } => suite::run(only.as_deref()),
+        Command::Bench { what } => bench::run(&what),
         Command::Demo => daemon::demo(),
     }
 }

@@ -8,6 +8,8 @@ use crate::{config::ForecastConfig, instance::InstanceName, profile::Profile, un
 /// Without a new window for so many windows there is no forecast any more.
 const STALE_WINDOWS: u64 = 10;
 
+const DAY_MS: u64 = 24 * 3_600_000;
+
 /// Forecasts every instance that it is shown.
 #[derive(Clone, Debug)]
 pub struct Forecaster {
@@ -38,10 +40,11 @@ impl Forecaster {
     /// that it stays comparable when the instance moves.
     pub fn observe_at_speed(&mut self, profile: &Profile, performance: f64) {
         let window_ms = self.window_ms;
+        let leads: Vec<u64> = self.config.horizons_ms.iter().map(|ms| ms / window_ms).collect();
         let fresh = || Watched {
             at: UnixMillis(profile.at.0.saturating_sub(window_ms)),
             series: [Resource::Cpu, Resource::Memory]
-                .map(|resource| (resource, Series::new(&self.config.horizons_ms, window_ms))),
+                .map(|resource| (resource, Series::new(&leads, DAY_MS / window_ms))),
         };
         let watched = self.instances.entry(profile.instance.clone()).or_insert_with(fresh);
         // To the nearest window: ends of windows jitter.

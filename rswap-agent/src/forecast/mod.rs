@@ -1,19 +1,32 @@
 //! Profile history -> [`Demand`]. Pure: no I/O, no clock.
 //!
-//! Online: one update per instance and window, in constant memory. Four experts (last value, EWMA, Holt's trend,
-//! seasonal-naive with a period found by autocorrelation) each give quantiles: their point forecast plus the quantiles of
-//! their own recent errors at that horizon. They are averaged with weights from their recent pinball loss, and a
-//! conformal step then moves each quantile until it is exceeded as often as it says. Nothing is believed before enough
-//! forecasts of a horizon have met their outcome.
+//! Online: one update per instance and window, in constant memory. Amounts are seen on a scale that is linear near 0 and
+//! logarithmic far from it ([`series`]). For each lead, experts give quantiles: a regression on smoothed values and the time of the day
+//! ([`regression`]), with its own past errors; changes and values that followed on similar moments ([`analogs`]); a
+//! fading histogram and the day's habit ([`habit`]); a found season, repeated ([`season`]). They are mixed for each
+//! quantile by what mixing would have gained ([`mixture`]), and a conformal step then moves each quantile until it is
+//! exceeded as often as it says ([`lead`]). Nothing is believed before enough forecasts of a lead have met their outcome.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "experts, quantiles and features run in step over several arrays of one length"
+)]
+
+mod analogs;
 mod forecaster;
-mod horizon;
+mod habit;
+mod history;
+mod lead;
+mod mixture;
+mod numeric;
+mod regression;
 mod season;
 mod series;
 
 use serde::{Deserialize, Serialize};
 
 pub use forecaster::Forecaster;
+pub use series::Series;
 
 use crate::{instance::InstanceName, units::UnixMillis};
 

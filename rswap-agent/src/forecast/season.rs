@@ -1,25 +1,42 @@
 //! Finding a period, and repeating it.
 
-use std::collections::VecDeque;
+use super::numeric::dot;
 
 /// Shortest period looked for, in windows.
 const MIN_PERIOD: usize = 4;
 /// Correlation that makes a lag a period.
-const PERIODIC: f64 = 0.6;
+const PERIODIC: f32 = 0.6;
 /// The correlation must have been under this at a shorter lag: a slow drift correlates at every lag.
-const DIPPED: f64 = 0.3;
+const DIPPED: f32 = 0.3;
 /// A longer period must be better by this, or multiples of the period would be taken for it.
-const CLEARLY: f64 = 0.05;
+const CLEARLY: f32 = 0.05;
 /// Cycles averaged for a forecast.
 const CYCLES: usize = 2;
 
 /// The period of `values` in windows, if there is one and two of them were seen.
-pub(super) fn period(values: &VecDeque<f64>) -> Option<usize> {
-    let values: Vec<f64> = values.iter().copied().collect();
+pub(super) fn period(values: &[f32]) -> Option<usize> {
+    let n = values.len();
+    let mean = values.iter().sum::<f32>() / n.max(1) as f32;
+    let values: Vec<f32> = values.iter().map(|value| value - mean).collect();
+    // Sums from the start, so that each lag's means and variances cost nothing.
+    let (mut sums, mut squares) = (vec![0.0f32; n + 1], vec![0.0f32; n + 1]);
+    for (i, value) in values.iter().enumerate() {
+        sums[i + 1] = sums[i] + value;
+        squares[i + 1] = squares[i] + value * value;
+    }
     let mut dipped = false;
-    let mut best: Option<(usize, f64)> = None;
-    for lag in 1..=values.len() / 2 {
-        let correlation = correlation(&values[lag..], &values[..values.len() - lag])?;
+    let mut best: Option<(usize, f32)> = None;
+    for lag in 1..=n / 2 {
+        let count = (n - lag) as f32;
+        let (sum_new, sum_old) = (sums[n] - sums[lag], sums[n - lag]);
+        let new = squares[n] - squares[lag] - sum_new * sum_new / count;
+        let old = squares[n - lag] - sum_old * sum_old / count;
+        let scale = (new.max(0.0) * old.max(0.0)).sqrt();
+        // Where one of both doesn't vary, there is nothing to find.
+        if scale.is_nan() || scale <= 1e-6 * (1.0 + mean * mean) * count {
+            return None;
+        }
+        let correlation = (dot(&values[lag..], &values[..n - lag]) - sum_new * sum_old / count) / scale;
         dipped |= correlation < DIPPED;
         let better = best.is_none_or(|(at, found)| {
             // The same peak goes on rising: follow it to its top.
@@ -32,23 +49,8 @@ pub(super) fn period(values: &VecDeque<f64>) -> Option<usize> {
     best.map(|(lag, _)| lag)
 }
 
-/// Pearson's correlation; `None` where one of both doesn't vary.
-fn correlation(a: &[f64], b: &[f64]) -> Option<f64> {
-    let n = a.len() as f64;
-    let (mean_a, mean_b) = (a.iter().sum::<f64>() / n, b.iter().sum::<f64>() / n);
-    let (mut covariance, mut var_a, mut var_b) = (0.0, 0.0, 0.0);
-    for (x, y) in a.iter().zip(b) {
-        covariance += (x - mean_a) * (y - mean_b);
-        var_a += (x - mean_a).powi(2);
-        var_b += (y - mean_b).powi(2);
-    }
-    let scale = (var_a * var_b).sqrt();
-    (scale.is_finite() && scale > f64::EPSILON * (1.0 + mean_a.abs() * mean_b.abs()) * n)
-        .then(|| covariance / scale)
-}
-
 /// Forecast of the value `steps` after position `from` (the last known one), from whole periods before it.
-pub(super) fn repeat(values: &VecDeque<f64>, from: usize, steps: usize, period: usize) -> Option<f64> {
+pub(super) fn repeat(values: &[f32], from: usize, steps: usize, period: usize) -> Option<f32> {
     let back = steps.div_ceil(period) * period;
     let (mut sum, mut count) = (0.0, 0u32);
     for cycle in 0..CYCLES {
@@ -56,5 +58,5 @@ pub(super) fn repeat(values: &VecDeque<f64>, from: usize, steps: usize, period: 
         sum += values.get(at).filter(|_| at <= from)?;
         count += 1;
     }
-    (count > 0).then(|| sum / f64::from(count))
+    (count > 0).then(|| sum / count as f32)
 }

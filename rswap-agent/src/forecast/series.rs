@@ -1,138 +1,200 @@
-//! One resource of one instance: its recent values, the experts, and their forecasts per horizon.
-
-use std::collections::VecDeque;
+//! One resource of one instance: its scale, its recent positions, and their forecasts per lead.
 
 use super::{
     Evidence, Quantiles,
-    horizon::{EXPERTS, Horizon, SEASONAL},
-    season,
+    habit::{Day, Histogram},
+    history::History,
+    lead::{Lead, Moment},
+    numeric::asinh,
+    regression::Features,
 };
 
-/// Windows kept: the longest period that can be found is half of it.
-const KEPT: usize = 512;
-/// The period is looked for again after so many windows.
-const SEARCH_EVERY: u64 = 4;
-/// Smoothing of the level.
-const ALPHA: f64 = 0.3;
-/// Smoothing of the trend.
-const BETA: f64 = 0.1;
-/// A trend is not drawn out for longer than this, in windows.
-const TREND_REACH: f64 = 20.0;
+/// Half-lives of the smoothed positions, in windows.
+const HALF_LIVES: [f32; 5] = [1.5, 6.0, 24.0, 96.0, 288.0];
+/// Windows over which the mean amount, the unit of the scale, is taken.
+const MEAN_WINDOWS: u64 = 288;
+/// Windows over which the typical unrest is taken.
+const TYPICAL_WINDOWS: u64 = 100;
 
+/// Amounts are seen on the scale asinh(amount / unit), with the mean amount as the unit: a burst of ten times the usual
+/// is no farther than it should be, 0 is nothing special, and a change of a percent is the same everywhere.
 #[derive(Clone, Debug)]
-pub(super) struct Series {
-    values: VecDeque<f64>,
+pub struct Series {
+    tick: u32,
     seen: u64,
-    ewma: f64,
-    level: f64,
-    trend: f64,
-    period: Option<usize>,
-    horizons: Vec<Horizon>,
+    unit: f64,
+    mean: f64,
+    lowest: f64,
+    highest: f64,
+    value: f64,
+    newest: [f32; 4],
+    smoothed: [f32; 5],
+    typical: f32,
+    history: History,
+    day: Day,
+    long: Histogram,
+    leads: Vec<Lead>,
 }
 
 impl Series {
-    pub(super) fn new(horizons_ms: &[u64], window_ms: u64) -> Self {
+    /// A series that has seen nothing; `leads` are in windows, and `day` is the number of windows in a day.
+    pub fn new(leads: &[u64], day: u64) -> Self {
         Self {
-            values: VecDeque::with_capacity(KEPT),
+            tick: 0,
             seen: 0,
-            ewma: 0.0,
-            level: 0.0,
-            trend: 0.0,
-            period: None,
-            horizons: horizons_ms.iter().map(|ms| Horizon::new(ms / window_ms)).collect(),
+            unit: 0.0,
+            mean: 0.0,
+            lowest: f64::MAX,
+            highest: 0.0,
+            value: 0.0,
+            newest: [0.0; 4],
+            smoothed: [0.0; 5],
+            typical: 0.0,
+            history: History::new(),
+            day: Day::new(day),
+            long: Histogram::new(day),
+            leads: leads.iter().map(|&steps| Lead::new(steps)).collect(),
         }
     }
 
-    /// Windows went by unseen. Positions in the period go on; forecasts for them are never judged.
-    pub(super) fn skip(&mut self, windows: u64) {
-        if windows as usize >= KEPT {
-            self.values.clear();
-            self.period = None;
-            self.seen = 0;
-            self.horizons.iter_mut().for_each(Horizon::interrupt);
+    /// Windows went by unseen. Positions in the day and the season go on; forecasts for them are never judged.
+    pub fn skip(&mut self, windows: u64) {
+        if windows as usize >= History::KEPT {
+            self.history = History::new();
+            self.leads.iter_mut().for_each(Lead::interrupt);
+            self.tick = self.tick.wrapping_add(windows as u32);
             return;
         }
         for _ in 0..windows {
-            if let Some(&last) = self.values.back() {
-                // What the season says is the better guess: the last value would be repeated as a part of it.
-                let newest = self.values.len() - 1;
-                let guess = self.period.and_then(|period| season::repeat(&self.values, newest, 1, period));
-                self.keep(guess.unwrap_or(last));
-                let experts =
-                    self.horizons.iter().map(|horizon| self.experts(horizon.steps())).collect::<Vec<_>>();
-                for (horizon, experts) in self.horizons.iter_mut().zip(experts) {
-                    horizon.advance(None, experts);
-                }
+            self.tick = self.tick.wrapping_add(1);
+            if self.seen > 0 {
+                self.history.guess(self.newest[0]);
+                self.forecast(false);
             }
         }
     }
 
     /// Takes in the next window. A value that is no amount counts as unseen.
-    pub(super) fn observe(&mut self, value: f64) {
-        if !value.is_finite() || value < 0.0 {
+    pub fn observe(&mut self, value: f64) {
+        if !(0.0..=f64::from(f32::MAX / 1e6)).contains(&value) {
             return self.skip(1);
         }
-        if self.seen == 0 {
-            (self.ewma, self.level, self.trend) = (value, value, 0.0);
-        } else {
-            self.ewma += ALPHA * (value - self.ewma);
-            let before = self.level;
-            self.level = ALPHA * value + (1.0 - ALPHA) * (self.level + self.trend);
-            self.trend = BETA * (self.level - before) + (1.0 - BETA) * self.trend;
-        }
+        self.tick = self.tick.wrapping_add(1);
         self.seen += 1;
-        self.keep(value);
-        if self.seen.is_multiple_of(SEARCH_EVERY) {
-            self.search();
+        self.value = value;
+        self.lowest = self.lowest.min(value);
+        self.highest = self.highest.max(value);
+        self.mean += (value - self.mean) / self.seen.min(MEAN_WINDOWS) as f64;
+        self.rescale();
+
+        let position = asinh(value / self.unit);
+        if self.seen == 1 {
+            self.newest = [position; 4];
+            self.smoothed = [position; 5];
         }
-        let experts = self.horizons.iter().map(|horizon| self.experts(horizon.steps())).collect::<Vec<_>>();
-        for (horizon, experts) in self.horizons.iter_mut().zip(experts) {
-            horizon.advance(Some(value), experts);
+        self.newest = [position, self.newest[0], self.newest[1], self.newest[2]];
+        for (smoothed, step) in self.smoothed.iter_mut().zip(steps()) {
+            *smoothed += (position - *smoothed) * step.max(1.0 / self.seen as f32);
+        }
+        self.day.learn(self.tick, position);
+        self.long.learn(position);
+        if self.history.learn(position) {
+            self.season_changed();
+        }
+        self.forecast(true);
+        let unrest = (position - self.smoothed[2]).abs();
+        self.typical += (unrest - self.typical) / self.seen.min(TYPICAL_WINDOWS) as f32;
+    }
+
+    /// Quantiles per lead, in the order of the leads.
+    pub fn quantiles(&self) -> impl Iterator<Item = Quantiles> {
+        self.leads.iter().map(|lead| {
+            let [p50, p90, p95, p99] = lead.quantiles();
+            Quantiles { p50, p90, p95, p99 }
+        })
+    }
+
+    /// Quantiles and evidence per lead.
+    pub fn forecasts(&self, needed: u64) -> impl Iterator<Item = (Quantiles, Evidence)> {
+        self.quantiles().zip(self.leads.iter().map(move |lead| lead.evidence(needed)))
+    }
+
+    /// Memory that it takes, in bytes, all in all.
+    pub fn bytes(&self) -> usize {
+        let leads: usize = self.leads.iter().map(Lead::bytes).sum();
+        size_of::<Self>()
+            + self.leads.capacity() * size_of::<Lead>()
+            + leads
+            + self.history.bytes()
+            + self.day.bytes()
+    }
+
+    fn forecast(&mut self, seen: bool) {
+        let level = self.newest[0];
+        let now = Moment {
+            tick: self.tick,
+            value: self.value,
+            level,
+            unit: self.unit as f32,
+            range: (asinh(self.lowest / self.unit), asinh(self.highest / self.unit)),
+            highest: self.highest,
+            unrest: (level - self.smoothed[1]).abs(),
+            typical: self.typical,
+            long: self.long.quantiles(),
+        };
+        for lead in &mut self.leads {
+            let steps = lead.steps();
+            let season = self.history.repeat(steps);
+            let (here, there) = (self.day.at(self.tick), self.day.at(self.tick.wrapping_add(steps as u32)));
+            let features: Features = [
+                0.1,
+                level - self.smoothed[0],
+                level - self.smoothed[1],
+                level - self.smoothed[2],
+                level - self.smoothed[3],
+                level - self.smoothed[4],
+                self.newest[0] - self.newest[1],
+                self.newest[1] - self.newest[2],
+                there.map_or(0.0, |there| there - level),
+                there.zip(here).map_or(0.0, |(there, here)| there - here),
+                season.map_or(0.0, |season| season - level),
+                self.newest[2] - self.newest[3],
+            ];
+            lead.settle(&now, seen);
+            lead.forecast(&now, &features, season);
         }
     }
 
-    /// Quantiles and evidence per horizon.
-    pub(super) fn forecasts(&self, needed: u64) -> impl Iterator<Item = (Quantiles, Evidence)> {
-        self.horizons.iter().map(move |horizon| (horizon.quantiles(), horizon.evidence(needed)))
-    }
-
-    fn keep(&mut self, value: f64) {
-        if self.values.len() == KEPT {
-            self.values.pop_front();
-        }
-        self.values.push_back(value);
-    }
-
-    /// Looks for the period. A new one can be judged at once: what it would have forecast is known from the kept values.
-    fn search(&mut self) {
-        let found = season::period(&self.values);
-        if found == self.period {
+    /// Keeps the unit near the mean amount.
+    fn rescale(&mut self) {
+        let wanted = (self.mean * 0.5).max(self.highest * 1e-6).max(1e-9);
+        if self.unit > 0.0 && wanted <= self.unit * 2.0 && wanted >= self.unit * 0.5 {
             return;
         }
-        let appeared = found.is_some() != self.period.is_some();
-        self.period = found;
-        for horizon in &mut self.horizons {
-            let steps = horizon.steps();
-            let errors = found.map(|period| {
-                let judged = (0..self.values.len().saturating_sub(steps)).filter_map(|from| {
-                    Some(self.values[from + steps] - season::repeat(&self.values, from, steps, period)?)
-                });
-                judged.collect()
-            });
-            horizon.relearn(SEASONAL, errors.unwrap_or_default());
-            if appeared {
-                horizon.recalibrate();
+        let ratio = self.unit / wanted;
+        self.unit = wanted;
+        if self.seen <= 1 {
+            return;
+        }
+        let convert = |position: f32| asinh(f64::from(position).sinh() * ratio);
+        self.newest.iter_mut().chain(&mut self.smoothed).for_each(|position| *position = convert(*position));
+        self.history.rescale(convert);
+        self.day.rescale(convert);
+        self.long.rescale(convert);
+        self.leads.iter_mut().for_each(|lead| lead.rescale(convert));
+    }
+
+    fn season_changed(&mut self) {
+        for lead in &mut self.leads {
+            match self.history.season_errors(lead.steps()) {
+                Some(errors) => lead.season_found(errors),
+                None => lead.no_season(),
             }
         }
     }
+}
 
-    /// The experts' points, `None` for one that has nothing to say.
-    fn experts(&self, steps: usize) -> [Option<f64>; EXPERTS] {
-        let last = self.values.back().copied();
-        let reach = (steps as f64).min(TREND_REACH);
-        let seasonal = self.period.and_then(|period| {
-            season::repeat(&self.values, self.values.len().checked_sub(1)?, steps, period)
-        });
-        [last, Some(self.ewma), Some((self.level + self.trend * reach).max(0.0)), seasonal]
-    }
+fn steps() -> &'static [f32; 5] {
+    static STEPS: std::sync::OnceLock<[f32; 5]> = std::sync::OnceLock::new();
+    STEPS.get_or_init(|| HALF_LIVES.map(|half| -super::numeric::expm1(-std::f32::consts::LN_2 / half)))
 }

@@ -1,0 +1,268 @@
+//! What came of similar moments: the newest outcomes of one lead, each with the moment that it came of.
+//!
+//! A forecast is the distribution of past outcomes, those of moments like the present one counting most. Outcomes are
+//! kept in order, so that a weighted quantile is one walk from the top.
+
+use super::{lead::TAILS, numeric::Short};
+
+/// Outcomes kept.
+pub(super) const KEPT: usize = 112;
+/// The weight of an outcome falls to a half in so many newer ones.
+const HALF_LIFE: f32 = 100.0;
+/// Distance, in typical ones, at which a moment counts half.
+const LIKE: f32 = 0.5;
+/// What the most unlike moment still counts.
+const FLOOR: f32 = 0.02;
+
+/// Weights of outcomes, by their place.
+pub(super) type Weights = [f32; KEPT];
+
+/// The order of at most [`KEPT`] values, which are kept elsewhere, by their places.
+#[derive(Clone, Debug)]
+struct Order([u8; KEPT]);
+
+impl Order {
+    const EMPTY: Self = Self([0; KEPT]);
+
+    /// The value at `place` is replaced by `new`; `len` values were there before, `value` says which.
+    fn put(&mut self, place: usize, len: usize, new: f32, value: impl Fn(usize) -> f32) {
+        let below =
+            |order: &[u8], limit: f32| order.partition_point(|&place| value(usize::from(place)) < limit);
+        let mut len = len;
+        if place < len {
+            let known = &self.0[..len];
+            let start = below(known, value(place));
+            let is_it = |&other: &u8| usize::from(other) == place;
+            // Among equals, it can be any; NaN has no place in an order, but must not break one.
+            let at = known[start..].iter().position(is_it).map(|at| at + start);
+            let at = at.or_else(|| known.iter().position(is_it)).unwrap_or(len - 1);
+            self.0.copy_within(at + 1..len, at);
+            len -= 1;
+        }
+        let at = below(&self.0[..len], new);
+        self.0.copy_within(at..len, at + 1);
+        self.0[at] = place as u8;
+    }
+
+    /// The values above which the shares [`TAILS`] of the weight lie.
+    #[inline]
+    fn quantiles(&self, len: usize, weights: &Weights, value: impl Fn(usize) -> f32) -> [f32; 4] {
+        let total = total(&weights[..len]);
+        let mut result = [0.0; 4];
+        let mut wanted = 3;
+        let mut goal = TAILS[3] * total;
+        let (mut above, mut last, mut last_mid) = (0.0f32, f32::NAN, 0.0f32);
+        for &place in self.0[..len].iter().rev() {
+            let place = usize::from(place).min(KEPT - 1);
+            let weight = weights[place];
+            let mid = above + 0.5 * weight;
+            while mid >= goal {
+                let here = value(place);
+                result[wanted] = if last.is_nan() {
+                    here
+                } else {
+                    // Between two outcomes, along the line through both.
+                    here + (last - here) * ((mid - goal) / (mid - last_mid).max(1e-20)).min(1.0)
+                };
+                if wanted == 0 {
+                    return result;
+                }
+                wanted -= 1;
+                goal = TAILS[wanted] * total;
+            }
+            above += weight;
+            (last, last_mid) = (value(place), mid);
+        }
+        result[..=wanted].fill(if last.is_nan() { 0.0 } else { last });
+        result
+    }
+}
+
+/// Values and their order.
+#[derive(Clone, Debug)]
+pub(super) struct Sorted {
+    values: [f32; KEPT],
+    order: Order,
+}
+
+impl Sorted {
+    pub(super) fn new() -> Self {
+        Self { values: [0.0; KEPT], order: Order::EMPTY }
+    }
+
+    /// Puts `value` at `place`; `len` values were there before.
+    pub(super) fn put(&mut self, place: usize, len: usize, value: f32) {
+        self.order.put(place, len, value, |place| self.values[place]);
+        self.values[place] = value;
+    }
+
+    /// The values above which the shares [`TAILS`] of the weight lie.
+    pub(super) fn quantiles(&self, len: usize, weights: &Weights) -> [f32; 4] {
+        self.order.quantiles(len, weights, |place| self.values[place])
+    }
+
+    /// The values, in no order.
+    pub(super) fn values(&self, len: usize) -> &[f32] {
+        &self.values[..len]
+    }
+}
+
+/// The moments and what came of them.
+#[derive(Clone, Debug)]
+pub(super) struct Analogs {
+    len: usize,
+    next: usize,
+    /// Where the value stood, and how much it had just moved.
+    level: [f32; KEPT],
+    unrest: [Short; KEPT],
+    /// How far the regression was off.
+    missed: Sorted,
+    /// How far the value had gone.
+    gone: Sorted,
+    /// Order of where the value then was: at the level, and as far on as it had gone.
+    came: Order,
+}
+
+/// Weights of the outcomes for the present moment.
+pub(super) struct Likeness {
+    /// By age alone.
+    pub(super) age: Weights,
+    /// By age and likeness of the unrest.
+    pub(super) unrest: Weights,
+    /// By age and likeness of the level.
+    pub(super) level: Weights,
+}
+
+impl Analogs {
+    pub(super) fn new() -> Self {
+        Self {
+            len: 0,
+            next: 0,
+            level: [0.0; KEPT],
+            unrest: [Short::default(); KEPT],
+            missed: Sorted::new(),
+            gone: Sorted::new(),
+            came: Order::EMPTY,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn add(&mut self, level: f32, unrest: f32, missed: f32, gone: f32) {
+        self.came.put(self.next, self.len, level + gone, |place| self.level[place] + self.gone.values[place]);
+        self.missed.put(self.next, self.len, missed);
+        self.gone.put(self.next, self.len, gone);
+        self.level[self.next] = level;
+        self.unrest[self.next] = Short::new(unrest);
+        self.len = (self.len + 1).min(KEPT);
+        self.next = (self.next + 1) % KEPT;
+    }
+
+    /// `typical` is how far the value usually is from where it was.
+    pub(super) fn likeness(&self, level: f32, unrest: f32, typical: f32) -> Likeness {
+        let age = ages(self.len, self.next);
+        let (mut by_unrest, mut by_level) = (age, age);
+        let typical = typical.max(1e-6);
+        let near = 1.0 / (typical * LIKE);
+        for i in 0..KEPT {
+            let off = (self.level[i] - level) * near;
+            by_level[i] *= 1.0 / (1.0 + off * off) + FLOOR;
+            let then = self.unrest[i].get();
+            let sum = 0.5 * (then + unrest) + 0.1 * typical;
+            let off = (then - unrest) * (1.0 / LIKE);
+            let (sum, off) = (sum * sum, off * off);
+            by_unrest[i] *= sum / (sum + off);
+        }
+        Likeness { age, unrest: by_unrest, level: by_level }
+    }
+
+    /// How far the regression was off, at moments that weigh so much.
+    pub(super) fn missed(&self, weights: &Weights) -> [f32; 4] {
+        self.missed.quantiles(self.len, weights)
+    }
+
+    /// How far the value went, after moments that weigh so much.
+    pub(super) fn gone(&self, weights: &Weights) -> [f32; 4] {
+        self.gone.quantiles(self.len, weights)
+    }
+
+    /// Where the value went, after moments that weigh so much.
+    pub(super) fn came(&self, weights: &Weights) -> [f32; 4] {
+        self.came.quantiles(self.len, weights, |place| self.level[place] + self.gone.values[place])
+    }
+
+    /// Mean pinball loss of the regression's errors against their own quantiles.
+    pub(super) fn loss(&self) -> f32 {
+        spread_loss(&self.missed, self.len, self.next)
+    }
+
+    /// The unit of the scale has changed.
+    pub(super) fn rescale(&mut self, convert: impl Fn(f32) -> f32) {
+        for i in 0..self.len {
+            self.level[i] = convert(self.level[i]);
+        }
+        // Changes are kept as they are, which they nearly are on any scale; where that puts the values is ordered anew.
+        let (level, gone) = (&self.level, &self.gone.values);
+        let came = |&place: &u8| level[usize::from(place)] + gone[usize::from(place)];
+        self.came.0[..self.len].sort_by(|a, b| came(a).total_cmp(&came(b)));
+    }
+}
+
+/// Weights by age alone, of `len` values of which the next will be put at `next`.
+pub(super) fn ages(len: usize, next: usize) -> Weights {
+    let table = by_age();
+    let mut weights = [0.0; KEPT];
+    if len == 0 {
+        return weights;
+    }
+    // The newest is at next - 1, the oldest at next, or at 0 while not all places are taken.
+    let next = if len < KEPT { len } else { next };
+    let (older, newer) = weights[..len].split_at_mut(next);
+    for (weight, age) in older.iter_mut().rev().zip(table) {
+        *weight = *age;
+    }
+    for (weight, age) in newer.iter_mut().rev().zip(&table[next.min(KEPT)..]) {
+        *weight = *age;
+    }
+    weights
+}
+
+fn by_age() -> &'static Weights {
+    static TABLE: std::sync::OnceLock<Weights> = std::sync::OnceLock::new();
+    TABLE.get_or_init(|| {
+        let step = 1.0 + super::numeric::expm1(-std::f32::consts::LN_2 / HALF_LIFE);
+        let mut weight = 1.0;
+        std::array::from_fn(|_| {
+            let now = weight;
+            weight *= step;
+            now
+        })
+    })
+}
+
+fn total(weights: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 8];
+    let chunks = weights.chunks_exact(8);
+    let rest: f32 = chunks.remainder().iter().sum();
+    for chunk in chunks {
+        for i in 0..8 {
+            lanes[i] += chunk[i];
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+/// Mean pinball loss of errors against their own quantiles.
+pub(super) fn spread_loss(errors: &Sorted, len: usize, next: usize) -> f32 {
+    let quantiles = errors.quantiles(len, &ages(len, next));
+    let mut sum = 0.0;
+    for error in errors.values(len) {
+        for k in 0..4 {
+            let off = error - quantiles[k];
+            sum += ((1.0 - TAILS[k]) * off).max(-TAILS[k] * off);
+        }
+    }
+    sum / (4 * len.max(1)) as f32
+}

@@ -1,0 +1,123 @@
+//! What is usual: at this time of the day, and at all.
+
+use super::numeric::Position;
+
+/// Most parts that a day is divided into.
+const PARTS: usize = 288;
+/// Weight of the newest day.
+const NEWEST_DAY: f32 = 0.3;
+
+/// The usual position at each time of the day.
+#[derive(Clone, Debug)]
+pub(super) struct Day {
+    windows: u64,
+    usual: Vec<Position>,
+    /// How often each part was seen.
+    times: Vec<u8>,
+}
+
+impl Day {
+    pub(super) fn new(windows: u64) -> Self {
+        let windows = windows.max(1);
+        let parts = windows.min(PARTS as u64) as usize;
+        Self { windows, usual: vec![Position::default(); parts], times: vec![0; parts] }
+    }
+
+    fn part(&self, tick: u32) -> usize {
+        ((u64::from(tick) % self.windows) * self.usual.len() as u64 / self.windows) as usize
+    }
+
+    pub(super) fn learn(&mut self, tick: u32, position: f32) {
+        let part = self.part(tick);
+        let windows_per_part = (self.windows / self.usual.len() as u64).max(1) as f32;
+        let times = self.times[part];
+        let step = (NEWEST_DAY / windows_per_part).max(1.0 / (1.0 + f32::from(times)));
+        let usual = self.usual[part].get();
+        self.usual[part] = Position::new(usual + (position - usual) * step);
+        self.times[part] = times.saturating_add(1);
+    }
+
+    /// The usual position at `tick`, if that time of the day was seen before.
+    pub(super) fn at(&self, tick: u32) -> Option<f32> {
+        let part = self.part(tick);
+        (self.times[part] > 0).then(|| self.usual[part].get())
+    }
+
+    /// Memory that it takes, in bytes, next to itself.
+    pub(super) fn bytes(&self) -> usize {
+        self.usual.capacity() * size_of::<Position>() + self.times.capacity()
+    }
+
+    pub(super) fn rescale(&mut self, convert: impl Fn(f32) -> f32) {
+        self.usual.iter_mut().for_each(|usual| *usual = Position::new(convert(usual.get())));
+    }
+}
+
+/// Width of a histogram's bin, as a difference of positions.
+const WIDTH: f32 = 0.1;
+/// Bins: positions up to 8, which is three thousand times the usual amount.
+const BINS: usize = 80;
+
+/// All that was seen, fading over a day: as VPA's recommender and Autopilot see demand.
+#[derive(Clone, Debug)]
+pub(super) struct Histogram {
+    weights: [f32; BINS],
+    /// Weight of the newest; it grows instead of the others fading.
+    newest: f32,
+    growth: f32,
+}
+
+impl Histogram {
+    pub(super) fn new(day: u64) -> Self {
+        let half_life = day.max(1) as f32;
+        let growth = 1.0 + super::numeric::expm1(std::f32::consts::LN_2 / half_life);
+        Self { weights: [0.0; BINS], newest: 1.0, growth }
+    }
+
+    pub(super) fn learn(&mut self, position: f32) {
+        self.newest *= self.growth;
+        if self.newest > 1e9 {
+            let unit = 1.0 / self.newest;
+            self.weights.iter_mut().for_each(|weight| *weight *= unit);
+            self.newest = 1.0;
+        }
+        self.weights[bin(position)] += self.newest;
+    }
+
+    /// Quantiles of the forecast's levels, as positions.
+    pub(super) fn quantiles(&self) -> [f32; 4] {
+        let total: f32 = self.weights.iter().sum();
+        let mut result = [0.0; 4];
+        let mut wanted = 3;
+        let mut above = 0.0;
+        for (bin, &weight) in self.weights.iter().enumerate().rev() {
+            if weight == 0.0 {
+                continue;
+            }
+            loop {
+                let goal = super::lead::TAILS[wanted] * total;
+                if above + weight < goal {
+                    break;
+                }
+                result[wanted] = (bin as f32 + 1.0 - (goal - above) / weight) * WIDTH;
+                if wanted == 0 {
+                    return result;
+                }
+                wanted -= 1;
+            }
+            above += weight;
+        }
+        result
+    }
+
+    pub(super) fn rescale(&mut self, convert: impl Fn(f32) -> f32) {
+        let old = std::mem::replace(&mut self.weights, [0.0; BINS]);
+        for (i, weight) in old.into_iter().enumerate() {
+            self.weights[bin(convert((i as f32 + 0.5) * WIDTH))] += weight;
+        }
+    }
+}
+
+fn bin(position: f32) -> usize {
+    ((position / WIDTH) as usize).min(BINS - 1)
+}

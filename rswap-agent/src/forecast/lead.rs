@@ -1,0 +1,304 @@
+//! One lead of one series: what was forecast, how it turned out, and what follows for the next forecast.
+
+use std::collections::VecDeque;
+
+use super::{
+    Evidence,
+    analogs::{self, Analogs, KEPT, Sorted},
+    mixture::{EXPERTS, Mixture, Opinions},
+    numeric::{Short, displaced},
+    regression::{Features, Regression},
+};
+
+/// Share of outcomes above each quantile.
+pub(super) const TAILS: [f32; 4] = [0.5, 0.1, 0.05, 0.01];
+/// Longest lead, in windows.
+const MAX_STEPS: u64 = 4096;
+/// At most so many forecasts of a lead wait for their outcome: of a long one, not every forecast is judged.
+const MAX_PENDING: usize = 6;
+/// Outcomes without which nothing is said.
+const MIN_OUTCOMES: usize = 4;
+/// Step of the conformal correction, in mean absolute errors.
+const SHIFT: f32 = 0.01;
+/// The narrow expert's spread, as a share of the one that it is taken from.
+const NARROWER: f32 = 0.6;
+/// No forecast is above so many times the highest value.
+const HIGHEST: f64 = 1.5;
+
+// The experts: analogs of the regression's errors (by age, unrest, level), of changes, and of values; the long
+// histogram; the season; and one that is narrower than the others, so that their mixture can be, too.
+const MISSED: [usize; 3] = [0, 1, 2];
+const GONE: usize = 3;
+const NARROW: usize = 7;
+const CAME: usize = 4;
+const LONG: usize = 5;
+const SEASON: usize = 6;
+
+/// What is known at one moment; positions are on the series' scale.
+pub(super) struct Moment {
+    /// Windows since the series began.
+    pub(super) tick: u32,
+    /// The newest value.
+    pub(super) value: f64,
+    /// Its position.
+    pub(super) level: f32,
+    /// Unit of the scale.
+    pub(super) unit: f32,
+    /// Positions of the lowest and the highest value.
+    pub(super) range: (f32, f32),
+    /// The highest value.
+    pub(super) highest: f64,
+    /// How far it is from where it usually was of late.
+    pub(super) unrest: f32,
+    /// What that distance is usually.
+    pub(super) typical: f32,
+    /// Quantiles of all that was seen, as positions.
+    pub(super) long: [f32; 4],
+}
+
+#[derive(Clone, Debug)]
+struct Pending {
+    due: u32,
+    features: Features,
+    predicted: f32,
+    level: f32,
+    unrest: f32,
+    season: Option<f32>,
+    value: f64,
+    /// What the experts said of each quantile, and what was given out, as distances from `value`.
+    said: Option<[[Short; EXPERTS]; 4]>,
+    given: [f32; 4],
+}
+
+/// The errors of repeating the season.
+#[derive(Clone, Debug)]
+struct SeasonErrors {
+    errors: Sorted,
+    len: usize,
+    next: usize,
+}
+
+/// One lead.
+#[derive(Clone, Debug)]
+pub(super) struct Lead {
+    steps: u32,
+    /// Of so many forecasts one is judged.
+    stride: u32,
+    pending: VecDeque<Pending>,
+    regression: Regression,
+    analogs: Analogs,
+    season: Option<Box<SeasonErrors>>,
+    known: [bool; EXPERTS],
+    mixtures: [Mixture; 4],
+    /// Conformal correction of each quantile, and the size of an error that it goes by.
+    shift: [f32; 4],
+    error: f32,
+    seen: u64,
+    covered: u64,
+    newest: [f64; 4],
+}
+
+impl Lead {
+    pub(super) fn new(steps: u64) -> Self {
+        let steps = steps.clamp(1, MAX_STEPS) as usize;
+        let mut known = [true; EXPERTS];
+        known[SEASON] = false;
+        let stride = steps.div_ceil(MAX_PENDING);
+        Self {
+            steps: steps as u32,
+            stride: stride as u32,
+            pending: VecDeque::with_capacity(steps.div_ceil(stride) + 1),
+            regression: Regression::new(),
+            analogs: Analogs::new(),
+            season: None,
+            known,
+            mixtures: std::array::from_fn(|_| Mixture::new(&known)),
+            shift: [0.0; 4],
+            error: 0.0,
+            seen: 0,
+            covered: 0,
+            newest: [0.0; 4],
+        }
+    }
+
+    /// How far ahead, in windows.
+    pub(super) fn steps(&self) -> usize {
+        self.steps as usize
+    }
+
+    /// The newest forecast.
+    pub(super) fn quantiles(&self) -> [f64; 4] {
+        self.newest
+    }
+
+    pub(super) fn evidence(&self, needed: u64) -> Evidence {
+        let seen = self.seen * u64::from(self.stride);
+        if seen < needed || seen == 0 {
+            Evidence::TooLittle { seen, needed }
+        } else {
+            Evidence::Enough { seen, p95_coverage: self.covered as f64 / self.seen as f64 }
+        }
+    }
+
+    /// A window has gone by: the forecast for it, if there is one, has met its outcome, or never will.
+    pub(super) fn settle(&mut self, now: &Moment, seen: bool) {
+        while let Some(due) = self.pending.pop_front_if(|pending| pending.due <= now.tick) {
+            if seen && due.due == now.tick {
+                self.judge(&due, now);
+            }
+        }
+    }
+
+    fn judge(&mut self, due: &Pending, now: &Moment) {
+        let gone = now.level - due.level;
+        self.regression.learn(&due.features, gone);
+        if let (Some(kept), Some(season)) = (&mut self.season, due.season) {
+            kept.add(now.level - season);
+        }
+        self.analogs.add(due.level, due.unrest, gone - due.predicted, gone);
+        let Some(said) = &due.said else { return };
+        let outcome = (now.value - due.value) as f32;
+        let size = (outcome - due.given[0]).abs();
+        self.seen += 1;
+        self.covered += u64::from(outcome <= due.given[2]);
+        self.error += (size - self.error) * (1.0 / self.seen as f32).max(0.01);
+        // Of a long lead, only every so many forecasts are judged: each then stands for as many.
+        let step = SHIFT * self.error * self.stride as f32;
+        for k in 0..4 {
+            self.mixtures[k].learn(&said[k].map(Short::get), outcome, TAILS[k], &self.known);
+            let off = f32::from(u8::from(outcome > due.given[k])) - TAILS[k];
+            self.shift[k] += step * off;
+        }
+    }
+
+    /// Forecasts from the present moment.
+    pub(super) fn forecast(&mut self, now: &Moment, features: &Features, season: Option<f32>) {
+        let predicted =
+            self.regression.predict(features).clamp(now.range.0 - now.level, now.range.1 - now.level);
+        let said = (self.analogs.len() >= MIN_OUTCOMES).then(|| self.ask(now, predicted, season));
+        let mut given = [0.0f32; 4];
+        if let Some(said) = &said {
+            for k in 0..4 {
+                let quantile = (self.mixtures[k].of(&said[k]) + self.shift[k]).max(-now.value as f32);
+                // Quantiles are made one by one: put them in order again.
+                given[k] = if k == 0 { quantile } else { quantile.max(given[k - 1]) };
+            }
+        }
+        self.newest = given.map(|distance| (now.value + f64::from(distance)).max(0.0));
+        if now.tick.is_multiple_of(self.stride) {
+            self.pending.push_back(Pending {
+                due: now.tick.saturating_add(self.steps),
+                features: *features,
+                predicted,
+                level: now.level,
+                unrest: now.unrest,
+                season,
+                value: now.value,
+                said: said.map(|said| said.map(|opinions| opinions.map(Short::new))),
+                given,
+            });
+        }
+    }
+
+    /// What each expert says of each quantile, as a distance from the present value.
+    fn ask(&self, now: &Moment, predicted: f32, season: Option<f32>) -> [Opinions; 4] {
+        let like = self.analogs.likeness(now.level, now.unrest, now.typical);
+        let mut far = [[0.0f32; EXPERTS]; 4];
+        let mut put = |expert: usize, at: f32, quantiles: [f32; 4]| {
+            for k in 0..4 {
+                far[k][expert] = at + quantiles[k];
+            }
+        };
+        for (expert, weights) in MISSED.into_iter().zip([&like.age, &like.unrest, &like.level]) {
+            put(expert, predicted, self.analogs.missed(weights));
+        }
+        put(GONE, 0.0, self.analogs.gone(&like.level));
+        put(CAME, -now.level, self.analogs.came(&like.level));
+        put(LONG, -now.level, now.long.map(|position| position.clamp(now.range.0, now.range.1)));
+        if let (Some(errors), Some(season)) = (&self.season, season) {
+            put(SEASON, season - now.level, errors.quantiles());
+        }
+        for k in 0..4 {
+            let mid = if k == 0 { 0.0 } else { far[0][MISSED[1]] };
+            far[k][NARROW] = mid + NARROWER * (far[k][MISSED[1]] - mid);
+        }
+        let value = now.value as f32;
+        let slope = (value * value + now.unit * now.unit).sqrt();
+        let most = (HIGHEST * now.highest) as f32 - value;
+        for quantile in &mut far {
+            for distance in quantile.iter_mut() {
+                *distance = displaced(value, slope, *distance).clamp(-value, most);
+            }
+        }
+        far
+    }
+
+    /// Memory that it takes, in bytes, next to itself.
+    pub(super) fn bytes(&self) -> usize {
+        let season = if self.season.is_some() { size_of::<SeasonErrors>() } else { 0 };
+        self.pending.capacity() * size_of::<Pending>() + season
+    }
+
+    /// The unit of the scale has changed.
+    pub(super) fn rescale(&mut self, convert: impl Fn(f32) -> f32) {
+        self.analogs.rescale(&convert);
+        for pending in &mut self.pending {
+            pending.level = convert(pending.level);
+            pending.season = pending.season.map(&convert);
+        }
+    }
+
+    /// What was forecast before can't be judged any more.
+    pub(super) fn interrupt(&mut self) {
+        self.pending.clear();
+        self.no_season();
+    }
+
+    /// There is no season any more.
+    pub(super) fn no_season(&mut self) {
+        self.season = None;
+        self.known[SEASON] = false;
+    }
+
+    /// A season was found; `errors` are those that repeating it would have made, oldest first. It can be judged by
+    /// them at once.
+    pub(super) fn season_found(&mut self, errors: impl Iterator<Item = f32>) {
+        let mut kept = Box::new(SeasonErrors { errors: Sorted::new(), len: 0, next: 0 });
+        errors.for_each(|error| kept.add(error));
+        if kept.len < MIN_OUTCOMES {
+            return self.no_season();
+        }
+        for pending in &mut self.pending {
+            pending.said = None; // It had nothing to say then.
+            pending.season = None;
+        }
+        let (own, best) = (kept.loss(), self.analogs.loss());
+        let first = !self.known[SEASON];
+        self.known[SEASON] = true;
+        self.season = Some(kept);
+        if first {
+            // As the inverse fourth power of the losses: twice as good is trusted sixteen times as much.
+            let odds = ((best + 1e-9) / (own + 1e-9)).powi(4);
+            let share = (odds / (1.0 + odds)).clamp(0.1, 0.97);
+            let known = self.known;
+            self.mixtures.iter_mut().for_each(|mixture| mixture.join(SEASON, share, &known));
+            self.shift = [0.0; 4];
+        }
+    }
+}
+
+impl SeasonErrors {
+    fn add(&mut self, error: f32) {
+        self.errors.put(self.next, self.len, error);
+        self.len = (self.len + 1).min(KEPT);
+        self.next = (self.next + 1) % KEPT;
+    }
+
+    fn quantiles(&self) -> [f32; 4] {
+        self.errors.quantiles(self.len, &analogs::ages(self.len, self.next))
+    }
+
+    fn loss(&self) -> f32 {
+        analogs::spread_loss(&self.errors, self.len, self.next)
+    }
+}

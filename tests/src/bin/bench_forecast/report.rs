@@ -1,0 +1,114 @@
+//! The results, as JSON and as a table.
+
+use std::{collections::BTreeMap, path::Path};
+
+use anyhow::Context;
+use comfy_table::{Table, presets};
+use rswap_tests::traces::Column;
+use serde_json::{Value, json};
+
+use crate::{
+    LEADS_MIN,
+    judge::{Cost, LeadScore, Score},
+    methods::{LEVELS, METHODS},
+};
+
+/// What is to be reached, by trace, column and lead.
+pub type Targets = BTreeMap<(String, String, usize), f64>;
+
+/// Reads `targets.csv`, where there is one: trace, column, lead_min, target, ...
+pub fn targets(dir: &Path) -> anyhow::Result<Targets> {
+    let path = dir.join("targets.csv");
+    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(Targets::new()) };
+    text.lines()
+        .skip(1)
+        .map(|line| {
+            let fields: Vec<&str> = line.split(',').collect();
+            let [trace, column, lead, target, ..] = fields[..] else {
+                anyhow::bail!("too few fields: {line}")
+            };
+            Ok(((trace.into(), column.into(), lead.parse()?), target.parse()?))
+        })
+        .collect::<anyhow::Result<_>>()
+        .with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Weighted quantile loss: twice the pinball loss by the amount, mean of the levels.
+fn wql(score: &LeadScore) -> f64 {
+    2.0 * score.pinball.iter().sum::<f64>() / LEVELS.len() as f64 / score.amount
+}
+
+/// Everything.
+pub fn json(columns: &[Column], scores: &[Vec<Score>], cost: &Cost) -> Value {
+    let (mut rows, mut frontier) = (Vec::new(), Vec::new());
+    for (column, scores) in columns.iter().zip(scores) {
+        for (method, score) in METHODS.iter().zip(scores) {
+            let by_level = |values: &dyn Fn(usize) -> f64| {
+                let by_level =
+                    LEVELS.iter().enumerate().map(|(k, level)| (level.to_string(), json!(values(k))));
+                Value::Object(by_level.collect())
+            };
+            for (lead, score) in LEADS_MIN.iter().zip(&score.leads) {
+                rows.push(json!({
+                    "trace": column.trace, "column": column.name, "lead_min": lead, "method": method,
+                    "wql": wql(score),
+                    "coverage": by_level(&|k| score.covered[k] / score.count),
+                    "pinball": by_level(&|k| score.pinball[k] / score.amount),
+                    "mase": score.error / score.change,
+                    "forecasts": score.count,
+                }));
+            }
+            for (level, held) in LEVELS.iter().zip(&score.held) {
+                frontier.push(json!({
+                    "trace": column.trace, "column": column.name, "method": method, "quantile": level,
+                    "held_min": 60,
+                    "slack": held.slack / held.demand,
+                    "violations": held.violations / held.windows,
+                }));
+            }
+        }
+    }
+    json!({
+        "rows": rows, "frontier": frontier,
+        "updates_per_s": cost.updates_per_s, "bytes_per_series": cost.bytes_per_series,
+    })
+}
+
+/// For people.
+pub fn show(columns: &[Column], scores: &[Vec<Score>], targets: &Targets, cost: &Cost) {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_BORDERS_ONLY);
+    let losses = METHODS.map(|method| format!("{method} wql"));
+    let head = ["trace", "column", "lead"].map(str::to_owned);
+    let tail = ["target", "to it", "q95 covers"].map(str::to_owned);
+    table.set_header(head.into_iter().chain(losses).chain(tail));
+    let mut ratios = Vec::new();
+    for (column, scores) in columns.iter().zip(scores) {
+        for (lead, minutes) in LEADS_MIN.into_iter().enumerate() {
+            let own = &scores[0].leads[lead];
+            let target = targets.get(&(column.trace.clone(), column.name.clone(), minutes));
+            let ratio = target.map(|target| wql(own) / target);
+            ratios.extend(ratio);
+            let mut row = vec![column.trace.clone(), column.name.clone(), format!("{minutes} min")];
+            row.extend(scores.iter().map(|score| format!("{:.4}", wql(&score.leads[lead]))));
+            row.push(target.map_or("-".into(), |target| format!("{target:.4}")));
+            row.push(ratio.map_or("-".into(), |ratio| format!("{:+.1} %", (ratio - 1.0) * 100.0)));
+            row.push(format!("{:.2} %", own.covered[2] / own.count * 100.0));
+            table.add_row(row);
+        }
+    }
+    println!("{table}");
+    if !ratios.is_empty() {
+        let reached = ratios.iter().filter(|ratio| **ratio <= 1.0).count();
+        let mean = ratios.iter().sum::<f64>() / ratios.len() as f64 - 1.0;
+        println!(
+            "==> {reached} of {} targets reached; on average {:+.1} % to them",
+            ratios.len(),
+            mean * 100.0
+        );
+    }
+    println!(
+        "==> {:.0} updates per second of one core, all leads and quantiles; at most {} bytes per series",
+        cost.updates_per_s, cost.bytes_per_series
+    );
+}
