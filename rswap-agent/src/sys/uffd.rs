@@ -48,8 +48,12 @@ const _: () = assert!(UFFDIO_API == 0xc018_aa3f);
 const _: () = assert!(UFFDIO_REGISTER == 0xc020_aa00);
 const _: () = assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06);
 
+/// Without this only a privileged program may make one (`vm.unprivileged_userfaultfd`). It forbids to stop the kernel's own
+/// writes for somebody to decide; the asynchronous mode stops none, and notes those as well (`do_wp_page` in mm/memory.c).
+const UFFD_USER_MODE_ONLY: u64 = 1;
+
 /// The flags for the `userfaultfd(2)` call that the tracee makes.
-pub const OPEN_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+pub const OPEN_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | UFFD_USER_MODE_ONLY;
 
 /// Write tracking of one address space; closing it ends the tracking.
 #[derive(Debug)]
