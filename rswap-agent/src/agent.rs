@@ -36,6 +36,7 @@ use crate::{
     config::{Config, Mode},
     control::{self, ControlError},
     instance::{InstanceError, launch::Place, registry::Registry},
+    migrate::linux,
     pool::{Pool, PoolKind},
     status::{self, Board, BoardState, StatusError},
     units::UnixMillis,
@@ -91,6 +92,8 @@ pub fn place(config: &Config) -> Place {
         state_dir: config.agent.state_dir.clone(),
         cgroup_parent: config.agent.cgroup_parent.clone(),
         bridge: config.network.bridge.clone(),
+        shared: config.files.shared.clone(),
+        volumes: config.files.volumes.clone().unwrap_or_else(|| config.agent.state_dir.join("volumes")),
     }
 }
 
@@ -160,6 +163,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     );
 
     let (arrived_sender, mut arrived) = mpsc::unbounded_channel();
+    linux::sweep_volumes(&place(&config));
     let incoming = Incoming::new(place(&config), arrived_sender);
     let arrivals = listen(config.migrate.listen).await?;
     let window = Duration::from_millis(config.agent.window_ms);

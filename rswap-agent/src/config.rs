@@ -55,6 +55,8 @@ pub struct Config {
     pub agent: AgentConfig,
     /// Where instances are plugged in.
     pub network: NetworkConfig,
+    /// Files of instances.
+    pub files: FilesConfig,
     /// Live migration.
     pub migrate: MigrateConfig,
     /// What this host costs, as a whole.
@@ -126,6 +128,17 @@ pub struct NetworkConfig {
     pub bridge: Option<String>,
     /// Interface through which other hosts are reached.
     pub uplink: Option<String>,
+}
+
+/// `[files]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FilesConfig {
+    /// Directories that are one and the same on every host, such as network file systems: instances may write there.
+    pub shared: Vec<PathBuf>,
+    /// Where the volumes of instances are kept [default: `volumes` in the state directory]. Instances with volumes need no
+    /// room elsewhere.
+    pub volumes: Option<PathBuf>,
 }
 
 /// `[migrate]`

@@ -18,3 +18,4 @@ pub mod swap;
 pub mod sys;
 pub mod tracee;
 pub mod units;
+pub mod volume;

@@ -38,11 +38,19 @@ pub struct HostOptions {
     pub max_unavailability_ms: u64,
     /// Further sections of the configuration, in TOML: `[plan]`, `[forecast]`, `[[pool]]`.
     pub more: String,
+    /// What only this host has: each first path is mounted over the second. The hosts share all other files.
+    pub mounts: Vec<(PathBuf, PathBuf)>,
 }
 
 impl Default for HostOptions {
     fn default() -> Self {
-        Self { mode: "observe", window_ms: 1000, max_unavailability_ms: 100, more: String::new() }
+        Self {
+            mode: "observe",
+            window_ms: 1000,
+            max_unavailability_ms: 100,
+            more: String::new(),
+            mounts: Vec::new(),
+        }
     }
 }
 
@@ -54,6 +62,7 @@ pub struct Host {
     netns: Netns,
     dir: PathBuf,
     cgroup_parent: String,
+    mounts: Vec<(PathBuf, PathBuf)>,
     agent: Option<Child>,
     /// Whether the end of the agent's log is printed at the end.
     pub show_log: bool,
@@ -75,6 +84,7 @@ impl Host {
             netns,
             dir: dir.to_owned(),
             cgroup_parent,
+            mounts: options.mounts.clone(),
             agent: None,
             show_log: true,
         };
@@ -86,11 +96,13 @@ impl Host {
     }
 
     fn configuration(&self, options: &HostOptions) -> String {
+        // The hosts of a fleet are namespaces of one machine: every file is there on each of them.
+        let shared = if options.more.contains("[files]") { "" } else { "[files]\nshared = [\"/\"]\n\n" };
         format!(
             "[agent]\nhost = {:?}\nstate_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
              mode = {:?}\nwindow_ms = {}\ncgroup_parent = {:?}\n\n\
              [network]\nbridge = \"br0\"\nuplink = \"up0\"\n\n\
-             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\n\n{}",
+             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\n\n{shared}{}",
             self.name,
             self.dir,
             self.socket(),
@@ -190,9 +202,23 @@ impl Host {
         Ok(words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" "))
     }
 
+    /// A command that runs on this host and dies with the calling thread.
+    pub fn command(&self, program: &Path) -> Command {
+        const MOUNT: &str = "for pair; do shift; case $pair in --) break;; esac; \
+                             mount --bind \"${pair%%:*}\" \"${pair#*:}\" || exit; done; exec \"$@\"";
+        if self.mounts.is_empty() {
+            return self.netns.command(program);
+        }
+        let mut command = self.netns.command(Path::new("unshare"));
+        command.args(["--mount", "--propagation", "slave", "sh", "-c", MOUNT, "sh"]);
+        command.args(self.mounts.iter().map(|(from, to)| format!("{}:{}", from.display(), to.display())));
+        command.arg("--").arg(program);
+        command
+    }
+
     /// A call of the command line on this host.
     pub fn rswap(&self, arguments: &[&str]) -> anyhow::Result<Command> {
-        let mut command = self.netns.command(&binary("rswap")?);
+        let mut command = self.command(&binary("rswap")?);
         command.arg("--config").arg(self.config_path()).args(arguments);
         Ok(command)
     }
@@ -231,6 +257,13 @@ impl Host {
     pub fn has_instance(&self, name: &str) -> anyhow::Result<bool> {
         let instances: Vec<InstanceView> = self.get("/v1/instances")?;
         Ok(instances.iter().any(|view| view.instance.name.as_str() == name))
+    }
+
+    /// Waits until the agent lists a living instance of this name: an arrival is listed a moment after its source heard of it.
+    pub fn wait_for_instance(&self, name: &str) -> anyhow::Result<()> {
+        wait_for(&format!("{name} to be listed at host {}", self.name), START_LIMIT, || {
+            Ok(self.has_instance(name)?.then_some(()))
+        })
     }
 
     /// Whether any process is in the cgroups of its instances.

@@ -12,11 +12,13 @@
 
 pub mod bench;
 pub mod client;
+pub mod converse;
 pub mod fleet;
 pub mod heartbeat;
 pub mod host;
 pub mod load;
 pub mod migration;
+pub mod moves;
 pub mod netns;
 pub mod persistent;
 pub mod proxy;

@@ -84,6 +84,7 @@ impl Running {
             init_pid: None,
             command: vec![],
             network: None,
+            volumes: Vec::new(),
             pool: None,
             since: UnixMillis::now(),
         }

@@ -50,6 +50,7 @@ impl Wiring {
             init_pid: None,
             command: Vec::new(),
             network: None,
+            volumes: Vec::new(),
             pool: None,
             since: UnixMillis::now(),
         };

@@ -1,13 +1,11 @@
-//! The commands that work on the host themselves: `agent`, `run`, `check`, `doctor`, and the internal ones.
+//! The commands that work on the host themselves: `agent`, `run`, `doctor`, and the internal ones.
 
 use std::{net::Ipv4Addr, process::ExitCode, str::FromStr};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use tracing_subscriber::EnvFilter;
 
-use super::{
-    CheckArguments, InitArguments, Output, RunArguments, Session, labels, print_json, runtime, table::table,
-};
+use super::{InitArguments, Output, RunArguments, Session, labels, print_json, runtime, table::table};
 use crate::{
     agent,
     config::Config,
@@ -17,12 +15,11 @@ use crate::{
         init::{InitOptions, Work},
         launch::{self, LaunchSpec},
         network::mac_for,
-        registry::Registry,
+        volume::Volume,
     },
     pool::{self, PoolKind},
     profile::doctor as features,
     sys::clock::Clocks,
-    tracee::{self, check::Severity},
 };
 
 /// `--net ADDRESS/PREFIX[,gw=ADDRESS]`.
@@ -67,7 +64,9 @@ pub(super) fn init(arguments: InitArguments) -> anyhow::Result<ExitCode> {
         (Some(pid), Some(link)) => Work::Stub { pid, link, offsets },
         _ => Work::Command(arguments.command),
     };
-    let options = InitOptions { go: arguments.go, detach: arguments.detach, log: arguments.log, work };
+    let volumes = arguments.volume_from.into_iter().zip(arguments.volume_at).collect();
+    let options =
+        InitOptions { go: arguments.go, detach: arguments.detach, log: arguments.log, volumes, work };
     Ok(exit_code(instance::init::run(options)?))
 }
 
@@ -78,16 +77,20 @@ pub(super) fn run(session: &Session, arguments: RunArguments) -> anyhow::Result<
         None => default_name(&arguments.command[0]),
     };
     let pool = arguments.pool.map(|pool| cpu_pool(config, pool)).transpose()?;
+    let place = agent::place(config);
+    let directory = |volume: &Volume| place.volume(&name, volume);
+    let volumes = arguments.volumes.into_iter().map(|volume| (volume.clone(), directory(&volume))).collect();
     let spec = LaunchSpec {
         name: name.clone(),
         labels: labels::by_key(arguments.labels),
         pool,
         network: arguments.net.map(|NetworkArgument(identity)| identity),
+        volumes,
         detach: arguments.detach,
         log: arguments.log,
         command: arguments.command,
     };
-    let status = launch::run(&agent::place(config), &spec)?;
+    let status = launch::run(&place, &spec)?;
     if spec.detach {
         tell_agent(session, name)?;
     }
@@ -131,45 +134,6 @@ fn cpu_pool(config: &Config, name: String) -> anyhow::Result<(String, pool::CpuS
             bail!("there is no pool {name:?}: the CPU pools of this host are {}", known.join(", "))
         }
     }
-}
-
-pub(super) fn check(session: &Session, arguments: &CheckArguments) -> anyhow::Result<ExitCode> {
-    let registry = Registry::open(&session.config.agent.state_dir)?;
-    let Some(instance) = registry.get(&arguments.instance)? else {
-        bail!("there is no instance {} on this host: see `rswap ps`", arguments.instance);
-    };
-    if let Some(host) = &arguments.host {
-        reach(&session.config, host)?;
-    }
-    let findings = tracee::check::check(&instance)?;
-    let refused = findings.iter().any(|finding| finding.severity == Severity::Refused);
-    let code = if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS };
-    if arguments.output.json {
-        print_json(&findings)?;
-        return Ok(code);
-    }
-    if !findings.is_empty() {
-        let mut rows = table(&["PID", "", "ITEM", "WHY, AND WHAT TO DO"]);
-        for finding in &findings {
-            let severity = match finding.severity {
-                Severity::Refused => "refused",
-                Severity::Lost => "lost",
-            };
-            rows.add_row([&finding.pid.to_string(), severity, &finding.item, &finding.reason]);
-        }
-        println!("{rows}");
-    }
-    println!("{} {}", instance.name, if refused { "can't migrate" } else { "can migrate" });
-    Ok(code)
-}
-
-/// Whether something listens where the host takes migrations.
-fn reach(config: &Config, host: &str) -> anyhow::Result<()> {
-    let address = agent::host_address(&pool::discover(config), host)?;
-    std::net::TcpStream::connect_timeout(&address, std::time::Duration::from_secs(3)).with_context(|| {
-        format!("cannot reach {host} at {address}: is migrate.listen set there, and an agent up?")
-    })?;
-    Ok(())
 }
 
 pub(super) fn doctor(output: Output) -> anyhow::Result<ExitCode> {

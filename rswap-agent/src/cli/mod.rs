@@ -4,6 +4,7 @@
 //! socket. Whatever a script would want is there as `--json` too.
 
 mod change;
+mod check;
 mod labels;
 mod local;
 mod migrate;
@@ -19,7 +20,7 @@ use serde::Serialize;
 use crate::{
     config::Config,
     control::client::{Client, Target},
-    instance::InstanceName,
+    instance::{InstanceName, volume::Volume},
 };
 use labels::Label;
 use local::NetworkArgument;
@@ -88,6 +89,9 @@ struct RunArguments {
     /// Give it a network namespace with this address on the host's bridge
     #[arg(long, value_name = "ADDRESS/PREFIX[,gw=ADDRESS]")]
     net: Option<NetworkArgument>,
+    /// A directory that belongs to it and moves with it; may be repeated. It is made if it is missing, and seen at PATH
+    #[arg(long = "volume", value_name = "NAME:PATH")]
+    volumes: Vec<Volume>,
     /// Return when it runs
     #[arg(long)]
     detach: bool,
@@ -152,7 +156,7 @@ struct MigrateArguments {
 struct CheckArguments {
     /// Which instance
     instance: InstanceName,
-    /// A host pool that is looked up and reached too
+    /// The host that is asked as well what it would refuse: a host pool's name, or ADDRESS:PORT
     host: Option<String>,
     #[command(flatten)]
     output: Output,
@@ -166,6 +170,10 @@ struct InitArguments {
     detach: bool,
     #[arg(long)]
     log: Option<PathBuf>,
+    #[arg(long)]
+    volume_from: Vec<PathBuf>,
+    #[arg(long)]
+    volume_at: Vec<PathBuf>,
     #[arg(long, conflicts_with = "command", requires = "link")]
     stub: Option<i32>,
     #[arg(long)]
@@ -206,7 +214,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Agent => local::agent(session.config),
         Command::Run(arguments) => local::run(&session, arguments),
-        Command::Check(arguments) => local::check(&session, &arguments),
+        Command::Check(arguments) => check::check(&session, &arguments),
         Command::Doctor(output) => local::doctor(output),
         other => runtime()?.block_on(ask(&session, other)),
     }

@@ -2,6 +2,7 @@
 
 use std::{
     os::fd::AsFd,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -12,8 +13,13 @@ use super::{
     launch::{self, LaunchSpec, Place, Stub},
     network::{self, Port},
     registry::Registry,
+    volume,
 };
-use crate::{sys::clock::Clocks, tracee::link::Link};
+use crate::{
+    sys::clock::Clocks,
+    tracee::link::Link,
+    volume::{VolumeError, built::BuiltVolume, place},
+};
 
 /// How long the init may take to make the stub.
 const STUB_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,6 +33,8 @@ pub struct Arrival {
     pub stub_pid: i32,
     /// The way to give it descriptors.
     pub link: Link,
+    /// Its volumes, each with its place.
+    pub volumes: Vec<(BuiltVolume, PathBuf)>,
     port: Option<Port>,
     registry: Registry,
 }
@@ -41,15 +49,22 @@ impl Arrival {
         offsets: Option<Clocks>,
     ) -> Result<Self, InstanceError> {
         let registry = Registry::open(&place.state_dir)?;
-        if registry.get(&instance.name)?.is_some() {
-            let text = format!("an instance {} is running on this host already", instance.name);
-            return Err(InstanceError::Invalid(text));
+        volume::require_sound(&instance.volumes)?;
+        let mut volumes = Vec::new();
+        let mut mounted = Vec::new();
+        for volume in &instance.volumes {
+            let invalid = |error: VolumeError| InstanceError::Invalid(error.to_string());
+            let directory = place::arriving(&place.volumes).map_err(invalid)?;
+            let built = BuiltVolume::make(&directory).map_err(invalid)?;
+            mounted.push((volume.clone(), built.root()));
+            volumes.push((built, place.volume(&instance.name, volume)));
         }
         let spec = LaunchSpec {
             name: instance.name.clone(),
             labels: instance.labels.clone(),
             pool: None,
             network: instance.network.clone(),
+            volumes: mounted,
             detach: true,
             log: None,
             command: instance.command.clone(),
@@ -63,12 +78,20 @@ impl Arrival {
         let stub_pid = started.start_work().and_then(|()| wait_for_stub(init)).inspect_err(|_| {
             launch::discard(&started.instance);
         })?;
-        Ok(Self { instance: started.instance, stub_pid, link, port: started.port, registry })
+        Ok(Self { instance: started.instance, stub_pid, link, volumes, port: started.port, registry })
     }
 
     /// Connects it to the bridge and tells the neighbours.
     pub fn attach(&self) -> Result<(), InstanceError> {
         self.port.as_ref().map_or(Ok(()), Port::attach)
+    }
+
+    /// Puts its volumes to their places.
+    pub fn keep_volumes(&mut self) -> Result<(), InstanceError> {
+        for (volume, place) in std::mem::take(&mut self.volumes) {
+            volume.keep(&place).map_err(|error| InstanceError::Invalid(error.to_string()))?;
+        }
+        Ok(())
     }
 
     /// Enters the running instance in the registry.
@@ -80,6 +103,31 @@ impl Arrival {
     pub fn forget(self) -> Result<(), InstanceError> {
         end(&self.instance)
     }
+}
+
+/// What stands against taking in `instance` here, found by looking only: on what, and why.
+pub fn objections(place: &Place, instance: &Instance) -> Result<Vec<(String, &'static str)>, InstanceError> {
+    let mut found = Vec::new();
+    let name = &instance.name;
+    let cgroup = cgroup::mount_point()?.join(&place.cgroup_parent).join(name.as_str());
+    if Registry::open(&place.state_dir)?.get(name)?.is_some() {
+        found.push((name.to_string(), "an instance of this name is running on this host already"));
+    } else if cgroup::is_populated(&cgroup) {
+        found.push((cgroup.display().to_string(), "this cgroup has processes on this host already"));
+    }
+    if instance.network.is_some() && place.bridge.is_none() {
+        let reason = "the instance has an address, and this host no bridge: set network.bridge here";
+        found.push(("network".to_owned(), reason));
+    }
+    for volume in &instance.volumes {
+        let directory = place.volume(name, volume);
+        if directory.exists() {
+            let reason =
+                "a volume of this instance is on this host already: look whether it is needed, and remove it";
+            found.push((directory.display().to_string(), reason));
+        }
+    }
+    Ok(found)
 }
 
 /// Kills an instance, and removes its port and its cgroup.

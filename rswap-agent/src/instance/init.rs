@@ -20,7 +20,7 @@ use nix::{
     unistd,
 };
 
-use super::InstanceError;
+use super::{InstanceError, volume};
 use crate::{
     sys::{
         clock::Clocks,
@@ -38,6 +38,8 @@ pub struct InitOptions {
     pub detach: bool,
     /// Where output goes when detached.
     pub log: Option<PathBuf>,
+    /// Directories of the host, and where they are mounted.
+    pub volumes: Vec<(PathBuf, PathBuf)>,
     /// What is started.
     pub work: Work,
 }
@@ -68,6 +70,9 @@ pub fn run(options: InitOptions) -> Result<i32, InstanceError> {
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
         .map_err(io("making / a slave mount"))?;
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).map_err(io("mounting /proc"))?;
+    for (from, at) in &options.volumes {
+        volume::mount_at(from, at)?;
+    }
     if options.detach {
         unistd::setsid().map_err(InstanceError::io("starting a session"))?;
         redirect(options.log.as_deref())?;

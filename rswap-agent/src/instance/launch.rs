@@ -19,12 +19,17 @@ use nix::{
 };
 
 use super::{
-    Instance, InstanceError, InstanceName, NetworkIdentity, Origin, cgroup, network::Port, registry::Registry,
+    Instance, InstanceError, InstanceName, NetworkIdentity, Origin, cgroup,
+    network::Port,
+    registry::Registry,
+    volume::{self, Volume},
 };
 use crate::{
     pool::CpuSet,
     sys::{clock::Clocks, spawn},
+    tracee::files::Places,
     units::UnixMillis,
+    volume::place,
 };
 
 /// `rswap run`'s exit status when the instance went on elsewhere: it has no status yet (EX_TEMPFAIL).
@@ -39,6 +44,23 @@ pub struct Place {
     pub cgroup_parent: String,
     /// Bridge for instances with an address of their own.
     pub bridge: Option<String>,
+    /// Directories that are one and the same on every host.
+    pub shared: Vec<PathBuf>,
+    /// Where the volumes of instances are.
+    pub volumes: PathBuf,
+}
+
+impl Place {
+    /// Where the files of `instance` are.
+    pub fn places_of(&self, instance: &Instance) -> Places {
+        let volumes = instance.volumes.iter().map(|volume| volume.path.clone()).collect();
+        Places { volumes, shared: self.shared.clone() }
+    }
+
+    /// The directory of a volume of the instance `name`.
+    pub fn volume(&self, name: &InstanceName, volume: &Volume) -> PathBuf {
+        place::of(&self.volumes, name.as_str(), volume.name.as_str())
+    }
 }
 
 /// What is to be started.
@@ -52,6 +74,8 @@ pub struct LaunchSpec {
     pub pool: Option<(String, CpuSet)>,
     /// A network namespace of its own with this address.
     pub network: Option<NetworkIdentity>,
+    /// Its volumes, each with the directory of this host that is mounted there.
+    pub volumes: Vec<(Volume, PathBuf)>,
     /// Return when it runs; else wait for its end.
     pub detach: bool,
     /// Where its output goes when detached.
@@ -69,6 +93,7 @@ pub fn run(place: &Place, spec: &LaunchSpec) -> Result<i32, InstanceError> {
             spec.name
         )));
     }
+    make_volumes(place, spec)?;
     // Left by one of the same name that nobody waited for: it would be taken for word of this one.
     let _ = was_moved(place, &spec.name);
     // Blocked before the start, so that none gets lost between start and wait.
@@ -94,6 +119,21 @@ pub fn run(place: &Place, spec: &LaunchSpec) -> Result<i32, InstanceError> {
         return Ok(MOVED_AWAY);
     }
     Ok(status)
+}
+
+/// Makes the volumes that are not there yet. Those of an earlier instance of the same name are taken as they are.
+fn make_volumes(place: &Place, spec: &LaunchSpec) -> Result<(), InstanceError> {
+    let volumes: Vec<Volume> = spec.volumes.iter().map(|(volume, _)| volume.clone()).collect();
+    volume::require_sound(&volumes)?;
+    if volumes.is_empty() {
+        return Ok(());
+    }
+    place::make(&place.volumes).map_err(|error| InstanceError::Invalid(error.to_string()))?;
+    for (_, directory) in &spec.volumes {
+        std::fs::create_dir_all(directory)
+            .map_err(InstanceError::io(format!("making {}", directory.display())))?;
+    }
+    Ok(())
 }
 
 /// Leaves word that `name` went on elsewhere, for the `rswap run` that waits for it.
@@ -180,6 +220,7 @@ pub(super) fn start(
             init_pid: Some(init_pid),
             command: spec.command.clone(),
             network: spec.network.clone(),
+            volumes: spec.volumes.iter().map(|(volume, _)| volume.clone()).collect(),
             pool: spec.pool.as_ref().map(|(name, _)| name.clone()),
             since: UnixMillis::now(),
         },
@@ -225,6 +266,10 @@ fn init_arguments(
     }
     if let Some(log) = &spec.log {
         words.push(format!("--log={}", log.display()));
+    }
+    for (volume, directory) in &spec.volumes {
+        words.push(format!("--volume-from={}", directory.display()));
+        words.push(format!("--volume-at={}", volume.path.display()));
     }
     match stub {
         Some(Stub { pid, link, offsets }) => {

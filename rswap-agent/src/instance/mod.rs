@@ -6,6 +6,7 @@ pub mod init;
 pub mod launch;
 pub mod network;
 pub mod registry;
+pub mod volume;
 
 use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr};
 
@@ -126,6 +127,9 @@ pub struct Instance {
     pub command: Vec<String>,
     /// Its own network namespace's address, when it has one.
     pub network: Option<NetworkIdentity>,
+    /// Directories that belong to it and move with it.
+    #[serde(default)]
+    pub volumes: Vec<volume::Volume>,
     /// The CPU pool that the user asked for with `--pool`, or that it was last moved to.
     pub pool: Option<String>,
     /// When it was started, adopted or activated here.

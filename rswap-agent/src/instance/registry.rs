@@ -96,6 +96,7 @@ mod tests {
             init_pid: None,
             command: vec!["true".into()],
             network: None,
+            volumes: Vec::new(),
             pool: None,
             since: Default::default(),
         };

@@ -9,6 +9,7 @@ use super::{
     MigrateError, codec,
     digest::MemoryDigest,
     journal::{Journal, Role, State},
+    probe,
     traits::{DestinationTask, PAGE_SIZE, PageRange, TaskError},
     wire::{self, Frame, Hello, Tag, WireError},
 };
@@ -61,7 +62,7 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
         let theirs = postcard::from_bytes(&theirs).map_err(|_| self.broken("a malformed Hello".into()))?;
         wire::negotiate(&Hello::ours(), &theirs).map_err(|reason| self.broken(reason))?;
         self.send(Tag::Hello, &postcard::to_stdvec(&Hello::ours()).unwrap_or_default())?;
-        let requirements = self.expect(Tag::Offer)?;
+        let requirements = probe::questions_before_offer(&mut self.stream, self.task)?;
         self.task.prepare(&requirements).map_err(self.task_failed())?;
         self.send(Tag::Accept, &[])
     }
@@ -75,6 +76,7 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
                 Tag::Layout => self.task.apply_layout(&payload).map_err(self.task_failed())?,
                 Tag::Discard => self.discard(&payload)?,
                 Tag::Pages => self.take_pages(&payload)?,
+                Tag::Volume => self.task.take_volume(&payload).map_err(self.task_failed())?,
                 Tag::RoundEnd => {
                     self.read_back()?;
                     self.send(Tag::RoundAck, &[])?;
@@ -131,9 +133,10 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
         self.doing = "restoring";
         // Before the task is restored: from then on the kernel writes to its memory, too.
         self.read_back()?;
+        let volumes = self.task.volume_digest().map_err(self.task_failed())?;
         self.task.restore(image).map_err(self.task_failed())?;
         self.doing = "verifying";
-        let digest = self.digest.with_image(image);
+        let digest = self.digest.with_image(image) ^ volumes;
         self.send(Tag::Verified, &digest.to_le_bytes())
     }
 

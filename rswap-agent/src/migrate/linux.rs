@@ -8,9 +8,12 @@ use std::{
 
 use super::{
     MigrateError, Progress, Report, TaskError, destination,
+    journal::{self, Entry, Role, State},
     linux_destination::{LinuxDestination, Reception},
     linux_source::{LinuxSource, Uplink},
-    source,
+    offer::{FileDigests, Objection, Requirements},
+    probe, source,
+    volumes::{self, SourceVolumes},
 };
 use crate::{
     config::MigrateConfig,
@@ -23,6 +26,7 @@ use crate::{
     },
     sys::{clock::Clocks, packet::Holder},
     tracee::{settle, tree},
+    volume::place,
 };
 
 /// A peer that says nothing for so long is taken for dead.
@@ -52,25 +56,53 @@ pub fn send(
     };
     let uplink = HostPort { port, held: None };
     let end = end_at_source(place.clone(), instance.clone());
-    let mut task = LinuxSource::new(instance.clone(), uplink, end).map_err(failed)?;
+    let volumes = SourceVolumes::open(place, instance).map_err(|error| failed(error.into()))?;
+    let places = place.places_of(instance);
+    let mut task = LinuxSource::new(instance.clone(), uplink, places, volumes, end).map_err(failed)?;
     let stream = TcpStream::connect_timeout(&host, SILENCE).map_err(link)?;
     set_up(&stream).map_err(link)?;
     let journals = journals(place);
     source::run(stream, &mut task, config, &journals, instance.name.as_str(), on_progress)
 }
 
+/// What the agent at `host` would refuse of `instance`. Nothing is made there, and nothing is touched here.
+pub fn ask(place: &Place, instance: &Instance, host: SocketAddr) -> Result<Vec<Objection>, MigrateError> {
+    let failed = |source| MigrateError::Task { doing: "looking at the instance", source };
+    let link = |source| MigrateError::Link { doing: "connecting to the destination", source };
+    let members = tree::members(instance).map_err(|error| failed(error.into()))?;
+    let living: Vec<_> = members.into_iter().filter(|member| member.node.status.is_none()).collect();
+    let mut digests = FileDigests::new(place.places_of(instance));
+    let volumes = SourceVolumes::open(place, instance).map_err(|error| failed(error.into()))?;
+    let requirements = Requirements::of(instance, &living, &mut digests, &volumes).map_err(failed)?;
+    let requirements = postcard::to_stdvec(&requirements).map_err(|error| failed(error.into()))?;
+    let stream = TcpStream::connect_timeout(&host, SILENCE).map_err(link)?;
+    set_up(&stream).map_err(link)?;
+    probe::ask(stream, &requirements)
+}
+
 /// Takes an instance that comes in on `stream` to `place`; returns it when it runs. Blocks.
 pub fn receive(place: &Place, stream: TcpStream, name: &str) -> Result<Option<Instance>, MigrateError> {
     set_up(&stream).map_err(|source| MigrateError::Link { doing: "taking a connection", source })?;
     let mut task = LinuxDestination::new(HostReception(place.clone()));
-    destination::run(stream, &mut task, &journals(place), name)?;
-    Ok(task.into_instance())
+    match destination::run(stream, &mut task, &journals(place), name) {
+        Err(MigrateError::OnlyAsked) => Ok(None),
+        received => received.map(|()| task.into_instance()),
+    }
 }
 
 fn set_up(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_write_timeout(Some(SILENCE))
+}
+
+/// Removes what an agent that was killed has left of volumes. What a committed arrival may need stays.
+pub fn sweep_volumes(place: &Place) {
+    let left = journal::left_over(&journals(place)).unwrap_or_default();
+    let needed = |entry: &Entry| entry.role == Role::Destination && entry.state == State::Committed;
+    if !left.iter().any(|(_, entry)| needed(entry)) {
+        place::sweep(&place.volumes);
+    }
 }
 
 /// Gives `instance` back what an agent that was killed in its freeze has taken from it: its port, its connections.
@@ -91,7 +123,9 @@ fn end_at_source(place: Place, instance: Instance) -> Box<dyn FnMut() -> Result<
         // Before the processes end, so that a waiting `rswap run` knows why.
         launch::note_moved(&place.state_dir, &instance.name)?;
         Registry::open(&place.state_dir)?.remove(&instance.name)?;
-        Ok(arrival::end(&instance)?)
+        arrival::end(&instance)?;
+        volumes::remove(&place, &instance);
+        Ok(())
     })
 }
 
@@ -134,6 +168,22 @@ impl Uplink for HostPort {
 struct HostReception(Place);
 
 impl Reception for HostReception {
+    fn objections(&self, requirements: &Requirements) -> Result<Vec<Objection>, TaskError> {
+        let found = arrival::objections(&self.0, &requirements.instance)?;
+        let mut found: Vec<_> =
+            found.into_iter().map(|(item, reason)| Objection::new(item, reason)).collect();
+        let (bytes, inodes) = requirements.volumes;
+        let (free_bytes, free_inodes) = place::room(&self.0.volumes)?;
+        if bytes > free_bytes || inodes > free_inodes {
+            let text = format!(
+                "{bytes} bytes and {inodes} inodes are needed, {free_bytes} and {free_inodes} are free"
+            );
+            let directory = self.0.volumes.display();
+            found.push(Objection::new("volumes", format!("no room: {text} at {directory}")));
+        }
+        Ok(found)
+    }
+
     fn receive(
         &mut self,
         instance: &Instance,

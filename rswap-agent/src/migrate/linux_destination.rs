@@ -3,9 +3,9 @@
 use std::{collections::BTreeMap, time::Instant};
 
 use super::{
-    linux_source::{HostTraits, Requirements},
-    source_process::file_digest,
+    offer::{self, HostTraits, Objection, Requirements},
     traits::{DestinationTask, PAGE_SIZE, PageRange, TaskError},
+    volumes,
 };
 use crate::{
     instance::{Instance, Origin, arrival::Arrival},
@@ -29,6 +29,9 @@ const SHARED_LIMIT_BYTES: u64 = 1 << 40;
 
 /// Where arriving instances are put; given by the wiring.
 pub trait Reception {
+    /// What of these stands against taking an instance in here, found by looking only.
+    fn objections(&self, requirements: &Requirements) -> Result<Vec<Objection>, TaskError>;
+
     /// Makes the cgroup, the namespaces with their init, and a stub with pid `inner_pid` waiting in them, whose clocks
     /// are ahead of the kernel's by `offsets`.
     fn receive(
@@ -77,6 +80,13 @@ impl<R: Reception> LinuxDestination<R> {
     /// The instance, once it runs here.
     pub fn into_instance(self) -> Option<Instance> {
         self.instance
+    }
+
+    /// Everything that stands against taking it in.
+    fn all_objections(&self, requirements: &Requirements) -> Result<Vec<Objection>, TaskError> {
+        let mut found = self.reception.objections(requirements)?;
+        found.extend(requirements.objections()?);
+        Ok(found)
     }
 
     fn space(&mut self, number: u32) -> Result<&mut Space, TaskError> {
@@ -190,42 +200,6 @@ fn refuse(text: String) -> TaskError {
     TraceeError::Unsupported(text).into()
 }
 
-/// Compares what must be the same on both hosts.
-fn compare(requirements: &Requirements) -> Result<(), TaskError> {
-    let (here, there) = (HostTraits::here()?, &requirements.host);
-    if here.kernel != there.kernel {
-        let text = format!("this host runs kernel {} and the source {}", here.kernel, there.kernel);
-        return Err(refuse(format!("{text}: use the same kernel build on both")));
-    }
-    let lacking: Vec<&String> =
-        there.cpu_features.iter().filter(|f| !here.cpu_features.contains(f)).collect();
-    if !lacking.is_empty() {
-        return Err(refuse(format!("this host's processor lacks {lacking:?}, which the program may use")));
-    }
-    if here.vdso != there.vdso {
-        let text =
-            "the vDSO, code of the kernel's that programs call into, differs: use the same kernel build";
-        return Err(refuse(text.into()));
-    }
-    let available = available_memory_bytes()?;
-    if requirements.resident_bytes > available {
-        let wanted = requirements.resident_bytes;
-        return Err(refuse(format!("no room: {wanted} bytes are needed, {available} are available")));
-    }
-    compare_files(&requirements.files)
-}
-
-fn compare_files<'a>(files: impl IntoIterator<Item = (&'a String, &'a u128)>) -> Result<(), TaskError> {
-    for (path, digest) in files {
-        match file_digest(path) {
-            Ok(here) if here == *digest => {}
-            Ok(_) => return Err(refuse(format!("{path} differs: install the same version on both hosts"))),
-            Err(error) => return Err(refuse(format!("{path} can't be read on this host: {error}"))),
-        }
-    }
-    Ok(())
-}
-
 /// By how much the instance's clocks must be ahead of this kernel's, so that they go on; `None` for not at all.
 ///
 /// Between kernels that were started at different times it is reckoned from the clocks at the offer. What the offer took on
@@ -238,20 +212,20 @@ fn clock_offsets(requirements: &Requirements) -> Result<Option<Clocks>, TaskErro
     Ok(Some(offsets).filter(|offsets| *offsets != Clocks::default()))
 }
 
-fn available_memory_bytes() -> Result<u64, TaskError> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
-    Ok(line.split_whitespace().next().unwrap_or("0").parse::<u64>()? * 1024)
-}
-
 impl<R: Reception> DestinationTask for LinuxDestination<R> {
+    fn objections(&mut self, requirements: &[u8]) -> Result<Vec<Objection>, TaskError> {
+        self.all_objections(&postcard::from_bytes(requirements)?)
+    }
+
     fn prepare(&mut self, requirements: &[u8]) -> Result<(), TaskError> {
         let requirements: Requirements = postcard::from_bytes(requirements)?;
         // Before the comparison, which may take long.
         let offsets = clock_offsets(&requirements)?;
-        compare(&requirements)?;
+        offer::require_none(&self.all_objections(&requirements)?)?;
         self.arrival =
             Some(self.reception.receive(&requirements.instance, requirements.main_pid, offsets)?);
+        // A volume may take long before the first layout comes: no stub outlives an agent that is killed.
+        self.arrival.as_ref().map_or(Ok(()), |arrival| Space::hold(arrival.stub_pid))?;
         self.main_pid = requirements.main_pid;
         self.compared = requirements.files;
         Ok(())
@@ -259,9 +233,8 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
 
     fn apply_layout(&mut self, layout: &[u8]) -> Result<(), TaskError> {
         let layout: InstanceLayout = postcard::from_bytes(layout)?;
-        compare_files(
-            layout.files.iter().filter(|(path, digest)| self.compared.get(*path) != Some(*digest)),
-        )?;
+        let fresh = layout.files.iter().filter(|(path, digest)| self.compared.get(*path) != Some(*digest));
+        offer::require_none(&offer::compare_files(fresh))?;
         self.compared.clone_from(&layout.files);
         self.end_those_not_in(&layout)?;
         self.resize_objects(&layout)?;
@@ -276,14 +249,25 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
                 }
             }
         }
-        let link: &Link = &self.arrival.as_ref().ok_or("nothing has been prepared")?.link;
-        let mut shared = SharedMemory { link, objects: &self.objects };
+        let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
+        let (link, volumes) = (&arrival.link, arrival.instance.volumes.as_slice());
+        let mut shared = SharedMemory { link, objects: &self.objects, volumes };
         for wanted in &layout.processes {
             if let Some(process) = self.processes.iter_mut().find(|process| process.number == wanted.space) {
                 process.space.apply(wanted, &mut shared)?;
             }
         }
         Ok(())
+    }
+
+    fn take_volume(&mut self, frame: &[u8]) -> Result<(), TaskError> {
+        let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
+        Ok(volumes::take(&mut arrival.volumes, frame)?)
+    }
+
+    fn volume_digest(&mut self) -> Result<u128, TaskError> {
+        let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
+        Ok(volumes::complete(&mut arrival.volumes)?)
     }
 
     fn write(&mut self, space: u32, addr: u64, data: &[u8]) -> Result<(), TaskError> {
@@ -339,6 +323,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         let rebuilt = self.rebuilt.take().ok_or("nothing was restored")?;
         let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
         let began = Instant::now();
+        arrival.keep_volumes()?;
         arrival.attach()?;
         let attached = began.elapsed();
         rebuilt.release()?;

@@ -5,16 +5,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde::{Deserialize, Serialize};
-
 use super::{
-    source_process::{FileDigests, SourceProcess},
+    offer::{FileDigests, Requirements},
+    source_process::SourceProcess,
     traits::{PAGE_SIZE, PageRange, SourceTask, TaskError, Written},
+    volumes::SourceVolumes,
 };
 use crate::{
     instance::Instance,
     sys::{
-        clock::Clocks,
         mem::{self, RemoteAddr},
         process::{Common, has_in_common},
     },
@@ -22,7 +21,8 @@ use crate::{
         TraceeError,
         capture::{self, Frozen},
         check,
-        layout::{self, InstanceLayout},
+        files::Places,
+        layout::{InstanceLayout, ProcessLayout},
         objects::{self, SourceObject},
         settle::Settling,
         tcp::Held,
@@ -37,57 +37,6 @@ const MAX_PASSES: usize = 100;
 /// How long connections that can't be carried may take to come to their end, the instance running: a round trip to a
 /// far peer.
 const SETTLING_LIMIT: Duration = Duration::from_millis(250);
-
-/// What the destination must have, so that the instance can go on there.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Requirements {
-    /// The instance as the source knows it.
-    pub instance: Instance,
-    /// The main process's id in the instance's PID namespace.
-    pub main_pid: i32,
-    /// What must be the same on both hosts.
-    pub host: HostTraits,
-    /// The instance's clocks when the offer was made.
-    pub clocks: Clocks,
-    /// By how much they are ahead of the source's kernel.
-    pub clock_offsets: Clocks,
-    /// Digest of each file that is mapped, by path.
-    pub files: BTreeMap<String, u128>,
-    /// Resident memory, in bytes: there must be room for it.
-    pub resident_bytes: u64,
-}
-
-/// What must be the same on both hosts.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostTraits {
-    /// Kernel release: the vDSO and the meaning of the image come with it.
-    pub kernel: String,
-    /// Processor features, as the kernel lists them.
-    pub cpu_features: Vec<String>,
-    /// Digest of the vDSO's code, which the program calls into: it is moved, not copied.
-    pub vdso: u128,
-    /// The running kernel's identity: CLOCK_MONOTONIC counts from its start.
-    pub boot_id: String,
-}
-
-impl HostTraits {
-    /// This host's.
-    pub fn here() -> Result<Self, std::io::Error> {
-        let features = procfs_flags(&std::fs::read_to_string("/proc/cpuinfo")?);
-        Ok(Self {
-            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-            cpu_features: features,
-            vdso: layout::vdso_digest()?,
-            boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
-        })
-    }
-}
-
-fn procfs_flags(cpuinfo: &str) -> Vec<String> {
-    let line = cpuinfo.lines().find(|line| line.starts_with("flags"));
-    let words = line.and_then(|line| line.split_once(':')).map(|(_, words)| words).unwrap_or_default();
-    words.split_whitespace().map(str::to_owned).collect()
-}
 
 /// How the network is taken from the instance during the freeze, and given back if the move fails.
 pub trait Uplink {
@@ -110,6 +59,8 @@ pub struct LinuxSource<U> {
     zombies: Vec<Node>,
     objects: BTreeMap<u64, SourceObject>,
     files: FileDigests,
+    places: Places,
+    volumes: SourceVolumes,
     next_space: u32,
     settling: Vec<Settling>,
     held: Held,
@@ -127,16 +78,20 @@ impl<U: Uplink> LinuxSource<U> {
     pub fn new(
         instance: Instance,
         uplink: U,
+        places: Places,
+        volumes: SourceVolumes,
         end: Box<dyn FnMut() -> Result<(), TaskError>>,
     ) -> Result<Self, TaskError> {
-        check::require(&instance)?;
+        check::require(&instance, &places)?;
         Ok(Self {
             instance,
             uplink,
             processes: Vec::new(),
             zombies: Vec::new(),
             objects: BTreeMap::new(),
-            files: FileDigests::default(),
+            files: FileDigests::new(places.clone()),
+            places,
+            volumes,
             next_space: 0,
             settling: Vec::new(),
             held: Held::default(),
@@ -211,6 +166,15 @@ impl<U: Uplink> LinuxSource<U> {
         self.processes.iter().find(|process| process.space == space)
     }
 
+    /// Files in volumes are mapped at the destination when they are complete: in the freeze.
+    fn layout_of(&self, process: &SourceProcess) -> ProcessLayout {
+        let mut layout = process.layout();
+        if !self.frozen {
+            layout.layout.mappings.retain(|mapping| !self.volumes.hold(mapping));
+        }
+        layout
+    }
+
     fn main(&self) -> Option<&SourceProcess> {
         self.processes.iter().find(|process| process.member.node.parent == INIT)
     }
@@ -253,28 +217,8 @@ fn lends_memory(member: &Member, members: &[Member]) -> bool {
 impl<U: Uplink> SourceTask for LinuxSource<U> {
     fn requirements(&mut self) -> Result<Vec<u8>, TaskError> {
         self.look()?;
-        let mut resident_kib = 0;
-        for process in &self.processes {
-            // One that has ended since needs nothing.
-            let Ok(mappings) = layout::read_mappings(process.pid()) else { continue };
-            self.files.add(&mappings)?;
-            let status =
-                std::fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap_or_default();
-            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
-            resident_kib +=
-                line.split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
-        }
-        let main = self.main().map(|main| main.member).ok_or("the instance has no main process")?;
-        let clock_offsets = Clocks::offsets_of(main.pid)?;
-        let requirements = Requirements {
-            instance: self.instance.clone(),
-            main_pid: main.node.pid,
-            host: HostTraits::here()?,
-            clocks: Clocks::of_this_kernel()?.plus(clock_offsets),
-            clock_offsets,
-            files: self.files.all(),
-            resident_bytes: resident_kib * 1024,
-        };
+        let members: Vec<Member> = self.processes.iter().map(|process| process.member).collect();
+        let requirements = Requirements::of(&self.instance, &members, &mut self.files, &self.volumes)?;
         Ok(postcard::to_stdvec(&requirements)?)
     }
 
@@ -285,7 +229,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
 
     fn layout(&mut self) -> Result<Vec<u8>, TaskError> {
         let layout = InstanceLayout {
-            processes: self.processes.iter().map(SourceProcess::layout).collect(),
+            processes: self.processes.iter().map(|process| self.layout_of(process)).collect(),
             objects: self.objects.values().map(|object| object.object.clone()).collect(),
             files: self.files.all(),
         };
@@ -309,7 +253,8 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
                 found.dropped.push(everything(process.space));
             }
             self.files.add(&written.mappings)?;
-            found.populated.extend(ranges(process.space, written.populated));
+            let populated = process.without_files_of(&self.volumes, written.populated, self.frozen)?;
+            found.populated.extend(ranges(process.space, populated));
             found.dropped.extend(ranges(process.space, written.dropped));
         }
         self.processes.retain(|process| !ended.contains(&process.space));
@@ -322,6 +267,19 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             found.dropped.extend(ranges(object.object.space, dropped));
         }
         Ok(found)
+    }
+
+    fn copy_volumes(
+        &mut self,
+        last: bool,
+        send: &mut dyn FnMut(&[u8]) -> Result<(), TaskError>,
+    ) -> Result<(), TaskError> {
+        let pids: Vec<i32> = self.processes.iter().map(SourceProcess::pid).collect();
+        Ok(self.volumes.pass(last, &pids, send)?)
+    }
+
+    fn volume_digest(&self) -> u128 {
+        self.volumes.digest()
     }
 
     fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<usize, TaskError> {
@@ -390,7 +348,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             let mappings = process.mappings.as_slice();
             stopped.push(Frozen { space: process.space, member: process.member, threads, mappings });
         }
-        let mut image = capture::capture_instance(&stopped, self.zombies.clone())?;
+        let mut image = capture::capture_instance(&stopped, self.zombies.clone(), &self.places)?;
         for (process, described) in stopped.iter().zip(&image.processes) {
             self.held.take(process.member.pid, &described.task.descriptors)?;
         }

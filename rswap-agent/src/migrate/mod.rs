@@ -27,10 +27,13 @@ pub mod journal;
 pub mod linux;
 pub mod linux_destination;
 pub mod linux_source;
+pub mod offer;
+pub mod probe;
 pub mod progress;
 pub mod source;
 pub mod source_process;
 pub mod traits;
+pub mod volumes;
 pub mod wire;
 
 #[cfg(test)]
@@ -106,6 +109,9 @@ pub enum MigrateError {
         /// Why.
         source: std::io::Error,
     },
+    /// The peer ended it after its question what this host would refuse: nothing was to be moved.
+    #[error("the peer only asked what this host would refuse")]
+    OnlyAsked,
     /// The commit was sent, and the destination's answer did not come: only it knows whether it runs.
     #[error(
         "in doubt: the commit was sent and not answered; the source stays frozen: look at the destination"

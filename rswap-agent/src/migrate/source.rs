@@ -137,6 +137,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         let mut bytes_per_s = 0.0;
         for round in 0.. {
             self.check_deadline()?;
+            let volumes_ms = self.copy_volumes(false)?;
             let written = self.task.written().map_err(self.task_failed())?;
             let since_last_look = last_look.elapsed();
             last_look = Instant::now();
@@ -148,7 +149,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
                     rounds: round,
                     bytes_per_s,
                     dirty_bytes: bytes as f64,
-                    fixed_ms: FIXED_FREEZE_MS,
+                    fixed_ms: FIXED_FREEZE_MS + volumes_ms,
                 };
                 let expected = converge::expected_ms(&observed);
                 self.progress.expected_unavailability_ms = expected;
@@ -194,6 +195,8 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         self.frozen = Some(frozen);
         self.task.freeze().map_err(self.task_failed())?;
         self.step("freeze");
+        self.copy_volumes(true)?;
+        self.step("volumes");
         let written = self.task.written().map_err(self.task_failed())?;
         self.count_dirtied(&written, Duration::ZERO);
         self.send_round(&written, false)?;
@@ -202,7 +205,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         self.step("image");
         self.send(Tag::Image, &image)?;
         self.enter(Phase::Verify, "verifying");
-        let here = self.digest.with_image(&image);
+        let here = self.digest.with_image(&image) ^ self.task.volume_digest();
         let answer = self.expect(Tag::Verified)?;
         let bytes = answer.try_into().map_err(|_| self.broken("a malformed Verified".into()))?;
         let there = u128::from_le_bytes(bytes);
@@ -278,6 +281,36 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             self.expect(Tag::RoundAck)?;
         }
         Ok(())
+    }
+
+    /// Sends what changed in the volumes; returns how many milliseconds a freeze is expected to take longer for them.
+    fn copy_volumes(&mut self, last: bool) -> Result<f64, MigrateError> {
+        let began = Instant::now();
+        let deadline = self.started + Duration::from_secs(self.config.deadline_s);
+        let (stream, sent) = (&mut self.stream, &mut self.progress.bytes_sent);
+        let mut link = None;
+        let copied = self.task.copy_volumes(last, &mut |frame| {
+            if Instant::now() > deadline {
+                return Err("it takes too long".into());
+            }
+            let written =
+                wire::write_frame(stream, Tag::Volume, frame).and_then(|bytes| Ok((bytes, stream.flush()?)));
+            match written {
+                Ok((bytes, ())) => *sent += bytes,
+                Err(error) => {
+                    link = Some(error);
+                    return Err("the link failed".into());
+                }
+            }
+            Ok(())
+        });
+        if let Some(error) = link {
+            return Err(self.wire(error));
+        }
+        self.check_deadline()?;
+        copied.map_err(self.task_failed())?;
+        // The destination reads back what it has written, and walks once more: about the same again.
+        Ok(2.0 * milliseconds(began.elapsed()))
     }
 
     fn send_range(

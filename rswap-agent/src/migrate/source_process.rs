@@ -1,13 +1,14 @@
 //! One process of an instance that is being moved away.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
+use super::volumes::SourceVolumes;
 use crate::tracee::{
     TraceeError,
     layout::{self, Layout, Mapping, ProcessLayout},
     read_proc,
     stopped::StoppedProcess,
-    tracker::{Tracker, WrittenSpans},
+    tracker::{Span, Tracker, WrittenSpans},
     tree::Member,
 };
 
@@ -139,37 +140,32 @@ impl SourceProcess {
         }
     }
 
+    /// Of what was written, all but private pages of files in volumes, which are mapped at the destination only in the
+    /// freeze (`frozen`): then all of them are in it.
+    pub fn without_files_of(
+        &mut self,
+        volumes: &SourceVolumes,
+        mut written: Vec<Span>,
+        frozen: bool,
+    ) -> Result<Vec<Span>, TraceeError> {
+        let held: Vec<Span> = self
+            .mappings
+            .iter()
+            .filter(|mapping| !mapping.shared && volumes.hold(mapping))
+            .map(|mapping| mapping.start..mapping.end)
+            .collect();
+        written.retain(|span| !held.iter().any(|held| held.contains(&span.start)));
+        if let Some(tracker) = self.tracker.as_mut().filter(|_| frozen) {
+            for span in &held {
+                written.extend(tracker.populated(span)?);
+            }
+        }
+        Ok(written)
+    }
+
     /// Stops tracking, and lets it go if it was stopped.
     pub fn release(&mut self) {
         self.tracker = None;
         self.stopped = None;
     }
-}
-
-/// The digest of every file that is mapped, each read once.
-#[derive(Debug, Default)]
-pub struct FileDigests {
-    known: BTreeMap<String, u128>,
-}
-
-impl FileDigests {
-    /// Takes in the files of `mappings`.
-    pub fn add(&mut self, mappings: &[Mapping]) -> std::io::Result<()> {
-        for mapping in mappings.iter().filter(|mapping| mapping.is_file() && !mapping.is_shared_memory()) {
-            if !self.known.contains_key(&mapping.name) {
-                self.known.insert(mapping.name.clone(), file_digest(&mapping.name)?);
-            }
-        }
-        Ok(())
-    }
-
-    /// All of them, by path.
-    pub fn all(&self) -> BTreeMap<String, u128> {
-        self.known.clone()
-    }
-}
-
-/// The digest by which files are compared between hosts.
-pub fn file_digest(path: &str) -> std::io::Result<u128> {
-    std::fs::read(path).map(|contents| xxhash_rust::xxh3::xxh3_128(&contents))
 }

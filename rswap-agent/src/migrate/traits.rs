@@ -6,6 +6,8 @@
 //! A round is always: [`SourceTask::written`], [`SourceTask::layout`], then reads. On the wire, and so at the
 //! destination: the layout (only if it changed), then the discards, then the pages.
 
+use super::offer::Objection;
+
 /// Bytes in a page: the unit of tracking, of the codec and of the digest.
 pub const PAGE_SIZE: usize = 4096;
 
@@ -60,6 +62,21 @@ pub trait SourceTask {
     /// Re-arms the tracker.
     fn written(&mut self) -> Result<Written, TaskError>;
 
+    /// Sends what changed in the instance's volumes since the last call, frame by frame; at the first, all of them. With
+    /// `last`, the task is frozen, and no other call comes.
+    fn copy_volumes(
+        &mut self,
+        _last: bool,
+        _send: &mut dyn FnMut(&[u8]) -> Result<(), TaskError>,
+    ) -> Result<(), TaskError> {
+        Ok(())
+    }
+
+    /// The digest of the volumes as they were sent.
+    fn volume_digest(&self) -> u128 {
+        0
+    }
+
     /// Reads memory; `addr` and `buf.len()` are multiples of [`PAGE_SIZE`].
     ///
     /// Returns how many bytes at the front of `buf` are valid, a multiple of [`PAGE_SIZE`]. Fewer than
@@ -91,12 +108,27 @@ pub trait SourceTask {
 
 /// The instance being built at the destination. Nothing but the engine changes its memory until `activate`.
 pub trait DestinationTask {
+    /// What this host would refuse, by looking only: nothing is made.
+    fn objections(&mut self, _requirements: &[u8]) -> Result<Vec<Objection>, TaskError> {
+        Ok(Vec::new())
+    }
+
     /// Refuses here, by name, what this host can't do. After a refusal nothing is left behind.
     fn prepare(&mut self, requirements: &[u8]) -> Result<(), TaskError>;
 
     /// Brings the mappings to this layout. The contents of pages that lie in both stay, unless the source
     /// reports them as dropped in the same round.
     fn apply_layout(&mut self, layout: &[u8]) -> Result<(), TaskError>;
+
+    /// Takes what [`SourceTask::copy_volumes`] sends.
+    fn take_volume(&mut self, _frame: &[u8]) -> Result<(), TaskError> {
+        Err("this instance has no volumes".into())
+    }
+
+    /// The digest of the volumes as they are, after the last of them came.
+    fn volume_digest(&mut self) -> Result<u128, TaskError> {
+        Ok(0)
+    }
 
     /// Writes whole pages, inside the last layout, whatever the protection of their mapping.
     fn write(&mut self, space: u32, addr: u64, data: &[u8]) -> Result<(), TaskError>;

@@ -16,7 +16,7 @@ use super::{
 /// First bytes of a [`Hello`].
 pub const MAGIC: u32 = u32::from_le_bytes(*b"RSWP");
 /// The newest version that this build speaks, which is also the oldest.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Pages of a batch at most.
 pub const BATCH_PAGES: usize = 64;
 
@@ -56,14 +56,34 @@ pub enum Tag {
     Activated = 12,
     /// This side has failed, and why.
     Abort = 13,
+    /// An offer that is only a question: what would be refused. Nothing is made.
+    Probe = 14,
+    /// The answer to it: a list of objections.
+    ProbeAnswer = 15,
+    /// What changed in a volume, opaque to the wire.
+    Volume = 16,
 }
 
 impl Tag {
     fn from_number(number: u8) -> Option<Self> {
         use Tag::*;
         [
-            Hello, Offer, Accept, Layout, Discard, Pages, RoundEnd, RoundAck, Image, Verified, Commit,
-            Activated, Abort,
+            Hello,
+            Offer,
+            Accept,
+            Layout,
+            Discard,
+            Pages,
+            RoundEnd,
+            RoundAck,
+            Image,
+            Verified,
+            Commit,
+            Activated,
+            Abort,
+            Probe,
+            ProbeAnswer,
+            Volume,
         ]
         .into_iter()
         .find(|tag| *tag as u8 == number)
@@ -73,8 +93,8 @@ impl Tag {
     pub fn limit(self) -> usize {
         match self {
             Self::Hello => 64,
-            Self::Offer | Self::Layout | Self::Image => 64 * KIB * KIB,
-            Self::Discard => KIB * KIB,
+            Self::Offer | Self::Layout | Self::Image | Self::Probe => 64 * KIB * KIB,
+            Self::Discard | Self::ProbeAnswer | Self::Volume => KIB * KIB,
             Self::Pages => BATCH_PAGES * (PAGE_SIZE + PAGE_HEADER),
             Self::Verified => 16,
             Self::Abort => 16 * KIB,

@@ -5,6 +5,7 @@ use std::fs;
 use super::{
     TraceeError,
     descriptors::{self, Refused},
+    files::{self, Places},
     image::{Credentials, Descriptor, InstanceImage, MemoryMap, ProcessImage, TaskImage, ThreadImage},
     layout::{self, Layout, Mapping},
     read_proc,
@@ -38,7 +39,11 @@ pub struct Frozen<'a> {
 }
 
 /// Takes the image of an instance whose processes are all in `frozen`, parents first. What can't be carried is refused.
-pub fn capture_instance(frozen: &[Frozen<'_>], zombies: Vec<Node>) -> Result<InstanceImage, TraceeError> {
+pub fn capture_instance(
+    frozen: &[Frozen<'_>],
+    zombies: Vec<Node>,
+    places: &Places,
+) -> Result<InstanceImage, TraceeError> {
     let mut open = Vec::new();
     let peers = Peers::of_process(frozen.first().map_or(0, |process| process.member.pid));
     for process in frozen {
@@ -49,6 +54,11 @@ pub fn capture_instance(frozen: &[Frozen<'_>], zombies: Vec<Node>) -> Result<Ins
     }
     let lists: Vec<_> = open.iter().map(|(pid, _, list)| (*pid, list.as_slice())).collect();
     descriptors::connected_outside(&lists).first().map_or(Ok(()), |(pid, refused)| refuse(*pid, refused))?;
+    files::left_behind(&lists, places).first().map_or(Ok(()), |(pid, refused)| refuse(*pid, refused))?;
+    let logs = files::logs(&lists, places);
+    for (pid, _, descriptors) in &mut open {
+        files::note(*pid, descriptors, &logs, places)?;
+    }
     descriptors::share(&mut open)?;
     let mut processes = Vec::with_capacity(frozen.len());
     for (process, (_, _, descriptors)) in frozen.iter().zip(open) {

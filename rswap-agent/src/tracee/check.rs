@@ -8,6 +8,7 @@ use super::{
     TraceeError,
     capture::{Status, link},
     descriptors,
+    files::{self, Place, Places},
     image::{Descriptor, DescriptorKind, SocketState},
     layout, read_proc, tree,
     unix::Peers,
@@ -42,7 +43,7 @@ pub struct Finding {
 
 /// Everything of `instance` that a migration does not carry; nothing with [`Severity::Refused`] means that
 /// it can migrate.
-pub fn check(instance: &Instance) -> Result<Vec<Finding>, TraceeError> {
+pub fn check(instance: &Instance, places: &Places) -> Result<Vec<Finding>, TraceeError> {
     let mut findings = Findings { pid: 0, list: Vec::new() };
     if instance.init_pid.is_none() {
         findings.refuse(
@@ -59,7 +60,7 @@ pub fn check(instance: &Instance) -> Result<Vec<Finding>, TraceeError> {
     let mut open = Vec::new();
     for &pid in &listed {
         findings.pid = pid;
-        match process(&mut findings, &peers) {
+        match process(&mut findings, &peers, places) {
             Ok(descriptors) => open.push((pid, descriptors)),
             Err(_) if tree::has_ended(pid) => {}
             Err(error) => return Err(error),
@@ -69,6 +70,15 @@ pub fn check(instance: &Instance) -> Result<Vec<Finding>, TraceeError> {
     for (pid, refused) in descriptors::connected_outside(&lists) {
         findings.pid = pid;
         findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
+    }
+    for (pid, refused) in files::left_behind(&lists, places) {
+        findings.pid = pid;
+        findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
+    }
+    findings.pid = listed.first().copied().unwrap_or_default();
+    for path in files::logs(&lists, places) {
+        let reason = "what was written stays on this host, and a new file is begun at the other one";
+        findings.add(&format!("the log {path}"), reason, Severity::Lost);
     }
     Ok(findings.list)
 }
@@ -118,8 +128,8 @@ fn whole_tree(findings: &mut Findings, instance: &Instance, listed: &[i32]) -> R
 }
 
 /// Refuses an instance that can't migrate, with everything that stands against it.
-pub fn require(instance: &Instance) -> Result<(), TraceeError> {
-    let findings = check(instance)?;
+pub fn require(instance: &Instance, places: &Places) -> Result<(), TraceeError> {
+    let findings = check(instance, places)?;
     let refused: Vec<String> = findings
         .iter()
         .filter(|finding| finding.severity == Severity::Refused)
@@ -149,7 +159,7 @@ impl Findings {
 }
 
 /// Looks at one process, and returns its descriptors.
-fn process(findings: &mut Findings, peers: &Peers) -> Result<Vec<Descriptor>, TraceeError> {
+fn process(findings: &mut Findings, peers: &Peers, places: &Places) -> Result<Vec<Descriptor>, TraceeError> {
     let pid = findings.pid;
     if tree::has_lost_its_leader(pid) {
         findings.refuse(
@@ -189,7 +199,7 @@ fn process(findings: &mut Findings, peers: &Peers) -> Result<Vec<Descriptor>, Tr
             findings.refuse(&format!("a {namespace} namespace of its own"), "not carried in this version");
         }
     }
-    memory(findings)?;
+    memory(findings, places)?;
     let (open, refused) = descriptors::describe(pid, peers, false)?;
     for refused in refused {
         findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
@@ -207,7 +217,7 @@ fn process(findings: &mut Findings, peers: &Peers) -> Result<Vec<Descriptor>, Tr
     Ok(open)
 }
 
-fn memory(findings: &mut Findings) -> Result<(), TraceeError> {
+fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
     for mapping in layout::read_mappings(findings.pid)? {
         let item = format!("mapping {:#x}-{:#x} {}", mapping.start, mapping.end, mapping.name);
         if mapping.is_kernels_own() {
@@ -217,11 +227,14 @@ fn memory(findings: &mut Findings) -> Result<(), TraceeError> {
             findings.refuse(&item, "SysV shared memory isn't carried in this version");
         } else if mapping.is_shared_memory() {
             // Whole objects are carried.
-        } else if mapping.shared && !mapping.is_read_only_file() {
-            findings.refuse(&item, "files that are written through a mapping aren't carried in this version");
+        } else if mapping.shared && !mapping.is_read_only_file() && places.of(&mapping.name) != Place::Volume
+        {
+            findings.refuse(&item, "a file that is written through a mapping stays here: put it into a volume (rswap run --volume NAME:PATH)");
         } else if mapping.is_file() && mapping.name.ends_with(" (deleted)") {
             findings.refuse(&item, "its file was deleted: restart the program");
-        } else if mapping.is_file() && fs::metadata(&mapping.name).is_err() {
+        } else if mapping.is_file()
+            && fs::metadata(format!("/proc/{}/root{}", findings.pid, mapping.name)).is_err()
+        {
             findings.refuse(&item, "its file can't be read under this path");
         }
     }

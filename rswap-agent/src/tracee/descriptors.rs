@@ -13,6 +13,7 @@ use std::{
 use super::{
     TraceeError,
     capture::Status,
+    files,
     image::{Descriptor, DescriptorKind, SocketState, UnixImage},
     link::{Link, STUB_END},
     read_proc,
@@ -324,7 +325,7 @@ impl Info {
             return Err((format!("{} with a lock", self.target), "locks aren't carried in this version"));
         }
         let size = file_type.is_file().then_some(metadata.len());
-        Ok(DescriptorKind::File { path: self.target.clone(), position: self.position, size })
+        Ok(DescriptorKind::File { path: self.target.clone(), position: self.position, size, digest: None })
     }
 
     /// `tfd: 5 events: 19 data: 5 pos:0 ino:61 sdev:8`, numbers but the first in hexadecimal.
@@ -492,8 +493,8 @@ impl<'a> Restorer<'a> {
     ) -> Result<RawFd, TraceeError> {
         let pid = remote.tid();
         let made = match &descriptor.kind {
-            DescriptorKind::File { path, position, size } => {
-                open(remote, path, descriptor.flags, *position, *size)? as u64
+            DescriptorKind::File { path, position, size, digest } => {
+                open(remote, path, descriptor.flags, *position, (*size, *digest))? as u64
             }
             DescriptorKind::Shared { pid: holder, number } => {
                 let damaged = || TraceeError::Unsupported(format!("the image has no process {holder}"));
@@ -676,19 +677,30 @@ fn open(
     path: &str,
     flags: i32,
     position: i64,
-    size: Option<u64>,
+    (size, digest): (Option<u64>, Option<u128>),
 ) -> Result<RawFd, TraceeError> {
     let mut name = path.as_bytes().to_vec();
     name.push(0);
     let at = remote.put(0, &name)?;
-    let flags = flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC) | libc::O_NOCTTY;
-    let args = [libc::AT_FDCWD as u64, at, flags as u64, 0, 0, 0];
+    let mut flags = flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC) | libc::O_NOCTTY;
+    if size.is_none() && flags & libc::O_APPEND != 0 {
+        // A log, which begins anew where there is none.
+        flags |= libc::O_CREAT;
+    }
+    let args = [libc::AT_FDCWD as u64, at, flags as u64, 0o640, 0, 0];
     let made = remote.call("openat", libc::SYS_openat, args)?;
     if let Some(size) = size {
         let ours = remote.share_descriptor(made as RawFd)?;
-        let here = fs::File::from(ours).metadata().map_err(TraceeError::call("fstat", remote.tid()))?.len();
+        let ours = fs::File::from(ours);
+        let here = ours.metadata().map_err(TraceeError::call("fstat", remote.tid()))?.len();
         if here != size {
             let text = format!("{path} has {here} bytes at the destination and {size} at the source");
+            return Err(TraceeError::Unsupported(text));
+        }
+        if let Some(digest) = digest
+            && files::digest_of(&ours).map_err(TraceeError::proc(path))? != digest
+        {
+            let text = format!("{path} is another file at the destination than at the source");
             return Err(TraceeError::Unsupported(text));
         }
         if flags & libc::O_PATH == 0 {

@@ -141,8 +141,10 @@ pub enum DescriptorKind {
         path: String,
         /// The offset, in bytes.
         position: i64,
-        /// The length of a regular file, in bytes: the destination's must be the same.
+        /// The length of a regular file, in bytes: the destination's must be the same. A log has none.
         size: Option<u64>,
+        /// The digest of a regular file that is read and does not go along: the destination's must be the same.
+        digest: Option<u128>,
     },
     /// The same description as this descriptor of a process that comes before this one.
     Shared {

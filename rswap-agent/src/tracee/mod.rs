@@ -17,6 +17,7 @@
 pub mod capture;
 pub mod check;
 pub mod descriptors;
+pub mod files;
 pub mod image;
 pub mod layout;
 pub mod link;

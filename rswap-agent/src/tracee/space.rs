@@ -1,7 +1,7 @@
 //! The address space of a process that is being built: a stub with the right pid, emptied of everything
 //! but the kernel's own mappings, into which mappings and contents come while the source still runs.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use super::{
     TraceeError,
@@ -11,6 +11,7 @@ use super::{
     remote::Remote,
     tree,
 };
+use crate::instance::volume::Volume;
 use crate::sys::{
     mem::{self, ForcedMemory, PAGE_SIZE, RemoteAddr},
     process,
@@ -40,6 +41,8 @@ pub struct SharedMemory<'a> {
     pub link: &'a Link,
     /// By the inode at the source.
     pub objects: &'a BTreeMap<u64, BuiltObject>,
+    /// The instance's volumes, whose files may be mapped for writing.
+    pub volumes: &'a [Volume],
 }
 
 impl SharedMemory<'_> {
@@ -52,12 +55,16 @@ impl SharedMemory<'_> {
 }
 
 impl Space {
-    /// Takes over process `pid` (as the agent sees it), which waits in pause(2), empties it and moves the
+    /// Makes process `pid` die with this thread from now on; it goes on waiting.
+    pub fn hold(pid: i32) -> Result<(), TraceeError> {
+        // Threads and children that it is made to have are traced as well, and die as well.
+        ptrace::seize(pid, true, true).map_err(TraceeError::call("PTRACE_SEIZE", pid))
+    }
+
+    /// Takes over process `pid` (as the agent sees it), which is [held](Self::hold) and waits in pause(2), empties it and moves the
     /// kernel's own mappings to where the source has them.
     pub fn take(pid: i32, kernel_mappings: &[Mapping]) -> Result<Self, TraceeError> {
         let call = TraceeError::call;
-        // Threads and children that it is made to have are traced as well, and die as well.
-        ptrace::seize(pid, true, true).map_err(call("PTRACE_SEIZE", pid))?;
         ptrace::interrupt(pid).map_err(call("PTRACE_INTERRUPT", pid))?;
         if ptrace::wait_stop(pid).map_err(call("waiting for the stop", pid))? == Stop::Gone {
             return Err(TraceeError::Gone(pid));
@@ -258,7 +265,9 @@ impl Space {
     fn map(&mut self, mapping: &Mapping, shared: &mut SharedMemory<'_>) -> Result<(), TraceeError> {
         let sharing = if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         let object = mapping.is_shared_memory();
-        if mapping.shared && !object && !mapping.is_read_only_file() {
+        let in_volume =
+            shared.volumes.iter().any(|volume| Path::new(&mapping.name).starts_with(&volume.path));
+        if mapping.shared && !object && !mapping.is_read_only_file() && !in_volume {
             let text = format!("shared memory at {:#x} {} isn't carried", mapping.start, mapping.name);
             return Err(TraceeError::Unsupported(text));
         }
@@ -270,7 +279,9 @@ impl Space {
             let mut name = mapping.name.as_bytes().to_vec();
             name.push(0);
             let at = self.remote.put(0, &name)?;
-            let flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
+            // What is mapped shared may be made writable later.
+            let access = if mapping.shared && in_volume { libc::O_RDWR } else { libc::O_RDONLY };
+            let flags = (access | libc::O_CLOEXEC) as u64;
             file =
                 self.remote.call("openat", libc::SYS_openat, [libc::AT_FDCWD as u64, at, flags, 0, 0, 0])?;
         } else {

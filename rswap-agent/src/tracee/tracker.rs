@@ -186,7 +186,7 @@ impl Tracker {
     }
 
     /// The pages of a span with contents of their own: neither the file's nor zero.
-    fn populated(&mut self, span: &Span) -> Result<Vec<Span>, TraceeError> {
+    pub fn populated(&mut self, span: &Span) -> Result<Vec<Span>, TraceeError> {
         let not = category::FILE | category::PFNZERO;
         // Markers look swapped, and there may be millions of them: they are only sorted out where it matters.
         let any_of = if self.host_swaps { category::PRESENT | category::SWAPPED } else { category::PRESENT };

@@ -1,0 +1,238 @@
+//! What an instance needs of another host, and what stands against it there. The comparison only reads: the same answers
+//! a migration's offer and `rswap check INSTANCE HOST`.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{traits::TaskError, volumes::SourceVolumes};
+use crate::{
+    instance::Instance,
+    sys::clock::Clocks,
+    tracee::{
+        TraceeError, descriptors,
+        files::{self, Place, Places},
+        layout::{self, Mapping},
+        stopped,
+        tree::{self, INIT, Member},
+        unix::Peers,
+    },
+};
+
+/// What the destination must have, so that the instance can go on there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Requirements {
+    /// The instance as the source knows it.
+    pub instance: Instance,
+    /// The main process's id in the instance's PID namespace.
+    pub main_pid: i32,
+    /// What must be the same on both hosts.
+    pub host: HostTraits,
+    /// The instance's clocks when the offer was made.
+    pub clocks: Clocks,
+    /// By how much they are ahead of the source's kernel.
+    pub clock_offsets: Clocks,
+    /// Digest of each file that is mapped or read and does not go along, by path.
+    pub files: BTreeMap<String, u128>,
+    /// The highest id of its processes and threads in its PID namespace.
+    pub highest_pid: i32,
+    /// What its volumes take: bytes on the disk, and inodes.
+    pub volumes: (u64, u64),
+    /// Resident memory, in bytes: there must be room for it.
+    pub resident_bytes: u64,
+}
+
+/// What must be the same on both hosts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostTraits {
+    /// Kernel release: the vDSO and the meaning of the image come with it.
+    pub kernel: String,
+    /// Processor features, as the kernel lists them.
+    pub cpu_features: Vec<String>,
+    /// Digest of the vDSO's code, which the program calls into: it is moved, not copied.
+    pub vdso: u128,
+    /// The running kernel's identity: CLOCK_MONOTONIC counts from its start.
+    pub boot_id: String,
+}
+
+impl HostTraits {
+    /// This host's.
+    pub fn here() -> Result<Self, std::io::Error> {
+        let features = procfs_flags(&std::fs::read_to_string("/proc/cpuinfo")?);
+        Ok(Self {
+            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+            cpu_features: features,
+            vdso: layout::vdso_digest()?,
+            boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
+        })
+    }
+}
+
+fn procfs_flags(cpuinfo: &str) -> Vec<String> {
+    let line = cpuinfo.lines().find(|line| line.starts_with("flags"));
+    let words = line.and_then(|line| line.split_once(':')).map(|(_, words)| words).unwrap_or_default();
+    words.split_whitespace().map(str::to_owned).collect()
+}
+
+/// Something that a host refuses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Objection {
+    /// What: a file, a processor feature, room.
+    pub item: String,
+    /// Why, and what would make it possible.
+    pub reason: String,
+}
+
+impl Objection {
+    /// One of this host's.
+    pub fn new(item: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { item: item.into(), reason: reason.into() }
+    }
+}
+
+impl Requirements {
+    /// Those of an instance whose living processes are `members`. Nothing is touched.
+    pub fn of(
+        instance: &Instance,
+        members: &[Member],
+        digests: &mut FileDigests,
+        volumes: &SourceVolumes,
+    ) -> Result<Self, TaskError> {
+        let main = members.iter().find(|member| member.node.parent == INIT);
+        let main = *main.ok_or("the instance has no main process")?;
+        let (mut resident_kib, mut highest_pid) = (0, 0);
+        for member in members {
+            // One that has ended since needs nothing.
+            let Ok(mappings) = layout::read_mappings(member.pid) else { continue };
+            digests.add(&mappings)?;
+            match digests.add_read_by(member.pid) {
+                Err(_) if tree::has_ended(member.pid) => continue,
+                added => added?,
+            }
+            let status = fs::read_to_string(format!("/proc/{}/status", member.pid)).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+            resident_kib +=
+                line.split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+            for tid in stopped::list_threads(member.pid).unwrap_or_default() {
+                highest_pid = highest_pid.max(inner_pid(tid).unwrap_or(0));
+            }
+        }
+        let clock_offsets = Clocks::offsets_of(main.pid)?;
+        Ok(Self {
+            instance: instance.clone(),
+            main_pid: main.node.pid,
+            host: HostTraits::here()?,
+            clocks: Clocks::of_this_kernel()?.plus(clock_offsets),
+            clock_offsets,
+            files: digests.all(),
+            highest_pid,
+            volumes: volumes.need()?,
+            resident_bytes: resident_kib * 1024,
+        })
+    }
+
+    /// What of it this host can't give.
+    pub fn objections(&self) -> Result<Vec<Objection>, TaskError> {
+        let (here, there) = (HostTraits::here()?, &self.host);
+        let mut found = Vec::new();
+        let mut object = |item: &str, reason: String| found.push(Objection::new(item, reason));
+        if here.kernel != there.kernel {
+            let text = format!("this host runs {} and the source {}", here.kernel, there.kernel);
+            object("kernel", format!("{text}: use the same kernel build on both"));
+        }
+        let lacking: Vec<&String> =
+            there.cpu_features.iter().filter(|f| !here.cpu_features.contains(f)).collect();
+        if !lacking.is_empty() {
+            object("processor", format!("this host's lacks {lacking:?}, which the program may use"));
+        }
+        if here.vdso != there.vdso {
+            let text = "code of the kernel's that programs call into, differs: use the same kernel build";
+            object("vDSO", text.into());
+        }
+        let available = available_memory_bytes()?;
+        if self.resident_bytes > available {
+            let wanted = self.resident_bytes;
+            object("memory", format!("no room: {wanted} bytes are needed, {available} are available"));
+        }
+        let pids: i32 = fs::read_to_string("/proc/sys/kernel/pid_max")?.trim().parse()?;
+        if self.highest_pid >= pids {
+            let text =
+                format!("ids up to {} are in use, and this host gives none from {pids} on", self.highest_pid);
+            object("process ids", format!("{text}: raise kernel.pid_max"));
+        }
+        found.extend(compare_files(&self.files));
+        Ok(found)
+    }
+}
+
+/// Refuses with everything that stands against it.
+pub fn require_none(objections: &[Objection]) -> Result<(), TraceeError> {
+    if objections.is_empty() {
+        return Ok(());
+    }
+    let all: Vec<_> = objections.iter().map(|o| format!("{}: {}", o.item, o.reason)).collect();
+    Err(TraceeError::Unsupported(all.join("; ")))
+}
+
+/// The files that are not the same on this host.
+pub fn compare_files<'a>(wanted: impl IntoIterator<Item = (&'a String, &'a u128)>) -> Vec<Objection> {
+    let compare = |(path, digest): (&String, &u128)| match files::digest(Path::new(path)) {
+        Ok(here) if here == *digest => None,
+        Ok(_) => Some(Objection::new(path, "differs: install the same version on both hosts")),
+        Err(error) => Some(Objection::new(path, format!("can't be read on this host: {error}"))),
+    };
+    wanted.into_iter().filter_map(compare).collect()
+}
+
+fn available_memory_bytes() -> Result<u64, TaskError> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
+    Ok(line.split_whitespace().next().unwrap_or("0").parse::<u64>()? * 1024)
+}
+
+/// A thread's id in its own PID namespace.
+fn inner_pid(tid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("NSpid:"))?.split_whitespace().last()?.parse().ok()
+}
+
+/// The digests of the files that must be the same at the destination: those that are mapped, and those that are read.
+#[derive(Debug, Default)]
+pub struct FileDigests {
+    known: BTreeMap<String, u128>,
+    places: Places,
+}
+
+impl FileDigests {
+    /// For files that are at these places.
+    pub fn new(places: Places) -> Self {
+        Self { known: BTreeMap::new(), places }
+    }
+
+    /// Takes in the files of `mappings`.
+    pub fn add(&mut self, mappings: &[Mapping]) -> std::io::Result<()> {
+        for mapping in mappings.iter().filter(|mapping| mapping.is_file() && !mapping.is_shared_memory()) {
+            let goes_along = self.places.of(&mapping.name) == Place::Volume;
+            if !goes_along && !self.known.contains_key(&mapping.name) {
+                self.known.insert(mapping.name.clone(), files::digest(&PathBuf::from(&mapping.name))?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in the files that process `pid` reads.
+    fn add_read_by(&mut self, pid: i32) -> Result<(), TraceeError> {
+        let (open, _) = descriptors::describe(pid, &Peers::of_process(pid), false)?;
+        self.known.extend(files::digests_of_read(pid, &open, &self.places)?);
+        Ok(())
+    }
+
+    /// All of them, by path.
+    pub fn all(&self) -> BTreeMap<String, u128> {
+        self.known.clone()
+    }
+}
