@@ -29,7 +29,7 @@ pub struct Running {
 }
 
 impl Running {
-    fn start(
+    pub(crate) fn start(
         netns: &Netns,
         name: &str,
         work: impl FnOnce(&AtomicBool, &AtomicU64) -> anyhow::Result<Duration> + Send + 'static,
@@ -61,7 +61,7 @@ impl Running {
     }
 }
 
-fn connect(server: SocketAddr) -> anyhow::Result<TcpStream> {
+pub(crate) fn connect(server: SocketAddr) -> anyhow::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&server, PATIENCE).context("cannot connect")?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
@@ -74,17 +74,17 @@ fn redis(server: Ipv4Addr) -> anyhow::Result<TcpStream> {
 }
 
 /// Keeps the longest time between two events.
-struct Gaps {
+pub(crate) struct Gaps {
     last: Instant,
-    longest: Duration,
+    pub(crate) longest: Duration,
 }
 
 impl Gaps {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { last: Instant::now(), longest: Duration::ZERO }
     }
 
-    fn event(&mut self) {
+    pub(crate) fn event(&mut self) {
         self.longest = self.longest.max(self.last.elapsed());
         self.last = Instant::now();
     }

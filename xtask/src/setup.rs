@@ -10,6 +10,8 @@ use crate::{ebpf, project_root, step};
 /// What the project needs at run time and in its scenarios.
 const SYSTEM_PACKAGES: &[&str] =
     &["redis-server", "redis-tools", "fio", "python3", "iproute2", "bpftool", "procps", "util-linux"];
+/// Programs that the scenarios move.
+const MOVED_PACKAGES: &[&str] = &["memcached", "nginx-light", "nodejs", "default-jdk-headless", "golang-go"];
 /// What bpf-linker is built against.
 const LINKER_PACKAGES: &[&str] =
     &["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "build-essential"];
@@ -20,13 +22,17 @@ const BPF_LINKER_VERSION: &str = "0.13.0";
 const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 
 /// Services that the packages of this list start by themselves when they are installed.
-const SERVICES: &[(&str, &str)] = &[("redis-server", "redis-server.service")];
+const SERVICES: &[(&str, &str)] = &[
+    ("redis-server", "redis-server.service"),
+    ("memcached", "memcached.service"),
+    ("nginx-light", "nginx.service"),
+];
 
 /// Installs what is missing.
 pub(crate) fn run() -> anyhow::Result<()> {
     let shell = Shell::new()?;
     shell.change_dir(project_root());
-    let mut wanted: Vec<&str> = SYSTEM_PACKAGES.to_vec();
+    let mut wanted: Vec<&str> = [SYSTEM_PACKAGES, MOVED_PACKAGES].concat();
     if ebpf::nightly_has_source() {
         step("eBPF compiler: rustup's nightly with rust-src (it is there)");
     } else {

@@ -1,0 +1,88 @@
+//! Two hosts between which a program moves, while its clients go on.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+
+use crate::{Fleet, Host, HostOptions, persistent::Running, wait_for};
+
+/// How long a server may take to answer its first client.
+pub const START_LIMIT: Duration = Duration::from_secs(60);
+/// How long clients may take to get on after a move.
+pub const LIMIT: Duration = Duration::from_secs(60);
+/// Budget for the freeze: the tests' machine is busy, and these tests aren't about it.
+const PATIENT_MS: u64 = 5000;
+
+/// Two hosts and their clients.
+#[derive(Debug)]
+pub struct Pair {
+    // Dropped in this order: the hosts live in the fleet's network.
+    /// Where programs start.
+    pub a: Host,
+    /// The other one.
+    pub b: Host,
+    /// The network, with the clients.
+    pub fleet: Fleet,
+}
+
+impl Pair {
+    /// Makes them.
+    pub fn new() -> anyhow::Result<Self> {
+        let mut fleet = Fleet::new()?;
+        let options = HostOptions { max_unavailability_ms: PATIENT_MS, ..HostOptions::default() };
+        let (a, b) = (fleet.host("a", &options)?, fleet.host("b", &options)?);
+        Ok(Self { a, b, fleet })
+    }
+
+    /// Moves `name` there, back, and there again. Its clients must get `more` further answers after each move.
+    pub fn three_moves(&self, name: &str, clients: &[&Running], more: u64) -> anyhow::Result<()> {
+        self.three_moves_and(name, || clients.iter().try_for_each(|client| client.wait_for(more, LIMIT)))
+    }
+
+    /// Moves `name` there, back, and there again; `goes_on` must succeed after each move.
+    pub fn three_moves_and(
+        &self,
+        name: &str,
+        goes_on: impl Fn() -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        for (from, to) in [(&self.a, &self.b), (&self.b, &self.a), (&self.a, &self.b)] {
+            let report = from.migrate(name, &to.migrate_address())?.succeed()?;
+            println!(
+                "{name}: frozen {:.0} ms, {} rounds, {} pages",
+                report.unavailability_ms, report.rounds, report.pages_sent
+            );
+            to.wait_for_instance(name)?;
+            anyhow::ensure!(!from.has_instance(name)?, "it is still listed at the source");
+            goes_on().context("after a move")?;
+        }
+        Ok(())
+    }
+
+    /// Waits until something listens at `port` of `server`.
+    pub fn wait_for_port(&self, server: std::net::Ipv4Addr, port: u16) -> anyhow::Result<()> {
+        let connect = move || {
+            let address = (server, port).into();
+            wait_for("the server to listen", START_LIMIT, || {
+                Ok(std::net::TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok().map(drop))
+            })
+        };
+        let waiting = self.fleet.client.spawn("knock", connect)?;
+        waiting.join().map_err(|_| anyhow::anyhow!("the one who knocked panicked"))?
+    }
+}
+
+/// Ends a client, and prints how long it waited at most.
+pub fn finish(name: &str, client: Running) -> anyhow::Result<()> {
+    let answers = client.count();
+    let gap = client.finish()?;
+    println!("{name}: {answers} answers, the longest wait {} ms", gap.as_millis());
+    Ok(())
+}
+
+/// A program of the tests.
+pub fn program(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("programs").join(name)
+}
