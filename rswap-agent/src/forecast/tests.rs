@@ -183,3 +183,35 @@ proptest! {
         }
     }
 }
+
+/// A short day as of a service: idle, busy, and a peak of a sixth of it; windows jitter, and so does the need.
+#[test]
+fn the_third_peak_of_a_short_day_is_known_before_it_comes() {
+    const DAY: u64 = 48;
+    for seed in 1..=8 {
+        println!("seed {seed}");
+        let mut random = Random(seed);
+        let mut forecaster = forecaster();
+        let need = |window: u64, noise: f64| {
+            let base = match window % DAY {
+                16..=33 => 0.30,
+                36..=43 => 0.80,
+                34..=35 => 0.55,
+                _ => 0.05,
+            };
+            (base * (1.0 + 0.06 * noise)).max(0.0)
+        };
+        let peak = 2 * DAY + 36;
+        for window in 0..peak - 3 {
+            let mut seen = profile(window, need(window, random.noise()), 1 << 20);
+            seen.at.0 += (random.unit() * 20.0) as u64;
+            forecaster.observe(&seen);
+        }
+        // 10 windows ahead is in the peak; the busy hours before it are not taken for it.
+        let demand = demand(&forecaster, peak - 4).unwrap();
+        let ahead = point(&demand, Resource::Cpu, 2_500);
+        assert!(ahead.need.p95 > 0.7, "{ahead:?}");
+        let next = point(&demand, Resource::Cpu, 250);
+        assert!(next.need.p50 < 0.6, "{next:?}");
+    }
+}

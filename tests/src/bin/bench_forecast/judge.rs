@@ -16,46 +16,46 @@ const HELD: usize = 12;
 
 /// Sums over the judged forecasts of one method.
 #[derive(Clone, Debug, Default)]
-pub struct Score {
+pub(crate) struct Score {
     /// By lead.
-    pub leads: [LeadScore; LEADS_MIN.len()],
+    pub(crate) leads: [LeadScore; LEADS_MIN.len()],
     /// By level: allocations made by that quantile of the demand within the hour, and held for the hour.
-    pub held: [Held; LEVELS.len()],
+    pub(crate) held: [Held; LEVELS.len()],
 }
 
 /// Sums of one lead.
 #[derive(Clone, Debug, Default)]
-pub struct LeadScore {
+pub(crate) struct LeadScore {
     /// Forecasts judged.
-    pub count: f64,
+    pub(crate) count: f64,
     /// Sum of the outcomes.
-    pub amount: f64,
+    pub(crate) amount: f64,
     /// Pinball loss by level.
-    pub pinball: [f64; LEVELS.len()],
+    pub(crate) pinball: [f64; LEVELS.len()],
     /// Outcomes at or under each level's quantile.
-    pub covered: [f64; LEVELS.len()],
+    pub(crate) covered: [f64; LEVELS.len()],
     /// Sum of the median's absolute errors.
-    pub error: f64,
+    pub(crate) error: f64,
     /// Sum of the absolute changes from one window to the next.
-    pub change: f64,
+    pub(crate) change: f64,
 }
 
 /// Sums of an allocation that is held.
 #[derive(Clone, Debug, Default)]
-pub struct Held {
+pub(crate) struct Held {
     /// Windows.
-    pub windows: f64,
+    pub(crate) windows: f64,
     /// Demand.
-    pub demand: f64,
+    pub(crate) demand: f64,
     /// Allocated beyond the demand.
-    pub slack: f64,
+    pub(crate) slack: f64,
     /// Windows in which the demand was higher.
-    pub violations: f64,
+    pub(crate) violations: f64,
 }
 
 impl Score {
     /// Takes in another series' sums.
-    pub fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         for (a, b) in self.leads.iter_mut().zip(&other.leads) {
             a.count += b.count;
             a.amount += b.amount;
@@ -76,7 +76,7 @@ impl Score {
 }
 
 /// Judges every method on one series.
-pub fn series(values: &[f64]) -> Vec<Score> {
+pub(crate) fn series(values: &[f64]) -> Vec<Score> {
     let warm_up = DAY.min(values.len() / 4);
     methods::all()
         .into_iter()
@@ -134,15 +134,15 @@ fn held(score: &mut Score, allocated: &[f64; LEVELS.len()], demand: f64, allocat
 }
 
 /// What the production forecast costs.
-pub struct Cost {
+pub(crate) struct Cost {
     /// Updates per second of processor time of one core, all leads and quantiles included.
-    pub updates_per_s: f64,
+    pub(crate) updates_per_s: f64,
     /// Most memory that a series took.
-    pub bytes_per_series: usize,
+    pub(crate) bytes_per_series: usize,
 }
 
 /// Measures it on one thread, by the processor time that it takes: other work on the machine does not count.
-pub fn cost(columns: &[Column]) -> anyhow::Result<Cost> {
+pub(crate) fn cost(columns: &[Column]) -> anyhow::Result<Cost> {
     let now = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).context("cannot read the processor time");
     let series: Vec<_> = columns.iter().flat_map(|column| column.series.iter().take(COSTED)).collect();
     let (mut updates, mut bytes_per_series, mut sink) = (0usize, 0, 0.0);

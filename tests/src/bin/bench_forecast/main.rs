@@ -24,9 +24,9 @@ use judge::Score;
 use rswap_tests::traces;
 
 /// Leads, in minutes.
-pub const LEADS_MIN: [usize; 3] = [5, 30, 60];
+pub(crate) const LEADS_MIN: [usize; 3] = [5, 30, 60];
 /// Windows in a day.
-pub const DAY: usize = 86_400 / traces::GRID_S as usize;
+pub(crate) const DAY: usize = 86_400 / traces::GRID_S as usize;
 /// Columns that are judged: the resources that are forecast.
 const COLUMNS: [&str; 6] = ["cpu", "cpu_max", "mem", "disk_write", "net_in", "io_lat"];
 const RESULT: &str = "target/rswap/bench-forecast.json";

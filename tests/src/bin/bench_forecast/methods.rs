@@ -7,12 +7,12 @@ use rswap_agent::forecast;
 use crate::{DAY, LEADS_MIN};
 
 /// The methods, in the order of the results.
-pub const METHODS: [&str; 4] = ["rswap", "last", "vpa", "autopilot"];
+pub(crate) const METHODS: [&str; 4] = ["rswap", "last", "vpa", "autopilot"];
 /// The quantiles that are asked for.
-pub const LEVELS: [f64; 4] = [0.5, 0.9, 0.95, 0.99];
+pub(crate) const LEVELS: [f64; 4] = [0.5, 0.9, 0.95, 0.99];
 
 /// Something that forecasts.
-pub trait Method {
+pub(crate) trait Method {
     /// The next window; NaN if it was not measured.
     fn observe(&mut self, value: f64);
     /// Quantiles for the lead of this number.
@@ -20,22 +20,22 @@ pub trait Method {
 }
 
 /// A fresh forecaster of each kind.
-pub fn all() -> [Box<dyn Method>; 4] {
+pub(crate) fn all() -> [Box<dyn Method>; 4] {
     [Box::new(Rswap::new()), Box::new(Last(0.0)), Box::new(Vpa::new()), Box::new(Autopilot::new())]
 }
 
 /// The production forecast.
-pub struct Rswap(forecast::Series);
+pub(crate) struct Rswap(forecast::Series);
 
 impl Rswap {
     /// Nothing seen yet.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let leads = LEADS_MIN.map(|minutes| (minutes * 60) as u64 / rswap_tests::traces::GRID_S);
         Self(forecast::Series::new(&leads, DAY as u64))
     }
 
     /// Memory that the series takes.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.0.bytes()
     }
 }

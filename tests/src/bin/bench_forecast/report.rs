@@ -14,10 +14,10 @@ use crate::{
 };
 
 /// What is to be reached, by trace, column and lead.
-pub type Targets = BTreeMap<(String, String, usize), f64>;
+pub(crate) type Targets = BTreeMap<(String, String, usize), f64>;
 
 /// Reads `targets.csv`, where there is one: trace, column, lead_min, target, ...
-pub fn targets(dir: &Path) -> anyhow::Result<Targets> {
+pub(crate) fn targets(dir: &Path) -> anyhow::Result<Targets> {
     let path = dir.join("targets.csv");
     let Ok(text) = std::fs::read_to_string(&path) else { return Ok(Targets::new()) };
     text.lines()
@@ -39,7 +39,7 @@ fn wql(score: &LeadScore) -> f64 {
 }
 
 /// Everything.
-pub fn json(columns: &[Column], scores: &[Vec<Score>], cost: &Cost) -> Value {
+pub(crate) fn json(columns: &[Column], scores: &[Vec<Score>], cost: &Cost) -> Value {
     let (mut rows, mut frontier) = (Vec::new(), Vec::new());
     for (column, scores) in columns.iter().zip(scores) {
         for (method, score) in METHODS.iter().zip(scores) {
@@ -75,7 +75,7 @@ pub fn json(columns: &[Column], scores: &[Vec<Score>], cost: &Cost) -> Value {
 }
 
 /// For people.
-pub fn show(columns: &[Column], scores: &[Vec<Score>], targets: &Targets, cost: &Cost) {
+pub(crate) fn show(columns: &[Column], scores: &[Vec<Score>], targets: &Targets, cost: &Cost) {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_BORDERS_ONLY);
     let losses = METHODS.map(|method| format!("{method} wql"));
