@@ -22,6 +22,7 @@ pub mod moves;
 pub mod netns;
 pub mod persistent;
 pub mod proxy;
+pub mod scene;
 pub mod stream;
 pub mod sweep;
 pub mod traces;

@@ -68,8 +68,13 @@ pub fn kill(path: &Path) -> Result<(), InstanceError> {
     Ok(())
 }
 
-/// Removes an empty cgroup; one that is gone already is no error.
+/// Removes an empty cgroup with those that were made below it; one that is gone already is no error.
 pub fn remove(path: &Path) -> Result<(), InstanceError> {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path())?;
+        }
+    }
     match fs::remove_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(InstanceError::io(format!("removing {}", path.display()))(error))

@@ -200,7 +200,7 @@ pub(super) fn start(
     let directory = File::open(&path).map_err(InstanceError::io(format!("opening {}", path.display())))?;
     let (wait, go) =
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(InstanceError::io("making a pipe"))?;
-    let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
     if spec.network.is_some() {
         flags |= libc::CLONE_NEWNET;
     }

@@ -19,6 +19,7 @@ use crate::{
         objects::{BuiltObject, FIRST_SPACE},
         rebuild::{self, Rebuilt},
         space::{SharedMemory, Space},
+        sysv,
         tree::{self, INIT, Node},
     },
     units::UnixMillis,
@@ -133,11 +134,14 @@ impl<R: Reception> LinuxDestination<R> {
         if total > SHARED_LIMIT_BYTES {
             return Err(refuse(format!("{total} bytes of shared memory are more than any host has")));
         }
-        self.objects.retain(|inode, _| layout.objects.iter().any(|object| object.inode == *inode));
+        let pid = self.arrival.as_ref().ok_or("nothing has been prepared")?.stub_pid;
+        let wanted = |inode: &u64| layout.objects.iter().any(|object| object.inode == *inode);
+        self.objects.iter().filter(|(inode, _)| !wanted(inode)).try_for_each(|(_, gone)| gone.remove(pid))?;
+        self.objects.retain(|inode, _| wanted(inode));
         for object in &layout.objects {
             match self.objects.get_mut(&object.inode) {
                 Some(built) => built.resize(object)?,
-                None => drop(self.objects.insert(object.inode, BuiltObject::make(object)?)),
+                None => drop(self.objects.insert(object.inode, BuiltObject::make(pid, object)?)),
             }
         }
         Ok(())
@@ -173,8 +177,24 @@ impl<R: Reception> LinuxDestination<R> {
         for zombie in zombies {
             zombie.space.end_with(zombie.node.status.unwrap_or(0))?;
         }
+        self.stop_those_stopped(image)?;
         for process in &mut self.processes {
             process.space.drop_signals()?;
+        }
+        Ok(())
+    }
+}
+
+impl<R: Reception> LinuxDestination<R> {
+    /// Stops the programs that were stopped, for their parents to find if they had not yet.
+    fn stop_those_stopped(&mut self, image: &InstanceImage) -> Result<(), TaskError> {
+        for described in &image.processes {
+            let Some(stop) = described.task.stopped else { continue };
+            self.space(described.space)?.stop_by(stop.signal)?;
+            let parent = self.processes.iter_mut().find(|p| p.node.pid == described.node.parent);
+            if let Some(parent) = parent.filter(|_| !stop.unread) {
+                parent.space.read_stop(described.node.pid)?;
+            }
         }
         Ok(())
     }
@@ -302,6 +322,10 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
         let image: InstanceImage = postcard::from_bytes(image)?;
         self.finish_tree(&image)?;
+        let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
+        sysv::make_queues(arrival.stub_pid, &image.queues)
+            .map_err(TraceeError::call("making SysV objects", arrival.stub_pid))?;
+        image.names.give(arrival.stub_pid).map_err(TraceeError::call("naming the host", arrival.stub_pid))?;
         let stubs: BTreeMap<i32, i32> =
             self.processes.iter().map(|process| (process.node.pid, process.space.pid())).collect();
         let link: &Link = &self.arrival.as_ref().ok_or("nothing has been prepared")?.link;
@@ -312,6 +336,13 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
             let process = process.ok_or_else(|| format!("there is no process {}", described.space))?;
             rebuilt.add(rebuild::rebuild(&mut process.space, &described.task, &mut restorer)?);
         }
+        self.objects.values().try_for_each(|object| object.finish(arrival.stub_pid))?;
+        let pid_of =
+            |inner: i32| if inner == INIT { arrival.instance.init_pid } else { stubs.get(&inner).copied() };
+        image
+            .cgroups
+            .make(&arrival.instance.cgroup, pid_of)
+            .map_err(TraceeError::call("making the cgroups", arrival.stub_pid))?;
         if image.processes.len() != self.processes.len() {
             return Err(refuse("the image has fewer processes than the layout".into()));
         }

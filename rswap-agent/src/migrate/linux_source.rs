@@ -22,9 +22,10 @@ use crate::{
         capture::{self, Frozen},
         check,
         files::Places,
-        layout::{InstanceLayout, ProcessLayout},
+        layout::{InstanceLayout, ProcessLayout, segment_inode},
         objects::{self, SourceObject},
         settle::Settling,
+        sysv::{self, Segment},
         tcp::Held,
         tracker::Span,
         tree::{self, INIT, Member, Node},
@@ -140,13 +141,21 @@ impl<U: Uplink> LinuxSource<U> {
     fn look_for_objects(&mut self) -> Result<Vec<u32>, TraceeError> {
         let mut present = BTreeMap::new();
         for process in &self.processes {
-            for mapping in process.mappings.iter().filter(|mapping| mapping.is_shared_memory()) {
+            for mapping in process.mappings.iter().filter(|m| m.is_object() && !m.is_sysv()) {
                 present.entry(mapping.inode).or_insert((process.pid(), mapping.clone()));
             }
         }
+        let main = self.main().map_or(0, SourceProcess::pid);
+        let segments = match sysv::segments(main) {
+            // The instance has ended.
+            Err(_) if tree::has_ended(main) => Vec::new(),
+            segments => segments.map_err(TraceeError::call("listing SysV shared memory", main))?,
+        };
+        let segments: BTreeMap<u64, Segment> =
+            segments.into_iter().map(|segment| (segment_inode(segment.id), segment)).collect();
         let mut gone = Vec::new();
         self.objects.retain(|inode, object| {
-            let stays = present.contains_key(inode);
+            let stays = present.contains_key(inode) || segments.contains_key(inode);
             if !stays {
                 gone.push(object.object.space);
             }
@@ -157,6 +166,16 @@ impl<U: Uplink> LinuxSource<U> {
                 let space = objects::FIRST_SPACE + self.next_space;
                 self.next_space += 1;
                 self.objects.insert(inode, SourceObject::open(pid, &mapping, space)?);
+            }
+        }
+        for (inode, segment) in segments {
+            match self.objects.get_mut(&inode) {
+                Some(known) => known.object.segment = Some(segment),
+                None => {
+                    let space = objects::FIRST_SPACE + self.next_space;
+                    self.next_space += 1;
+                    self.objects.insert(inode, SourceObject::open_segment(main, segment, space)?);
+                }
             }
         }
         Ok(gone)
@@ -326,6 +345,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             self.look()?;
             if self.processes.iter().all(|process| process.stopped.is_some()) {
                 self.detached = true;
+                self.processes.iter_mut().for_each(SourceProcess::begin_smaps);
                 self.uplink.detach()?;
                 let living = |settling: &&Settling| self.processes.iter().any(|p| p.pid() == settling.pid());
                 return Ok(self.settling.iter().filter(living).try_for_each(Settling::require)?);
@@ -343,12 +363,15 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
 
     fn snapshot(&mut self) -> Result<Vec<u8>, TaskError> {
         let mut stopped = Vec::new();
-        for process in &self.processes {
+        let smaps = self.processes.iter_mut().map(SourceProcess::end_smaps);
+        let smaps = smaps.collect::<Result<Vec<_>, _>>()?;
+        for (process, smaps) in self.processes.iter().zip(&smaps) {
             let threads = process.stopped.as_ref().ok_or("the instance is not frozen")?;
             let mappings = process.mappings.as_slice();
-            stopped.push(Frozen { space: process.space, member: process.member, threads, mappings });
+            stopped.push(Frozen { space: process.space, member: process.member, threads, mappings, smaps });
         }
-        let mut image = capture::capture_instance(&stopped, self.zombies.clone(), &self.places)?;
+        let mut image =
+            capture::capture_instance(&self.instance.cgroup, &stopped, self.zombies.clone(), &self.places)?;
         for (process, described) in stopped.iter().zip(&image.processes) {
             self.held.take(process.member.pid, &described.task.descriptors)?;
         }

@@ -14,7 +14,7 @@ use crate::{
     instance::Instance,
     sys::clock::Clocks,
     tracee::{
-        TraceeError, descriptors,
+        TraceeError, advice, descriptors,
         files::{self, Place, Places},
         layout::{self, Mapping},
         stopped,
@@ -44,6 +44,8 @@ pub struct Requirements {
     pub volumes: (u64, u64),
     /// Resident memory, in bytes: there must be room for it.
     pub resident_bytes: u64,
+    /// Huge pages, of the usual size, that its mappings have claimed.
+    pub huge_pages: u64,
 }
 
 /// What must be the same on both hosts.
@@ -104,11 +106,12 @@ impl Requirements {
     ) -> Result<Self, TaskError> {
         let main = members.iter().find(|member| member.node.parent == INIT);
         let main = *main.ok_or("the instance has no main process")?;
-        let (mut resident_kib, mut highest_pid) = (0, 0);
+        let (mut resident_kib, mut highest_pid, mut huge_bytes) = (0, 0, 0);
         for member in members {
             // One that has ended since needs nothing.
             let Ok(mappings) = layout::read_mappings(member.pid) else { continue };
             digests.add(&mappings)?;
+            huge_bytes += mappings.iter().filter(|mapping| mapping.is_huge()).map(Mapping::len).sum::<u64>();
             match digests.add_read_by(member.pid) {
                 Err(_) if tree::has_ended(member.pid) => continue,
                 added => added?,
@@ -132,6 +135,7 @@ impl Requirements {
             highest_pid,
             volumes: volumes.need()?,
             resident_bytes: resident_kib * 1024,
+            huge_pages: huge_bytes.div_ceil(advice::USUAL_HUGE_PAGE),
         })
     }
 
@@ -157,6 +161,12 @@ impl Requirements {
         if self.resident_bytes > available {
             let wanted = self.resident_bytes;
             object("memory", format!("no room: {wanted} bytes are needed, {available} are available"));
+        }
+        let free = free_huge_pages()?;
+        if self.huge_pages > free {
+            let wanted = self.huge_pages;
+            let text = format!("no room: {wanted} huge pages are needed, {free} are free (vm.nr_hugepages)");
+            object("huge pages", text);
         }
         let pids: i32 = fs::read_to_string("/proc/sys/kernel/pid_max")?.trim().parse()?;
         if self.highest_pid >= pids {
@@ -188,6 +198,18 @@ pub fn compare_files<'a>(wanted: impl IntoIterator<Item = (&'a String, &'a u128)
     wanted.into_iter().filter_map(compare).collect()
 }
 
+/// Huge pages, of the usual size, that nobody has claimed.
+fn free_huge_pages() -> Result<u64, TaskError> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let number = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().parse::<u64>().ok()
+    };
+    // A kernel without huge pages has none.
+    let free = number("HugePages_Free:").unwrap_or(0);
+    Ok(free.saturating_sub(number("HugePages_Rsvd:").unwrap_or(0)))
+}
+
 fn available_memory_bytes() -> Result<u64, TaskError> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
@@ -215,7 +237,7 @@ impl FileDigests {
 
     /// Takes in the files of `mappings`.
     pub fn add(&mut self, mappings: &[Mapping]) -> std::io::Result<()> {
-        for mapping in mappings.iter().filter(|mapping| mapping.is_file() && !mapping.is_shared_memory()) {
+        for mapping in mappings.iter().filter(|mapping| mapping.is_file() && !mapping.is_object()) {
             let goes_along = self.places.of(&mapping.name) == Place::Volume;
             if !goes_along && !self.known.contains_key(&mapping.name) {
                 self.known.insert(mapping.name.clone(), files::digest(&PathBuf::from(&mapping.name))?);

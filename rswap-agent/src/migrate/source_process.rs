@@ -1,6 +1,6 @@
 //! One process of an instance that is being moved away.
 
-use std::time::Duration;
+use std::{thread::JoinHandle, time::Duration};
 
 use super::volumes::SourceVolumes;
 use crate::tracee::{
@@ -32,6 +32,7 @@ pub struct SourceProcess {
     huge_pages_off: bool,
     tracker: Option<Tracker>,
     program: Program,
+    smaps: Option<JoinHandle<std::io::Result<String>>>,
 }
 
 /// What changes when a process executes another program.
@@ -61,6 +62,7 @@ impl SourceProcess {
             huge_pages_off: false,
             tracker: None,
             program: Program::default(),
+            smaps: None,
         }
     }
 
@@ -75,6 +77,21 @@ impl SourceProcess {
             self.stopped = Some(StoppedProcess::stop(self.pid())?);
         }
         Ok(())
+    }
+
+    /// Has `/proc/PID/smaps` read while other things are done: the kernel looks at every page for it.
+    pub fn begin_smaps(&mut self) {
+        let path = format!("/proc/{}/smaps", self.pid());
+        self.smaps = Some(std::thread::spawn(move || std::fs::read_to_string(path)));
+    }
+
+    /// What [`Self::begin_smaps`] has read.
+    pub fn end_smaps(&mut self) -> Result<String, TraceeError> {
+        let path = format!("/proc/{}/smaps", self.pid());
+        match self.smaps.take().map(JoinHandle::join) {
+            Some(Ok(read)) => read.map_err(TraceeError::proc(path)),
+            _ => read_proc(&path),
+        }
     }
 
     /// What it wrote since the last call, and whether it executes another program since then, which drops all that was

@@ -4,7 +4,10 @@ use std::{
     fs::File,
     io,
     ops::Range,
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::FileExt,
+    },
 };
 
 /// The parts of `file` that have data, in bytes, ascending (SEEK_DATA and SEEK_HOLE of lseek(2)).
@@ -42,16 +45,30 @@ pub fn read_at(file: &File, buf: &mut [u8], at: u64) -> io::Result<usize> {
     Ok(got)
 }
 
-/// Memory that can be mapped shared, without a name in any directory; `name` is only for people.
-pub fn shared_memory(name: &str) -> io::Result<File> {
-    let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
-    Ok(File::from(fd))
-}
-
 /// Frees `len` bytes at `at`: they read as zeros afterwards.
 pub fn punch_hole(file: &File, at: u64, len: u64) -> io::Result<()> {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     // SAFETY: a plain system call without pointers.
     super::check(unsafe { libc::fallocate64(file.as_raw_fd(), mode, at as i64, len as i64) }.into())
         .map(|_| ())
+}
+
+/// Memory as of memfd_create(2) that can be sealed.
+pub fn sealable_memory(name: &std::ffi::CStr) -> io::Result<File> {
+    use nix::sys::memfd::MFdFlags;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    Ok(File::from(nix::sys::memfd::memfd_create(name, flags)?))
+}
+
+/// `F_GET_SEALS`.
+pub fn seals(memory: &impl AsFd) -> io::Result<i32> {
+    // SAFETY: a plain system call without pointers.
+    super::check(unsafe { libc::fcntl(memory.as_fd().as_raw_fd(), libc::F_GET_SEALS) }.into())
+        .map(|seals| seals as i32)
+}
+
+/// Adds seals (`F_SEAL_*`).
+pub fn add_seals(memory: &File, seals: i32) -> io::Result<()> {
+    // SAFETY: a plain system call without pointers.
+    super::check(unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, seals) }.into()).map(|_| ())
 }

@@ -22,6 +22,8 @@ pub mod category {
     pub const SWAPPED: u64 = 1 << 4;
     /// The shared zero page.
     pub const PFNZERO: u64 = 1 << 5;
+    /// A page that nobody may touch (Linux 6.15).
+    pub const GUARD: u64 = 1 << 8;
 }
 
 const PM_SCAN_WP_MATCHING: u64 = 1;

@@ -53,6 +53,8 @@ pub enum Common {
     Descriptors = 2,
     /// Root, working directory and umask (`KCMP_FS`).
     Directories = 3,
+    /// What semaphore operations are undone at the end (`KCMP_SYSVSEM`); processes that have none have that in common.
+    SemaphoreUndo = 6,
 }
 
 /// Whether two processes have this in common.
@@ -109,4 +111,19 @@ pub fn sched_getattr(tid: i32) -> io::Result<SchedAttr> {
 pub fn sched_setattr(tid: i32, attr: &SchedAttr) -> io::Result<()> {
     // SAFETY: the kernel only reads the struct, whose first field says its size.
     super::check(unsafe { libc::syscall(libc::SYS_sched_setattr, tid, attr.as_ptr(), 0) }).map(|_| ())
+}
+
+/// `IOPRIO_WHO_PROCESS`.
+const ONE_THREAD: i32 = 1;
+
+/// The I/O priority of thread `tid` (ioprio_get(2)).
+pub fn io_priority(tid: i32) -> io::Result<i32> {
+    // SAFETY: a plain system call without pointers.
+    super::check(unsafe { libc::syscall(libc::SYS_ioprio_get, ONE_THREAD, tid) }).map(|value| value as i32)
+}
+
+/// Sets the I/O priority of thread `tid`.
+pub fn set_io_priority(tid: i32, value: i32) -> io::Result<()> {
+    // SAFETY: a plain system call without pointers.
+    super::check(unsafe { libc::syscall(libc::SYS_ioprio_set, ONE_THREAD, tid, value) }).map(|_| ())
 }

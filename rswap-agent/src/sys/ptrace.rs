@@ -8,15 +8,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
-
 /// General registers.
 pub type Registers = libc::user_regs_struct;
+
+/// A whole `siginfo_t`.
+pub type SignalInfo = [u8; 128];
 
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+const PTRACE_SECCOMP_GET_METADATA: libc::c_uint = 0x420d;
+const PTRACE_O_SUSPEND_SECCOMP: i32 = 1 << 21;
+/// Options of a stub: its threads and children are traced as well, and die as well.
+const STUB_OPTIONS: i32 = libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_EXITKILL;
 const NT_X86_XSTATE: usize = 0x202;
 /// Larger than any xsave area that x86-64 has today (AMX included: 11 KiB).
 const XSTATE_MAX: usize = 32 * 1024;
@@ -43,25 +48,55 @@ fn request(number: libc::c_uint, tid: i32, addr: usize, data: usize) -> io::Resu
     super::check(unsafe { libc::ptrace(number, tid, addr, data) })
 }
 
-/// Starts tracing `tid` without stopping it. New threads and children of it are traced as well when
-/// `follow` is on; when `kill_on_exit` is on, the tracee dies with its tracer.
-pub fn seize(tid: i32, follow: bool, kill_on_exit: bool) -> io::Result<()> {
-    let mut options = 0;
-    if follow {
-        options |= libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK;
+/// Starts tracing `tid` without stopping it. As long as it is traced, seccomp forbids it nothing, where the kernel can do
+/// that.
+pub fn seize(tid: i32) -> io::Result<()> {
+    match request(libc::PTRACE_SEIZE, tid, 0, PTRACE_O_SUSPEND_SECCOMP as usize) {
+        // Without CONFIG_CHECKPOINT_RESTORE, or when seccomp is on here.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => {
+            request(libc::PTRACE_SEIZE, tid, 0, 0).map(|_| ())
+        }
+        seized => seized.map(|_| ()),
     }
-    if kill_on_exit {
-        options |= libc::PTRACE_O_EXITKILL;
-    }
-    request(libc::PTRACE_SEIZE, tid, 0, options as usize).map(|_| ())
 }
 
-/// Replaces the options given to [`seize`] by none: the tracee outlives its tracer.
+/// Starts tracing a stub without stopping it. New threads and children of it are traced as well, and all die with this
+/// thread.
+pub fn seize_stub(tid: i32) -> io::Result<()> {
+    request(libc::PTRACE_SEIZE, tid, 0, STUB_OPTIONS as usize).map(|_| ())
+}
+
+/// From here on seccomp forbids a stopped stub nothing, until it is let go.
+pub fn suspend_seccomp(tid: i32) -> io::Result<()> {
+    request(libc::PTRACE_SETOPTIONS, tid, 0, (STUB_OPTIONS | PTRACE_O_SUSPEND_SECCOMP) as usize).map(|_| ())
+}
+
+/// A seccomp filter of a stopped thread, counted from the oldest on, as `struct sock_filter`s; `None` behind the last.
+pub fn seccomp_filter(tid: i32, index: u64) -> io::Result<Option<Vec<u8>>> {
+    let index = index as usize;
+    let instructions = match request(PTRACE_SECCOMP_GET_FILTER, tid, index, 0) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+        instructions => instructions? as usize,
+    };
+    let mut program = vec![0_u8; instructions * 8];
+    request(PTRACE_SECCOMP_GET_FILTER, tid, index, program.as_mut_ptr() as usize)?;
+    Ok(Some(program))
+}
+
+/// The flags that such a filter was installed with.
+pub fn seccomp_flags(tid: i32, index: u64) -> io::Result<u64> {
+    let mut metadata = [index, 0];
+    let size = size_of_val(&metadata);
+    request(PTRACE_SECCOMP_GET_METADATA, tid, size, metadata.as_mut_ptr() as usize)?;
+    Ok(metadata[1])
+}
+
+/// Replaces the options of a stub by none: the tracee outlives its tracer.
 pub fn clear_options(tid: i32) -> io::Result<()> {
     request(libc::PTRACE_SETOPTIONS, tid, 0, 0).map(|_| ())
 }
 
-/// Asks a seized thread to stop; it has when [`wait_stop`] returns.
+/// Asks a traced thread to stop; it has when [`wait_stop`] returns.
 pub fn interrupt(tid: i32) -> io::Result<()> {
     request(libc::PTRACE_INTERRUPT, tid, 0, 0).map(|_| ())
 }
@@ -69,8 +104,10 @@ pub fn interrupt(tid: i32) -> io::Result<()> {
 /// How a thread stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// By [`interrupt`], a new thread's first stop, or a group stop.
+    /// By [`interrupt`], or a new thread's first stop.
     Event,
+    /// Its whole process is stopped, by this signal.
+    Group(i32),
     /// About to receive this signal.
     Signal(i32),
     /// Another ptrace event.
@@ -82,7 +119,7 @@ pub enum Stop {
 /// Waits until `tid` stops.
 pub fn wait_stop(tid: i32) -> io::Result<Stop> {
     loop {
-        if let Some(stop) = look_for_stop(tid, WaitPidFlag::__WALL)? {
+        if let Some(stop) = look_for_stop(tid, 0)? {
             return Ok(stop);
         }
     }
@@ -93,7 +130,7 @@ pub fn wait_stop_within(tid: i32, limit: Duration) -> io::Result<Stop> {
     let began = Instant::now();
     let mut pause = Duration::from_micros(10);
     loop {
-        if let Some(stop) = look_for_stop(tid, WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)? {
+        if let Some(stop) = look_for_stop(tid, libc::WNOHANG)? {
             return Ok(stop);
         }
         if began.elapsed() > limit {
@@ -107,25 +144,43 @@ pub fn wait_stop_within(tid: i32, limit: Duration) -> io::Result<Stop> {
     }
 }
 
-fn look_for_stop(tid: i32, flags: WaitPidFlag) -> io::Result<Option<Stop>> {
+fn look_for_stop(tid: i32, flags: i32) -> io::Result<Option<Stop>> {
+    let mut status = 0;
     loop {
-        let found = match waitpid(Pid::from_raw(tid), Some(flags)) {
-            Ok(WaitStatus::StillAlive) => return Ok(None),
-            Ok(WaitStatus::PtraceEvent(_, _, event)) if event == libc::PTRACE_EVENT_STOP => Ok(Stop::Event),
-            Ok(WaitStatus::PtraceEvent(..)) => Ok(Stop::Other),
-            Ok(WaitStatus::Stopped(_, signal)) => Ok(Stop::Signal(signal as i32)),
-            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => Ok(Stop::Gone),
-            Ok(_) | Err(nix::errno::Errno::EINTR) => continue,
-            Err(nix::errno::Errno::ECHILD) => Ok(Stop::Gone),
-            Err(error) => Err(error.into()),
+        // Not nix's waitpid: it has no word for real-time signals.
+        // SAFETY: the kernel writes the status to a local that outlives the call.
+        let found = super::check(unsafe { libc::waitpid(tid, &mut status, flags | libc::__WALL) }.into());
+        return match found {
+            Ok(0) => Ok(None),
+            Ok(_) => Ok(Some(stop_of(status))),
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => continue,
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(Some(Stop::Gone)),
+            Err(error) => Err(error),
         };
-        return found.map(Some);
+    }
+}
+
+/// What a status of wait(2) says of a tracee (ptrace(2)).
+fn stop_of(status: i32) -> Stop {
+    if !libc::WIFSTOPPED(status) {
+        return Stop::Gone;
+    }
+    match (status >> 16, libc::WSTOPSIG(status)) {
+        (0, signal) => Stop::Signal(signal),
+        (libc::PTRACE_EVENT_STOP, libc::SIGTRAP) => Stop::Event,
+        (libc::PTRACE_EVENT_STOP, signal) => Stop::Group(signal),
+        _ => Stop::Other,
     }
 }
 
 /// Runs one instruction (for a `syscall` instruction: the whole call).
 pub fn single_step(tid: i32) -> io::Result<()> {
-    request(libc::PTRACE_SINGLESTEP, tid, 0, 0).map(|_| ())
+    single_step_with(tid, 0)
+}
+
+/// The same, delivering `signal` if it isn't 0.
+pub fn single_step_with(tid: i32, signal: i32) -> io::Result<()> {
+    request(libc::PTRACE_SINGLESTEP, tid, 0, signal as usize).map(|_| ())
 }
 
 /// Lets a stopped thread go on, delivering `signal` if it isn't 0.
@@ -166,6 +221,18 @@ pub fn set_extended_state(tid: i32, area: &[u8]) -> io::Result<()> {
     request(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, &raw mut iov as usize).map(|_| ())
 }
 
+/// The signal that a thread in [`Stop::Signal`] is about to receive.
+pub fn signal_info(tid: i32) -> io::Result<SignalInfo> {
+    let mut info: SignalInfo = [0; 128];
+    request(libc::PTRACE_GETSIGINFO, tid, 0, info.as_mut_ptr() as usize)?;
+    Ok(info)
+}
+
+/// Says what the signal is that a thread in [`Stop::Signal`] is let go with.
+pub fn set_signal_info(tid: i32, info: &SignalInfo) -> io::Result<()> {
+    request(libc::PTRACE_SETSIGINFO, tid, 0, info.as_ptr() as usize).map(|_| ())
+}
+
 /// The blocked signals of a stopped thread, bit n-1 for signal n.
 pub fn signal_mask(tid: i32) -> io::Result<u64> {
     let mut mask = 0_u64;
@@ -187,7 +254,7 @@ pub fn rseq_configuration(tid: i32) -> io::Result<RseqConfiguration> {
 }
 
 /// The signals queued to a stopped thread (or, with `shared`, to its process), whole `siginfo_t`s.
-pub fn pending_signals(tid: i32, shared: bool) -> io::Result<Vec<[u8; 128]>> {
+pub fn pending_signals(tid: i32, shared: bool) -> io::Result<Vec<SignalInfo>> {
     #[repr(C)]
     struct PeekArgs {
         offset: u64,
@@ -197,7 +264,7 @@ pub fn pending_signals(tid: i32, shared: bool) -> io::Result<Vec<[u8; 128]>> {
     let mut found = Vec::new();
     loop {
         let args = PeekArgs { offset: found.len() as u64, flags: u32::from(shared), count: 1 };
-        let mut info = [0_u8; 128];
+        let mut info: SignalInfo = [0; 128];
         let got =
             request(libc::PTRACE_PEEKSIGINFO, tid, &raw const args as usize, info.as_mut_ptr() as usize)?;
         if got == 0 {

@@ -1,29 +1,31 @@
 //! Takes the image of an instance whose processes are stopped.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use super::{
-    TraceeError,
+    TraceeError, advice, attributes,
+    cgroups::Subtree,
     descriptors::{self, Refused},
     files::{self, Places},
-    image::{Credentials, Descriptor, InstanceImage, MemoryMap, ProcessImage, TaskImage, ThreadImage},
+    image::{
+        Credentials, Descriptor, InstanceImage, MemoryMap, ProcessImage, StopImage, TaskImage, ThreadImage,
+    },
     layout::{self, Layout, Mapping},
-    read_proc,
+    names::HostNames,
+    posix_timers, privileges, read_proc,
     remote::Remote,
+    seccomp,
     stopped::StoppedProcess,
-    tree::{Member, Node},
+    sysv,
+    tree::{self, Member, Node},
     unix::Peers,
+    waits,
 };
 use crate::sys::{
+    clock::Clocks,
     process,
     ptrace::{self, Registers},
 };
-
-/// The kernel's internal results of an interrupted system call (include/linux/errno.h).
-const ERESTARTSYS: i64 = -512;
-const ERESTARTNOINTR: i64 = -513;
-const ERESTARTNOHAND: i64 = -514;
-const ERESTART_RESTARTBLOCK: i64 = -516;
 
 /// A living process of a frozen instance.
 #[derive(Clone, Copy, Debug)]
@@ -36,10 +38,14 @@ pub struct Frozen<'a> {
     pub threads: &'a StoppedProcess,
     /// Its mappings, without the kernel's own.
     pub mappings: &'a [Mapping],
+    /// `/proc/PID/smaps`.
+    pub smaps: &'a str,
 }
 
-/// Takes the image of an instance whose processes are all in `frozen`, parents first. What can't be carried is refused.
+/// Takes the image of an instance whose processes are all in `frozen`, parents first, and in `cgroup` or below. What can't
+/// be carried is refused.
 pub fn capture_instance(
+    cgroup: &Path,
     frozen: &[Frozen<'_>],
     zombies: Vec<Node>,
     places: &Places,
@@ -60,12 +66,36 @@ pub fn capture_instance(
         files::note(*pid, descriptors, &logs, places)?;
     }
     descriptors::share(&mut open)?;
+    // The init, which the main process comes from, has the processors that the instance may use.
+    let init = frozen.first().map_or(Ok(0), |main| tree::parent(main.member.pid))?;
+    let usual = attributes::processors(init)?;
     let mut processes = Vec::with_capacity(frozen.len());
     for (process, (_, _, descriptors)) in frozen.iter().zip(open) {
-        let task = capture(process.threads, process.mappings.to_vec(), descriptors)?;
+        let task = capture(process, descriptors, &usual)?;
         processes.push(ProcessImage { space: process.space, node: process.member.node, task });
     }
-    Ok(InstanceImage { processes, zombies })
+    for image in &mut processes {
+        let parent = frozen.iter().find(|other| other.member.node.pid == image.node.parent);
+        if let (Some(stop), Some(parent)) = (&mut image.task.stopped, parent) {
+            stop.unread = has_unread_stop(parent.member.pid, image.node.pid)?;
+        }
+    }
+    let names = HostNames::of(init).map_err(TraceeError::call("reading the host names", init))?;
+    let queues = sysv::queues(init).map_err(TraceeError::call("reading SysV objects", init))?;
+    let members: Vec<Member> = frozen.iter().map(|process| process.member).collect();
+    let cgroups =
+        Subtree::read(cgroup, init, &members).map_err(TraceeError::call("reading the cgroups", init))?;
+    Ok(InstanceImage { processes, zombies, names, cgroups, queues })
+}
+
+/// Whether `parent` would still be told that its child `inner` is stopped.
+fn has_unread_stop(parent: i32, inner: i32) -> Result<bool, TraceeError> {
+    let mut parent = Remote::new(parent)?;
+    parent.map_scratch(None)?;
+    let at = parent.put(0, &[0; 128])?;
+    let options = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL) as u64;
+    parent.call("waitid", libc::SYS_waitid, [libc::P_PID as u64, inner as u64, at, options, 0, 0])?;
+    Ok(parent.get::<4>(0)? != [0; 4])
 }
 
 fn refuse(pid: i32, refused: &Refused) -> Result<(), TraceeError> {
@@ -74,11 +104,12 @@ fn refuse(pid: i32, refused: &Refused) -> Result<(), TraceeError> {
 }
 
 fn capture(
-    stopped: &StoppedProcess,
-    mappings: Vec<Mapping>,
+    process: &Frozen<'_>,
     descriptors: Vec<Descriptor>,
+    usual: &[usize],
 ) -> Result<TaskImage, TraceeError> {
-    let pid = stopped.pid();
+    let stopped = process.threads;
+    let (pid, mappings) = (stopped.pid(), process.mappings.to_vec());
     let kernel_mappings = layout::read_mappings(pid)?.into_iter().filter(Mapping::is_kernels_own).collect();
     let status = Status::read(pid)?;
     let mut leader = Remote::new(pid)?;
@@ -87,12 +118,13 @@ fn capture(
     let image = TaskImage {
         layout: Layout { mappings, huge_pages_off: status.number("THP_enabled:") == Some(0) },
         kernel_mappings,
+        advice: advice::capture(&mut leader, process.smaps)?,
         memory_map: memory_map(pid, brk)?,
         auxv: read_bytes(&format!("/proc/{pid}/auxv"))?,
         exe: link(pid, "exe")?,
         cwd: link(pid, "cwd")?,
         umask: status.radix("Umask:", 8).unwrap_or(0o022) as u32,
-        credentials: status.credentials(),
+        attributes: attributes::of_process(&mut leader)?,
         limits: limits(pid)?,
         oom_score_adj: read_proc(&format!("/proc/{pid}/oom_score_adj"))?.trim().parse().unwrap_or(0),
         dumpable: leader.call("prctl", libc::SYS_prctl, [libc::PR_GET_DUMPABLE as u64, 0, 0, 0, 0, 0])?,
@@ -101,19 +133,28 @@ fn capture(
         signal_actions: signal_actions(&mut leader, &status)?,
         pending_signals: pending(pid, true)?,
         interval_timers: interval_timers(&mut leader)?,
+        posix_timers: posix_timers::capture(&mut leader)?,
+        taken_ns: instance_clock_ns(pid)?,
+        stopped: stopped.stop_signal().map(|signal| StopImage { signal, unread: false }),
         descriptors,
         threads: Vec::new(),
     };
-    let mut threads = vec![thread(pid, pid, &mut leader)?];
+    let mut threads = vec![thread(stopped, pid, &mut leader, usual)?];
     for tid in stopped.tids().into_iter().skip(1) {
-        threads.push(thread(pid, tid, &mut leader.for_thread(tid)?)?);
+        threads.push(thread(stopped, tid, &mut leader.for_thread(tid)?, usual)?);
     }
     Ok(TaskImage { threads, ..image })
 }
 
-fn thread(pid: i32, tid: i32, remote: &mut Remote) -> Result<ThreadImage, TraceeError> {
-    let call = TraceeError::call;
-    let registers = resumable(*remote.saved_registers());
+fn thread(
+    stopped: &StoppedProcess,
+    tid: i32,
+    remote: &mut Remote,
+    usual: &[usize],
+) -> Result<ThreadImage, TraceeError> {
+    let (pid, call) = (stopped.pid(), TraceeError::call);
+    let wait = stopped.wait(tid);
+    let registers = waits::carried(*remote.saved_registers(), stopped.repeats(tid), wait);
     let at = remote.put(0, &[0; 24])?;
     remote.call("sigaltstack", libc::SYS_sigaltstack, [0, at, 0, 0, 0, 0])?;
     let alternate_stack = remote.get(0)?;
@@ -121,39 +162,29 @@ fn thread(pid: i32, tid: i32, remote: &mut Remote) -> Result<ThreadImage, Tracee
     let at = remote.put(0, &[0; 8])?;
     remote.call("prctl", libc::SYS_prctl, [PR_GET_TID_ADDRESS, at, 0, 0, 0, 0])?;
     let clear_child_tid = u64::from_ne_bytes(remote.get(0)?);
-    let status = read_proc(&format!("/proc/{pid}/task/{tid}/status"))?;
-    let inner = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    let status = Status::read(tid)?;
     Ok(ThreadImage {
-        tid: inner.split_whitespace().last().and_then(|word| word.parse().ok()).unwrap_or(tid),
+        tid: status.last_number("NSpid:").unwrap_or(tid),
         comm: read_proc(&format!("/proc/{pid}/task/{tid}/comm"))?.trim_end_matches('\n').to_owned(),
         registers: registers_to_bytes(&registers),
         extended_state: ptrace::extended_state(tid).map_err(call("PTRACE_GETREGSET", tid))?,
         signal_mask: remote.saved_mask(),
-        pending_signals: pending(tid, false)?,
+        wait,
+        pending_signals: stopped
+            .held_signal(tid)
+            .map(|info| info.to_vec())
+            .into_iter()
+            .chain(pending(tid, false)?)
+            .collect(),
         alternate_stack,
         clear_child_tid,
         robust_list: process::robust_list(tid).map_err(call("get_robust_list", tid))?,
         rseq: ptrace::rseq_configuration(tid).map_err(call("PTRACE_GET_RSEQ_CONFIGURATION", tid))?,
         scheduling: process::sched_getattr(tid).map_err(call("sched_getattr", tid))?.to_vec(),
+        credentials: privileges::capture(remote, &status)?,
+        seccomp: seccomp::capture(tid, &status)?,
+        attributes: attributes::of_thread(remote, usual)?,
     })
-}
-
-/// The registers with which a thread goes on elsewhere. Where the stop interrupted a system call, the
-/// kernel would restart it on return; there, the call is made again by us instead.
-fn resumable(mut registers: Registers) -> Registers {
-    if registers.orig_rax as i64 >= 0 {
-        match registers.rax as i64 {
-            ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND => {
-                registers.rax = registers.orig_rax;
-                registers.rip -= 2;
-            }
-            // What is left of the time is known to the source's kernel only.
-            ERESTART_RESTARTBLOCK => registers.rax = -i64::from(libc::EINTR) as u64,
-            _ => {}
-        }
-    }
-    registers.orig_rax = !0;
-    registers
 }
 
 /// The registers' words, in the kernel's order.
@@ -278,6 +309,8 @@ impl Status {
             groups: self.text("Groups:").split_whitespace().filter_map(|word| word.parse().ok()).collect(),
             capabilities: ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"].map(capability),
             no_new_privs: self.number("NoNewPrivs:") == Some(1),
+            // Not in this file.
+            secure_bits: 0,
         }
     }
 }
@@ -350,6 +383,12 @@ fn read_back(remote: &mut Remote, option: u64) -> Result<i32, TraceeError> {
     let at = remote.put(0, &[0; 4])?;
     remote.call("prctl", libc::SYS_prctl, [option, at, 0, 0, 0, 0])?;
     Ok(i32::from_ne_bytes(remote.get(0)?))
+}
+
+/// CLOCK_MONOTONIC as process `pid` has it, in nanoseconds.
+pub(super) fn instance_clock_ns(pid: i32) -> Result<i64, TraceeError> {
+    let clocks = Clocks::of_this_kernel().and_then(|now| Ok(now.plus(Clocks::offsets_of(pid)?)));
+    Ok(clocks.map_err(TraceeError::call("reading the clocks", pid))?.monotonic_ns)
 }
 
 fn pending(tid: i32, shared: bool) -> Result<Vec<Vec<u8>>, TraceeError> {

@@ -5,12 +5,13 @@ use std::fs;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    TraceeError,
+    TraceeError, advice,
     capture::{Status, link},
-    descriptors,
+    cgroups, descriptors,
     files::{self, Place, Places},
     image::{Descriptor, DescriptorKind, SocketState},
-    layout, read_proc, tree,
+    layout::{self, Mapping},
+    sysv, tree,
     unix::Peers,
 };
 use crate::{
@@ -44,7 +45,7 @@ pub struct Finding {
 /// Everything of `instance` that a migration does not carry; nothing with [`Severity::Refused`] means that
 /// it can migrate.
 pub fn check(instance: &Instance, places: &Places) -> Result<Vec<Finding>, TraceeError> {
-    let mut findings = Findings { pid: 0, list: Vec::new() };
+    let mut findings = Findings { pid: 0, init: instance.init_pid, list: Vec::new() };
     if instance.init_pid.is_none() {
         findings.refuse(
             "no PID namespace of its own",
@@ -85,13 +86,15 @@ pub fn check(instance: &Instance, places: &Places) -> Result<Vec<Finding>, Trace
 
 /// What the processes are to each other.
 fn whole_tree(findings: &mut Findings, instance: &Instance, listed: &[i32]) -> Result<(), TraceeError> {
-    let below = fs::read_dir(&instance.cgroup).into_iter().flatten().flatten();
-    for entry in below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        let item = format!("a cgroup of its own making, {}", entry.file_name().to_string_lossy());
-        findings.refuse(&item, "cgroups below the instance's aren't carried in this version");
+    if let Ok(Some(what)) = cgroups::obstacle(&instance.cgroup) {
+        findings.refuse("a cgroup of its own making", &what);
     }
     if instance.init_pid.is_none() {
         return Ok(());
+    }
+    if instance.init_pid.is_some_and(|init| sysv::has_posix_queues(init).unwrap_or(false)) {
+        findings
+            .refuse("POSIX message queues", "they aren't carried in this version: remove them (mq_unlink)");
     }
     let members = tree::members(instance)?;
     for &pid in listed.iter().filter(|&&pid| members.iter().all(|member| member.pid != pid)) {
@@ -144,6 +147,8 @@ pub fn require(instance: &Instance, places: &Places) -> Result<(), TraceeError> 
 
 struct Findings {
     pid: i32,
+    /// The instance's init.
+    init: Option<i32>,
     list: Vec<Finding>,
 }
 
@@ -168,36 +173,50 @@ fn process(findings: &mut Findings, peers: &Peers, places: &Places) -> Result<Ve
         );
         return Ok(Vec::new());
     }
+    let (own, init) = (Some(std::process::id() as i32), findings.init);
     let status = Status::read(pid)?;
     if status.number("TracerPid:").unwrap_or(0) != 0 {
         findings.refuse("a debugger", "it is traced: detach the tracer");
     }
-    if status.text("State:").starts_with('T') {
-        findings.refuse("stopped by a signal", "not carried in this version: let it go on (SIGCONT) first");
+    if status.radix("SigIgn:", 16).unwrap_or(0) >> (libc::SIGTRAP - 1) & 1 == 1 {
+        let reason = "the kernel forgets that SIGTRAP is ignored when a process is looked into: let it have its default";
+        findings.refuse("SIGTRAP ignored", reason);
     }
-    if status.number("Seccomp:").unwrap_or(0) != 0 {
-        findings.refuse("a seccomp filter", "filters aren't carried in this version");
+    if status.number("Seccomp:").unwrap_or(0) != 0 && !can_suspend_seccomp() {
+        let reason = "it can't be lifted for a moment: run the agent without seccomp, on a kernel with \
+                      CONFIG_CHECKPOINT_RESTORE";
+        findings.refuse("seccomp", reason);
     }
-    if status.number("VmLck:").unwrap_or(0) != 0 {
-        findings.refuse("locked memory", "mlock isn't carried in this version");
-    }
-    if status.credentials().capabilities[4] != 0 {
-        findings.refuse("ambient capabilities", "they aren't carried in this version");
-    }
-    if !read_proc(&format!("/proc/{pid}/timers"))?.is_empty() {
-        findings.refuse("POSIX timers", "timer_create isn't carried in this version");
-    }
-    if link(pid, "root")? != "/" {
-        findings.refuse("a root directory of its own", "chroot isn't carried in this version");
+    if !status.text("x86_Thread_features:").is_empty() {
+        findings.refuse("a shadow stack", "it isn't carried in this version: start the program without it");
     }
     if link(pid, "exe")?.ends_with(" (deleted)") {
         findings.refuse("a deleted program file", "restart it: its program was replaced on disk");
     }
-    for namespace in ["user", "uts", "ipc", "cgroup"] {
-        let theirs = link(pid, &format!("ns/{namespace}"))?;
-        if theirs != link(std::process::id() as i32, &format!("ns/{namespace}"))? {
+    for (namespace, of) in [
+        ("user", own),
+        ("cgroup", own),
+        ("uts", init),
+        ("ipc", init),
+        ("net", init),
+        ("mnt", init),
+        ("pid", init),
+    ] {
+        let name = format!("ns/{namespace}");
+        // An instance that was adopted has no init, and is refused for that.
+        if of.is_some_and(|of| {
+            link(of, &name).is_ok_and(|its| link(pid, &name).is_ok_and(|theirs| its != theirs))
+        }) {
             findings.refuse(&format!("a {namespace} namespace of its own"), "not carried in this version");
         }
+    }
+    // An init has one thread and undoes nothing: its list is none.
+    if init.is_some_and(|init| {
+        sysv::has_semaphores(init).unwrap_or(false)
+            && !has_in_common(pid, init, Common::SemaphoreUndo).unwrap_or(true)
+    }) {
+        let reason = "what the end of a process takes back (SEM_UNDO) can't be read: end those that use the semaphores";
+        findings.refuse("SysV semaphores with a list of undo operations, or several threads", reason);
     }
     memory(findings, places)?;
     let (open, refused) = descriptors::describe(pid, peers, false)?;
@@ -217,21 +236,36 @@ fn process(findings: &mut Findings, peers: &Peers, places: &Places) -> Result<Ve
     Ok(open)
 }
 
+/// Whether `PTRACE_O_SUSPEND_SECCOMP` is there for us. The kernel has it together with this file.
+fn can_suspend_seccomp() -> bool {
+    let own = Status::read(std::process::id() as i32);
+    own.is_ok_and(|status| status.number("Seccomp:") == Some(0)) && fs::metadata("/proc/self/timers").is_ok()
+}
+
 fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
-    for mapping in layout::read_mappings(findings.pid)? {
+    if let Some(policy) = advice::memory_policy(findings.pid) {
+        let reason =
+            "where memory is to come from isn't carried: let the kernel choose (numactl, set_mempolicy)";
+        findings.refuse(&format!("memory policy {policy}"), reason);
+    }
+    let mappings = layout::read_mappings(findings.pid)?;
+    if mappings.iter().any(Mapping::is_huge) && advice::has_unusual_huge_pages(findings.pid)? {
+        findings.refuse("huge pages of another size than 2 MiB", "only the usual size is carried");
+    }
+    for mapping in mappings {
         let item = format!("mapping {:#x}-{:#x} {}", mapping.start, mapping.end, mapping.name);
         if mapping.is_kernels_own() {
             continue;
         }
-        if mapping.is_shared_memory() && mapping.name.starts_with("/SYSV") {
-            findings.refuse(&item, "SysV shared memory isn't carried in this version");
-        } else if mapping.is_shared_memory() {
-            // Whole objects are carried.
+        if mapping.is_sysv() && mapping.offset != 0 {
+            findings.refuse(&item, "only whole SysV segments are carried: part of this one was unmapped");
+        } else if mapping.is_huge() && mapping.shared {
+            findings.refuse(&item, "huge pages that are shared aren't carried in this version");
+        } else if mapping.is_object() {
+            // Goes along as a whole.
         } else if mapping.shared && !mapping.is_read_only_file() && places.of(&mapping.name) != Place::Volume
         {
             findings.refuse(&item, "a file that is written through a mapping stays here: put it into a volume (rswap run --volume NAME:PATH)");
-        } else if mapping.is_file() && mapping.name.ends_with(" (deleted)") {
-            findings.refuse(&item, "its file was deleted: restart the program");
         } else if mapping.is_file()
             && fs::metadata(format!("/proc/{}/root{}", findings.pid, mapping.name)).is_err()
         {

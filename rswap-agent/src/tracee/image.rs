@@ -5,7 +5,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{layout::Layout, tree::Node};
+use super::{
+    advice::Advice,
+    attributes::{ProcessAttributes, ThreadAttributes},
+    cgroups::Subtree,
+    layout::Layout,
+    names::HostNames,
+    posix_timers::PosixTimer,
+    seccomp::Seccomp,
+    sysv::Queues,
+    tree::Node,
+    waits::TimedWait,
+};
 use crate::sys::ptrace::RseqConfiguration;
 
 /// A frozen instance.
@@ -15,6 +26,12 @@ pub struct InstanceImage {
     pub processes: Vec<ProcessImage>,
     /// Its zombies.
     pub zombies: Vec<Node>,
+    /// By which names it knows its host.
+    pub names: HostNames,
+    /// The cgroups below its own.
+    pub cgroups: Subtree,
+    /// Its SysV semaphores and messages.
+    pub queues: Queues,
 }
 
 /// One living process of an instance.
@@ -37,6 +54,8 @@ pub struct TaskImage {
     pub kernel_mappings: Vec<super::layout::Mapping>,
     /// Where code, data, heap, arguments and environment begin and end.
     pub memory_map: MemoryMap,
+    /// What it has asked of its memory.
+    pub advice: Advice,
     /// The auxiliary vector, as the kernel gave it.
     pub auxv: Vec<u8>,
     /// The program's file.
@@ -45,8 +64,8 @@ pub struct TaskImage {
     pub cwd: String,
     /// File mode creation mask.
     pub umask: u32,
-    /// Users, groups and capabilities.
-    pub credentials: Credentials,
+    /// What it has set besides.
+    pub attributes: ProcessAttributes,
     /// Soft and hard limit of each resource, by its number.
     pub limits: Vec<(u64, u64)>,
     /// `oom_score_adj`.
@@ -63,10 +82,25 @@ pub struct TaskImage {
     pub pending_signals: Vec<Vec<u8>>,
     /// `struct itimerval` of ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF.
     pub interval_timers: Vec<[u8; 32]>,
+    /// Timers by timer_create(2).
+    pub posix_timers: Vec<PosixTimer>,
+    /// When the timers were looked at, by the instance's CLOCK_MONOTONIC in nanoseconds.
+    pub taken_ns: i64,
+    /// The program is stopped, as by SIGSTOP.
+    pub stopped: Option<StopImage>,
     /// Open files.
     pub descriptors: Vec<Descriptor>,
     /// Its threads, the leader first.
     pub threads: Vec<ThreadImage>,
+}
+
+/// A program that is stopped until SIGCONT comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopImage {
+    /// By which signal.
+    pub signal: i32,
+    /// Its parent has not asked for it yet (wait(2) with WUNTRACED).
+    pub unread: bool,
 }
 
 /// `struct prctl_mm_map` without its pointers.
@@ -90,6 +124,8 @@ pub struct Credentials {
     pub capabilities: [u64; 5],
     /// `PR_SET_NO_NEW_PRIVS`.
     pub no_new_privs: bool,
+    /// `PR_GET_SECUREBITS`.
+    pub secure_bits: u32,
 }
 
 /// One thread.
@@ -105,7 +141,9 @@ pub struct ThreadImage {
     pub extended_state: Vec<u8>,
     /// Blocked signals.
     pub signal_mask: u64,
-    /// Signals queued to it alone.
+    /// The wait that it goes on with.
+    pub wait: Option<TimedWait>,
+    /// Signals queued to it alone, the one first that it was about to receive.
     pub pending_signals: Vec<Vec<u8>>,
     /// `stack_t` of its alternate signal stack.
     pub alternate_stack: [u8; 24],
@@ -117,6 +155,12 @@ pub struct ThreadImage {
     pub rseq: RseqConfiguration,
     /// `struct sched_attr`.
     pub scheduling: Vec<u8>,
+    /// Users, groups and capabilities.
+    pub credentials: Credentials,
+    /// What it is forbidden.
+    pub seccomp: Seccomp,
+    /// What it has set besides.
+    pub attributes: ThreadAttributes,
 }
 
 /// One open file description and the descriptors that share it.

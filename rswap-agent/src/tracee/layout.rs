@@ -7,6 +7,13 @@ use serde::{Deserialize, Serialize};
 use super::{TraceeError, objects::SharedObject, read_proc, tree::Node};
 use crate::sys::mem::{self, RemoteAddr};
 
+/// How the kernel calls memory in huge pages that has no file.
+const HUGE_PAGES: &str = "/anon_hugepage (deleted)";
+/// SysV shared memory.
+const SYSV: &str = "/SYSV";
+/// Ids of SysV segments, which begin at 0, are told from inodes by this.
+const FIRST_SEGMENT: u64 = 1 << 48;
+
 /// One mapping, as `/proc/PID/maps` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping {
@@ -20,7 +27,7 @@ pub struct Mapping {
     pub shared: bool,
     /// Offset in the file, in bytes.
     pub offset: u64,
-    /// Inode number, 0 without a file.
+    /// Inode number, 0 without a file; of SysV shared memory [`segment_inode`].
     pub inode: u64,
     /// The file's path, `[heap]`, `[stack]`, `[vdso]` ..., or empty.
     pub name: String,
@@ -34,14 +41,29 @@ impl Mapping {
 
     /// Backed by a file.
     pub fn is_file(&self) -> bool {
-        self.inode != 0
+        self.inode != 0 && !self.is_huge()
+    }
+
+    /// Memory in huge pages that were set aside for it (`MAP_HUGETLB`).
+    pub fn is_huge(&self) -> bool {
+        self.name == HUGE_PAGES
+    }
+
+    /// SysV shared memory.
+    pub fn is_sysv(&self) -> bool {
+        self.shared && self.name.starts_with(SYSV)
     }
 
     /// Memory that is shared through the kernel alone: anonymous, memfd, SysV.
     pub fn is_shared_memory(&self) -> bool {
         let nameless =
-            ["/dev/zero (deleted)", "/memfd:", "/SYSV"].iter().any(|name| self.name.starts_with(name));
+            ["/dev/zero (deleted)", "/memfd:", SYSV].iter().any(|name| self.name.starts_with(name));
         self.shared && self.inode != 0 && nameless
+    }
+
+    /// A file without a name, whose contents have to go along: shared memory, or a file that was deleted.
+    pub fn is_object(&self) -> bool {
+        self.is_shared_memory() || self.is_file() && self.name.ends_with(" (deleted)")
     }
 
     /// A file's contents as they are: the destination's file serves as well.
@@ -68,6 +90,7 @@ impl Mapping {
                 || (self.name == other.name
                     && self.offset.wrapping_sub(self.start) == other.offset.wrapping_sub(other.start)))
             && (self.name == "[stack]") == (other.name == "[stack]")
+            && self.is_huge() == other.is_huge()
     }
 
     /// The part of it from `start` to `end`.
@@ -75,6 +98,11 @@ impl Mapping {
         let offset = if self.is_file() { self.offset + (start - self.start) } else { 0 };
         Self { start, end, offset, ..self.clone() }
     }
+}
+
+/// Stands for the inode of the SysV segment `id`.
+pub fn segment_inode(id: i32) -> u64 {
+    FIRST_SEGMENT + u64::from(id.unsigned_abs())
 }
 
 /// The mappings of one process, and what else belongs to its address space from the beginning.
@@ -183,7 +211,8 @@ fn parse(text: &str) -> Option<Vec<Mapping>> {
     text.lines().map(parse_line).collect()
 }
 
-fn parse_line(line: &str) -> Option<Mapping> {
+/// One line of `/proc/PID/maps`.
+pub(super) fn parse_line(line: &str) -> Option<Mapping> {
     let mut rest = line;
     let mut field = || {
         let (word, tail) = rest.split_once(' ').unwrap_or((rest, ""));
@@ -195,6 +224,8 @@ fn parse_line(line: &str) -> Option<Mapping> {
     let offset = field()?;
     let _device = field()?;
     let inode = field()?;
+    // The kernel writes a newline in a path as \012; everything else is as it is.
+    let name = rest.trim_start().replace("\\012", "\n");
     let bit = |at: usize, letter: u8, value: i32| {
         if permissions.get(at) == Some(&letter) { value } else { 0 }
     };
@@ -206,9 +237,12 @@ fn parse_line(line: &str) -> Option<Mapping> {
             | bit(2, b'x', libc::PROT_EXEC),
         shared: permissions.get(3) == Some(&b's'),
         offset: u64::from_str_radix(offset, 16).ok()?,
-        inode: inode.parse().ok()?,
-        // The kernel writes a newline in a path as \012; everything else is as it is.
-        name: rest.trim_start().replace("\\012", "\n"),
+        inode: if name.starts_with(SYSV) {
+            segment_inode(inode.parse().ok()?)
+        } else {
+            inode.parse().ok()?
+        },
+        name,
     })
 }
 
@@ -250,6 +284,19 @@ mod tests {
         assert_eq!(mapping.name, "/usr/lib/a b.so");
         assert_eq!(mapping.protection, libc::PROT_READ | libc::PROT_EXEC);
         assert_eq!((mapping.offset, mapping.inode, mapping.shared), (0x3000, 1234, false));
+    }
+
+    #[test]
+    fn what_has_no_name_goes_along() {
+        let named =
+            |shared, name: &str| Mapping { shared, inode: 7, name: name.into(), ..anonymous(0, 0x1000, 3) };
+        assert!(
+            named(true, "/memfd:x (deleted)").is_object() && named(false, "/memfd:x (deleted)").is_object()
+        );
+        assert!(named(false, "/usr/lib/old.so (deleted)").is_object());
+        assert!(!named(false, "/usr/lib/new.so").is_object());
+        let huge = named(false, HUGE_PAGES);
+        assert!(huge.is_huge() && !huge.is_file() && !huge.is_object());
     }
 
     #[test]

@@ -14,26 +14,35 @@
 //! All of it works by ptrace and by system calls run inside the tracee ([`remote`]); no code is put
 //! into it. ptrace is bound to a thread, so the types here must stay on the thread that made them.
 
+pub mod advice;
+pub mod attributes;
 pub mod capture;
+pub mod cgroups;
 pub mod check;
 pub mod descriptors;
 pub mod files;
 pub mod image;
 pub mod layout;
 pub mod link;
+pub mod names;
 pub mod objects;
+pub mod posix_timers;
+pub mod privileges;
 pub mod rebuild;
 pub mod reconnect;
 pub mod remote;
+pub mod seccomp;
 pub mod segment;
 pub mod settle;
 mod sockets;
 pub mod space;
 pub mod stopped;
+pub mod sysv;
 pub mod tcp;
 pub mod tracker;
 pub mod tree;
 pub mod unix;
+pub mod waits;
 
 use std::io;
 

@@ -1,14 +1,20 @@
-//! Memory that several processes share: anonymous shared mappings, memfd, SysV segments.
+//! Files without a name that are mapped: memory that several processes share (anonymous shared mappings, memfd, SysV
+//! segments), and files that were deleted.
 //!
 //! What is written there is found by comparing hashes, page by page, whichever mapping or system call wrote it: a write
 //! tracker sees only the writes through the mappings that it was armed for.
 
-use std::{collections::BTreeMap, fs::File, os::unix::fs::FileExt};
+use std::{collections::BTreeMap, ffi::CString, fs::File, os::unix::fs::FileExt};
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{TraceeError, layout::Mapping, tracker::Span};
+use super::{
+    TraceeError,
+    layout::{Mapping, segment_inode},
+    sysv::{self, Segment},
+    tracker::Span,
+};
 use crate::sys::{file, mem::PAGE_SIZE};
 
 /// A shared object is numbered as an address space of its own, from here on; addresses are offsets in it.
@@ -26,6 +32,12 @@ pub struct SharedObject {
     pub inode: u64,
     /// Its length, in bytes.
     pub bytes: u64,
+    /// As what it was made (memfd_create(2)).
+    pub name: String,
+    /// `F_GET_SEALS`.
+    pub seals: i32,
+    /// It is SysV shared memory.
+    pub segment: Option<Segment>,
 }
 
 /// A shared object at the source, with what is known of its pages.
@@ -42,7 +54,24 @@ impl SourceObject {
     pub fn open(pid: i32, mapping: &Mapping, space: u32) -> Result<Self, TraceeError> {
         let path = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
         let file = File::open(&path).map_err(TraceeError::proc(path))?;
-        let object = SharedObject { space, inode: mapping.inode, bytes: 0 };
+        let name = mapping.name.strip_prefix("/memfd:").and_then(|name| name.strip_suffix(" (deleted)"));
+        let name = name.unwrap_or("rswap").to_owned();
+        let object = SharedObject { space, inode: mapping.inode, bytes: 0, name, seals: 0, segment: None };
+        Ok(Self { object, file, hashes: BTreeMap::new() })
+    }
+
+    /// Opens SysV shared memory in the IPC namespace of process `pid`.
+    pub fn open_segment(pid: i32, segment: Segment, space: u32) -> Result<Self, TraceeError> {
+        let file =
+            sysv::open(pid, segment.id).map_err(TraceeError::call("opening SysV shared memory", pid))?;
+        let object = SharedObject {
+            space,
+            inode: segment_inode(segment.id),
+            bytes: 0,
+            name: String::new(),
+            seals: 0,
+            segment: Some(segment),
+        };
         Ok(Self { object, file, hashes: BTreeMap::new() })
     }
 
@@ -51,6 +80,8 @@ impl SourceObject {
     pub fn take_changed(&mut self, pid: i32) -> Result<(Vec<Span>, Vec<Span>), TraceeError> {
         let failed = |error| TraceeError::call("reading shared memory", pid)(error);
         self.object.bytes = self.file.metadata().map_err(failed)?.len().next_multiple_of(PAGE_SIZE);
+        // Only memory can be sealed.
+        self.object.seals = file::seals(&self.file).unwrap_or(0);
         let mut known = std::mem::take(&mut self.hashes);
         let (mut changed, mut dropped) = (Vec::new(), Vec::new());
         let mut memory = vec![0; CHUNK];
@@ -103,9 +134,12 @@ pub struct BuiltObject {
 }
 
 impl BuiltObject {
-    /// Makes an empty one.
-    pub fn make(object: &SharedObject) -> std::io::Result<Self> {
-        let file = file::shared_memory("rswap")?;
+    /// Makes an empty one, for the instance that process `pid` belongs to.
+    pub fn make(pid: i32, object: &SharedObject) -> std::io::Result<Self> {
+        if let Some(segment) = &object.segment {
+            return Ok(Self { object: object.clone(), file: sysv::make(pid, segment)? });
+        }
+        let file = file::sealable_memory(&CString::new(object.name.as_str())?)?;
         let built = Self { object: object.clone(), file };
         built.file.set_len(object.bytes)?;
         Ok(built)
@@ -113,11 +147,24 @@ impl BuiltObject {
 
     /// Brings it to the length that the source's has now.
     pub fn resize(&mut self, object: &SharedObject) -> std::io::Result<()> {
-        if self.object.bytes != object.bytes {
+        if self.object.bytes != object.bytes && object.segment.is_none() {
             self.file.set_len(object.bytes)?;
         }
         self.object = object.clone();
         Ok(())
+    }
+
+    /// It is not wanted any more; `pid` as before.
+    pub fn remove(&self, pid: i32) -> std::io::Result<()> {
+        self.object.segment.map_or(Ok(()), |segment| sysv::remove(pid, segment.id))
+    }
+
+    /// Seals it as the source's is, from where on it may be that nobody can write to it, or gives it its owner.
+    pub fn finish(&self, pid: i32) -> std::io::Result<()> {
+        if let Some(segment) = &self.object.segment {
+            return sysv::finish(pid, segment);
+        }
+        if self.object.seals == 0 { Ok(()) } else { file::add_seals(&self.file, self.object.seals) }
     }
 
     /// Writes whole pages.

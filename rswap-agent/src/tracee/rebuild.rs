@@ -4,16 +4,23 @@
 //! lets them go. The restartable-sequence areas come last of all: from then on the kernel writes to them.
 
 use super::{
-    TraceeError,
-    capture::{Status, limits, registers_from_bytes},
+    TraceeError, advice, attributes,
+    capture::{instance_clock_ns, limits, registers_from_bytes},
     descriptors::Restorer,
-    image::{Credentials, TaskImage, ThreadImage},
+    image::{TaskImage, ThreadImage},
+    posix_timers, privileges,
     reconnect::Reconnected,
     remote::Remote,
+    seccomp,
     space::Space,
     stopped::list_threads,
+    waits,
 };
-use crate::sys::{process, ptrace, ptrace::Stop, spawn::CloneArgs};
+use crate::sys::{
+    process, ptrace,
+    ptrace::{Registers, Stop},
+    spawn::CloneArgs,
+};
 
 /// Processes that are ready to run, every thread stopped.
 #[derive(Debug, Default)]
@@ -58,6 +65,7 @@ pub fn rebuild(
     let pid = space.pid();
     let leader = &mut space.remote;
     memory_map(leader, image)?;
+    advice::restore(leader, &image.advice)?;
     let reconnected = descriptors.restore(leader, &image.descriptors)?;
     path_call(leader, "chdir", libc::SYS_chdir, &image.cwd)?;
     leader.call("umask", libc::SYS_umask, [image.umask.into(), 0, 0, 0, 0, 0])?;
@@ -69,14 +77,23 @@ pub fn rebuild(
     if image.child_subreaper {
         leader.call("prctl", libc::SYS_prctl, [libc::PR_SET_CHILD_SUBREAPER as u64, 1, 0, 0, 0, 0])?;
     }
+    attributes::restore_process(leader, &image.attributes)?;
     set_limits(leader, image)?;
+    // Threads that have the same filters have them in common.
+    let filters = image.threads.first().map(|leader| &leader.seccomp);
+    let in_common = filters.filter(|f| !f.strict && image.threads.iter().all(|thread| thread.seccomp == **f));
+    in_common.map_or(Ok(()), |filters| seccomp::install(leader, filters))?;
     let tids = make_threads(leader, image)?;
 
     let mut threads = Vec::with_capacity(tids.len());
     for (&tid, thread) in tids.iter().zip(&image.threads) {
         let mut remote = leader.for_thread(tid)?;
         restore_thread(&mut remote, thread)?;
-        set_credentials(&mut remote, &image.credentials)?;
+        attributes::restore_thread(&mut remote, &thread.attributes)?;
+        if in_common.is_none() {
+            seccomp::install(&mut remote, &thread.seccomp)?;
+        }
+        privileges::restore(&mut remote, &thread.credentials)?;
         threads.push(remote);
     }
     let leader = &mut space.remote;
@@ -91,15 +108,24 @@ pub fn rebuild(
         leader.call("prctl", libc::SYS_prctl, args)?;
     }
     set_oom_score(pid, image.oom_score_adj)?;
-    requeue_signals(leader, &tids, image)?;
+    let frozen_ns = instance_clock_ns(pid)?.saturating_sub(image.taken_ns).max(0);
+    posix_timers::make(leader, &image.posix_timers)?;
+    posix_timers::set_overruns(leader, &image.posix_timers)?;
+    let expired = requeue_signals(leader, &tids, image, frozen_ns)?;
+    posix_timers::arm(leader, &image.posix_timers, frozen_ns, &expired)?;
     for (which, timer) in image.interval_timers.iter().enumerate().filter(|(_, timer)| timer[16..] != [0; 16])
     {
         let at = leader.put(0, timer)?;
         leader.call("setitimer", libc::SYS_setitimer, [which as u64, at, 0, 0, 0, 0])?;
     }
-    leader.unmap_scratch()?;
+    let mut registers = Vec::with_capacity(threads.len());
     for (remote, thread) in threads.iter_mut().zip(&image.threads) {
-        set_going(remote, thread)?;
+        registers.push(registers_of(remote, thread)?);
+    }
+    attributes::restrict_process(&mut space.remote, &image.attributes)?;
+    space.remote.unmap_scratch()?;
+    for ((remote, thread), registers) in threads.iter_mut().zip(&image.threads).zip(&registers) {
+        set_going(remote, thread, registers)?;
     }
     Ok(Rebuilt { tids, reconnected: vec![reconnected] })
 }
@@ -205,42 +231,6 @@ fn restore_thread(remote: &mut Remote, thread: &ThreadImage) -> Result<(), Trace
         .map_err(TraceeError::call("PTRACE_SETREGSET of the xsave area", tid))
 }
 
-/// Credentials are each thread's own in the kernel. A stub has root's; what it doesn't need is dropped.
-fn set_credentials(remote: &mut Remote, wanted: &Credentials) -> Result<(), TraceeError> {
-    let here = Status::read(remote.tid())?.credentials();
-    if here.groups != wanted.groups {
-        let groups: Vec<u8> = wanted.groups.iter().flat_map(|group| group.to_ne_bytes()).collect();
-        let at = remote.put(0, &groups)?;
-        let args = [wanted.groups.len() as u64, at, 0, 0, 0, 0];
-        remote.call("setgroups", libc::SYS_setgroups, args)?;
-    }
-    if wanted.no_new_privs {
-        remote.call("prctl", libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0, 0])?;
-    }
-    for capability in (0..64).filter(|n| (here.capabilities[3] & !wanted.capabilities[3]) >> n & 1 == 1) {
-        remote.call("prctl", libc::SYS_prctl, [libc::PR_CAPBSET_DROP as u64, capability, 0, 0, 0, 0])?;
-    }
-    if here.gids != wanted.gids {
-        let [real, effective, saved, _] = wanted.gids.map(u64::from);
-        remote.call("setresgid", libc::SYS_setresgid, [real, effective, saved, 0, 0, 0])?;
-    }
-    if here.uids != wanted.uids {
-        let [real, effective, saved, _] = wanted.uids.map(u64::from);
-        remote.call("setresuid", libc::SYS_setresuid, [real, effective, saved, 0, 0, 0])?;
-    }
-    let [inheritable, permitted, effective, ..] = wanted.capabilities;
-    if Status::read(remote.tid())?.credentials().capabilities[..3] != wanted.capabilities[..3] {
-        // _LINUX_CAPABILITY_VERSION_3, for the calling thread; then two sets of 32 bits.
-        let header = [0x2008_0522_u32, 0].map(u32::to_ne_bytes).concat();
-        let half =
-            |shift: u32| [effective, permitted, inheritable].map(|set| ((set >> shift) as u32).to_ne_bytes());
-        let header_at = remote.put(0, &header)?;
-        let data_at = remote.put(16, &[half(0), half(32)].concat().concat())?;
-        remote.call("capset", libc::SYS_capset, [header_at, data_at, 0, 0, 0, 0])?;
-    }
-    Ok(())
-}
-
 fn set_oom_score(pid: i32, score: i32) -> Result<(), TraceeError> {
     let path = format!("/proc/{pid}/oom_score_adj");
     if super::read_proc(&path)?.trim().parse() == Ok(score) {
@@ -249,11 +239,25 @@ fn set_oom_score(pid: i32, score: i32) -> Result<(), TraceeError> {
     std::fs::write(&path, score.to_string()).map_err(TraceeError::proc(path))
 }
 
-/// Only the process itself may queue a siginfo that claims to be the kernel's.
-fn requeue_signals(leader: &mut Remote, tids: &[i32], image: &TaskImage) -> Result<(), TraceeError> {
-    let Some(inner_pid) = image.threads.first().map(|thread| thread.tid as u64) else { return Ok(()) };
+/// Only the process itself may queue a siginfo that claims to be the kernel's. Returns the timers whose signals wait.
+fn requeue_signals(
+    leader: &mut Remote,
+    tids: &[i32],
+    image: &TaskImage,
+    frozen_ns: i64,
+) -> Result<Vec<i32>, TraceeError> {
+    let mut expired = Vec::new();
+    let Some(inner_pid) = image.threads.first().map(|thread| thread.tid as u64) else { return Ok(expired) };
+    let mut is_timers = |leader: &mut Remote, info: &[u8]| -> Result<bool, TraceeError> {
+        let Some(timer) = posix_timers::sender(&image.posix_timers, info) else { return Ok(false) };
+        expired.push(timer.id);
+        posix_timers::expire(leader, timer, frozen_ns).map(|()| true)
+    };
     let signal = |info: &[u8]| info.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes)) as u64;
     for info in &image.pending_signals {
+        if is_timers(leader, info)? {
+            continue;
+        }
         let at = leader.put(0, info)?;
         let args = [inner_pid, signal(info), at, 0, 0, 0];
         leader.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, args)?;
@@ -261,25 +265,36 @@ fn requeue_signals(leader: &mut Remote, tids: &[i32], image: &TaskImage) -> Resu
     debug_assert_eq!(tids.len(), image.threads.len());
     for thread in &image.threads {
         for info in &thread.pending_signals {
+            if is_timers(leader, info)? {
+                continue;
+            }
             let at = leader.put(0, info)?;
             let args = [inner_pid, thread.tid as u64, signal(info), at, 0, 0];
             leader.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)?;
         }
     }
-    Ok(())
+    Ok(expired)
+}
+
+/// The registers that a thread goes on with: from here on the kernel knows of its wait.
+fn registers_of(remote: &mut Remote, thread: &ThreadImage) -> Result<Registers, TraceeError> {
+    let damaged =
+        || TraceeError::Unsupported(format!("thread {}: the registers in its image are damaged", thread.tid));
+    let registers = registers_from_bytes(&thread.registers).ok_or_else(damaged)?;
+    match &thread.wait {
+        Some(wait) => waits::resume(remote, wait, registers),
+        None => Ok(registers),
+    }
 }
 
 /// Registers the restartable-sequence area and sets mask and registers: nothing may run in it afterwards.
-fn set_going(remote: &mut Remote, thread: &ThreadImage) -> Result<(), TraceeError> {
+fn set_going(remote: &mut Remote, thread: &ThreadImage, registers: &Registers) -> Result<(), TraceeError> {
     let tid = remote.tid();
     if thread.rseq.address != 0 {
         let rseq = thread.rseq;
         let args = [rseq.address, rseq.size.into(), 0, rseq.signature.into(), 0, 0];
         remote.call("rseq", libc::SYS_rseq, args)?;
     }
-    let damaged =
-        || TraceeError::Unsupported(format!("thread {}: the registers in its image are damaged", thread.tid));
-    let registers = registers_from_bytes(&thread.registers).ok_or_else(damaged)?;
     ptrace::set_signal_mask(tid, thread.signal_mask).map_err(TraceeError::call("PTRACE_SETSIGMASK", tid))?;
-    ptrace::set_registers(tid, &registers).map_err(TraceeError::call("PTRACE_SETREGS", tid))
+    ptrace::set_registers(tid, registers).map_err(TraceeError::call("PTRACE_SETREGS", tid))
 }

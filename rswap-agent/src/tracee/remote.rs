@@ -8,6 +8,12 @@
 use std::{
     io,
     os::fd::{OwnedFd, RawFd},
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 
 use super::{TraceeError, layout};
@@ -17,8 +23,16 @@ use crate::sys::{
     ptrace::{self, Registers, Stop},
 };
 
+/// SIGTRAP's bit in a signal mask.
+const TRAP: u64 = 1 << (libc::SIGTRAP - 1);
+
 /// The machine code of `syscall`.
 const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
+
+/// How long a call that is to be interrupted is given to begin its wait.
+const FIRST_PAUSE: Duration = Duration::from_micros(50);
+/// The same, at most, after it had not.
+const LAST_PAUSE: Duration = Duration::from_millis(20);
 
 /// A stopped thread that makes system calls for us.
 #[derive(Debug)]
@@ -57,8 +71,9 @@ impl Remote {
     fn take_over(tid: i32, syscall_at: u64) -> Result<Self, TraceeError> {
         let saved = ptrace::registers(tid).map_err(TraceeError::call("PTRACE_GETREGS", tid))?;
         let saved_mask = ptrace::signal_mask(tid).map_err(TraceeError::call("PTRACE_GETSIGMASK", tid))?;
-        // A signal would run a handler of the program's in the middle of our calls.
-        ptrace::set_signal_mask(tid, !0).map_err(TraceeError::call("PTRACE_SETSIGMASK", tid))?;
+        // A signal would run a handler of the program's in the middle of our calls. SIGTRAP is ours: the kernel would
+        // forget the program's handler if it were blocked (`force_sig_info_to_task` in kernel/signal.c).
+        ptrace::set_signal_mask(tid, !TRAP).map_err(TraceeError::call("PTRACE_SETSIGMASK", tid))?;
         let (scratch, owns_scratch) = (None, false);
         Ok(Self { tid, saved, saved_mask, syscall_at, scratch, owns_scratch, restore_on_drop: true })
     }
@@ -107,6 +122,11 @@ impl Remote {
         Ok(())
     }
 
+    /// Where the scratch page is; 0 without one.
+    pub fn scratch_at(&self) -> u64 {
+        self.scratch.unwrap_or_default().0
+    }
+
     /// Writes `data` to the scratch page, `offset` bytes in, and returns its address.
     pub fn put(&self, offset: u64, data: &[u8]) -> Result<u64, TraceeError> {
         let Some(scratch) = self.scratch else {
@@ -146,28 +166,72 @@ impl Remote {
     }
 
     fn raw_call(&mut self, number: libc::c_long, args: [u64; 6]) -> Result<i64, TraceeError> {
-        let mut registers = self.saved;
-        registers.rip = self.syscall_at;
-        registers.rax = number as u64;
-        // Else the kernel would take an interrupted call's registers for one to be restarted.
-        registers.orig_rax = !0;
-        [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = args;
-        ptrace::set_registers(self.tid, &registers).map_err(TraceeError::call("PTRACE_SETREGS", self.tid))?;
+        self.set_call(number, args)?;
+        let mut stop_arrived = false;
         loop {
             ptrace::single_step(self.tid).map_err(TraceeError::call("PTRACE_SINGLESTEP", self.tid))?;
             match ptrace::wait_stop(self.tid).map_err(TraceeError::call("waiting for a step", self.tid))? {
                 Stop::Signal(libc::SIGTRAP) => break,
                 Stop::Gone => return Err(TraceeError::Gone(self.tid)),
                 // The stop of a new thread, or of an interrupt that came late: the step is still to be made.
-                Stop::Event | Stop::Other => {}
+                Stop::Event | Stop::Group(_) | Stop::Other => {}
+                // Nobody can block it. It waits until the thread goes on.
+                Stop::Signal(libc::SIGSTOP) => stop_arrived = true,
                 Stop::Signal(signal) => {
                     let text = format!("process {} got signal {signal} in a call made for us", self.tid);
                     return Err(TraceeError::Unsupported(text));
                 }
             }
         }
+        if stop_arrived {
+            kill(Pid::from_raw(self.tid), Signal::SIGSTOP)
+                .map_err(|error| TraceeError::call("keeping SIGSTOP", self.tid)(error.into()))?;
+        }
         let after = ptrace::registers(self.tid).map_err(TraceeError::call("PTRACE_GETREGS", self.tid))?;
         Ok(after.rax as i64)
+    }
+
+    /// Makes the thread ready for a call, which it makes with its next step.
+    pub(super) fn set_call(&self, number: libc::c_long, args: [u64; 6]) -> Result<(), TraceeError> {
+        let mut registers = self.saved;
+        registers.rip = self.syscall_at;
+        registers.rax = number as u64;
+        // Else the kernel would take an interrupted call's registers for one to be restarted.
+        registers.orig_rax = !0;
+        [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = args;
+        ptrace::set_registers(self.tid, &registers).map_err(TraceeError::call("PTRACE_SETREGS", self.tid))
+    }
+
+    /// Makes a call that waits, and interrupts it in its wait. Returns its result: in it the kernel says how it would go
+    /// on, or that the call did not wait.
+    pub fn interrupted_call(&mut self, number: libc::c_long, args: [u64; 6]) -> Result<i64, TraceeError> {
+        let tid = self.tid;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            self.set_call(number, args)?;
+            ptrace::single_step(tid).map_err(TraceeError::call("PTRACE_SINGLESTEP", tid))?;
+            std::thread::sleep(pause);
+            ptrace::interrupt(tid).map_err(TraceeError::call("PTRACE_INTERRUPT", tid))?;
+            loop {
+                let stop = ptrace::wait_stop(tid).map_err(TraceeError::call("interrupting a call", tid))?;
+                let registers = ptrace::registers(tid).map_err(TraceeError::call("PTRACE_GETREGS", tid))?;
+                match stop {
+                    Stop::Signal(libc::SIGTRAP) => return Ok(registers.rax as i64),
+                    Stop::Gone => return Err(TraceeError::Gone(tid)),
+                    Stop::Signal(signal) => {
+                        let text = format!("process {tid} got signal {signal} in a call made for us");
+                        return Err(TraceeError::Unsupported(text));
+                    }
+                    // The interrupt came before the call was made.
+                    Stop::Event | Stop::Group(_) | Stop::Other if registers.rip == self.syscall_at => break,
+                    // The step's own stop follows.
+                    Stop::Event | Stop::Group(_) | Stop::Other => {
+                        ptrace::resume(tid, 0).map_err(TraceeError::call("PTRACE_CONT", tid))?;
+                    }
+                }
+            }
+            pause = (pause * 2).min(LAST_PAUSE);
+        }
     }
 
     /// Takes descriptor `fd` of the tracee over and closes it there.

@@ -57,8 +57,7 @@ impl SharedMemory<'_> {
 impl Space {
     /// Makes process `pid` die with this thread from now on; it goes on waiting.
     pub fn hold(pid: i32) -> Result<(), TraceeError> {
-        // Threads and children that it is made to have are traced as well, and die as well.
-        ptrace::seize(pid, true, true).map_err(TraceeError::call("PTRACE_SEIZE", pid))
+        ptrace::seize_stub(pid).map_err(TraceeError::call("PTRACE_SEIZE", pid))
     }
 
     /// Takes over process `pid` (as the agent sees it), which is [held](Self::hold) and waits in pause(2), empties it and moves the
@@ -173,9 +172,41 @@ impl Space {
             match ptrace::wait_stop(pid).map_err(call("waiting for the end", pid))? {
                 Stop::Gone => return Ok(()),
                 Stop::Signal(signal) => deliver = signal,
-                Stop::Event | Stop::Other => deliver = 0,
+                Stop::Event | Stop::Group(_) | Stop::Other => deliver = 0,
             }
         }
+    }
+
+    /// Stops it as its program was stopped, by `signal`; it makes calls for us all the same.
+    pub fn stop_by(&mut self, signal: i32) -> Result<(), TraceeError> {
+        let pid = self.pid;
+        let call = TraceeError::call;
+        // The kernel takes the other stop signals from a group that nobody controls.
+        for signal in [signal, libc::SIGSTOP] {
+            let pidfd = process::pidfd_open(pid).map_err(call("pidfd_open", pid))?;
+            process::pidfd_send_signal(&pidfd, libc::SIGSTOP).map_err(call("stopping", pid))?;
+            // If it went on, it would only do this.
+            self.remote.set_call(libc::SYS_getpid, [0; 6])?;
+            let mut deliver = 0;
+            loop {
+                ptrace::single_step_with(pid, deliver).map_err(call("PTRACE_SINGLESTEP", pid))?;
+                match ptrace::wait_stop(pid).map_err(call("waiting for the stop", pid))? {
+                    Stop::Gone => return Err(TraceeError::Gone(pid)),
+                    Stop::Group(_) => return Ok(()),
+                    Stop::Signal(libc::SIGSTOP) => deliver = signal,
+                    Stop::Signal(libc::SIGTRAP) => break,
+                    Stop::Signal(_) | Stop::Event | Stop::Other => deliver = 0,
+                }
+            }
+        }
+        Err(TraceeError::Unsupported(format!("process {pid} could not be stopped again")))
+    }
+
+    /// Takes note that a child has stopped.
+    pub fn read_stop(&mut self, inner: i32) -> Result<(), TraceeError> {
+        let options = (libc::WSTOPPED | libc::WNOHANG | libc::__WALL) as u64;
+        let args = [libc::P_PID as u64, inner as u64, 0, options, 0, 0];
+        self.remote.call("waitid", libc::SYS_waitid, args).map(drop)
     }
 
     /// Collects a child that has ended.
@@ -263,8 +294,11 @@ impl Space {
     }
 
     fn map(&mut self, mapping: &Mapping, shared: &mut SharedMemory<'_>) -> Result<(), TraceeError> {
+        if mapping.is_sysv() {
+            return self.attach(mapping, shared);
+        }
         let sharing = if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        let object = mapping.is_shared_memory();
+        let object = mapping.is_object();
         let in_volume =
             shared.volumes.iter().any(|volume| Path::new(&mapping.name).starts_with(&volume.path));
         if mapping.shared && !object && !mapping.is_read_only_file() && !in_volume {
@@ -286,6 +320,9 @@ impl Space {
                 self.remote.call("openat", libc::SYS_openat, [libc::AT_FDCWD as u64, at, flags, 0, 0, 0])?;
         } else {
             flags |= libc::MAP_ANONYMOUS;
+            if mapping.is_huge() {
+                flags |= libc::MAP_HUGETLB;
+            }
             if mapping.name == "[stack]" {
                 flags |= libc::MAP_GROWSDOWN;
             }
@@ -294,10 +331,35 @@ impl Space {
             }
         }
         let (start, protection) = (mapping.start, mapping.protection as u64);
-        let args = [start, mapping.len(), protection, flags as u64, file, mapping.offset];
+        let offset = if mapping.is_file() { mapping.offset } else { 0 };
+        let args = [start, mapping.len(), protection, flags as u64, file, offset];
         self.remote.call("mmap", libc::SYS_mmap, args)?;
         if mapping.is_file() {
             self.remote.call("close", libc::SYS_close, [file, 0, 0, 0, 0, 0])?;
+        }
+        Ok(())
+    }
+
+    /// Attaches SysV shared memory, which the kernel counts by who attaches it.
+    fn attach(&mut self, mapping: &Mapping, shared: &SharedMemory<'_>) -> Result<(), TraceeError> {
+        let segment = shared.objects.get(&mapping.inode).and_then(|object| object.object.segment);
+        let bytes = segment.map_or(0, |segment| segment.bytes.next_multiple_of(PAGE_SIZE));
+        let Some(segment) = segment.filter(|_| mapping.offset == 0 && mapping.len() == bytes) else {
+            let text = format!("SysV shared memory at {:#x} is not mapped as a whole", mapping.start);
+            return Err(TraceeError::Unsupported(text));
+        };
+        let mut flags = 0;
+        if mapping.protection & libc::PROT_WRITE == 0 {
+            flags |= libc::SHM_RDONLY;
+        }
+        if mapping.protection & libc::PROT_EXEC != 0 {
+            flags |= libc::SHM_EXEC;
+        }
+        let args = [segment.id as u64, mapping.start, flags as u64, 0, 0, 0];
+        self.remote.call("shmat", libc::SYS_shmat, args)?;
+        if mapping.protection & libc::PROT_READ == 0 {
+            let args = [mapping.start, mapping.len(), mapping.protection as u64, 0, 0, 0];
+            self.remote.call("mprotect", libc::SYS_mprotect, args)?;
         }
         Ok(())
     }

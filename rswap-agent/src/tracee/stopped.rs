@@ -2,8 +2,13 @@
 
 use std::{collections::BTreeSet, fs, time::Duration};
 
-use super::{TraceeError, tree};
-use crate::sys::ptrace::{self, Stop};
+use super::{
+    TraceeError,
+    capture::Status,
+    tree,
+    waits::{self, Now, TimedWait},
+};
+use crate::sys::ptrace::{self, SignalInfo, Stop};
 
 /// How long one thread may take to stop: in a wait that no signal ends (for a disk, or for a child to execute a program)
 /// it stops when that is over.
@@ -17,20 +22,27 @@ pub struct StoppedProcess {
     pid: i32,
     /// The stopped threads, the leader first.
     threads: Vec<StoppedThread>,
+    /// The signal by which the program itself was stopped before.
+    stop_signal: Option<i32>,
 }
 
 /// One stopped thread.
 #[derive(Clone, Copy, Debug)]
 struct StoppedThread {
     tid: i32,
-    /// The signal that it was about to receive when it stopped, to be delivered when it goes on; or 0.
-    held_signal: i32,
+    /// The signal that it was about to receive when it stopped: it is in no queue any more.
+    held_signal: Option<SignalInfo>,
+    /// It makes the call again that the stop has interrupted.
+    repeats: bool,
+    /// The wait that the stop has interrupted.
+    wait: Option<TimedWait>,
 }
 
 impl StoppedProcess {
     /// Stops every thread of `pid`, none missed: the threads are listed until a pass finds no new one.
     pub fn stop(pid: i32) -> Result<Self, TraceeError> {
-        let mut stopped = Self { pid, threads: Vec::new() };
+        let mut stopped = Self { pid, threads: Vec::new(), stop_signal: None };
+        let now = Now::read();
         let mut known = BTreeSet::new();
         for _ in 0..MAX_PASSES {
             let fresh: Vec<i32> = list_threads(pid)?.into_iter().filter(|tid| !known.contains(tid)).collect();
@@ -46,9 +58,25 @@ impl StoppedProcess {
             }
             for tid in fresh {
                 known.insert(tid);
-                if let Some(thread) = stop_thread(tid)? {
-                    stopped.threads.push(thread);
+                let sleep = now.and_then(|now| now.look(tid));
+                let Some(stop) = stop_thread(tid)? else { continue };
+                let registers = waits::registers(tid)?;
+                let mut thread = StoppedThread {
+                    tid,
+                    held_signal: None,
+                    repeats: waits::may_be_repeated(&registers),
+                    wait: waits::find(tid, &registers, sleep),
+                };
+                match stop {
+                    Stop::Signal(_) => {
+                        let info = ptrace::signal_info(tid);
+                        thread.held_signal = Some(info.map_err(TraceeError::call("PTRACE_GETSIGINFO", tid))?);
+                    }
+                    Stop::Group(signal) => stopped.stop_signal = Some(signal),
+                    _ => {}
                 }
+                thread.repeats &= thread.held_signal.is_none();
+                stopped.threads.push(thread);
             }
         }
         Err(TraceeError::Unsupported(format!("process {pid} makes threads faster than they can be stopped")))
@@ -63,14 +91,52 @@ impl StoppedProcess {
     pub fn tids(&self) -> Vec<i32> {
         self.threads.iter().map(|thread| thread.tid).collect()
     }
+
+    /// The signal that thread `tid` was about to receive.
+    pub fn held_signal(&self, tid: i32) -> Option<&SignalInfo> {
+        self.threads.iter().find(|thread| thread.tid == tid)?.held_signal.as_ref()
+    }
+
+    /// Whether thread `tid` is to make its interrupted call again.
+    pub fn repeats(&self, tid: i32) -> bool {
+        self.threads.iter().any(|thread| thread.tid == tid && thread.repeats && !has_signals(tid))
+    }
+
+    /// The wait that thread `tid` is in.
+    pub fn wait(&self, tid: i32) -> Option<TimedWait> {
+        self.threads.iter().find(|thread| thread.tid == tid)?.wait
+    }
+
+    /// The signal by which the program was stopped before it was stopped for us.
+    pub fn stop_signal(&self) -> Option<i32> {
+        self.stop_signal
+    }
+}
+
+/// Whether a signal waits that the thread does not block.
+fn has_signals(tid: i32) -> bool {
+    let Ok(status) = Status::read(tid) else { return false };
+    let set = |name| status.radix(name, 16).unwrap_or(0);
+    (set("SigPnd:") | set("ShdPnd:")) & !set("SigBlk:") != 0
 }
 
 impl Drop for StoppedProcess {
     fn drop(&mut self) {
         for thread in &self.threads {
             // A thread that was killed meanwhile can't be detached, and needn't be.
-            let _ = ptrace::detach(thread.tid, thread.held_signal);
+            let _ = thread.release();
         }
+    }
+}
+
+impl StoppedThread {
+    fn release(&self) -> std::io::Result<()> {
+        if self.repeats && !has_signals(self.tid) {
+            ptrace::set_registers(self.tid, &waits::repeated(ptrace::registers(self.tid)?))?;
+        }
+        let Some(info) = &self.held_signal else { return ptrace::detach(self.tid, 0) };
+        ptrace::set_signal_info(self.tid, info)?;
+        ptrace::detach(self.tid, i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))
     }
 }
 
@@ -89,8 +155,8 @@ pub fn list_threads(pid: i32) -> Result<Vec<i32>, TraceeError> {
 }
 
 /// Stops one thread, or returns `None` when it ended first.
-fn stop_thread(tid: i32) -> Result<Option<StoppedThread>, TraceeError> {
-    if let Err(error) = ptrace::seize(tid, false, false) {
+fn stop_thread(tid: i32) -> Result<Option<Stop>, TraceeError> {
+    if let Err(error) = ptrace::seize(tid) {
         return match error.raw_os_error() {
             // What ends, or has a tracer, is not permitted either (`ptrace_attach` in kernel/ptrace.c).
             Some(libc::ESRCH | libc::EPERM) if tree::has_thread_ended(tid) => Ok(None),
@@ -99,8 +165,7 @@ fn stop_thread(tid: i32) -> Result<Option<StoppedThread>, TraceeError> {
     }
     ptrace::interrupt(tid).map_err(TraceeError::call("PTRACE_INTERRUPT", tid))?;
     match ptrace::wait_stop_within(tid, STOP_LIMIT).map_err(TraceeError::call("stopping", tid))? {
-        Stop::Event | Stop::Other => Ok(Some(StoppedThread { tid, held_signal: 0 })),
-        Stop::Signal(signal) => Ok(Some(StoppedThread { tid, held_signal: signal })),
         Stop::Gone => Ok(None),
+        stop => Ok(Some(stop)),
     }
 }

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fs};
 
 use serde::{Deserialize, Serialize};
 
-use super::{TraceeError, capture::Status, read_proc};
+use super::{TraceeError, capture::Status, cgroups, read_proc};
 use crate::instance::Instance;
 
 /// The pid of the instance's init in its namespace.
@@ -60,9 +60,17 @@ pub fn members(instance: &Instance) -> Result<Vec<Member>, TraceeError> {
 
 /// The living processes of an adopted or started instance, from its cgroup: for what needs no tree.
 pub fn listed(instance: &Instance) -> Result<Vec<i32>, TraceeError> {
-    let text = read_proc(&instance.cgroup.join("cgroup.procs").to_string_lossy())?;
-    let pids = text.lines().filter_map(|line| line.parse().ok());
-    Ok(pids.filter(|pid| Some(*pid) != instance.init_pid).collect())
+    let mut pids = Vec::new();
+    let below = cgroups::below(&instance.cgroup).unwrap_or_default();
+    for cgroup in std::iter::once(&instance.cgroup).chain(&below) {
+        match read_proc(&cgroup.join("cgroup.procs").to_string_lossy()) {
+            // It was removed since the directories were listed.
+            Err(_) if !cgroup.exists() && *cgroup != instance.cgroup => {}
+            text => pids.extend(text?.lines().filter_map(|line| line.parse::<i32>().ok())),
+        }
+    }
+    pids.retain(|pid| Some(*pid) != instance.init_pid);
+    Ok(pids)
 }
 
 fn parents_first(mut members: Vec<Member>) -> Vec<Member> {

@@ -1,0 +1,312 @@
+//! What a program has asked of parts of its memory: madvise(2), mlock(2), mseal(2), and pages that guard.
+
+use std::{collections::BTreeSet, ops::Range};
+
+use serde::{Deserialize, Serialize};
+
+use super::{TraceeError, capture::Status, layout, read_proc, remote::Remote};
+use crate::sys::pagemap::{Pagemap, Query, category};
+
+/// What mmap(2) gives for `MAP_HUGETLB` alone on x86-64, as it is set up usually.
+pub const USUAL_HUGE_PAGE: u64 = 2 << 20;
+
+const MADV_GUARD_INSTALL: i32 = 102;
+/// `MLOCK_ONFAULT`, and `MCL_ONFAULT` for all that is mapped later.
+const MLOCK_ONFAULT: u64 = 1;
+const MCL_FUTURE: u64 = 2;
+const MCL_ONFAULT: u64 = 4;
+const SYS_MSEAL: libc::c_long = 462;
+
+/// Flags of `/proc/PID/smaps` and the advice that sets each (proc_pid_smaps(5), fs/proc/task_mmu.c).
+const ADVICE: [(&str, i32); 8] = [
+    ("sr", libc::MADV_SEQUENTIAL),
+    ("rr", libc::MADV_RANDOM),
+    ("dc", libc::MADV_DONTFORK),
+    ("dd", libc::MADV_DONTDUMP),
+    ("wf", libc::MADV_WIPEONFORK),
+    ("mg", libc::MADV_MERGEABLE),
+    ("hg", libc::MADV_HUGEPAGE),
+    ("nh", libc::MADV_NOHUGEPAGE),
+];
+const LOCKED: &str = "lo";
+const LOCKED_ON_FAULT: &str = "lf";
+const SEALED: &str = "sl";
+/// There may be guard pages (Linux 6.19 and kernels that have it from there).
+const MAY_GUARD: &str = "gu";
+
+/// What is asked of the memory of a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Advice {
+    /// Of which part, and what; what nothing is asked of is not there.
+    pub parts: Vec<Part>,
+    /// Pages that nobody may touch (`MADV_GUARD_INSTALL`).
+    pub guards: Vec<Range<u64>>,
+    /// `mlockall(MCL_FUTURE)`, with its flags; 0 without.
+    pub locks_later: u64,
+}
+
+/// Part of an address space.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte.
+    pub end: u64,
+    /// `MADV_*`.
+    pub advice: Vec<i32>,
+    /// It is locked: `MLOCK_*`.
+    pub locked: Option<u64>,
+    /// Its mappings may not be changed any more.
+    pub sealed: bool,
+    /// Its protection key (pkeys(7)) with its protection; the key 0 is everybody's.
+    pub key: Option<(i32, i32)>,
+}
+
+/// Reads it from the text of `/proc/PID/smaps`, which is taken while the process behind `leader` stands still; the kernel needs
+/// time for it that grows with the memory.
+pub fn capture(leader: &mut Remote, smaps: &str) -> Result<Advice, TraceeError> {
+    let pid = leader.tid();
+    let areas = parse(smaps);
+    let mut advice = Advice { parts: parts(&areas), ..Advice::default() };
+    if advice.parts.iter().any(|part| part.locked.is_some()) {
+        // What is mapped later shows in what is mapped now.
+        let fresh = leader.scratch_at();
+        let smaps = read_proc(&format!("/proc/{pid}/smaps"))?;
+        let areas = parse(&smaps);
+        let of_fresh = areas.iter().find(|area| area.start <= fresh && fresh < area.end);
+        advice.locks_later = of_fresh.map_or(0, |area| match (area.has(LOCKED), area.has(LOCKED_ON_FAULT)) {
+            (true, true) => MCL_FUTURE | MCL_ONFAULT,
+            (true, false) => MCL_FUTURE,
+            (false, _) => 0,
+        });
+    }
+    advice.guards = guards(pid, &areas)?;
+    Ok(advice)
+}
+
+/// The guard pages; none on a kernel that has no such thing (before Linux 6.13; before 6.15 they can't be seen).
+fn guards(pid: i32, areas: &[Area<'_>]) -> Result<Vec<Range<u64>>, TraceeError> {
+    let tells = areas.iter().any(|area| area.has(MAY_GUARD));
+    let mut pagemap = Pagemap::open(pid).map_err(TraceeError::call("opening the page map", pid))?;
+    let mut found = Vec::new();
+    for area in areas.iter().filter(|area| !area.kernels_own && (!tells || area.has(MAY_GUARD))) {
+        let mut regions = Vec::new();
+        let query = Query { all_of: category::GUARD, report: category::GUARD, ..Query::default() };
+        match pagemap.scan(area.start, area.end, query, &mut regions) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(Vec::new()),
+            scanned => scanned.map_err(TraceeError::call("PAGEMAP_SCAN for guard pages", pid))?,
+        }
+        found.extend(regions.into_iter().map(|region| region.start..region.end));
+    }
+    Ok(found)
+}
+
+/// Asks the same of the memory of a stub, whose contents are complete.
+pub fn restore(leader: &mut Remote, advice: &Advice) -> Result<(), TraceeError> {
+    restore_keys(leader, advice)?;
+    for part in &advice.parts {
+        let (start, len) = (part.start, part.end - part.start);
+        for &what in &part.advice {
+            leader.call("madvise", libc::SYS_madvise, [start, len, what as u64, 0, 0, 0])?;
+        }
+    }
+    // Not possible any more where memory is locked.
+    for Range { start, end } in &advice.guards {
+        let args = [*start, end - start, MADV_GUARD_INSTALL as u64, 0, 0, 0];
+        leader.call("madvise(MADV_GUARD_INSTALL)", libc::SYS_madvise, args)?;
+    }
+    for part in &advice.parts {
+        part.locked.map_or(Ok(()), |flags| lock(leader, part, flags))?;
+    }
+    for part in advice.parts.iter().filter(|part| part.sealed) {
+        leader.call("mseal", SYS_MSEAL, [part.start, part.end - part.start, 0, 0, 0, 0])?;
+    }
+    match advice.locks_later {
+        0 => Ok(()),
+        flags => leader.call("mlockall", libc::SYS_mlockall, [flags, 0, 0, 0, 0, 0]).map(drop),
+    }
+}
+
+fn lock(leader: &mut Remote, part: &Part, flags: u64) -> Result<(), TraceeError> {
+    let len = part.end - part.start;
+    let before = locked_kib(leader.tid())?;
+    match leader.call("mlock2", libc::SYS_mlock2, [part.start, len, flags, 0, 0, 0]) {
+        // It is locked, but not all of it can be there: nobody may touch it.
+        Err(TraceeError::Remote { source, .. })
+            if source.raw_os_error() == Some(libc::ENOMEM)
+                && locked_kib(leader.tid())? == before + len / 1024 =>
+        {
+            Ok(())
+        }
+        locked => locked.map(drop),
+    }
+}
+
+fn locked_kib(pid: i32) -> Result<u64, TraceeError> {
+    Ok(Status::read(pid)?.number("VmLck:").unwrap_or(0))
+}
+
+/// Gives parts their protection keys. What the threads may do with those comes with the rest of their registers.
+fn restore_keys(leader: &mut Remote, advice: &Advice) -> Result<(), TraceeError> {
+    let wanted: BTreeSet<i32> = advice.parts.iter().filter_map(|part| Some(part.key?.0)).collect();
+    let Some(last) = wanted.last() else { return Ok(()) };
+    let mut unwanted = Vec::new();
+    loop {
+        // The kernel gives the lowest one that is free.
+        let key = leader.call("pkey_alloc", libc::SYS_pkey_alloc, [0; 6])? as i32;
+        if !wanted.contains(&key) {
+            unwanted.push(key);
+        }
+        if key >= *last {
+            break;
+        }
+    }
+    for part in &advice.parts {
+        let Some((key, protection)) = part.key else { continue };
+        let args = [part.start, part.end - part.start, protection as u64, key as u64, 0, 0];
+        leader.call("pkey_mprotect", libc::SYS_pkey_mprotect, args)?;
+    }
+    for key in unwanted {
+        leader.call("pkey_free", libc::SYS_pkey_free, [key as u64, 0, 0, 0, 0, 0])?;
+    }
+    Ok(())
+}
+
+/// Whether process `pid` has huge pages of another size than the usual one, of those that are set aside.
+pub fn has_unusual_huge_pages(pid: i32) -> Result<bool, TraceeError> {
+    let smaps = read_proc(&format!("/proc/{pid}/smaps"))?;
+    Ok(parse(&smaps).iter().any(|area| area.page_kib > 4 && area.page_kib * 1024 != USUAL_HUGE_PAGE))
+}
+
+/// Where memory of process `pid` is to come from, if that isn't left to the kernel (set_mempolicy(2)).
+pub fn memory_policy(pid: i32) -> Option<String> {
+    // Without NUMA there is no such file.
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/numa_maps")).ok()?;
+    maps.lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .find(|policy| *policy != "default")
+        .map(str::to_owned)
+}
+
+/// A mapping as `/proc/PID/smaps` tells it.
+struct Area<'a> {
+    start: u64,
+    end: u64,
+    kernels_own: bool,
+    flags: &'a str,
+    protection: i32,
+    key: i32,
+    page_kib: u64,
+}
+
+impl Area<'_> {
+    fn has(&self, flag: &str) -> bool {
+        self.flags.split_whitespace().any(|word| word == flag)
+    }
+
+    fn part(&self) -> Part {
+        let advice = ADVICE.iter().filter(|(flag, _)| self.has(flag)).map(|(_, advice)| *advice).collect();
+        let on_fault = if self.has(LOCKED_ON_FAULT) { MLOCK_ONFAULT } else { 0 };
+        Part {
+            start: self.start,
+            end: self.end,
+            advice,
+            locked: self.has(LOCKED).then_some(on_fault),
+            sealed: self.has(SEALED),
+            key: (self.key != 0).then_some((self.key, self.protection)),
+        }
+    }
+}
+
+fn parts(areas: &[Area<'_>]) -> Vec<Part> {
+    let mut parts: Vec<Part> = Vec::new();
+    for part in areas.iter().filter(|area| !area.kernels_own).map(Area::part) {
+        let alike = |last: &&mut Part| {
+            last.end == part.start
+                && (&last.advice, last.locked, last.sealed, last.key)
+                    == (&part.advice, part.locked, part.sealed, part.key)
+        };
+        match parts.last_mut().filter(alike) {
+            Some(last) => last.end = part.end,
+            None => parts.push(part),
+        }
+    }
+    parts
+        .retain(|part| !part.advice.is_empty() || part.locked.is_some() || part.sealed || part.key.is_some());
+    parts
+}
+
+fn parse(smaps: &str) -> Vec<Area<'_>> {
+    let mut areas: Vec<Area<'_>> = Vec::new();
+    for line in smaps.lines() {
+        if let (Some(area), Some((name, value))) = (areas.last_mut(), line.split_once(':'))
+            && !name.contains(' ')
+        {
+            let number = || value.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
+            match name {
+                "VmFlags" => area.flags = value,
+                "ProtectionKey" => area.key = number().unwrap_or(0) as i32,
+                "KernelPageSize" => area.page_kib = number().unwrap_or(0),
+                _ => {}
+            }
+            continue;
+        }
+        areas.extend(parse_head(line));
+    }
+    areas
+}
+
+/// The first line of a mapping, which is as in `/proc/PID/maps`.
+fn parse_head(line: &str) -> Option<Area<'_>> {
+    let mapping = layout::parse_line(line)?;
+    Some(Area {
+        start: mapping.start,
+        end: mapping.end,
+        kernels_own: mapping.is_kernels_own(),
+        flags: "",
+        protection: mapping.protection,
+        key: 0,
+        page_kib: 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SMAPS: &str = "\
+55d0a0000000-55d0a0001000 rw-p 00000000 00:00 0                          [heap]
+Size:                  4 kB
+VmFlags: rd wr mr mw me ac
+7f0000000000-7f0000002000 rw-p 00000000 00:00 0
+VmFlags: rd wr mr mw me dc lo lf ac
+7f0000002000-7f0000003000 ---p 00000000 00:00 0
+VmFlags: mr mw me dc lo lf ac
+7f0000003000-7f0000004000 rw-p 00000000 00:00 0
+ProtectionKey:         2
+VmFlags: rd wr mr mw me hg sl
+7ffc00000000-7ffc00002000 r-xp 00000000 00:00 0                          [vdso]
+VmFlags: rd ex mr mw me de
+";
+
+    #[test]
+    fn neighbours_of_which_the_same_is_asked_are_one_part() {
+        let found = parts(&parse(SMAPS));
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!((found[0].start, found[0].end), (0x7f00_0000_0000, 0x7f00_0000_3000));
+        assert_eq!(
+            (&found[0].advice[..], found[0].locked),
+            (&[libc::MADV_DONTFORK][..], Some(MLOCK_ONFAULT))
+        );
+        assert_eq!((&found[1].advice[..], found[1].sealed), (&[libc::MADV_HUGEPAGE][..], true));
+        assert_eq!(found[1].key, Some((2, libc::PROT_READ | libc::PROT_WRITE)));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_text_never_panics(text in ".{0,200}") {
+            parts(&parse(&text));
+        }
+    }
+}

@@ -1,0 +1,189 @@
+"""A process that checks its memory, kind by kind: `memory.py LOG FILE HUGE_PAGES`.
+
+FILE is made, mapped and deleted. HUGE_PAGES of 2 MiB are mapped and written.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import sys
+import time
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+PAGE = 4096
+PAGES = 16
+HUGE = 2 << 20
+MLOCK2, MSEAL = 325, 462
+ADVICE = {"dontfork": 10, "dontdump": 16, "wipeonfork": 18, "mergeable": 12, "hugepage": 14, "nohugepage": 15,
+          "sequential": 2, "random": 1}
+GUARD_INSTALL = 102
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+def checked(result, what):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), what)
+    return result
+
+
+def anonymous(length, flags=0):
+    at = libc.mmap(None, length, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags, -1, 0)
+    if at == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap")
+    # A gap, so that neighbours stay apart.
+    libc.mmap(None, PAGE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    return at
+
+
+def flags():
+    """What the kernel tells of each mapping, by its address; what it notes by itself is left out."""
+    found, at = {}, None
+    for line in open("/proc/self/smaps"):
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            at = int(words[0].split("-")[0], 16)
+        elif words[0] in ("VmFlags:", "ProtectionKey:"):
+            found.setdefault(at, []).extend(word for word in words[1:] if word not in ("sd", "um", "uw", "ui", "gu", "ac", "nr"))
+    return found
+
+
+class Area:
+    """Memory in which every page has a number, which all go up together."""
+
+    def __init__(self, name, at, pages, writable=True):
+        self.name, self.at, self.pages, self.writable, self.turn = name, at, pages, writable, 0
+        if writable:
+            self.write()
+
+    def write(self):
+        self.turn += 1
+        for page in range(self.pages):
+            ctypes.c_uint64.from_address(self.at + page * PAGE).value = self.turn * 1000 + page
+
+    def check(self):
+        for page in range(self.pages):
+            found = ctypes.c_uint64.from_address(self.at + page * PAGE).value
+            if found != self.turn * 1000 + page:
+                raise ValueError(f"{self.name}: page {page} has {found} in turn {self.turn}")
+        if self.writable:
+            self.write()
+
+
+def can_be_read(at):
+    data = ctypes.create_string_buffer(8)
+    local = struct.pack("<QQ", ctypes.addressof(data), 8)
+    remote = struct.pack("<QQ", at, 8)
+    return libc.process_vm_readv(os.getpid(), local, 1, remote, 1, 0) == 8
+
+
+def main():
+    path, file_name, huge_pages = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    log = open(path, "a", buffering=1)
+    areas, watched = [], []
+    for name, advice in ADVICE.items():
+        at = anonymous(HUGE * 2 if name == "hugepage" else PAGES * PAGE)
+        checked(libc.madvise(ctypes.c_void_p(at), PAGES * PAGE, advice), name)
+        areas.append(Area(name, at, PAGES))
+        watched.append(at)
+
+    at = anonymous(PAGES * PAGE)
+    checked(libc.mlock(ctypes.c_void_p(at), PAGES * PAGE), "mlock")
+    areas.append(Area("mlock", at, PAGES))
+    watched.append(at)
+    at = anonymous(PAGES * PAGE)
+    checked(libc.syscall(MLOCK2, ctypes.c_void_p(at), PAGES * PAGE, 1), "mlock2")
+    areas.append(Area("mlock2", at, 2))
+    watched.append(at)
+    at = anonymous(PAGES * PAGE)
+    areas.append(Area("mseal", at, PAGES))
+    checked(libc.syscall(MSEAL, ctypes.c_void_p(at), PAGES * PAGE, 0), "mseal")
+    watched.append(at)
+
+    guarded = anonymous(PAGES * PAGE)
+    checked(libc.madvise(ctypes.c_void_p(guarded), 2 * PAGE, GUARD_INSTALL), "guard pages")
+    areas.append(Area("behind guards", guarded + 2 * PAGE, PAGES - 2))
+
+    if libc.pkey_alloc(0, 0) == 1:
+        at = anonymous(PAGES * PAGE)
+        areas.append(Area("key", at, PAGES))
+        checked(libc.pkey_mprotect(ctypes.c_void_p(at), PAGES * PAGE, 3, 1), "pkey_mprotect")
+        watched.append(at)
+
+    if huge_pages:
+        at = anonymous(huge_pages * HUGE, mmap.MAP_ANONYMOUS | 0x40000)
+        areas.append(Area("huge pages", at, huge_pages * HUGE // PAGE - 7))
+        watched.append(at)
+
+    with open(file_name, "wb") as file:
+        for page in range(PAGES):
+            file.write(struct.pack("<Q", page) + bytes(PAGE - 8))
+    descriptor = os.open(file_name, os.O_RDWR)
+    for name, sharing in (("deleted file", mmap.MAP_PRIVATE), ("deleted file, as it is", mmap.MAP_PRIVATE)):
+        at = libc.mmap(None, PAGES * PAGE, 3, sharing, descriptor, 0)
+        areas.append(Area(name, at, PAGES, writable=name == "deleted file"))
+    os.close(descriptor)
+    os.unlink(file_name)
+
+    memory = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, PAGES * PAGE)
+    at = libc.mmap(None, PAGES * PAGE, 3, mmap.MAP_SHARED, memory, 0)
+    areas.append(Area("sealed memory", at, PAGES))
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, SEALS)
+    os.close(memory)
+
+    heap = libc.sbrk
+    heap.restype, heap.argtypes = ctypes.c_void_p, [ctypes.c_long]
+    at = heap(PAGES * PAGE + PAGE)
+    areas.append(Area("heap", at, PAGES))
+
+    first = flags()
+    child = os.fork()
+    if child == 0:
+        # Locked as a whole, with all that comes later.
+        checked(libc.mlockall(1 | 2), "mlockall")
+        while os.getppid() != 1:
+            late = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(late))
+            begins = [at for at in flags() if at <= start]
+            if "lo" not in flags()[max(begins)]:
+                log.write("MISMATCH what is mapped now is not locked\n")
+            log.write("locked=1\n")
+            time.sleep(0.1)
+        os._exit(0)
+    while True:
+        for area in areas:
+            try:
+                area.check()
+            except ValueError as error:
+                log.write(f"MISMATCH {error}\n")
+                os._exit(1)
+        now = flags()
+        for at in watched:
+            if now.get(at) != first[at]:
+                log.write(f"MISMATCH {at:#x} was {first[at]} and is {now.get(at)}\n")
+                os._exit(1)
+        if can_be_read(guarded) or can_be_read(guarded + PAGE) or not can_be_read(guarded + 2 * PAGE):
+            log.write("MISMATCH the guard pages are not where they were\n")
+            os._exit(1)
+        with open("/proc/self/map_files/" + map_file(at_of(areas, "sealed memory")), "rb") as file:
+            if fcntl.fcntl(file, fcntl.F_GET_SEALS) != SEALS:
+                log.write("MISMATCH the seals are not as they were\n")
+                os._exit(1)
+        log.write("checked=1\n")
+        time.sleep(0.05)
+
+
+def at_of(areas, name):
+    return next(area.at for area in areas if area.name == name)
+
+
+def map_file(at):
+    return next(name for name in os.listdir("/proc/self/map_files") if int(name.split("-")[0], 16) == at)
+
+
+main()

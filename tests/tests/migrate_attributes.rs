@@ -1,0 +1,91 @@
+//! What processes have set for themselves migrates: rights, restrictions, priorities, directories, and what they have
+//! asked of their memory.
+
+use std::fs;
+
+use anyhow::Context;
+use rswap_tests::{
+    reason_to_skip,
+    scene::{Scene, further},
+};
+
+#[test]
+fn rights_and_restrictions_are_the_same_everywhere() -> anyhow::Result<()> {
+    if reason_to_skip("rights_and_restrictions_are_the_same_everywhere").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let directory = scene.fleet.scratch().join("root");
+    fs::create_dir(&directory)?;
+    scene.python("attributes", &[], &[&directory.to_string_lossy()])?;
+    let goes_on = |log: &std::path::Path| {
+        let names = ["credentials", "habits", "root", "filter", "strict"];
+        names.iter().try_for_each(|name| further(log, name, 3))
+    };
+    goes_on(&scene.log)?;
+    scene.three_moves("attributes", goes_on)
+}
+
+#[test]
+fn what_is_asked_of_memory_holds_everywhere() -> anyhow::Result<()> {
+    if reason_to_skip("what_is_asked_of_memory_holds_everywhere").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    // Two copies for the time of a move.
+    let huge = HugePages::reserve(8)?;
+    let file = scene.fleet.scratch().join("deleted");
+    let pages = if huge.enough { "2" } else { "0" };
+    scene.python("memory", &[], &[&file.to_string_lossy(), pages])?;
+    let goes_on = |log: &std::path::Path| further(log, "checked", 3).and_then(|()| further(log, "locked", 2));
+    goes_on(&scene.log)?;
+    scene.three_moves("memory", goes_on)
+}
+
+#[test]
+fn huge_pages_that_are_not_there_are_refused() -> anyhow::Result<()> {
+    if reason_to_skip("huge_pages_that_are_not_there_are_refused").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let huge = HugePages::reserve(3)?;
+    if !huge.enough {
+        rswap_tests::skip("huge_pages_that_are_not_there_are_refused", "no huge pages can be set aside");
+        return Ok(());
+    }
+    let file = scene.fleet.scratch().join("deleted");
+    scene.python("memory", &[], &[&file.to_string_lossy(), "3"])?;
+    further(&scene.log, "checked", 1)?;
+    let Err(reason) = scene.a.migrate("memory", &scene.b.migrate_address())?.end()? else {
+        anyhow::bail!("it was moved where there are no huge pages");
+    };
+    anyhow::ensure!(reason.contains("huge pages are needed"), "{reason}");
+    further(&scene.log, "checked", 2)
+}
+
+/// Huge pages that are set aside, and given back at the end.
+struct HugePages {
+    before: u64,
+    enough: bool,
+}
+
+const SETTING: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    fn reserve(pages: u64) -> anyhow::Result<Self> {
+        let read = || -> anyhow::Result<u64> {
+            fs::read_to_string(SETTING)?.trim().parse().context("no number of huge pages")
+        };
+        let before = read()?;
+        fs::write(SETTING, (before + pages).to_string())?;
+        Ok(Self { before, enough: read()? == before + pages })
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(SETTING, self.before.to_string()) {
+            eprintln!("cannot give huge pages back: {error}");
+        }
+    }
+}
