@@ -19,7 +19,6 @@
 //! it has verified and only after it has read the commit, so there are never two running copies.
 
 pub mod cache;
-pub mod codec;
 pub mod converge;
 pub mod destination;
 pub mod digest;
@@ -38,6 +37,8 @@ pub mod wire;
 
 #[cfg(test)]
 mod tests;
+
+use rswap_codec as codec;
 
 pub use progress::{Phase, Progress, Report};
 pub use traits::{DestinationTask, PAGE_SIZE, PageRange, SourceTask, TaskError, Written};

@@ -9,7 +9,7 @@
 use super::offer::Objection;
 
 /// Bytes in a page: the unit of tracking, of the codec and of the digest.
-pub const PAGE_SIZE: usize = 4096;
+pub use rswap_codec::PAGE_SIZE;
 
 /// A run of pages of one address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

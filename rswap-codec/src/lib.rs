@@ -1,6 +1,9 @@
 //! How a page is written: whichever is smallest of a marker, a delta, LZ4, and the page itself.
+//!
+//! A crate of its own, so that it is optimised where the rest is built for tests.
 
-use super::traits::PAGE_SIZE;
+/// Bytes in a page.
+pub const PAGE_SIZE: usize = 4096;
 
 /// A page that compresses to more than this is sent as it is: decompressing costs the freeze time.
 const WORTH_IT: usize = PAGE_SIZE - PAGE_SIZE / 8;
