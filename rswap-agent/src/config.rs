@@ -256,6 +256,9 @@ pub struct PlanConfig {
     /// What a GiB sent to another host costs, in money.
     #[serde(deserialize_with = "non_negative")]
     pub cost_per_gib_sent: f64,
+    /// Moves that may be on their way to one host at once.
+    #[serde(deserialize_with = "positive_u32")]
+    pub moves_per_host: u32,
     /// Speed of the link to other hosts, in bytes per second, until it has been measured.
     #[serde(deserialize_with = "positive")]
     pub link_bytes_per_s: f64,
@@ -273,6 +276,7 @@ impl Default for PlanConfig {
             horizon_ms: 60_000,
             unavailability_cost_per_hour: 10.0,
             cost_per_gib_sent: 0.0005,
+            moves_per_host: 4,
             link_bytes_per_s: 100e6,
         }
     }

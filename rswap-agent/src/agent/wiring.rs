@@ -147,6 +147,7 @@ impl Wiring {
         };
         Some(InstanceView {
             instance: instance.name.clone(),
+            host: None,
             cpu_pool: instance.pool.clone(),
             demand,
             cores: profile.cpu.cores,

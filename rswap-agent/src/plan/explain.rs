@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Table, presets::UTF8_BORDERS_ONLY};
 
-use super::{Candidate, Decision, MoveKind, Outcome};
+use super::{Candidate, Decision, MoveKind, Outcome, StayReason};
 
 /// The whole decision: the need it rests on, every pool with its numbers, the result and why.
 pub fn explain(decision: &Decision) -> String {
@@ -67,7 +67,55 @@ pub fn explain(decision: &Decision) -> String {
             decision.threshold, decision.hysteresis,
         );
     }
+    if decision.left_out > 0 {
+        let _ = writeln!(text, "{} more pools were compared, none of them better", decision.left_out);
+    }
+    if let Some(change) = what_would_change(decision) {
+        let _ = writeln!(text, "it would be decided otherwise {change}");
+    }
     text
+}
+
+/// The nearest change of the numbers that would have led to another decision.
+fn what_would_change(decision: &Decision) -> Option<String> {
+    let current = decision.current.as_ref();
+    let best = decision.candidates.first();
+    Some(match &decision.outcome {
+        Outcome::Move { forced: true, .. } => {
+            let here = current?;
+            let (needed, has) = (here.terms.limit_cores, here.terms.available_cores);
+            format!("if it needed {has:.2} cores or less here instead of {needed:.2}, or had {needed:.2}")
+        }
+        Outcome::Move { to, .. } => {
+            let gain = current?.score - decision.candidates.iter().find(|c| c.pool == *to)?.total;
+            format!(
+                "if {to} cost {:.5}/h more, or the margin were above {gain:.5}/h",
+                gain - decision.hysteresis
+            )
+        }
+        Outcome::Stay { reason: StayReason::TooLittleSeen { seen, needed } } => {
+            format!("after {} more forecasts have met their outcome", needed.saturating_sub(*seen))
+        }
+        Outcome::Stay { reason: StayReason::UnderThreshold } => {
+            format!("if the threshold were under its score of {:.5}/h", current?.score)
+        }
+        Outcome::Stay { reason: StayReason::NothingBetter { best_gain: Some(gain), hysteresis } } => {
+            format!(
+                "if {} were {:.5}/h cheaper, or the margin under {gain:.5}/h",
+                best?.pool,
+                hysteresis - gain
+            )
+        }
+        Outcome::Stay { reason: StayReason::NoPoolFits | StayReason::NothingBetter { .. } } => {
+            let dropped = best?.dropped.as_ref()?;
+            format!("if {} were possible: {dropped}", best?.pool)
+        }
+        Outcome::Stay { reason: StayReason::CoolDown { left_ms } | StayReason::BackOff { left_ms, .. } } => {
+            format!("in {left_ms} ms")
+        }
+        Outcome::Stay { reason: StayReason::JustLeft { .. } } => "if the need forced it".to_owned(),
+        Outcome::Stay { reason: StayReason::InFlight | StayReason::OtherMoveFirst } => return None,
+    })
 }
 
 fn row(candidate: &Candidate) -> Vec<String> {

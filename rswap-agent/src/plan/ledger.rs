@@ -1,5 +1,5 @@
 //! Who is promised what in a round: capacity is reserved across decisions, so that two instances are never sent to
-//! the same free core.
+//! the same free core. Sums are kept per pool: what is left of one is known without a walk over all instances.
 
 use std::collections::BTreeMap;
 
@@ -15,91 +15,189 @@ pub(super) struct Promise {
     pub(super) bytes: u64,
 }
 
-#[derive(Clone, Debug)]
-struct Entry {
+/// Where an instance counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// On this host, on the CPU pool of this number; `None` = on every core.
+    Here(Option<usize>),
+    /// On the host pool of this number.
+    At(usize),
+    /// On a host that is no pool.
+    Elsewhere,
+}
+
+/// One promise at one place.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry {
     promise: Promise,
-    /// CPU pool that it sits on or goes to; `None` = every core.
-    cpu_pool: Option<String>,
-    /// Host that it goes to; `None` = this one.
-    host: Option<String>,
+    place: Place,
 }
 
 /// Free capacity per pool, for one round.
 pub(super) struct Ledger<'a> {
     pools: &'a [Pool],
+    by_name: &'a BTreeMap<&'a str, usize>,
     headroom: f64,
+    /// Numbers of this host's own pools.
+    own_pools: Vec<usize>,
     /// Use by what is not planned for, per pool.
     foreign: Vec<(f64, u64)>,
-    entries: BTreeMap<InstanceName, Entry>,
-    /// Targets of moves that are under way: the capacity is gone at both ends.
-    in_flight: Vec<(InstanceName, Entry)>,
+    /// What is promised, per pool.
+    promised: Vec<(f64, u64)>,
+    /// Moves that are on their way to it, per pool.
+    arrivals: Vec<u32>,
+    /// Where each instance counts: where it sits, then where it is going, as the capacity is gone at both ends.
+    entries: BTreeMap<InstanceName, Vec<Entry>>,
+}
+
+/// Who uses how many cores (of its pool) and bytes now, and where.
+pub(super) struct Seen<'v> {
+    pub(super) host: Option<&'v str>,
+    pub(super) cpu_pool: Option<&'v str>,
+    pub(super) cores: f64,
+    pub(super) bytes: u64,
 }
 
 impl<'a> Ledger<'a> {
-    /// `seen`: who uses how many cores (of its pool) and bytes now, on which CPU pool.
-    pub(super) fn new(pools: &'a [Pool], headroom: f64, seen: &[(Option<&str>, f64, u64)]) -> Self {
-        let foreign = pools
-            .iter()
-            .map(|pool| {
-                let (mut cores, mut bytes) = (pool.used.cores, pool.used.memory_bytes);
-                if !matches!(pool.kind, PoolKind::Host { .. }) {
-                    for (sits_on, own_cores, own_bytes) in seen {
-                        cores -= own_cores * overlap(pools, *sits_on, pool);
-                        bytes = bytes.saturating_sub(*own_bytes);
+    pub(super) fn new(
+        pools: &'a [Pool],
+        by_name: &'a BTreeMap<&'a str, usize>,
+        headroom: f64,
+        seen: &[Seen<'_>],
+    ) -> Self {
+        let own_pools: Vec<usize> =
+            (0..pools.len()).filter(|&i| !matches!(pools[i].kind, PoolKind::Host { .. })).collect();
+        let mut foreign: Vec<(f64, u64)> =
+            pools.iter().map(|pool| (pool.used.cores, pool.used.memory_bytes)).collect();
+        for seen in seen {
+            let mut take = |index: usize, cores: f64| {
+                let (used, bytes) = &mut foreign[index];
+                *used -= cores;
+                *bytes = bytes.saturating_sub(seen.bytes);
+            };
+            match seen.host {
+                Some(host) => by_name.get(host).into_iter().for_each(|&index| take(index, seen.cores)),
+                None => {
+                    for &index in &own_pools {
+                        take(index, seen.cores * overlap(pools, seen.cpu_pool, &pools[index]));
                     }
                 }
-                (cores.max(0.0), bytes)
-            })
-            .collect();
-        Self { pools, headroom, foreign, entries: BTreeMap::new(), in_flight: Vec::new() }
+            }
+        }
+        foreign.iter_mut().for_each(|(cores, _)| *cores = cores.max(0.0));
+        Self {
+            pools,
+            by_name,
+            headroom,
+            own_pools,
+            foreign,
+            promised: vec![(0.0, 0); pools.len()],
+            arrivals: vec![0; pools.len()],
+            entries: BTreeMap::new(),
+        }
     }
 
-    pub(super) fn sits(&mut self, name: &InstanceName, cpu_pool: Option<&str>, promise: Promise) {
-        let entry = Entry { promise, cpu_pool: cpu_pool.map(str::to_owned), host: None };
-        self.entries.insert(name.clone(), entry);
+    pub(super) fn sits(
+        &mut self,
+        name: &InstanceName,
+        host: Option<&str>,
+        cpu_pool: Option<&str>,
+        promise: Promise,
+    ) {
+        let place = match host {
+            Some(host) => self.by_name.get(host).map_or(Place::Elsewhere, |&index| Place::At(index)),
+            None => Place::Here(cpu_pool.and_then(|pool| self.by_name.get(pool).copied())),
+        };
+        self.replace(name, vec![Entry { promise, place }]);
     }
 
     pub(super) fn under_way(&mut self, name: &InstanceName, to: &str, promise: Promise) {
-        let entry = self.going(to, promise);
-        self.in_flight.push((name.clone(), entry));
+        let place = self.going(to);
+        let mut entries = self.own(name).to_vec();
+        entries.push(Entry { promise, place });
+        self.replace(name, entries);
     }
 
     /// From now on in this round, `name` counts where it goes, and no longer where it was.
     pub(super) fn moves(&mut self, name: &InstanceName, to: &str, promise: Promise) {
-        let entry = self.going(to, promise);
-        self.entries.insert(name.clone(), entry);
+        let place = self.going(to);
+        self.replace(name, vec![Entry { promise, place }]);
     }
 
     /// What is no core set of this host is another host, also one that was named by its address and is no pool.
-    fn going(&self, to: &str, promise: Promise) -> Entry {
-        let is_core_set = self.pools.iter().any(|pool| pool.name == to && pool.cpus().is_some());
-        let name = Some(to.to_owned());
-        if is_core_set {
-            Entry { promise, cpu_pool: name, host: None }
-        } else {
-            Entry { promise, cpu_pool: None, host: name }
+    fn going(&mut self, to: &str) -> Place {
+        let Some(&index) = self.by_name.get(to) else { return Place::Elsewhere };
+        self.arrivals[index] += 1;
+        if self.pools[index].cpus().is_some() { Place::Here(Some(index)) } else { Place::At(index) }
+    }
+
+    fn replace(&mut self, name: &InstanceName, entries: Vec<Entry>) {
+        let old = self.entries.insert(name.clone(), entries.clone()).unwrap_or_default();
+        for entry in &old {
+            self.count(entry, |sum, (cores, bytes)| {
+                *sum = ((sum.0 - cores).max(0.0), sum.1.saturating_sub(bytes));
+            });
+        }
+        for entry in &entries {
+            self.count(entry, |sum, (cores, bytes)| *sum = (sum.0 + cores, sum.1.saturating_add(bytes)));
         }
     }
 
-    /// (cores, bytes) of pool number `index` that `name` can have: what is left next to all others.
-    pub(super) fn available(&self, index: usize, name: &InstanceName) -> (f64, u64) {
-        let pool = &self.pools[index];
-        let (mut cores, mut bytes) = self.foreign[index];
-        let others = self.entries.iter();
-        let in_flight = self.in_flight.iter().map(|(other, entry)| (other, entry));
-        for (_, entry) in others.chain(in_flight).filter(|(other, _)| *other != name) {
-            let (share, memory) = match (&pool.kind, &entry.host) {
-                (PoolKind::Host { .. }, Some(host)) => {
-                    (f64::from(u8::from(*host == pool.name)), *host == pool.name)
+    fn count(&mut self, entry: &Entry, change: impl Fn(&mut (f64, u64), (f64, u64))) {
+        match entry.place {
+            Place::Elsewhere => {}
+            Place::At(index) => {
+                let share = self.share(entry, index);
+                change(&mut self.promised[index], share);
+            }
+            Place::Here(_) => {
+                for at in 0..self.own_pools.len() {
+                    let index = self.own_pools[at];
+                    let share = self.share(entry, index);
+                    change(&mut self.promised[index], share);
                 }
-                (PoolKind::Host { .. }, None) => (0.0, false),
-                (_, Some(_)) => (0.0, false),
-                (PoolKind::ThisHost, None) => (1.0, true),
-                (PoolKind::Cpu { .. }, None) => (overlap(self.pools, entry.cpu_pool.as_deref(), pool), false),
-            };
-            cores += entry.promise.reference_cores * share / pool.performance.max(1e-6);
-            bytes = bytes.saturating_add(if memory { entry.promise.bytes } else { 0 });
+            }
         }
+    }
+
+    /// What a promise takes of pool number `index`, in its own cores, and bytes.
+    fn share(&self, entry: &Entry, index: usize) -> (f64, u64) {
+        let pool = &self.pools[index];
+        let (share, memory) = match (&pool.kind, entry.place) {
+            (PoolKind::Host { .. }, Place::At(host)) if host == index => (1.0, true),
+            (PoolKind::ThisHost, Place::Here(_)) => (1.0, true),
+            (PoolKind::Cpu { .. }, Place::Here(on)) => {
+                (overlap(self.pools, on.map(|on| self.pools[on].name.as_str()), pool), false)
+            }
+            _ => return (0.0, 0),
+        };
+        let cores = entry.promise.reference_cores * share / pool.performance.max(1e-6);
+        (cores, if memory { entry.promise.bytes } else { 0 })
+    }
+
+    /// What an instance is promised itself.
+    pub(super) fn own(&self, name: &InstanceName) -> &[Entry] {
+        self.entries.get(name).map_or(&[], Vec::as_slice)
+    }
+
+    /// Moves that are on their way to pool number `index`.
+    pub(super) fn arrivals(&self, index: usize) -> u32 {
+        self.arrivals[index]
+    }
+
+    /// (cores, bytes) of pool number `index` that can be had by who is promised `own`: what is left next to all others.
+    pub(super) fn available(&self, index: usize, own: &[Entry]) -> (f64, u64) {
+        let pool = &self.pools[index];
+        let (mut cores, mut bytes) = self.promised[index];
+        for entry in own {
+            if entry.place == Place::At(index) || matches!(entry.place, Place::Here(_)) {
+                let (own_cores, own_bytes) = self.share(entry, index);
+                cores = (cores - own_cores).max(0.0);
+                bytes = bytes.saturating_sub(own_bytes);
+            }
+        }
+        cores += self.foreign[index].0;
+        bytes = bytes.saturating_add(self.foreign[index].1);
         let usable = 1.0 - self.headroom;
         let free_cores = (pool.capacity.cores * usable - cores).max(0.0);
         let free_bytes = ((pool.capacity.memory_bytes as f64 * usable) as u64).saturating_sub(bytes);

@@ -3,11 +3,14 @@
 //! Each round, for each instance and pool kind: score the present pool; past the threshold, or when the forecast need
 //! exceeds what the present pool can give, compare every pool of the kind. A pool that cannot meet the need is dropped,
 //! with the reason. The lowest score wins, with the price of the move counted in. A move that nothing forces must beat
-//! the present pool by the hysteresis, and waits for the cool-down; a move that the need forces waits for neither,
-//! only for the back-off after a failure. Every candidate is kept with its numbers, whatever was decided.
+//! the present pool by the hysteresis, waits for the cool-down, and does not lead back to where the instance was a short
+//! while ago, on whatever way; a move that the need forces waits for none of them, only for the back-off after a failure.
+//! Candidates are kept with their numbers, whatever was decided.
 
+mod compare;
 mod explain;
 mod ledger;
+mod memory;
 mod planner;
 mod price;
 mod reason;
@@ -51,6 +54,9 @@ pub enum MoveKind {
 pub struct InstanceView {
     /// Which.
     pub instance: InstanceName,
+    /// The host pool that it sits on, where a fleet is planned; `None` = on this host.
+    #[serde(default)]
+    pub host: Option<String>,
     /// The CPU pool that it sits on; `None` while it may use every core.
     pub cpu_pool: Option<String>,
     /// Its forecast, CPU in reference cores (cores x the performance of the pool they were used on).
@@ -112,8 +118,11 @@ pub struct Decision {
     pub crossing_in_ms: Option<u64>,
     /// The present pool.
     pub current: Option<Candidate>,
-    /// Every other pool of the kind, best first.
+    /// The other pools of the kind, best first: all of them, or the best of a large fleet.
     pub candidates: Vec<Candidate>,
+    /// How many others were compared.
+    #[serde(default)]
+    pub left_out: usize,
     /// The score above which alternatives are looked for, in money per hour.
     pub threshold: f64,
     /// The gain that an unforced move must exceed, in money per hour.

@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 
 use super::{
-    Candidate, Decision, Dropped, InstanceView, MoveKind, NeedUsed, Outcome, Plan, StayReason,
-    ledger::{Ledger, Promise},
-    price, score,
+    Candidate, Decision, InstanceView, MoveKind, NeedUsed, Outcome, Plan, StayReason,
+    compare::{self, Round},
+    ledger::{Ledger, Promise, Seen},
+    memory::Memory,
 };
 use crate::{
     config::PlanConfig,
     forecast::{DemandPoint, Evidence, Resource},
     instance::InstanceName,
-    pool::{Pool, PoolKind, PoolState},
+    pool::{Pool, PoolKind},
     units::UnixMillis,
 };
 
@@ -20,14 +21,8 @@ const SAFETY: f64 = 1.5;
 /// Shortest wait after a failure, in milliseconds.
 const MIN_BACK_OFF_MS: u64 = 1_000;
 
-/// What the planner remembers of an instance.
-#[derive(Clone, Debug, Default)]
-struct Memory {
-    last_move: Option<UnixMillis>,
-    last_failure: Option<UnixMillis>,
-    failures: u32,
-    in_flight: Option<String>,
-}
+/// Unforced, an instance does not return to a pool within so many cool-downs of leaving it, on whatever way.
+const RETURN_COOL_DOWNS: u64 = 10;
 
 /// Decides. Time, instances and pools come in; nothing else is looked at.
 #[derive(Clone, Debug)]
@@ -47,21 +42,17 @@ impl Planner {
     /// A move has begun: until [`Planner::moved`] or [`Planner::failed`] the instance is left alone, and its place at
     /// the target is kept.
     pub fn started(&mut self, instance: &InstanceName, to: &str) {
-        self.memory.entry(instance.clone()).or_default().in_flight = Some(to.to_owned());
+        self.memory.entry(instance.clone()).or_default().started(to);
     }
 
     /// A move is done. The cool-down counts for both kinds.
     pub fn moved(&mut self, instance: &InstanceName, _kind: MoveKind, now: UnixMillis) {
-        let memory = Memory { last_move: Some(now), ..Memory::default() };
-        self.memory.insert(instance.clone(), memory);
+        self.memory.entry(instance.clone()).or_default().moved(now);
     }
 
     /// A move has failed: the next try waits, twice as long after each failure in a row.
     pub fn failed(&mut self, instance: &InstanceName, _kind: MoveKind, now: UnixMillis) {
-        let memory = self.memory.entry(instance.clone()).or_default();
-        memory.in_flight = None;
-        memory.failures = memory.failures.saturating_add(1);
-        memory.last_failure = Some(now);
+        self.memory.entry(instance.clone()).or_default().failed(now);
     }
 
     /// A migration to `host` transferred so many bytes of memory per second: moves there are priced by it from now on.
@@ -76,41 +67,88 @@ impl Planner {
         self.memory.remove(instance);
     }
 
-    /// Decides about every instance, in the order of their names.
+    /// Decides about every instance. Who is forced to move chooses first, then who gains most; the decisions are in the
+    /// order of the instances' names.
     pub fn plan(&mut self, now: UnixMillis, views: &[InstanceView], pools: &[Pool]) -> Plan {
         let mut views: Vec<&InstanceView> = views.iter().collect();
         views.sort_by(|a, b| a.instance.cmp(&b.instance));
-
-        let seen: Vec<_> =
-            views.iter().map(|view| (view.cpu_pool.as_deref(), view.cores, view.resident_bytes)).collect();
-        let mut ledger = Ledger::new(pools, self.config.headroom, &seen);
+        let by_name: BTreeMap<&str, usize> =
+            pools.iter().enumerate().rev().map(|(index, pool)| (pool.name.as_str(), index)).collect();
+        let link = |pool: &Pool| self.links.get(&pool.name).copied().unwrap_or(self.config.link_bytes_per_s);
+        let round = Round {
+            now,
+            pools,
+            this_host: pools.iter().position(|pool| pool.kind == PoolKind::ThisHost),
+            links: pools.iter().map(link).collect(),
+            config: &self.config,
+            by_name: &by_name,
+        };
         for view in &views {
-            let promise = self.promise(view, pools);
-            ledger.sits(&view.instance, view.cpu_pool.as_deref(), promise);
+            let memory = self.memory.entry(view.instance.clone()).or_default();
+            for &kind in &view.movable {
+                if let Some(index) = round.current(view, kind) {
+                    memory.sits(kind, &pools[index].name, now);
+                }
+            }
+        }
+
+        let seen: Vec<_> = views
+            .iter()
+            .map(|view| Seen {
+                host: view.host.as_deref(),
+                cpu_pool: view.cpu_pool.as_deref(),
+                cores: view.cores,
+                bytes: view.resident_bytes,
+            })
+            .collect();
+        let mut ledger = Ledger::new(pools, &by_name, self.config.headroom, &seen);
+        for view in &views {
+            let promise = self.promise(view, &round);
+            ledger.sits(&view.instance, view.host.as_deref(), view.cpu_pool.as_deref(), promise);
             if let Some(to) = self.memory.get(&view.instance).and_then(|memory| memory.in_flight.as_deref()) {
                 ledger.under_way(&view.instance, to, promise);
             }
         }
 
-        let mut decisions = Vec::new();
-        for view in views {
-            let mut cpu_outcome = None;
-            for kind in [MoveKind::Cpu, MoveKind::Host].into_iter().filter(|kind| view.movable.contains(kind))
-            {
-                let decision = self.decide(now, view, kind, pools, &ledger, cpu_outcome.as_ref());
+        let mut decided: Vec<Vec<Decision>> =
+            views.iter().map(|view| self.decide_all(view, &round, &ledger)).collect();
+        let mut order: Vec<(usize, Urgency)> = decided
+            .iter()
+            .enumerate()
+            .filter_map(|(index, decisions)| Some((index, Urgency::of(decisions)?)))
+            .collect();
+        order.sort_by(|(_, a), (_, b)| a.order(b));
+        let mut changed = false;
+        for (index, _) in order {
+            let view = views[index];
+            // What was decided before others took their part, or freed it, is decided again.
+            if changed {
+                decided[index] = self.decide_all(view, &round, &ledger);
+            }
+            for decision in &decided[index] {
                 if let Outcome::Move { to, .. } = &decision.outcome {
-                    ledger.moves(&view.instance, to, self.promise(view, pools));
+                    ledger.moves(&view.instance, to, self.promise(view, &round));
+                    changed = true;
                 }
-                cpu_outcome = Some(decision.outcome.clone());
-                decisions.push(decision);
             }
         }
-        Plan { at: now, decisions }
+        Plan { at: now, decisions: decided.into_iter().flatten().collect() }
+    }
+
+    fn decide_all(&self, view: &InstanceView, round: &Round<'_>, ledger: &Ledger<'_>) -> Vec<Decision> {
+        let mut decisions: Vec<Decision> = Vec::new();
+        for kind in [MoveKind::Cpu, MoveKind::Host].into_iter().filter(|kind| view.movable.contains(kind)) {
+            let before = decisions.last().map(|decision| &decision.outcome);
+            let decision = self.decide(view, kind, round, ledger, before);
+            decisions.push(decision);
+        }
+        decisions
     }
 
     /// What an instance counts for against others: its forecast, or what it uses now where that is more or all there is.
-    fn promise(&self, view: &InstanceView, pools: &[Pool]) -> Promise {
-        let speed = current(view, MoveKind::Cpu, pools).map_or(1.0, |index| pools[index].performance);
+    fn promise(&self, view: &InstanceView, round: &Round<'_>) -> Promise {
+        let kind = if view.host.is_some() { MoveKind::Host } else { MoveKind::Cpu };
+        let speed = round.current(view, kind).map_or(1.0, |index| round.pools[index].performance);
         let need = self.need(view).ok();
         Promise {
             reference_cores: need.map_or(0.0, |need| need.limit_cores).max(view.cores * speed),
@@ -160,21 +198,22 @@ impl Planner {
 
     fn decide(
         &self,
-        now: UnixMillis,
         view: &InstanceView,
         kind: MoveKind,
-        pools: &[Pool],
+        round: &Round<'_>,
         ledger: &Ledger<'_>,
         cpu_outcome: Option<&Outcome>,
     ) -> Decision {
+        let pools = round.pools;
         let mut decision = Decision {
             instance: view.instance.clone(),
             kind,
-            at: now,
+            at: round.now,
             need: None,
             crossing_in_ms: None,
             current: None,
             candidates: Vec::new(),
+            left_out: 0,
             threshold: self.config.threshold,
             hysteresis: self.config.hysteresis,
             outcome: Outcome::Stay { reason: StayReason::NoPoolFits },
@@ -188,11 +227,12 @@ impl Planner {
         };
         decision.need = Some(need);
 
-        let here = current(view, kind, pools);
+        let own = ledger.own(&view.instance);
+        let here = round.current(view, kind);
         let mut forced = false;
         if let Some(index) = here {
-            let (cores, bytes) = ledger.available(index, &view.instance);
-            let candidate = self.candidate(&need, &pools[index], (cores, bytes), kind, None);
+            let (cores, bytes) = ledger.available(index, own);
+            let candidate = round.compare(&need, index, (cores, bytes), kind, None).candidate(pools);
             forced = candidate.dropped.is_some();
             decision.crossing_in_ms = self.crossing(view, &pools[index], cores, bytes, kind);
             decision.current = Some(candidate);
@@ -202,35 +242,31 @@ impl Planner {
         {
             forced = true;
             decision.crossing_in_ms = decision.crossing_in_ms.or_else(|| {
-                let index = current(view, MoveKind::Cpu, pools)?;
-                let (cores, bytes) = ledger.available(index, &view.instance);
+                let index = round.current(view, MoveKind::Cpu)?;
+                let (cores, bytes) = ledger.available(index, own);
                 self.crossing(view, &pools[index], cores, bytes, MoveKind::Cpu)
             });
         }
 
-        decision.candidates = (0..pools.len())
-            .filter(|&index| Some(index) != here && is_candidate(&pools[index], kind))
-            .map(|index| {
-                let room = ledger.available(index, &view.instance);
-                self.candidate(&need, &pools[index], room, kind, Some(view))
-            })
-            .collect();
-        decision.candidates.sort_by(|a, b| {
-            let order = a.dropped.is_some().cmp(&b.dropped.is_some()).then(a.total.total_cmp(&b.total));
-            order.then_with(|| a.pool.cmp(&b.pool))
+        let others = (0..pools.len())
+            .filter(|&index| Some(index) != here && compare::is_candidate(&pools[index], kind));
+        (decision.candidates, decision.left_out) = compare::best(others, pools, |index| {
+            let busy = ledger.arrivals(index);
+            round.compare(&need, index, ledger.available(index, own), kind, Some((view, busy)))
         });
 
         decision.outcome = if matches!(cpu_outcome, Some(Outcome::Move { .. })) {
             Outcome::Stay { reason: StayReason::OtherMoveFirst }
         } else {
-            self.outcome(now, &decision, forced)
+            self.outcome(round.now, &decision, forced)
         };
         decision
     }
 
     fn outcome(&self, now: UnixMillis, decision: &Decision, forced: bool) -> Outcome {
         let stay = |reason| Outcome::Stay { reason };
-        let memory = self.memory.get(&decision.instance).cloned().unwrap_or_default();
+        let unknown = Memory::default();
+        let memory = self.memory.get(&decision.instance).unwrap_or(&unknown);
         if memory.in_flight.is_some() {
             return stay(StayReason::InFlight);
         }
@@ -238,8 +274,18 @@ impl Planner {
         if !forced && score.is_some_and(|score| score <= self.config.threshold) {
             return stay(StayReason::UnderThreshold);
         }
-        let best = decision.candidates.iter().find(|candidate| candidate.dropped.is_none());
+        // What forces a move forces it anywhere; what is only cheaper may not lead around in a circle.
+        let back_ms = |candidate: &Candidate| {
+            let left = memory.left(decision.kind, &candidate.pool)?;
+            let wait_ms = self.config.cool_down_ms.saturating_mul(RETURN_COOL_DOWNS);
+            Some(wait_ms.saturating_sub(now.since(left))).filter(|left_ms| *left_ms > 0)
+        };
+        let possible = || decision.candidates.iter().filter(|candidate| candidate.dropped.is_none());
+        let best = possible().find(|candidate| forced || back_ms(candidate).is_none());
         let Some(best) = best else {
+            if let Some((pool, left_ms)) = possible().find_map(|c| Some((c.pool.clone(), back_ms(c)?))) {
+                return stay(StayReason::JustLeft { pool, left_ms });
+            }
             let reason = StayReason::NothingBetter { best_gain: None, hysteresis: self.config.hysteresis };
             return stay(if forced { StayReason::NoPoolFits } else { reason });
         };
@@ -270,40 +316,6 @@ impl Planner {
             _ => 0,
         };
         Outcome::Move { to: best.pool.clone(), start_by: UnixMillis(now.0.saturating_add(wait_ms)), forced }
-    }
-
-    /// Scores one pool; `moving` is who would have to move there, `None` for the pool that it sits on.
-    fn candidate(
-        &self,
-        need: &NeedUsed,
-        pool: &Pool,
-        (cores, bytes): (f64, u64),
-        kind: MoveKind,
-        moving: Option<&InstanceView>,
-    ) -> Candidate {
-        let terms = score::terms(need, pool, cores, self.config.weight);
-        let link = self.links.get(&pool.name).copied().unwrap_or(self.config.link_bytes_per_s);
-        let moved = moving.map(|view| price::price(kind, view, terms.cost_per_hour, link, &self.config));
-        let (move_price, hopeless) = moved.map_or((None, None), |(price, dropped)| (Some(price), dropped));
-        let horizon_hours = self.config.horizon_ms as f64 / 3_600_000.0;
-        let dropped = match &pool.state {
-            PoolState::Unavailable { reason } => Some(Dropped::Unavailable { reason: reason.clone() }),
-            PoolState::Ready if terms.limit_cores > cores => {
-                Some(Dropped::Cores { needed: terms.limit_cores, available: cores })
-            }
-            PoolState::Ready if kind == MoveKind::Host && need.limit_bytes > bytes => {
-                Some(Dropped::Memory { needed_bytes: need.limit_bytes, available_bytes: bytes })
-            }
-            PoolState::Ready => hopeless,
-        };
-        Candidate {
-            pool: pool.name.clone(),
-            score: terms.score(),
-            terms,
-            move_price,
-            total: terms.score() + move_price.map_or(0.0, |price| price.money / horizon_hours),
-            dropped,
-        }
     }
 
     /// When the need first exceeds what the pool can give: between two horizons, along the line through both.
@@ -342,20 +354,31 @@ impl Planner {
     }
 }
 
-fn is_candidate(pool: &Pool, kind: MoveKind) -> bool {
-    match kind {
-        MoveKind::Cpu => matches!(pool.kind, PoolKind::Cpu { .. }),
-        MoveKind::Host => matches!(pool.kind, PoolKind::Host { .. }),
-    }
+/// How soon a decided move has to be made.
+struct Urgency {
+    forced: bool,
+    crossing_ms: u64,
+    gain: f64,
 }
 
-/// Number of the pool that the instance sits on. One that may use every core sits on the host as a whole.
-fn current(view: &InstanceView, kind: MoveKind, pools: &[Pool]) -> Option<usize> {
-    let own = match kind {
-        MoveKind::Cpu => view.cpu_pool.as_deref().and_then(|name| {
-            pools.iter().position(|pool| pool.name == name && matches!(pool.kind, PoolKind::Cpu { .. }))
-        }),
-        MoveKind::Host => None,
-    };
-    own.or_else(|| pools.iter().position(|pool| pool.kind == PoolKind::ThisHost))
+impl Urgency {
+    /// Of an instance that moves, or that has to and finds no place yet.
+    fn of(decisions: &[Decision]) -> Option<Self> {
+        let stuck = Outcome::Stay { reason: StayReason::NoPoolFits };
+        let decision = decisions.iter().find(|d| matches!(d.outcome, Outcome::Move { .. }));
+        let decision = decision.or_else(|| decisions.iter().find(|d| d.outcome == stuck))?;
+        let forced = !matches!(decision.outcome, Outcome::Move { forced: false, .. });
+        let best = decision.candidates.first().map_or(0.0, |best| best.total);
+        Some(Self {
+            forced,
+            crossing_ms: decision.crossing_in_ms.unwrap_or(u64::MAX),
+            gain: decision.current.as_ref().map_or(0.0, |current| current.score - best),
+        })
+    }
+
+    fn order(&self, other: &Self) -> std::cmp::Ordering {
+        let forced = other.forced.cmp(&self.forced);
+        let sooner = if self.forced { self.crossing_ms.cmp(&other.crossing_ms) } else { forced };
+        forced.then(sooner).then_with(|| other.gain.total_cmp(&self.gain))
+    }
 }

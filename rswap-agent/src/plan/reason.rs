@@ -31,6 +31,13 @@ pub enum StayReason {
         /// Milliseconds left.
         left_ms: u64,
     },
+    /// The only better pools are ones that it left a short while ago, and nothing forces it back.
+    JustLeft {
+        /// The best of them.
+        pool: String,
+        /// Milliseconds until it may return.
+        left_ms: u64,
+    },
     /// Its last move failed.
     BackOff {
         /// Failures in a row.
@@ -62,6 +69,9 @@ impl fmt::Display for StayReason {
             Self::NothingBetter { best_gain: None, .. } => write!(f, "no other pool is possible"),
             Self::NoPoolFits => write!(f, "the need exceeds the present pool, and no other pool can meet it"),
             Self::CoolDown { left_ms } => write!(f, "cooling down after a move: {left_ms} ms left"),
+            Self::JustLeft { pool, left_ms } => {
+                write!(f, "it left {pool} a short while ago, and may return in {left_ms} ms")
+            }
             Self::BackOff { failures, left_ms } => {
                 write!(f, "waiting after {failures} failed move(s): {left_ms} ms left")
             }
@@ -94,6 +104,11 @@ pub enum Dropped {
         /// Left there, in bytes.
         available_bytes: u64,
     },
+    /// As many moves as are allowed at once are on their way there.
+    Busy {
+        /// How many.
+        moves: u32,
+    },
     /// Memory is written faster than the link can send it.
     WillNotConverge {
         /// Written, in bytes per second.
@@ -111,6 +126,7 @@ impl fmt::Display for Dropped {
             Self::Memory { needed_bytes, available_bytes } => {
                 write!(f, "needs {} MiB, has {} MiB", needed_bytes >> 20, available_bytes >> 20)
             }
+            Self::Busy { moves } => write!(f, "{moves} move(s) are on their way there"),
             Self::WillNotConverge { dirty_bytes_per_s, link_bytes_per_s } => write!(
                 f,
                 "writes {:.1} MB/s, the link sends {:.1} MB/s",

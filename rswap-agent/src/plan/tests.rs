@@ -40,6 +40,7 @@ fn view(name: &str, cpu_pool: &str, needs: &[(u64, f64)], evidence: Evidence) ->
     });
     InstanceView {
         instance: name.parse().unwrap(),
+        host: None,
         cpu_pool: Some(cpu_pool.into()),
         demand: Demand { instance: name.parse().unwrap(), at: UnixMillis(0), points: points.collect() },
         cores: needs[0].1 / if cpu_pool == "slow" { 0.5 } else { 1.0 },
@@ -166,7 +167,102 @@ fn a_free_core_is_promised_once() {
     assert_eq!(to_fast.count(), 1);
 }
 
+/// Three core sets that are alike, and one instance.
+fn alike() -> Vec<Pool> {
+    let core = |name: &str, cpu| pool(name, PoolKind::Cpu { cpus: CpuSet::from([cpu]) }, 2.0, 0.04, 1.0);
+    vec![pool(THIS_HOST, PoolKind::ThisHost, 6.0, 0.04, 1.0), core("x", 0), core("y", 1), core("z", 2)]
+}
+
+#[test]
+fn what_would_change_the_decision_is_said() {
+    let plan = plan(&[view("a", "slow", &[(5_000, 0.1), (15_000, 0.8)], ENOUGH)]);
+    let text = explain(&plan.decisions[0]);
+    assert!(text.contains("if it needed 0.90 cores or less here instead of 1.60"), "{text}");
+}
+
+#[test]
+fn who_gains_most_chooses_first() {
+    let config = PlanConfig { hysteresis: 0.0, cool_down_ms: 0, ..PlanConfig::default() };
+    let mut pools = pools();
+    pools[1].cost_per_core_hour = 0.001;
+    // Both would be cheaper off on "slow", and there is room for one of them: the bigger one gains more.
+    let views = [view("a", "fast", &[(5_000, 0.1)], ENOUGH), view("b", "fast", &[(5_000, 0.4)], ENOUGH)];
+    let plan = Planner::new(config).plan(UnixMillis(0), &views, &pools);
+    let moves: Vec<_> = plan
+        .decisions
+        .iter()
+        .filter(|d| matches!(&d.outcome, Outcome::Move { to, .. } if to == "slow"))
+        .map(|d| d.instance.as_str())
+        .collect();
+    assert_eq!(moves, ["b"]);
+}
+
+#[test]
+fn one_host_takes_so_many_moves_at_once() {
+    let config = PlanConfig { moves_per_host: 2, ..PlanConfig::default() };
+    let mut pools = pools();
+    pools[3].capacity.cores = 100.0;
+    let views: Vec<_> = (0..5)
+        .map(|i| {
+            let mut view = view(&format!("i{i}"), "fast", &[(5_000, 1.5)], ENOUGH);
+            view.movable = vec![MoveKind::Host];
+            view
+        })
+        .collect();
+    let plan = Planner::new(config).plan(UnixMillis(0), &views, &pools);
+    let moves = plan.decisions.iter().filter(|d| matches!(d.outcome, Outcome::Move { .. })).count();
+    assert_eq!(moves, 2);
+    assert!(matches!(plan.decisions[4].candidates[0].dropped, Some(Dropped::Busy { moves: 2 })));
+}
+
+#[test]
+fn a_fleet_is_planned_from_any_host() {
+    let host = |name: &str, cost| {
+        let address = "10.0.0.2:7791".parse().unwrap();
+        let mut pool = pool(name, PoolKind::Host { address }, 4.0, cost, 1.0);
+        pool.used.cores = if name == "dear" { 1.0 } else { 0.0 };
+        pool
+    };
+    let mut one = view("a", "-", &[(5_000, 1.0)], ENOUGH);
+    (one.host, one.cpu_pool, one.movable) = (Some("dear".into()), None, vec![MoveKind::Host]);
+    let pools = [host("dear", 0.5), host("cheap", 0.01), host("middle", 0.2)];
+    let plan = Planner::new(PlanConfig::default()).plan(UnixMillis(0), &[one], &pools);
+    assert!(matches!(&plan.decisions[0].outcome, Outcome::Move { to, forced: false, .. } if to == "cheap"));
+    let here = plan.decisions[0].current.as_ref().unwrap();
+    // Its own use is not taken for that of others.
+    assert!((here.terms.available_cores - 3.6).abs() < 1e-9, "{here:?}");
+}
+
 proptest! {
+    /// Prices change as they please: nothing but need leads an instance back to where it was, also not around a circle.
+    #[test]
+    fn no_circle_is_walked(
+        prices in prop::collection::vec((0.001..0.2f64, 0.001..0.2f64, 0.001..0.2f64), 60),
+        needs in prop::collection::vec(0.0..1.7f64, 60),
+    ) {
+        let config = PlanConfig { hysteresis: 0.0, cool_down_ms: 10_000, ..PlanConfig::default() };
+        let mut planner = Planner::new(config);
+        let mut pools = alike();
+        let mut on = "x".to_owned();
+        let mut left: Vec<(String, u64)> = vec![];
+        for (round, (prices, need)) in prices.iter().zip(&needs).enumerate() {
+            let now = round as u64 * 4_000;
+            for (pool, price) in pools[1..].iter_mut().zip([prices.0, prices.1, prices.2]) {
+                pool.cost_per_core_hour = price;
+            }
+            let mut one = view("a", &on, &[(5_000, *need), (30_000, *need)], ENOUGH);
+            one.movable = vec![MoveKind::Cpu];
+            let plan = planner.plan(UnixMillis(now), &[one.clone()], &pools);
+            if let Outcome::Move { to, forced, .. } = &plan.decisions[0].outcome {
+                prop_assert!(!forced);
+                let before = left.iter().rev().find(|(pool, _)| pool == to);
+                prop_assert!(before.is_none_or(|(_, at)| now - at >= 100_000), "{left:?}, then {to} at {now}");
+                left.push((std::mem::replace(&mut on, to.clone()), now + 4_000));
+                planner.moved(&one.instance, MoveKind::Cpu, UnixMillis(now));
+            }
+        }
+    }
+
     #[test]
     fn constant_demand_does_not_oscillate(
         need in 0.0..2.0f64, hysteresis in 0.0..0.01f64, slow in 0.1..1.0f64, cost in 0.001..0.1f64, weight in 0.0..0.1f64,
