@@ -1,6 +1,10 @@
 //! `rswap check INSTANCE HOST` says what the other host would refuse, and nothing is made there.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Context;
 use rswap_tests::{Fleet, Host, HostOptions, reason_to_skip, wait_for};
@@ -45,7 +49,7 @@ impl Scene {
         Ok(Self { a, b, differs, same, fleet })
     }
 
-    fn open(&self, name: &str, file: &PathBuf, how: &str) -> anyhow::Result<()> {
+    fn open(&self, name: &str, file: &Path, how: &str) -> anyhow::Result<()> {
         self.a.run(name, &[], &["python3", "-c", OPENS, &file.to_string_lossy(), how])?;
         let log = self.fleet.scratch().join(format!("a/{name}.log"));
         wait_for("the file to be open", LIMIT, || {

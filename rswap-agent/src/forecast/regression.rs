@@ -66,11 +66,6 @@ impl Regression {
             *self = Self::new();
         }
     }
-
-    /// The level has changed: what was learnt is doubted.
-    pub(super) fn doubt(&mut self) {
-        self.covariance = unsure();
-    }
 }
 
 fn unsure() -> [Features; FEATURES] {
