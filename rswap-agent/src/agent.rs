@@ -19,7 +19,7 @@ mod incoming;
 mod moves;
 mod wiring;
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use incoming::Incoming;
 use nix::sys::signal::{SigSet, Signal};
@@ -36,7 +36,7 @@ use crate::{
     config::{Config, Mode},
     control::{self, ControlError},
     instance::{InstanceError, launch::Place, registry::Registry},
-    migrate::linux,
+    migrate::{ledger::Ledger, linux, recovery::Recovery},
     pool::{Pool, PoolKind},
     status::{self, Board, BoardState, StatusError},
     units::UnixMillis,
@@ -47,6 +47,9 @@ pub const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long callers may take to read their last answers.
 const CALLERS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How often the journals are looked at for what is owed.
+const RECOVER_EVERY: Duration = Duration::from_millis(500);
 
 /// Calls that wait for the wiring.
 const COMMANDS_WAITING: usize = 16;
@@ -149,7 +152,21 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     };
     let (sender, mut commands) = mpsc::channel(COMMANDS_WAITING);
     let (ended_sender, mut ended) = mpsc::unbounded_channel();
-    let mut wiring = Wiring::new(config.clone(), registry, board.clone(), ended_sender);
+    let ledger = Arc::new(Ledger::new(config.migrate.journal_dir.clone()));
+    let mut recovery = Recovery::new(place(&config), config.migrate.journal_dir.clone());
+    // Before anything else: what an agent that was killed has left standing still goes on.
+    // On a thread of its own: it talks to the kernel by a runtime of its own.
+    let recovery = std::thread::scope(|scope| {
+        let started = scope.spawn(|| {
+            recovery.at_start(&ledger);
+            linux::sweep_volumes(&recovery.place, &ledger);
+            recovery
+        });
+        started.join().map_err(|_| failed("recover")(io::Error::other("the recovery panicked")))
+    })?;
+    let mut wiring = Wiring::new(config.clone(), registry, board.clone(), ended_sender, recovery.clone());
+    let owing = ledger.clone();
+    std::thread::spawn(move || recover_for_ever(recovery, &owing));
     // Before anybody can ask: an empty answer would mean that nothing runs here.
     wiring.refresh();
     let serving_status = tokio::spawn(status::serve(listener, board.clone(), stopping(stopped.clone())));
@@ -163,8 +180,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     );
 
     let (arrived_sender, mut arrived) = mpsc::unbounded_channel();
-    linux::sweep_volumes(&place(&config));
-    let incoming = Incoming::new(place(&config), arrived_sender);
+    let incoming = Incoming::new(place(&config), ledger, config.migrate.deadline_s, arrived_sender);
     let arrivals = listen(config.migrate.listen).await?;
     let window = Duration::from_millis(config.agent.window_ms);
     let mut windows = time::interval(window);
@@ -215,6 +231,14 @@ async fn serve(config: Config) -> Result<(), AgentError> {
         tracing::warn!("callers are still connected: ending anyway");
     }
     Ok(())
+}
+
+/// Ends with the process.
+fn recover_for_ever(mut recovery: Recovery, ledger: &Ledger) {
+    loop {
+        recovery.round(ledger);
+        std::thread::sleep(RECOVER_EVERY);
+    }
 }
 
 /// Where migrations arrive, if this host takes any.

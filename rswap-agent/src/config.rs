@@ -147,9 +147,15 @@ pub struct FilesConfig {
 pub struct MigrateConfig {
     /// Where this host takes migrations. Not set: it takes none.
     pub listen: Option<SocketAddr>,
+    /// What migrations have come to. It has to outlive a new start of the host: what was in doubt before still is.
+    pub journal_dir: PathBuf,
     /// How long an instance may stand still, in milliseconds.
     #[serde(deserialize_with = "positive_integer")]
     pub max_unavailability_ms: u64,
+    /// A freeze that lasts so long (or twice what an instance may stand still, if that is longer) is ended by its
+    /// watchdog, in milliseconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub freeze_limit_ms: u64,
     /// A migration that is not committed after so many seconds is rolled back.
     #[serde(deserialize_with = "positive_integer")]
     pub deadline_s: u64,
@@ -167,12 +173,24 @@ impl Default for MigrateConfig {
     fn default() -> Self {
         Self {
             listen: None,
+            journal_dir: "/var/lib/rswap/migrations".into(),
             max_unavailability_ms: 100,
+            // Longer than a peer may be silent: the agent itself rolls back in an orderly way then.
+            freeze_limit_ms: 15_000,
             deadline_s: 120,
             cache_bytes: 256 << 20,
             max_rounds: 30,
             stop_and_copy: false,
         }
+    }
+}
+
+impl MigrateConfig {
+    /// How long a freeze may last before the commit.
+    pub fn freeze_limit(&self) -> std::time::Duration {
+        std::time::Duration::from_millis(
+            self.freeze_limit_ms.max(self.max_unavailability_ms.saturating_mul(2)),
+        )
     }
 }
 

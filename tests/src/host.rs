@@ -36,6 +36,8 @@ pub struct HostOptions {
     pub window_ms: u64,
     /// How long an instance may stand still, in milliseconds.
     pub max_unavailability_ms: u64,
+    /// How long a freeze may last before its guard ends it, in milliseconds.
+    pub freeze_limit_ms: u64,
     /// Further sections of the configuration, in TOML: `[plan]`, `[forecast]`, `[[pool]]`.
     pub more: String,
     /// What only this host has: each first path is mounted over the second. The hosts share all other files.
@@ -48,6 +50,7 @@ impl Default for HostOptions {
             mode: "observe",
             window_ms: 1000,
             max_unavailability_ms: 100,
+            freeze_limit_ms: 15_000,
             more: String::new(),
             mounts: Vec::new(),
         }
@@ -102,7 +105,7 @@ impl Host {
             "[agent]\nhost = {:?}\nstate_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
              mode = {:?}\nwindow_ms = {}\ncgroup_parent = {:?}\n\n\
              [network]\nbridge = \"br0\"\nuplink = \"up0\"\n\n\
-             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\n\n{shared}{}",
+             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\nfreeze_limit_ms = {}\njournal_dir = {:?}\n\n{shared}{}",
             self.name,
             self.dir,
             self.socket(),
@@ -111,6 +114,8 @@ impl Host {
             self.cgroup_parent,
             self.migrate_address(),
             options.max_unavailability_ms,
+            options.freeze_limit_ms,
+            self.dir.join("migrations"),
             options.more
         )
     }
@@ -180,6 +185,19 @@ impl Host {
     /// The agent's pid: setpriv and nsenter replaced themselves by it.
     pub fn agent_pid(&self) -> Option<u32> {
         self.agent.as_ref().map(Child::id)
+    }
+
+    /// Sends its agent a signal.
+    pub fn signal_agent(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = self.agent_pid().context("no agent runs")?;
+        kill(Pid::from_raw(i32::try_from(pid)?), signal).context("cannot signal the agent")
+    }
+
+    /// The processes of instance `name`, without its init, as this machine sees them.
+    pub fn pids(&self, name: &str) -> anyhow::Result<Vec<i32>> {
+        let text = fs::read_to_string(self.cgroup()?.join(name).join("cgroup.procs"))?;
+        let all = text.lines().map(str::parse).collect::<Result<Vec<i32>, _>>()?;
+        Ok(all.into_iter().skip(1).collect())
     }
 
     /// Waits until an agent that was told to stop has ended.
@@ -269,6 +287,18 @@ impl Host {
     /// Whether any process is in the cgroups of its instances.
     pub fn has_processes(&self) -> anyhow::Result<bool> {
         Ok(cgroup::is_populated(&self.cgroup()?))
+    }
+
+    /// What its agent's journals say: a line each, empty when nothing is open.
+    pub fn open_journals(&self) -> anyhow::Result<Vec<String>> {
+        let mut lines = Vec::new();
+        for entry in fs::read_dir(self.dir.join("migrations")).into_iter().flatten() {
+            let path = entry?.path();
+            let text = fs::read(&path).unwrap_or_default();
+            let head = String::from_utf8_lossy(&text[..text.len().min(128)]).trim().to_owned();
+            lines.push(format!("{}: {head}", path.file_name().unwrap_or_default().to_string_lossy()));
+        }
+        Ok(lines)
     }
 
     /// Starts a migration: to `destination`, the name of a host pool or `address:port`.

@@ -17,6 +17,7 @@ pub mod fleet;
 pub mod heartbeat;
 pub mod host;
 pub mod load;
+pub mod mangle;
 pub mod migration;
 pub mod moves;
 pub mod netns;

@@ -1,10 +1,12 @@
-//! A TCP proxy between two agents that does damage at a chosen frame of a migration.
+//! A TCP proxy between two agents that does damage at a chosen frame of a migration; the conversations after that one
+//! it passes on as they are.
 
 use std::{
     io::Write as _,
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender},
     },
     thread,
@@ -14,13 +16,15 @@ use std::{
 use anyhow::Context;
 use rswap_agent::migrate::wire::{Frame, Tag, parse_pages, read_frame, write_frame};
 
-use crate::netns::Netns;
+use crate::{mangle::Mangler, netns::Netns};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the proxy does, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
+    /// Nothing happens.
+    None,
     /// One byte of the first page with contents arrives changed.
     DamagePage,
     /// The `nth` frame (from 0) of this kind is not passed on, nor is anything after it: the migration stands still at
@@ -31,40 +35,61 @@ pub enum Fault {
         /// Which of its frames.
         nth: usize,
     },
+    /// As [`Fault::HoldAt`], but only until [`Proxy::go_on`].
+    PauseAt {
+        /// Which kind.
+        tag: Tag,
+        /// Which of its frames.
+        nth: usize,
+    },
+    /// A frame, in either direction, is changed, cut, lengthened, repeated, exchanged or replaced, as the seed says.
+    Mangle(u64),
     /// Of the last delta, which is sent while the instance is frozen, only the first half is passed on.
     HoldInLastDelta,
 }
 
-/// A proxy that has one [`Fault`]. Its threads end with the process.
+/// A proxy that has one [`Fault`], in the first conversation. Its threads end with the process.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
     happened: Receiver<()>,
     streams: Arc<Mutex<Vec<TcpStream>>>,
+    down: Arc<AtomicBool>,
+    goes_on: Arc<AtomicBool>,
 }
 
 impl Proxy {
-    /// Listens on loopback in the namespace of the source, for one migration to `destination`.
+    /// Listens on loopback in the namespace of the source, for migrations to `destination`.
     pub fn start(netns: &Netns, destination: SocketAddr, fault: Fault) -> anyhow::Result<Self> {
         let streams = Arc::new(Mutex::new(Vec::new()));
-        let opened = streams.clone();
+        let down = Arc::new(AtomicBool::new(false));
+        let goes_on = Arc::new(AtomicBool::new(false));
+        let (opened, is_down, go) = (streams.clone(), down.clone(), goes_on.clone());
         let (happens, happened) = mpsc::channel();
         let (sender, receiver) = mpsc::channel();
-        netns.spawn("proxy", move || {
+        netns.spawn("proxy", move || -> anyhow::Result<()> {
             let listener = TcpListener::bind(("127.0.0.1", 0)).context("the proxy cannot listen")?;
             sender.send(listener.local_addr()?).context("nobody waits for the proxy")?;
-            let (source, _) = listener.accept().context("the proxy had no caller")?;
-            let onward = TcpStream::connect(destination).context("the proxy cannot reach the destination")?;
-            let (back_from, back_to) = (onward.try_clone()?, source.try_clone()?);
-            let all = [source.try_clone()?, onward.try_clone()?];
-            opened.lock().unwrap_or_else(PoisonError::into_inner).extend(all);
-            let back_happens = happens.clone();
-            let back = thread::spawn(move || pass(back_from, back_to, fault, &back_happens));
-            pass(source, onward, fault, &happens);
-            back.join().map_err(|_| anyhow::anyhow!("the proxy's way back panicked"))
+            let mut fault = fault;
+            loop {
+                let (source, _) = listener.accept().context("the proxy had no caller")?;
+                if is_down.load(Ordering::Acquire) {
+                    continue;
+                }
+                // A destination that is down, its caller finds out by the closed connection.
+                let Ok(onward) = TcpStream::connect(destination) else { continue };
+                let fault = std::mem::replace(&mut fault, Fault::None);
+                let (back_from, back_to) = (onward.try_clone()?, source.try_clone()?);
+                let all = [source.try_clone()?, onward.try_clone()?];
+                opened.lock().unwrap_or_else(PoisonError::into_inner).extend(all);
+                let (forth_happens, back_happens) = (happens.clone(), happens.clone());
+                let (forth_go, back_go) = (go.clone(), go.clone());
+                thread::spawn(move || pass(back_from, back_to, fault, &back_happens, &back_go));
+                thread::spawn(move || pass(source, onward, fault, &forth_happens, &forth_go));
+            }
         })?;
         let address = receiver.recv_timeout(PATIENCE).context("the proxy did not start")?;
-        Ok(Self { address, happened, streams })
+        Ok(Self { address, happened, streams, down, goes_on })
     }
 
     /// Where the source finds it.
@@ -77,9 +102,26 @@ impl Proxy {
         self.happened.recv_timeout(PATIENCE).context("the migration did not come to the fault's place")
     }
 
-    /// Closes both connections.
+    /// Passes on what was paused, and all that follows.
+    pub fn go_on(&self) {
+        self.goes_on.store(true, Ordering::Release);
+    }
+
+    /// From now on there is no way through, until [`Proxy::heal`].
+    pub fn break_down(&self) {
+        self.down.store(true, Ordering::Release);
+        self.cut();
+    }
+
+    /// There is a way through again.
+    pub fn heal(&self) {
+        self.down.store(false, Ordering::Release);
+    }
+
+    /// Closes all connections.
     pub fn cut(&self) {
-        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        // Closed with what nobody has read, not only shut down: who is about to write more hears of it at once.
+        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // One whose peer is gone is closed already.
             let _ = stream.shutdown(Shutdown::Both);
         }
@@ -87,8 +129,12 @@ impl Proxy {
 }
 
 /// Passes frame by frame until either side ends, which ends the other side too.
-fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<()>) {
+fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<()>, goes_on: &AtomicBool) {
     let mut seen = 0;
+    let mut mangler = match fault {
+        Fault::Mangle(seed) => Some(Mangler::new(seed)),
+        _ => None,
+    };
     let mut damaged = false;
     // What came since the last whole round: only the image tells that it is the last delta.
     let mut kept: Vec<Frame> = Vec::new();
@@ -99,6 +145,15 @@ fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<(
                     // The test may have given up: then nobody is told.
                     let _ = happens.send(());
                     return;
+                }
+                seen += 1;
+            }
+            Fault::PauseAt { tag, nth } if frame.tag == tag => {
+                if seen == nth {
+                    let _ = happens.send(());
+                    while !goes_on.load(Ordering::Acquire) {
+                        thread::sleep(Duration::from_millis(5));
+                    }
                 }
                 seen += 1;
             }
@@ -126,6 +181,17 @@ fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<(
             Fault::DamagePage if !damaged && damage(&mut frame) => {
                 damaged = true;
                 let _ = happens.send(());
+            }
+            Fault::Mangle(_) => {
+                let Some(mangler) = &mut mangler else { break };
+                let (bytes, mangled) = mangler.pass(&frame);
+                if mangled {
+                    let _ = happens.send(());
+                }
+                if to.write_all(&bytes).is_err() {
+                    break;
+                }
+                continue;
             }
             _ => {}
         }

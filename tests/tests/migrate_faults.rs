@@ -39,8 +39,10 @@ fn a_destination_killed_before_the_commit_changes_nothing() -> anyhow::Result<()
         proxy.cut();
         let reason = migration.end()?.expect_err("it was moved to a dead host");
         println!("{reason}");
-        scene.runs_at_the_source_alone()?;
+        scene.client.wait_for_acks(20, LIMIT)?;
+        // What was ready to run stands still until the next agent removes it.
         scene.b.start_agent()?;
+        scene.runs_at_the_source_alone()?;
         scene.second_try_and_back()?;
     }
     scene.nothing_is_lost()

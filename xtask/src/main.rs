@@ -7,6 +7,7 @@ mod bench;
 mod compile;
 mod daemon;
 mod ebpf;
+mod long;
 mod rerun;
 mod setup;
 mod suite;
@@ -46,6 +47,18 @@ enum Command {
         #[arg(long)]
         only: Option<String>,
     },
+    /// Many moves of a Redis under load in a row; not part of `test`, which makes some
+    Soak {
+        /// How many
+        #[arg(long, default_value_t = 200)]
+        moves: u32,
+    },
+    /// Random inputs for every decoder; `test` tries 256 each
+    Fuzz {
+        /// How many for each
+        #[arg(long, default_value_t = 200_000)]
+        cases: u32,
+    },
     /// Measure, and write the result to target/rswap/bench-*.json
     Bench {
         /// What
@@ -66,6 +79,8 @@ fn main() -> anyhow::Result<()> {
         Command::Run { arguments } => daemon::run(&arguments),
         Command::Doctor => daemon::doctor(),
         Command::Test { only } => suite::run(only.as_deref()),
+        Command::Soak { moves } => long::soak(moves),
+        Command::Fuzz { cases } => long::fuzz(cases),
         Command::Bench { what } => bench::run(&what),
         Command::Demo => daemon::demo(),
     }

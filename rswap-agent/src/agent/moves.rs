@@ -13,8 +13,8 @@ use super::wiring::refused;
 use crate::{
     config::{Config, MigrateConfig},
     control::{MigrateEvent, Reply, SwapDone},
-    instance::{Instance, InstanceName, launch::Place},
-    migrate::{MigrateError, Progress, Report, linux},
+    instance::{Instance, InstanceName},
+    migrate::{MigrateError, Progress, Report, linux, recovery::Recovery},
     plan::MoveKind,
     pool::CpuSet,
     profile::Profiler,
@@ -95,7 +95,7 @@ pub(super) fn spawn(
     order: Order,
     to: String,
     stake: Stake,
-    place: Place,
+    recovery: Recovery,
     config: &Config,
     ended: UnboundedSender<Ended>,
 ) {
@@ -107,8 +107,8 @@ pub(super) fn spawn(
         let result = panic::catch_unwind(AssertUnwindSafe(|| match order {
             Order::Swap { instance, cpus } => cpu_swap(&instance, &cpus).map_err(Stayed::Here),
             Order::Migration { instance, address, stop_and_copy, mut progress } => {
-                let migrate_config = MigrateConfig { stop_and_copy, ..config.migrate };
-                migrate(&instance, address, &mut progress, &place, &migrate_config)
+                let migrate_config = MigrateConfig { stop_and_copy, ..config.migrate.clone() };
+                migrate(&instance, address, &mut progress, &recovery, &migrate_config)
             }
         }));
         let result = result.unwrap_or_else(|_| {
@@ -137,10 +137,10 @@ fn migrate(
     instance: &Instance,
     address: SocketAddr,
     progress: &mut ProgressSink,
-    place: &Place,
+    recovery: &Recovery,
     config: &MigrateConfig,
 ) -> Result<Moved, Stayed> {
-    let sent = linux::send(place, instance, address, config, &mut |now| progress.show(now));
+    let sent = linux::send(recovery, instance, address, config, &mut |now| progress.show(now));
     sent.map(|report| Moved::Migration(reported(&report))).map_err(|error| {
         let answer = refused(&format!("migrate {} to {address}", instance.name), &error);
         match error {

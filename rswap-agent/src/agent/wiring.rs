@@ -1,24 +1,17 @@
 //! What is connected, and one window's way through it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use axum::http::StatusCode;
 use tokio::sync::mpsc::{self, UnboundedSender};
 
-use super::{
-    moves::{self, Ended, Order, Stake},
-    place,
-};
+use super::moves::{self, Ended, Order, Stake};
 use crate::{
     config::{Config, Mode},
     control::{Command, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest},
     forecast::Forecaster,
     instance::{Instance, InstanceName, registry::Registry},
-    migrate::{journal, linux},
+    migrate::recovery::{self, Doubt, Recovery},
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
     pool::{self, Pool},
     profile::{Profile, Profiler},
@@ -26,9 +19,8 @@ use crate::{
     units::UnixMillis,
 };
 
-const IN_DOUBT_HINT: &str = "look at the other host with `rswap ps`: if it runs there, end the frozen processes here; \
-                             if not, remove its file in the state directory's migrations/, start the agent again, \
-                             and write 0 to its cgroup.freeze";
+const IN_DOUBT_HINT: &str = "the agent asks the other host until it answers; if that host is gone for good, decide with \
+                             `rswap recover NAME --here` or `--there`";
 
 /// All rooms' nouns, and what is under way.
 pub(super) struct Wiring {
@@ -44,7 +36,8 @@ pub(super) struct Wiring {
     pub(super) known: BTreeMap<InstanceName, Instance>,
     pub(super) moving: BTreeMap<InstanceName, String>,
     /// Frozen after a commit that was not answered.
-    pub(super) in_doubt: BTreeSet<InstanceName>,
+    in_doubt: BTreeMap<InstanceName, Doubt>,
+    pub(super) recovery: Recovery,
 }
 
 impl Wiring {
@@ -53,6 +46,7 @@ impl Wiring {
         registry: Registry,
         board: Board,
         ended: UnboundedSender<Ended>,
+        recovery: Recovery,
     ) -> Self {
         let profiler = Arc::new(Profiler::start(&config.profile));
         let pools = pool::discover(&config);
@@ -61,13 +55,22 @@ impl Wiring {
             board.pools.clone_from(&pools);
         });
         let forecaster = Forecaster::new(config.forecast.clone(), config.agent.window_ms);
-        let mut planner = Planner::new(config.plan.clone());
-        let in_doubt = in_doubt(&config);
-        for name in &in_doubt {
-            planner.started(name, "a host that did not answer");
+        let planner = Planner::new(config.plan.clone());
+        let (known, moving, in_doubt) = Default::default();
+        Self {
+            config,
+            registry,
+            board,
+            ended,
+            profiler,
+            forecaster,
+            planner,
+            pools,
+            known,
+            moving,
+            in_doubt,
+            recovery,
         }
-        let (known, moving) = Default::default();
-        Self { config, registry, board, ended, profiler, forecaster, planner, pools, known, moving, in_doubt }
     }
 
     /// Whether moves are under way.
@@ -108,7 +111,7 @@ impl Wiring {
                 tracing::info!(instance = %name, "gone");
                 self.profiler.untrack(name);
                 self.forecaster.forget(name);
-                if !self.moving.contains_key(name) {
+                if !self.moving.contains_key(name) && !self.in_doubt.contains_key(name) {
                     self.planner.forget(name);
                 }
             }
@@ -121,9 +124,50 @@ impl Wiring {
                 }
             }
         }
-        self.board.write(|board| board.set_instances(present.values().cloned()));
         self.known = present;
+        self.look_for_doubts();
+        let doubts = &self.in_doubt;
+        let shown = self.known.values().map(|instance| {
+            let doubt = doubts.get(&instance.name);
+            (
+                instance.clone(),
+                doubt.map(|doubt| doubt.peer.map_or_else(String::new, |peer| peer.to_string())),
+            )
+        });
+        self.board.write(|board| board.set_instances(shown));
         Ok(())
+    }
+
+    /// Follows the journals: what is in doubt, the planner takes for being on its way.
+    fn look_for_doubts(&mut self) {
+        let found = match recovery::doubts(self.recovery.directory()) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!(%error, "going on with the doubts known");
+                return;
+            }
+        };
+        let under_way = |name: &InstanceName| self.moving.contains_key(name);
+        let found: BTreeMap<_, _> = found
+            .into_iter()
+            .map(|doubt| (doubt.instance.name.clone(), doubt))
+            .filter(|(name, doubt)| {
+                !under_way(name)
+                    && self.known.get(name).is_some_and(|i| i.cgroup_id == doubt.instance.cgroup_id)
+            })
+            .collect();
+        for (name, doubt) in found.iter().filter(|(name, _)| !self.in_doubt.contains_key(name)) {
+            tracing::error!(instance = %name, id = %doubt.id, "in doubt: frozen here, and perhaps running elsewhere");
+            self.planner.started(name, "a host that did not answer");
+        }
+        for name in self.in_doubt.keys().filter(|name| !found.contains_key(name)) {
+            tracing::warn!(instance = %name, "no longer in doubt");
+            match self.known.contains_key(name) {
+                true => self.planner.failed(name, MoveKind::Host, UnixMillis::now()),
+                false => self.planner.forget(name),
+            }
+        }
+        self.in_doubt = found;
     }
 
     fn pool_of(&self, name: &InstanceName) -> Option<&str> {
@@ -214,6 +258,7 @@ impl Wiring {
         match command {
             Command::Adopt(request, reply) => drop(reply.send(self.adopt(request))),
             Command::Register(request, reply) => drop(reply.send(self.register(&request))),
+            Command::Recover(request, reply) => self.recover(request, reply),
             Command::Swap(request, reply) => {
                 if let Err((error, Stake::Swap(Some(reply)))) = self.start_swap(request, Some(reply)) {
                     drop(reply.send(Err(error)));
@@ -291,7 +336,8 @@ impl Wiring {
             let error = format!("{name} is on its way to {to} already");
             return Err(ApiError::new(StatusCode::CONFLICT, error, "wait until it has arrived"));
         }
-        if self.in_doubt.contains(name) {
+        self.look_for_doubts();
+        if self.in_doubt.contains_key(name) {
             let error =
                 format!("{name} was committed to another host, which did not answer: it is frozen here");
             return Err(ApiError::new(StatusCode::CONFLICT, error, IN_DOUBT_HINT));
@@ -304,7 +350,7 @@ impl Wiring {
         tracing::info!(instance = %name, to, kind = ?stake.kind(), "moving");
         self.planner.started(&name, &to);
         self.moving.insert(name, to.clone());
-        moves::spawn(order, to, stake, place(&self.config), &self.config, self.ended.clone());
+        moves::spawn(order, to, stake, self.recovery.clone(), &self.config, self.ended.clone());
     }
 
     /// Shows at once who is here now.
@@ -312,41 +358,6 @@ impl Wiring {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "the next window looks again");
         }
-    }
-}
-
-/// The instances that an earlier agent committed to another host without an answer.
-fn in_doubt(config: &Config) -> BTreeSet<InstanceName> {
-    let directory = linux::journals(&place(config));
-    let left = journal::left_over(&directory).unwrap_or_else(|error| {
-        tracing::warn!(%error, path = %directory.display(), "earlier migrations can't be looked up");
-        Vec::new()
-    });
-    let mut frozen = BTreeSet::new();
-    for (file, entry) in left {
-        tracing::warn!(file, ?entry, "an earlier agent left a migration unfinished");
-        let name = file.strip_suffix(".source.json").unwrap_or(&file).parse::<InstanceName>();
-        let (journal::Role::Source, Ok(name)) = (entry.role, name) else { continue };
-        match entry.state {
-            journal::State::Committed => drop(frozen.insert(name)),
-            journal::State::Preparing => recover(config, &name),
-        }
-    }
-    frozen
-}
-
-/// An earlier agent was killed while it moved `name`, which goes on here.
-fn recover(config: &Config, name: &InstanceName) {
-    let place = place(config);
-    let found = Registry::open(&place.state_dir).and_then(|registry| registry.get(name));
-    match found {
-        Ok(Some(instance)) => {
-            if let Err(error) = linux::recover(&place, &instance) {
-                tracing::error!(instance = %name, %error, "its network could not be given back to it");
-            }
-        }
-        Ok(None) => {}
-        Err(error) => tracing::warn!(instance = %name, %error, "it can't be looked up"),
     }
 }
 

@@ -1,9 +1,10 @@
-//! `adopt` and `swap`.
+//! `adopt`, `swap` and `recover`.
 
-use super::{AdoptArguments, SwapArguments, labels, print_json};
+use super::{AdoptArguments, RecoverArguments, SwapArguments, labels, print_json};
 use crate::{
-    control::{AdoptRequest, SwapDone, SwapRequest, client::Client},
+    control::{AdoptRequest, RecoverDone, RecoverRequest, SwapDone, SwapRequest, client::Client},
     instance::Instance,
+    migrate::recovery::Decision,
 };
 
 pub(super) async fn adopt(client: &Client, arguments: AdoptArguments) -> anyhow::Result<()> {
@@ -29,5 +30,26 @@ pub(super) async fn swap(client: &Client, arguments: SwapArguments) -> anyhow::R
         return print_json(&done);
     }
     println!("{} sits on {} now ({:.1} ms)", done.instance, done.pool, done.duration_ms);
+    Ok(())
+}
+
+pub(super) async fn recover(client: &Client, arguments: RecoverArguments) -> anyhow::Result<()> {
+    let decision = if arguments.here { Decision::Here } else { Decision::There };
+    let request = RecoverRequest { instance: arguments.instance, decision };
+    let done: RecoverDone = client.post("/v1/recover", &request).await?;
+    if arguments.output.json {
+        return print_json(&done);
+    }
+    match done.decision {
+        Decision::Here => println!(
+            "{} goes on HERE, by your decision. If it runs at the other host too, stop it there now: both have its \
+             address, and what one of them acknowledges the other does not know",
+            done.instance
+        ),
+        Decision::There => println!(
+            "the copy of {} here is REMOVED, by your decision. If it does not run at the other host, it is gone",
+            done.instance
+        ),
+    }
     Ok(())
 }

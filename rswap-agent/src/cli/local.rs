@@ -17,6 +17,7 @@ use crate::{
         network::mac_for,
         volume::Volume,
     },
+    migrate::guard,
     pool::{self, PoolKind},
     profile::doctor as features,
     sys::clock::Clocks,
@@ -68,6 +69,11 @@ pub(super) fn init(arguments: InitArguments) -> anyhow::Result<ExitCode> {
     let options =
         InitOptions { go: arguments.go, detach: arguments.detach, log: arguments.log, volumes, work };
     Ok(exit_code(instance::init::run(options)?))
+}
+
+pub(super) fn guard(word: i32, life: i32) -> anyhow::Result<ExitCode> {
+    guard::run(word, life).map_err(|error| anyhow::anyhow!("the guard of a freeze: {error}"))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(super) fn run(session: &Session, arguments: RunArguments) -> anyhow::Result<ExitCode> {

@@ -59,6 +59,8 @@ enum Command {
     Swap(SwapArguments),
     /// Migrate an instance to another host
     Migrate(MigrateArguments),
+    /// Decide about an instance whose migration is in doubt: its other host does not answer
+    Recover(RecoverArguments),
     /// Name what a migration would not carry, without touching anything
     Check(CheckArguments),
     /// Show which kernel features are there, and what each lack costs
@@ -66,6 +68,9 @@ enum Command {
     /// The first process of an instance's PID namespace
     #[command(name = "__init", hide = true)]
     Init(InitArguments),
+    /// The watchdog of a migration's freeze
+    #[command(name = "__guard", hide = true)]
+    Guard(GuardArguments),
 }
 
 #[derive(Clone, Copy, Debug, Args)]
@@ -153,6 +158,22 @@ struct MigrateArguments {
 }
 
 #[derive(Debug, Args)]
+struct RecoverArguments {
+    /// Which instance; `rswap ps` names those in doubt
+    instance: InstanceName,
+    /// The copy here is the instance: let it go on. Only when it is certain that none runs, nor ever will, at the other
+    /// host: two copies with one address would both take writes
+    #[arg(long, conflicts_with = "there", required_unless_present = "there")]
+    here: bool,
+    /// The copy at the other host is the instance: remove the one here, memory and all. Only when it is certain that it
+    /// runs there: nothing can bring the one here back
+    #[arg(long)]
+    there: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
 struct CheckArguments {
     /// Which instance
     instance: InstanceName,
@@ -160,6 +181,14 @@ struct CheckArguments {
     host: Option<String>,
     #[command(flatten)]
     output: Output,
+}
+
+#[derive(Debug, Args)]
+struct GuardArguments {
+    #[arg(long)]
+    word: i32,
+    #[arg(long)]
+    life: i32,
 }
 
 #[derive(Debug, Args)]
@@ -205,8 +234,10 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     // The init must stay as small as it can: no configuration, no runtime, no log.
-    if let Command::Init(arguments) = cli.command {
-        return local::init(arguments);
+    match cli.command {
+        Command::Init(arguments) => return local::init(arguments),
+        Command::Guard(GuardArguments { word, life }) => return local::guard(word, life),
+        _ => {}
     }
     let config = Config::load(cli.config.as_deref())?;
     let socket = cli.socket.unwrap_or_else(|| config.agent.control_socket.clone());
@@ -228,10 +259,14 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Explain(arguments) => show::explain(&session.client, &arguments).await?,
         Command::Adopt(arguments) => change::adopt(&session.client, arguments).await?,
         Command::Swap(arguments) => change::swap(&session.client, arguments).await?,
+        Command::Recover(arguments) => change::recover(&session.client, arguments).await?,
         Command::Migrate(arguments) => return migrate::migrate(&session.client, arguments).await,
-        Command::Agent | Command::Run(_) | Command::Check(_) | Command::Doctor(_) | Command::Init(_) => {
-            unreachable!("handled without the agent")
-        }
+        Command::Agent
+        | Command::Run(_)
+        | Command::Check(_)
+        | Command::Doctor(_)
+        | Command::Init(_)
+        | Command::Guard(_) => unreachable!("handled without the agent"),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -37,6 +37,13 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
         ]);
     }
     println!("{rows}");
+    for (view, peer) in views.iter().filter_map(|view| Some((view, view.in_doubt.as_ref()?))) {
+        println!(
+            "{0} is IN DOUBT: it is frozen here, and may run at {peer}, which is asked until it answers. If that host is \
+             gone for good: `rswap recover {0} --here` or `--there`",
+            view.instance.name
+        );
+    }
     Ok(())
 }
 

@@ -24,6 +24,7 @@ use tokio::{
 
 use crate::{
     instance::{Instance, InstanceName},
+    migrate::recovery::Decision,
     status::{ApiError, Board, MigrationProgress, MigrationReport},
 };
 pub use routes::router;
@@ -85,6 +86,25 @@ pub struct RegisterRequest {
     pub instance: InstanceName,
 }
 
+/// Body of `POST /v1/recover`: a person names the copy that counts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecoverRequest {
+    /// Which instance; it is in doubt.
+    pub instance: InstanceName,
+    /// Which copy.
+    pub decision: Decision,
+}
+
+/// Answer to `POST /v1/recover`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoverDone {
+    /// Which instance.
+    pub instance: InstanceName,
+    /// What was carried out.
+    pub decision: Decision,
+}
+
 /// One line of the answer to `POST /v1/migrate`. The last one is no `progress`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "event")]
@@ -113,6 +133,8 @@ pub enum Command {
     Adopt(AdoptRequest, Reply<Instance>),
     /// Look at the registry again, now.
     Register(RegisterRequest, Reply<Instance>),
+    /// Decide about an instance in doubt.
+    Recover(RecoverRequest, Reply<RecoverDone>),
 }
 
 /// Why the control socket could not be served.

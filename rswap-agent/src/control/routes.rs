@@ -14,7 +14,9 @@ use futures_util::stream;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{AdoptRequest, Command, MigrateEvent, MigrateRequest, RegisterRequest, Reply, SwapRequest};
+use super::{
+    AdoptRequest, Command, MigrateEvent, MigrateRequest, RecoverRequest, RegisterRequest, Reply, SwapRequest,
+};
 use crate::status::{self, ApiError, Board};
 
 type Commands = mpsc::Sender<Command>;
@@ -32,6 +34,7 @@ pub fn router(board: Board, commands: Commands) -> Router {
         .route("/v1/migrate", post(migrate))
         .route("/v1/adopt", post(adopt))
         .route("/v1/register", post(register))
+        .route("/v1/recover", post(recover))
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
         .with_state(commands);
     status::router(board).merge(mutating)
@@ -52,6 +55,13 @@ async fn register(
     given: Given<RegisterRequest>,
 ) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Register).await
+}
+
+async fn recover(
+    State(commands): State<Commands>,
+    given: Given<RecoverRequest>,
+) -> Result<Response, ApiError> {
+    ask(&commands, given, Command::Recover).await
 }
 
 async fn migrate(

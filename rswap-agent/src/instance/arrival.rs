@@ -10,7 +10,7 @@ use nix::{sys::wait::waitpid, unistd::Pid};
 
 use super::{
     Instance, InstanceError, cgroup,
-    launch::{self, LaunchSpec, Place, Stub},
+    launch::{self, LaunchSpec, Place, Started, Stub},
     network::{self, Port},
     registry::Registry,
     volume,
@@ -24,24 +24,22 @@ use crate::{
 /// How long the init may take to make the stub.
 const STUB_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A cgroup, namespaces, an init and a stub, off the network.
+/// A cgroup, namespaces, an init and, once it has begun, a stub, off the network.
 #[derive(Debug)]
 pub struct Arrival {
-    /// The instance as it will be here.
-    pub instance: Instance,
-    /// The stub's pid, as the agent sees it.
+    started: Started,
+    /// The stub's pid, as the agent sees it; 0 before [`Arrival::begin`].
     pub stub_pid: i32,
     /// The way to give it descriptors.
     pub link: Link,
     /// Its volumes, each with its place.
     pub volumes: Vec<(BuiltVolume, PathBuf)>,
-    port: Option<Port>,
     registry: Registry,
 }
 
 impl Arrival {
     /// Makes room for `instance`, whose main process has pid `inner_pid` in its namespace, and clocks that are ahead
-    /// of this kernel's by `offsets`.
+    /// of this kernel's by `offsets`. The init waits, and ends if this process does.
     pub fn receive(
         place: &Place,
         instance: &Instance,
@@ -75,23 +73,29 @@ impl Arrival {
         let init = started.init_pid;
         // The init is this process's child, and outlives the move: somebody has to collect its status.
         std::thread::spawn(move || waitpid(Pid::from_raw(init), None));
-        let stub_pid = started.start_work().and_then(|()| wait_for_stub(init)).inspect_err(|_| {
-            launch::discard(&started.instance);
-        })?;
-        Ok(Self { instance: started.instance, stub_pid, link, volumes, port: started.port, registry })
+        Ok(Self { started, stub_pid: 0, link, volumes, registry })
+    }
+
+    /// The instance as it will be here.
+    pub fn instance(&self) -> &Instance {
+        &self.started.instance
+    }
+
+    /// Lets the init make the stub: from here on something is left if this process ends.
+    pub fn begin(&mut self) -> Result<(), InstanceError> {
+        self.started.start_work()?;
+        self.stub_pid = wait_for_stub(self.started.init_pid)?;
+        Ok(())
     }
 
     /// Connects it to the bridge and tells the neighbours.
     pub fn attach(&self) -> Result<(), InstanceError> {
-        self.port.as_ref().map_or(Ok(()), Port::attach)
+        self.started.port.as_ref().map_or(Ok(()), Port::attach)
     }
 
-    /// Puts its volumes to their places.
-    pub fn keep_volumes(&mut self) -> Result<(), InstanceError> {
-        for (volume, place) in std::mem::take(&mut self.volumes) {
-            volume.keep(&place).map_err(|error| InstanceError::Invalid(error.to_string()))?;
-        }
-        Ok(())
+    /// Where its volumes are while they are built, and where they go.
+    pub fn volume_moves(&self) -> Vec<(PathBuf, PathBuf)> {
+        self.volumes.iter().map(|(volume, place)| (volume.root(), place.clone())).collect()
     }
 
     /// Enters the running instance in the registry.
@@ -101,7 +105,7 @@ impl Arrival {
 
     /// Removes all of it.
     pub fn forget(self) -> Result<(), InstanceError> {
-        end(&self.instance)
+        end(&self.started.instance)
     }
 }
 

@@ -51,6 +51,19 @@ pub fn is_populated(path: &Path) -> bool {
     fs::read_to_string(path.join("cgroup.events")).is_ok_and(|events| events.contains("populated 1"))
 }
 
+/// Holds every process in the cgroup still, or lets all go on. None of them executes another instruction of its program
+/// when this returns, those that a tracer lets go included: they stop on their way out of the kernel.
+pub fn freeze(path: &Path, frozen: bool) -> Result<(), InstanceError> {
+    let file = path.join("cgroup.freeze");
+    let word = if frozen { "1" } else { "0" };
+    fs::write(&file, word).map_err(InstanceError::io(format!("writing {}", file.display())))
+}
+
+/// Whether the cgroup is held still, or about to be.
+pub fn is_frozen(path: &Path) -> bool {
+    fs::read_to_string(path.join("cgroup.freeze")).is_ok_and(|word| word.trim() == "1")
+}
+
 /// Kills every process in the cgroup at once and waits until it is empty.
 pub fn kill(path: &Path) -> Result<(), InstanceError> {
     let file = path.join("cgroup.kill");

@@ -36,7 +36,7 @@ use crate::{
 pub const MOVED_AWAY: i32 = 75;
 
 /// Where instances of this host live.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Place {
     /// Runtime state.
     pub state_dir: PathBuf,
@@ -151,6 +151,7 @@ fn moved_marker(state_dir: &Path, name: &InstanceName) -> PathBuf {
 }
 
 /// An instance whose init waits for the word to go.
+#[derive(Debug)]
 pub(super) struct Started {
     pub(super) instance: Instance,
     pub(super) init_pid: i32,

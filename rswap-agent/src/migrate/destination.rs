@@ -1,77 +1,165 @@
 //! The side at which an instance arrives.
 
-use std::{
-    io::{Read, Write},
-    path::Path,
-};
+use std::io::{Read, Write};
 
 use super::{
     MigrateError, codec,
     digest::MemoryDigest,
-    journal::{Journal, Role, State},
+    journal::MigrationId,
+    ledger::Ledger,
     probe,
     traits::{DestinationTask, PAGE_SIZE, PageRange, TaskError},
     wire::{self, Frame, Hello, Tag, WireError},
 };
 
-/// Takes an instance from `stream` and lets it run here. Returns when it runs.
+/// How often a copy that was committed and can't be let run is tried again.
+const RETRY_AFTER: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// What a peer wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// To send an instance.
+    Offer {
+        /// Of this migration.
+        id: MigrationId,
+        /// It needs this.
+        requirements: Vec<u8>,
+    },
+    /// To know what became of a migration, or to tell that it is settled: it was answered.
+    Answered,
+}
+
+/// Greets a peer, and answers whatever it wants but an offer.
+pub fn greet<S: Read + Write, T: DestinationTask>(
+    stream: &mut S,
+    task: &mut T,
+    ledger: &Ledger,
+) -> Result<Opening, MigrateError> {
+    let mut talk = Talk { stream, doing: "greeting" };
+    let theirs = talk.expect(Tag::Hello)?;
+    let theirs = postcard::from_bytes(&theirs).map_err(|_| talk.broken("a malformed Hello".into()))?;
+    wire::negotiate(&Hello::ours(), &theirs).map_err(|reason| talk.broken(reason))?;
+    talk.send(Tag::Hello, &postcard::to_stdvec(&Hello::ours()).unwrap_or_default())?;
+    loop {
+        let Frame { tag, payload } = match talk.receive() {
+            // It has asked what it wanted to.
+            Err(MigrateError::Link { source, .. })
+                if talk.doing == "answering" && source.kind() == std::io::ErrorKind::UnexpectedEof =>
+            {
+                return Ok(Opening::Answered);
+            }
+            frame => frame?,
+        };
+        match tag {
+            Tag::Offer => {
+                let (id, requirements) = wire::parse_offer(&payload).map_err(|error| talk.wire(error))?;
+                return Ok(Opening::Offer { id, requirements: requirements.to_vec() });
+            }
+            Tag::Inquire => {
+                talk.doing = "answering";
+                let id = wire::parse_id(tag, &payload).map_err(|error| talk.wire(error))?;
+                let fate = ledger.inquire(id)?;
+                tracing::info!(%id, ?fate, "asked for a migration's fate");
+                talk.send(Tag::Fate, &[fate as u8])?;
+            }
+            Tag::Probe => {
+                talk.doing = "answering";
+                let found = task.objections(&payload);
+                let found = found.map_err(|source| MigrateError::Task { doing: "answering", source })?;
+                talk.send(Tag::ProbeAnswer, &probe::encoded(found))?;
+            }
+            Tag::Settled => {
+                talk.doing = "answering";
+                talk.settle(&payload, ledger)?;
+            }
+            other => return Err(talk.broken(format!("{other:?} came where an offer or a question was due"))),
+        }
+    }
+}
+
+/// Turns an offer away; the peer may be gone.
+pub fn turn_away<S: Read + Write>(stream: &mut S, reason: &str) {
+    let _ = Talk { stream, doing: "refusing" }.send(Tag::Abort, reason.as_bytes());
+}
+
+/// Takes the instance that was offered by [`greet`]'s peer, and lets it run here. Returns when it runs.
 ///
 /// # Errors
-/// Nothing of it is left here, with one exception: an error after the commit, which the journal shows.
+/// Nothing of it is left here, nor ever will run here.
 pub fn run<S: Read + Write, T: DestinationTask>(
-    stream: S,
+    stream: &mut S,
     task: &mut T,
-    journal_dir: &Path,
-    name: &str,
+    ledger: &Ledger,
+    id: MigrationId,
+    requirements: &[u8],
 ) -> Result<(), MigrateError> {
-    let journal = Journal::begin(journal_dir, name, Role::Destination)?;
-    let mut destination =
-        Destination { stream, task, doing: "offering", digest: MemoryDigest::default(), fresh: Vec::new() };
-    let committed = destination.until_commit().and_then(|()| journal.record(State::Committed));
-    if let Err(error) = committed {
-        destination.roll_back(&error);
-        journal.finish();
+    let talk = Talk { stream, doing: "offering" };
+    let mut destination = Destination {
+        talk,
+        task,
+        digest: MemoryDigest::default(),
+        fresh: Vec::new(),
+        prepared: false,
+        verified: false,
+    };
+    if let Err(error) = destination.until_commit(ledger, id, requirements) {
+        destination.roll_back(ledger, id, &error);
         return Err(error);
     }
-    destination.activate()?;
-    journal.finish();
+    destination.activate();
+    ledger.activated(id);
+    destination.tell_activated();
+    destination.wait_until_settled(ledger, id);
     Ok(())
 }
 
 struct Destination<'a, S, T> {
-    stream: S,
+    talk: Talk<'a, S>,
     task: &'a mut T,
-    doing: &'static str,
     digest: MemoryDigest,
     /// Pages that came and were not read back yet.
     fresh: Vec<PageRange>,
+    /// The ledger knows of it.
+    prepared: bool,
+    /// The source was told that it may commit.
+    verified: bool,
+}
+
+/// The conversation with the peer.
+struct Talk<'a, S> {
+    stream: &'a mut S,
+    doing: &'static str,
 }
 
 impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
-    /// Everything before the commit: any failure leaves nothing here.
-    fn until_commit(&mut self) -> Result<(), MigrateError> {
-        self.offer()?;
+    /// Everything before the commit, and writing it down: any failure leaves nothing here.
+    fn until_commit(
+        &mut self,
+        ledger: &Ledger,
+        id: MigrationId,
+        requirements: &[u8],
+    ) -> Result<(), MigrateError> {
+        let particulars = self.task.prepare(requirements).map_err(self.task_failed())?;
+        ledger.prepare(id, &particulars)?;
+        self.prepared = true;
+        self.task.begin().map_err(self.task_failed())?;
+        self.talk.send(Tag::Accept, &id.0.to_le_bytes())?;
         let image = self.transfer()?;
         self.verify(&image)?;
-        self.doing = "waiting for the commit";
-        self.expect(Tag::Commit).map(|_| ())
-    }
-
-    fn offer(&mut self) -> Result<(), MigrateError> {
-        let theirs = self.expect(Tag::Hello)?;
-        let theirs = postcard::from_bytes(&theirs).map_err(|_| self.broken("a malformed Hello".into()))?;
-        wire::negotiate(&Hello::ours(), &theirs).map_err(|reason| self.broken(reason))?;
-        self.send(Tag::Hello, &postcard::to_stdvec(&Hello::ours()).unwrap_or_default())?;
-        let requirements = probe::questions_before_offer(&mut self.stream, self.task)?;
-        self.task.prepare(&requirements).map_err(self.task_failed())?;
-        self.send(Tag::Accept, &[])
+        self.talk.doing = "waiting for the commit";
+        self.talk.expect(Tag::Commit)?;
+        if !ledger.commit(id)? {
+            let problem = "the commit came after the source had been told that it never will run here";
+            return Err(self.talk.broken(problem.into()));
+        }
+        Ok(())
     }
 
     /// Takes rounds of memory until the image comes, which is returned.
     fn transfer(&mut self) -> Result<Vec<u8>, MigrateError> {
-        self.doing = "copying memory";
+        self.talk.doing = "copying memory";
         loop {
-            let Frame { tag, payload } = self.receive()?;
+            let Frame { tag, payload } = self.talk.receive()?;
             match tag {
                 Tag::Layout => self.task.apply_layout(&payload).map_err(self.task_failed())?,
                 Tag::Discard => self.discard(&payload)?,
@@ -79,10 +167,10 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
                 Tag::Volume => self.task.take_volume(&payload).map_err(self.task_failed())?,
                 Tag::RoundEnd => {
                     self.read_back()?;
-                    self.send(Tag::RoundAck, &[])?;
+                    self.talk.send(Tag::RoundAck, &[])?;
                 }
                 Tag::Image => return Ok(payload),
-                other => return Err(self.broken(format!("{other:?} came during the transfer"))),
+                other => return Err(self.talk.broken(format!("{other:?} came during the transfer"))),
             }
         }
     }
@@ -90,7 +178,7 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     fn discard(&mut self, payload: &[u8]) -> Result<(), MigrateError> {
         // Pages that were sent before are part of no digest once they are gone.
         self.read_back()?;
-        for range in wire::parse_ranges(payload).map_err(|error| self.wire(error))? {
+        for range in wire::parse_ranges(payload).map_err(|error| self.talk.wire(error))? {
             self.digest.discard(&range);
             self.task.discard(&range).map_err(self.task_failed())?;
         }
@@ -98,7 +186,7 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     }
 
     fn take_pages(&mut self, payload: &[u8]) -> Result<(), MigrateError> {
-        let records = wire::parse_pages(payload).map_err(|error| self.wire(error))?;
+        let records = wire::parse_pages(payload).map_err(|error| self.talk.wire(error))?;
         // Neighbours are written together: a call per page costs more than its bytes.
         for run in records.chunk_by(|a, b| b.space == a.space && b.addr == a.addr + PAGE_SIZE as u64) {
             let (space, addr) = (run[0].space, run[0].addr);
@@ -108,7 +196,7 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
             }
             for (record, page) in run.iter().zip(memory.chunks_exact_mut(PAGE_SIZE)) {
                 codec::decode(record.encoding, record.data, page)
-                    .map_err(|error| self.broken(error.to_string()))?;
+                    .map_err(|error| self.talk.broken(error.to_string()))?;
             }
             self.task.write(space, addr, &memory).map_err(self.task_failed())?;
             self.fresh.push(PageRange { space, start: addr, pages: run.len() as u64 });
@@ -130,28 +218,55 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     }
 
     fn verify(&mut self, image: &[u8]) -> Result<(), MigrateError> {
-        self.doing = "restoring";
+        self.talk.doing = "restoring";
         // Before the task is restored: from then on the kernel writes to its memory, too.
         self.read_back()?;
         let volumes = self.task.volume_digest().map_err(self.task_failed())?;
         self.task.restore(image).map_err(self.task_failed())?;
-        self.doing = "verifying";
+        self.talk.doing = "verifying";
         let digest = self.digest.with_image(image) ^ volumes;
-        self.send(Tag::Verified, &digest.to_le_bytes())
+        self.verified = true;
+        self.talk.send(Tag::Verified, &digest.to_le_bytes())
     }
 
-    fn activate(&mut self) -> Result<(), MigrateError> {
-        self.doing = "activating";
+    /// It is committed, and the copy here is the instance: there is no way back.
+    fn activate(&mut self) {
+        self.talk.doing = "activating";
         tracing::debug!("committed");
-        self.task.activate().map_err(self.task_failed())?;
-        // It runs here, whether the source hears of it or not; not hearing it, the source stays frozen.
-        if let Err(error) = self.send(Tag::Activated, &[]) {
-            tracing::error!(%error, "the source was not told that the instance runs here");
+        while let Err(error) = self.task.activate() {
+            tracing::error!(%error, "the instance is committed to this host and can't be let run yet: trying again");
+            std::thread::sleep(RETRY_AFTER);
         }
-        Ok(())
     }
 
-    fn roll_back(&mut self, error: &MigrateError) {
+    fn tell_activated(&mut self) {
+        // It runs here, whether the source hears of it or not; not hearing it, the source asks.
+        if let Err(error) = self.talk.send(Tag::Activated, &[]) {
+            tracing::warn!(%error, "the source was not told that the instance runs here: it will ask");
+        }
+    }
+
+    /// The journal is kept until the source has removed its copy.
+    fn wait_until_settled(&mut self, ledger: &Ledger, id: MigrationId) {
+        self.talk.doing = "waiting for the source to end";
+        let settled = self.talk.expect(Tag::Settled).and_then(|payload| self.talk.settle(&payload, ledger));
+        if let Err(error) = settled {
+            tracing::info!(%id, %error, "the source has still to say that its copy is gone");
+        }
+    }
+
+    fn roll_back(&mut self, ledger: &Ledger, id: MigrationId, error: &MigrateError) {
+        // Written before anything is removed: a question may come at any time. Before Verified the source can't have
+        // committed, and its own word that it rolled back is as good.
+        let rolled_back = matches!(error, MigrateError::Peer { .. });
+        let written = match (self.prepared, self.verified && !rolled_back) {
+            (false, _) => Ok(()),
+            (true, true) => ledger.never(id),
+            (true, false) => ledger.settle(id),
+        };
+        if let Err(error) = written {
+            tracing::error!(%id, %error, "the end of an arrival was not written down");
+        }
         if let Err(error) = self.task.abandon() {
             tracing::error!(%error, "a failed arrival could not be removed");
         }
@@ -163,17 +278,30 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
         }
         reason.truncate(reason.floor_char_boundary(Tag::Abort.limit()));
         // The peer may be what failed; it finds out by the closed link, too.
-        let _ = self.send(Tag::Abort, reason.as_bytes());
+        let _ = self.talk.send(Tag::Abort, reason.as_bytes());
+    }
+
+    fn task_failed(&self) -> impl FnOnce(TaskError) -> MigrateError + use<S, T> {
+        let doing = self.talk.doing;
+        move |source| MigrateError::Task { doing, source }
+    }
+}
+
+impl<S: Read + Write> Talk<'_, S> {
+    fn settle(&mut self, payload: &[u8], ledger: &Ledger) -> Result<(), MigrateError> {
+        let id = wire::parse_id(Tag::Settled, payload).map_err(|error| self.wire(error))?;
+        ledger.settle(id)?;
+        self.send(Tag::Settled, &id.0.to_le_bytes())
     }
 
     fn send(&mut self, tag: Tag, payload: &[u8]) -> Result<(), MigrateError> {
-        wire::write_frame(&mut self.stream, tag, payload).map_err(|error| self.wire(error))?;
+        wire::write_frame(self.stream, tag, payload).map_err(|error| self.wire(error))?;
         let doing = self.doing;
         self.stream.flush().map_err(|source| MigrateError::Link { doing, source })
     }
 
     fn receive(&mut self) -> Result<Frame, MigrateError> {
-        let frame = wire::read_frame(&mut self.stream).map_err(|error| self.wire(error))?;
+        let frame = wire::read_frame(self.stream).map_err(|error| self.wire(error))?;
         if frame.tag == Tag::Abort {
             let reason = String::from_utf8_lossy(&frame.payload).into_owned();
             return Err(MigrateError::Peer { doing: self.doing, reason });
@@ -186,11 +314,6 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
             frame if frame.tag == tag => Ok(frame.payload),
             frame => Err(self.broken(format!("{:?} came where {tag:?} was due", frame.tag))),
         }
-    }
-
-    fn task_failed(&self) -> impl FnOnce(TaskError) -> MigrateError + use<S, T> {
-        let doing = self.doing;
-        move |source| MigrateError::Task { doing, source }
     }
 
     fn broken(&self, problem: String) -> MigrateError {

@@ -1,98 +1,81 @@
 //! What a migration has come to, on disk: one small file each, written through before the next step.
 //!
-//! The file is made, with its directory entry, before anything is frozen. A new state then is written over the old one
+//! The file is made, with its directory entry, before anything is frozen. A new state is written over the old one
 //! in place: one sector, without a change of size, so that it needs no transaction of the file system in the freeze.
+//! What doesn't change (which instance, which peer) follows that sector, and is opaque here.
 
 use std::{
+    fmt,
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    str::FromStr,
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::MigrateError;
+use super::{
+    MigrateError,
+    rules::{DestinationState, SourceState},
+};
 
-/// Which side wrote the journal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Role {
-    /// The instance leaves.
-    Source,
-    /// The instance arrives.
-    Destination,
-}
-
-/// How far it came. What follows a crash in each state is said with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum State {
-    /// Not committed: the source goes on, the destination forgets.
-    Preparing,
-    /// Committed: the source must not run again; the destination's copy is the instance.
-    Committed,
-}
-
-/// One migration's entry.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
-    /// Which side this is.
-    pub role: Role,
-    /// How far it came.
-    pub state: State,
-}
-
-/// Every record is filled up to this length, in bytes: one sector, which a disk writes whole or not at all.
+/// The record is filled up to this length, in bytes: one sector, which a disk writes whole or not at all.
 const RECORD_BYTES: usize = 512;
+/// Longest file that is read: what is longer is none of ours.
+const FILE_LIMIT: u64 = 8 << 20;
 
-/// The journal of one migration; its file goes when it ends in an orderly way.
-#[derive(Debug)]
-pub struct Journal {
-    path: PathBuf,
-    role: Role,
-    file: File,
-}
+/// A migration's name: random, the same at both ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MigrationId(pub u128);
 
-impl Journal {
-    /// Opens a journal for one migration, `name` among those of `directory`.
-    pub fn begin(directory: &Path, name: &str, role: Role) -> Result<Self, MigrateError> {
-        let side = match role {
-            Role::Source => "source",
-            Role::Destination => "destination",
-        };
-        let path = directory.join(format!("{name}.{side}.json"));
-        let make = || -> io::Result<File> {
-            fs::create_dir_all(directory)?;
-            refuse_if_committed(&path)?;
-            let temporary = path.with_extension("new");
-            let mut file = File::create(&temporary)?;
-            file.write_all(&Entry { role, state: State::Preparing }.record()?)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            File::open(directory)?.sync_all()?;
-            Ok(file)
-        };
-        let file = make().map_err(failed(&path))?;
-        Ok(Self { path, role, file })
-    }
-
-    /// Writes the state through to the disk.
-    pub fn record(&self, state: State) -> Result<(), MigrateError> {
-        let write = || self.file.write_all_at(&Entry { role: self.role, state }.record()?, 0);
-        write().and_then(|()| self.file.sync_data()).map_err(failed(&self.path))
-    }
-
-    /// The migration ended, one way or the other, and both sides know.
-    pub fn finish(self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "a finished journal could not be removed");
-        }
+impl MigrationId {
+    /// A new one.
+    pub fn random() -> io::Result<Self> {
+        let mut bytes = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        Ok(Self(u128::from_le_bytes(bytes)))
     }
 }
 
-impl Entry {
-    fn record(&self) -> io::Result<Vec<u8>> {
+impl fmt::Display for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl FromStr for MigrationId {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        u128::from_str_radix(text, 16).map(Self)
+    }
+}
+
+/// The states of one side's journal.
+pub trait Stage: Copy + PartialEq + fmt::Debug + Serialize + DeserializeOwned {
+    /// How this side's files end.
+    const EXTENSION: &'static str;
+}
+
+impl Stage for SourceState {
+    const EXTENSION: &'static str = "source";
+}
+
+impl Stage for DestinationState {
+    const EXTENSION: &'static str = "destination";
+}
+
+/// The sector that changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Record<S> {
+    state: S,
+    /// The kernel's run in which it was begun: processes of an earlier one are gone.
+    boot_id: String,
+}
+
+impl<S: Stage> Record<S> {
+    fn to_sector(&self) -> io::Result<Vec<u8>> {
         let mut text = serde_json::to_vec(self)?;
         text.resize(RECORD_BYTES - 1, b' ');
         text.push(b'\n');
@@ -100,29 +83,140 @@ impl Entry {
     }
 }
 
-/// Writing over a commit would forget that the instance may run at the other host, and the next
-/// failure would let it go here as well: two copies.
-fn refuse_if_committed(path: &Path) -> io::Result<()> {
-    let text = match fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        text => text?,
-    };
-    let entry: Entry = serde_json::from_slice(&text)?;
-    if entry.state == State::Committed {
-        let text = "an earlier migration was committed and its end is not known: make sure where the \
-                    instance runs, then remove this file";
-        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+/// The journal of one migration at one side. Whoever holds it has it alone: the file is locked.
+#[derive(Debug)]
+pub struct Journal<S> {
+    path: PathBuf,
+    id: MigrationId,
+    record: Record<S>,
+    file: File,
+    finished: bool,
+}
+
+impl<S: Stage> Journal<S> {
+    /// Opens a journal for a new migration, with what has to be known of it after a crash.
+    pub fn begin(
+        directory: &Path,
+        id: MigrationId,
+        state: S,
+        particulars: &[u8],
+    ) -> Result<Self, MigrateError> {
+        let path = path::<S>(directory, id);
+        let make = || -> io::Result<(File, Record<S>)> {
+            fs::create_dir_all(directory)?;
+            let record = Record { state, boot_id: boot_id()? };
+            let temporary = path.with_extension(format!("{}.new", S::EXTENSION));
+            let mut file = File::options().read(true).write(true).create_new(true).open(&temporary)?;
+            file.try_lock()?;
+            file.write_all(&record.to_sector()?)?;
+            file.write_all(particulars)?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            File::open(directory)?.sync_all()?;
+            Ok((file, record))
+        };
+        let (file, record) = make().map_err(failed(&path))?;
+        Ok(Self { path, id, record, file, finished: false })
     }
-    Ok(())
+
+    /// Takes over the journal in `path`, and reads the particulars; `None` when somebody has it.
+    pub fn claim(path: &Path) -> io::Result<Option<(Self, Vec<u8>)>> {
+        let file = File::options().read(true).write(true).open(path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Ok(None),
+            Err(fs::TryLockError::Error(error)) => return Err(error),
+        }
+        let Entry { id, state, boot_id, particulars } = read_entry(path, &file)?;
+        let record = Record { state, boot_id };
+        Ok(Some((Self { path: path.to_owned(), id, record, file, finished: false }, particulars)))
+    }
+
+    /// Which migration.
+    pub fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// What it says.
+    pub fn state(&self) -> S {
+        self.record.state
+    }
+
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether [`Journal::finish`] was called.
+    pub fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// Writes the state through to the disk.
+    pub fn record(&mut self, state: S) -> Result<(), MigrateError> {
+        let record = Record { state, boot_id: self.record.boot_id.clone() };
+        let write = || self.file.write_all_at(&record.to_sector()?, 0);
+        write().and_then(|()| self.file.sync_data()).map_err(failed(&self.path))?;
+        self.record = record;
+        Ok(())
+    }
+
+    /// Both sides know how it ended.
+    pub fn finish(&mut self) {
+        self.finished = true;
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a finished journal could not be removed");
+        }
+    }
 }
 
-fn failed(path: &Path) -> impl FnOnce(io::Error) -> MigrateError {
-    let path = path.display().to_string();
-    move |source| MigrateError::Journal { path, source }
+/// What a journal says, to be looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry<S> {
+    /// Which migration.
+    pub id: MigrationId,
+    /// How far it came.
+    pub state: S,
+    /// The kernel's run in which it was begun.
+    pub boot_id: String,
+    /// What was given to [`Journal::begin`].
+    pub particulars: Vec<u8>,
 }
 
-/// The entries that a crash left behind, by file name.
-pub fn left_over(directory: &Path) -> io::Result<Vec<(String, Entry)>> {
+impl<S> Entry<S> {
+    /// Whether the host was started anew since.
+    pub fn started_anew(&self) -> io::Result<bool> {
+        Ok(self.boot_id != boot_id()?)
+    }
+}
+
+fn read_entry<S: Stage>(path: &Path, file: &File) -> io::Result<Entry<S>> {
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    let id = name.parse().map_err(|_| io::Error::other(format!("{name:?} is no migration's name")))?;
+    let mut bytes = Vec::new();
+    file.take(FILE_LIMIT).read_to_end(&mut bytes)?;
+    let (record, particulars) =
+        bytes.split_at_checked(RECORD_BYTES).ok_or_else(|| io::Error::other("a journal that is cut off"))?;
+    let Record { state, boot_id } = serde_json::from_slice(record)?;
+    Ok(Entry { id, state, boot_id, particulars: particulars.to_vec() })
+}
+
+/// What the journal in `path` says.
+pub fn read<S: Stage>(path: &Path) -> io::Result<Entry<S>> {
+    read_entry(path, &File::open(path)?)
+}
+
+/// What the journal of `id` says, if there is one.
+pub fn look<S: Stage>(directory: &Path, id: MigrationId) -> io::Result<Option<Entry<S>>> {
+    let path = path::<S>(directory, id);
+    match File::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        file => read_entry(&path, &file?).map(Some),
+    }
+}
+
+/// The journals of one side, those that can't be read left out (and logged): each with its file.
+pub fn list<S: Stage>(directory: &Path) -> io::Result<Vec<(PathBuf, Entry<S>)>> {
     let mut found = Vec::new();
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
@@ -130,46 +224,70 @@ pub fn left_over(directory: &Path) -> io::Result<Vec<(String, Entry)>> {
     };
     for entry in entries {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "json") {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            found.push((name, serde_json::from_slice(&fs::read(&path)?)?));
+        if path.extension().is_none_or(|extension| extension != S::EXTENSION) {
+            continue;
+        }
+        match File::open(&path).and_then(|file| read_entry(&path, &file)) {
+            Ok(entry) => found.push((path, entry)),
+            // Finished since the directory was read.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::error!(path = %path.display(), %error, "a journal can't be read"),
         }
     }
+    found.sort_by_key(|(_, entry)| entry.id);
     Ok(found)
+}
+
+/// Where the journal of `id` is.
+pub fn path<S: Stage>(directory: &Path, id: MigrationId) -> PathBuf {
+    directory.join(format!("{id}.{}", S::EXTENSION))
+}
+
+/// The running kernel's identity.
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> MigrateError {
+    let path = path.display().to_string();
+    move |source| MigrateError::Journal { path, source }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use SourceState::{Begun, Committed, Ended};
 
     #[test]
-    fn a_commit_in_doubt_is_not_written_over() {
+    fn a_crash_leaves_the_last_state_and_the_particulars() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let begin = || Journal::begin(directory.path(), "redis", Role::Source);
-        drop(begin().expect("begin"));
-        // A crash before the commit is no obstacle.
-        let journal = begin().expect("begin again");
-        journal.record(State::Committed).expect("record");
-        let refused = begin().expect_err("it is in doubt");
-        assert!(matches!(refused, MigrateError::Journal { .. }), "{refused:?}");
-        let entry = Entry { role: Role::Source, state: State::Committed };
-        assert_eq!(
-            left_over(directory.path()).expect("left over"),
-            [("redis.source.json".to_owned(), entry)]
-        );
+        let id = MigrationId::random().expect("an id");
+        let mut journal = Journal::begin(directory.path(), id, Begun, b"redis").expect("begin");
+        journal.record(Committed).expect("record");
+        let (path, entry) = list::<SourceState>(directory.path()).expect("list").remove(0);
+        assert_eq!((entry.id, entry.state, entry.particulars.as_slice()), (id, Committed, &b"redis"[..]));
+        assert!(!entry.started_anew().expect("a boot id"));
+        assert!(Journal::<SourceState>::claim(&path).expect("claim").is_none(), "it is held");
+        drop(journal);
+        let (mut journal, particulars) = Journal::claim(&path).expect("claim").expect("nobody holds it");
+        assert_eq!((journal.state(), particulars.as_slice()), (Committed, &b"redis"[..]));
+        journal.record(Ended).expect("record");
+        assert_eq!(look::<SourceState>(directory.path(), id).expect("look").expect("it").state, Ended);
         journal.finish();
-        begin().expect("a settled migration is no obstacle");
+        assert_eq!(list::<SourceState>(directory.path()).expect("list"), []);
     }
 
     #[test]
-    fn a_crash_leaves_the_last_state() {
+    fn the_sides_and_strange_files_are_kept_apart() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let journal = Journal::begin(directory.path(), "redis", Role::Source).expect("begin");
-        journal.record(State::Committed).expect("record");
-        let entry = Entry { role: Role::Source, state: State::Committed };
-        let found = left_over(directory.path()).expect("left over");
-        assert_eq!(found, [("redis.source.json".to_owned(), entry)]);
-        journal.finish();
-        assert_eq!(left_over(directory.path()).expect("left over"), []);
+        let id = MigrationId(7);
+        let _source = Journal::begin(directory.path(), id, Begun, b"").expect("begin");
+        let _destination =
+            Journal::begin(directory.path(), id, DestinationState::Prepared, b"").expect("begin");
+        fs::write(directory.path().join("x.source"), b"nonsense").expect("write");
+        fs::write(directory.path().join(format!("{:032x}.source", 8)), b"cut off").expect("write");
+        assert_eq!(list::<SourceState>(directory.path()).expect("list").len(), 1);
+        assert_eq!(list::<DestinationState>(directory.path()).expect("list").len(), 1);
+        assert!(Journal::begin(directory.path(), MigrationId(9), Begun, b"").is_ok());
     }
 }

@@ -2,47 +2,52 @@
 
 use std::{
     net::{SocketAddr, TcpStream},
-    path::PathBuf,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::{
-    MigrateError, Progress, Report, TaskError, destination,
-    journal::{self, Entry, Role, State},
+    MigrateError, Progress, Report, TaskError,
+    destination::{self, Opening},
+    guard::Guard,
+    journal::{self, Journal, MigrationId},
+    ledger::Ledger,
+    link::{Link, SILENCE},
     linux_destination::{LinuxDestination, Reception},
     linux_source::{LinuxSource, Uplink},
     offer::{FileDigests, Objection, Requirements},
-    probe, source,
-    volumes::{self, SourceVolumes},
+    probe,
+    recovery::{self, Particulars, Recovery},
+    rules::{DestinationState, SourceState},
+    source,
+    volumes::SourceVolumes,
 };
 use crate::{
     config::MigrateConfig,
     instance::{
         Instance,
         arrival::{self, Arrival},
-        launch::{self, Place},
+        cgroup,
+        launch::Place,
         network::Port,
-        registry::Registry,
     },
     sys::{clock::Clocks, packet::Holder},
-    tracee::{settle, tree},
+    tracee::tree,
     volume::place,
 };
 
-/// A peer that says nothing for so long is taken for dead.
-const SILENCE: Duration = Duration::from_secs(10);
+/// How long the destination may take to look through what an instance needs.
+const PROBING: Duration = Duration::from_secs(60);
 
-/// Where the journals of this host's migrations are.
-pub fn journals(place: &Place) -> PathBuf {
-    place.state_dir.join("migrations")
-}
+/// How long the agent at the source asks by itself what became of a commit before it reports a doubt: a peer that was
+/// only cut off answers at once.
+const ASK_AT_ONCE: Duration = Duration::from_secs(5);
 
-/// Moves `instance` from `place` to the agent at `host`. Blocks; the thread must live until it returns.
+/// Moves `instance` from `recovery`'s place to the agent at `host`. Blocks; the thread must live until it returns.
 ///
 /// # Errors
 /// As [`source::run`]: with any error but [`MigrateError::InDoubt`] the instance runs here as before.
 pub fn send(
-    place: &Place,
+    recovery: &Recovery,
     instance: &Instance,
     host: SocketAddr,
     config: &MigrateConfig,
@@ -50,19 +55,65 @@ pub fn send(
 ) -> Result<Report, MigrateError> {
     let failed = |source| MigrateError::Task { doing: "looking at the instance", source };
     let link = |source| MigrateError::Link { doing: "connecting to the destination", source };
-    let port = match (&instance.network, &place.bridge, instance.init_pid) {
-        (Some(identity), Some(bridge), Some(init)) => Some(Port::new(&instance.name, bridge, identity, init)),
-        _ => None,
-    };
-    let uplink = HostPort { port, held: None };
-    let end = end_at_source(place.clone(), instance.clone());
+    let (place, journals) = (&recovery.place, recovery.directory());
+    recovery::refuse_if_in_doubt(journals, &instance.name)?;
+    if cgroup::is_frozen(&instance.cgroup) {
+        // No call can be made in it, and it would arrive running.
+        let text = format!("{} is frozen (cgroup.freeze): let it go on first", instance.name);
+        return Err(failed(text.into()));
+    }
+    let uplink = HostPort { port: port(place, instance), held: None };
+    let end = recovery.end_of(instance.clone());
     let volumes = SourceVolumes::open(place, instance).map_err(|error| failed(error.into()))?;
     let places = place.places_of(instance);
     let mut task = LinuxSource::new(instance.clone(), uplink, places, volumes, end).map_err(failed)?;
-    let stream = TcpStream::connect_timeout(&host, SILENCE).map_err(link)?;
-    set_up(&stream).map_err(link)?;
-    let journals = journals(place);
-    source::run(stream, &mut task, config, &journals, instance.name.as_str(), on_progress)
+    let deadline = Instant::now() + Duration::from_secs(config.deadline_s);
+    let mut stream = Link::connect(host, deadline.min(Instant::now() + SILENCE)).map_err(link)?;
+    stream.set_deadline(deadline);
+    let particulars = Particulars { instance: instance.clone(), peer: Some(host), volumes: Vec::new() }
+        .to_bytes()
+        .map_err(failed)?;
+    let id = MigrationId::random()
+        .map_err(|source| MigrateError::Journal { path: "/dev/urandom".into(), source })?;
+    tracing::info!(%id, instance = %instance.name, %host, "migrating");
+    let path = journal::path::<SourceState>(journals, id);
+    task.guard_by(Guard::start(place, instance, path, config.freeze_limit()).map_err(failed)?);
+    let mut journal = Journal::begin(journals, id, SourceState::Begun, &particulars)?;
+    let mut ask = |id| recovery::ask_within(host, id, ASK_AT_ONCE);
+    source::run(stream, &mut task, config, &mut journal, &mut ask, on_progress)
+}
+
+/// Serves whoever is at the other end of `stream`: takes the instance that it offers, or answers its question. Blocks.
+///
+/// `place_for` is asked for a place among the arrivals when an instance is offered; `arrived` is told when it runs.
+pub fn receive<P>(
+    place: &Place,
+    ledger: &Ledger,
+    stream: TcpStream,
+    deadline_s: u64,
+    place_for: impl FnOnce() -> Option<P>,
+    arrived: &mut dyn FnMut(&Instance),
+) -> Result<(), MigrateError> {
+    let taking = |source| MigrateError::Link { doing: "taking a connection", source };
+    let mut stream = Link::new(stream, Instant::now() + PROBING).map_err(taking)?;
+    let mut task = LinuxDestination::new(HostReception { place: place.clone(), arrived });
+    let Opening::Offer { id, requirements } = destination::greet(&mut stream, &mut task, ledger)? else {
+        return Ok(());
+    };
+    let Some(_place) = place_for() else {
+        destination::turn_away(&mut stream, "too many migrations arrive here at the moment: try again");
+        return Err(MigrateError::Peer { doing: "offering", reason: "turned away: too many arrive".into() });
+    };
+    stream.set_deadline(Instant::now() + Duration::from_secs(deadline_s) + SILENCE);
+    destination::run(&mut stream, &mut task, ledger, id, &requirements)
+}
+
+/// The port of `instance` on this host's bridge, if it has one.
+pub(super) fn port(place: &Place, instance: &Instance) -> Option<Port> {
+    match (&instance.network, &place.bridge, instance.init_pid) {
+        (Some(identity), Some(bridge), Some(init)) => Some(Port::new(&instance.name, bridge, identity, init)),
+        _ => None,
+    }
 }
 
 /// What the agent at `host` would refuse of `instance`. Nothing is made there, and nothing is touched here.
@@ -75,58 +126,16 @@ pub fn ask(place: &Place, instance: &Instance, host: SocketAddr) -> Result<Vec<O
     let volumes = SourceVolumes::open(place, instance).map_err(|error| failed(error.into()))?;
     let requirements = Requirements::of(instance, &living, &mut digests, &volumes).map_err(failed)?;
     let requirements = postcard::to_stdvec(&requirements).map_err(|error| failed(error.into()))?;
-    let stream = TcpStream::connect_timeout(&host, SILENCE).map_err(link)?;
-    set_up(&stream).map_err(link)?;
+    let stream = Link::connect(host, Instant::now() + PROBING).map_err(link)?;
     probe::ask(stream, &requirements)
 }
 
-/// Takes an instance that comes in on `stream` to `place`; returns it when it runs. Blocks.
-pub fn receive(place: &Place, stream: TcpStream, name: &str) -> Result<Option<Instance>, MigrateError> {
-    set_up(&stream).map_err(|source| MigrateError::Link { doing: "taking a connection", source })?;
-    let mut task = LinuxDestination::new(HostReception(place.clone()));
-    match destination::run(stream, &mut task, &journals(place), name) {
-        Err(MigrateError::OnlyAsked) => Ok(None),
-        received => received.map(|()| task.into_instance()),
-    }
-}
-
-fn set_up(stream: &TcpStream) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(SILENCE))?;
-    stream.set_write_timeout(Some(SILENCE))
-}
-
 /// Removes what an agent that was killed has left of volumes. What a committed arrival may need stays.
-pub fn sweep_volumes(place: &Place) {
-    let left = journal::left_over(&journals(place)).unwrap_or_default();
-    let needed = |entry: &Entry| entry.role == Role::Destination && entry.state == State::Committed;
-    if !left.iter().any(|(_, entry)| needed(entry)) {
+pub fn sweep_volumes(place: &Place, ledger: &Ledger) {
+    let left = ledger.list().unwrap_or_default();
+    if !left.iter().any(|entry| entry.state == DestinationState::Activated) {
         place::sweep(&place.volumes);
     }
-}
-
-/// Gives `instance` back what an agent that was killed in its freeze has taken from it: its port, its connections.
-/// Nothing of it is committed.
-pub fn recover(place: &Place, instance: &Instance) -> Result<(), TaskError> {
-    if let (Some(identity), Some(bridge), Some(init)) = (&instance.network, &place.bridge, instance.init_pid)
-    {
-        Port::new(&instance.name, bridge, identity, init).attach()?;
-    }
-    for pid in tree::listed(instance)? {
-        settle::recover(pid)?;
-    }
-    Ok(())
-}
-
-fn end_at_source(place: Place, instance: Instance) -> Box<dyn FnMut() -> Result<(), TaskError>> {
-    Box::new(move || {
-        // Before the processes end, so that a waiting `rswap run` knows why.
-        launch::note_moved(&place.state_dir, &instance.name)?;
-        Registry::open(&place.state_dir)?.remove(&instance.name)?;
-        arrival::end(&instance)?;
-        volumes::remove(&place, &instance);
-        Ok(())
-    })
 }
 
 /// An instance's port, and what came for the instance since the port was closed.
@@ -165,20 +174,23 @@ impl Uplink for HostPort {
     }
 }
 
-struct HostReception(Place);
+struct HostReception<'a> {
+    place: Place,
+    arrived: &'a mut dyn FnMut(&Instance),
+}
 
-impl Reception for HostReception {
+impl Reception for HostReception<'_> {
     fn objections(&self, requirements: &Requirements) -> Result<Vec<Objection>, TaskError> {
-        let found = arrival::objections(&self.0, &requirements.instance)?;
+        let found = arrival::objections(&self.place, &requirements.instance)?;
         let mut found: Vec<_> =
             found.into_iter().map(|(item, reason)| Objection::new(item, reason)).collect();
         let (bytes, inodes) = requirements.volumes;
-        let (free_bytes, free_inodes) = place::room(&self.0.volumes)?;
+        let (free_bytes, free_inodes) = place::room(&self.place.volumes)?;
         if bytes > free_bytes || inodes > free_inodes {
             let text = format!(
                 "{bytes} bytes and {inodes} inodes are needed, {free_bytes} and {free_inodes} are free"
             );
-            let directory = self.0.volumes.display();
+            let directory = self.place.volumes.display();
             found.push(Objection::new("volumes", format!("no room: {text} at {directory}")));
         }
         Ok(found)
@@ -190,6 +202,10 @@ impl Reception for HostReception {
         inner_pid: i32,
         offsets: Option<Clocks>,
     ) -> Result<Arrival, TaskError> {
-        Ok(Arrival::receive(&self.0, instance, inner_pid, offsets)?)
+        Ok(Arrival::receive(&self.place, instance, inner_pid, offsets)?)
+    }
+
+    fn arrived(&mut self, instance: &Instance) {
+        (self.arrived)(instance);
     }
 }

@@ -4,11 +4,12 @@ use std::{collections::BTreeMap, time::Instant};
 
 use super::{
     offer::{self, HostTraits, Objection, Requirements},
+    recovery::Particulars,
     traits::{DestinationTask, PAGE_SIZE, PageRange, TaskError},
     volumes,
 };
 use crate::{
-    instance::{Instance, Origin, arrival::Arrival},
+    instance::{Instance, Origin, arrival::Arrival, cgroup},
     sys::clock::Clocks,
     tracee::{
         TraceeError,
@@ -17,7 +18,7 @@ use crate::{
         layout::{InstanceLayout, Mapping, ProcessLayout},
         link::Link,
         objects::{BuiltObject, FIRST_SPACE},
-        rebuild::{self, Rebuilt},
+        rebuild::{self, Parked, Rebuilt},
         space::{SharedMemory, Space},
         sysv,
         tree::{self, INIT, Node},
@@ -33,7 +34,7 @@ pub trait Reception {
     /// What of these stands against taking an instance in here, found by looking only.
     fn objections(&self, requirements: &Requirements) -> Result<Vec<Objection>, TaskError>;
 
-    /// Makes the cgroup, the namespaces with their init, and a stub with pid `inner_pid` waiting in them, whose clocks
+    /// Makes the cgroup and the namespaces with their init, which is to make a stub with pid `inner_pid`, whose clocks
     /// are ahead of the kernel's by `offsets`.
     fn receive(
         &mut self,
@@ -41,6 +42,9 @@ pub trait Reception {
         inner_pid: i32,
         offsets: Option<Clocks>,
     ) -> Result<Arrival, TaskError>;
+
+    /// The instance runs here, and is in the registry.
+    fn arrived(&mut self, instance: &Instance);
 }
 
 /// The instance under construction, as the engine sees it.
@@ -52,8 +56,7 @@ pub struct LinuxDestination<R> {
     compared: BTreeMap<String, u128>,
     processes: Vec<BuiltProcess>,
     objects: BTreeMap<u64, BuiltObject>,
-    rebuilt: Option<Rebuilt>,
-    instance: Option<Instance>,
+    parked: Option<Parked>,
 }
 
 /// One process under construction.
@@ -73,14 +76,8 @@ impl<R: Reception> LinuxDestination<R> {
             compared: BTreeMap::new(),
             processes: Vec::new(),
             objects: BTreeMap::new(),
-            rebuilt: None,
-            instance: None,
+            parked: None,
         }
-    }
-
-    /// The instance, once it runs here.
-    pub fn into_instance(self) -> Option<Instance> {
-        self.instance
     }
 
     /// Everything that stands against taking it in.
@@ -237,18 +234,26 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         self.all_objections(&postcard::from_bytes(requirements)?)
     }
 
-    fn prepare(&mut self, requirements: &[u8]) -> Result<(), TaskError> {
+    fn prepare(&mut self, requirements: &[u8]) -> Result<Vec<u8>, TaskError> {
         let requirements: Requirements = postcard::from_bytes(requirements)?;
         // Before the comparison, which may take long.
         let offsets = clock_offsets(&requirements)?;
         offer::require_none(&self.all_objections(&requirements)?)?;
-        self.arrival =
-            Some(self.reception.receive(&requirements.instance, requirements.main_pid, offsets)?);
-        // A volume may take long before the first layout comes: no stub outlives an agent that is killed.
-        self.arrival.as_ref().map_or(Ok(()), |arrival| Space::hold(arrival.stub_pid))?;
+        let arrival = self.reception.receive(&requirements.instance, requirements.main_pid, offsets)?;
+        let mut instance = arrival.instance().clone();
+        instance.origin = Origin::Migrated;
+        let volumes = arrival.volume_moves();
+        self.arrival = Some(arrival);
         self.main_pid = requirements.main_pid;
         self.compared = requirements.files;
-        Ok(())
+        Particulars { instance, peer: None, volumes }.to_bytes()
+    }
+
+    fn begin(&mut self) -> Result<(), TaskError> {
+        let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
+        arrival.begin()?;
+        // A volume may take long before the first layout comes: no stub outlives an agent that is killed.
+        Ok(Space::hold(arrival.stub_pid)?)
     }
 
     fn apply_layout(&mut self, layout: &[u8]) -> Result<(), TaskError> {
@@ -270,7 +275,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
             }
         }
         let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
-        let (link, volumes) = (&arrival.link, arrival.instance.volumes.as_slice());
+        let (link, volumes) = (&arrival.link, arrival.instance().volumes.as_slice());
         let mut shared = SharedMemory { link, objects: &self.objects, volumes };
         for wanted in &layout.processes {
             if let Some(process) = self.processes.iter_mut().find(|process| process.number == wanted.space) {
@@ -338,37 +343,42 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         }
         self.objects.values().try_for_each(|object| object.finish(arrival.stub_pid))?;
         let pid_of =
-            |inner: i32| if inner == INIT { arrival.instance.init_pid } else { stubs.get(&inner).copied() };
+            |inner: i32| if inner == INIT { arrival.instance().init_pid } else { stubs.get(&inner).copied() };
         image
             .cgroups
-            .make(&arrival.instance.cgroup, pid_of)
+            .make(&arrival.instance().cgroup, pid_of)
             .map_err(TraceeError::call("making the cgroups", arrival.stub_pid))?;
         if image.processes.len() != self.processes.len() {
             return Err(refuse("the image has fewer processes than the layout".into()));
         }
-        self.rebuilt = Some(rebuilt);
+        let cgroup = &self.arrival.as_ref().ok_or("nothing has been prepared")?.instance().cgroup;
+        self.parked = Some(rebuilt.park(|| cgroup::freeze(cgroup, true).map_err(TaskError::from))?);
         Ok(())
     }
 
     fn activate(&mut self) -> Result<(), TaskError> {
-        let rebuilt = self.rebuilt.take().ok_or("nothing was restored")?;
         let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
+        let parked = self.parked.as_mut().ok_or("nothing was restored")?;
         let began = Instant::now();
-        arrival.keep_volumes()?;
+        volumes::keep(&arrival.volume_moves())?;
         arrival.attach()?;
         let attached = began.elapsed();
-        rebuilt.release()?;
+        parked.resume();
+        cgroup::freeze(&arrival.instance().cgroup, false)?;
         tracing::debug!(?attached, released = ?began.elapsed(), "activated");
-        let mut instance = arrival.instance.clone();
+        let mut instance = arrival.instance().clone();
         instance.origin = Origin::Migrated;
         instance.since = UnixMillis::now();
         arrival.keep(&instance)?;
-        self.instance = Some(instance);
+        self.reception.arrived(&instance);
+        if let Some(parked) = self.parked.take() {
+            parked.repeat_lost();
+        }
         Ok(())
     }
 
     fn abandon(&mut self) -> Result<(), TaskError> {
-        self.rebuilt = None;
+        self.parked = None;
         self.processes.clear();
         self.objects.clear();
         if let Some(arrival) = self.arrival.take() {

@@ -6,13 +6,14 @@ use std::{
 };
 
 use super::{
+    guard::Guard,
     offer::{FileDigests, Requirements},
     source_process::SourceProcess,
     traits::{PAGE_SIZE, PageRange, SourceTask, TaskError, Written},
     volumes::SourceVolumes,
 };
 use crate::{
-    instance::Instance,
+    instance::{Instance, cgroup},
     sys::{
         mem::{self, RemoteAddr},
         process::{Common, has_in_common},
@@ -67,6 +68,9 @@ pub struct LinuxSource<U> {
     held: Held,
     frozen: bool,
     detached: bool,
+    /// Held still by its cgroup: nothing of it runs when this process ends.
+    parked: bool,
+    guard: Option<Guard>,
     /// Ends the instance for good; given by the room that started it.
     end: Box<dyn FnMut() -> Result<(), TaskError>>,
 }
@@ -98,8 +102,15 @@ impl<U: Uplink> LinuxSource<U> {
             held: Held::default(),
             frozen: false,
             detached: false,
+            parked: false,
+            guard: None,
             end,
         })
+    }
+
+    /// Has its freeze watched.
+    pub fn guard_by(&mut self, guard: Guard) {
+        self.guard = Some(guard);
     }
 
     /// Looks who is there. Processes that are new get a number; returns the numbers of those that are gone.
@@ -181,6 +192,39 @@ impl<U: Uplink> LinuxSource<U> {
         Ok(gone)
     }
 
+    fn look_what_is_written(&mut self) -> Result<Written, TaskError> {
+        let mut found = Written::default();
+        found.dropped.extend(self.look()?.into_iter().map(everything));
+        let mut ended = Vec::new();
+        for process in &mut self.processes {
+            let (written, replaced) = match process.take_written() {
+                Ok(taken) => taken,
+                Err(_) if !self.frozen && tree::has_ended(process.pid()) => {
+                    ended.push(process.space);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if replaced {
+                found.dropped.push(everything(process.space));
+            }
+            self.files.add(&written.mappings)?;
+            let populated = process.without_files_of(&self.volumes, written.populated, self.frozen)?;
+            found.populated.extend(ranges(process.space, populated));
+            found.dropped.extend(ranges(process.space, written.dropped));
+        }
+        self.processes.retain(|process| !ended.contains(&process.space));
+        found.dropped.extend(ended.into_iter().map(everything));
+        found.dropped.extend(self.look_for_objects()?.into_iter().map(everything));
+        let pid = self.main().map_or(0, SourceProcess::pid);
+        for object in self.objects.values_mut() {
+            let (changed, dropped) = object.take_changed(pid)?;
+            found.populated.extend(ranges(object.object.space, changed));
+            found.dropped.extend(ranges(object.object.space, dropped));
+        }
+        Ok(found)
+    }
+
     fn process(&self, space: u32) -> Option<&SourceProcess> {
         self.processes.iter().find(|process| process.space == space)
     }
@@ -196,19 +240,6 @@ impl<U: Uplink> LinuxSource<U> {
 
     fn main(&self) -> Option<&SourceProcess> {
         self.processes.iter().find(|process| process.member.node.parent == INIT)
-    }
-}
-
-/// An instance that is committed to the destination, but not known to run there, must not run here when
-/// this thread ends and its tracees are let go.
-impl<U> Drop for LinuxSource<U> {
-    fn drop(&mut self) {
-        if self.frozen {
-            let file = self.instance.cgroup.join("cgroup.freeze");
-            if let Err(error) = std::fs::write(&file, "1") {
-                tracing::error!(path = %file.display(), %error, "an instance in doubt could not be kept frozen");
-            }
-        }
     }
 }
 
@@ -256,36 +287,14 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
     }
 
     fn written(&mut self) -> Result<Written, TaskError> {
-        let mut found = Written::default();
-        found.dropped.extend(self.look()?.into_iter().map(everything));
-        let mut ended = Vec::new();
-        for process in &mut self.processes {
-            let (written, replaced) = match process.take_written() {
-                Ok(taken) => taken,
-                Err(_) if !self.frozen && tree::has_ended(process.pid()) => {
-                    ended.push(process.space);
-                    continue;
-                }
-                Err(error) => return Err(error.into()),
-            };
-            if replaced {
-                found.dropped.push(everything(process.space));
-            }
-            self.files.add(&written.mappings)?;
-            let populated = process.without_files_of(&self.volumes, written.populated, self.frozen)?;
-            found.populated.extend(ranges(process.space, populated));
-            found.dropped.extend(ranges(process.space, written.dropped));
+        if self.frozen {
+            return self.look_what_is_written();
         }
-        self.processes.retain(|process| !ended.contains(&process.space));
-        found.dropped.extend(ended.into_iter().map(everything));
-        found.dropped.extend(self.look_for_objects()?.into_iter().map(everything));
-        let pid = self.main().map_or(0, SourceProcess::pid);
-        for object in self.objects.values_mut() {
-            let (changed, dropped) = object.take_changed(pid)?;
-            found.populated.extend(ranges(object.object.space, changed));
-            found.dropped.extend(ranges(object.object.space, dropped));
-        }
-        Ok(found)
+        // Each process that is new is stopped for a moment.
+        self.guard.as_ref().map_or(Ok(()), Guard::arm)?;
+        let found = self.look_what_is_written();
+        self.guard.as_ref().map_or(Ok(()), Guard::rest)?;
+        found
     }
 
     fn copy_volumes(
@@ -324,6 +333,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
 
     fn settle(&mut self) -> Result<(), TaskError> {
         self.uplink.prepare();
+        self.guard.as_ref().map_or(Ok(()), Guard::arm)?;
         for process in &self.processes {
             match Settling::begin(process.pid()) {
                 Err(_) if tree::has_ended(process.pid()) => {}
@@ -372,6 +382,10 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         }
         let mut image =
             capture::capture_instance(&self.instance.cgroup, &stopped, self.zombies.clone(), &self.places)?;
+        // No call can be made in it any more, and it stays still whatever becomes of this process: from here on it could
+        // not use its connections.
+        cgroup::freeze(&self.instance.cgroup, true)?;
+        self.parked = true;
         for (process, described) in stopped.iter().zip(&image.processes) {
             self.held.take(process.member.pid, &described.task.descriptors)?;
         }
@@ -381,6 +395,16 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         Ok(postcard::to_stdvec(&image)?)
     }
 
+    fn park(&mut self) -> Result<(), TaskError> {
+        // Let go by ptrace, and held by the cgroup: no thread runs in between.
+        self.processes.iter_mut().for_each(|process| process.stopped = None);
+        Ok(())
+    }
+
+    fn seal(&mut self) -> Result<(), TaskError> {
+        self.guard.as_ref().map_or(Ok(()), Guard::seal)
+    }
+
     fn thaw(&mut self) -> Result<(), TaskError> {
         // The port first: a connection that goes on asks its peer at once what it has.
         let attached = if std::mem::take(&mut self.detached) { self.uplink.attach() } else { Ok(()) };
@@ -388,8 +412,15 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         self.settling.clear();
         self.processes.iter_mut().for_each(SourceProcess::release);
         self.frozen = false;
+        let thawed = match std::mem::take(&mut self.parked) {
+            true => cgroup::freeze(&self.instance.cgroup, false),
+            false => Ok(()),
+        };
+        if let Some(guard) = &self.guard {
+            guard.disarm();
+        }
         self.uplink.pass_on();
-        attached
+        attached.and(thawed.map_err(TaskError::from))
     }
 
     fn destroy(&mut self) -> Result<(), TaskError> {
@@ -399,7 +430,10 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         // In repair mode to the end: the destination has the connections, and their peers hear nothing of this.
         self.held = Held::default();
         self.settling.clear();
-        self.frozen = false;
+        (self.frozen, self.parked) = (false, false);
+        if let Some(guard) = &self.guard {
+            guard.disarm();
+        }
         self.processes.iter_mut().for_each(SourceProcess::release);
         Ok(())
     }

@@ -14,27 +14,38 @@
 //! ```
 //!
 //! Before the commit is journalled at the source, any failure thaws the source, and the destination
-//! forgets what it built. Afterwards the source is never let go: if the destination's answer doesn't
-//! come, it stays frozen and the error says so ([`MigrateError::InDoubt`]). The destination runs only what
-//! it has verified and only after it has read the commit, so there are never two running copies.
+//! forgets what it built. Afterwards the source stays frozen until the destination has said what became of
+//! the migration ([`resolve`]), or a person has (`rswap recover`). The destination runs only what it has
+//! verified, only after it has journalled the commit, and never what it has called off before; so there are
+//! never two running copies. The decisions are in [`rules`].
 
 pub mod cache;
 pub mod converge;
 pub mod destination;
 pub mod digest;
+pub mod guard;
 pub mod journal;
+pub mod ledger;
+pub mod link;
 pub mod linux;
 pub mod linux_destination;
 pub mod linux_source;
 pub mod offer;
 pub mod probe;
 pub mod progress;
+pub mod recovery;
+pub mod resolve;
+pub mod rules;
 pub mod source;
 pub mod source_process;
 pub mod traits;
 pub mod volumes;
 pub mod wire;
 
+#[cfg(test)]
+mod fuzz;
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;
 
@@ -110,12 +121,10 @@ pub enum MigrateError {
         /// Why.
         source: std::io::Error,
     },
-    /// The peer ended it after its question what this host would refuse: nothing was to be moved.
-    #[error("the peer only asked what this host would refuse")]
-    OnlyAsked,
     /// The commit was sent, and the destination's answer did not come: only it knows whether it runs.
     #[error(
-        "in doubt: the commit was sent and not answered; the source stays frozen: look at the destination"
+        "in doubt: the commit was sent and not answered; the instance stays frozen here until the destination can \
+         be asked, or until `rswap recover`"
     )]
     InDoubt(#[source] Box<MigrateError>),
 }

@@ -2,12 +2,11 @@
 //!
 //! A source that only asks closes the link after the answer.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 
 use super::{
     MigrateError,
     offer::Objection,
-    traits::DestinationTask,
     wire::{self, Hello, Tag, WireError},
 };
 
@@ -27,42 +26,8 @@ pub fn ask(mut stream: impl Read + Write, requirements: &[u8]) -> Result<Vec<Obj
     postcard::from_bytes(&answer).map_err(|_| broken("a malformed answer".into()))
 }
 
-/// At the destination, after the Hellos: answers questions until the offer comes, which is returned.
-///
-/// # Errors
-/// [`MigrateError::OnlyAsked`] when the peer has heard the answer and goes away.
-pub fn questions_before_offer<S: Read + Write, T: DestinationTask>(
-    stream: &mut S,
-    task: &mut T,
-) -> Result<Vec<u8>, MigrateError> {
-    let mut asked = false;
-    loop {
-        let frame = match wire::read_frame(stream) {
-            Err(WireError::Io(error)) if asked && error.kind() == ErrorKind::UnexpectedEof => {
-                return Err(MigrateError::OnlyAsked);
-            }
-            frame => frame.map_err(wire_failed)?,
-        };
-        match frame.tag {
-            Tag::Offer => return Ok(frame.payload),
-            Tag::Probe => {
-                asked = true;
-                let found = task.objections(&frame.payload);
-                let found = found.map_err(|source| MigrateError::Task { doing: DOING, source })?;
-                wire::write_frame(stream, Tag::ProbeAnswer, &encoded(found)).map_err(wire_failed)?;
-                stream.flush().map_err(|error| wire_failed(error.into()))?;
-            }
-            Tag::Abort => {
-                let reason = String::from_utf8_lossy(&frame.payload).into_owned();
-                return Err(MigrateError::Peer { doing: DOING, reason });
-            }
-            other => return Err(broken(format!("{other:?} came where an offer was due"))),
-        }
-    }
-}
-
 /// As many of them as a frame holds: thousands of files may differ.
-fn encoded(mut objections: Vec<Objection>) -> Vec<u8> {
+pub(super) fn encoded(mut objections: Vec<Objection>) -> Vec<u8> {
     loop {
         let bytes = postcard::to_stdvec(&objections).unwrap_or_default();
         if bytes.len() <= Tag::ProbeAnswer.limit() {

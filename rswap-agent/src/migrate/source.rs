@@ -2,7 +2,6 @@
 
 use std::{
     io::{BufWriter, Read, Write},
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -12,8 +11,9 @@ use super::{
     codec,
     converge::{self, Budget, Observed, Step},
     digest::MemoryDigest,
-    journal::{Journal, Role, State},
+    journal::{Journal, MigrationId},
     progress::{Phase, Progress, Report},
+    rules::{self, Fate, SourceState, Verdict},
     traits::{PAGE_SIZE, PageRange, SourceTask, TaskError, Written},
     wire::{self, Hello, Tag, WireError},
 };
@@ -23,33 +23,59 @@ use crate::config::MigrateConfig;
 const FIXED_FREEZE_MS: f64 = 15.0;
 const READ_BYTES: usize = wire::BATCH_PAGES * PAGE_SIZE;
 
-/// Moves `task` through `stream` to a destination. Returns when it runs there and is gone here.
+/// Asks the destination, on another connection, what became of a migration; for a while, if it doesn't answer.
+pub type Ask<'a> = &'a mut dyn FnMut(MigrationId) -> Result<Fate, MigrateError>;
+
+/// Moves `task` through `stream` to a destination, by `journal`, which was just begun. Returns when it runs there and is
+/// gone here.
 ///
 /// # Errors
 /// With any error but [`MigrateError::InDoubt`] the instance runs here as before.
+///
+/// The journal is finished when the destination knows how it ended, and says [`SourceState::Ended`] when it has still
+/// to be told; after [`MigrateError::InDoubt`] it says that there is still something to `ask`.
 pub fn run<S: Read + Write, T: SourceTask>(
     stream: S,
     task: &mut T,
     config: &MigrateConfig,
-    journal_dir: &Path,
-    name: &str,
+    journal: &mut Journal<SourceState>,
+    ask: Ask<'_>,
     on_progress: &mut dyn FnMut(&Progress),
 ) -> Result<Report, MigrateError> {
-    let journal = Journal::begin(journal_dir, name, Role::Source)?;
     let mut source = Source::new(stream, task, config, on_progress);
-    let committed = source.prepare_commit().and_then(|()| {
+    let committed = source.prepare_commit(journal.id()).and_then(|()| source.seal()).and_then(|()| {
         // The commit point. A crash before this line's end leaves the source to go on; after it, never.
-        journal.record(State::Committed)
+        journal.record(SourceState::Committed)
     });
     if let Err(error) = committed {
         source.roll_back(&error);
-        journal.finish();
+        source.end_rolled_back(journal, &error);
         return Err(error);
     }
-    source.hand_over().map_err(|error| MigrateError::InDoubt(Box::new(error)))?;
+    let in_doubt = |error| MigrateError::InDoubt(Box::new(error));
+    if let Err(error) = source.hand_over() {
+        tracing::warn!(id = %journal.id(), %error, "the commit was not answered: asking");
+        match ask(journal.id()).map(rules::on_fate) {
+            Ok(Verdict::Remove) => {}
+            Ok(Verdict::Thaw) => {
+                source.roll_back(&error);
+                source.end_rolled_back(journal, &error);
+                return Err(error);
+            }
+            Ok(Verdict::AskAPerson) => return Err(in_doubt(error)),
+            Err(unanswered) => {
+                tracing::warn!(id = %journal.id(), error = %unanswered, "nor was the question");
+                return Err(in_doubt(error));
+            }
+        }
+    }
     // It runs at the destination by now: what could not be removed here must not be taken for running.
-    source.deactivate().map_err(|error| MigrateError::InDoubt(Box::new(error)))?;
-    journal.finish();
+    source.deactivate().map_err(in_doubt)?;
+    // Only then the destination may forget: until here this side might have had to ask.
+    match journal.record(SourceState::Ended).and_then(|()| source.settle(journal.id())) {
+        Ok(()) => journal.finish(),
+        Err(error) => tracing::info!(%error, "the destination will be told later that the source is gone"),
+    }
     Ok(source.into_report())
 }
 
@@ -61,6 +87,8 @@ struct Source<'a, S: Write, T> {
     started: Instant,
     frozen: Option<Instant>,
     doing: &'static str,
+    /// The destination may have written something down.
+    offered: bool,
     layout: Vec<u8>,
     digest: MemoryDigest,
     sent: SentPages,
@@ -96,6 +124,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             started: Instant::now(),
             frozen: None,
             doing: "offering",
+            offered: false,
             layout: Vec::new(),
             digest: MemoryDigest::default(),
             sent: SentPages::new(config.cache_bytes),
@@ -105,13 +134,13 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
     }
 
     /// Everything before the commit: any failure leaves the instance as it was.
-    fn prepare_commit(&mut self) -> Result<(), MigrateError> {
-        self.offer()?;
+    fn prepare_commit(&mut self, id: MigrationId) -> Result<(), MigrateError> {
+        self.offer(id)?;
         self.transfer()?;
         self.snapshot()
     }
 
-    fn offer(&mut self) -> Result<(), MigrateError> {
+    fn offer(&mut self, id: MigrationId) -> Result<(), MigrateError> {
         self.enter(Phase::Offer, "offering");
         let requirements = self.task.requirements().map_err(self.task_failed())?;
         let hello = postcard::to_stdvec(&Hello::ours()).unwrap_or_default();
@@ -119,8 +148,13 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         let theirs = self.expect(Tag::Hello)?;
         let theirs = postcard::from_bytes(&theirs).map_err(|_| self.broken("a malformed Hello".into()))?;
         wire::negotiate(&Hello::ours(), &theirs).map_err(|reason| self.broken(reason))?;
-        self.send(Tag::Offer, &requirements)?;
-        self.expect(Tag::Accept)?;
+        self.offered = true;
+        self.send(Tag::Offer, &wire::write_offer(id, &requirements))?;
+        let accepted = self.expect(Tag::Accept)?;
+        let accepted = wire::parse_id(Tag::Accept, &accepted).map_err(|error| self.wire(error))?;
+        if accepted != id {
+            return Err(self.broken(format!("migration {accepted} was accepted, and {id} offered")));
+        }
         Ok(())
     }
 
@@ -204,6 +238,8 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         let image = self.task.snapshot().map_err(self.task_failed())?;
         self.step("image");
         self.send(Tag::Image, &image)?;
+        // While the destination restores: it costs the freeze nothing.
+        self.task.park().map_err(self.task_failed())?;
         self.enter(Phase::Verify, "verifying");
         let here = self.digest.with_image(&image) ^ self.task.volume_digest();
         let answer = self.expect(Tag::Verified)?;
@@ -217,6 +253,10 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         self.check_deadline()
     }
 
+    fn seal(&mut self) -> Result<(), MigrateError> {
+        self.task.seal().map_err(self.task_failed())
+    }
+
     /// After the commit: the destination runs.
     fn hand_over(&mut self) -> Result<(), MigrateError> {
         self.step("journal");
@@ -224,13 +264,19 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         self.send(Tag::Commit, &[])?;
         self.expect(Tag::Activated)?;
         self.step("activate");
-        self.report.freeze_ms = self.frozen.map_or(0.0, |at| milliseconds(at.elapsed()));
         Ok(())
     }
 
     fn deactivate(&mut self) -> Result<(), MigrateError> {
+        self.report.freeze_ms = self.frozen.map_or(0.0, |at| milliseconds(at.elapsed()));
         self.enter(Phase::Deactivate, "removing the source");
         self.task.destroy().map_err(self.task_failed())
+    }
+
+    /// Lets the destination forget the migration.
+    fn settle(&mut self, id: MigrationId) -> Result<(), MigrateError> {
+        self.send(Tag::Settled, &id.0.to_le_bytes())?;
+        self.expect(Tag::Settled).map(drop)
     }
 
     fn into_report(self) -> Report {
@@ -251,6 +297,18 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         }
         // The peer may be what failed; it finds out by the closed link, too.
         let _ = self.send(Tag::Abort, error.to_string().as_bytes());
+    }
+
+    /// It goes on here, for certain. What the destination still has of it is settled with it later.
+    fn end_rolled_back(&self, journal: &mut Journal<SourceState>, error: &MigrateError) {
+        // It refused, and has forgotten it.
+        let refused = matches!(error, MigrateError::Peer { doing: "offering", .. });
+        if !self.offered || refused {
+            return journal.finish();
+        }
+        if let Err(error) = journal.record(SourceState::Ended) {
+            tracing::error!(%error, "a migration that was rolled back is not written down as such");
+        }
     }
 
     /// Sends the layout if it changed, what was dropped, and the pages; waits for the destination to have

@@ -7,7 +7,13 @@ use std::{
 };
 
 use super::{
-    MigrateError, Report, destination, source,
+    MigrateError, Report,
+    destination::{self, Opening},
+    journal::{self, Journal, MigrationId},
+    ledger::Ledger,
+    resolve::Inquiry,
+    rules::{DestinationState, Fate, SourceState},
+    source,
     traits::{DestinationTask, PAGE_SIZE, PageRange, SourceTask, TaskError, Written},
     wire::Tag,
 };
@@ -132,16 +138,30 @@ impl SourceTask for Program {
 }
 
 #[derive(Default)]
-struct Copy {
+pub(super) struct Copy {
     memory: Memory,
     image: Option<Vec<u8>>,
     running: bool,
+    prepared: bool,
     abandoned: bool,
+    /// How often it can't be let run before it can.
+    stuck: u32,
+}
+
+impl Copy {
+    pub(super) fn is_running(&self) -> bool {
+        self.running
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.memory.is_empty()
+    }
 }
 
 impl DestinationTask for Copy {
-    fn prepare(&mut self, requirements: &[u8]) -> Result<(), TaskError> {
-        if requirements == b"needs" { Ok(()) } else { Err("can't do that".into()) }
+    fn prepare(&mut self, requirements: &[u8]) -> Result<Vec<u8>, TaskError> {
+        self.prepared = true;
+        if requirements == b"needs" { Ok(b"what is here".to_vec()) } else { Err("can't do that".into()) }
     }
     fn apply_layout(&mut self, _layout: &[u8]) -> Result<(), TaskError> {
         Ok(())
@@ -172,6 +192,10 @@ impl DestinationTask for Copy {
     }
     fn activate(&mut self) -> Result<(), TaskError> {
         assert!(!self.abandoned && self.image.is_some());
+        if self.stuck > 0 {
+            self.stuck -= 1;
+            return Err("not yet".into());
+        }
         self.running = true;
         Ok(())
     }
@@ -188,10 +212,12 @@ impl DestinationTask for Copy {
 enum Fault {
     None,
     Cut(Tag),
+    /// The same, from the destination to the source.
+    CutBack(Tag),
     Flip(Tag),
 }
 
-/// The source's end of the pipe, which damages what is written.
+/// An end of the pipe, which damages what is written.
 struct Faulty {
     pipe: UnixStream,
     fault: Fault,
@@ -251,21 +277,74 @@ fn config() -> MigrateConfig {
     MigrateConfig { max_unavailability_ms: 5_000, max_rounds: 6, deadline_s: 60, ..MigrateConfig::default() }
 }
 
+/// Two hosts' journals, and whether the destination can be asked.
+struct Hosts {
+    source: tempfile::TempDir,
+    destination: tempfile::TempDir,
+    answers: bool,
+}
+
+impl Hosts {
+    fn new() -> Self {
+        let directory = || tempfile::tempdir().expect("a temporary directory");
+        Self { source: directory(), destination: directory(), answers: true }
+    }
+
+    fn ledger(&self) -> Ledger {
+        Ledger::new(self.destination.path().to_owned())
+    }
+
+    /// What the journals say: the source's, the destination's.
+    fn journals(&self) -> (Vec<SourceState>, Vec<DestinationState>) {
+        let source = journal::list(self.source.path()).expect("the source's journals");
+        let destination = journal::list(self.destination.path()).expect("the destination's journals");
+        let (source, destination) = (source.into_iter(), destination.into_iter());
+        (source.map(|(_, e)| e.state).collect(), destination.map(|(_, e)| e.state).collect())
+    }
+
+    fn migrate(
+        &self,
+        program: &mut Program,
+        fault: Fault,
+        mut copy: Copy,
+    ) -> (Result<Report, MigrateError>, Copy) {
+        let (here, there) = UnixStream::pair().expect("a pipe");
+        let ledger = self.ledger();
+        let (forth, back) = match fault {
+            Fault::CutBack(tag) => (Fault::None, Fault::Cut(tag)),
+            fault => (fault, Fault::None),
+        };
+        let faulty = |pipe, fault| Faulty { pipe, fault, pending: Vec::new(), cut: false };
+        std::thread::scope(|scope| {
+            let arriving = scope.spawn(|| {
+                let mut stream = faulty(there, back);
+                let result =
+                    destination::greet(&mut stream, &mut copy, &ledger).and_then(|opening| match opening {
+                        Opening::Offer { id, requirements } => {
+                            destination::run(&mut stream, &mut copy, &ledger, id, &requirements)
+                        }
+                        Opening::Answered => Ok(()),
+                    });
+                assert_eq!(result.is_ok(), copy.running);
+                assert_eq!(result.is_err() && copy.prepared, copy.abandoned);
+                copy
+            });
+            let id = MigrationId::random().expect("an id");
+            let mut journal =
+                Journal::begin(self.source.path(), id, SourceState::Begun, b"").expect("a journal");
+            let mut ask = |id| match self.answers {
+                true => ledger.inquire(id),
+                false => Err(MigrateError::Deadline(0)),
+            };
+            let stream = faulty(here, forth);
+            let result = source::run(stream, program, &config(), &mut journal, &mut ask, &mut |_| {});
+            (result, arriving.join().expect("the destination's thread"))
+        })
+    }
+}
+
 fn migrate(program: &mut Program, fault: Fault) -> (Result<Report, MigrateError>, Copy) {
-    let (here, there) = UnixStream::pair().expect("a pipe");
-    let directory = tempfile::tempdir().expect("a temporary directory");
-    std::thread::scope(|scope| {
-        let arriving = scope.spawn(|| {
-            let mut copy = Copy::default();
-            let result = destination::run(there, &mut copy, directory.path(), "test");
-            assert_eq!(result.is_ok(), copy.running);
-            assert_eq!(result.is_err(), copy.abandoned);
-            copy
-        });
-        let stream = Faulty { pipe: here, fault, pending: Vec::new(), cut: false };
-        let result = source::run(stream, program, &config(), directory.path(), "test", &mut |_| {});
-        (result, arriving.join().expect("the destination's thread"))
-    })
+    Hosts::new().migrate(program, fault, Copy::default())
 }
 
 #[test]
@@ -289,7 +368,7 @@ fn a_link_that_is_cut_leaves_the_program_running_and_the_next_try_succeeds() {
         let mut program = Program::new(7, 100, 20);
         let (result, copy) = migrate(&mut program, Fault::Cut(tag));
         assert!(matches!(result, Err(MigrateError::Link { .. })), "{tag:?}: {result:?}");
-        assert!(copy.abandoned && !program.frozen && program.thawed && !program.destroyed, "{tag:?}");
+        assert!(!copy.running && !program.frozen && program.thawed && !program.destroyed, "{tag:?}");
         program.thawed = false;
         let (result, copy) = migrate(&mut program, Fault::None);
         result.expect("the second try");
@@ -298,11 +377,70 @@ fn a_link_that_is_cut_leaves_the_program_running_and_the_next_try_succeeds() {
 }
 
 #[test]
-fn a_commit_that_does_not_arrive_leaves_the_source_frozen_and_the_destination_empty() {
-    let mut program = Program::new(7, 100, 20);
-    let (result, copy) = migrate(&mut program, Fault::Cut(Tag::Commit));
+fn nothing_is_left_in_the_journals_when_both_sides_know() {
+    let hosts = Hosts::new();
+    let (result, _) = hosts.migrate(&mut Program::new(7, 100, 20), Fault::None, Copy::default());
+    result.expect("a migration");
+    assert_eq!(hosts.journals(), (vec![], vec![]));
+}
+
+#[test]
+fn a_commit_that_does_not_arrive_is_asked_for_and_called_off() {
+    let (hosts, mut program) = (Hosts::new(), Program::new(7, 100, 20));
+    let (result, copy) = hosts.migrate(&mut program, Fault::Cut(Tag::Commit), Copy::default());
+    assert!(matches!(result, Err(MigrateError::Link { .. })), "{result:?}");
+    assert!(copy.abandoned && program.thawed && !program.destroyed);
+    assert_eq!(hosts.journals(), (vec![SourceState::Ended], vec![DestinationState::Never]));
+}
+
+#[test]
+fn a_commit_without_an_answer_leaves_the_source_frozen_until_the_destination_can_be_asked() {
+    let (mut hosts, mut program) = (Hosts::new(), Program::new(7, 100, 20));
+    hosts.answers = false;
+    let (result, copy) = hosts.migrate(&mut program, Fault::Cut(Tag::Commit), Copy::default());
     assert!(matches!(result, Err(MigrateError::InDoubt(_))), "{result:?}");
     assert!(copy.abandoned && program.frozen && !program.thawed && !program.destroyed);
+    assert_eq!(hosts.journals(), (vec![SourceState::Committed], vec![DestinationState::Never]));
+}
+
+#[test]
+fn an_activation_that_is_not_heard_of_is_asked_for_and_the_source_is_removed() {
+    for (stuck, answers) in [(0, true), (1, true), (0, false)] {
+        let (mut hosts, mut program) = (Hosts::new(), Program::new(7, 100, 20));
+        hosts.answers = answers;
+        let copy = Copy { stuck, ..Copy::default() };
+        let (result, copy) = hosts.migrate(&mut program, Fault::CutBack(Tag::Activated), copy);
+        assert!(copy.running && !program.thawed);
+        assert_eq!((result.is_ok(), program.destroyed), (answers, answers), "{result:?}");
+        let source = if answers { SourceState::Ended } else { SourceState::Committed };
+        assert_eq!(hosts.journals(), (vec![source], vec![DestinationState::Activated]));
+    }
+}
+
+#[test]
+fn a_destination_answers_questions_on_the_wire() {
+    let hosts = Hosts::new();
+    let ledger = hosts.ledger();
+    let (committed, open, unknown) = (MigrationId(1), MigrationId(2), MigrationId(3));
+    for id in [committed, open] {
+        ledger.prepare(id, b"x").expect("prepare");
+    }
+    assert!(ledger.commit(committed).expect("commit"));
+    ledger.activated(committed);
+    let (here, mut there) = UnixStream::pair().expect("a pipe");
+    std::thread::scope(|scope| {
+        let answering = scope.spawn(|| {
+            let opening = destination::greet(&mut there, &mut Copy::default(), &ledger);
+            assert!(matches!(opening, Ok(Opening::Answered)), "{opening:?}");
+        });
+        let mut inquiry = Inquiry::begin(here).expect("a conversation");
+        let mut fate = |id| inquiry.fate(id).expect("an answer");
+        assert_eq!([committed, open, unknown].map(&mut fate), [Fate::Running, Fate::Never, Fate::Unknown]);
+        inquiry.settle(committed).expect("settle");
+        drop(inquiry);
+        answering.join().expect("the destination's thread");
+    });
+    assert_eq!(hosts.journals().1, [DestinationState::Never]);
 }
 
 #[test]
@@ -311,7 +449,7 @@ fn a_damaged_frame_is_found_and_rolled_back() {
         let mut program = Program::new(11, 100, 20);
         let (result, copy) = migrate(&mut program, Fault::Flip(tag));
         assert!(result.is_err(), "{tag:?} was damaged, and nobody noticed");
-        assert!(copy.abandoned && program.thawed && !program.destroyed, "{tag:?}");
+        assert!(!copy.running && program.thawed && !program.destroyed, "{tag:?}");
         program.thawed = false;
         let (result, copy) = migrate(&mut program, Fault::None);
         result.expect("the second try");
@@ -322,12 +460,23 @@ fn a_damaged_frame_is_found_and_rolled_back() {
 #[test]
 fn a_program_that_never_rests_is_given_up() {
     let mut program = Program::new(3, 100, 2_000);
-    let (here, there) = UnixStream::pair().expect("a pipe");
-    let directory = tempfile::tempdir().expect("a temporary directory");
+    let (here, mut there) = UnixStream::pair().expect("a pipe");
+    let hosts = Hosts::new();
+    let ledger = hosts.ledger();
     std::thread::scope(|scope| {
-        scope.spawn(|| destination::run(there, &mut Copy::default(), directory.path(), "test"));
+        scope.spawn(|| {
+            let Ok(Opening::Offer { id, requirements }) =
+                destination::greet(&mut there, &mut Copy::default(), &ledger)
+            else {
+                panic!("no offer came")
+            };
+            destination::run(&mut there, &mut Copy::default(), &ledger, id, &requirements)
+        });
         let config = MigrateConfig { max_unavailability_ms: 15, ..config() };
-        let result = source::run(here, &mut program, &config, directory.path(), "test", &mut |_| {});
+        let mut journal =
+            Journal::begin(hosts.source.path(), MigrationId(1), SourceState::Begun, b"").expect("begin");
+        let mut ask = |id| ledger.inquire(id);
+        let result = source::run(here, &mut program, &config, &mut journal, &mut ask, &mut |_| {});
         assert!(matches!(result, Err(MigrateError::NotConverging { .. })), "{result:?}");
     });
     assert!(program.thawed && !program.destroyed);

@@ -98,6 +98,19 @@ pub trait SourceTask {
     /// The task's image without its memory, opaque; only when frozen.
     fn snapshot(&mut self) -> Result<Vec<u8>, TaskError>;
 
+    /// The image is sent: from here on the task stands still by itself, whatever becomes of this process, until `thaw`.
+    fn park(&mut self) -> Result<(), TaskError> {
+        Ok(())
+    }
+
+    /// Right before the commit is journalled: whoever would let the task go on without asking no longer does.
+    ///
+    /// # Errors
+    /// It goes on already.
+    fn seal(&mut self) -> Result<(), TaskError> {
+        Ok(())
+    }
+
     /// Lets the task run again and stops tracking; idempotent, called on every failure before the commit,
     /// also if the task was never tracked or frozen.
     fn thaw(&mut self) -> Result<(), TaskError>;
@@ -113,8 +126,14 @@ pub trait DestinationTask {
         Ok(Vec::new())
     }
 
-    /// Refuses here, by name, what this host can't do. After a refusal nothing is left behind.
-    fn prepare(&mut self, requirements: &[u8]) -> Result<(), TaskError>;
+    /// Refuses here, by name, what this host can't do. After a refusal, and after a crash before `begin`, nothing is
+    /// left behind. Returns what the journal has to keep, so that the task can be found again after a crash.
+    fn prepare(&mut self, requirements: &[u8]) -> Result<Vec<u8>, TaskError>;
+
+    /// The journal knows of it: begins to build.
+    fn begin(&mut self) -> Result<(), TaskError> {
+        Ok(())
+    }
 
     /// Brings the mappings to this layout. The contents of pages that lie in both stay, unless the source
     /// reports them as dropped in the same round.
@@ -139,10 +158,10 @@ pub trait DestinationTask {
     /// Reads back whole pages that were written: for the digest, and as the base of a delta.
     fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<(), TaskError>;
 
-    /// Restores everything but running.
+    /// Restores everything but running. Afterwards the task stands still by itself, whatever becomes of this process.
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError>;
 
-    /// Lets it run; only after the commit.
+    /// Lets it run; only after the commit. When it fails, it is called again.
     fn activate(&mut self) -> Result<(), TaskError>;
 
     /// Forgets everything; idempotent, never called after the commit.

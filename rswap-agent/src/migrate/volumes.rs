@@ -103,6 +103,17 @@ fn together(digests: impl Iterator<Item = u128>) -> u128 {
     if bytes.is_empty() { 0 } else { xxh3_128(&bytes) }
 }
 
+/// Puts volumes that were built to their places; those that are there already stay. Mounts follow them.
+pub fn keep(moves: &[(PathBuf, PathBuf)]) -> std::io::Result<()> {
+    for (built, place) in moves.iter().filter(|(built, _)| built.exists()) {
+        if let Some(parent) = place.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        std::fs::rename(built, place)?;
+    }
+    Ok(())
+}
+
 /// Takes the volumes of an instance away that has left.
 pub fn remove(place: &Place, instance: &Instance) {
     for volume in &instance.volumes {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     codec::Encoding,
+    journal::MigrationId,
     traits::{PAGE_SIZE, PageRange},
 };
 
@@ -34,7 +35,7 @@ pub enum Tag {
     Hello = 1,
     /// What the destination must be able to do; opaque to the wire.
     Offer = 2,
-    /// The destination is ready.
+    /// The destination is ready: the migration's id, as it came.
     Accept = 3,
     /// The mappings, opaque to the wire.
     Layout = 4,
@@ -62,7 +63,16 @@ pub enum Tag {
     ProbeAnswer = 15,
     /// What changed in a volume, opaque to the wire.
     Volume = 16,
+    /// Instead of an offer: what became of this migration?
+    Inquire = 17,
+    /// The answer: a [`Fate`](super::rules::Fate)'s number.
+    Fate = 18,
+    /// Nothing of this migration is in doubt at the source; from the destination: it has forgotten it.
+    Settled = 19,
 }
+
+/// Bytes of a migration's id.
+pub const ID_BYTES: usize = 16;
 
 impl Tag {
     fn from_number(number: u8) -> Option<Self> {
@@ -84,6 +94,9 @@ impl Tag {
             Probe,
             ProbeAnswer,
             Volume,
+            Inquire,
+            Fate,
+            Settled,
         ]
         .into_iter()
         .find(|tag| *tag as u8 == number)
@@ -93,12 +106,16 @@ impl Tag {
     pub fn limit(self) -> usize {
         match self {
             Self::Hello => 64,
-            Self::Offer | Self::Layout | Self::Image | Self::Probe => 64 * KIB * KIB,
+            // They come from anybody who reaches the port, before a place among the arrivals is taken.
+            Self::Offer | Self::Probe => 4 * KIB * KIB,
+            Self::Layout | Self::Image => 64 * KIB * KIB,
             Self::Discard | Self::ProbeAnswer | Self::Volume => KIB * KIB,
             Self::Pages => BATCH_PAGES * (PAGE_SIZE + PAGE_HEADER),
             Self::Verified => 16,
+            Self::Accept | Self::Inquire | Self::Settled => ID_BYTES,
+            Self::Fate => 1,
             Self::Abort => 16 * KIB,
-            Self::Accept | Self::RoundEnd | Self::RoundAck | Self::Commit | Self::Activated => 0,
+            Self::RoundEnd | Self::RoundAck | Self::Commit | Self::Activated => 0,
         }
     }
 }
@@ -201,6 +218,25 @@ pub fn read_frame(stream: &mut impl Read) -> Result<Frame, WireError> {
     Ok(Frame { tag, payload })
 }
 
+/// The payload of an `Offer` frame: the migration's id, then what the instance needs.
+pub fn write_offer(id: MigrationId, requirements: &[u8]) -> Vec<u8> {
+    let mut payload = id.0.to_le_bytes().to_vec();
+    payload.put_slice(requirements);
+    payload
+}
+
+/// Reads the payload of an `Offer` frame.
+pub fn parse_offer(payload: &[u8]) -> Result<(MigrationId, &[u8]), WireError> {
+    let (id, requirements) = payload.split_first_chunk().ok_or(WireError::Malformed(Tag::Offer))?;
+    Ok((MigrationId(u128::from_le_bytes(*id)), requirements))
+}
+
+/// Reads the payload of an `Inquire` or `Settled` frame.
+pub fn parse_id(tag: Tag, payload: &[u8]) -> Result<MigrationId, WireError> {
+    let id = payload.try_into().map_err(|_| WireError::Malformed(tag))?;
+    Ok(MigrationId(u128::from_le_bytes(id)))
+}
+
 /// Adds a page to a batch.
 pub fn push_page(batch: &mut Vec<u8>, space: u32, addr: u64, encoding: Encoding, data: &[u8]) {
     batch.put_u32_le(space);
@@ -289,6 +325,8 @@ mod tests {
             }
             let _ = parse_pages(&bytes);
             let _ = parse_ranges(&bytes);
+            let _ = parse_offer(&bytes);
+            let _ = parse_id(Tag::Inquire, &bytes);
         }
 
         #[test]

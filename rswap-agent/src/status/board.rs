@@ -32,6 +32,9 @@ pub struct InstanceView {
     pub profile: Option<Profile>,
     /// Its last forecast.
     pub demand: Option<Demand>,
+    /// It was committed to this address, which did not answer yet: it is frozen here (`rswap recover`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_doubt: Option<String>,
 }
 
 /// How far a running migration is.
@@ -177,15 +180,16 @@ impl BoardState {
         }
     }
 
-    /// Replaces the instances by those that `present` lists, and keeps what is known of those that stay.
+    /// Replaces the instances by those that `present` lists (each with where it was committed to, if that is in doubt),
+    /// and keeps what is known of those that stay.
     /// The decisions of those that left are kept as long as a migration of theirs is shown.
-    pub fn set_instances(&mut self, present: impl IntoIterator<Item = Instance>) {
+    pub fn set_instances(&mut self, present: impl IntoIterator<Item = (Instance, Option<String>)>) {
         let mut before = std::mem::take(&mut self.instances);
-        for instance in present {
+        for (instance, in_doubt) in present {
             let name = instance.name.clone();
             let (profile, demand) =
                 before.remove(&name).map_or((None, None), |view| (view.profile, view.demand));
-            self.instances.insert(name, InstanceView { instance, profile, demand });
+            self.instances.insert(name, InstanceView { instance, profile, demand, in_doubt });
         }
         let (instances, migrations) = (&self.instances, &self.migrations);
         self.decisions

@@ -13,6 +13,7 @@ pub mod packet;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod shared_word;
 pub mod socket;
 pub mod spawn;
 pub mod sysv;

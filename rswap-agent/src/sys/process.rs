@@ -13,6 +13,24 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
+/// Starts `command`, which inherits the descriptors `keep` by their numbers.
+pub fn spawn_with_descriptors(
+    command: &mut std::process::Command,
+    keep: Vec<RawFd>,
+) -> io::Result<std::process::Child> {
+    use std::os::unix::process::CommandExt;
+    let inherit = move || {
+        for fd in &keep {
+            // SAFETY: a plain system call without pointers.
+            super::check(unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) }.into())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and execve the closure makes system calls only: it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(inherit) };
+    command.spawn()
+}
+
 /// A duplicate, here, of descriptor `fd` of the process behind `pidfd`.
 pub fn pidfd_getfd(pidfd: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: a plain system call without pointers; a non-negative result is a descriptor that is ours.

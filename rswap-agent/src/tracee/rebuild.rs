@@ -1,6 +1,6 @@
 //! Puts a process's image into a stub whose memory is already there.
 //!
-//! Everything that a program could see is set while the threads are stopped; [`Rebuilt::release`] only
+//! Everything that a program could see is set while the threads are stopped; [`Rebuilt::park`] only
 //! lets them go. The restartable-sequence areas come last of all: from then on the kernel writes to them.
 
 use super::{
@@ -30,21 +30,43 @@ pub struct Rebuilt {
     reconnected: Vec<Reconnected>,
 }
 
+/// Processes that are ready to run, and held still by their cgroup: they no longer die with their tracer.
+#[derive(Debug, Default)]
+pub struct Parked {
+    /// Each process's connections.
+    reconnected: Vec<Reconnected>,
+    resumed: bool,
+}
+
 impl Rebuilt {
-    /// Lets them run, and their connections before them; the port is up. From here on they no longer die with their tracer.
-    pub fn release(mut self) -> Result<(), TraceeError> {
-        self.reconnected.iter_mut().for_each(Reconnected::resume);
+    /// Lets the threads go by ptrace; `hold` sees to it that they run no further.
+    pub fn park<E: From<TraceeError>>(self, hold: impl FnOnce() -> Result<(), E>) -> Result<Parked, E> {
+        hold()?;
         for &tid in &self.tids {
             ptrace::clear_options(tid).map_err(TraceeError::call("PTRACE_SETOPTIONS", tid))?;
         }
         for &tid in &self.tids {
             ptrace::detach(tid, 0).map_err(TraceeError::call("PTRACE_DETACH", tid))?;
         }
+        Ok(Parked { reconnected: self.reconnected, resumed: false })
+    }
+}
+
+impl Parked {
+    /// Lets the connections go on; the port is up. A second call does nothing.
+    pub fn resume(&mut self) {
+        if std::mem::replace(&mut self.resumed, true) {
+            return;
+        }
+        self.reconnected.iter_mut().for_each(Reconnected::resume);
+    }
+
+    /// Sends again what got lost on its way, now that the processes run.
+    pub fn repeat_lost(self) {
         for reconnected in self.reconnected.into_iter().filter(|process| !process.waiting.is_empty()) {
             // Nobody waits for it: the source has to hear that the instance runs.
             std::thread::spawn(move || reconnected.repeat_lost());
         }
-        Ok(())
     }
 }
 

@@ -166,6 +166,12 @@ pub fn has_thread_ended(tid: i32) -> bool {
     Status::read(tid).map_or(true, |status| status.text("State:").starts_with(['Z', 'X']))
 }
 
+/// The thread that traces `pid`, if any.
+pub fn tracer(pid: i32) -> Option<i32> {
+    let status = Status::read(pid).ok()?;
+    status.text("TracerPid:").trim().parse().ok().filter(|tracer| *tracer != 0)
+}
+
 /// Field 52 of `/proc/PID/stat` (proc_pid_stat(5)).
 fn exit_status(pid: i32) -> Result<i32, TraceeError> {
     let path = format!("/proc/{pid}/stat");
