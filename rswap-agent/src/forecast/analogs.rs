@@ -193,6 +193,20 @@ impl Analogs {
         self.came.quantiles(self.len, weights, |place| self.level[place] + self.gone.values[place])
     }
 
+    /// Evenly spaced quantiles of the regression's errors and of the changes, and the mean unrest.
+    pub(super) fn sketch<const N: usize>(&self) -> ([f32; N], [f32; N], f32) {
+        let at = |sorted: &Sorted| {
+            std::array::from_fn(|i| {
+                if self.len == 0 {
+                    return 0.0;
+                }
+                sorted.values[usize::from(sorted.order.0[(2 * i + 1) * self.len / (2 * N)])]
+            })
+        };
+        let unrest: f32 = self.unrest[..self.len].iter().map(|unrest| unrest.get()).sum();
+        (at(&self.missed), at(&self.gone), unrest / self.len.max(1) as f32)
+    }
+
     /// Mean pinball loss of the regression's errors against their own quantiles.
     pub(super) fn loss(&self) -> f32 {
         spread_loss(&self.missed, self.len, self.next)
@@ -265,4 +279,18 @@ pub(super) fn spread_loss(errors: &Sorted, len: usize, next: usize) -> f32 {
         }
     }
     sum / (4 * len.max(1)) as f32
+}
+
+/// Evenly spaced quantiles of what lies in bins of `width`.
+pub(super) fn spread<const N: usize>(shares: &[f32], width: f32) -> [f32; N] {
+    let whole: f32 = shares.iter().sum();
+    std::array::from_fn(|i| {
+        let goal = whole * (i as f32 + 0.5) / N as f32;
+        let mut sum = 0.0;
+        let bin = shares.iter().position(|share| {
+            sum += share;
+            sum >= goal
+        });
+        (bin.unwrap_or_default() as f32 + 0.5) * width
+    })
 }

@@ -68,6 +68,24 @@ pub(super) struct Histogram {
 }
 
 impl Histogram {
+    /// Number of bins.
+    pub(super) const BINS: usize = BINS;
+    /// Width of a bin.
+    pub(super) const WIDTH: f32 = WIDTH;
+
+    /// The share of time in each bin.
+    pub(super) fn shares(&self) -> Vec<f32> {
+        let total: f32 = self.weights.iter().sum();
+        self.weights.iter().map(|weight| if total > 0.0 { weight / total } else { 0.0 }).collect()
+    }
+
+    /// Others of its kind were at these positions, which counts as so many windows.
+    pub(super) fn start_from(&mut self, shares: &[f32], windows: f32) {
+        for (weight, share) in self.weights.iter_mut().zip(shares) {
+            *weight += share.max(0.0) * windows * self.newest;
+        }
+    }
+
     pub(super) fn new(day: u64) -> Self {
         let half_life = day.max(1) as f32;
         let growth = 1.0 + super::numeric::expm1(std::f32::consts::LN_2 / half_life);

@@ -7,6 +7,7 @@ use super::{
     analogs::{self, Analogs, KEPT, Sorted},
     mixture::{EXPERTS, Mixture, Opinions},
     numeric::{Short, displaced},
+    prior::Prior,
     regression::{Features, Regression},
 };
 
@@ -119,6 +120,16 @@ impl Lead {
             covered: 0,
             newest: [0.0; 4],
         }
+    }
+
+    /// Adds what it has learnt to `prior`.
+    pub(super) fn teach(&self, prior: &mut Prior) {
+        prior.add_lead(&self.regression, &self.analogs, &self.mixtures);
+    }
+
+    /// Starts from what others have learnt about the lead of this number.
+    pub(super) fn start_from(&mut self, prior: &Prior, number: usize) {
+        prior.teach(number, &mut self.regression, &mut self.analogs, &mut self.mixtures, &self.known);
     }
 
     /// How far ahead, in windows.

@@ -15,6 +15,11 @@ const FADE: f32 = 0.998;
 /// Share of the weight that is spread evenly, so that nobody is forgotten.
 const EVEN: f32 = 0.01;
 
+/// Share of what others have gained that a new series starts with.
+const PRIOR: f32 = 0.3;
+/// The variance that goes with it.
+const PRIOR_VARIANCE: f32 = 3.0;
+
 /// Weights, and what they rest on.
 #[derive(Clone, Debug)]
 pub(super) struct Mixture {
@@ -61,6 +66,19 @@ impl Mixture {
             self.variance[i] = self.variance[i] * FADE + loss * loss;
             let rate = rate(self.variance[i]);
             self.gained[i] = self.gained[i] * FADE - loss - 0.5 * rate * loss * loss;
+        }
+        self.weigh(known);
+    }
+
+    pub(super) fn gained(&self) -> &Opinions {
+        &self.gained
+    }
+
+    /// Others of its kind have gained this.
+    pub(super) fn start_from(&mut self, gained: &Opinions, known: &[bool; EXPERTS]) {
+        for i in 0..EXPERTS {
+            self.gained[i] = if known[i] { gained[i] * PRIOR } else { 0.0 };
+            self.variance[i] = PRIOR_VARIANCE;
         }
         self.weigh(known);
     }

@@ -5,7 +5,7 @@
 //! ([`regression`]), with its own past errors; changes and values that followed on similar moments ([`analogs`]); a
 //! fading histogram and the day's habit ([`habit`]); a found season, repeated ([`season`]). They are mixed for each
 //! quantile by what mixing would have gained ([`mixture`]), and a conformal step then moves each quantile until it is
-//! exceeded as often as it says ([`lead`]). Nothing is believed before enough forecasts of a lead have met their outcome.
+//! exceeded as often as it says ([`lead`]). What a series has learnt can be handed to new ones of its kind ([`Priors`]). Nothing is believed before enough forecasts of a lead have met their outcome.
 
 #![allow(
     clippy::needless_range_loop,
@@ -19,6 +19,7 @@ mod history;
 mod lead;
 mod mixture;
 mod numeric;
+mod prior;
 mod regression;
 mod season;
 mod series;
@@ -26,6 +27,7 @@ mod series;
 use serde::{Deserialize, Serialize};
 
 pub use forecaster::Forecaster;
+pub use prior::{Prior, PriorError, Priors};
 pub use series::Series;
 
 use crate::{instance::InstanceName, units::UnixMillis};
@@ -123,5 +125,7 @@ pub struct Demand {
     pub points: Vec<DemandPoint>,
 }
 
+#[cfg(test)]
+mod prior_tests;
 #[cfg(test)]
 mod tests;

@@ -11,6 +11,8 @@ const FORGET: f32 = 0.998;
 const HUBER: f32 = 3.0;
 /// How unsure a new coefficient is.
 const UNSURE: f32 = 10.0;
+/// How unsure a coefficient is that others have taught, by that.
+const PRIOR: f32 = 0.05;
 /// The sum of variances at which they are taken back: without excitation, forgetting lets them grow without end.
 const MOST_UNSURE: f32 = 2e4;
 
@@ -30,6 +32,16 @@ impl Regression {
     #[inline]
     pub(super) fn predict(&self, features: &Features) -> f32 {
         inner(&self.weights, features)
+    }
+
+    pub(super) fn weights(&self) -> &Features {
+        &self.weights
+    }
+
+    /// Others of its kind have these coefficients: they are less unsure than none.
+    pub(super) fn start_from(&mut self, weights: &Features) {
+        self.weights = *weights;
+        self.covariance.iter_mut().flatten().for_each(|v| *v *= PRIOR);
     }
 
     /// `change` is what came of `features`.

@@ -6,6 +6,7 @@ use super::{
     history::History,
     lead::{Lead, Moment},
     numeric::asinh,
+    prior::{Prior, PriorError},
     regression::Features,
 };
 
@@ -16,12 +17,21 @@ const MEAN_WINDOWS: u64 = 288;
 /// Windows over which the typical unrest is taken.
 const TYPICAL_WINDOWS: u64 = 100;
 
+/// The unit of the scale, in mean amounts.
+pub(super) const UNIT: f64 = 0.5;
+/// Windows of its own that outweigh what others have taught.
+const PRIOR_WINDOWS: u64 = 3;
+/// Windows after which a series can teach others.
+const TEACHES_AFTER: u64 = 48;
+
 /// Amounts are seen on the scale asinh(amount / unit), with the mean amount as the unit: a burst of ten times the usual
 /// is no farther than it should be, 0 is nothing special, and a change of a percent is the same everywhere.
 #[derive(Clone, Debug)]
 pub struct Series {
     tick: u32,
     seen: u64,
+    /// Windows that what others have taught counts as.
+    taught: u64,
     unit: f64,
     mean: f64,
     lowest: f64,
@@ -42,6 +52,7 @@ impl Series {
         Self {
             tick: 0,
             seen: 0,
+            taught: 0,
             unit: 0.0,
             mean: 0.0,
             lowest: f64::MAX,
@@ -55,6 +66,36 @@ impl Series {
             long: Histogram::new(day),
             leads: leads.iter().map(|&steps| Lead::new(steps)).collect(),
         }
+    }
+
+    /// A series that has seen nothing, of a kind that others have taught about.
+    ///
+    /// # Errors
+    ///
+    /// If the prior is none for these leads.
+    pub fn from_prior(leads: &[u64], day: u64, prior: &Prior) -> Result<Self, PriorError> {
+        prior.check(leads.len())?;
+        let mut new = Self::new(leads, day);
+        new.mean = prior.mean();
+        new.taught = PRIOR_WINDOWS;
+        new.long.start_from(prior.usual(), PRIOR_WINDOWS as f32);
+        // What others reached is possible here, too.
+        new.lowest = 0.0;
+        new.highest = prior.highest();
+        for (number, lead) in new.leads.iter_mut().enumerate() {
+            lead.start_from(prior, number);
+        }
+        Ok(new)
+    }
+
+    /// What it can teach others of its kind; `None` while that is too little.
+    pub fn teach(&self) -> Option<Prior> {
+        if self.seen < TEACHES_AFTER {
+            return None;
+        }
+        let mut prior = Prior::of(self.mean, &self.long);
+        self.leads.iter().for_each(|lead| lead.teach(&mut prior));
+        Some(prior)
     }
 
     /// Windows went by unseen. Positions in the day and the season go on; forecasts for them are never judged.
@@ -84,7 +125,7 @@ impl Series {
         self.value = value;
         self.lowest = self.lowest.min(value);
         self.highest = self.highest.max(value);
-        self.mean += (value - self.mean) / self.seen.min(MEAN_WINDOWS) as f64;
+        self.mean += (value - self.mean) / (self.seen + self.taught).min(MEAN_WINDOWS) as f64;
         self.rescale();
 
         let position = asinh(value / self.unit);
@@ -167,7 +208,7 @@ impl Series {
 
     /// Keeps the unit near the mean amount.
     fn rescale(&mut self) {
-        let wanted = (self.mean * 0.5).max(self.highest * 1e-6).max(1e-9);
+        let wanted = (self.mean * UNIT).max(self.highest * 1e-6).max(1e-9);
         if self.unit > 0.0 && wanted <= self.unit * 2.0 && wanted >= self.unit * 0.5 {
             return;
         }

@@ -6,6 +6,7 @@
 
 #![allow(clippy::needless_range_loop, reason = "quantiles run in step over several arrays of one length")]
 
+mod cold;
 mod judge;
 mod methods;
 mod report;
@@ -38,10 +39,11 @@ fn main() -> anyhow::Result<()> {
         columns.extend(traces::read(&file)?.into_iter().filter(|c| COLUMNS.contains(&c.name.as_str())));
     }
     let scores = run(&columns);
+    let cold: Vec<_> = columns.iter().map(cold::column).collect();
     let cost = judge::cost(&columns)?;
     let targets = report::targets(&dir)?;
-    let result = report::json(&columns, &scores, &cost);
-    report::show(&columns, &scores, &targets, &cost);
+    let result = report::json(&columns, &scores, &cold, &cost);
+    report::show(&columns, &scores, &targets, &cold, &cost);
     std::fs::create_dir_all("target/rswap").context("cannot make target/rswap")?;
     std::fs::write(RESULT, serde_json::to_vec_pretty(&result)?)
         .with_context(|| format!("cannot write {RESULT}"))?;

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{
     LEADS_MIN,
+    cold::Cold,
     judge::{Cost, LeadScore, Score},
     methods::{LEVELS, METHODS},
 };
@@ -39,7 +40,12 @@ fn wql(score: &LeadScore) -> f64 {
 }
 
 /// Everything.
-pub(crate) fn json(columns: &[Column], scores: &[Vec<Score>], cost: &Cost) -> Value {
+pub(crate) fn json(
+    columns: &[Column],
+    scores: &[Vec<Score>],
+    cold: &[[Cold; LEADS_MIN.len()]],
+    cost: &Cost,
+) -> Value {
     let (mut rows, mut frontier) = (Vec::new(), Vec::new());
     for (column, scores) in columns.iter().zip(scores) {
         for (method, score) in METHODS.iter().zip(scores) {
@@ -68,14 +74,28 @@ pub(crate) fn json(columns: &[Column], scores: &[Vec<Score>], cost: &Cost) -> Va
             }
         }
     }
+    let cold = columns.iter().zip(cold).flat_map(|(column, cold)| {
+        cold.iter().zip(LEADS_MIN).map(move |(cold, lead)| {
+            json!({
+                "trace": column.trace, "column": column.name, "lead_min": lead, "first_min": 120,
+                "wql_alone": 2.0 * cold.alone / cold.amount, "wql_with_priors": 2.0 * cold.taught / cold.amount,
+            })
+        })
+    });
     json!({
-        "rows": rows, "frontier": frontier,
+        "rows": rows, "frontier": frontier, "cold_start": cold.collect::<Vec<_>>(),
         "updates_per_s": cost.updates_per_s, "bytes_per_series": cost.bytes_per_series,
     })
 }
 
 /// For people.
-pub(crate) fn show(columns: &[Column], scores: &[Vec<Score>], targets: &Targets, cost: &Cost) {
+pub(crate) fn show(
+    columns: &[Column],
+    scores: &[Vec<Score>],
+    targets: &Targets,
+    cold: &[[Cold; LEADS_MIN.len()]],
+    cost: &Cost,
+) {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_BORDERS_ONLY);
     let losses = METHODS.map(|method| format!("{method} wql"));
@@ -107,6 +127,17 @@ pub(crate) fn show(columns: &[Column], scores: &[Vec<Score>], targets: &Targets,
             mean * 100.0
         );
     }
+    let less = |lead: usize| {
+        let ratios: Vec<f64> =
+            cold.iter().map(|c| c[lead].taught / c[lead].alone).filter(|r| r.is_finite()).collect();
+        (1.0 - ratios.iter().sum::<f64>() / ratios.len().max(1) as f64) * 100.0
+    };
+    println!(
+        "==> in the first two hours, priors take {:.0} / {:.0} / {:.0} % off the loss",
+        less(0),
+        less(1),
+        less(2)
+    );
     println!(
         "==> {:.0} updates per second of one core, all leads and quantiles; at most {} bytes per series",
         cost.updates_per_s, cost.bytes_per_series

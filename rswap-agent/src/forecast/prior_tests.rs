@@ -1,0 +1,109 @@
+//! What instances teach each other.
+
+use proptest::prelude::*;
+
+use super::{Prior, PriorError, Priors, Quantiles, Series};
+
+const LEADS: [u64; 2] = [1, 6];
+const DAY: u64 = 288;
+
+/// Mostly quiet, with a burst now and then.
+fn bursty(seed: u64, size: f64) -> impl Iterator<Item = f64> {
+    let mut state = seed;
+    (0..400).map(move |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let unit = (state >> 11) as f64 / (1u64 << 53) as f64;
+        size * if unit > 0.85 { 5.0 } else { 1.0 + 0.1 * unit }
+    })
+}
+
+fn taught_by(seeds: std::ops::Range<u64>) -> Priors {
+    let mut priors = Priors::default();
+    for seed in seeds {
+        let mut series = Series::new(&LEADS, DAY);
+        bursty(seed, 2.0).for_each(|value| series.observe(value));
+        priors.learn("web", &format!("shop-{seed}"), &series.teach().unwrap());
+    }
+    priors
+}
+
+fn after(prior: &Prior, values: &[f64]) -> Quantiles {
+    let mut series = Series::from_prior(&LEADS, DAY, prior).unwrap();
+    values.iter().for_each(|&value| series.observe(value));
+    series.quantiles().next().unwrap()
+}
+
+#[test]
+fn a_new_instance_knows_the_bursts_of_its_kind() {
+    let prior = taught_by(1..4).of("web", "new").unwrap();
+    let quiet = [2.0, 2.1, 2.0];
+    let mut alone = Series::new(&LEADS, DAY);
+    quiet.iter().for_each(|&value| alone.observe(value));
+    assert!(alone.quantiles().next().unwrap().p99 < 4.0);
+    let taught = after(&prior, &quiet);
+    assert!(taught.p99 > 4.0 && taught.p50 < 4.0, "{taught:?}");
+}
+
+#[test]
+fn a_series_that_has_seen_little_teaches_nothing() {
+    let mut series = Series::new(&LEADS, DAY);
+    bursty(1, 1.0).take(20).for_each(|value| series.observe(value));
+    assert_eq!(series.teach(), None);
+}
+
+#[test]
+fn the_nearer_kin_counts_more() {
+    let mut priors = taught_by(1..4);
+    let mut other = Series::new(&LEADS, DAY);
+    (0..400).for_each(|_| other.observe(900.0));
+    for identity in ["x", "y", "z"] {
+        priors.learn("batch", identity, &other.teach().unwrap());
+    }
+    let median = |class: &str| after(&priors.of(class, "new").unwrap(), &[]);
+    assert_eq!(median("web"), Quantiles::default(), "nothing is forecast of what was never seen");
+    let (web, batch) = (priors.of("web", "new").unwrap(), priors.of("batch", "new").unwrap());
+    let first = |prior: &Prior| after(prior, &[30.0]).p99;
+    assert!(first(&batch) > first(&web), "{} and {}", first(&batch), first(&web));
+}
+
+#[test]
+fn what_was_learnt_is_stored_merged_and_checked() {
+    let mut here = taught_by(1..3);
+    let there = taught_by(3..6);
+    let stored = serde_json::to_string(&there).unwrap();
+    let read: Priors = serde_json::from_str(&stored).unwrap();
+    assert_eq!(read, there);
+    here.merge(&read);
+    let all = here.of("unknown", "unknown").unwrap();
+    assert_eq!(here.of("web", "shop-4").unwrap().series(), 1.0 + 3.0 + 1.0);
+    assert_eq!(all.check(3), Err(PriorError::Leads(2, 3)));
+    let json = serde_json::to_string(&all).unwrap();
+    let newer: Prior = serde_json::from_str(&json.replace("\"version\":1", "\"version\":7")).unwrap();
+    assert_eq!(newer.check(2), Err(PriorError::Version(7)));
+    assert!(Series::from_prior(&LEADS, DAY, &newer).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    #[test]
+    fn whatever_teaches_and_whatever_follows_quantiles_are_ordered_amounts(
+        lesson in prop::collection::vec(prop_oneof![0.0..1e9f64, Just(0.0), Just(f64::NAN), 0.0..1.0f64], 60..200),
+        values in prop::collection::vec(prop_oneof![0.0..1e9f64, Just(0.0), any::<f64>()], 1..60),
+    ) {
+        let mut teacher = Series::new(&LEADS, DAY);
+        lesson.iter().for_each(|&value| teacher.observe(value));
+        let Some(prior) = teacher.teach() else { return Ok(()) };
+        let mut priors = Priors::default();
+        priors.learn("a", "b", &prior);
+        let prior = priors.of("a", "b").unwrap();
+        prop_assert_eq!(prior.check(LEADS.len()), Ok(()));
+        let mut series = Series::from_prior(&LEADS, DAY, &prior).unwrap();
+        for value in values {
+            series.observe(value);
+            for q in series.quantiles() {
+                let ordered = [0.0, q.p50, q.p90, q.p95, q.p99, f64::MAX];
+                prop_assert!(ordered.windows(2).all(|pair| pair[0] <= pair[1]), "{q:?}");
+            }
+        }
+    }
+}
