@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use super::{Demand, DemandPoint, Resource, series::Series};
+use super::{Demand, DemandPoint, Priors, Resource, series::Series};
 use crate::{config::ForecastConfig, instance::InstanceName, profile::Profile, units::UnixMillis};
 
 /// Without a new window for so many windows there is no forecast any more.
 const STALE_WINDOWS: u64 = 10;
 
+/// Instances have no class that a profile tells: all of a host are one.
+const ANY_CLASS: &str = "";
 const DAY_MS: u64 = 24 * 3_600_000;
 
 /// Forecasts every instance that it is shown.
@@ -17,6 +19,8 @@ pub struct Forecaster {
     /// What a window is meant to last, in milliseconds: real ones are some milliseconds off, and longer under load.
     window_ms: u64,
     instances: BTreeMap<InstanceName, Watched>,
+    /// What instances that are gone have taught, per resource.
+    priors: BTreeMap<Resource, Priors>,
 }
 
 #[derive(Clone, Debug)]
@@ -28,7 +32,7 @@ struct Watched {
 impl Forecaster {
     /// A forecaster that has seen nothing, for profiles of windows of nominally `window_ms` milliseconds.
     pub fn new(config: ForecastConfig, window_ms: u64) -> Self {
-        Self { config, window_ms: window_ms.max(1), instances: BTreeMap::new() }
+        Self { config, window_ms: window_ms.max(1), instances: BTreeMap::new(), priors: BTreeMap::new() }
     }
 
     /// Takes in one window of an instance on reference cores.
@@ -41,10 +45,11 @@ impl Forecaster {
     pub fn observe_at_speed(&mut self, profile: &Profile, performance: f64) {
         let window_ms = self.window_ms;
         let leads: Vec<u64> = self.config.horizons_ms.iter().map(|ms| ms / window_ms).collect();
+        let day = DAY_MS / window_ms;
         let fresh = || Watched {
             at: UnixMillis(profile.at.0.saturating_sub(window_ms)),
             series: [Resource::Cpu, Resource::Memory]
-                .map(|resource| (resource, Series::new(&leads, DAY_MS / window_ms))),
+                .map(|resource| (resource, begin(&self.priors, resource, &profile.instance, &leads, day))),
         };
         let watched = self.instances.entry(profile.instance.clone()).or_insert_with(fresh);
         // To the nearest window: ends of windows jitter.
@@ -81,8 +86,26 @@ impl Forecaster {
         Some(Demand { instance: instance.clone(), at: now, points: points.collect() })
     }
 
-    /// Drops what is known of an instance.
+    /// The instance is gone. What it has taught is kept, for when it returns, and for others.
     pub fn forget(&mut self, instance: &InstanceName) {
-        self.instances.remove(instance);
+        let Some(gone) = self.instances.remove(instance) else { return };
+        for (resource, series) in &gone.series {
+            if let Some(lesson) = series.teach() {
+                self.priors.entry(*resource).or_default().learn(ANY_CLASS, instance.as_str(), &lesson);
+            }
+        }
     }
+}
+
+/// A series of a new instance, which starts from what is known of its like.
+fn begin(
+    priors: &BTreeMap<Resource, Priors>,
+    resource: Resource,
+    instance: &InstanceName,
+    leads: &[u64],
+    day: u64,
+) -> Series {
+    let prior = priors.get(&resource).and_then(|priors| priors.of(ANY_CLASS, instance.as_str()));
+    let taught = prior.and_then(|prior| Series::from_prior(leads, day, &prior).ok());
+    taught.unwrap_or_else(|| Series::new(leads, day))
 }

@@ -161,6 +161,26 @@ fn what_was_not_seen_for_long_is_not_forecast() {
     assert!(demand(&forecaster, 50).is_none());
 }
 
+#[test]
+fn an_instance_that_returns_is_known() {
+    let mut forecaster = forecaster();
+    // Four windows in five are quiet, and nothing says which.
+    let mut random = Random(5);
+    for window in 0..400 {
+        let need = if random.unit() < 0.2 { 1.5 } else { 0.2 };
+        forecaster.observe(&profile(window, need, 1 << 20));
+    }
+    forecaster.forget(&"a".parse().unwrap());
+    assert_eq!(demand(&forecaster, 400), None);
+    (1_001..1_004).for_each(|window| forecaster.observe(&profile(window, 0.2, 1 << 20)));
+    let cpu = point(&demand(&forecaster, 1_003).unwrap(), Resource::Cpu, 1_000);
+    assert!(cpu.need.p99 > 1.0, "{cpu:?}");
+    assert!(
+        matches!(cpu.evidence, Evidence::TooLittle { .. }),
+        "it is not believed before it is judged: {cpu:?}"
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
