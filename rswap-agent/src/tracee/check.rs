@@ -252,6 +252,8 @@ fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
     if mappings.iter().any(Mapping::is_huge) && advice::has_unusual_huge_pages(findings.pid)? {
         findings.refuse("huge pages of another size than 2 MiB", "only the usual size is carried");
     }
+    // A process may have a root of its own, in which the file has another path, or none.
+    let root = findings.init.unwrap_or(findings.pid);
     for mapping in mappings {
         let item = format!("mapping {:#x}-{:#x} {}", mapping.start, mapping.end, mapping.name);
         if mapping.is_kernels_own() {
@@ -267,7 +269,7 @@ fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
         {
             findings.refuse(&item, "a file that is written through a mapping stays here: put it into a volume (rswap run --volume NAME:PATH)");
         } else if mapping.is_file()
-            && fs::metadata(format!("/proc/{}/root{}", findings.pid, mapping.name)).is_err()
+            && fs::metadata(format!("/proc/{root}/root{}", mapping.name)).is_err()
         {
             findings.refuse(&item, "its file can't be read under this path");
         }
