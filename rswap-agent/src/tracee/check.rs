@@ -268,9 +268,7 @@ fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
         } else if mapping.shared && !mapping.is_read_only_file() && places.of(&mapping.name) != Place::Volume
         {
             findings.refuse(&item, "a file that is written through a mapping stays here: put it into a volume (rswap run --volume NAME:PATH)");
-        } else if mapping.is_file()
-            && fs::metadata(format!("/proc/{root}/root{}", mapping.name)).is_err()
-        {
+        } else if mapping.is_file() && fs::metadata(format!("/proc/{root}/root{}", mapping.name)).is_err() {
             findings.refuse(&item, "its file can't be read under this path");
         }
     }
