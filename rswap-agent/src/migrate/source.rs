@@ -341,6 +341,13 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         Ok(())
     }
 
+    /// Why the peer closed the link, if it said so: a disk that fills is its reason, and the closed link only what follows.
+    fn last_word(&mut self) -> Option<MigrateError> {
+        let frame = wire::read_frame(&mut self.stream.get_mut().0).ok()?;
+        let reason = String::from_utf8_lossy(&frame.payload).into_owned();
+        (frame.tag == Tag::Abort).then_some(MigrateError::Peer { doing: self.doing, reason })
+    }
+
     /// Sends what changed in the volumes; returns how many milliseconds a freeze is expected to take longer for them.
     fn copy_volumes(&mut self, last: bool) -> Result<f64, MigrateError> {
         let began = Instant::now();
@@ -363,7 +370,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             Ok(())
         });
         if let Some(error) = link {
-            return Err(self.wire(error));
+            return Err(self.last_word().unwrap_or_else(|| self.wire(error)));
         }
         self.check_deadline()?;
         copied.map_err(self.task_failed())?;

@@ -107,8 +107,11 @@ pub fn digests_of_read(
 ) -> Result<BTreeMap<String, u128>, TraceeError> {
     let mut found = BTreeMap::new();
     for descriptor in descriptors {
-        if let Some((path, false)) = of_this_host(descriptor, places) {
-            found.insert(path.to_owned(), digest_behind(pid, descriptor)?);
+        let Some((path, false)) = of_this_host(descriptor, places) else { continue };
+        // By its path: the program runs, and the number may be another file's by now.
+        match digest(Path::new(&format!("/proc/{pid}/root{path}"))) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            digest => drop(found.insert(path.to_owned(), digest.map_err(TraceeError::proc(path))?)),
         }
     }
     Ok(found)
