@@ -311,7 +311,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
     }
 
     fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<usize, TaskError> {
-        if let Some(object) = self.objects.values().find(|object| object.object.space == space) {
+        if let Some(object) = self.objects.values_mut().find(|object| object.object.space == space) {
             object.read(addr, buf)?;
             return Ok(buf.len());
         }

@@ -110,9 +110,15 @@ impl SourceObject {
     }
 
     /// Reads whole pages at `at`; what lies past the end reads as zeros.
-    pub fn read(&self, at: u64, buf: &mut [u8]) -> std::io::Result<()> {
+    ///
+    /// What is read here is what the destination gets, so it is what the next look has to compare with: a page may have
+    /// changed since the look, and may be as it was then when the next one comes.
+    pub fn read(&mut self, at: u64, buf: &mut [u8]) -> std::io::Result<()> {
         let got = file::read_at(&self.file, buf, at)?;
         buf[got..].fill(0);
+        for (page, at) in buf.chunks_exact(PAGE_SIZE as usize).zip((at..).step_by(PAGE_SIZE as usize)) {
+            self.hashes.insert(at, xxh3_128(page));
+        }
         Ok(())
     }
 }
@@ -191,5 +197,30 @@ impl BuiltObject {
             Some(end) if end <= self.object.bytes => Ok(()),
             _ => Err(std::io::Error::other(format!("{len} bytes at {at:#x} are outside of a shared object"))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_as_it_was_at_the_look_but_not_when_it_was_read_is_sent_again() {
+        let file = tempfile::tempfile().expect("make");
+        file.set_len(2 * PAGE_SIZE).expect("resize");
+        file.write_all_at(b"first", 0).expect("write");
+        let (space, inode, bytes, name, seals, segment) = (FIRST_SPACE, 1, 0, String::new(), 0, None);
+        let object = SharedObject { space, inode, bytes, name, seals, segment };
+        let mut source = SourceObject { object, file, hashes: BTreeMap::new() };
+        let page = |spans: Vec<Span>| spans.first().cloned();
+        assert_eq!(page(source.take_changed(0).expect("look").0), Some(0..PAGE_SIZE));
+        source.file.write_all_at(b"other", 0).expect("write");
+        let mut sent = vec![0; PAGE_SIZE as usize];
+        source.read(0, &mut sent).expect("read");
+        assert_eq!(&sent[..5], b"other");
+        source.file.write_all_at(b"first", 0).expect("write");
+        assert_eq!(page(source.take_changed(0).expect("look").0), Some(0..PAGE_SIZE));
+        source.read(0, &mut sent).expect("read");
+        assert_eq!(page(source.take_changed(0).expect("look").0), None);
     }
 }
