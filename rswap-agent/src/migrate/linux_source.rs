@@ -21,6 +21,7 @@ use crate::{
         TraceeError,
         capture::{self, Frozen},
         check,
+        descriptors::{self, Lock},
         files::Places,
         layout::{InstanceLayout, ProcessLayout, segment_inode},
         objects::{self, SourceObject},
@@ -65,6 +66,8 @@ pub struct LinuxSource<U> {
     next_space: u32,
     settling: Vec<Settling>,
     held: Held,
+    /// Locks on files, by pid and descriptor.
+    locks: Vec<(i32, i32, Lock)>,
     frozen: bool,
     detached: bool,
     /// Ends the instance for good; given by the room that started it.
@@ -96,6 +99,7 @@ impl<U: Uplink> LinuxSource<U> {
             next_space: 0,
             settling: Vec::new(),
             held: Held::default(),
+            locks: Vec::new(),
             frozen: false,
             detached: false,
             end,
@@ -377,6 +381,10 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         }
         for (process, described) in stopped.iter().zip(&mut image.processes) {
             self.held.read(process.member.pid, &mut described.task.descriptors)?;
+            for descriptor in &described.task.descriptors {
+                let (pid, number) = (process.member.pid, descriptor.numbers[0].0);
+                self.locks.extend(descriptor.locks.iter().map(|lock| (pid, number, *lock)));
+            }
         }
         Ok(postcard::to_stdvec(&image)?)
     }
@@ -385,11 +393,20 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         // The port first: a connection that goes on asks its peer at once what it has.
         let attached = if std::mem::take(&mut self.detached) { self.uplink.attach() } else { Ok(()) };
         self.held.release();
+        self.locks.clear();
         self.settling.clear();
         self.processes.iter_mut().for_each(SourceProcess::release);
         self.frozen = false;
         self.uplink.pass_on();
         attached
+    }
+
+    fn give_way(&mut self) {
+        for (pid, number, lock) in self.locks.drain(..) {
+            if let Err(error) = descriptors::give_up(pid, number, lock) {
+                tracing::error!(pid, number, %error, "a lock could not be given up");
+            }
+        }
     }
 
     fn destroy(&mut self) -> Result<(), TaskError> {

@@ -6,7 +6,7 @@
 use super::{
     TraceeError, advice, attributes,
     capture::{instance_clock_ns, limits, registers_from_bytes},
-    descriptors::Restorer,
+    descriptors::{Finals, Restorer},
     image::{TaskImage, ThreadImage},
     posix_timers, privileges,
     reconnect::Reconnected,
@@ -28,11 +28,13 @@ pub struct Rebuilt {
     tids: Vec<i32>,
     /// Each process's connections.
     reconnected: Vec<Reconnected>,
+    finals: Finals,
 }
 
 impl Rebuilt {
     /// Lets them run, and their connections before them; the port is up. From here on they no longer die with their tracer.
     pub fn release(mut self) -> Result<(), TraceeError> {
+        std::mem::take(&mut self.finals).carry_out();
         self.reconnected.iter_mut().for_each(Reconnected::resume);
         for &tid in &self.tids {
             ptrace::clear_options(tid).map_err(TraceeError::call("PTRACE_SETOPTIONS", tid))?;
@@ -53,6 +55,11 @@ impl Rebuilt {
     pub fn add(&mut self, other: Self) {
         self.tids.extend(other.tids);
         self.reconnected.extend(other.reconnected);
+    }
+
+    /// Leaves something to be done when the source is committed.
+    pub fn leave(&mut self, finals: Finals) {
+        self.finals = finals;
     }
 }
 
@@ -127,7 +134,7 @@ pub fn rebuild(
     for ((remote, thread), registers) in threads.iter_mut().zip(&image.threads).zip(&registers) {
         set_going(remote, thread, registers)?;
     }
-    Ok(Rebuilt { tids, reconnected: vec![reconnected] })
+    Ok(Rebuilt { tids, reconnected: vec![reconnected], finals: Finals::default() })
 }
 
 fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {
