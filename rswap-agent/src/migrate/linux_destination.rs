@@ -366,11 +366,11 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         let image: InstanceImage = postcard::from_bytes(image)?;
         self.restore_terminals(&image)?;
         self.finish_tree(&image)?;
+        self.set_foreground_groups(&image)?;
         let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
         sysv::make_queues(arrival.stub_pid, &image.queues)
             .map_err(TraceeError::call("making SysV objects", arrival.stub_pid))?;
         image.names.give(arrival.stub_pid).map_err(TraceeError::call("naming the host", arrival.stub_pid))?;
-        self.set_foreground_groups(&image)?;
         let stubs: BTreeMap<i32, i32> =
             self.processes.iter().map(|process| (process.node.pid, process.space.pid())).collect();
         let link: &Link = &self.arrival.as_ref().ok_or("nothing has been prepared")?.link;

@@ -112,8 +112,9 @@ impl<'a> Restorer<'a> {
         for process in &image.processes {
             for descriptor in &process.task.descriptors {
                 if let DescriptorKind::Unix(image) = &descriptor.kind {
-                    let credentials = &process.task.credentials;
-                    let user = (credentials.uids[1], credentials.gids[1]);
+                    let main = process.task.threads.first();
+                    let user =
+                        main.map_or((0, 0), |main| (main.credentials.uids[1], main.credentials.gids[1]));
                     wanted.insert(image.inode, Wanted { holder: process.node.pid, image, user });
                 }
             }
