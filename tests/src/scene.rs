@@ -16,22 +16,23 @@ pub const LIMIT: Duration = Duration::from_secs(40);
 /// Two hosts, and a file in which a program logs.
 #[derive(Debug)]
 pub struct Scene {
-    /// The network.
-    pub fleet: Fleet,
     /// Where the program starts.
     pub a: Host,
     /// Where it goes.
     pub b: Host,
     /// Its log.
     pub log: PathBuf,
+    /// The network; the last to go, with the hosts' logs.
+    pub fleet: Fleet,
 }
 
 impl Scene {
     /// Starts both hosts.
     pub fn set() -> anyhow::Result<Self> {
         let mut fleet = Fleet::new()?;
-        let a = fleet.host("a", &HostOptions::default())?;
-        let b = fleet.host("b", &HostOptions::default())?;
+        // How long the freeze takes is not what these scenarios are about.
+        let options = HostOptions { max_unavailability_ms: 10_000, ..HostOptions::default() };
+        let (a, b) = (fleet.host("a", &options)?, fleet.host("b", &options)?);
         let log = fleet.scratch().join("program.log");
         Ok(Self { fleet, a, b, log })
     }
@@ -40,7 +41,30 @@ impl Scene {
     pub fn python(&self, name: &str, options: &[&str], arguments: &[&str]) -> anyhow::Result<()> {
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("programs/{name}.py"));
         let (program, log) = (program.to_string_lossy(), self.log.to_string_lossy());
-        self.a.run(name, options, &[&["python3", &program, &log], arguments].concat())
+        self.run(name, options, &[&["python3", &program, &log], arguments].concat())
+    }
+
+    /// Starts a command at the first host, and waits until its agent watches it.
+    pub fn run(&self, name: &str, options: &[&str], command: &[&str]) -> anyhow::Result<()> {
+        self.a.run(name, options, command)?;
+        wait_for("the agent to watch the instance", LIMIT, || Ok(self.a.has_instance(name)?.then_some(())))
+    }
+
+    /// Moves an instance. What can't be carried at the moment is tried again, as the refusal says.
+    pub fn moved(&self, name: &str, from: &Host, to: &Host) -> anyhow::Result<()> {
+        const TRIES: usize = 20;
+        for _ in 1..TRIES {
+            match from.migrate(name, &to.migrate_address())?.end()? {
+                Ok(report) => {
+                    println!("{report:?}");
+                    return Ok(());
+                }
+                Err(reason) if reason.contains("try again") => println!("{reason}"),
+                Err(reason) => anyhow::bail!("the migration failed: {reason}"),
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        from.migrate(name, &to.migrate_address())?.succeed().map(drop)
     }
 
     /// Three moves there and back; the program must go on after each.
@@ -50,8 +74,7 @@ impl Scene {
         goes_on: impl Fn(&Path) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         for (from, to) in [(&self.a, &self.b), (&self.b, &self.a), (&self.a, &self.b)] {
-            let report = from.migrate(name, &to.migrate_address())?.succeed()?;
-            println!("{report:?}");
+            self.moved(name, from, to)?;
             ensure!(
                 !from.has_instance(name)? && to.has_instance(name)?,
                 "{name} is listed at the wrong host"
@@ -61,6 +84,14 @@ impl Scene {
         }
         Ok(())
     }
+}
+
+/// Waits until a program like `programs/files.py` has checked everything that it holds twice more, and then emptied
+/// and filled all of its queues once more.
+pub fn holds_everything(log: &Path) -> anyhow::Result<()> {
+    further(log, "checked", 2)?;
+    fs::write(log.with_extension("log.drain"), "")?;
+    further(log, "drained", 1)
 }
 
 /// Waits for `count` further lines that begin with `word=` in the log of a program that checks itself; a MISMATCH in it is

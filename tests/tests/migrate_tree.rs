@@ -1,54 +1,18 @@
 //! Trees of processes migrate: a ring that checks itself, and a shell whose jobs come and go all the time.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs, path::Path};
 
 use anyhow::Context;
 use rswap_agent::migrate::wire::Tag;
 use rswap_tests::{
-    Fleet, Host, HostOptions,
     proxy::{Fault, Proxy},
-    reason_to_skip, wait_for,
+    reason_to_skip,
+    scene::{LIMIT, Scene},
+    wait_for,
 };
 
-const LIMIT: Duration = Duration::from_secs(20);
-
-struct Scene {
-    fleet: Fleet,
-    a: Host,
-    b: Host,
-    log: PathBuf,
-}
-
-impl Scene {
-    fn set() -> anyhow::Result<Self> {
-        let mut fleet = Fleet::new()?;
-        let a = fleet.host("a", &HostOptions::default())?;
-        let b = fleet.host("b", &HostOptions::default())?;
-        let log = fleet.scratch().join("tree.log");
-        Ok(Self { fleet, a, b, log })
-    }
-
-    /// Three moves there and back; the program must go on after each.
-    fn three_moves(&self, name: &str, goes_on: impl Fn(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
-        for (from, to) in [(&self.a, &self.b), (&self.b, &self.a), (&self.a, &self.b)] {
-            let report = from.migrate(name, &to.migrate_address())?.succeed()?;
-            println!("{report:?}");
-            assert!(!from.has_instance(name)? && to.has_instance(name)?);
-            assert!(!from.has_processes()?, "something is left at the source");
-            goes_on(&self.log)?;
-        }
-        Ok(())
-    }
-}
-
 fn ring(scene: &Scene, processes: &str, pause_s: &str) -> anyhow::Result<()> {
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/tree.py");
-    let (program, log) = (program.to_string_lossy(), scene.log.to_string_lossy());
-    scene.a.run("tree", &[], &["python3", &program, &log, processes, pause_s])?;
+    scene.python("tree", &[], &[processes, pause_s])?;
     more_rounds(&scene.log)
 }
 

@@ -75,6 +75,7 @@ pub fn run(options: InitOptions) -> Result<i32, InstanceError> {
     }
     if options.detach {
         unistd::setsid().map_err(InstanceError::io("starting a session"))?;
+        own_terminals()?;
         redirect(options.log.as_deref())?;
     }
     wait_for_go(options.go)?;
@@ -112,6 +113,17 @@ pub fn run(options: InitOptions) -> Result<i32, InstanceError> {
             Err(error) => return Err(InstanceError::io("waiting for the command")(error)),
         }
     }
+}
+
+/// Gives the instance pseudo-terminals of its own: those that its programs make have the same numbers wherever it goes. What
+/// isn't detached keeps the host's, which its starter's terminal is one of.
+fn own_terminals() -> Result<(), InstanceError> {
+    let data = Some("newinstance,ptmxmode=0666,mode=0620,gid=5");
+    if !std::path::Path::new("/dev/pts").is_dir() {
+        return Ok(());
+    }
+    mount(Some("devpts"), "/dev/pts", Some("devpts"), MsFlags::empty(), data)
+        .map_err(InstanceError::io("mounting a devpts of the instance's own"))
 }
 
 fn wait_for_go(go: RawFd) -> Result<(), InstanceError> {

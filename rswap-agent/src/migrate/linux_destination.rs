@@ -13,7 +13,7 @@ use crate::{
     sys::clock::Clocks,
     tracee::{
         TraceeError,
-        descriptors::Restorer,
+        descriptors::{Restorer, Surroundings},
         image::InstanceImage,
         layout::{InstanceLayout, Mapping, ProcessLayout},
         link::Link,
@@ -21,6 +21,7 @@ use crate::{
         rebuild::{self, Parked, Rebuilt},
         space::{SharedMemory, Space},
         sysv,
+        terminals::{self, Terminals},
         tree::{self, INIT, Node},
     },
     units::UnixMillis,
@@ -52,11 +53,14 @@ pub struct LinuxDestination<R> {
     reception: R,
     arrival: Option<Arrival>,
     main_pid: i32,
+    /// The source runs under the same kernel.
+    same_kernel: bool,
     /// What the files of the layouts must have been compared with already.
     compared: BTreeMap<String, u128>,
     processes: Vec<BuiltProcess>,
     objects: BTreeMap<u64, BuiltObject>,
     parked: Option<Parked>,
+    terminals: Terminals,
 }
 
 /// One process under construction.
@@ -73,10 +77,12 @@ impl<R: Reception> LinuxDestination<R> {
             reception,
             arrival: None,
             main_pid: 0,
+            same_kernel: false,
             compared: BTreeMap::new(),
             processes: Vec::new(),
             objects: BTreeMap::new(),
             parked: None,
+            terminals: Terminals::default(),
         }
     }
 
@@ -122,6 +128,9 @@ impl<R: Reception> LinuxDestination<R> {
         if node.session == node.pid {
             space.start_session()?;
         }
+        if let Some(terminal) = wanted.terminal {
+            self.terminals.control(space.remote(), terminal)?;
+        }
         self.processes.push(BuiltProcess { number: wanted.space, node, space });
         Ok(())
     }
@@ -139,6 +148,36 @@ impl<R: Reception> LinuxDestination<R> {
             match self.objects.get_mut(&object.inode) {
                 Some(built) => built.resize(object)?,
                 None => drop(self.objects.insert(object.inode, BuiltObject::make(pid, object)?)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets what the pseudo-terminals were, before anybody is in their foreground groups, who would get signals.
+    fn restore_terminals(&mut self, image: &InstanceImage) -> Result<(), TaskError> {
+        let pid = self.processes.first().ok_or("there is no process")?.space.pid();
+        for (number, terminal) in image.terminals() {
+            self.terminals.restore(pid, number, terminal)?;
+        }
+        Ok(())
+    }
+
+    /// Sets the foreground group of each terminal that controls a session, and compares who is controlled by which.
+    fn set_foreground_groups(&mut self, image: &InstanceImage) -> Result<(), TaskError> {
+        for process in &mut self.processes {
+            let described = image.processes.iter().find(|described| described.space == process.number);
+            let wanted = described.and_then(|described| described.terminal);
+            if terminals::controlling(process.space.pid())? != wanted {
+                let text = format!(
+                    "process {} got its terminal after its children were made: try again",
+                    process.node.pid
+                );
+                return Err(refuse(text));
+            }
+            let leads = process.node.session == process.node.pid;
+            let terminal = image.terminals().find(|(number, _)| leads && Some(*number) == wanted);
+            if let Some((number, terminal)) = terminal.filter(|(_, terminal)| terminal.foreground != 0) {
+                terminals::set_foreground(process.space.remote(), number, terminal.foreground)?;
             }
         }
         Ok(())
@@ -245,6 +284,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         let volumes = arrival.volume_moves();
         self.arrival = Some(arrival);
         self.main_pid = requirements.main_pid;
+        self.same_kernel = HostTraits::here()?.boot_id == requirements.host.boot_id;
         self.compared = requirements.files;
         Particulars { instance, peer: None, volumes }.to_bytes()
     }
@@ -269,6 +309,9 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
                 Some(known) => {
                     if wanted.node.session == wanted.node.pid && known.node.session != wanted.node.session {
                         known.space.start_session()?;
+                    }
+                    if let Some(terminal) = wanted.terminal {
+                        self.terminals.control(known.space.remote(), terminal)?;
                     }
                     known.node = wanted.node;
                 }
@@ -326,7 +369,9 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
 
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
         let image: InstanceImage = postcard::from_bytes(image)?;
+        self.restore_terminals(&image)?;
         self.finish_tree(&image)?;
+        self.set_foreground_groups(&image)?;
         let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
         sysv::make_queues(arrival.stub_pid, &image.queues)
             .map_err(TraceeError::call("making SysV objects", arrival.stub_pid))?;
@@ -334,7 +379,17 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         let stubs: BTreeMap<i32, i32> =
             self.processes.iter().map(|process| (process.node.pid, process.space.pid())).collect();
         let link: &Link = &self.arrival.as_ref().ok_or("nothing has been prepared")?.link;
-        let mut restorer = Restorer::new(link, &stubs);
+        let (objects, same_kernel) = (&self.objects, self.same_kernel);
+        let mut restorer = Restorer::new(Surroundings {
+            link,
+            stubs: &stubs,
+            objects,
+            terminals: &self.terminals,
+            same_kernel,
+        });
+        let mut remotes: BTreeMap<_, _> =
+            self.processes.iter_mut().map(|process| (process.node.pid, process.space.remote())).collect();
+        restorer.prepare(&image, &mut remotes)?;
         let mut rebuilt = Rebuilt::default();
         for described in &image.processes {
             let process = self.processes.iter_mut().find(|process| process.number == described.space);
@@ -351,6 +406,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         if image.processes.len() != self.processes.len() {
             return Err(refuse("the image has fewer processes than the layout".into()));
         }
+        rebuilt.leave(restorer.finish()?);
         let cgroup = &self.arrival.as_ref().ok_or("nothing has been prepared")?.instance().cgroup;
         self.parked = Some(rebuilt.park(|| cgroup::freeze(cgroup, true).map_err(TaskError::from))?);
         Ok(())
@@ -381,6 +437,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         self.parked = None;
         self.processes.clear();
         self.objects.clear();
+        self.terminals = Terminals::default();
         if let Some(arrival) = self.arrival.take() {
             arrival.forget()?;
         }

@@ -22,6 +22,7 @@ use crate::{
         TraceeError,
         capture::{self, Frozen},
         check,
+        descriptors::{self, Lock},
         files::Places,
         layout::{InstanceLayout, ProcessLayout, segment_inode},
         objects::{self, SourceObject},
@@ -66,6 +67,8 @@ pub struct LinuxSource<U> {
     next_space: u32,
     settling: Vec<Settling>,
     held: Held,
+    /// Locks on files, by pid and descriptor.
+    locks: Vec<(i32, i32, Lock)>,
     frozen: bool,
     detached: bool,
     /// Held still by its cgroup: nothing of it runs when this process ends.
@@ -100,6 +103,7 @@ impl<U: Uplink> LinuxSource<U> {
             next_space: 0,
             settling: Vec::new(),
             held: Held::default(),
+            locks: Vec::new(),
             frozen: false,
             detached: false,
             parked: false,
@@ -391,6 +395,10 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         }
         for (process, described) in stopped.iter().zip(&mut image.processes) {
             self.held.read(process.member.pid, &mut described.task.descriptors)?;
+            for descriptor in &described.task.descriptors {
+                let (pid, number) = (process.member.pid, descriptor.numbers[0].0);
+                self.locks.extend(descriptor.locks.iter().map(|lock| (pid, number, *lock)));
+            }
         }
         Ok(postcard::to_stdvec(&image)?)
     }
@@ -409,6 +417,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         // The port first: a connection that goes on asks its peer at once what it has.
         let attached = if std::mem::take(&mut self.detached) { self.uplink.attach() } else { Ok(()) };
         self.held.release();
+        self.locks.clear();
         self.settling.clear();
         self.processes.iter_mut().for_each(SourceProcess::release);
         self.frozen = false;
@@ -421,6 +430,14 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         }
         self.uplink.pass_on();
         attached.and(thawed.map_err(TaskError::from))
+    }
+
+    fn give_way(&mut self) {
+        for (pid, number, lock) in self.locks.drain(..) {
+            if let Err(error) = descriptors::give_up(pid, number, lock) {
+                tracing::error!(pid, number, %error, "a lock could not be given up");
+            }
+        }
     }
 
     fn destroy(&mut self) -> Result<(), TaskError> {

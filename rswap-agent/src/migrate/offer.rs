@@ -14,12 +14,12 @@ use crate::{
     instance::Instance,
     sys::clock::Clocks,
     tracee::{
-        TraceeError, advice, descriptors,
+        TraceeError, advice,
+        descriptors::{self, Around},
         files::{self, Place, Places},
         layout::{self, Mapping},
         stopped,
         tree::{self, INIT, Member},
-        unix::Peers,
     },
 };
 
@@ -248,7 +248,7 @@ impl FileDigests {
 
     /// Takes in the files that process `pid` reads.
     fn add_read_by(&mut self, pid: i32) -> Result<(), TraceeError> {
-        let (open, _) = descriptors::describe(pid, &Peers::of_process(pid), false)?;
+        let (open, _) = descriptors::describe(pid, &Around::of(&[pid]), false)?;
         self.known.extend(files::digests_of_read(pid, &open, &self.places)?);
         Ok(())
     }

@@ -260,6 +260,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
     /// After the commit: the destination runs.
     fn hand_over(&mut self) -> Result<(), MigrateError> {
         self.step("journal");
+        self.task.give_way();
         self.enter(Phase::Activate, "handing over");
         self.send(Tag::Commit, &[])?;
         self.expect(Tag::Activated)?;

@@ -8,6 +8,7 @@ use crate::tracee::{
     layout::{self, Layout, Mapping, ProcessLayout},
     read_proc,
     stopped::StoppedProcess,
+    terminals,
     tracker::{Span, Tracker, WrittenSpans},
     tree::Member,
 };
@@ -30,6 +31,8 @@ pub struct SourceProcess {
     pub mappings: Vec<Mapping>,
     kernel_mappings: Vec<Mapping>,
     huge_pages_off: bool,
+    /// The number of the pseudo-terminal that controls the session that it leads.
+    terminal: Option<u32>,
     tracker: Option<Tracker>,
     program: Program,
     smaps: Option<JoinHandle<std::io::Result<String>>>,
@@ -60,6 +63,7 @@ impl SourceProcess {
             mappings: Vec::new(),
             kernel_mappings: Vec::new(),
             huge_pages_off: false,
+            terminal: None,
             tracker: None,
             program: Program::default(),
             smaps: None,
@@ -135,6 +139,8 @@ impl SourceProcess {
         self.mappings.clone_from(&written.mappings);
         let all = layout::read_mappings(pid)?;
         self.kernel_mappings = all.into_iter().filter(Mapping::is_kernels_own).collect();
+        let leads = self.member.node.session == self.member.node.pid;
+        self.terminal = if leads { terminals::controlling(pid)? } else { None };
         let status = read_proc(&format!("/proc/{pid}/status"))?;
         self.huge_pages_off = status.lines().any(|line| line.split_whitespace().eq(["THP_enabled:", "0"]));
         Ok(written)
@@ -154,6 +160,7 @@ impl SourceProcess {
             node: self.member.node,
             kernel_mappings: self.kernel_mappings.clone(),
             layout: Layout { mappings: self.mappings.clone(), huge_pages_off: self.huge_pages_off },
+            terminal: self.terminal,
         }
     }
 

@@ -115,6 +115,10 @@ pub trait SourceTask {
     /// also if the task was never tracked or frozen.
     fn thaw(&mut self) -> Result<(), TaskError>;
 
+    /// The task never runs here again: gives up what the destination can't have as long as it is held here. Called right
+    /// after the commit.
+    fn give_way(&mut self) {}
+
     /// Ends the frozen task for good; only after the commit, when the destination runs.
     fn destroy(&mut self) -> Result<(), TaskError>;
 }

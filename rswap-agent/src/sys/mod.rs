@@ -5,8 +5,11 @@
 
 pub mod bpf_mmap;
 pub mod clock;
+pub mod datagram;
 pub mod file;
 pub mod filter;
+pub mod handle;
+pub mod lock;
 pub mod mem;
 pub mod namespace;
 pub mod packet;
@@ -19,6 +22,7 @@ pub mod spawn;
 pub mod sysv;
 pub mod tcp;
 pub mod timer;
+pub mod tty;
 pub mod uffd;
 
 use std::io;

@@ -50,6 +50,12 @@ pub fn pidfd_send_signal(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
     }
 }
 
+/// Takes over a descriptor that the kernel has just made for us.
+pub fn adopt_descriptor(fd: RawFd) -> OwnedFd {
+    // SAFETY: the caller got the number from the kernel a moment ago (SCM_RIGHTS), and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
 /// Whether descriptors `a` and `b` of process `pid` share one open file description.
 pub fn same_description(pid: i32, a: RawFd, b: RawFd) -> io::Result<bool> {
     same_description_of(pid, a, pid, b)
@@ -59,6 +65,18 @@ pub fn same_description(pid: i32, a: RawFd, b: RawFd) -> io::Result<bool> {
 pub fn same_description_of(pid: i32, a: RawFd, other: i32, b: RawFd) -> io::Result<bool> {
     const KCMP_FILE: i32 = 0;
     kcmp(pid, other, KCMP_FILE, a, b)
+}
+
+/// Whether descriptor `fd` of process `pid` is what its epoll `epoll` watches under `number`; of several under one number, the
+/// one with `before` others before it.
+pub fn is_watched_by(pid: i32, fd: RawFd, epoll: RawFd, number: RawFd, before: u32) -> io::Result<bool> {
+    const KCMP_EPOLL_TFD: i32 = 7;
+    // `struct kcmp_epoll_slot`.
+    let slot = [epoll as u32, number as u32, before];
+    // SAFETY: no safe wrapper; for this type the kernel reads a slot, three numbers, at the last argument.
+    let order =
+        super::check(unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_EPOLL_TFD, fd, slot.as_ptr()) })?;
+    Ok(order == 0)
 }
 
 /// What processes can have in common besides memory and descriptors that are shared one by one.
@@ -84,13 +102,6 @@ fn kcmp(pid: i32, other: i32, what: i32, a: i32, b: i32) -> io::Result<bool> {
     // SAFETY: a plain system call without pointers.
     let order = super::check(unsafe { libc::syscall(libc::SYS_kcmp, pid, other, what, a, b) })?;
     Ok(order == 0)
-}
-
-/// Who gets SIGIO for a descriptor: a pid, minus a process group's id, or 0 for nobody.
-pub fn signal_owner(descriptor: &OwnedFd) -> io::Result<i32> {
-    // SAFETY: a plain system call without pointers; the kernel's result for a group is negative, and no error.
-    let owner = unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_GETOWN) };
-    if owner == -1 { Err(io::Error::last_os_error()) } else { Ok(owner) }
 }
 
 /// Queues `info` (a whole `siginfo_t`) to thread `tid`, or to its process as a whole.

@@ -79,6 +79,41 @@ pub fn listen(socket: &OwnedFd, backlog: i32) -> io::Result<()> {
     super::check(unsafe { libc::listen(socket.as_raw_fd(), backlog) }.into()).map(|_| ())
 }
 
+/// Whether there is something to be read.
+pub fn is_readable(socket: &OwnedFd) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the kernel reads and writes the one struct that is passed.
+    super::check(unsafe { libc::poll(&mut poll, 1, 0) }.into())?;
+    Ok(poll.revents & libc::POLLIN != 0)
+}
+
+/// Connects to an address in the kernel's bytes.
+pub fn connect(socket: &OwnedFd, name: &[u8]) -> io::Result<()> {
+    // SAFETY: the kernel reads `name.len()` bytes of `name`.
+    let done =
+        unsafe { libc::connect(socket.as_raw_fd(), name.as_ptr().cast(), name.len() as libc::socklen_t) };
+    super::check(done.into()).map(|_| ())
+}
+
+/// Accepts a connection.
+pub fn accept(socket: &OwnedFd) -> io::Result<OwnedFd> {
+    let (no_name, no_len) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: a system call that writes no name where both pointers are null; a non-negative result is a descriptor
+    // that is ours.
+    let fd = super::check(
+        unsafe { libc::accept4(socket.as_raw_fd(), no_name, no_len, libc::SOCK_CLOEXEC) }.into(),
+    )?;
+    // SAFETY: the kernel has just made this descriptor for us, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// `SO_PEERCRED` of a unix socket: pid, user and group of the process at the other end, or that listens.
+pub fn peer_credentials(socket: &OwnedFd) -> io::Result<(i32, u32, u32)> {
+    let bytes = option_bytes(socket, libc::SOL_SOCKET, libc::SO_PEERCRED, size_of::<libc::ucred>())?;
+    let word = |at: usize| bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default();
+    Ok((i32::from_ne_bytes(word(0)), u32::from_ne_bytes(word(4)), u32::from_ne_bytes(word(8))))
+}
+
 /// What `TCP_INFO` says of a TCP socket, as far as rswap needs it.
 #[derive(Clone, Copy, Debug)]
 pub struct TcpInfo {

@@ -59,7 +59,7 @@ pub fn sequence(socket: &OwnedFd, queue: Queue) -> io::Result<u32> {
     Ok(socket::option(socket, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ)? as u32)
 }
 
-/// Sets the sequence number of the first byte that will be in a queue; only before [`connect`].
+/// Sets the sequence number of the first byte that will be in a queue; only before connecting.
 pub fn set_sequence(socket: &OwnedFd, queue: Queue, sequence: u32) -> io::Result<()> {
     select_queue(socket, queue)?;
     socket::set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, sequence as i32)
@@ -121,7 +121,7 @@ pub struct Agreed {
     pub timestamps: bool,
 }
 
-/// Sets what was agreed, right after [`connect`] in repair mode.
+/// Sets what was agreed, right after connecting in repair mode.
 pub fn set_agreed(socket: &OwnedFd, agreed: &Agreed) -> io::Result<()> {
     // Numbers of TCP's own options (RFC 9293, 7323, 2018).
     const MSS: u32 = 2;
@@ -174,6 +174,14 @@ pub fn queued(socket: &OwnedFd) -> io::Result<Queued> {
     })
 }
 
+/// Bytes that were written and not taken by the peer yet (`SIOCOUTQ`), also of a unix socket.
+pub fn unsent(socket: &OwnedFd) -> io::Result<u32> {
+    let mut bytes = 0_i32;
+    // SAFETY: no safe wrapper; the request writes one int.
+    super::check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) }.into())?;
+    Ok(bytes as u32)
+}
+
 /// How many bytes the peer has acknowledged since the socket was made, the end of the stream included.
 pub fn acknowledged(socket: &OwnedFd) -> io::Result<u64> {
     /// Offset of `tcpi_bytes_acked` in `struct tcp_info` (include/uapi/linux/tcp.h; since Linux 4.1).
@@ -216,14 +224,6 @@ pub fn write(socket: &OwnedFd, data: &[u8]) -> io::Result<usize> {
     // SAFETY: the kernel reads `data.len()` bytes of `data`.
     let sent = unsafe { libc::send(socket.as_raw_fd(), data.as_ptr().cast(), data.len(), flags) };
     super::check(sent as libc::c_long).map(|sent| sent as usize)
-}
-
-/// Connects to an address in the kernel's bytes. In repair mode nothing is sent.
-pub fn connect(socket: &OwnedFd, name: &[u8]) -> io::Result<()> {
-    // SAFETY: the kernel reads `name.len()` bytes of `name`.
-    let done =
-        unsafe { libc::connect(socket.as_raw_fd(), name.as_ptr().cast(), name.len() as libc::socklen_t) };
-    super::check(done.into()).map(|_| ())
 }
 
 /// Whether nothing more can be read once the queue is empty: the peer ended its stream, or the program did.

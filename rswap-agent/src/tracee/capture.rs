@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use super::{
     TraceeError, advice, attributes,
     cgroups::Subtree,
-    descriptors::{self, Refused},
+    descriptors::{self, Around, Refused},
     files::{self, Places},
     image::{
         Credentials, Descriptor, InstanceImage, MemoryMap, ProcessImage, StopImage, TaskImage, ThreadImage,
@@ -16,9 +16,8 @@ use super::{
     remote::Remote,
     seccomp,
     stopped::StoppedProcess,
-    sysv,
+    sysv, terminals,
     tree::{self, Member, Node},
-    unix::Peers,
     waits,
 };
 use crate::sys::{
@@ -51,28 +50,36 @@ pub fn capture_instance(
     places: &Places,
 ) -> Result<InstanceImage, TraceeError> {
     let mut open = Vec::new();
-    let peers = Peers::of_process(frozen.first().map_or(0, |process| process.member.pid));
+    let pids: Vec<i32> = frozen.iter().map(|process| process.member.pid).collect();
+    let around = Around::of(&pids);
     for process in frozen {
         let pid = process.member.pid;
-        let (descriptors, refused) = descriptors::describe(pid, &peers, true)?;
+        let (descriptors, refused) = descriptors::describe(pid, &around, true)?;
         refused.first().map_or(Ok(()), |refused| refuse(pid, refused))?;
         open.push((pid, process.member.node.pid, descriptors));
     }
     let lists: Vec<_> = open.iter().map(|(pid, _, list)| (*pid, list.as_slice())).collect();
-    descriptors::connected_outside(&lists).first().map_or(Ok(()), |(pid, refused)| refuse(*pid, refused))?;
+    descriptors::connected_outside(&lists, true)
+        .first()
+        .map_or(Ok(()), |(pid, refused)| refuse(*pid, refused))?;
     files::left_behind(&lists, places).first().map_or(Ok(()), |(pid, refused)| refuse(*pid, refused))?;
     let logs = files::logs(&lists, places);
     for (pid, _, descriptors) in &mut open {
         files::note(*pid, descriptors, &logs, places)?;
     }
-    descriptors::share(&mut open)?;
+    descriptors::share(&around, &mut open)?;
     // The init, which the main process comes from, has the processors that the instance may use.
     let init = frozen.first().map_or(Ok(0), |main| tree::parent(main.member.pid))?;
     let usual = attributes::processors(init)?;
     let mut processes = Vec::with_capacity(frozen.len());
     for (process, (_, _, descriptors)) in frozen.iter().zip(open) {
         let task = capture(process, descriptors, &usual)?;
-        processes.push(ProcessImage { space: process.space, node: process.member.node, task });
+        // That of a session outside of the instance stays behind.
+        let terminal = match process.member.node.session {
+            0 => None,
+            _ => terminals::controlling(process.member.pid)?,
+        };
+        processes.push(ProcessImage { space: process.space, node: process.member.node, terminal, task });
     }
     for image in &mut processes {
         let parent = frozen.iter().find(|other| other.member.node.pid == image.node.parent);

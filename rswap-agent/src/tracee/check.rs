@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use super::{
     TraceeError, advice,
     capture::{Status, link},
-    cgroups, descriptors,
+    cgroups,
+    descriptors::{self, Around},
     files::{self, Place, Places},
     image::{Descriptor, DescriptorKind, SocketState},
     layout::{self, Mapping},
     sysv, tree,
-    unix::Peers,
 };
 use crate::{
     instance::Instance,
@@ -57,18 +57,18 @@ pub fn check(instance: &Instance, places: &Places) -> Result<Vec<Finding>, Trace
         findings.refuse("no process", "it has ended");
     }
     whole_tree(&mut findings, instance, &listed)?;
-    let peers = Peers::of_process(listed.first().copied().unwrap_or_default());
+    let around = Around::of(&listed);
     let mut open = Vec::new();
     for &pid in &listed {
         findings.pid = pid;
-        match process(&mut findings, &peers, places) {
+        match process(&mut findings, &around, places) {
             Ok(descriptors) => open.push((pid, descriptors)),
             Err(_) if tree::has_ended(pid) => {}
             Err(error) => return Err(error),
         }
     }
     let lists: Vec<_> = open.iter().map(|(pid, list)| (*pid, list.as_slice())).collect();
-    for (pid, refused) in descriptors::connected_outside(&lists) {
+    for (pid, refused) in descriptors::connected_outside(&lists, false) {
         findings.pid = pid;
         findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
     }
@@ -164,7 +164,11 @@ impl Findings {
 }
 
 /// Looks at one process, and returns its descriptors.
-fn process(findings: &mut Findings, peers: &Peers, places: &Places) -> Result<Vec<Descriptor>, TraceeError> {
+fn process(
+    findings: &mut Findings,
+    around: &Around,
+    places: &Places,
+) -> Result<Vec<Descriptor>, TraceeError> {
     let pid = findings.pid;
     if tree::has_lost_its_leader(pid) {
         findings.refuse(
@@ -219,7 +223,7 @@ fn process(findings: &mut Findings, peers: &Peers, places: &Places) -> Result<Ve
         findings.refuse("SysV semaphores with a list of undo operations, or several threads", reason);
     }
     memory(findings, places)?;
-    let (open, refused) = descriptors::describe(pid, peers, false)?;
+    let (open, refused) = descriptors::describe(pid, around, false)?;
     for refused in refused {
         findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
     }

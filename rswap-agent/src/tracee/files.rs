@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{
     TraceeError,
-    descriptors::Refused,
+    descriptors::{IN_FLIGHT, Refused},
     image::{Descriptor, DescriptorKind},
 };
 
@@ -107,7 +107,8 @@ pub fn digests_of_read(
 ) -> Result<BTreeMap<String, u128>, TraceeError> {
     let mut found = BTreeMap::new();
     for descriptor in descriptors {
-        let Some((path, false)) = of_this_host(descriptor, places) else { continue };
+        let found_here = of_this_host(descriptor, places).filter(|_| !is_in_flight(descriptor));
+        let Some((path, false)) = found_here else { continue };
         // By its path: the program runs, and the number may be another file's by now.
         match digest(Path::new(&format!("/proc/{pid}/root{path}"))) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -126,6 +127,9 @@ pub fn note(
 ) -> Result<(), TraceeError> {
     for descriptor in descriptors {
         let Some((path, writes)) = of_this_host(descriptor, places) else { continue };
+        if is_in_flight(descriptor) {
+            continue;
+        }
         let found = match writes {
             true if logs.contains(path) => None,
             true => continue,
@@ -137,6 +141,11 @@ pub fn note(
         }
     }
     Ok(())
+}
+
+/// Whether it is in no process's table, but waits in a queue: its length is compared, and nothing else.
+fn is_in_flight(descriptor: &Descriptor) -> bool {
+    descriptor.numbers[0].0 >= IN_FLIGHT
 }
 
 fn digest_behind(pid: i32, descriptor: &Descriptor) -> Result<u128, TraceeError> {
@@ -204,7 +213,7 @@ mod tests {
 
     fn file(path: &str, number: i32, flags: i32) -> Descriptor {
         let kind = DescriptorKind::File { path: path.into(), position: 0, size: Some(1), digest: None };
-        Descriptor { numbers: vec![(number, false)], flags, owner: 0, kind }
+        Descriptor { numbers: vec![(number, false)], flags, signals: None, locks: Vec::new(), kind }
     }
 
     fn refused(descriptors: &[Descriptor]) -> Vec<i32> {

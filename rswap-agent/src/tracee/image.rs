@@ -9,12 +9,17 @@ use super::{
     advice::Advice,
     attributes::{ProcessAttributes, ThreadAttributes},
     cgroups::Subtree,
+    datagrams::DatagramImage,
+    descriptors::{Fifo, Lock, Nameless, Place, SignalTarget, Watch, Watched},
     layout::Layout,
     names::HostNames,
+    netlink::NetlinkImage,
     posix_timers::PosixTimer,
     seccomp::Seccomp,
     sysv::Queues,
+    terminals::Terminal,
     tree::Node,
+    unix::UnixImage,
     waits::TimedWait,
 };
 use crate::sys::ptrace::RseqConfiguration;
@@ -34,6 +39,17 @@ pub struct InstanceImage {
     pub queues: Queues,
 }
 
+impl InstanceImage {
+    /// Its pairs of pseudo-terminals, by number.
+    pub fn terminals(&self) -> impl Iterator<Item = (u32, &Terminal)> {
+        let all = self.processes.iter().flat_map(|process| &process.task.descriptors);
+        all.filter_map(|descriptor| match &descriptor.kind {
+            DescriptorKind::Master { number, terminal: Some(terminal) } => Some((*number, &**terminal)),
+            _ => None,
+        })
+    }
+}
+
 /// One living process of an instance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ProcessImage {
@@ -41,6 +57,8 @@ pub struct ProcessImage {
     pub space: u32,
     /// Its place among the others.
     pub node: Node,
+    /// The pseudo-terminal that controls it, by number.
+    pub terminal: Option<u32>,
     /// The process itself.
     pub task: TaskImage,
 }
@@ -170,8 +188,10 @@ pub struct Descriptor {
     pub numbers: Vec<(i32, bool)>,
     /// `F_GETFL`.
     pub flags: i32,
-    /// Who gets SIGIO, with `O_ASYNC`: a process's pid in the instance's namespace, or minus a group's; 0 for nobody.
-    pub owner: i32,
+    /// Whom it sends signals.
+    pub signals: Option<SignalTarget>,
+    /// The locks on its file: the description's, or the process's.
+    pub locks: Vec<Lock>,
     /// What it is.
     pub kind: DescriptorKind,
 }
@@ -190,6 +210,19 @@ pub enum DescriptorKind {
         /// The digest of a regular file that is read and does not go along: the destination's must be the same.
         digest: Option<u128>,
     },
+    /// A directory that is being read.
+    Directory {
+        /// Its path in the instance.
+        path: String,
+        /// The offset, a number of the file system's.
+        position: i64,
+        /// Which directory it is: the offset means nothing in another one.
+        place: Place,
+    },
+    /// A file without a name.
+    Nameless(Nameless),
+    /// One end of a FIFO, or both.
+    Fifo(Fifo),
     /// The same description as this descriptor of a process that comes before this one.
     Shared {
         /// Its pid in the instance's namespace.
@@ -227,30 +260,41 @@ pub enum DescriptorKind {
         /// Signals that it takes, bit n-1 for signal n.
         mask: u64,
     },
-    /// epoll(7): (descriptor number, events, user data).
+    /// The master of a pair of pseudo-terminals.
+    Master {
+        /// The pair's number.
+        number: u32,
+        /// The pair; only at its first master.
+        terminal: Option<Box<Terminal>>,
+    },
+    /// The slave of a pair of pseudo-terminals.
+    Slave {
+        /// The pair's number.
+        number: u32,
+    },
+    /// epoll(7).
     Epoll {
         /// What it watches.
-        watched: Vec<(i32, u32, u64)>,
+        watched: Vec<Watched>,
     },
-    /// A TCP or UDP socket.
+    /// inotify(7).
+    Inotify {
+        /// What it watches.
+        watches: Vec<Watch>,
+    },
+    /// pidfd_open(2).
+    Process {
+        /// The process's pid in the instance's namespace; `None` when its parent has collected it.
+        pid: Option<i32>,
+    },
+    /// A TCP socket.
     Socket(SocketImage),
-    /// One of the two sockets of a pair of unix sockets without names.
-    UnixPair(UnixImage),
-}
-
-/// One end of a pair of unix sockets without names.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UnixImage {
-    /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
-    pub kind: i32,
-    /// Its inode at the source.
-    pub inode: u64,
-    /// The other end's; 0 when that is closed.
-    pub peer: u64,
-    /// What waits to be read here: one entry per message, or one for all of a stream's bytes.
-    pub queued: Vec<Vec<u8>>,
-    /// Options as (level, name, value).
-    pub options: Vec<(i32, i32, i32)>,
+    /// A UDP, raw or ping socket.
+    Datagram(Box<DatagramImage>),
+    /// An idle netlink socket.
+    Netlink(NetlinkImage),
+    /// A unix socket.
+    Unix(Box<UnixImage>),
 }
 
 /// A socket of the internet families.

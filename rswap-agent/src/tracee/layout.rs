@@ -136,6 +136,8 @@ pub struct ProcessLayout {
     pub kernel_mappings: Vec<Mapping>,
     /// All others.
     pub layout: Layout,
+    /// The pseudo-terminal that controls it, by number, if it leads a session.
+    pub terminal: Option<u32>,
 }
 
 /// One step from a layout to another.

@@ -6,7 +6,7 @@
 use super::{
     TraceeError, advice, attributes,
     capture::{instance_clock_ns, limits, registers_from_bytes},
-    descriptors::Restorer,
+    descriptors::{Finals, Restorer},
     image::{TaskImage, ThreadImage},
     posix_timers, privileges,
     reconnect::Reconnected,
@@ -28,6 +28,7 @@ pub struct Rebuilt {
     tids: Vec<i32>,
     /// Each process's connections.
     reconnected: Vec<Reconnected>,
+    finals: Finals,
 }
 
 /// Processes that are ready to run, and held still by their cgroup: they no longer die with their tracer.
@@ -35,6 +36,7 @@ pub struct Rebuilt {
 pub struct Parked {
     /// Each process's connections.
     reconnected: Vec<Reconnected>,
+    finals: Finals,
     resumed: bool,
 }
 
@@ -48,16 +50,17 @@ impl Rebuilt {
         for &tid in &self.tids {
             ptrace::detach(tid, 0).map_err(TraceeError::call("PTRACE_DETACH", tid))?;
         }
-        Ok(Parked { reconnected: self.reconnected, resumed: false })
+        Ok(Parked { reconnected: self.reconnected, finals: self.finals, resumed: false })
     }
 }
 
 impl Parked {
-    /// Lets the connections go on; the port is up. A second call does nothing.
+    /// Does what had to wait for the commit, and lets the connections go on; the port is up. A second call does nothing.
     pub fn resume(&mut self) {
         if std::mem::replace(&mut self.resumed, true) {
             return;
         }
+        std::mem::take(&mut self.finals).carry_out();
         self.reconnected.iter_mut().for_each(Reconnected::resume);
     }
 
@@ -75,6 +78,11 @@ impl Rebuilt {
     pub fn add(&mut self, other: Self) {
         self.tids.extend(other.tids);
         self.reconnected.extend(other.reconnected);
+    }
+
+    /// Leaves something to be done when the source is committed.
+    pub fn leave(&mut self, finals: Finals) {
+        self.finals = finals;
     }
 }
 
@@ -149,7 +157,7 @@ pub fn rebuild(
     for ((remote, thread), registers) in threads.iter_mut().zip(&image.threads).zip(&registers) {
         set_going(remote, thread, registers)?;
     }
-    Ok(Rebuilt { tids, reconnected: vec![reconnected] })
+    Ok(Rebuilt { tids, reconnected: vec![reconnected], finals: Finals::default() })
 }
 
 fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {

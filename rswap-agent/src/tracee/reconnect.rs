@@ -163,7 +163,7 @@ pub fn restore(
     let segment = |size| socket::set_option(&ours, libc::IPPROTO_TCP, libc::TCP_MAXSEG, size);
     // One too small to be chosen is used all the same.
     let chosen = segment(largest).is_ok();
-    tcp::connect(&ours, &connection.peer).map_err(at("connect"))?;
+    socket::connect(&ours, &connection.peer).map_err(at("connect"))?;
     if chosen {
         segment(0).map_err(at("TCP_MAXSEG"))?;
     }

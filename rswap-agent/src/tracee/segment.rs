@@ -7,6 +7,7 @@ const FIN: u8 = 1;
 const PSH: u8 = 8;
 const ACK: u8 = 16;
 const TCP: u8 = 6;
+const UDP: u8 = 17;
 
 /// A segment that acknowledges something, as all do after the first.
 #[derive(Clone, Copy, Debug)]
@@ -34,8 +35,8 @@ impl Segment<'_> {
     pub fn to_packet(self) -> Vec<u8> {
         let segment = self.to_segment();
         let mut packet = match (self.from.ip(), self.to.ip()) {
-            (IpAddr::V4(from), IpAddr::V4(to)) => ipv4_header(from, to, segment.len()),
-            (from, to) => ipv6_header(as_v6(from), as_v6(to), segment.len()),
+            (IpAddr::V4(from), IpAddr::V4(to)) => ipv4_header(from, to, TCP, segment.len()),
+            (from, to) => ipv6_header(as_v6(from), as_v6(to), TCP, segment.len()),
         };
         packet.extend(segment);
         packet
@@ -60,16 +61,44 @@ impl Segment<'_> {
         segment.extend([0; 4]); // checksum, urgent pointer
         segment.extend(options);
         segment.extend(self.data);
-        let mut pseudo = match (self.from.ip(), self.to.ip()) {
-            (IpAddr::V4(from), IpAddr::V4(to)) => [from.octets(), to.octets()].concat(),
-            (from, to) => [as_v6(from).octets(), as_v6(to).octets()].concat(),
-        };
-        pseudo.extend((segment.len() as u32).to_be_bytes());
-        pseudo.extend([0, 0, 0, TCP]);
-        let sum = checksum(&[&pseudo, &segment]);
+        let sum = checksum(&[&pseudo_header(self.from.ip(), self.to.ip(), TCP, segment.len()), &segment]);
         segment[16..18].copy_from_slice(&sum.to_be_bytes());
         segment
     }
+}
+
+/// A UDP datagram as a whole IP packet; `from` and `to` are of the same family.
+pub fn udp_packet(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
+    let length = 8 + data.len();
+    let mut datagram = Vec::with_capacity(length);
+    datagram.extend(from.port().to_be_bytes());
+    datagram.extend(to.port().to_be_bytes());
+    datagram.extend((length as u16).to_be_bytes());
+    datagram.extend([0; 2]);
+    datagram.extend(data);
+    // A sum of 0 would mean that there is none.
+    let sum = match checksum(&[&pseudo_header(from.ip(), to.ip(), UDP, length), &datagram]) {
+        0 => u16::MAX,
+        sum => sum,
+    };
+    datagram[6..8].copy_from_slice(&sum.to_be_bytes());
+    let mut packet = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => ipv4_header(from, to, UDP, length),
+        (from, to) => ipv6_header(as_v6(from), as_v6(to), UDP, length),
+    };
+    packet.extend(datagram);
+    packet
+}
+
+/// What the checksum of a transport protocol covers besides its own bytes.
+fn pseudo_header(from: IpAddr, to: IpAddr, protocol: u8, length: usize) -> Vec<u8> {
+    let mut header = match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => [from.octets(), to.octets()].concat(),
+        (from, to) => [as_v6(from).octets(), as_v6(to).octets()].concat(),
+    };
+    header.extend((length as u32).to_be_bytes());
+    header.extend([0, 0, 0, protocol]);
+    header
 }
 
 fn as_v6(address: IpAddr) -> Ipv6Addr {
@@ -80,10 +109,10 @@ fn as_v6(address: IpAddr) -> Ipv6Addr {
 }
 
 /// RFC 791, section 3.1.
-fn ipv4_header(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> Vec<u8> {
+fn ipv4_header(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, payload: usize) -> Vec<u8> {
     let mut header = vec![0x45, 0];
     header.extend((20 + payload as u16).to_be_bytes());
-    header.extend([0, 0, 0x40, 0, 64, TCP, 0, 0]); // no fragments; 64 hops; checksum
+    header.extend([0, 0, 0x40, 0, 64, protocol, 0, 0]); // no fragments; 64 hops; checksum
     header.extend(from.octets());
     header.extend(to.octets());
     let sum = checksum(&[&header]);
@@ -92,10 +121,10 @@ fn ipv4_header(from: Ipv4Addr, to: Ipv4Addr, payload: usize) -> Vec<u8> {
 }
 
 /// RFC 8200, section 3.
-fn ipv6_header(from: Ipv6Addr, to: Ipv6Addr, payload: usize) -> Vec<u8> {
+fn ipv6_header(from: Ipv6Addr, to: Ipv6Addr, protocol: u8, payload: usize) -> Vec<u8> {
     let mut header = vec![0x60, 0, 0, 0];
     header.extend((payload as u16).to_be_bytes());
-    header.extend([TCP, 64]);
+    header.extend([protocol, 64]);
     header.extend(from.octets());
     header.extend(to.octets());
     header

@@ -82,6 +82,11 @@ impl Space {
         Self::of(pid, remote, kernel_mappings)
     }
 
+    /// Makes system calls in it.
+    pub fn remote(&mut self) -> &mut Remote {
+        &mut self.remote
+    }
+
     /// Makes a child of this process, or of its parent (`beside`), with pid `inner` in the instance's namespace, and
     /// takes it over. Without `kernel_mappings` those stay where they are.
     pub fn make_child(

@@ -360,14 +360,14 @@ fn dump(ours: &OwnedFd, connection: &mut Connection) -> io::Result<Result<(), St
 }
 
 /// Bytes as one piece: serde's way for a `Vec<u8>` goes byte by byte. The format is the same.
-mod bytes {
+pub(crate) mod bytes {
     use serde::{Deserializer, Serializer, de::Visitor};
 
-    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(bytes)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         struct Bytes;
 
         impl Visitor<'_> for Bytes {

@@ -79,7 +79,7 @@ fn described(stream: &TcpStream) -> [Descriptor; 1] {
     let state = SocketState::Connected(Box::new(connection));
     let image = sockets::describe(&ours, domain, libc::SOCK_STREAM, Vec::new(), state);
     let (numbers, kind) = (vec![(stream.as_raw_fd(), false)], DescriptorKind::Socket(image));
-    [Descriptor { numbers, flags: 0, owner: 0, kind }]
+    [Descriptor { numbers, flags: 0, signals: None, locks: Vec::new(), kind }]
 }
 
 fn hold(held: &mut Held, descriptors: &mut [Descriptor]) {

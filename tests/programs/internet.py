@@ -1,0 +1,124 @@
+"""Holds internet sockets besides TCP's, and checks them: `internet.py LOG ADDRESS6`. ADDRESS6 may be empty."""
+
+import os
+import socket
+import struct
+import sys
+
+from holding import Held, expect, run
+
+address6 = sys.argv[2] if len(sys.argv) > 2 else ""
+LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+ANY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
+
+
+def udp(family):
+    return socket.socket(family, socket.SOCK_DGRAM)
+
+
+class Udp(Held):
+    """A bound socket with datagrams in its queue, and a connected one."""
+
+    def __init__(self, family, bound):
+        self.family = family
+        self.server = udp(family)
+        self.server.bind((bound, 0))
+        if family == socket.AF_INET6:
+            self.server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            self.server.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO
+            self.server.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0x10)
+            self.server.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+        self.server.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 300000)
+        self.client = udp(family)
+        self.client.bind((LOOPBACK[family], 0))
+        self.client.connect((LOOPBACK[family], self.server.getsockname()[1]))
+        self.names = self.tell()
+        self.number = 0
+        self.fill()
+
+    def tell(self):
+        options = [(socket.SOL_SOCKET, socket.SO_BROADCAST), (socket.SOL_SOCKET, socket.SO_RCVBUF)]
+        if self.family == socket.AF_INET:
+            options += [(socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP)]
+        values = [self.server.getsockopt(*option) for option in options]
+        return self.server.getsockname(), self.client.getsockname(), self.client.getpeername(), values
+
+    def fill(self):
+        self.number += 1
+        self.client.send(b"first %d" % self.number)
+        self.client.send(b"")
+        self.client.send(b"x" * 30000)
+        self.server.sendto(b"answer %d" % self.number, self.client.getsockname())
+
+    def check(self):
+        expect(self.tell(), self.names, "names and options")
+
+    def drain(self):
+        data, messages, _, sender = self.server.recvmsg(40000, 1000)
+        expect((data, sender[:2]), (b"first %d" % self.number, self.client.getsockname()[:2]), "the first datagram")
+        local = socket.inet_pton(self.family, LOOPBACK[self.family])
+        expect(any(local in content for _, _, content in messages), True, "where it was sent to")
+        expect(self.server.recv(100), b"", "the empty datagram")
+        expect(self.server.recv(40000), b"x" * 30000, "the large datagram")
+        expect(self.client.recv(100), b"answer %d" % self.number, "the answer")
+        self.fill()
+
+
+class Group(Held):
+    """A member of a multicast group on the loopback."""
+
+    def __init__(self):
+        self.member = udp(socket.AF_INET)
+        self.member.bind(("", 0))
+        request = struct.pack("4s4si", socket.inet_aton("239.1.2.3"), socket.inet_aton("0.0.0.0"), 1)
+        self.member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
+        self.sender = udp(socket.AF_INET)
+        request = struct.pack("4s4si", socket.inet_aton("0.0.0.0"), socket.inet_aton("0.0.0.0"), 1)
+        self.request = request
+
+    def drain(self):
+        sender = udp(socket.AF_INET)
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, self.request)
+        sender.sendto(b"to all", ("239.1.2.3", self.member.getsockname()[1]))
+        self.member.settimeout(20)
+        expect(self.member.recv(100), b"to all", "what was sent to the group")
+        self.member.settimeout(None)
+
+
+class Idle(Held):
+    """Sockets that do nothing yet, and idle ones of other kinds."""
+
+    def __init__(self):
+        self.plain = [udp(family) for family in LOOPBACK]
+        self.raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
+        self.raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+        self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self.netlink.bind((0, 0))
+        self.name = self.netlink.getsockname()
+
+    def check(self):
+        for sock, family in zip(self.plain, LOOPBACK):
+            expect(sock.getsockname()[:2], (ANY[family], 0), "the name of an unbound socket")
+        expect(self.raw.getsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL), 1, "IP_HDRINCL")
+        expect(self.netlink.getsockname(), self.name, "the netlink socket's name")
+        # RTM_GETLINK, all of them: header, then `struct ifinfomsg`.
+        self.netlink.send(struct.pack("IHHII16x", 32, 18, 0x301, 1, 0))
+        done = False
+        while not done:
+            data = self.netlink.recv(1 << 16)
+            while data:
+                length, kind = struct.unpack_from("IH", data)
+                if kind == 2:
+                    raise AssertionError("the kernel refuses")
+                done |= kind == 3
+                data = data[(length + 3) & ~3 :]
+
+
+def main():
+    held = [Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
+    run(held)
+
+
+main()

@@ -1,0 +1,141 @@
+//! Programs that hold descriptors of all kinds, and check them, go there and back.
+
+use std::{os::unix::net::UnixListener, process::Command};
+
+use anyhow::Context;
+use rswap_tests::{
+    reason_to_skip,
+    scene::{LIMIT, Scene, holds_everything},
+    wait_for,
+};
+
+/// Lets `programs/NAME.py` hold what it holds through three moves.
+fn held_through_three_moves(test: &str, name: &str, options: &[&str]) -> anyhow::Result<()> {
+    if reason_to_skip(test).is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let directory = scene.fleet.scratch().join("held");
+    scene.python(name, options, &[&directory.to_string_lossy()])?;
+    holds_everything(&scene.log)?;
+    scene.three_moves(name, holds_everything)
+}
+
+#[test]
+fn files_of_all_kinds_are_carried() -> anyhow::Result<()> {
+    held_through_three_moves("files_of_all_kinds_are_carried", "files", &[])
+}
+
+#[test]
+fn epolls_inotifies_and_pidfds_are_carried() -> anyhow::Result<()> {
+    held_through_three_moves("epolls_inotifies_and_pidfds_are_carried", "events", &[])
+}
+
+#[test]
+fn unix_sockets_of_all_kinds_are_carried() -> anyhow::Result<()> {
+    if reason_to_skip("unix_sockets_of_all_kinds_are_carried").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    // Another user connects by the names in it.
+    let directory = tempfile::Builder::new().prefix("rswt").tempdir()?;
+    std::fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let held = directory.path().join("held");
+    scene.python("unix_sockets", &[], &[&held.to_string_lossy()])?;
+    holds_everything(&scene.log)?;
+    scene.three_moves("unix_sockets", holds_everything)
+}
+
+#[test]
+fn internet_sockets_without_a_stream_are_carried() -> anyhow::Result<()> {
+    let options = ["--net", "10.88.0.10/24"];
+    held_through_three_moves("internet_sockets_without_a_stream_are_carried", "internet", &options)
+}
+
+#[test]
+fn pseudo_terminals_are_carried() -> anyhow::Result<()> {
+    held_through_three_moves("pseudo_terminals_are_carried", "terminals", &[])
+}
+
+#[test]
+fn a_tmux_session_goes_on() -> anyhow::Result<()> {
+    if reason_to_skip("a_tmux_session_goes_on").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let socket = scene.fleet.scratch().join("tmux.sock");
+    let socket = socket.to_string_lossy();
+    let tmux = |arguments: &[&str]| -> anyhow::Result<String> {
+        let output = Command::new("tmux")
+            .args(["-N", "-S", &socket])
+            .args(arguments)
+            .output()
+            .context("cannot start tmux")?;
+        anyhow::ensure!(output.status.success(), "tmux {arguments:?}: {output:?}");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    scene.run("tmux", &[], &["tmux", "-S", &socket, "-f", "/dev/null", "-D"])?;
+    wait_for("the tmux server", LIMIT, || {
+        let shell = "exec bash --norc --noprofile";
+        Ok(tmux(&["new-session", "-d", "-s", "main", "-x", "80", "-y", "24", shell]).ok())
+    })?;
+    // What was printed once stays on the screen; each answer comes from the same shell.
+    let shell = answer(&tmux, "first")?;
+    for (number, (from, to)) in
+        [(&scene.a, &scene.b), (&scene.b, &scene.a), (&scene.a, &scene.b)].into_iter().enumerate()
+    {
+        tmux(&["send-keys", "-t", "main", "-l", "echo ty"])?;
+        scene.moved("tmux", from, to)?;
+        tmux(&["send-keys", "-t", "main", "-l", &format!("ped-{number}")])?;
+        tmux(&["send-keys", "-t", "main", "Enter"])?;
+        wait_for("what was typed before and after the move", LIMIT, || {
+            let screen = tmux(&["capture-pane", "-p", "-S", "-100", "-t", "main"])?;
+            Ok(screen.lines().any(|line| line == format!("typed-{number}")).then_some(()))
+        })?;
+        assert_eq!(answer(&tmux, &format!("after-{number}"))?, shell);
+    }
+    let screen = tmux(&["capture-pane", "-p", "-S", "-100", "-t", "main"])?;
+    assert!(screen.contains("first is "), "{screen}");
+    Ok(())
+}
+
+/// What a shell in tmux says of itself: its pid and its terminal.
+fn answer(tmux: &dyn Fn(&[&str]) -> anyhow::Result<String>, mark: &str) -> anyhow::Result<String> {
+    tmux(&["send-keys", "-t", "main", "-l", &format!("echo {mark} is $$ at $(tty)")])?;
+    tmux(&["send-keys", "-t", "main", "Enter"])?;
+    wait_for("the shell's answer", LIMIT, || {
+        let screen = tmux(&["capture-pane", "-p", "-S", "-100", "-t", "main"])?;
+        let start = format!("{mark} is ");
+        Ok(screen.lines().find_map(|line| line.strip_prefix(start.as_str()).map(str::to_owned)))
+    })
+}
+
+#[test]
+fn what_cannot_be_carried_is_refused_by_its_name() -> anyhow::Result<()> {
+    if reason_to_skip("what_cannot_be_carried_is_refused_by_its_name").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let outside = scene.fleet.scratch().join("outside.sock");
+    let _listener = UnixListener::bind(&outside)?;
+    let directory = scene.fleet.scratch().join("held");
+    std::fs::create_dir(&directory)?;
+    let fifo = directory.join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
+    let _other_end = std::fs::File::options().read(true).write(true).open(&fifo)?;
+    scene.python("refused", &[], &[&directory.to_string_lossy(), &outside.to_string_lossy()])?;
+    let names = wait_for("the program to hold everything", LIMIT, || {
+        let text = std::fs::read_to_string(&scene.log).unwrap_or_default();
+        Ok(text.lines().find_map(|line| line.strip_prefix("holds=").map(str::to_owned)))
+    })?;
+    let output = scene.a.rswap(&["check", "refused"])?.output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for name in names.split(',') {
+        assert!(said.contains(name), "{name} is not refused:\n{said}");
+    }
+    assert!(names.split(',').count() >= 10, "the program holds only {names}");
+    let moved = scene.a.migrate("refused", &scene.b.migrate_address())?.end()?;
+    assert!(moved.is_err(), "it was moved all the same");
+    assert!(scene.a.has_instance("refused")?);
+    Ok(())
+}
