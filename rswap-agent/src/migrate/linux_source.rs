@@ -400,13 +400,10 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
                 self.locks.extend(descriptor.locks.iter().map(|lock| (pid, number, *lock)));
             }
         }
-        Ok(postcard::to_stdvec(&image)?)
-    }
-
-    fn park(&mut self) -> Result<(), TaskError> {
-        // Let go by ptrace, and held by the cgroup: no thread runs in between.
+        // Let go by ptrace, and held by the cgroup: no thread runs in between. A thread that is still stopped behind a call when
+        // its tracer is killed takes the step's trap for its own.
         self.processes.iter_mut().for_each(|process| process.stopped = None);
-        Ok(())
+        Ok(postcard::to_stdvec(&image)?)
     }
 
     fn seal(&mut self) -> Result<(), TaskError> {

@@ -238,8 +238,6 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         let image = self.task.snapshot().map_err(self.task_failed())?;
         self.step("image");
         self.send(Tag::Image, &image)?;
-        // While the destination restores: it costs the freeze nothing.
-        self.task.park().map_err(self.task_failed())?;
         self.enter(Phase::Verify, "verifying");
         let here = self.digest.with_image(&image) ^ self.task.volume_digest();
         let answer = self.expect(Tag::Verified)?;

@@ -95,13 +95,9 @@ pub trait SourceTask {
     /// Stops every thread. When it fails, the engine calls `thaw`.
     fn freeze(&mut self) -> Result<(), TaskError>;
 
-    /// The task's image without its memory, opaque; only when frozen.
+    /// The task's image without its memory, opaque; only when frozen. From here on the task stands still by itself, whatever
+    /// becomes of this process, until `thaw`.
     fn snapshot(&mut self) -> Result<Vec<u8>, TaskError>;
-
-    /// The image is sent: from here on the task stands still by itself, whatever becomes of this process, until `thaw`.
-    fn park(&mut self) -> Result<(), TaskError> {
-        Ok(())
-    }
 
     /// Right before the commit is journalled: whoever would let the task go on without asking no longer does.
     ///
