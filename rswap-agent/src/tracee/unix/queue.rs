@@ -76,16 +76,13 @@ fn peek_from_the_start(ours: &OwnedFd, kind: i32, read_ended: bool) -> io::Resul
         if total > QUEUE_LIMIT || got.flags.contains(MsgFlags::MSG_TRUNC) {
             break;
         }
-        // Of a stream the kernel gives what is before them as well.
-        let before = match kind == libc::SOCK_STREAM && !descriptors.is_empty() {
-            true => bytes_without_descriptors(ours, total - bytes, bytes)?,
-            false => 0,
-        };
-        let (plain, data) = buffer[..bytes].split_at(before);
-        if !plain.is_empty() {
-            push(&mut queued, kind, plain, &from, sender, Vec::new());
+        if kind == libc::SOCK_STREAM && !descriptors.is_empty() {
+            // Looked at, a stream gives what is before them in the same piece (`unix_stream_read_generic` in
+            // net/unix/af_unix.c goes on to them), and which byte they come with can't be told.
+            let what = "a unix stream with descriptors in its queue".to_owned();
+            return Ok(Err((what, "try again when the program has read them")));
         }
-        push(&mut queued, kind, data, &from, sender, descriptors);
+        push(&mut queued, kind, &buffer[..bytes], &from, sender, descriptors);
     }
     Ok(Err(("a unix socket with a very long queue".into(), "try again when the program has read from it")))
 }
@@ -113,40 +110,6 @@ fn push(
             queued.push((Message { data, from, sender, descriptors: Vec::new() }, descriptors));
         }
     }
-}
-
-/// How many of the `bytes` bytes at `start` of a stream come before those that descriptors are passed with.
-fn bytes_without_descriptors(ours: &OwnedFd, start: usize, bytes: usize) -> io::Result<usize> {
-    // From the first byte that has them on, all have them: the kernel stops there.
-    let (mut without, mut with) = (0, bytes - 1);
-    while without < with {
-        let middle = without + (with - without) / 2;
-        if passes_descriptors_at(ours, start + middle)? {
-            with = middle;
-        } else {
-            without = middle + 1;
-        }
-    }
-    socket::set_option(ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, (start + bytes) as i32)?;
-    Ok(with)
-}
-
-/// Whether descriptors are passed with this byte of a stream.
-fn passes_descriptors_at(ours: &OwnedFd, at: usize) -> io::Result<bool> {
-    socket::set_option(ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, at as i32)?;
-    let mut byte = [0];
-    let mut into = [IoSliceMut::new(&mut byte)];
-    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_LIMIT], UnixCredentials, [u8; 1024]);
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let got = recvmsg::<UnixAddr>(ours.as_raw_fd(), &mut into, Some(&mut control), flags)?;
-    let mut passes = false;
-    for message in got.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(passed) = message {
-            passes = true;
-            passed.into_iter().map(process::adopt_descriptor).for_each(drop);
-        }
-    }
-    Ok(passes)
 }
 
 /// The bytes of a name, as `getsockname` has them after the family.
