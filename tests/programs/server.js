@@ -5,7 +5,7 @@ const crypto = require("crypto");
 const last = new Map();
 let garbage = [];
 
-http.createServer((request, response) => {
+const server = http.createServer((request, response) => {
   const [connection, question] = request.url.slice(1).split("/").map(Number);
   const before = last.get(connection) ?? 0;
   last.set(connection, question);
@@ -22,4 +22,7 @@ http.createServer((request, response) => {
     response.writeHead(200, { "Content-Length": text.length });
     response.end(text);
   });
-}).listen(8000, "0.0.0.0");
+});
+// The default of 5 s would close connections by itself where a slow machine freezes for longer.
+server.keepAliveTimeout = 600_000;
+server.listen(8000, "0.0.0.0");
