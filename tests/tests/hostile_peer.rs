@@ -116,7 +116,7 @@ fn send_nonsense(destination: SocketAddr, seed: u64) -> anyhow::Result<()> {
     for _ in 0..random.below(6) {
         let len = random.below(4096);
         let (tag, payload) = (random.below(20) as u8, random.bytes(len));
-        let announced = if random.below(3) == 0 { random.next() as u32 } else { len as u32 };
+        let announced = if random.below(3) == 0 { random.draw() as u32 } else { len as u32 };
         stream.write_all(&[&[tag][..], &announced.to_le_bytes(), &payload].concat())?;
     }
     let _ = stream.read(&mut [0; 64]);
