@@ -22,6 +22,7 @@ pub mod migration;
 pub mod moves;
 pub mod netns;
 pub mod persistent;
+pub mod postgres;
 pub mod proxy;
 pub mod scene;
 pub mod stream;
