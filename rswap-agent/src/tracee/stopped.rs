@@ -42,7 +42,7 @@ impl StoppedProcess {
     /// Stops every thread of `pid`, none missed: the threads are listed until a pass finds no new one.
     pub fn stop(pid: i32) -> Result<Self, TraceeError> {
         let mut stopped = Self { pid, threads: Vec::new(), stop_signal: None };
-        let now = Now::read();
+        let mut now = Now::default();
         let mut known = BTreeSet::new();
         for _ in 0..MAX_PASSES {
             let fresh: Vec<i32> = list_threads(pid)?.into_iter().filter(|tid| !known.contains(tid)).collect();
@@ -58,7 +58,7 @@ impl StoppedProcess {
             }
             for tid in fresh {
                 known.insert(tid);
-                let sleep = now.and_then(|now| now.look(tid));
+                let sleep = now.look(tid);
                 let Some(stop) = stop_thread(tid)? else { continue };
                 let registers = waits::registers(tid)?;
                 let mut thread = StoppedThread {

@@ -11,6 +11,10 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{TraceeError, capture::instance_clock_ns, remote::Remote};
@@ -59,32 +63,54 @@ pub struct Sleep {
     began_ns: i64,
 }
 
-/// The kernel's CLOCK_MONOTONIC, with the scheduler's clock at the same moment.
+/// The present time by the scheduler's clock, of which each processor has its own: it leaves out what interrupts and a
+/// hypervisor took from that processor.
+#[derive(Debug, Default)]
+pub struct Now(BTreeMap<usize, Option<Moment>>);
+
+/// The kernel's CLOCK_MONOTONIC, with a processor's scheduler clock at the same moment.
 #[derive(Clone, Copy, Debug)]
-pub struct Now {
+struct Moment {
     monotonic_ns: i64,
     scheduler_ns: i64,
 }
 
-impl Now {
-    /// Reads both.
-    pub fn read() -> Option<Self> {
+impl Moment {
+    /// Reads both on processor `cpu`; `None` when this thread may not run there.
+    fn read(cpu: usize) -> Option<Self> {
+        let this = Pid::from_raw(0);
+        let before = sched_getaffinity(this).ok()?;
+        let mut there = CpuSet::new();
+        there.set(cpu).ok()?;
+        sched_setaffinity(this, &there).ok()?;
         // The scheduler notes the time when a thread goes on, or offers to let others go on.
         std::thread::yield_now();
-        let scheduler_ns = last_run_ns("thread-self")?;
-        Some(Self { monotonic_ns: Clocks::of_this_kernel().ok()?.monotonic_ns, scheduler_ns })
+        let scheduler_ns = last_run_ns("thread-self");
+        let monotonic_ns = Clocks::of_this_kernel().map(|clocks| clocks.monotonic_ns);
+        sched_setaffinity(this, &before).ok()?;
+        Some(Self { monotonic_ns: monotonic_ns.ok()?, scheduler_ns: scheduler_ns? })
     }
+}
 
+impl Now {
     /// What thread `tid` waits in; `None` when it is in no wait that the kernel would go on with.
-    pub fn look(&self, tid: i32) -> Option<Sleep> {
+    pub fn look(&mut self, tid: i32) -> Option<Sleep> {
         let text = fs::read_to_string(format!("/proc/{tid}/syscall")).ok()?;
         let call = text.split_whitespace().next()?.parse().ok()?;
         if !is_continued(call) && call != libc::SYS_restart_syscall {
             return None;
         }
-        let slept_ns = self.scheduler_ns.saturating_sub(last_run_ns(tid)?).max(0);
-        Some(Sleep { call, began_ns: self.monotonic_ns - slept_ns })
+        let cpu = last_cpu(tid)?;
+        let now = (*self.0.entry(cpu).or_insert_with(|| Moment::read(cpu)))?;
+        let slept_ns = now.scheduler_ns.saturating_sub(last_run_ns(tid)?).max(0);
+        Some(Sleep { call, began_ns: now.monotonic_ns - slept_ns })
     }
+}
+
+/// The processor on which a thread last ran (proc_pid_stat(5), field 39).
+fn last_cpu(tid: i32) -> Option<usize> {
+    let text = fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
+    text.rsplit_once(')')?.1.split_whitespace().nth(39 - 3)?.parse().ok()
 }
 
 /// When a thread last ran, by the scheduler's clock.
@@ -274,10 +300,32 @@ mod tests {
 
     #[test]
     fn the_clock_of_the_scheduler_can_be_read() {
-        let now = Now::read().expect("both clocks");
-        assert!(now.monotonic_ns > 0 && now.scheduler_ns > 0);
         // This thread runs.
-        assert!(now.look(nix::unistd::gettid().as_raw()).is_none());
+        assert!(Now::default().look(nix::unistd::gettid().as_raw()).is_none());
+    }
+
+    #[test]
+    fn a_sleep_began_when_it_began_on_whichever_processor() {
+        let cpus: Vec<usize> = (0..CpuSet::count())
+            .filter(|&cpu| sched_getaffinity(Pid::from_raw(0)).is_ok_and(|set| set.is_set(cpu) == Ok(true)))
+            .collect();
+        for cpu in cpus {
+            let (tell, told) = std::sync::mpsc::channel();
+            let sleeper = std::thread::spawn(move || {
+                let mut there = CpuSet::new();
+                there.set(cpu).expect("a processor's number");
+                sched_setaffinity(Pid::from_raw(0), &there).expect("a processor that we may use");
+                let began = Clocks::of_this_kernel().expect("the clocks").monotonic_ns;
+                tell.send((nix::unistd::gettid().as_raw(), began)).expect("somebody listens");
+                std::thread::sleep(std::time::Duration::from_millis(300));
+            });
+            let (tid, began) = told.recv().expect("the thread says when it sleeps");
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            let sleep = Now::default().look(tid).expect("it sleeps");
+            let off_ms = (sleep.began_ns - began).abs() / 1_000_000;
+            assert!(off_ms < 90, "a sleep on processor {cpu} seems to have begun {off_ms} ms off");
+            sleeper.join().expect("it ends");
+        }
     }
 
     #[test]
