@@ -340,6 +340,11 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         Ok(())
     }
 
+    /// Why nothing can be sent any more: the peer's last word, if there is one.
+    fn cut(&mut self, error: WireError) -> MigrateError {
+        self.last_word().unwrap_or_else(|| self.wire(error))
+    }
+
     /// Why the peer closed the link, if it said so: a disk that fills is its reason, and the closed link only what follows.
     fn last_word(&mut self) -> Option<MigrateError> {
         let frame = wire::read_frame(&mut self.stream.get_mut().0).ok()?;
@@ -369,7 +374,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             Ok(())
         });
         if let Some(error) = link {
-            return Err(self.last_word().unwrap_or_else(|| self.wire(error)));
+            return Err(self.cut(error));
         }
         self.check_deadline()?;
         copied.map_err(self.task_failed())?;
@@ -447,7 +452,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
 
     /// Puts a frame into the buffer.
     fn put(&mut self, tag: Tag, payload: &[u8]) -> Result<(), MigrateError> {
-        let sent = wire::write_frame(&mut self.stream, tag, payload).map_err(|error| self.wire(error))?;
+        let sent = wire::write_frame(&mut self.stream, tag, payload).map_err(|error| self.cut(error))?;
         self.progress.bytes_sent += sent;
         Ok(())
     }
@@ -455,8 +460,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
     /// Puts a frame into the buffer and sends the buffer off.
     fn send(&mut self, tag: Tag, payload: &[u8]) -> Result<(), MigrateError> {
         self.put(tag, payload)?;
-        let doing = self.doing;
-        self.stream.flush().map_err(|source| MigrateError::Link { doing, source })
+        self.stream.flush().map_err(|error| self.cut(WireError::Io(error)))
     }
 
     fn expect(&mut self, tag: Tag) -> Result<Vec<u8>, MigrateError> {
