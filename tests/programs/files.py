@@ -195,7 +195,8 @@ class Locks(Held):
         self.shared = make("shared")
         fcntl.flock(self.whole, fcntl.LOCK_EX)
         fcntl.flock(self.shared, fcntl.LOCK_SH)
-        fcntl.lockf(self.process, fcntl.LOCK_EX, 100, 50)
+        # Shared ones: both hosts see this file, and an exclusive one stays in the other's way.
+        fcntl.lockf(self.process, fcntl.LOCK_SH, 100, 50)
         fcntl.lockf(self.process, fcntl.LOCK_SH, 10, 300)
         fcntl.fcntl(self.description, F_OFD_SETLK, flock_struct(fcntl.F_WRLCK, 7, 0))
         self.told = self.tell()
@@ -224,7 +225,7 @@ class Locks(Held):
             not taken("shared", lambda fd: fcntl.flock(fd, fcntl.LOCK_SH | now)),
             taken("shared", lambda fd: fcntl.flock(fd, fcntl.LOCK_EX | now)),
             not taken("process", lambda fd: fcntl.lockf(fd, fcntl.LOCK_SH | now, 1, 49)),
-            taken("process", lambda fd: fcntl.lockf(fd, fcntl.LOCK_SH | now, 1, 149)),
+            taken("process", lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | now, 1, 149)),
             not taken("process", lambda fd: fcntl.lockf(fd, fcntl.LOCK_SH | now, 1, 305)),
             taken("process", lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | now, 1, 305)),
             taken("description", lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | now, 1, 1 << 40)),

@@ -110,6 +110,41 @@ fn answer(tmux: &dyn Fn(&[&str]) -> anyhow::Result<String>, mark: &str) -> anyho
     })
 }
 
+/// Holds an exclusive lock of its process on the file that it is given, until another file is there.
+const HOLDS_A_LOCK: &str = "
+import fcntl, os, sys, time
+file = open(sys.argv[1], 'w')
+fcntl.lockf(file, fcntl.LOCK_EX)
+print('locked', flush=True)
+while not os.path.exists(sys.argv[1] + '.enough'): time.sleep(0.01)
+fcntl.lockf(file, fcntl.LOCK_UN)
+print('unlocked', flush=True)
+while True: time.sleep(0.1)
+";
+
+#[test]
+fn an_exclusive_lock_of_a_process_on_a_shared_file_stays() -> anyhow::Result<()> {
+    if reason_to_skip("an_exclusive_lock_of_a_process_on_a_shared_file_stays").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let file = scene.fleet.scratch().join("locked");
+    let said = |word: &str| {
+        wait_for(word, LIMIT, || {
+            let log = std::fs::read_to_string(scene.fleet.scratch().join("a/locker.log"));
+            Ok(log.unwrap_or_default().lines().any(|line| line == word).then_some(()))
+        })
+    };
+    scene.run("locker", &[], &["python3", "-c", HOLDS_A_LOCK, &file.to_string_lossy()])?;
+    said("locked")?;
+    let reason = scene.a.migrate("locker", &scene.b.migrate_address())?.end()?.expect_err("it was moved");
+    assert!(reason.contains("exclusive lock of a process"), "{reason}");
+    assert!(scene.a.has_instance("locker")?);
+    std::fs::write(file.with_extension("enough"), "")?;
+    said("unlocked")?;
+    scene.moved("locker", &scene.a, &scene.b)
+}
+
 #[test]
 fn what_cannot_be_carried_is_refused_by_its_name() -> anyhow::Result<()> {
     if reason_to_skip("what_cannot_be_carried_is_refused_by_its_name").is_some() {

@@ -2,7 +2,8 @@
 //! a lock that it holds.
 //!
 //! Where both hosts have the same file under the same kernel, the source's own lock is in the way until it gives it up, right
-//! after the commit. Such locks are set after that, before the first thread runs.
+//! after the commit. Such locks of descriptions are set after that, before the first thread runs. A process's own could be set
+//! by nobody but the process, which stands still then: an exclusive one that is in the way ends the migration before the commit.
 
 use std::{
     fs, io,
@@ -90,58 +91,57 @@ pub(super) fn is_waited_for(file: &str) -> Result<bool, TraceeError> {
     Ok(text.lines().any(|line| line.contains(" -> ") && line.split_whitespace().any(|word| word == file)))
 }
 
-/// A lock that could not be had before the commit, with the stub's pid and descriptor, and our duplicate of that.
+/// A description's lock that could not be had before the commit, with our duplicate of a descriptor of it.
 #[derive(Debug)]
 pub(super) struct Deferred {
-    pid: i32,
-    fd: RawFd,
     ours: OwnedFd,
     lock: Lock,
 }
 
-/// Sets `lock` on descriptor `fd` of the stub. With `may_wait`, one that is taken is returned, to be tried again.
+/// Sets `lock` on descriptor `fd` of the stub. With `may_wait`, a description's that is taken is returned, to be tried again.
 pub(super) fn set(
     remote: &mut Remote,
     fd: RawFd,
     lock: Lock,
     may_wait: bool,
 ) -> Result<Option<Deferred>, TraceeError> {
+    let taken = |who| TraceeError::Unsupported(format!("the file of descriptor {fd} is locked by {who}"));
+    if lock.kind == LockKind::Process {
+        return match set_of_process(remote, fd, lock) {
+            Err(error) if is_taken(&error) && may_wait => Err(taken(
+                "its process at the source, which both hosts see: an exclusive lock of a process (F_SETLK) can't be \
+                 carried on a file that the hosts share: try again when it is given up, or put the file into a volume",
+            )),
+            Err(error) if is_taken(&error) => Err(taken("somebody else at the destination")),
+            done => done.map(|()| None),
+        };
+    }
     let ours = remote.share_descriptor(fd)?;
-    match apply(remote, fd, &ours, lock, Some(lock.exclusive)) {
+    match apply(&ours, lock, Some(lock.exclusive)) {
         Ok(()) => Ok(None),
-        Err(error) if is_taken(&error) && may_wait => {
-            Ok(Some(Deferred { pid: remote.tid(), fd, ours, lock }))
-        }
-        Err(error) if is_taken(&error) => {
-            let text = format!("the file of descriptor {fd} is locked by somebody else at the destination");
-            Err(TraceeError::Unsupported(text))
-        }
-        Err(error) => Err(error),
+        Err(error) if is_lock_taken(&error) && may_wait => Ok(Some(Deferred { ours, lock })),
+        Err(error) if is_lock_taken(&error) => Err(taken("somebody else at the destination")),
+        Err(error) => Err(TraceeError::call("locking a file", remote.tid())(error)),
     }
 }
 
-/// Gives up `lock` of descriptor `fd` of process `pid`, which is stopped and never runs again.
+/// Gives up `lock` of descriptor `fd` of process `pid`, which never runs again. A process's own goes with it.
 pub fn give_up(pid: i32, fd: RawFd, lock: Lock) -> Result<(), TraceeError> {
+    if lock.kind == LockKind::Process {
+        return Ok(());
+    }
     let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
     let ours = process::pidfd_getfd(&pidfd, fd).map_err(TraceeError::call("pidfd_getfd", pid))?;
-    let mut remote = Remote::new(pid)?;
-    if lock.kind == LockKind::Process {
-        remote.map_scratch(None)?;
-    }
-    apply(&mut remote, fd, &ours, lock, None)
+    apply(&ours, lock, None).map_err(TraceeError::call("giving a lock up", pid))
 }
 
 impl Deferred {
     /// Sets it, now that the source is committed.
-    pub(super) fn set(&self) -> Result<(), TraceeError> {
-        let mut remote = Remote::new(self.pid)?;
-        if self.lock.kind == LockKind::Process {
-            remote.map_scratch(None)?;
-        }
+    pub(super) fn set(&self) -> io::Result<()> {
         let deadline = Instant::now() + DEFERRED_LIMIT;
         loop {
-            match apply(&mut remote, self.fd, &self.ours, self.lock, Some(self.lock.exclusive)) {
-                Err(error) if is_taken(&error) && Instant::now() < deadline => {
+            match apply(&self.ours, self.lock, Some(self.lock.exclusive)) {
+                Err(error) if is_lock_taken(&error) && Instant::now() < deadline => {
                     thread::sleep(Duration::from_millis(1));
                 }
                 done => return done,
@@ -150,37 +150,31 @@ impl Deferred {
     }
 }
 
-fn is_taken(error: &TraceeError) -> bool {
-    let (TraceeError::Call { source, .. } | TraceeError::Remote { source, .. }) = error else { return false };
-    matches!(source.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
+fn is_lock_taken(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
 }
 
-fn apply(
-    remote: &mut Remote,
-    fd: RawFd,
-    ours: &OwnedFd,
-    lock: Lock,
-    exclusive: Option<bool>,
-) -> Result<(), TraceeError> {
-    let pid = remote.tid();
-    let failed = |error: io::Error| TraceeError::call("locking a file", pid)(error);
+fn is_taken(error: &TraceeError) -> bool {
+    matches!(error, TraceeError::Remote { source, .. } if is_lock_taken(source))
+}
+
+/// Sets a description's lock through a duplicate, or gives it up.
+fn apply(ours: &OwnedFd, lock: Lock, exclusive: Option<bool>) -> io::Result<()> {
     match lock.kind {
-        LockKind::Whole => lock::flock(ours, exclusive).map_err(failed),
-        LockKind::Description => {
-            lock::set_description_lock(ours, exclusive, lock.start, lock.len).map_err(failed)
-        }
-        // Only the process itself can have one.
-        LockKind::Process => {
-            // `struct flock`: l_type, l_whence (0: from the start), l_start, l_len, l_pid.
-            let mut bytes = [0; 32];
-            bytes[..2].copy_from_slice(&lock::kind(exclusive).to_ne_bytes());
-            bytes[8..16].copy_from_slice(&lock.start.to_ne_bytes());
-            bytes[16..24].copy_from_slice(&lock.len.to_ne_bytes());
-            let at = remote.put(0, &bytes)?;
-            let args = [fd as u64, libc::F_SETLK as u64, at, 0, 0, 0];
-            remote.call("fcntl(F_SETLK)", libc::SYS_fcntl, args).map(|_| ())
-        }
+        LockKind::Whole => lock::flock(ours, exclusive),
+        _ => lock::set_description_lock(ours, exclusive, lock.start, lock.len),
     }
+}
+
+/// Sets a process's lock: only the process itself can have one.
+fn set_of_process(remote: &mut Remote, fd: RawFd, lock: Lock) -> Result<(), TraceeError> {
+    // `struct flock`: l_type, l_whence (0: from the start), l_start, l_len, l_pid.
+    let mut bytes = [0; 32];
+    bytes[..2].copy_from_slice(&lock::kind(Some(lock.exclusive)).to_ne_bytes());
+    bytes[8..16].copy_from_slice(&lock.start.to_ne_bytes());
+    bytes[16..24].copy_from_slice(&lock.len.to_ne_bytes());
+    let at = remote.put(0, &bytes)?;
+    remote.call("fcntl(F_SETLK)", libc::SYS_fcntl, [fd as u64, libc::F_SETLK as u64, at, 0, 0, 0]).map(|_| ())
 }
 
 #[cfg(test)]
