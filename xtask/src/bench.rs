@@ -1,12 +1,12 @@
 //! Measurements: each is a binary of the project that writes its result to `target/rswap/bench-*.json`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Subcommand;
 use xshell::{Shell, cmd};
 
-use crate::{compile, project_root, setup, step};
+use crate::{compile, daemon::need_root, project_root, setup, step};
 
 /// What is measured.
 #[derive(Subcommand)]
@@ -16,6 +16,12 @@ pub(crate) enum Bench {
         /// Directory with the traces: `*.csv.gz`, and `targets.csv` where there is one
         #[arg(long)]
         traces: PathBuf,
+    },
+    /// What a migration costs, with and without pre-copy: Redis, threads, processes
+    Migrate {
+        /// Passed on to the benchmark: `--runs N`, `--only TEXT`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// One round of planning a fleet of up to 10,000 instances on 1,000 hosts
     Plan,
@@ -27,17 +33,21 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
         Bench::Forecast { traces } => {
             let traces =
                 traces.canonicalize().with_context(|| format!("cannot find {}", traces.display()))?;
-            measure("bench_forecast", Some(&traces))
+            measure("bench_forecast", &[traces.display().to_string()])
         }
-        Bench::Plan => measure("bench_plan", None),
+        Bench::Migrate { arguments } => {
+            need_root("the benchmark makes network namespaces and cgroups, and runs two agents in them")?;
+            measure("bench_migrate", arguments)
+        }
+        Bench::Plan => measure("bench_plan", &[]),
     }
 }
 
-fn measure(binary: &str, traces: Option<&Path>) -> anyhow::Result<()> {
+fn measure(binary: &str, arguments: &[String]) -> anyhow::Result<()> {
     setup::run()?;
     let binary = compile::everything(true)?.join(binary);
     step("Measuring");
     let shell = Shell::new()?;
     shell.change_dir(project_root());
-    Ok(cmd!(shell, "{binary} {traces...}").run()?)
+    Ok(cmd!(shell, "{binary} {arguments...}").run()?)
 }
