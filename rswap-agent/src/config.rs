@@ -8,10 +8,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rswap_types::bounds::{
+    non_negative, optional_non_negative, optional_positive, positive, positive_integer, positive_u32,
+};
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
+pub use crate::{forecast::ForecastConfig, plan::PlanConfig};
 use crate::{
-    forecast::Quantile,
     pool::{CpuSet, cpu_list},
     profile::ProfileConfig,
 };
@@ -227,79 +230,6 @@ impl Default for ThisHostConfig {
     }
 }
 
-/// `[forecast]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ForecastConfig {
-    /// How far ahead to forecast, in milliseconds.
-    #[serde(deserialize_with = "horizons")]
-    pub horizons_ms: Vec<u64>,
-    /// Outcomes of a horizon that must be known before plans may rest on it.
-    #[serde(deserialize_with = "positive_integer")]
-    pub min_seen: u64,
-}
-
-impl Default for ForecastConfig {
-    fn default() -> Self {
-        Self { horizons_ms: vec![5_000, 15_000, 30_000, 60_000], min_seen: 30 }
-    }
-}
-
-/// `[plan]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct PlanConfig {
-    /// Alternatives are looked for when the score of the present pool is above this, in money per hour.
-    #[serde(deserialize_with = "finite")]
-    pub threshold: f64,
-    /// The optimization weight: what one unit of performance is worth, in money per hour.
-    #[serde(deserialize_with = "non_negative")]
-    pub weight: f64,
-    /// The quantile of the forecast that a pool must be able to give.
-    pub quantile: Quantile,
-    /// How much better another pool must be for a move that nothing forces, in money per hour.
-    #[serde(deserialize_with = "non_negative")]
-    pub hysteresis: f64,
-    /// Share of a pool that is left free: it counts as full before it is.
-    #[serde(deserialize_with = "share")]
-    pub headroom: f64,
-    /// Time after a move in which the instance stays, in milliseconds.
-    pub cool_down_ms: u64,
-    /// How far ahead plans look, and the time in which a move must pay for itself, in milliseconds.
-    #[serde(deserialize_with = "positive_integer")]
-    pub horizon_ms: u64,
-    /// What an hour of an instance's standing still costs, in money.
-    #[serde(deserialize_with = "non_negative")]
-    pub unavailability_cost_per_hour: f64,
-    /// What a GiB sent to another host costs, in money.
-    #[serde(deserialize_with = "non_negative")]
-    pub cost_per_gib_sent: f64,
-    /// Moves that may be on their way to one host at once.
-    #[serde(deserialize_with = "positive_u32")]
-    pub moves_per_host: u32,
-    /// Speed of the link to other hosts, in bytes per second, until it has been measured.
-    #[serde(deserialize_with = "positive")]
-    pub link_bytes_per_s: f64,
-}
-
-impl Default for PlanConfig {
-    fn default() -> Self {
-        Self {
-            threshold: 0.0,
-            weight: 0.02,
-            quantile: Quantile::P95,
-            hysteresis: 0.005,
-            headroom: 0.1,
-            cool_down_ms: 30_000,
-            horizon_ms: 60_000,
-            unavailability_cost_per_hour: 10.0,
-            cost_per_gib_sent: 0.0005,
-            moves_per_host: 4,
-            link_bytes_per_s: 100e6,
-        }
-    }
-}
-
 /// One `[[pool]]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "RawPool")]
@@ -445,65 +375,9 @@ impl Config {
     }
 }
 
-fn checked<'de, D: Deserializer<'de>>(from: D, is: fn(f64) -> bool, wanted: &str) -> Result<f64, D::Error> {
-    let value = f64::deserialize(from)?;
-    if value.is_finite() && is(value) {
-        Ok(value)
-    } else {
-        Err(D::Error::custom(format!("{value} is not {wanted}")))
-    }
-}
-
-fn finite<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-    checked(from, |_| true, "a finite number")
-}
-
-fn positive<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-    checked(from, |value| value > 0.0, "above 0")
-}
-
-fn non_negative<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-    checked(from, |value| value >= 0.0, "0 or above")
-}
-
-fn share<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-    checked(from, |value| (0.0..1.0).contains(&value), "a share: 0 or above, and under 1")
-}
-
-fn optional_positive<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
-    positive(from).map(Some)
-}
-
-fn optional_non_negative<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
-    non_negative(from).map(Some)
-}
-
-fn positive_integer<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
-    match u64::deserialize(from)? {
-        0 => Err(D::Error::custom("0 is not possible here: use 1 or more")),
-        value => Ok(value),
-    }
-}
-
-fn positive_u32<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
-    u32::try_from(positive_integer(from)?).map_err(D::Error::custom)
-}
-
 fn cpus<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
     let cpus = cpu_list::parse(&String::deserialize(from)?).map_err(D::Error::custom)?;
     if cpus.is_empty() { Err(D::Error::custom("a CPU pool needs at least one CPU")) } else { Ok(Some(cpus)) }
-}
-
-fn horizons<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u64>, D::Error> {
-    let mut horizons = Vec::<u64>::deserialize(from)?;
-    horizons.sort_unstable();
-    horizons.dedup();
-    match horizons.first() {
-        None => Err(D::Error::custom("at least one horizon is needed")),
-        Some(0) => Err(D::Error::custom("a horizon of 0 ms is not a forecast")),
-        Some(_) if horizons.len() > 16 => Err(D::Error::custom("at most 16 horizons")),
-        Some(_) => Ok(horizons),
-    }
 }
 
 fn cgroup_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {

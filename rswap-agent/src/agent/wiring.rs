@@ -9,7 +9,7 @@ use super::moves::{self, Ended, Order, Stake};
 use crate::{
     config::{Config, Mode},
     control::{Command, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest},
-    forecast::Forecaster,
+    forecast::{Forecaster, Observation},
     instance::{Instance, InstanceName, registry::Registry},
     migrate::recovery::{self, Doubt, Recovery},
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
@@ -86,8 +86,13 @@ impl Wiring {
         }
         let profiles = self.profiler.sample(now);
         for profile in &profiles {
-            let performance = self.performance_under(&profile.instance);
-            self.forecaster.observe_at_speed(profile, performance);
+            let speed = self.performance_under(&profile.instance);
+            self.forecaster.observe(&Observation {
+                instance: &profile.instance,
+                at: profile.at,
+                reference_cores: profile.cpu.cores * speed,
+                memory_bytes: profile.memory.resident_bytes as f64,
+            });
         }
         let seen: Vec<_> =
             profiles.iter().map(|profile| (profile, self.pool_of(&profile.instance))).collect();

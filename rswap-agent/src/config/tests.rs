@@ -1,6 +1,7 @@
 //! What a configuration may say, and what an error about it says.
 
 use super::*;
+use crate::forecast::Quantile;
 
 fn parse(text: &str) -> Result<Config, ConfigError> {
     Config::parse(text, Path::new("rswap.toml"))

@@ -8,20 +8,17 @@ pub mod network;
 pub mod registry;
 pub mod volume;
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+pub use rswap_types::{InstanceName, NameError};
 
 use crate::units::UnixMillis;
 
 /// Why an instance could not be named, started, adopted or found.
 #[derive(Debug, thiserror::Error)]
 pub enum InstanceError {
-    /// The text is not a valid instance name.
-    #[error(
-        "{0:?} is not an instance name: use 1 to 63 of a-z, 0-9, '.', '_', '-', starting with a letter or digit"
-    )]
-    Name(String),
     /// A system call or a file operation failed.
     #[error("{what}")]
     Io {
@@ -47,52 +44,6 @@ impl InstanceError {
     /// For `map_err`: an I/O error with what was attempted.
     pub(crate) fn io<E: Into<std::io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
         move |source| Self::Io { what: what.into(), source: source.into() }
-    }
-}
-
-/// An instance's name: unique on its host, kept when it moves.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct InstanceName(String);
-
-impl InstanceName {
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for InstanceName {
-    type Err = InstanceError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
-        let starts_well = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
-        if starts_well && text.len() <= 63 && text.chars().all(allowed) {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(InstanceError::Name(text.to_owned()))
-        }
-    }
-}
-
-impl TryFrom<String> for InstanceName {
-    type Error = InstanceError;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
-    }
-}
-
-impl From<InstanceName> for String {
-    fn from(name: InstanceName) -> Self {
-        name.0
-    }
-}
-
-impl fmt::Display for InstanceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
     }
 }
 

@@ -4,11 +4,8 @@ use std::{collections::BTreeMap, path::Path};
 
 use procfs::{Current, Meminfo};
 
-use super::{Capacity, CpuSet, Pool, PoolKind, PoolState, cpu_list};
+use super::{Capacity, CpuSet, Pool, PoolKind, PoolState, THIS_HOST, cpu_list};
 use crate::config::{Config, PoolConfig, PoolKindConfig};
-
-/// Name of the pool that stands for this host.
-pub const THIS_HOST: &str = "this-host";
 
 const GIB: f64 = (1u64 << 30) as f64;
 

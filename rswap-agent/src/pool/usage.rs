@@ -1,6 +1,6 @@
 //! How much of each pool is in use, from what the instances were seen to use. Pure.
 
-use super::{Capacity, CpuSet, Pool, PoolKind};
+use super::{Capacity, Pool, PoolKind, overlap};
 use crate::profile::Profile;
 
 /// `pools` with their `used` filled in. Each profile comes with the CPU pool that its instance sits on, `None` if it
@@ -21,31 +21,11 @@ pub fn with_usage(mut pools: Vec<Pool>, seen: &[(&Profile, Option<&str>)]) -> Ve
     pools
 }
 
-/// Share (0 to 1) of what an instance on `sits_on` uses that falls on `pool`: 1 on its own pool and on this host,
-/// 0 on other hosts, and in proportion to the common CPUs elsewhere.
-pub fn overlap(pools: &[Pool], sits_on: Option<&str>, pool: &Pool) -> f64 {
-    let there = match &pool.kind {
-        PoolKind::ThisHost => return 1.0,
-        PoolKind::Host { .. } => return 0.0,
-        PoolKind::Cpu { cpus } => cpus,
-    };
-    let own = sits_on.and_then(|name| pools.iter().find(|pool| pool.name == name)).and_then(Pool::cpus);
-    let every: CpuSet;
-    let own = match own {
-        Some(cpus) => cpus,
-        None => {
-            every = pools.iter().filter_map(Pool::cpus).flatten().copied().collect();
-            &every
-        }
-    };
-    if own.is_empty() { 0.0 } else { own.intersection(there).count() as f64 / own.len() as f64 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        pool::{PoolState, THIS_HOST},
+        pool::{CpuSet, PoolState, THIS_HOST},
         profile::{CpuProfile, MemoryProfile, TcpProfile},
         units::UnixMillis,
     };

@@ -2,18 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use super::{
-    Candidate, Decision, InstanceView, MoveKind, NeedUsed, Outcome, Plan, StayReason,
+use rswap_forecast::{DemandPoint, Evidence, Resource};
+use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
+
+use crate::{
+    Candidate, Decision, InstanceView, MoveKind, NeedUsed, Outcome, Plan, PlanConfig, StayReason,
     compare::{self, Round},
     ledger::{Ledger, Promise, Seen},
     memory::Memory,
-};
-use crate::{
-    config::PlanConfig,
-    forecast::{DemandPoint, Evidence, Resource},
-    instance::InstanceName,
-    pool::{Pool, PoolKind},
-    units::UnixMillis,
 };
 
 /// A move starts so much earlier than its expected duration asks for: estimates err.

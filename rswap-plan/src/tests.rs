@@ -2,12 +2,10 @@
 
 use proptest::prelude::*;
 
+use rswap_forecast::{DemandPoint, Evidence, Quantiles, Resource};
+use rswap_types::{Capacity, CpuSet, Pool, PoolKind, PoolState, THIS_HOST};
+
 use super::*;
-use crate::{
-    config::PlanConfig,
-    forecast::{DemandPoint, Evidence, Quantiles, Resource},
-    pool::{Capacity, CpuSet, Pool, PoolKind, PoolState, THIS_HOST},
-};
 
 fn pool(name: &str, kind: PoolKind, cores: f64, cost: f64, performance: f64) -> Pool {
     Pool {

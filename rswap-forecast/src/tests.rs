@@ -3,22 +3,16 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::{
-    config::ForecastConfig,
-    profile::{CpuProfile, MemoryProfile, Profile, TcpProfile},
-};
 
 const WINDOW_MS: u64 = 250;
 
-fn profile(at_window: u64, cores: f64, resident_bytes: u64) -> Profile {
-    Profile {
-        instance: "a".parse().unwrap(),
+fn seen(at_window: u64, reference_cores: f64, memory_bytes: u64) -> Observation<'static> {
+    static NAME: std::sync::LazyLock<InstanceName> = std::sync::LazyLock::new(|| "a".parse().unwrap());
+    Observation {
+        instance: &NAME,
         at: UnixMillis(1_000_000 + at_window * WINDOW_MS),
-        window_ms: WINDOW_MS,
-        cpu: CpuProfile { cores, ..CpuProfile::default() },
-        block: vec![],
-        tcp: TcpProfile::default(),
-        memory: MemoryProfile { resident_bytes, ..MemoryProfile::default() },
+        reference_cores,
+        memory_bytes: memory_bytes as f64,
     }
 }
 
@@ -61,7 +55,7 @@ fn daily(window: u64, period: u64) -> f64 {
 fn too_little_is_said() {
     let mut forecaster = forecaster();
     assert_eq!(demand(&forecaster, 0), None);
-    forecaster.observe(&profile(0, 0.5, 1));
+    forecaster.observe(&seen(0, 0.5, 1));
     let cpu = point(&demand(&forecaster, 0).unwrap(), Resource::Cpu, 1_000);
     assert_eq!(cpu.evidence, Evidence::TooLittle { seen: 0, needed: 20 });
     forecaster.forget(&"a".parse().unwrap());
@@ -72,7 +66,7 @@ fn too_little_is_said() {
 fn a_constant_is_forecast_as_itself() {
     let mut forecaster = forecaster();
     for window in 0..100 {
-        forecaster.observe(&profile(window, 0.5, 64 << 20));
+        forecaster.observe(&seen(window, 0.5, 64 << 20));
     }
     let demand = demand(&forecaster, 99).unwrap();
     let cpu = point(&demand, Resource::Cpu, 2_500);
@@ -91,7 +85,7 @@ fn a_repeated_rise_is_forecast_before_it_comes() {
         // The third rise: two periods have been seen, and a part of the third.
         let rise = 2 * period + period * 2 / 3;
         for window in 0..rise - 5 {
-            forecaster.observe(&profile(
+            forecaster.observe(&seen(
                 window,
                 (daily(window, period) + 0.02 * random.noise()).max(0.0),
                 1 << 20,
@@ -115,7 +109,7 @@ fn p95_covers_95_percent_of_a_noisy_season() {
     for window in 0..4_000u64 {
         let phase = window as f64 / 48.0 * std::f64::consts::TAU;
         let value = 1.0 + 0.6 * phase.sin() + 0.1 * random.noise();
-        forecaster.observe(&profile(window, value.max(0.0), 1 << 20));
+        forecaster.observe(&seen(window, value.max(0.0), 1 << 20));
     }
     for horizon_ms in [250, 1_000, 2_500, 5_000] {
         let cpu = point(&demand(&forecaster, 3_999).unwrap(), Resource::Cpu, horizon_ms);
@@ -133,7 +127,7 @@ fn gaps_do_not_shift_the_season() {
     let mut forecaster = forecaster();
     let rise = 5 * period + period * 2 / 3;
     for window in (0..rise - 5).filter(|window| !(70..78).contains(window)) {
-        forecaster.observe(&profile(window, daily(window, period), 1 << 20));
+        forecaster.observe(&seen(window, daily(window, period), 1 << 20));
     }
     let later = point(&demand(&forecaster, rise - 6).unwrap(), Resource::Cpu, 2_500);
     assert!(later.need.p95 > 0.7, "{later:?}");
@@ -144,9 +138,8 @@ fn windows_that_are_not_quite_regular_are_one_series() {
     let mut forecaster = forecaster();
     for window in 0..60 {
         let jitter = [0, 3, 250 / 3, 1][window as usize % 4];
-        let mut late = profile(window, 0.5, 1);
+        let mut late = seen(window, 0.5, 1);
         late.at.0 += jitter;
-        late.window_ms += jitter;
         forecaster.observe(&late);
     }
     let cpu = point(&demand(&forecaster, 60).unwrap(), Resource::Cpu, 1_000);
@@ -156,7 +149,7 @@ fn windows_that_are_not_quite_regular_are_one_series() {
 #[test]
 fn what_was_not_seen_for_long_is_not_forecast() {
     let mut forecaster = forecaster();
-    forecaster.observe(&profile(0, 0.5, 1));
+    forecaster.observe(&seen(0, 0.5, 1));
     assert!(demand(&forecaster, 5).is_some());
     assert!(demand(&forecaster, 50).is_none());
 }
@@ -168,11 +161,11 @@ fn an_instance_that_returns_is_known() {
     let mut random = Random(5);
     for window in 0..400 {
         let need = if random.unit() < 0.2 { 1.5 } else { 0.2 };
-        forecaster.observe(&profile(window, need, 1 << 20));
+        forecaster.observe(&seen(window, need, 1 << 20));
     }
     forecaster.forget(&"a".parse().unwrap());
     assert_eq!(demand(&forecaster, 400), None);
-    (1_001..1_004).for_each(|window| forecaster.observe(&profile(window, 0.2, 1 << 20)));
+    (1_001..1_004).for_each(|window| forecaster.observe(&seen(window, 0.2, 1 << 20)));
     let cpu = point(&demand(&forecaster, 1_003).unwrap(), Resource::Cpu, 1_000);
     assert!(cpu.need.p99 > 1.0, "{cpu:?}");
     assert!(
@@ -194,7 +187,7 @@ proptest! {
             // Above this, sums of squares overflow, and no machine has so many cores.
             let cores = if kind == 1 { wild } else { tame };
             let cores = if cores.abs() > 1e100 { f64::NAN } else { cores };
-            forecaster.observe(&profile(at, cores, bytes));
+            forecaster.observe(&seen(at, cores, bytes));
             let demand = demand(&forecaster, at).unwrap();
             for DemandPoint { need, .. } in demand.points {
                 let ordered = [0.0, need.p50, need.p90, need.p95, need.p99, f64::MAX];
@@ -223,9 +216,9 @@ fn the_third_peak_of_a_short_day_is_known_before_it_comes() {
         };
         let peak = 2 * DAY + 36;
         for window in 0..peak - 3 {
-            let mut seen = profile(window, need(window, random.noise()), 1 << 20);
-            seen.at.0 += (random.unit() * 20.0) as u64;
-            forecaster.observe(&seen);
+            let mut late = seen(window, need(window, random.noise()), 1 << 20);
+            late.at.0 += (random.unit() * 20.0) as u64;
+            forecaster.observe(&late);
         }
         // 10 windows ahead is in the peak; the busy hours before it are not taken for it.
         let demand = demand(&forecaster, peak - 4).unwrap();

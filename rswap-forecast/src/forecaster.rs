@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::{Demand, DemandPoint, Priors, Resource, series::Series};
-use crate::{config::ForecastConfig, instance::InstanceName, profile::Profile, units::UnixMillis};
+use rswap_types::{InstanceName, UnixMillis};
+
+use crate::{Demand, DemandPoint, ForecastConfig, Priors, Resource, series::Series};
 
 /// Without a new window for so many windows there is no forecast any more.
 const STALE_WINDOWS: u64 = 10;
@@ -11,6 +12,20 @@ const STALE_WINDOWS: u64 = 10;
 /// Instances have no class that a profile tells: all of a host are one.
 const ANY_CLASS: &str = "";
 const DAY_MS: u64 = 24 * 3_600_000;
+
+/// What one instance used in one window.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Observation<'a> {
+    /// Which.
+    pub instance: &'a InstanceName,
+    /// End of the window.
+    pub at: UnixMillis,
+    /// In reference cores (cores x the performance of the pool they were used on), so that it stays comparable when the
+    /// instance moves.
+    pub reference_cores: f64,
+    /// Memory, in bytes.
+    pub memory_bytes: f64,
+}
 
 /// Forecasts every instance that it is shown.
 #[derive(Clone, Debug)]
@@ -30,38 +45,32 @@ struct Watched {
 }
 
 impl Forecaster {
-    /// A forecaster that has seen nothing, for profiles of windows of nominally `window_ms` milliseconds.
+    /// A forecaster that has seen nothing, for windows of nominally `window_ms` milliseconds.
     pub fn new(config: ForecastConfig, window_ms: u64) -> Self {
         Self { config, window_ms: window_ms.max(1), instances: BTreeMap::new(), priors: BTreeMap::new() }
     }
 
-    /// Takes in one window of an instance on reference cores.
-    pub fn observe(&mut self, profile: &Profile) {
-        self.observe_at_speed(profile, 1.0);
-    }
-
-    /// Takes in one window of an instance on cores of the given performance: demand is forecast in reference cores, so
-    /// that it stays comparable when the instance moves.
-    pub fn observe_at_speed(&mut self, profile: &Profile, performance: f64) {
+    /// Takes in one window of an instance.
+    pub fn observe(&mut self, seen: &Observation<'_>) {
         let window_ms = self.window_ms;
         let leads: Vec<u64> = self.config.horizons_ms.iter().map(|ms| ms / window_ms).collect();
         let day = DAY_MS / window_ms;
         let fresh = || Watched {
-            at: UnixMillis(profile.at.0.saturating_sub(window_ms)),
+            at: UnixMillis(seen.at.0.saturating_sub(window_ms)),
             series: [Resource::Cpu, Resource::Memory]
-                .map(|resource| (resource, begin(&self.priors, resource, &profile.instance, &leads, day))),
+                .map(|resource| (resource, begin(&self.priors, resource, seen.instance, &leads, day))),
         };
-        let watched = self.instances.entry(profile.instance.clone()).or_insert_with(fresh);
+        let watched = self.instances.entry(seen.instance.clone()).or_insert_with(fresh);
         // To the nearest window: ends of windows jitter.
-        let windows = (profile.at.since(watched.at) + window_ms / 2) / window_ms;
+        let windows = (seen.at.since(watched.at) + window_ms / 2) / window_ms;
         if windows == 0 {
             return; // Seen already, or the clock went back.
         }
-        watched.at = profile.at;
+        watched.at = seen.at;
         for (resource, series) in &mut watched.series {
             let value = match resource {
-                Resource::Cpu => profile.cpu.cores * performance,
-                Resource::Memory => profile.memory.resident_bytes as f64,
+                Resource::Cpu => seen.reference_cores,
+                Resource::Memory => seen.memory_bytes,
             };
             series.skip(windows - 1);
             series.observe(value);

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{Candidate, Dropped, InstanceView, MoveKind, MovePrice, NeedUsed, Terms, price, score};
+use rswap_types::{Pool, PoolKind, PoolState, UnixMillis};
+
 use crate::{
-    config::PlanConfig,
-    pool::{Pool, PoolKind, PoolState},
-    units::UnixMillis,
+    Candidate, Dropped, InstanceView, MoveKind, MovePrice, NeedUsed, PlanConfig, Terms, price, score,
 };
 
 /// Candidates that a decision keeps: of a fleet of a thousand hosts, the best are enough to explain it.

@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Dropped, InstanceView, MoveKind};
-use crate::config::PlanConfig;
+use crate::{Dropped, InstanceView, MoveKind, PlanConfig};
 
 /// Setting affinities takes milliseconds; this is generous.
 const CPU_MOVE_S: f64 = 0.05;

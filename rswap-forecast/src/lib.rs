@@ -1,4 +1,4 @@
-//! Profile history -> [`Demand`]. Pure: no I/O, no clock.
+//! What instances used, window by window -> [`Demand`]. Pure: no I/O, no clock.
 //!
 //! Online: one update per instance and window, in constant memory. Amounts are seen on a scale that is linear near 0 and
 //! logarithmic far from it ([`series`]). For each lead, experts give quantiles: a regression on smoothed values and the time of the day
@@ -13,6 +13,7 @@
 )]
 
 mod analogs;
+mod config;
 mod forecaster;
 mod habit;
 mod history;
@@ -26,11 +27,12 @@ mod series;
 
 use serde::{Deserialize, Serialize};
 
-pub use forecaster::Forecaster;
+pub use config::ForecastConfig;
+pub use forecaster::{Forecaster, Observation};
 pub use prior::{Prior, PriorError, Priors};
 pub use series::Series;
 
-use crate::{instance::InstanceName, units::UnixMillis};
+use rswap_types::{InstanceName, UnixMillis};
 
 /// A resource whose need is forecast.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -11,8 +11,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::NeedUsed;
-use crate::pool::Pool;
+use rswap_types::Pool;
+
+use crate::NeedUsed;
 
 /// What a score is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]

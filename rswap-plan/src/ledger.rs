@@ -3,10 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{
-    instance::InstanceName,
-    pool::{Pool, PoolKind, overlap},
-};
+use rswap_types::{InstanceName, Pool, PoolKind, overlap};
 
 /// What an instance is promised: reference cores and bytes.
 #[derive(Clone, Copy, Debug, Default)]

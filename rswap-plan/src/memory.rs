@@ -1,7 +1,8 @@
 //! What is remembered of an instance between rounds.
 
-use super::MoveKind;
-use crate::units::UnixMillis;
+use rswap_types::UnixMillis;
+
+use crate::MoveKind;
 
 /// Places remembered: a circle of more pools than this is not seen as one.
 const REMEMBERED: usize = 16;

@@ -8,6 +8,7 @@
 //! Candidates are kept with their numbers, whatever was decided.
 
 mod compare;
+mod config;
 mod explain;
 mod ledger;
 mod memory;
@@ -18,17 +19,15 @@ pub mod score;
 
 use serde::{Deserialize, Serialize};
 
+pub use config::PlanConfig;
 pub use explain::explain;
 pub use planner::Planner;
 pub use price::MovePrice;
 pub use reason::{Dropped, StayReason};
 pub use score::Terms;
 
-use crate::{
-    forecast::{Demand, Quantile},
-    instance::InstanceName,
-    units::UnixMillis,
-};
+use rswap_forecast::{Demand, Quantile};
+use rswap_types::{InstanceName, UnixMillis};
 
 /// What to do in this round, and why; every candidate with its numbers is kept.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -1,0 +1,60 @@
+//! What can be configured about plans.
+
+use rswap_forecast::Quantile;
+use rswap_types::bounds::{finite, non_negative, positive, positive_integer, positive_u32, share};
+use serde::{Deserialize, Serialize};
+
+/// `[plan]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PlanConfig {
+    /// Alternatives are looked for when the score of the present pool is above this, in money per hour.
+    #[serde(deserialize_with = "finite")]
+    pub threshold: f64,
+    /// The optimization weight: what one unit of performance is worth, in money per hour.
+    #[serde(deserialize_with = "non_negative")]
+    pub weight: f64,
+    /// The quantile of the forecast that a pool must be able to give.
+    pub quantile: Quantile,
+    /// How much better another pool must be for a move that nothing forces, in money per hour.
+    #[serde(deserialize_with = "non_negative")]
+    pub hysteresis: f64,
+    /// Share of a pool that is left free: it counts as full before it is.
+    #[serde(deserialize_with = "share")]
+    pub headroom: f64,
+    /// Time after a move in which the instance stays, in milliseconds.
+    pub cool_down_ms: u64,
+    /// How far ahead plans look, and the time in which a move must pay for itself, in milliseconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub horizon_ms: u64,
+    /// What an hour of an instance's standing still costs, in money.
+    #[serde(deserialize_with = "non_negative")]
+    pub unavailability_cost_per_hour: f64,
+    /// What a GiB sent to another host costs, in money.
+    #[serde(deserialize_with = "non_negative")]
+    pub cost_per_gib_sent: f64,
+    /// Moves that may be on their way to one host at once.
+    #[serde(deserialize_with = "positive_u32")]
+    pub moves_per_host: u32,
+    /// Speed of the link to other hosts, in bytes per second, until it has been measured.
+    #[serde(deserialize_with = "positive")]
+    pub link_bytes_per_s: f64,
+}
+
+impl Default for PlanConfig {
+    fn default() -> Self {
+        Self {
+            threshold: 0.0,
+            weight: 0.02,
+            quantile: Quantile::P95,
+            hysteresis: 0.005,
+            headroom: 0.1,
+            cool_down_ms: 30_000,
+            horizon_ms: 60_000,
+            unavailability_cost_per_hour: 10.0,
+            cost_per_gib_sent: 0.0005,
+            moves_per_host: 4,
+            link_bytes_per_s: 100e6,
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Words that cross rooms: instances' names, moments, pools. Data only; nothing here decides anything.
+
+pub mod bounds;
+mod instance;
+mod pool;
+mod units;
+
+pub use instance::{InstanceName, NameError};
+pub use pool::{Capacity, CpuSet, Pool, PoolKind, PoolState, THIS_HOST, overlap};
+pub use units::UnixMillis;

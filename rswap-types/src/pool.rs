@@ -1,0 +1,102 @@
+//! What there is to sit on, as plans see it.
+
+use std::{collections::BTreeSet, net::SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the pool that stands for this host.
+pub const THIS_HOST: &str = "this-host";
+
+/// A set of logical CPUs.
+pub type CpuSet = BTreeSet<usize>;
+
+/// Something that an instance can sit on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pool {
+    /// Unique on the host.
+    pub name: String,
+    /// What it is made of.
+    pub kind: PoolKind,
+    /// All of it.
+    pub capacity: Capacity,
+    /// What is in use of it now, by anybody.
+    pub used: Capacity,
+    /// Money per core and hour, in the configuration's currency.
+    pub cost_per_core_hour: f64,
+    /// Money per GiB of memory and hour (0 where the pool has no memory of its own).
+    pub cost_per_gib_hour: f64,
+    /// Speed of one of its cores relative to the reference core (1.0).
+    pub performance: f64,
+    /// Whether instances may be put there.
+    pub state: PoolState,
+}
+
+/// What a pool is made of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum PoolKind {
+    /// A set of this host's cores.
+    Cpu {
+        /// Which.
+        cpus: CpuSet,
+    },
+    /// Another host's agent.
+    Host {
+        /// Where it takes migrations.
+        address: SocketAddr,
+    },
+    /// This host as a whole: the pool that an instance leaves when it migrates.
+    ThisHost,
+}
+
+/// An amount of what a pool offers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Capacity {
+    /// Cores.
+    pub cores: f64,
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+}
+
+/// Whether a pool takes instances.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum PoolState {
+    /// It does.
+    Ready,
+    /// It does not, and why.
+    Unavailable {
+        /// For people.
+        reason: String,
+    },
+}
+
+impl Pool {
+    /// The pool's CPUs, if it is a set of this host's cores.
+    pub fn cpus(&self) -> Option<&CpuSet> {
+        match &self.kind {
+            PoolKind::Cpu { cpus } => Some(cpus),
+            PoolKind::Host { .. } | PoolKind::ThisHost => None,
+        }
+    }
+}
+
+/// Share (0 to 1) of what an instance on `sits_on` uses that falls on `pool`: 1 on its own pool and on this host,
+/// 0 on other hosts, and in proportion to the common CPUs elsewhere.
+pub fn overlap(pools: &[Pool], sits_on: Option<&str>, pool: &Pool) -> f64 {
+    let there = match &pool.kind {
+        PoolKind::ThisHost => return 1.0,
+        PoolKind::Host { .. } => return 0.0,
+        PoolKind::Cpu { cpus } => cpus,
+    };
+    let own = sits_on.and_then(|name| pools.iter().find(|pool| pool.name == name)).and_then(Pool::cpus);
+    let every: CpuSet;
+    let own = match own {
+        Some(cpus) => cpus,
+        None => {
+            every = pools.iter().filter_map(Pool::cpus).flatten().copied().collect();
+            &every
+        }
+    };
+    if own.is_empty() { 0.0 } else { own.intersection(there).count() as f64 / own.len() as f64 }
+}
