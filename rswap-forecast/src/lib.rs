@@ -19,6 +19,7 @@ mod habit;
 mod history;
 mod lead;
 mod mixture;
+mod moments;
 mod numeric;
 mod prior;
 mod regression;
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 
 pub use config::ForecastConfig;
 pub use forecaster::{Forecaster, Observation};
+pub use moments::Moments;
 pub use prior::{Prior, PriorError, Priors};
 pub use series::Series;
 

@@ -9,6 +9,7 @@
 
 mod compare;
 mod config;
+pub mod consolidate;
 mod explain;
 mod ledger;
 mod memory;

@@ -1,6 +1,6 @@
 //! Measurements: each is a binary of the project that writes its result to `target/rswap/bench-*.json`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Subcommand;
@@ -25,22 +25,31 @@ pub(crate) enum Bench {
     },
     /// One round of planning a fleet of up to 10,000 instances on 1,000 hosts
     Plan,
+    /// Placement policies on recorded days of virtual machines, on the model that the literature compares them on
+    Placement {
+        /// Directory with planetlab.csv.gz
+        #[arg(long)]
+        traces: PathBuf,
+    },
 }
 
 /// Builds what is needed, optimised, and measures.
 pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
     match bench {
-        Bench::Forecast { traces } => {
-            let traces =
-                traces.canonicalize().with_context(|| format!("cannot find {}", traces.display()))?;
-            measure("bench_forecast", &[traces.display().to_string()])
-        }
+        Bench::Forecast { traces } => measure("bench_forecast", &[found(traces)?]),
         Bench::Migrate { arguments } => {
             need_root("the benchmark makes network namespaces and cgroups, and runs two agents in them")?;
             measure("bench_migrate", arguments)
         }
         Bench::Plan => measure("bench_plan", &[]),
+        Bench::Placement { traces } => measure("bench_placement", &["--traces".to_owned(), found(traces)?]),
     }
+}
+
+/// The directory as it is called from anywhere.
+fn found(traces: &Path) -> anyhow::Result<String> {
+    let found = traces.canonicalize().with_context(|| format!("cannot find {}", traces.display()))?;
+    Ok(found.display().to_string())
 }
 
 fn measure(binary: &str, arguments: &[String]) -> anyhow::Result<()> {

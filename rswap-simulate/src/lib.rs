@@ -1,0 +1,5 @@
+//! Replays demand in virtual time. Pure: no I/O, no clock, and the same result for the same input.
+//!
+//! [`cloudsim`] is the field's common yardstick for placement policies, so that ours can be compared with published ones.
+
+pub mod cloudsim;
