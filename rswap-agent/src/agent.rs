@@ -14,6 +14,7 @@
 //! Instances keep running; the next agent finds them in the registry.
 
 mod commands;
+mod drain;
 mod endings;
 mod incoming;
 mod moves;

@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use rswap_types::{Pool, PoolKind, PoolState, UnixMillis};
 
 use crate::{
-    Candidate, Dropped, InstanceView, MoveKind, MovePrice, NeedUsed, PlanConfig, Terms, price, score,
+    Candidate, Dropped, InstanceView, MoveKind, MovePrice, NeedUsed, PlanConfig, Terms, ledger::Traffic,
+    price, rules::Groups, score,
 };
 
 /// Candidates that a decision keeps: of a fleet of a thousand hosts, the best are enough to explain it.
 const KEPT: usize = 16;
 
 /// What one round of planning rests on.
-pub(super) struct Round<'a> {
+pub(super) struct Round<'a, 'v> {
     pub(super) now: UnixMillis,
     pub(super) pools: &'a [Pool],
     pub(super) this_host: Option<usize>,
@@ -20,6 +21,10 @@ pub(super) struct Round<'a> {
     pub(super) links: Vec<f64>,
     pub(super) config: &'a PlanConfig,
     pub(super) by_name: &'a BTreeMap<&'a str, usize>,
+    /// Moves to and from it in the last hour, per pool.
+    pub(super) last_hour: Vec<u32>,
+    /// Who of each group is where.
+    pub(super) groups: Groups<'v>,
 }
 
 /// The numbers of one pool.
@@ -32,7 +37,7 @@ pub(super) struct Compared {
     dropped: Option<Dropped>,
 }
 
-impl Round<'_> {
+impl Round<'_, '_> {
     /// Number of the pool that the instance sits on. One that may use every core sits on the host as a whole.
     pub(super) fn current(&self, view: &InstanceView, kind: MoveKind) -> Option<usize> {
         if let Some(host) = &view.host {
@@ -45,35 +50,35 @@ impl Round<'_> {
         own.filter(|&index| self.pools[index].cpus().is_some()).or(self.this_host)
     }
 
-    /// Scores pool number `index`; `moving` is who would have to move there, next to how many others that are on their way;
-    /// `None` for the pool that it sits on.
+    /// Scores pool number `index`; `moving` is who would have to move there, next to what other moves; `None` for the pool that
+    /// it sits on.
     pub(super) fn compare(
         &self,
         need: &NeedUsed,
         index: usize,
         (cores, bytes): (f64, u64),
         kind: MoveKind,
-        moving: Option<(&InstanceView, u32)>,
+        moving: Option<(&InstanceView, Traffic)>,
     ) -> Compared {
         let (pool, config) = (&self.pools[index], self.config);
-        let terms = score::terms(need, pool, cores, config.weight);
+        let terms = score::terms(need, pool, cores, config);
         let link = self.links[index];
         let moved = moving.map(|(view, _)| price::price(kind, view, terms.cost_per_hour, link, config));
         let (move_price, hopeless) = moved.map_or((None, None), |(price, dropped)| (Some(price), dropped));
         let horizon_hours = config.horizon_ms as f64 / 3_600_000.0;
-        let busy = moving.map_or(0, |(_, busy)| busy);
-        let dropped = match &pool.state {
+        let traffic = moving.filter(|_| kind == MoveKind::Host).map(|(_, traffic)| traffic);
+        // Between core sets, the host as a whole is only where an instance is that may use every core.
+        let whole = kind == MoveKind::Cpu && pool.kind == PoolKind::ThisHost;
+        let dropped = match if whole { &PoolState::Ready } else { &pool.state } {
             PoolState::Unavailable { reason } => Some(Dropped::Unavailable { reason: reason.clone() }),
+            PoolState::Draining => Some(Dropped::Draining),
             PoolState::Ready if terms.limit_cores > cores => {
                 Some(Dropped::Cores { needed: terms.limit_cores, available: cores })
             }
             PoolState::Ready if kind == MoveKind::Host && need.limit_bytes > bytes => {
                 Some(Dropped::Memory { needed_bytes: need.limit_bytes, available_bytes: bytes })
             }
-            PoolState::Ready if kind == MoveKind::Host && busy >= config.moves_per_host => {
-                Some(Dropped::Busy { moves: busy })
-            }
-            PoolState::Ready => hopeless,
+            PoolState::Ready => traffic.and_then(|traffic| self.budget(index, traffic)).or(hopeless),
         };
         let score = terms.score();
         let total = score + move_price.map_or(0.0, |price| price.money / horizon_hours);
@@ -81,7 +86,35 @@ impl Round<'_> {
     }
 }
 
+impl Round<'_, '_> {
+    /// Why nobody may move to host number `index` now, by the budgets of hosts, links and hours.
+    fn budget(&self, index: usize, traffic: Traffic) -> Option<Dropped> {
+        let arriving = traffic.arriving;
+        if arriving >= self.config.moves_per_host {
+            return Some(Dropped::Busy { moves: arriving });
+        }
+        self.link_budget(index, traffic)
+    }
+
+    /// Why nobody may move to or from host number `index` now, by the budgets of links and hours.
+    pub(super) fn link_budget(&self, index: usize, traffic: Traffic) -> Option<Dropped> {
+        let host = || self.pools[index].name.clone();
+        let (on_link, spent) = (traffic.arriving + traffic.leaving, self.last_hour[index]);
+        if on_link >= self.config.moves_per_link {
+            return Some(Dropped::LinkBusy { host: host(), moves: on_link });
+        }
+        let in_hour = spent + on_link;
+        (in_hour >= self.config.moves_per_hour).then(|| Dropped::HourSpent { host: host(), moves: in_hour })
+    }
+}
+
 impl Compared {
+    /// Out of the question for another reason as well.
+    pub(super) fn but(mut self, dropped: Option<Dropped>) -> Self {
+        self.dropped = dropped.or(self.dropped);
+        self
+    }
+
     pub(super) fn candidate(self, pools: &[Pool]) -> Candidate {
         Candidate {
             pool: pools[self.index].name.clone(),
@@ -117,6 +150,11 @@ pub(super) fn best(
     }
     ranked.sort_by(order);
     (ranked.into_iter().map(|(_, _, index)| compare(index).candidate(pools)).collect(), left_out)
+}
+
+/// Whether the pool can be where an instance sits, by this kind.
+pub(super) fn is_of_kind(pool: &Pool, kind: MoveKind) -> bool {
+    is_candidate(pool, kind) || (kind == MoveKind::Host && pool.kind == PoolKind::ThisHost)
 }
 
 pub(super) fn is_candidate(pool: &Pool, kind: MoveKind) -> bool {

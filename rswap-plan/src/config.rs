@@ -33,9 +33,18 @@ pub struct PlanConfig {
     /// What a GiB sent to another host costs, in money.
     #[serde(deserialize_with = "non_negative")]
     pub cost_per_gib_sent: f64,
+    /// What an hour in which a reference core that is needed is not there costs, in money.
+    #[serde(deserialize_with = "non_negative")]
+    pub violation_cost_per_core_hour: f64,
     /// Moves that may be on their way to one host at once.
     #[serde(deserialize_with = "positive_u32")]
     pub moves_per_host: u32,
+    /// Moves that may use one host's link at once, in both directions together.
+    #[serde(deserialize_with = "positive_u32")]
+    pub moves_per_link: u32,
+    /// Moves to and from one host within an hour.
+    #[serde(deserialize_with = "positive_u32")]
+    pub moves_per_hour: u32,
     /// Speed of the link to other hosts, in bytes per second, until it has been measured.
     #[serde(deserialize_with = "positive")]
     pub link_bytes_per_s: f64,
@@ -53,7 +62,10 @@ impl Default for PlanConfig {
             horizon_ms: 60_000,
             unavailability_cost_per_hour: 10.0,
             cost_per_gib_sent: 0.0005,
+            violation_cost_per_core_hour: 0.4,
             moves_per_host: 4,
+            moves_per_link: 6,
+            moves_per_hour: 120,
             link_bytes_per_s: 100e6,
         }
     }

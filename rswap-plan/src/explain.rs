@@ -15,7 +15,7 @@ pub fn explain(decision: &Decision) -> String {
     let result = match &decision.outcome {
         Outcome::Stay { reason } => format!("stays: {reason}"),
         Outcome::Move { to, start_by, forced } => {
-            let why = if *forced { "the present one can't meet the need" } else { "its score is better" };
+            let why = why(decision, *forced);
             format!("moves to {to} in {} ms: {why}", start_by.since(decision.at))
         }
     };
@@ -31,6 +31,14 @@ pub fn explain(decision: &Decision) -> String {
             need.expected_bytes >> 20,
             need.limit_bytes >> 20,
             need.quantile,
+        );
+    }
+    if let Some(writing) = &decision.writing {
+        let (now, quiet) = (writing.bytes_per_s / 1e6, writing.quiet_bytes_per_s / 1e6);
+        let word = if writing.is_quiet() { "a quiet time" } else { "it waits for that while it can" };
+        let _ = writeln!(
+            text,
+            "memory: {now:.1} MB/s written now, {quiet:.1} or less a quarter of the time: {word}"
         );
     }
     match decision.crossing_in_ms {
@@ -51,6 +59,7 @@ pub fn explain(decision: &Decision) -> String {
             "needs/has cores",
             "demand x cost /h",
             "performance x weight /h",
+            "violations /h",
             "ROS /h",
             "move",
             "total /h",
@@ -62,8 +71,8 @@ pub fn explain(decision: &Decision) -> String {
         let _ = writeln!(text, "{table}");
         let _ = writeln!(
             text,
-            "ROS = (predicted demand x current cost) - (current performance x weight), money per hour, lower is better; \
-             threshold {:.5}, margin for an unforced move {:.5}",
+            "ROS = (predicted demand x current cost) - (current performance x weight) + expected violations, money per \
+             hour, lower is better; threshold {:.5}, margin for an unforced move {:.5}",
             decision.threshold, decision.hysteresis,
         );
     }
@@ -76,13 +85,34 @@ pub fn explain(decision: &Decision) -> String {
     text
 }
 
+/// Why it moves.
+fn why(decision: &Decision, forced: bool) -> String {
+    let here = decision.current.as_ref().and_then(|current| current.dropped.as_ref());
+    let other = here.filter(|dropped| !dropped.is_for_want_of_room());
+    match (&decision.exchange, other) {
+        (Some(with), _) if forced => {
+            format!("the present one can't meet the need; it changes places with {with}")
+        }
+        (Some(with), _) => format!("it makes room for {with}, which comes here"),
+        (None, Some(dropped)) if forced => format!("the present one won't do: {dropped}"),
+        (None, _) if forced => "the present one can't meet the need".to_owned(),
+        (None, _) => "its score is better".to_owned(),
+    }
+}
+
 /// The nearest change of the numbers that would have led to another decision.
 fn what_would_change(decision: &Decision) -> Option<String> {
     let current = decision.current.as_ref();
     let best = decision.candidates.first();
     Some(match &decision.outcome {
+        Outcome::Move { .. } if decision.exchange.is_some() => {
+            format!("if {} could not change places with it", decision.exchange.as_ref()?)
+        }
         Outcome::Move { forced: true, .. } => {
             let here = current?;
+            if let Some(dropped) = here.dropped.as_ref().filter(|dropped| !dropped.is_for_want_of_room()) {
+                return Some(format!("if this did not hold of {}: {dropped}", here.pool));
+            }
             let (needed, has) = (here.terms.limit_cores, here.terms.available_cores);
             format!("if it needed {has:.2} cores or less here instead of {needed:.2}, or had {needed:.2}")
         }
@@ -113,6 +143,9 @@ fn what_would_change(decision: &Decision) -> Option<String> {
         Outcome::Stay { reason: StayReason::CoolDown { left_ms } | StayReason::BackOff { left_ms, .. } } => {
             format!("in {left_ms} ms")
         }
+        Outcome::Stay { reason: StayReason::ToldToStay } => {
+            format!("without its label {}", crate::rules::STAY)
+        }
         Outcome::Stay { reason: StayReason::JustLeft { .. } } => "if the need forced it".to_owned(),
         Outcome::Stay { reason: StayReason::InFlight | StayReason::OtherMoveFirst } => return None,
     })
@@ -142,6 +175,7 @@ fn row(candidate: &Candidate) -> Vec<String> {
         format!("{:.2} / {:.2}", terms.limit_cores, terms.available_cores),
         format!("{:.5}", terms.cost_per_hour),
         format!("{:.3} x {:.4} = {:.5}", terms.performance, terms.weight, terms.performance * terms.weight),
+        format!("{:.5}", terms.violation_per_hour),
         format!("{:.5}", candidate.score),
         moving,
         format!("{:.5}", candidate.total),

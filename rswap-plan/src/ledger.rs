@@ -30,19 +30,30 @@ pub(super) struct Entry {
     place: Place,
 }
 
+/// Moves that are under way.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Traffic {
+    /// To a pool.
+    pub(super) arriving: u32,
+    /// From it.
+    pub(super) leaving: u32,
+}
+
 /// Free capacity per pool, for one round.
 pub(super) struct Ledger<'a> {
     pools: &'a [Pool],
     by_name: &'a BTreeMap<&'a str, usize>,
     headroom: f64,
+    /// Number of the pool that this host is, if it is one.
+    this_host: Option<usize>,
     /// Numbers of this host's own pools.
     own_pools: Vec<usize>,
     /// Use by what is not planned for, per pool.
     foreign: Vec<(f64, u64)>,
     /// What is promised, per pool.
     promised: Vec<(f64, u64)>,
-    /// Moves that are on their way to it, per pool.
-    arrivals: Vec<u32>,
+    /// Moves to and from it, per pool.
+    traffic: Vec<Traffic>,
     /// Where each instance counts: where it sits, then where it is going, as the capacity is gone at both ends.
     entries: BTreeMap<InstanceName, Vec<Entry>>,
 }
@@ -86,10 +97,11 @@ impl<'a> Ledger<'a> {
             pools,
             by_name,
             headroom,
+            this_host: pools.iter().position(|pool| pool.kind == PoolKind::ThisHost),
             own_pools,
             foreign,
             promised: vec![(0.0, 0); pools.len()],
-            arrivals: vec![0; pools.len()],
+            traffic: vec![Traffic::default(); pools.len()],
             entries: BTreeMap::new(),
         }
     }
@@ -109,7 +121,7 @@ impl<'a> Ledger<'a> {
     }
 
     pub(super) fn under_way(&mut self, name: &InstanceName, to: &str, promise: Promise) {
-        let place = self.going(to);
+        let place = self.going(name, to);
         let mut entries = self.own(name).to_vec();
         entries.push(Entry { promise, place });
         self.replace(name, entries);
@@ -117,14 +129,23 @@ impl<'a> Ledger<'a> {
 
     /// From now on in this round, `name` counts where it goes, and no longer where it was.
     pub(super) fn moves(&mut self, name: &InstanceName, to: &str, promise: Promise) {
-        let place = self.going(to);
+        let place = self.going(name, to);
         self.replace(name, vec![Entry { promise, place }]);
     }
 
     /// What is no core set of this host is another host, also one that was named by its address and is no pool.
-    fn going(&mut self, to: &str) -> Place {
-        let Some(&index) = self.by_name.get(to) else { return Place::Elsewhere };
-        self.arrivals[index] += 1;
+    fn going(&mut self, name: &InstanceName, to: &str) -> Place {
+        let target = self.by_name.get(to).copied();
+        if target.is_none_or(|index| self.pools[index].cpus().is_none()) {
+            let from = match self.own(name).first().map(|entry| entry.place) {
+                Some(Place::At(host)) => Some(host),
+                Some(Place::Here(_)) => self.this_host,
+                Some(Place::Elsewhere) | None => None,
+            };
+            from.into_iter().for_each(|index| self.traffic[index].leaving += 1);
+        }
+        let Some(index) = target else { return Place::Elsewhere };
+        self.traffic[index].arriving += 1;
         if self.pools[index].cpus().is_some() { Place::Here(Some(index)) } else { Place::At(index) }
     }
 
@@ -177,9 +198,9 @@ impl<'a> Ledger<'a> {
         self.entries.get(name).map_or(&[], Vec::as_slice)
     }
 
-    /// Moves that are on their way to pool number `index`.
-    pub(super) fn arrivals(&self, index: usize) -> u32 {
-        self.arrivals[index]
+    /// Moves to and from pool number `index`.
+    pub(super) fn traffic(&self, index: usize) -> Traffic {
+        self.traffic[index]
     }
 
     /// (cores, bytes) of pool number `index` that can be had by who is promised `own`: what is left next to all others.

@@ -5,18 +5,26 @@
 //! with the reason. The lowest score wins, with the price of the move counted in. A move that nothing forces must beat
 //! the present pool by the hysteresis, waits for the cool-down, and does not lead back to where the instance was a short
 //! while ago, on whatever way; a move that the need forces waits for none of them, only for the back-off after a failure.
+//! A pool that is being drained, and one that an instance's [`rules`] forbid, force a move as a need does. Who must move and fits
+//! nowhere may change places with another one. Migrations wait for a time in which little memory is written, as long as they can.
 //! Candidates are kept with their numbers, whatever was decided.
 
 mod compare;
 mod config;
 pub mod consolidate;
+mod exchange;
 mod explain;
 mod ledger;
 mod memory;
+mod need;
 mod planner;
 mod price;
 mod reason;
+pub mod rules;
 pub mod score;
+mod urgency;
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +35,7 @@ pub use price::MovePrice;
 pub use reason::{Dropped, StayReason};
 pub use score::Terms;
 
-use rswap_forecast::{Demand, Quantile};
+use rswap_forecast::{Demand, Quantile, Quantiles};
 use rswap_types::{InstanceName, UnixMillis};
 
 /// What to do in this round, and why; every candidate with its numbers is kept.
@@ -69,6 +77,9 @@ pub struct InstanceView {
     pub dirty_bytes_per_s: Option<f64>,
     /// The kinds of move that it can make at all.
     pub movable: Vec<MoveKind>,
+    /// Its labels: some of them are [`rules`].
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// The need that a decision rests on, in reference cores and bytes.
@@ -78,6 +89,9 @@ pub struct NeedUsed {
     pub expected_cores: f64,
     /// Highest value of `quantile` over the horizon: what a pool must be able to give.
     pub limit_cores: f64,
+    /// Highest value of each quantile over the horizon, in reference cores: what violations are reckoned with.
+    #[serde(default)]
+    pub cores: Quantiles,
     /// As `expected_cores`, in bytes.
     pub expected_bytes: u64,
     /// As `limit_cores`, in bytes.
@@ -127,8 +141,37 @@ pub struct Decision {
     pub threshold: f64,
     /// The gain that an unforced move must exceed, in money per hour.
     pub hysteresis: f64,
+    /// Whom it changes places with, where neither fits next to the other.
+    #[serde(default)]
+    pub exchange: Option<InstanceName>,
+    /// How much memory it writes, and how little that is at times, where a migration has been decided and this is known.
+    #[serde(default)]
+    pub writing: Option<Writing>,
     /// The result.
     pub outcome: Outcome,
+}
+
+impl Decision {
+    /// Whether it moves.
+    pub fn moves(&self) -> bool {
+        matches!(self.outcome, Outcome::Move { .. })
+    }
+}
+
+/// How much memory is written now and in quiet times.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Writing {
+    /// Bytes per second now.
+    pub bytes_per_s: f64,
+    /// Bytes per second that it didn't exceed in a quarter of the last windows.
+    pub quiet_bytes_per_s: f64,
+}
+
+impl Writing {
+    /// Whether now is a good time to migrate.
+    pub fn is_quiet(&self) -> bool {
+        self.bytes_per_s <= self.quiet_bytes_per_s
+    }
 }
 
 /// The result of a decision.
@@ -152,4 +195,11 @@ pub enum Outcome {
 }
 
 #[cfg(test)]
+mod fleet_tests;
+#[cfg(test)]
 mod tests;
+
+/// The worked examples of `docs/score.md` are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/score.md")]
+mod score_examples {}

@@ -1,11 +1,15 @@
 //! What is remembered of an instance between rounds.
 
+use std::collections::VecDeque;
+
 use rswap_types::UnixMillis;
 
-use crate::MoveKind;
+use crate::{MoveKind, Writing};
 
 /// Places remembered: a circle of more pools than this is not seen as one.
 const REMEMBERED: usize = 16;
+/// Windows over which what it writes is remembered.
+const WRITTEN_WINDOWS: usize = 60;
 
 /// Moves, failures, and where the instance has been.
 #[derive(Clone, Debug, Default)]
@@ -18,6 +22,10 @@ pub(super) struct Memory {
     on: Vec<(MoveKind, String)>,
     /// What it left, and when; newest last.
     left: Vec<(MoveKind, String, UnixMillis)>,
+    /// Bytes written per second in the last windows; newest last.
+    written: VecDeque<f64>,
+    /// Since when a migration has been decided in every round.
+    pub(super) wanted: Option<UnixMillis>,
 }
 
 impl Memory {
@@ -29,7 +37,7 @@ impl Memory {
     /// It is done: what was remembered of failures is over.
     pub(super) fn moved(&mut self, now: UnixMillis) {
         self.last_move = Some(now);
-        (self.in_flight, self.last_failure, self.failures) = (None, None, 0);
+        (self.in_flight, self.last_failure, self.failures, self.wanted) = (None, None, 0, None);
     }
 
     /// It has failed.
@@ -37,6 +45,32 @@ impl Memory {
         self.in_flight = None;
         self.failures = self.failures.saturating_add(1);
         self.last_failure = Some(now);
+    }
+
+    /// It writes so many bytes per second.
+    pub(super) fn writes(&mut self, bytes_per_s: Option<f64>) {
+        match bytes_per_s.filter(|rate| rate.is_finite() && *rate >= 0.0) {
+            None => self.written.clear(),
+            Some(rate) => {
+                if self.written.len() == WRITTEN_WINDOWS {
+                    self.written.pop_front();
+                }
+                self.written.push_back(rate);
+            }
+        }
+    }
+
+    /// What it writes now and in quiet times; `None` until enough was seen.
+    pub(super) fn writing(&self) -> Option<Writing> {
+        let now = *self.written.back().filter(|_| self.written.len() >= WRITTEN_WINDOWS / 4)?;
+        let mut sorted: Vec<f64> = self.written.iter().copied().collect();
+        sorted.sort_unstable_by(f64::total_cmp);
+        Some(Writing { bytes_per_s: now, quiet_bytes_per_s: sorted[sorted.len() / 4] })
+    }
+
+    /// The pool of this kind that it was last seen on.
+    pub(super) fn sits_on(&self, kind: MoveKind) -> Option<&str> {
+        self.on.iter().find(|(of, _)| *of == kind).map(|(_, pool)| pool.as_str())
     }
 
     /// The instance is seen on `pool`.

@@ -1,15 +1,17 @@
 //! One round of planning, and the little that must be remembered between rounds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use rswap_forecast::{DemandPoint, Evidence, Resource};
 use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
 
 use crate::{
-    Candidate, Decision, InstanceView, MoveKind, NeedUsed, Outcome, Plan, PlanConfig, StayReason,
+    Candidate, Decision, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason,
     compare::{self, Round},
     ledger::{Ledger, Promise, Seen},
     memory::Memory,
+    need,
+    rules::{self, Groups},
+    urgency::Urgency,
 };
 
 /// A move starts so much earlier than its expected duration asks for: estimates err.
@@ -20,6 +22,9 @@ const MIN_BACK_OFF_MS: u64 = 1_000;
 /// Unforced, an instance does not return to a pool within so many cool-downs of leaving it, on whatever way.
 const RETURN_COOL_DOWNS: u64 = 10;
 
+/// How long moves count against a host's budget, in milliseconds.
+const HOUR_MS: u64 = 3_600_000;
+
 /// Decides. Time, instances and pools come in; nothing else is looked at.
 #[derive(Clone, Debug)]
 pub struct Planner {
@@ -27,12 +32,14 @@ pub struct Planner {
     memory: BTreeMap<InstanceName, Memory>,
     /// Bytes of memory per second to a host, by the host pool's name, as the last migration there found it.
     links: BTreeMap<String, f64>,
+    /// When moves to and from a host ended, by the host pool's name; newest last.
+    hours: BTreeMap<String, VecDeque<UnixMillis>>,
 }
 
 impl Planner {
     /// A planner that remembers nothing yet.
     pub fn new(config: PlanConfig) -> Self {
-        Self { config, memory: BTreeMap::new(), links: BTreeMap::new() }
+        Self { config, memory: BTreeMap::new(), links: BTreeMap::new(), hours: BTreeMap::new() }
     }
 
     /// A move has begun: until [`Planner::moved`] or [`Planner::failed`] the instance is left alone, and its place at
@@ -42,13 +49,32 @@ impl Planner {
     }
 
     /// A move is done. The cool-down counts for both kinds.
-    pub fn moved(&mut self, instance: &InstanceName, _kind: MoveKind, now: UnixMillis) {
+    pub fn moved(&mut self, instance: &InstanceName, kind: MoveKind, now: UnixMillis) {
+        self.spend(instance, kind, now);
         self.memory.entry(instance.clone()).or_default().moved(now);
     }
 
     /// A move has failed: the next try waits, twice as long after each failure in a row.
-    pub fn failed(&mut self, instance: &InstanceName, _kind: MoveKind, now: UnixMillis) {
+    pub fn failed(&mut self, instance: &InstanceName, kind: MoveKind, now: UnixMillis) {
+        self.spend(instance, kind, now);
         self.memory.entry(instance.clone()).or_default().failed(now);
+    }
+
+    /// A move, done or failed, used the budget of both its hosts.
+    fn spend(&mut self, instance: &InstanceName, kind: MoveKind, now: UnixMillis) {
+        let Some(memory) = self.memory.get(instance).filter(|_| kind == MoveKind::Host) else { return };
+        for host in [memory.in_flight.as_deref(), memory.sits_on(kind)].into_iter().flatten() {
+            self.hours.entry(host.to_owned()).or_default().push_back(now);
+        }
+    }
+
+    pub(crate) fn memory(&self, instance: &InstanceName) -> Option<&Memory> {
+        self.memory.get(instance)
+    }
+
+    /// How long after leaving a pool an instance does not return to it unless it must.
+    pub(crate) fn return_ms(&self) -> u64 {
+        self.config.cool_down_ms.saturating_mul(RETURN_COOL_DOWNS)
     }
 
     /// A migration to `host` transferred so many bytes of memory per second: moves there are priced by it from now on.
@@ -71,16 +97,32 @@ impl Planner {
         let by_name: BTreeMap<&str, usize> =
             pools.iter().enumerate().rev().map(|(index, pool)| (pool.name.as_str(), index)).collect();
         let link = |pool: &Pool| self.links.get(&pool.name).copied().unwrap_or(self.config.link_bytes_per_s);
-        let round = Round {
+        for ends in self.hours.values_mut() {
+            while ends.front().is_some_and(|at| now.since(*at) >= HOUR_MS) {
+                ends.pop_front();
+            }
+        }
+        let spent = |pool: &Pool| self.hours.get(&pool.name).map_or(0, |ends| ends.len() as u32);
+        let mut round = Round {
             now,
             pools,
             this_host: pools.iter().position(|pool| pool.kind == PoolKind::ThisHost),
             links: pools.iter().map(link).collect(),
             config: &self.config,
             by_name: &by_name,
+            last_hour: pools.iter().map(spent).collect(),
+            groups: Groups::default(),
         };
         for view in &views {
             let memory = self.memory.entry(view.instance.clone()).or_default();
+            memory.writes(view.dirty_bytes_per_s);
+            if !view.labels.is_empty() {
+                let going = memory.in_flight.as_deref().and_then(|to| by_name.get(to).copied());
+                let going = going.filter(|&index| pools[index].cpus().is_none());
+                if let Some(host) = going.or_else(|| round.current(view, MoveKind::Host)) {
+                    round.groups.set(view, host);
+                }
+            }
             for &kind in &view.movable {
                 if let Some(index) = round.current(view, kind) {
                     memory.sits(kind, &pools[index].name, now);
@@ -124,14 +166,24 @@ impl Planner {
             for decision in &decided[index] {
                 if let Outcome::Move { to, .. } = &decision.outcome {
                     ledger.moves(&view.instance, to, self.promise(view, &round));
+                    if let Some(&host) = by_name.get(to.as_str()).filter(|_| decision.kind == MoveKind::Host)
+                    {
+                        round.groups.set(view, host);
+                    }
                     changed = true;
                 }
+            }
+        }
+        self.exchange(&views, &mut decided, &mut round, &mut ledger);
+        for decision in decided.iter().flatten().filter(|decision| decision.kind == MoveKind::Host) {
+            if let Some(memory) = self.memory.get_mut(&decision.instance) {
+                memory.wanted = if decision.moves() { memory.wanted.or(Some(now)) } else { None };
             }
         }
         Plan { at: now, decisions: decided.into_iter().flatten().collect() }
     }
 
-    fn decide_all(&self, view: &InstanceView, round: &Round<'_>, ledger: &Ledger<'_>) -> Vec<Decision> {
+    fn decide_all(&self, view: &InstanceView, round: &Round<'_, '_>, ledger: &Ledger<'_>) -> Vec<Decision> {
         let mut decisions: Vec<Decision> = Vec::new();
         for kind in [MoveKind::Cpu, MoveKind::Host].into_iter().filter(|kind| view.movable.contains(kind)) {
             let before = decisions.last().map(|decision| &decision.outcome);
@@ -142,61 +194,21 @@ impl Planner {
     }
 
     /// What an instance counts for against others: its forecast, or what it uses now where that is more or all there is.
-    fn promise(&self, view: &InstanceView, round: &Round<'_>) -> Promise {
+    pub(crate) fn promise(&self, view: &InstanceView, round: &Round<'_, '_>) -> Promise {
         let kind = if view.host.is_some() { MoveKind::Host } else { MoveKind::Cpu };
         let speed = round.current(view, kind).map_or(1.0, |index| round.pools[index].performance);
-        let need = self.need(view).ok();
+        let need = need::need(view, &self.config).ok();
         Promise {
             reference_cores: need.map_or(0.0, |need| need.limit_cores).max(view.cores * speed),
             bytes: need.map_or(0, |need| need.limit_bytes).max(view.resident_bytes),
         }
     }
 
-    fn points<'v>(
-        &self,
-        view: &'v InstanceView,
-        resource: Resource,
-    ) -> impl Iterator<Item = &'v DemandPoint> {
-        let horizon_ms = self.config.horizon_ms;
-        view.demand.points.iter().filter(move |p| p.resource == resource && p.horizon_ms <= horizon_ms)
-    }
-
-    /// (mean of medians, highest limit) of the points that can be believed.
-    fn used(&self, view: &InstanceView, resource: Resource) -> Result<(f64, f64), StayReason> {
-        let (mut sum, mut limit, mut count) = (0.0, 0.0f64, 0u32);
-        let mut nearest = StayReason::TooLittleSeen { seen: 0, needed: 1 };
-        for point in self.points(view, resource) {
-            match point.evidence {
-                Evidence::Enough { .. } => {
-                    sum += point.need.p50.max(0.0);
-                    limit = limit.max(point.need.at(self.config.quantile));
-                    count += 1;
-                }
-                Evidence::TooLittle { seen, needed } => nearest = StayReason::TooLittleSeen { seen, needed },
-            }
-        }
-        if count == 0 { Err(nearest) } else { Ok((sum / f64::from(count), limit)) }
-    }
-
-    fn need(&self, view: &InstanceView) -> Result<NeedUsed, StayReason> {
-        let (expected_cores, limit_cores) = self.used(view, Resource::Cpu)?;
-        // Memory in use now is a fair forecast of memory until there is a better one.
-        let resident = view.resident_bytes as f64;
-        let (expected_bytes, limit_bytes) = self.used(view, Resource::Memory).unwrap_or((resident, resident));
-        Ok(NeedUsed {
-            expected_cores,
-            limit_cores,
-            expected_bytes: expected_bytes as u64,
-            limit_bytes: limit_bytes as u64,
-            quantile: self.config.quantile,
-        })
-    }
-
     fn decide(
         &self,
         view: &InstanceView,
         kind: MoveKind,
-        round: &Round<'_>,
+        round: &Round<'_, '_>,
         ledger: &Ledger<'_>,
         cpu_outcome: Option<&Outcome>,
     ) -> Decision {
@@ -212,9 +224,11 @@ impl Planner {
             left_out: 0,
             threshold: self.config.threshold,
             hysteresis: self.config.hysteresis,
+            exchange: None,
+            writing: None,
             outcome: Outcome::Stay { reason: StayReason::NoPoolFits },
         };
-        let need = match self.need(view) {
+        let need = match need::need(view, &self.config) {
             Ok(need) => need,
             Err(reason) => {
                 decision.outcome = Outcome::Stay { reason };
@@ -227,10 +241,11 @@ impl Planner {
         let here = round.current(view, kind);
         let mut forced = false;
         if let Some(index) = here {
-            let (cores, bytes) = ledger.available(index, own);
-            let candidate = round.compare(&need, index, (cores, bytes), kind, None).candidate(pools);
+            let room = ledger.available(index, own);
+            let forbidden = round.groups.forbids(view, index, pools, kind);
+            let candidate = round.compare(&need, index, room, kind, None).but(forbidden).candidate(pools);
             forced = candidate.dropped.is_some();
-            decision.crossing_in_ms = self.crossing(view, &pools[index], cores, bytes, kind);
+            decision.crossing_in_ms = need::crossing(view, &pools[index], room, kind, &self.config);
             decision.current = Some(candidate);
         }
         // Where no core set of this host is enough, this host is not, whatever its sum says.
@@ -239,23 +254,34 @@ impl Planner {
             forced = true;
             decision.crossing_in_ms = decision.crossing_in_ms.or_else(|| {
                 let index = round.current(view, MoveKind::Cpu)?;
-                let (cores, bytes) = ledger.available(index, own);
-                self.crossing(view, &pools[index], cores, bytes, MoveKind::Cpu)
+                let room = ledger.available(index, own);
+                need::crossing(view, &pools[index], room, MoveKind::Cpu, &self.config)
             });
         }
 
+        let from = here.filter(|_| kind == MoveKind::Host);
+        let no_leave = from.and_then(|index| round.link_budget(index, ledger.traffic(index)));
         let others = (0..pools.len())
             .filter(|&index| Some(index) != here && compare::is_candidate(&pools[index], kind));
         (decision.candidates, decision.left_out) = compare::best(others, pools, |index| {
-            let busy = ledger.arrivals(index);
-            round.compare(&need, index, ledger.available(index, own), kind, Some((view, busy)))
+            let (room, traffic) = (ledger.available(index, own), ledger.traffic(index));
+            let forbidden = || round.groups.forbids(view, index, pools, kind);
+            round
+                .compare(&need, index, room, kind, Some((view, traffic)))
+                .but(no_leave.clone().or_else(forbidden))
         });
 
-        decision.outcome = if matches!(cpu_outcome, Some(Outcome::Move { .. })) {
+        decision.outcome = if rules::stays(view) {
+            Outcome::Stay { reason: StayReason::ToldToStay }
+        } else if matches!(cpu_outcome, Some(Outcome::Move { .. })) {
             Outcome::Stay { reason: StayReason::OtherMoveFirst }
         } else {
             self.outcome(round.now, &decision, forced)
         };
+        if kind == MoveKind::Host && decision.moves() {
+            decision.writing = self.memory.get(&view.instance).and_then(Memory::writing);
+            self.wait_for_quiet(&mut decision);
+        }
         decision
     }
 
@@ -273,8 +299,7 @@ impl Planner {
         // What forces a move forces it anywhere; what is only cheaper may not lead around in a circle.
         let back_ms = |candidate: &Candidate| {
             let left = memory.left(decision.kind, &candidate.pool)?;
-            let wait_ms = self.config.cool_down_ms.saturating_mul(RETURN_COOL_DOWNS);
-            Some(wait_ms.saturating_sub(now.since(left))).filter(|left_ms| *left_ms > 0)
+            Some(self.return_ms().saturating_sub(now.since(left))).filter(|left_ms| *left_ms > 0)
         };
         let possible = || decision.candidates.iter().filter(|candidate| candidate.dropped.is_none());
         let best = possible().find(|candidate| forced || back_ms(candidate).is_none());
@@ -314,67 +339,20 @@ impl Planner {
         Outcome::Move { to: best.pool.clone(), start_by: UnixMillis(now.0.saturating_add(wait_ms)), forced }
     }
 
-    /// When the need first exceeds what the pool can give: between two horizons, along the line through both.
-    fn crossing(
-        &self,
-        view: &InstanceView,
-        pool: &Pool,
-        cores: f64,
-        bytes: u64,
-        kind: MoveKind,
-    ) -> Option<u64> {
-        let speed = pool.performance.max(1e-6);
-        let first = |resource, now: f64, limit: f64| {
-            let mut points: Vec<_> = self
-                .points(view, resource)
-                .filter(|point| matches!(point.evidence, Evidence::Enough { .. }))
-                .map(|point| (point.horizon_ms as f64, point.need.at(self.config.quantile)))
-                .collect();
-            points.sort_by(|a, b| a.0.total_cmp(&b.0));
-            let (mut at, mut value) = (0.0, now);
-            for (next_at, next) in points {
-                if next > limit {
-                    let share = if value < limit { (limit - value) / (next - value) } else { 0.0 };
-                    return Some((at + (next_at - at) * share) as u64);
+    /// A migration begins at once while little memory is written; else as late as it can, or, where nothing forces it, when a
+    /// planning horizon has gone by.
+    fn wait_for_quiet(&self, decision: &mut Decision) {
+        let Some(writing) = decision.writing else { return };
+        let wanted =
+            self.memory.get(&decision.instance).and_then(|memory| memory.wanted).unwrap_or(decision.at);
+        if let Outcome::Move { start_by, forced, .. } = &mut decision.outcome {
+            *start_by = match (writing.is_quiet(), *forced) {
+                (true, _) => decision.at,
+                (false, true) => *start_by,
+                (false, false) => {
+                    decision.at.max(UnixMillis(wanted.0.saturating_add(self.config.horizon_ms)))
                 }
-                (at, value) = (next_at, next);
-            }
-            None
-        };
-        let cpu = first(Resource::Cpu, view.cores * speed, cores * speed);
-        let memory = match kind {
-            MoveKind::Host => first(Resource::Memory, view.resident_bytes as f64, bytes as f64),
-            MoveKind::Cpu => None,
-        };
-        cpu.into_iter().chain(memory).min()
-    }
-}
-
-/// How soon a decided move has to be made.
-struct Urgency {
-    forced: bool,
-    crossing_ms: u64,
-    gain: f64,
-}
-
-impl Urgency {
-    /// Of an instance that moves, or that has to and finds no place yet.
-    fn of(decisions: &[Decision]) -> Option<Self> {
-        let stuck = Outcome::Stay { reason: StayReason::NoPoolFits };
-        let decision = decisions.iter().find(|d| matches!(d.outcome, Outcome::Move { .. }));
-        let decision = decision.or_else(|| decisions.iter().find(|d| d.outcome == stuck))?;
-        let forced = !matches!(decision.outcome, Outcome::Move { forced: false, .. });
-        let best = decision.candidates.first().map_or(0.0, |best| best.total);
-        Some(Self {
-            forced,
-            crossing_ms: decision.crossing_in_ms.unwrap_or(u64::MAX),
-            gain: decision.current.as_ref().map_or(0.0, |current| current.score - best),
-        })
-    }
-
-    fn order(&self, other: &Self) -> std::cmp::Ordering {
-        let forced = other.forced.cmp(&self.forced);
-        let sooner = if self.forced { self.crossing_ms.cmp(&other.crossing_ms) } else { forced };
-        forced.then(sooner).then_with(|| other.gain.total_cmp(&self.gain))
+            };
+        }
     }
 }

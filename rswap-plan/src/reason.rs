@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use rswap_types::InstanceName;
 use serde::{Deserialize, Serialize};
 
 /// Why an instance stays where it is.
@@ -49,6 +50,8 @@ pub enum StayReason {
     InFlight,
     /// Another kind of move was decided in the same round, and comes first.
     OtherMoveFirst,
+    /// Its labels say that it is not to be moved.
+    ToldToStay,
 }
 
 impl fmt::Display for StayReason {
@@ -77,6 +80,7 @@ impl fmt::Display for StayReason {
             }
             Self::InFlight => write!(f, "a move is under way"),
             Self::OtherMoveFirst => write!(f, "another kind of move comes first"),
+            Self::ToldToStay => write!(f, "its label {} says so", crate::rules::STAY),
         }
     }
 }
@@ -109,6 +113,41 @@ pub enum Dropped {
         /// How many.
         moves: u32,
     },
+    /// As many moves as are allowed at once use a host's link.
+    LinkBusy {
+        /// Whose.
+        host: String,
+        /// How many.
+        moves: u32,
+    },
+    /// As many moves as are allowed in an hour went to or from a host in the last one.
+    HourSpent {
+        /// Which.
+        host: String,
+        /// How many.
+        moves: u32,
+    },
+    /// It is being emptied.
+    Draining,
+    /// The instance's label names other pools.
+    Pinned {
+        /// Which.
+        to: String,
+    },
+    /// Another one of its group, of which no two are to be on one host, is there.
+    Apart {
+        /// The group.
+        group: String,
+        /// The other one.
+        with: InstanceName,
+    },
+    /// Its group, which is to be on one host, is elsewhere.
+    Together {
+        /// The group.
+        group: String,
+        /// Its first member.
+        with: InstanceName,
+    },
     /// Memory is written faster than the link can send it.
     WillNotConverge {
         /// Written, in bytes per second.
@@ -127,6 +166,14 @@ impl fmt::Display for Dropped {
                 write!(f, "needs {} MiB, has {} MiB", needed_bytes >> 20, available_bytes >> 20)
             }
             Self::Busy { moves } => write!(f, "{moves} move(s) are on their way there"),
+            Self::LinkBusy { host, moves } => write!(f, "{moves} move(s) use the link of {host}"),
+            Self::HourSpent { host, moves } => {
+                write!(f, "{moves} move(s) to and from {host} in the last hour are enough")
+            }
+            Self::Draining => write!(f, "it is being emptied"),
+            Self::Pinned { to } => write!(f, "the instance is pinned to {to}"),
+            Self::Apart { group, with } => write!(f, "{with} is there, and {group} is to be apart"),
+            Self::Together { group, with } => write!(f, "{with} is elsewhere, and {group} is to be together"),
             Self::WillNotConverge { dirty_bytes_per_s, link_bytes_per_s } => write!(
                 f,
                 "writes {:.1} MB/s, the link sends {:.1} MB/s",

@@ -45,6 +45,7 @@ fn view(name: &str, cpu_pool: &str, needs: &[(u64, f64)], evidence: Evidence) ->
         resident_bytes: 100 << 20,
         dirty_bytes_per_s: Some(1e6),
         movable: vec![MoveKind::Cpu, MoveKind::Host],
+        labels: BTreeMap::new(),
     }
 }
 

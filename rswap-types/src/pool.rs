@@ -64,6 +64,8 @@ pub struct Capacity {
 pub enum PoolState {
     /// It does.
     Ready,
+    /// It does not, and those on it are to leave: somebody wants to switch it off.
+    Draining,
     /// It does not, and why.
     Unavailable {
         /// For people.

@@ -31,7 +31,7 @@ pub(super) struct Wiring {
     profiler: Arc<Profiler>,
     forecaster: Forecaster,
     pub(super) planner: Planner,
-    pools: Vec<Pool>,
+    pub(super) pools: Vec<Pool>,
     /// The instances of the last look, by name.
     pub(super) known: BTreeMap<InstanceName, Instance>,
     pub(super) moving: BTreeMap<InstanceName, String>,
@@ -49,7 +49,7 @@ impl Wiring {
         recovery: Recovery,
     ) -> Self {
         let profiler = Arc::new(Profiler::start(&config.profile));
-        let pools = pool::discover(&config);
+        let pools = super::drain::remembered(&config, pool::discover(&config));
         board.write(|board| {
             board.probes = profiler.probes();
             board.pools.clone_from(&pools);
@@ -203,6 +203,7 @@ impl Wiring {
             resident_bytes: profile.memory.resident_bytes,
             dirty_bytes_per_s: profile.memory.dirty_bytes_per_s,
             movable,
+            labels: instance.labels.clone(),
         })
     }
 
@@ -263,6 +264,7 @@ impl Wiring {
         match command {
             Command::Adopt(request, reply) => drop(reply.send(self.adopt(request))),
             Command::Register(request, reply) => drop(reply.send(self.register(&request))),
+            Command::Drain(request, reply) => drop(reply.send(self.drain(request))),
             Command::Recover(request, reply) => self.recover(request, reply),
             Command::Swap(request, reply) => {
                 if let Err((error, Stake::Swap(Some(reply)))) = self.start_swap(request, Some(reply)) {

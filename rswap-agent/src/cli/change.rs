@@ -1,8 +1,11 @@
-//! `adopt`, `swap` and `recover`.
+//! `adopt`, `swap`, `drain` and `recover`.
 
-use super::{AdoptArguments, RecoverArguments, SwapArguments, labels, print_json};
+use super::{AdoptArguments, DrainArguments, RecoverArguments, SwapArguments, labels, print_json};
 use crate::{
-    control::{AdoptRequest, RecoverDone, RecoverRequest, SwapDone, SwapRequest, client::Client},
+    control::{
+        AdoptRequest, DrainDone, DrainRequest, RecoverDone, RecoverRequest, SwapDone, SwapRequest,
+        client::Client,
+    },
     instance::Instance,
     migrate::recovery::Decision,
 };
@@ -30,6 +33,23 @@ pub(super) async fn swap(client: &Client, arguments: SwapArguments) -> anyhow::R
         return print_json(&done);
     }
     println!("{} sits on {} now ({:.1} ms)", done.instance, done.pool, done.duration_ms);
+    Ok(())
+}
+
+pub(super) async fn drain(client: &Client, arguments: DrainArguments) -> anyhow::Result<()> {
+    let request = DrainRequest { pool: arguments.pool, undo: arguments.undo };
+    let done: DrainDone = client.post("/v1/drain", &request).await?;
+    if arguments.output.json {
+        return print_json(&done);
+    }
+    let DrainDone { pool, draining, acts } = done;
+    match (draining, acts) {
+        (false, _) => println!("{pool} may be used again"),
+        (true, true) => {
+            println!("{pool} is being emptied: see `rswap ps`, and `rswap plan` for who can't leave")
+        }
+        (true, false) => println!("{pool} is to be emptied, but this agent observes only: see `rswap plan`"),
+    }
     Ok(())
 }
 

@@ -59,6 +59,8 @@ enum Command {
     Swap(SwapArguments),
     /// Migrate an instance to another host
     Migrate(MigrateArguments),
+    /// Empty a pool or a host: what is on it is moved away, and nothing is moved there
+    Drain(DrainArguments),
     /// Decide about an instance whose migration is in doubt: its other host does not answer
     Recover(RecoverArguments),
     /// Name what a migration would not carry, without touching anything
@@ -155,6 +157,17 @@ struct MigrateArguments {
     /// Print JSON, one event per line
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct DrainArguments {
+    /// Which pool: `rswap pools` names them; this-host for this host
+    pool: String,
+    /// It may be used again
+    #[arg(long)]
+    undo: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -259,6 +272,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Explain(arguments) => show::explain(&session.client, &arguments).await?,
         Command::Adopt(arguments) => change::adopt(&session.client, arguments).await?,
         Command::Swap(arguments) => change::swap(&session.client, arguments).await?,
+        Command::Drain(arguments) => change::drain(&session.client, arguments).await?,
         Command::Recover(arguments) => change::recover(&session.client, arguments).await?,
         Command::Migrate(arguments) => return migrate::migrate(&session.client, arguments).await,
         Command::Agent

@@ -84,6 +84,7 @@ pub(super) async fn pools(client: &Client, output: Output) -> anyhow::Result<()>
             pool.performance.to_string(),
             match &pool.state {
                 PoolState::Ready => "ready".to_owned(),
+                PoolState::Draining => "draining".to_owned(),
                 PoolState::Unavailable { reason } => reason.clone(),
             },
         ]);

@@ -105,6 +105,28 @@ pub struct RecoverDone {
     pub decision: Decision,
 }
 
+/// Body of `POST /v1/drain`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainRequest {
+    /// Which pool: a core set, `this-host`, or another host.
+    pub pool: String,
+    /// It takes instances again.
+    #[serde(default)]
+    pub undo: bool,
+}
+
+/// Answer to `POST /v1/drain`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainDone {
+    /// Which pool.
+    pub pool: String,
+    /// Whether it is being emptied now.
+    pub draining: bool,
+    /// Whether plans are carried out, or only made.
+    pub acts: bool,
+}
+
 /// One line of the answer to `POST /v1/migrate`. The last one is no `progress`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "event")]
@@ -133,6 +155,8 @@ pub enum Command {
     Adopt(AdoptRequest, Reply<Instance>),
     /// Look at the registry again, now.
     Register(RegisterRequest, Reply<Instance>),
+    /// Empty a pool, or let it be used again.
+    Drain(DrainRequest, Reply<DrainDone>),
     /// Decide about an instance in doubt.
     Recover(RecoverRequest, Reply<RecoverDone>),
 }

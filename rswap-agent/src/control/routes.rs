@@ -15,7 +15,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    AdoptRequest, Command, MigrateEvent, MigrateRequest, RecoverRequest, RegisterRequest, Reply, SwapRequest,
+    AdoptRequest, Command, DrainRequest, MigrateEvent, MigrateRequest, RecoverRequest, RegisterRequest,
+    Reply, SwapRequest,
 };
 use crate::status::{self, ApiError, Board};
 
@@ -35,6 +36,7 @@ pub fn router(board: Board, commands: Commands) -> Router {
         .route("/v1/adopt", post(adopt))
         .route("/v1/register", post(register))
         .route("/v1/recover", post(recover))
+        .route("/v1/drain", post(drain))
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
         .with_state(commands);
     status::router(board).merge(mutating)
@@ -55,6 +57,10 @@ async fn register(
     given: Given<RegisterRequest>,
 ) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Register).await
+}
+
+async fn drain(State(commands): State<Commands>, given: Given<DrainRequest>) -> Result<Response, ApiError> {
+    ask(&commands, given, Command::Drain).await
 }
 
 async fn recover(

@@ -126,6 +126,7 @@ fn fleet(instances: usize, hosts: usize) -> anyhow::Result<(Vec<Pool>, Vec<Insta
             resident_bytes,
             dirty_bytes_per_s: Some(1e6),
             movable: vec![MoveKind::Host],
+            labels: Default::default(),
         });
     }
     Ok((pools, views))
