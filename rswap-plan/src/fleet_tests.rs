@@ -184,7 +184,7 @@ fn demand(pattern: u8, round: usize, random: f64, at: usize) -> f64 {
     match pattern % 4 {
         0 => random * 3.0,
         1 => {
-            if round % 2 == 0 {
+            if round.is_multiple_of(2) {
                 0.2
             } else {
                 2.6
