@@ -1,6 +1,10 @@
 //! The commands that work on the host themselves: `agent`, `run`, `doctor`, and the internal ones.
 
-use std::{net::Ipv4Addr, process::ExitCode, str::FromStr};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    process::ExitCode,
+    str::FromStr,
+};
 
 use anyhow::bail;
 use tracing_subscriber::EnvFilter;
@@ -11,7 +15,7 @@ use crate::{
     config::Config,
     control::{RegisterRequest, client::ClientError},
     instance::{
-        self, Instance, InstanceName, NetworkIdentity,
+        self, Instance, InstanceName, Ipv6Identity, NetworkIdentity,
         init::{InitOptions, Work},
         launch::{self, LaunchSpec},
         network::mac_for,
@@ -23,9 +27,12 @@ use crate::{
     sys::clock::Clocks,
 };
 
-/// `--net ADDRESS/PREFIX[,gw=ADDRESS]`.
+/// `--net ADDRESS/PREFIX[,gw=ADDRESS]`: the gateway is of the address's family.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct NetworkArgument(pub(super) NetworkIdentity);
+pub(super) enum NetworkArgument {
+    V4 { address: Ipv4Addr, prefix_len: u8, gateway: Option<Ipv4Addr> },
+    V6(Ipv6Identity),
+}
 
 impl FromStr for NetworkArgument {
     type Err = String;
@@ -34,13 +41,48 @@ impl FromStr for NetworkArgument {
         let wrong =
             || format!("{text:?} is not ADDRESS/PREFIX[,gw=ADDRESS], such as 10.0.0.5/24,gw=10.0.0.1");
         let (network, gateway) = match text.split_once(",gw=") {
-            Some((network, gateway)) => (network, Some(gateway.parse::<Ipv4Addr>().map_err(|_| wrong())?)),
+            Some((network, gateway)) => (network, Some(gateway.parse::<IpAddr>().map_err(|_| wrong())?)),
             None => (text, None),
         };
         let (address, prefix) = network.split_once('/').ok_or_else(wrong)?;
-        let address = address.parse().map_err(|_| wrong())?;
-        let prefix_len = prefix.parse().ok().filter(|bits| (1..=32).contains(bits)).ok_or_else(wrong)?;
-        Ok(Self(NetworkIdentity { address, prefix_len, gateway, mac: mac_for(address) }))
+        let prefix =
+            |most: u8| prefix.parse().ok().filter(|bits| (1..=most).contains(bits)).ok_or_else(wrong);
+        match (address.parse().map_err(|_| wrong())?, gateway) {
+            (IpAddr::V4(address), None) => Ok(Self::V4 { address, prefix_len: prefix(32)?, gateway: None }),
+            (IpAddr::V4(address), Some(IpAddr::V4(gateway))) => {
+                Ok(Self::V4 { address, prefix_len: prefix(32)?, gateway: Some(gateway) })
+            }
+            (IpAddr::V6(address), None) => {
+                Ok(Self::V6(Ipv6Identity { address, prefix_len: prefix(128)?, gateway: None }))
+            }
+            (IpAddr::V6(address), Some(IpAddr::V6(gateway))) => {
+                Ok(Self::V6(Ipv6Identity { address, prefix_len: prefix(128)?, gateway: Some(gateway) }))
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+/// What an instance with these addresses is known by.
+pub(super) fn network_of(arguments: Vec<NetworkArgument>) -> anyhow::Result<Option<NetworkIdentity>> {
+    let (mut v4, mut v6) = (Vec::new(), Vec::new());
+    for argument in arguments {
+        match argument {
+            NetworkArgument::V4 { address, prefix_len, gateway } => v4.push((address, prefix_len, gateway)),
+            NetworkArgument::V6(identity) => v6.push(identity),
+        }
+    }
+    if v4.len() > 1 || v6.len() > 1 {
+        bail!(
+            "an instance has one address of each family: give --net once with an IPv4 address, and once with an IPv6 one"
+        );
+    }
+    match (v4.pop(), v6.pop()) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => bail!("an IPv6 address comes beside an IPv4 one: give --net with that, too"),
+        (Some((address, prefix_len, gateway)), ipv6) => {
+            Ok(Some(NetworkIdentity { address, prefix_len, gateway, mac: mac_for(address), ipv6 }))
+        }
     }
 }
 
@@ -90,7 +132,7 @@ pub(super) fn run(session: &Session, arguments: RunArguments) -> anyhow::Result<
         name: name.clone(),
         labels: labels::by_key(arguments.labels),
         pool,
-        network: arguments.net.map(|NetworkArgument(identity)| identity),
+        network: network_of(arguments.net)?,
         volumes,
         detach: arguments.detach,
         log: arguments.log,

@@ -93,9 +93,10 @@ struct RunArguments {
     /// The CPU pool to start on
     #[arg(long)]
     pool: Option<String>,
-    /// Give it a network namespace with this address on the host's bridge
+    /// Give it a network namespace with this address on the host's bridge; may be given again for an IPv6 address beside the
+    /// IPv4 one
     #[arg(long, value_name = "ADDRESS/PREFIX[,gw=ADDRESS]")]
-    net: Option<NetworkArgument>,
+    net: Vec<NetworkArgument>,
     /// A directory that belongs to it and moves with it; may be repeated. It is made if it is missing, and seen at PATH
     #[arg(long = "volume", value_name = "NAME:PATH")]
     volumes: Vec<Volume>,

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     control::client::Client,
+    instance::NetworkIdentity,
     plan::{self, Decision, Plan},
     pool::{Pool, PoolKind, PoolState, cpu_list},
     status::InstanceView,
@@ -28,7 +29,7 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
             format!("{:?}", instance.origin).to_lowercase(),
             or_dash(instance.init_pid.map(|pid| pid.to_string())),
             or_dash(instance.pool.clone()),
-            or_dash(instance.network.as_ref().map(|network| network.address.to_string())),
+            or_dash(instance.network.as_ref().map(addresses)),
             or_dash(profile.map(|p| format!("{:.2}", p.cpu.cores))),
             or_dash(profile.map(|p| bytes(p.memory.resident_bytes as f64))),
             or_dash(wait.map(|queue| nanoseconds(queue.sum as f64 / queue.count as f64))),
@@ -121,4 +122,12 @@ pub(super) async fn explain(client: &Client, arguments: &ExplainArguments) -> an
         println!("{}", plan::explain(decision));
     }
     Ok(())
+}
+
+/// An instance's addresses, for people.
+fn addresses(network: &NetworkIdentity) -> String {
+    match &network.ipv6 {
+        Some(ipv6) => format!("{} {}", network.address, ipv6.address),
+        None => network.address.to_string(),
+    }
 }

@@ -19,9 +19,33 @@ fn run_takes_everything_after_the_dashes_as_the_command() {
     let Command::Run(run) = parse(line).unwrap().command else { panic!("not run") };
     assert_eq!(run.command, ["redis-server", "--port", "7000", "--name", "other"]);
     assert_eq!(labels::by_key(run.labels)["app"], "redis");
-    let NetworkArgument(network) = run.net.unwrap();
+    let network = local::network_of(run.net).unwrap().unwrap();
     assert_eq!((network.prefix_len, network.gateway), (24, Some([10, 0, 0, 1].into())));
+    assert_eq!(network.ipv6, None);
     assert!(run.detach && run.log.is_some());
+}
+
+#[test]
+fn an_instance_has_an_address_of_each_family_at_most() {
+    let network = |addresses: &str| {
+        let Command::Run(run) = parse(&format!("rswap run {addresses} -- true")).unwrap().command else {
+            panic!("not run")
+        };
+        local::network_of(run.net)
+    };
+    assert_eq!(network("").unwrap(), None);
+    let both = network("--net fd00::5/64,gw=fd00::1 --net 10.0.0.5/24").unwrap().unwrap();
+    assert_eq!((both.address, both.gateway), ([10, 0, 0, 5].into(), None));
+    let ipv6 = both.ipv6.unwrap();
+    assert_eq!((ipv6.address.to_string().as_str(), ipv6.prefix_len), ("fd00::5", 64));
+    assert_eq!(ipv6.gateway, Some("fd00::1".parse().unwrap()));
+    for wrong in [
+        "--net fd00::5/64",
+        "--net 10.0.0.5/24 --net 10.0.0.6/24",
+        "--net 10.0.0.5/24 --net ::1/64 --net ::2/64",
+    ] {
+        assert!(network(wrong).is_err(), "{wrong}");
+    }
 }
 
 #[test]
@@ -34,6 +58,8 @@ fn what_is_wrong_is_said_at_once() {
         ("rswap run --net 10.0.0.5 -- true", "PREFIX"),
         ("rswap run --net 10.0.0.5/33 -- true", "PREFIX"),
         ("rswap run --net 10.0.0.5/24,gw=x -- true", "PREFIX"),
+        ("rswap run --net 10.0.0.5/24,gw=::1 -- true", "PREFIX"),
+        ("rswap run --net fe80::5/129 -- true", "PREFIX"),
         ("rswap swap db", "POOL"),
         ("rswap migrate db", "HOST"),
         ("rswap adopt /x", "--name"),

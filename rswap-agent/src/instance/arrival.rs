@@ -123,6 +123,11 @@ pub fn objections(place: &Place, instance: &Instance) -> Result<Vec<(String, &'s
         let reason = "the instance has an address, and this host no bridge: set network.bridge here";
         found.push(("network".to_owned(), reason));
     }
+    let wants_ipv6 = instance.network.as_ref().is_some_and(|network| network.ipv6.is_some());
+    if wants_ipv6 && !std::path::Path::new("/proc/sys/net/ipv6").exists() {
+        let reason = "the instance has an IPv6 address, and this host's kernel has no IPv6";
+        found.push(("network".to_owned(), reason));
+    }
     for volume in &instance.volumes {
         let directory = place.volume(name, volume);
         if directory.exists() {

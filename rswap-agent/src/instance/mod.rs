@@ -98,4 +98,18 @@ pub struct NetworkIdentity {
     pub gateway: Option<std::net::Ipv4Addr>,
     /// Ethernet address.
     pub mac: [u8; 6],
+    /// A second address, of the other family.
+    #[serde(default)]
+    pub ipv6: Option<Ipv6Identity>,
+}
+
+/// An IPv6 address that goes along with an instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ipv6Identity {
+    /// The address.
+    pub address: std::net::Ipv6Addr,
+    /// Prefix length, in bits.
+    pub prefix_len: u8,
+    /// Default route, if any.
+    pub gateway: Option<std::net::Ipv6Addr>,
 }

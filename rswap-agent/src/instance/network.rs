@@ -4,7 +4,7 @@ use std::{
     fs::File,
     future::Future,
     io,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsFd,
     sync::mpsc,
     time::{Duration, Instant},
@@ -16,7 +16,8 @@ use nix::{
     sched::{CloneFlags, setns},
 };
 use rtnetlink::{
-    Handle, IpVersion, LinkUnspec, LinkVeth, RouteMessageBuilder, packet_route::neighbour::NeighbourState,
+    Handle, IpVersion, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    packet_route::{address::AddressHeaderFlags, neighbour::NeighbourState},
 };
 
 use super::{InstanceError, InstanceName, NetworkIdentity};
@@ -78,6 +79,9 @@ impl Port {
         })
         .map_err(self.failed("making the veth pair"))?;
         let configure = || {
+            if self.identity.ipv6.is_some() {
+                have_no_other_ipv6_addresses(inner).map_err(InstanceError::io("configuring IPv6"))?;
+            }
             run(|handle| async move {
                 let lo = index_of(&handle, "lo").await?;
                 handle.link().change(LinkUnspec::new_with_index(lo).up().build()).execute().await?;
@@ -91,6 +95,18 @@ impl Port {
                 if let Some(gateway) = self.identity.gateway {
                     let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(gateway).build();
                     handle.route().add(route).execute().await?;
+                }
+                if let Some(ipv6) = &self.identity.ipv6 {
+                    // Without a search for others that have it: it is used before it could end, and while the other host
+                    // has it still.
+                    let mut add = handle.address().add(index, ipv6.address.into(), ipv6.prefix_len);
+                    add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+                    add.execute().await?;
+                    if let Some(gateway) = ipv6.gateway {
+                        let route =
+                            RouteMessageBuilder::<Ipv6Addr>::new().gateway(gateway).output_interface(index);
+                        handle.route().add(route.build()).execute().await?;
+                    }
                 }
                 Ok(())
             })
@@ -118,7 +134,8 @@ impl Port {
     pub fn hold(&self) -> Result<Holder, InstanceError> {
         let what = || format!("holding frames on {}", self.bridge);
         let index = nix::net::if_::if_nametoindex(self.bridge.as_str()).map_err(InstanceError::io(what()))?;
-        Holder::start(index, self.identity.mac).map_err(InstanceError::io(what()))
+        let ipv6 = self.identity.ipv6.as_ref().map(|ipv6| ipv6.address);
+        Holder::start(index, self.identity.mac, ipv6).map_err(InstanceError::io(what()))
     }
 
     fn set_up(&self, up: bool) -> Result<(), rtnetlink::Error> {
@@ -133,7 +150,7 @@ impl Port {
     fn announce(&self) -> Result<(), InstanceError> {
         wait_until_running(&self.interface);
         let namespace = self.namespace()?;
-        let NetworkIdentity { address, mac, .. } = self.identity.clone();
+        let NetworkIdentity { address, mac, ipv6, .. } = self.identity.clone();
         let (sender, sent) = mpsc::sync_channel(1);
         let forgetting = format!("forgetting neighbours that did not answer ({})", self.interface);
         let forgetting = move |source| InstanceError::Network { what: forgetting, source: Box::new(source) };
@@ -143,11 +160,14 @@ impl Port {
                 wait_until_running(INNER);
                 // What the instance's kernel sent while the port was down found nobody, and for a second it would not
                 // ask for the neighbour again.
-                if has_unanswered_questions() {
-                    run(forget_neighbours).map_err(forgetting)?;
+                if ipv6.is_some() || has_unanswered_questions() {
+                    let of_ipv6 = ipv6.is_some();
+                    run(move |handle| forget_neighbours(handle, of_ipv6)).map_err(forgetting)?;
                 }
                 let index = nix::net::if_::if_nametoindex(INNER).map_err(InstanceError::io(what()))?;
-                packet::announce_ipv4(index, mac, address).map_err(InstanceError::io(what()))
+                let ipv6 = ipv6.map(|ipv6| IpAddr::from(ipv6.address));
+                let addresses: Vec<IpAddr> = std::iter::once(address.into()).chain(ipv6).collect();
+                packet::announce(index, mac, &addresses).map_err(InstanceError::io(what()))
             });
             // The receiver waits for it; only then is the socket closed.
             let (socket, result) = match socket {
@@ -250,13 +270,24 @@ fn has_unanswered_questions() -> bool {
     table.lines().skip(1).any(|line| line.split_whitespace().nth(2) == Some("0x0"))
 }
 
-/// Forgets the neighbours that did not answer.
-async fn forget_neighbours(handle: Handle) -> Result<(), rtnetlink::Error> {
-    let mut neighbours = handle.neighbours().get().set_family(IpVersion::V4).execute();
+/// Lets interface `name` of the calling thread's network namespace have no IPv6 addresses but those that it is given, and the
+/// link-local one, all usable at once: the same are used at the other host a moment before and after.
+fn have_no_other_ipv6_addresses(name: &str) -> io::Result<()> {
+    for (setting, value) in [("accept_ra", "0"), ("accept_dad", "0"), ("dad_transmits", "0")] {
+        std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), value)?;
+    }
+    Ok(())
+}
+
+/// Forgets the neighbours that did not answer; with `ipv6`, also those of that family.
+async fn forget_neighbours(handle: Handle, ipv6: bool) -> Result<(), rtnetlink::Error> {
     let mut silent = Vec::new();
-    while let Some(neighbour) = neighbours.try_next().await? {
-        if matches!(neighbour.header.state, NeighbourState::Incomplete | NeighbourState::Failed) {
-            silent.push(neighbour);
+    for family in [Some(IpVersion::V4), ipv6.then_some(IpVersion::V6)].into_iter().flatten() {
+        let mut neighbours = handle.neighbours().get().set_family(family).execute();
+        while let Some(neighbour) = neighbours.try_next().await? {
+            if matches!(neighbour.header.state, NeighbourState::Incomplete | NeighbourState::Failed) {
+                silent.push(neighbour);
+            }
         }
     }
     for neighbour in silent {

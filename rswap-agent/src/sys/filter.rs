@@ -58,17 +58,19 @@ pub fn takes_no_connections(socket: &OwnedFd) -> bool {
     done == 0 && ours.iter().zip(&theirs).all(same)
 }
 
-/// A packet socket takes only frames to `mac`.
-pub fn take_frames_to(socket: &OwnedFd, mac: [u8; 6]) -> io::Result<()> {
-    let [a, b, c, d, e, f] = mac;
-    let program = [
-        step(LOAD_WORD, 0, 0, 0),
-        step(IF_EQUAL, u32::from_be_bytes([a, b, c, d]), 0, 3),
-        step(LOAD_HALF, 4, 0, 0),
-        step(IF_EQUAL, u32::from_be_bytes([0, 0, e, f]), 0, 1),
-        step(RETURN, TAKE, 0, 0),
-        step(RETURN, DROP, 0, 0),
-    ];
+/// A packet socket takes only frames to `mac`, and to `other`.
+pub fn take_frames_to(socket: &OwnedFd, mac: [u8; 6], other: Option<[u8; 6]>) -> io::Result<()> {
+    let mut program = Vec::new();
+    for [a, b, c, d, e, f] in std::iter::once(mac).chain(other) {
+        program.extend([
+            step(LOAD_WORD, 0, 0, 0),
+            step(IF_EQUAL, u32::from_be_bytes([a, b, c, d]), 0, 3),
+            step(LOAD_HALF, 4, 0, 0),
+            step(IF_EQUAL, u32::from_be_bytes([0, 0, e, f]), 0, 1),
+            step(RETURN, TAKE, 0, 0),
+        ]);
+    }
+    program.push(step(RETURN, DROP, 0, 0));
     attach(socket, &program)
 }
 
