@@ -4,6 +4,7 @@ import os
 import socket
 import struct
 import sys
+import time
 
 from holding import Held, expect, run
 
@@ -116,8 +117,48 @@ class Idle(Held):
                 data = data[(length + 3) & ~3 :]
 
 
+class Ended(Held):
+    """TCP connections that have ended in both directions, with data that nobody has read."""
+
+    def __init__(self):
+        self.begin()
+
+    def begin(self):
+        self.ended = []
+        for family in LOOPBACK:
+            listener = socket.socket(family)
+            listener.bind((LOOPBACK[family], 0))
+            listener.listen()
+            client = socket.create_connection(listener.getsockname()[:2])
+            server, _ = listener.accept()
+            listener.close()
+            client.sendall(b"last words " * 1000)
+            client.shutdown(socket.SHUT_WR)
+            server.shutdown(socket.SHUT_WR)
+            expect(client.recv(10), b"", "the server's end")
+            client.close()
+            while server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x07":
+                time.sleep(0.001)
+            self.ended.append(server)
+
+    def check(self):
+        for server in self.ended:
+            expect(server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1), b"\x07", "the state of an ended connection")
+            expect(server.recv(10, socket.MSG_PEEK), b"last words", "what waits at an ended connection")
+
+    def drain(self):
+        for server in self.ended:
+            data = b""
+            while piece := server.recv(5000):
+                data += piece
+            expect(data == b"last words " * 1000, True, "what came of an ended connection")
+            expect(server.recv(10), b"", "behind its end")
+            server.close()
+        self.begin()
+
+
 def main():
-    held = [Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
+    held = [Ended(), Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
     run(held)
 
 

@@ -53,6 +53,23 @@ def encap():
     return sock
 
 
+def relatives():
+    """A grandchild that has the descriptors in common with this process, and its parent has not."""
+    CLONE, UNSHARE, CLONE_FILES = 56, 272, 0x400
+    reader, writer = os.pipe()
+    if call(CLONE, CLONE_FILES | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+        if call(CLONE, CLONE_FILES | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+            while True:
+                signal.pause()
+        call(UNSHARE, CLONE_FILES)
+        os.write(writer, b"x")
+        while True:
+            signal.pause()
+    os.read(reader, 1)
+    return reader, writer
+
+
+hold("neither its parent nor a sibling", relatives)
 hold("io_uring", lambda: call(425, 4, ctypes.create_string_buffer(120)))
 hold("fanotify", lambda: call(300, 0, 0))
 hold("userfaultfd", lambda: call(323, 1))

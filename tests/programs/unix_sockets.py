@@ -177,8 +177,68 @@ class Queues(Held):
         self.fill()
 
 
+class Passing(Held):
+    """Streams with descriptors in their queues, one of which has lost its peer."""
+
+    def __init__(self):
+        self.number = 0
+        self.fill()
+
+    def fill(self):
+        self.number += 1
+        self.streams = []
+        for closed in (False, True):
+            ours, theirs = socket.socketpair()
+            self.wanted = {}
+            self.bytes = b""
+            for data, descriptors in (
+                (b"first", 1),
+                (b"nothing with it" * 30, 0),
+                (b"twice " * 500, 2),
+                (b"at once", 1),
+                (b"", 0),
+                (b"x", 3),
+                (b"long" * 10000, 1),
+                (b"the end", 0),
+            ):
+                names = [f"{self.number}-{len(self.bytes)}-{one}" for one in range(descriptors)]
+                if names:
+                    self.wanted[len(self.bytes)] = names
+                passed = [self.file(name) for name in names]
+                expect(send(theirs, data, *passed) if names else theirs.send(data), len(data), "bytes sent")
+                self.bytes += data
+                for fd in passed:
+                    os.close(fd)
+            if closed:
+                theirs.close()
+            self.streams.append((ours, theirs))
+
+    def file(self, name):
+        fd = os.memfd_create(name)
+        os.write(fd, name.encode())
+        return fd
+
+    def drain(self):
+        for ours, theirs in self.streams:
+            found, data = {}, b""
+            while len(data) < len(self.bytes):
+                byte, descriptors, _ = receive(ours, 1)
+                if descriptors:
+                    found[len(data)] = [os.pread(fd, 100, 0).decode() for fd in descriptors]
+                for fd in descriptors:
+                    os.close(fd)
+                data += byte
+            expect(data == self.bytes, True, "the bytes of a stream with descriptors")
+            expect(found, self.wanted, "with which bytes descriptors came")
+            if theirs.fileno() < 0:
+                expect(ours.recv(10), b"", "what comes behind the end")
+            ours.close()
+            theirs.close()
+        self.fill()
+
+
 def send(sock, data, *descriptors):
-    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
+    return sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
 
 
 def receive(sock, limit):
@@ -318,7 +378,7 @@ def main():
     os.makedirs(directory)
     os.chmod(directory, 0o777)
     child = Child()
-    held = [Queues(), Datagrams(), Ended(), Plain(), Threads()]
+    held = [Queues(), Passing(), Datagrams(), Ended(), Plain(), Threads()]
     for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
         held.append(Listening(child, path(f"listening-{int(kind)}"), kind))
         held.append(Listening(child, b"\0rswap-test-%d-%d" % (os.getpid(), kind), kind))

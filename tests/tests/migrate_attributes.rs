@@ -6,7 +6,8 @@ use std::fs;
 use anyhow::Context;
 use rswap_tests::{
     reason_to_skip,
-    scene::{Scene, further},
+    scene::{LIMIT, Scene, further},
+    wait_for,
 };
 
 #[test]
@@ -61,6 +62,45 @@ fn huge_pages_that_are_not_there_are_refused() -> anyhow::Result<()> {
     };
     anyhow::ensure!(reason.contains("huge pages are needed"), "{reason}");
     further(&scene.log, "checked", 2)
+}
+
+#[test]
+fn mounts_of_an_instance_are_refused_by_their_points() -> anyhow::Result<()> {
+    if reason_to_skip("mounts_of_an_instance_are_refused_by_their_points").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let path = |name: &str| scene.fleet.scratch().join(name);
+    for name in ["tmpfs", "bind"] {
+        fs::create_dir(path(name))?;
+    }
+    let script = format!(
+        "mount -t tmpfs none {tmpfs} && mount --bind {tmpfs} {bind} && echo mounted; \
+         while ! [ -e {enough} ]; do sleep 0.05; done; umount {bind} {tmpfs} && echo unmounted; \
+         while :; do sleep 0.05; done",
+        tmpfs = path("tmpfs").display(),
+        bind = path("bind").display(),
+        enough = path("enough").display(),
+    );
+    scene.run("mounts", &[], &["sh", "-c", &script])?;
+    let said = |word: &str| {
+        wait_for(word, LIMIT, || {
+            let log = fs::read_to_string(path("a/mounts.log")).unwrap_or_default();
+            Ok(log.lines().any(|line| line == word).then_some(()))
+        })
+    };
+    said("mounted")?;
+    let Err(reason) = scene.a.migrate("mounts", &scene.b.migrate_address())?.end()? else {
+        anyhow::bail!("it was moved away from its mounts");
+    };
+    for name in ["tmpfs", "bind"] {
+        let item = format!("a mount of its own at {} (tmpfs)", path(name).display());
+        anyhow::ensure!(reason.contains(&item), "{reason}");
+    }
+    fs::write(path("enough"), "")?;
+    said("unmounted")?;
+    scene.moved("mounts", &scene.a, &scene.b)?;
+    scene.moved("mounts", &scene.b, &scene.a)
 }
 
 /// Huge pages that are set aside, and given back at the end.

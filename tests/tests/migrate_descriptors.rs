@@ -58,6 +58,11 @@ fn pseudo_terminals_are_carried() -> anyhow::Result<()> {
 }
 
 #[test]
+fn tables_that_are_shared_stay_shared() -> anyhow::Result<()> {
+    held_through_three_moves("tables_that_are_shared_stay_shared", "tables", &[])
+}
+
+#[test]
 fn a_tmux_session_goes_on() -> anyhow::Result<()> {
     if reason_to_skip("a_tmux_session_goes_on").is_some() {
         return Ok(());

@@ -82,6 +82,71 @@ fn full_queues_come_over_byte_by_byte() -> anyhow::Result<()> {
     }
     let (fleet, a, b) = hosts()?;
     let address = start_streams(&fleet, &a)?;
+    keep_streams(&fleet, &a, &b, address)
+}
+
+#[test]
+fn ipv6_connections_come_over_byte_by_byte() -> anyhow::Result<()> {
+    if reason_to_skip("ipv6_connections_come_over_byte_by_byte").is_some() {
+        return Ok(());
+    }
+    let (fleet, a, b) = hosts()?;
+    fleet.client.ip(&["addr", "add", "fd88::100/64", "dev", "eth0", "nodad"])?;
+    let options = ["--net", "10.88.0.10/24", "--net", "fd88::10/64,gw=fd88::1"];
+    let address = start_streams_at(&fleet, &a, "[fd88::10]:7000".parse()?, &options)?;
+    assert!(a.call(&["ps"])?.contains("fd88::10"), "the address is not listed");
+    keep_streams(&fleet, &a, &b, address)?;
+    // Who asks for the first time finds it at its new place.
+    fleet.client.ip(&["neigh", "flush", "dev", "eth0"])?;
+    let fresh = persistent::echo(&fleet.client, address)?;
+    fresh.wait_for(100, LIMIT)?;
+    fresh.finish().map(drop)
+}
+
+/// Calls somebody who does not answer, and gives up, again and again.
+const CALLS: &str = "
+import socket, time
+while True:
+    sock = socket.socket()
+    sock.setblocking(False)
+    sock.connect_ex(('10.88.0.77', 1))
+    print('calls', flush=True)
+    time.sleep(0.3)
+    sock.close()
+    time.sleep(0.6)
+";
+
+#[test]
+fn a_call_under_way_is_waited_for() -> anyhow::Result<()> {
+    if reason_to_skip("a_call_under_way_is_waited_for").is_some() {
+        return Ok(());
+    }
+    let (fleet, a, b) = hosts()?;
+    let log = fleet.scratch().join("a/caller.log");
+    let calls = || std::fs::read_to_string(&log).unwrap_or_default().lines().count();
+    a.run("caller", &["--net", &format!("{SERVER}/24")], &["python3", "-c", CALLS])?;
+    for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
+        from.wait_for_instance("caller")?;
+        let mut tries = 0;
+        loop {
+            let before = calls();
+            rswap_tests::wait_for("a call", LIMIT, || Ok((calls() > before).then_some(())))?;
+            match from.migrate("caller", &to.migrate_address())?.end()? {
+                Ok(_) => break,
+                // At its beginning it is no reason: it has an end soon.
+                Err(reason) if reason.contains("can't migrate") => anyhow::bail!("refused at once: {reason}"),
+                Err(reason) if reason.contains("try again") && tries < 20 => println!("{reason}"),
+                Err(reason) => anyhow::bail!("{reason}"),
+            }
+            tries += 1;
+        }
+    }
+    let before = calls();
+    rswap_tests::wait_for("a further call", LIMIT, || Ok((calls() > before).then_some(())))
+}
+
+/// Keeps three streams full through three moves.
+fn keep_streams(fleet: &Fleet, a: &Host, b: &Host, address: SocketAddr) -> anyhow::Result<()> {
     let running = [
         ("slow reader", persistent::slow_reader(&fleet.client, address)?),
         ("fast writer", persistent::fast_writer(&fleet.client, address)?),
@@ -95,7 +160,7 @@ fn full_queues_come_over_byte_by_byte() -> anyhow::Result<()> {
     };
     go_on(&running)?;
     println!("{}", a.call(&["check", "streams"])?);
-    for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
+    for (from, to) in [(a, b), (b, a), (a, b)] {
         let report = from.migrate("streams", &to.migrate_address())?.succeed()?;
         println!("freeze {:.1} ms: {:?}", report.unavailability_ms, report.freeze_steps_ms);
         go_on(&running)?;
@@ -195,10 +260,18 @@ fn many_idle_connections_come_along() -> anyhow::Result<()> {
 }
 
 fn start_streams(fleet: &Fleet, host: &Host) -> anyhow::Result<SocketAddr> {
+    start_streams_at(fleet, host, (SERVER, 7000).into(), &["--net", &format!("{SERVER}/24")])
+}
+
+fn start_streams_at(
+    fleet: &Fleet,
+    host: &Host,
+    address: SocketAddr,
+    options: &[&str],
+) -> anyhow::Result<SocketAddr> {
     let program = binary("stream_server")?;
-    let address = SocketAddr::from((SERVER, 7000));
     let words = [&*program.to_string_lossy(), &address.to_string(), "127.0.0.1:7001"];
-    host.run("streams", &["--net", &format!("{SERVER}/24")], &words)?;
+    host.run("streams", options, &words)?;
     rswap_tests::wait_for("the server to listen", LIMIT, || {
         let connect = fleet.client.spawn("try", move || Ok(TcpStream::connect(address).is_ok()))?;
         let there = connect.join().map_err(|_| anyhow::anyhow!("the try panicked"))??;

@@ -26,6 +26,7 @@ use crate::{
     tracee::{
         image::InstanceImage,
         layout::{InstanceLayout, Layout, Mapping, ProcessLayout},
+        tables::Tables,
         tree::Node,
     },
 };
@@ -80,7 +81,8 @@ fn layout() -> Vec<u8> {
     };
     let node = Node { pid: 2, parent: 1, group: 2, session: 2, status: None };
     let layout = Layout { mappings: vec![mapping.clone(); 3], huge_pages_off: true };
-    let process = ProcessLayout { space: 0, node, kernel_mappings: vec![mapping], layout, terminal: None };
+    let (terminal, tables) = (None, Tables::default());
+    let process = ProcessLayout { space: 0, node, kernel_mappings: vec![mapping], layout, terminal, tables };
     let layout = InstanceLayout { processes: vec![process], objects: vec![], files: BTreeMap::new() };
     postcard::to_stdvec(&layout).expect("plain data")
 }

@@ -1,7 +1,10 @@
 //! An instance, a tree of Linux processes, that is being built as the destination of a migration.
 
+mod tree;
+
 use std::{collections::BTreeMap, time::Instant};
 
+use self::tree::make_beside_or_below;
 use super::{
     offer::{self, HostTraits, Objection, Requirements},
     recovery::Particulars,
@@ -15,14 +18,15 @@ use crate::{
         TraceeError,
         descriptors::{Restorer, Surroundings},
         image::InstanceImage,
-        layout::{InstanceLayout, Mapping, ProcessLayout},
+        layout::{InstanceLayout, ProcessLayout},
         link::Link,
         objects::{BuiltObject, FIRST_SPACE},
         rebuild::{self, Parked, Rebuilt},
         space::{SharedMemory, Space},
         sysv,
+        tables::Tables,
         terminals::{self, Terminals},
-        tree::{self, INIT, Node},
+        tree::{INIT, Node},
     },
     units::UnixMillis,
 };
@@ -67,6 +71,8 @@ pub struct LinuxDestination<R> {
 struct BuiltProcess {
     number: u32,
     node: Node,
+    /// Whose tables it is to have.
+    tables: Tables,
     space: Space,
 }
 
@@ -123,7 +129,12 @@ impl<R: Reception> LinuxDestination<R> {
         let mut space = if node.parent == INIT && node.pid == self.main_pid && self.processes.is_empty() {
             Space::take(arrival.stub_pid, &wanted.kernel_mappings)?
         } else {
-            make_beside_or_below(&mut self.processes, node, Some(&wanted.kernel_mappings))?
+            make_beside_or_below(
+                &mut self.processes,
+                node,
+                Some(wanted.tables),
+                Some(&wanted.kernel_mappings),
+            )?
         };
         if node.session == node.pid {
             space.start_session()?;
@@ -131,7 +142,8 @@ impl<R: Reception> LinuxDestination<R> {
         if let Some(terminal) = wanted.terminal {
             self.terminals.control(space.remote(), terminal)?;
         }
-        self.processes.push(BuiltProcess { number: wanted.space, node, space });
+        let (number, tables) = (wanted.space, wanted.tables);
+        self.processes.push(BuiltProcess { number, node, tables, space });
         Ok(())
     }
 
@@ -182,74 +194,6 @@ impl<R: Reception> LinuxDestination<R> {
         }
         Ok(())
     }
-
-    /// Makes the zombies, and puts every process into its group.
-    fn finish_tree(&mut self, image: &InstanceImage) -> Result<(), TaskError> {
-        let mut zombies = Vec::new();
-        for &node in &image.zombies {
-            let mut space = make_beside_or_below(&mut self.processes, node, None)?;
-            if node.session == node.pid {
-                space.start_session()?;
-            }
-            zombies.push(BuiltProcess { number: u32::MAX, node, space });
-        }
-        for process in &self.processes {
-            let wanted = process.node.session;
-            if wanted != 0 && tree::session(process.space.pid())? != wanted {
-                let text = format!("process {} can't be put into session {wanted}", process.node.pid);
-                return Err(refuse(text));
-            }
-        }
-        // Leaders first: nobody can join a group that isn't there. Leaders of sessions lead their group already.
-        let leads = |node: &Node| node.group == node.pid;
-        for leaders in [true, false] {
-            for process in self.processes.iter_mut().chain(&mut zombies) {
-                let node = process.node;
-                if node.group != 0 && node.session != node.pid && leads(&node) == leaders {
-                    process.space.join_group(node.group)?;
-                }
-            }
-        }
-        for zombie in zombies {
-            zombie.space.end_with(zombie.node.status.unwrap_or(0))?;
-        }
-        self.stop_those_stopped(image)?;
-        for process in &mut self.processes {
-            process.space.drop_signals()?;
-        }
-        Ok(())
-    }
-}
-
-impl<R: Reception> LinuxDestination<R> {
-    /// Stops the programs that were stopped, for their parents to find if they had not yet.
-    fn stop_those_stopped(&mut self, image: &InstanceImage) -> Result<(), TaskError> {
-        for described in &image.processes {
-            let Some(stop) = described.task.stopped else { continue };
-            self.space(described.space)?.stop_by(stop.signal)?;
-            let parent = self.processes.iter_mut().find(|p| p.node.pid == described.node.parent);
-            if let Some(parent) = parent.filter(|_| !stop.unread) {
-                parent.space.read_stop(described.node.pid)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Makes the process of `node`: a child of its parent's stub, or a sibling of the main one.
-fn make_beside_or_below(
-    processes: &mut [BuiltProcess],
-    node: Node,
-    kernel_mappings: Option<&[Mapping]>,
-) -> Result<Space, TaskError> {
-    let beside = node.parent == INIT;
-    let by = match beside {
-        true => processes.iter_mut().find(|process| process.node.parent == INIT),
-        false => processes.iter_mut().find(|process| process.node.pid == node.parent),
-    };
-    let by =
-        by.ok_or_else(|| refuse(format!("process {} comes before its parent {}", node.pid, node.parent)))?;
-    Ok(by.space.make_child(node.pid, beside, kernel_mappings)?)
 }
 
 fn refuse(text: String) -> TaskError {
@@ -303,6 +247,10 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         self.compared.clone_from(&layout.files);
         self.end_those_not_in(&layout)?;
         self.resize_objects(&layout)?;
+        for known in &mut self.processes {
+            let wanted = layout.processes.iter().find(|wanted| wanted.space == known.number);
+            known.tables = wanted.map_or(known.tables, |wanted| wanted.tables);
+        }
         for wanted in &layout.processes {
             match self.processes.iter_mut().find(|process| process.number == wanted.space) {
                 None => self.make(wanted)?,
@@ -317,6 +265,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
                 }
             }
         }
+        self.separate()?;
         let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
         let (link, volumes) = (&arrival.link, arrival.instance().volumes.as_slice());
         let mut shared = SharedMemory { link, objects: &self.objects, volumes };
@@ -370,6 +319,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
         let image: InstanceImage = postcard::from_bytes(image)?;
         self.restore_terminals(&image)?;
+        let parts = self.settle_tables(&image)?;
         self.finish_tree(&image)?;
         self.set_foreground_groups(&image)?;
         let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
@@ -391,10 +341,10 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
             self.processes.iter_mut().map(|process| (process.node.pid, process.space.remote())).collect();
         restorer.prepare(&image, &mut remotes)?;
         let mut rebuilt = Rebuilt::default();
-        for described in &image.processes {
+        for (described, parts) in image.processes.iter().zip(parts) {
             let process = self.processes.iter_mut().find(|process| process.number == described.space);
             let process = process.ok_or_else(|| format!("there is no process {}", described.space))?;
-            rebuilt.add(rebuild::rebuild(&mut process.space, &described.task, &mut restorer)?);
+            rebuilt.add(rebuild::rebuild(&mut process.space, &described.task, parts, &mut restorer)?);
         }
         self.objects.values().try_for_each(|object| object.finish(arrival.stub_pid))?;
         let pid_of =

@@ -25,9 +25,11 @@ use crate::{
         descriptors::{self, Lock},
         files::Places,
         layout::{InstanceLayout, ProcessLayout, segment_inode},
+        mounts,
         objects::{self, SourceObject},
         settle::Settling,
         sysv::{self, Segment},
+        tables,
         tcp::Held,
         tracker::Span,
         tree::{self, INIT, Member, Node},
@@ -282,8 +284,14 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
     }
 
     fn layout(&mut self) -> Result<Vec<u8>, TaskError> {
+        let pids: Vec<i32> = self.processes.iter().map(SourceProcess::pid).collect();
+        let spaces: Vec<u32> = self.processes.iter().map(|process| process.space).collect();
+        let tables = tables::of_processes(&pids, &spaces)?;
+        let processes = self.processes.iter().zip(tables);
         let layout = InstanceLayout {
-            processes: self.processes.iter().map(|process| self.layout_of(process)).collect(),
+            processes: processes
+                .map(|(process, tables)| ProcessLayout { tables, ..self.layout_of(process) })
+                .collect(),
             objects: self.objects.values().map(|object| object.object.clone()).collect(),
             files: self.files.all(),
         };
@@ -376,6 +384,10 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
     }
 
     fn snapshot(&mut self) -> Result<Vec<u8>, TaskError> {
+        if let Some((path, kind)) = mounts::of_its_own(&self.instance)?.first() {
+            let text = format!("a mount of its own at {} ({kind}): {}", path.display(), mounts::REMEDY);
+            return Err(TraceeError::Unsupported(text).into());
+        }
         let mut stopped = Vec::new();
         let smaps = self.processes.iter_mut().map(SourceProcess::end_smaps);
         let smaps = smaps.collect::<Result<Vec<_>, _>>()?;
@@ -390,14 +402,21 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         // not use its connections.
         cgroup::freeze(&self.instance.cgroup, true)?;
         self.parked = true;
+        // Threads are described in the order in which they were stopped.
         for (process, described) in stopped.iter().zip(&image.processes) {
-            self.held.take(process.member.pid, &described.task.descriptors)?;
+            let tids = process.threads.tids();
+            for (thread, descriptors) in described.task.open_files() {
+                self.held.take(tids[thread], descriptors)?;
+            }
         }
         for (process, described) in stopped.iter().zip(&mut image.processes) {
-            self.held.read(process.member.pid, &mut described.task.descriptors)?;
-            for descriptor in &described.task.descriptors {
-                let (pid, number) = (process.member.pid, descriptor.numbers[0].0);
-                self.locks.extend(descriptor.locks.iter().map(|lock| (pid, number, *lock)));
+            let tids = process.threads.tids();
+            for (thread, descriptors) in described.task.open_files_mut() {
+                self.held.read(tids[thread], descriptors)?;
+                for descriptor in descriptors.iter() {
+                    let (tid, number) = (tids[thread], descriptor.numbers[0].0);
+                    self.locks.extend(descriptor.locks.iter().map(|lock| (tid, number, *lock)));
+                }
             }
         }
         // Let go by ptrace, and held by the cgroup: no thread runs in between. A thread that is still stopped behind a call when

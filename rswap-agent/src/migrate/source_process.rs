@@ -8,6 +8,7 @@ use crate::tracee::{
     layout::{self, Layout, Mapping, ProcessLayout},
     read_proc,
     stopped::StoppedProcess,
+    tables::Tables,
     terminals,
     tracker::{Span, Tracker, WrittenSpans},
     tree::Member,
@@ -161,6 +162,7 @@ impl SourceProcess {
             kernel_mappings: self.kernel_mappings.clone(),
             layout: Layout { mappings: self.mappings.clone(), huge_pages_off: self.huge_pages_off },
             terminal: self.terminal,
+            tables: Tables { descriptors: self.space, directories: self.space },
         }
     }
 

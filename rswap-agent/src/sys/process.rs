@@ -1,14 +1,22 @@
 //! Processes seen from outside: pidfds, their descriptors, comparisons, limits, signals.
 
 use std::{
+    cmp::Ordering,
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-/// A pidfd of `pid`.
+/// A pidfd of process `pid`, or of a thread that isn't the first of its process (since Linux 6.9).
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    /// `PIDFD_THREAD` (include/uapi/linux/pidfd.h).
+    const THREAD: i32 = libc::O_EXCL;
     // SAFETY: a plain system call without pointers; a non-negative result is a descriptor that is ours.
-    let fd = super::check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let open = |flags: i32| super::check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) });
+    let fd = match open(0) {
+        // Older kernels know the first of these two.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => open(THREAD),
+        fd => fd,
+    }?;
     // SAFETY: the kernel has just made this descriptor for us, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
@@ -93,9 +101,20 @@ pub enum Common {
     SemaphoreUndo = 6,
 }
 
-/// Whether two processes have this in common.
+/// Whether two processes or threads have this in common.
 pub fn has_in_common(pid: i32, other: i32, what: Common) -> io::Result<bool> {
     kcmp(pid, other, what as i32, 0, 0)
+}
+
+/// In which order the kernel has this of two processes or threads: equal, if they have it in common.
+pub fn compare(pid: i32, other: i32, what: Common) -> io::Result<Ordering> {
+    // SAFETY: a plain system call without pointers.
+    let order = super::check(unsafe { libc::syscall(libc::SYS_kcmp, pid, other, what as i32, 0, 0) })?;
+    Ok(match order {
+        0 => Ordering::Equal,
+        1 => Ordering::Less,
+        _ => Ordering::Greater,
+    })
 }
 
 fn kcmp(pid: i32, other: i32, what: i32, a: i32, b: i32) -> io::Result<bool> {

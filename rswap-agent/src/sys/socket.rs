@@ -114,6 +114,43 @@ pub fn peer_credentials(socket: &OwnedFd) -> io::Result<(i32, u32, u32)> {
     Ok((i32::from_ne_bytes(word(0)), u32::from_ne_bytes(word(4)), u32::from_ne_bytes(word(8))))
 }
 
+/// Of the next `bytes` bytes at the `SO_PEEK_OFF` of a unix stream, which end where something ends that was sent at once: how many
+/// come before that last piece. `SO_PEEK_OFF` moves on behind them.
+///
+/// A look copies piece by piece, and counts no piece that does not fit what can be written: so it gets room for all bytes but
+/// one, and what cannot be written behind that.
+pub fn bytes_before_last_piece(socket: &OwnedFd, bytes: usize) -> io::Result<usize> {
+    let page = super::mem::PAGE_SIZE as usize;
+    let room = bytes.saturating_sub(1).next_multiple_of(page);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice; nothing that is there already is touched.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), room + page, protection, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the mapping is ours, and nothing refers to it; its last page becomes inaccessible. Of the `bytes` bytes that the
+    // kernel is given, the last one is in that page, where it gets EFAULT and writes nothing.
+    let got = unsafe {
+        let behind = start.byte_add(room);
+        match libc::mprotect(behind, page, libc::PROT_NONE) {
+            0 => {
+                let at = behind.byte_sub(bytes.saturating_sub(1));
+                libc::recv(socket.as_raw_fd(), at, bytes, libc::MSG_PEEK | libc::MSG_DONTWAIT)
+            }
+            failed => failed as isize,
+        }
+    };
+    let got = super::check(got as libc::c_long);
+    // SAFETY: made above, and nothing refers to it any more.
+    super::check(unsafe { libc::munmap(start, room + page) }.into())?;
+    match got {
+        // The first piece already.
+        Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(0),
+        got => Ok(got? as usize),
+    }
+}
+
 /// What `TCP_INFO` says of a TCP socket, as far as rswap needs it.
 #[derive(Clone, Copy, Debug)]
 pub struct TcpInfo {

@@ -8,7 +8,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{TraceeError, capture::link, read_proc, remote::Remote};
+use super::{TraceeError, read_proc, remote::Remote};
 use crate::sys::process;
 
 /// Memory may not become executable that was writable (`PR_SET_MDWE`, since Linux 6.3).
@@ -18,8 +18,6 @@ const PR_GET_MDWE: u64 = 66;
 /// Of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessAttributes {
-    /// Its root directory.
-    pub root: String,
     /// Which of its memory a core dump would have (`/proc/PID/coredump_filter`).
     pub core_filter: u32,
     /// `PR_GET_MDWE`.
@@ -47,7 +45,6 @@ pub fn of_process(leader: &mut Remote) -> Result<ProcessAttributes, TraceeError>
     // A kernel that doesn't know it has never set it.
     let write_or_execute = leader.call("prctl", libc::SYS_prctl, [PR_GET_MDWE, 0, 0, 0, 0, 0]).unwrap_or(0);
     Ok(ProcessAttributes {
-        root: link(pid, "root")?,
         core_filter: u32::from_str_radix(filter.trim(), 16)
             .map_err(|error| TraceeError::Proc { path, problem: error.to_string() })?,
         write_or_execute,
@@ -77,13 +74,9 @@ pub fn processors(tid: i32) -> Result<Vec<usize>, TraceeError> {
     Ok((0..CpuSet::count()).filter(|cpu| set.is_set(*cpu) == Ok(true)).collect())
 }
 
-/// Sets what has to be set before a process gives up its privileges: directories are there, and no path is opened any more.
+/// Sets what has to be set before a process gives up its privileges.
 pub fn restore_process(leader: &mut Remote, wanted: &ProcessAttributes) -> Result<(), TraceeError> {
     let pid = leader.tid();
-    if wanted.root != "/" {
-        let at = leader.put(0, &[wanted.root.as_bytes(), &[0]].concat())?;
-        leader.call("chroot", libc::SYS_chroot, [at, 0, 0, 0, 0, 0])?;
-    }
     let path = format!("/proc/{pid}/coredump_filter");
     fs::write(&path, format!("{:#x}", wanted.core_filter)).map_err(TraceeError::proc(path))
 }

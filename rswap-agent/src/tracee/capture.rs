@@ -1,6 +1,6 @@
 //! Takes the image of an instance whose processes are stopped.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use super::{
     TraceeError, advice, attributes,
@@ -16,13 +16,15 @@ use super::{
     remote::Remote,
     seccomp,
     stopped::StoppedProcess,
-    sysv, terminals,
+    sysv,
+    tables::{self, Directories, Table, ThreadTables},
+    terminals,
     tree::{self, Member, Node},
     waits,
 };
 use crate::sys::{
     clock::Clocks,
-    process,
+    process::{self, Common},
     ptrace::{self, Registers},
 };
 
@@ -50,13 +52,23 @@ pub fn capture_instance(
     places: &Places,
 ) -> Result<InstanceImage, TraceeError> {
     let mut open = Vec::new();
-    let pids: Vec<i32> = frozen.iter().map(|process| process.member.pid).collect();
+    let members: Vec<Member> = frozen.iter().map(|process| process.member).collect();
+    if let Some((pid, what)) = tables::obstacles(&members)?.first() {
+        return Err(TraceeError::Unsupported(format!("process {pid}: {what}: {}", tables::REMEDY)));
+    }
+    let pids: Vec<i32> = members.iter().map(|member| member.pid).collect();
+    let spaces: Vec<u32> = frozen.iter().map(|process| process.space).collect();
+    let tables = tables::of_processes(&pids, &spaces)?;
     let around = Around::of(&pids);
-    for process in frozen {
-        let pid = process.member.pid;
-        let (descriptors, refused) = descriptors::describe(pid, &around, true)?;
-        refused.first().map_or(Ok(()), |refused| refuse(pid, refused))?;
-        open.push((pid, process.member.node.pid, descriptors));
+    for (process, tables) in frozen.iter().zip(&tables) {
+        // What it has in common with another one comes with that.
+        let further = usize::from(tables.descriptors != process.space);
+        for task in tables::holders(process.member.pid, Common::Descriptors)?.into_iter().skip(further) {
+            let (descriptors, refused) = descriptors::describe(task, &around, true)?;
+            refused.first().map_or(Ok(()), |refused| refuse(task, refused))?;
+            let inner = Status::read(task)?.last_number("NSpid:").unwrap_or(task);
+            open.push((task, inner, descriptors));
+        }
     }
     let lists: Vec<_> = open.iter().map(|(pid, _, list)| (*pid, list.as_slice())).collect();
     descriptors::connected_outside(&lists, true)
@@ -72,14 +84,17 @@ pub fn capture_instance(
     let init = frozen.first().map_or(Ok(0), |main| tree::parent(main.member.pid))?;
     let usual = attributes::processors(init)?;
     let mut processes = Vec::with_capacity(frozen.len());
-    for (process, (_, _, descriptors)) in frozen.iter().zip(open) {
-        let task = capture(process, descriptors, &usual)?;
+    let mut open: BTreeMap<i32, Vec<Descriptor>> =
+        open.into_iter().map(|(task, _, descriptors)| (task, descriptors)).collect();
+    for (process, tables) in frozen.iter().zip(tables) {
+        let task = capture(process, &mut open, &usual)?;
         // That of a session outside of the instance stays behind.
         let terminal = match process.member.node.session {
             0 => None,
             _ => terminals::controlling(process.member.pid)?,
         };
-        processes.push(ProcessImage { space: process.space, node: process.member.node, terminal, task });
+        let (space, node) = (process.space, process.member.node);
+        processes.push(ProcessImage { space, node, terminal, tables, task });
     }
     for image in &mut processes {
         let parent = frozen.iter().find(|other| other.member.node.pid == image.node.parent);
@@ -89,7 +104,6 @@ pub fn capture_instance(
     }
     let names = HostNames::of(init).map_err(TraceeError::call("reading the host names", init))?;
     let queues = sysv::queues(init).map_err(TraceeError::call("reading SysV objects", init))?;
-    let members: Vec<Member> = frozen.iter().map(|process| process.member).collect();
     let cgroups =
         Subtree::read(cgroup, init, &members).map_err(TraceeError::call("reading the cgroups", init))?;
     Ok(InstanceImage { processes, zombies, names, cgroups, queues })
@@ -112,7 +126,7 @@ fn refuse(pid: i32, refused: &Refused) -> Result<(), TraceeError> {
 
 fn capture(
     process: &Frozen<'_>,
-    descriptors: Vec<Descriptor>,
+    open: &mut BTreeMap<i32, Vec<Descriptor>>,
     usual: &[usize],
 ) -> Result<TaskImage, TraceeError> {
     let stopped = process.threads;
@@ -129,8 +143,7 @@ fn capture(
         memory_map: memory_map(pid, brk)?,
         auxv: read_bytes(&format!("/proc/{pid}/auxv"))?,
         exe: link(pid, "exe")?,
-        cwd: link(pid, "cwd")?,
-        umask: status.radix("Umask:", 8).unwrap_or(0o022) as u32,
+        directories: Directories::read(pid)?,
         attributes: attributes::of_process(&mut leader)?,
         limits: limits(pid)?,
         oom_score_adj: read_proc(&format!("/proc/{pid}/oom_score_adj"))?.trim().parse().unwrap_or(0),
@@ -143,12 +156,29 @@ fn capture(
         posix_timers: posix_timers::capture(&mut leader)?,
         taken_ns: instance_clock_ns(pid)?,
         stopped: stopped.stop_signal().map(|signal| StopImage { signal, unread: false }),
-        descriptors,
+        descriptors: open.remove(&pid).unwrap_or_default(),
         threads: Vec::new(),
     };
     let mut threads = vec![thread(stopped, pid, &mut leader, usual)?];
-    for tid in stopped.tids().into_iter().skip(1) {
-        threads.push(thread(stopped, tid, &mut leader.for_thread(tid)?, usual)?);
+    let tids = stopped.tids();
+    let descriptors = tables::owners(&tids, Common::Descriptors)?;
+    let directories = tables::owners(&tids, Common::Directories)?;
+    for (&tid, owners) in tids.iter().zip(descriptors.into_iter().zip(directories)).skip(1) {
+        let mut described = thread(stopped, tid, &mut leader.for_thread(tid)?, usual)?;
+        let inner = |tid: i32| Ok(Status::read(tid)?.last_number("NSpid:").unwrap_or(tid));
+        described.tables = ThreadTables {
+            descriptors: match owners.0 {
+                owner if owner == pid => Table::Process,
+                owner if owner == tid => Table::Own(open.remove(&tid).unwrap_or_default()),
+                owner => Table::Of(inner(owner)?),
+            },
+            directories: match owners.1 {
+                owner if owner == pid => Table::Process,
+                owner if owner == tid => Table::Own(Directories::read(tid)?),
+                owner => Table::Of(inner(owner)?),
+            },
+        };
+        threads.push(described);
     }
     Ok(TaskImage { threads, ..image })
 }
@@ -190,6 +220,7 @@ fn thread(
         scheduling: process::sched_getattr(tid).map_err(call("sched_getattr", tid))?.to_vec(),
         credentials: privileges::capture(remote, &status)?,
         seccomp: seccomp::capture(tid, &status)?,
+        tables: ThreadTables::default(),
         attributes: attributes::of_thread(remote, usual)?,
     })
 }

@@ -12,7 +12,7 @@ use super::{
     files::{self, Place, Places},
     image::{Descriptor, DescriptorKind, SocketState},
     layout::{self, Mapping},
-    sysv, tree,
+    mounts, sysv, tables, tree,
 };
 use crate::{
     instance::Instance,
@@ -58,11 +58,11 @@ pub fn check(instance: &Instance, places: &Places) -> Result<Vec<Finding>, Trace
     }
     whole_tree(&mut findings, instance, &listed)?;
     let around = Around::of(&listed);
-    let mut open = Vec::new();
+    let mut open: Vec<(i32, Vec<Descriptor>)> = Vec::new();
     for &pid in &listed {
         findings.pid = pid;
         match process(&mut findings, &around, places) {
-            Ok(descriptors) => open.push((pid, descriptors)),
+            Ok(tables) => open.extend(tables),
             Err(_) if tree::has_ended(pid) => {}
             Err(error) => return Err(error),
         }
@@ -96,6 +96,9 @@ fn whole_tree(findings: &mut Findings, instance: &Instance, listed: &[i32]) -> R
         findings
             .refuse("POSIX message queues", "they aren't carried in this version: remove them (mq_unlink)");
     }
+    for (path, kind) in mounts::of_its_own(instance)? {
+        findings.refuse(&format!("a mount of its own at {} ({kind})", path.display()), mounts::REMEDY);
+    }
     let members = tree::members(instance)?;
     for &pid in listed.iter().filter(|&&pid| members.iter().all(|member| member.pid != pid)) {
         // One that was made since the walk is no stranger.
@@ -110,22 +113,10 @@ fn whole_tree(findings: &mut Findings, instance: &Instance, listed: &[i32]) -> R
         findings.pid = pid;
         findings.refuse(&reason, "not carried in this version: restart what left it behind");
     }
-    let living: Vec<i32> = members.iter().filter(|m| m.node.status.is_none()).map(|m| m.pid).collect();
-    for (at, &pid) in living.iter().enumerate() {
-        for &other in &living[..at] {
-            // Memory in common with its parent has every process for a moment, between vfork and execve.
-            for what in [Common::Descriptors, Common::Directories] {
-                // One that has ended meanwhile has nothing in common with anybody.
-                if has_in_common(pid, other, what).unwrap_or(false) {
-                    findings.pid = pid;
-                    let item = format!("{what:?} in common with process {other}").to_lowercase();
-                    findings.refuse(
-                        &item,
-                        "what clone(2) shares between processes isn't carried in this version",
-                    );
-                }
-            }
-        }
+    let living: Vec<_> = members.into_iter().filter(|member| member.node.status.is_none()).collect();
+    for (pid, item) in tables::obstacles(&living)? {
+        findings.pid = pid;
+        findings.refuse(&item, tables::REMEDY);
     }
     Ok(())
 }
@@ -163,12 +154,12 @@ impl Findings {
     }
 }
 
-/// Looks at one process, and returns its descriptors.
+/// Looks at one process, and returns its tables of descriptors with who has each.
 fn process(
     findings: &mut Findings,
     around: &Around,
     places: &Places,
-) -> Result<Vec<Descriptor>, TraceeError> {
+) -> Result<Vec<(i32, Vec<Descriptor>)>, TraceeError> {
     let pid = findings.pid;
     if tree::has_lost_its_leader(pid) {
         findings.refuse(
@@ -223,11 +214,15 @@ fn process(
         findings.refuse("SysV semaphores with a list of undo operations, or several threads", reason);
     }
     memory(findings, places)?;
-    let (open, refused) = descriptors::describe(pid, around, false)?;
-    for refused in refused {
-        findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
+    let mut open = Vec::new();
+    for holder in tables::holders(pid, Common::Descriptors)? {
+        let (descriptors, refused) = descriptors::describe(holder, around, false)?;
+        for refused in refused {
+            findings.refuse(&format!("descriptor {}: {}", refused.fd, refused.what), refused.remedy);
+        }
+        open.push((holder, descriptors));
     }
-    for descriptor in &open {
+    for descriptor in open.iter().flat_map(|(_, descriptors)| descriptors) {
         if let DescriptorKind::Socket(socket) = &descriptor.kind
             && socket.state == SocketState::Disconnected
         {

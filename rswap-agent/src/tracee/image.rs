@@ -17,6 +17,7 @@ use super::{
     posix_timers::PosixTimer,
     seccomp::Seccomp,
     sysv::Queues,
+    tables::{Directories, Table, Tables, ThreadTables},
     terminals::Terminal,
     tree::Node,
     unix::UnixImage,
@@ -39,10 +40,33 @@ pub struct InstanceImage {
     pub queues: Queues,
 }
 
+impl TaskImage {
+    /// Its tables of descriptors, each with the position of the thread that has it: the process's own, and those of threads.
+    pub fn open_files(&self) -> impl Iterator<Item = (usize, &Vec<Descriptor>)> {
+        let of_threads =
+            self.threads.iter().enumerate().filter_map(|(at, thread)| match &thread.tables.descriptors {
+                Table::Own(descriptors) => Some((at, descriptors)),
+                _ => None,
+            });
+        std::iter::once((0, &self.descriptors)).chain(of_threads)
+    }
+
+    /// The same, to be completed.
+    pub fn open_files_mut(&mut self) -> impl Iterator<Item = (usize, &mut Vec<Descriptor>)> {
+        let threads = self.threads.iter_mut().enumerate();
+        let of_threads = threads.filter_map(|(at, thread)| match &mut thread.tables.descriptors {
+            Table::Own(descriptors) => Some((at, descriptors)),
+            _ => None,
+        });
+        std::iter::once((0, &mut self.descriptors)).chain(of_threads)
+    }
+}
+
 impl InstanceImage {
     /// Its pairs of pseudo-terminals, by number.
     pub fn terminals(&self) -> impl Iterator<Item = (u32, &Terminal)> {
-        let all = self.processes.iter().flat_map(|process| &process.task.descriptors);
+        let tables = self.processes.iter().flat_map(|process| process.task.open_files());
+        let all = tables.flat_map(|(_, descriptors)| descriptors);
         all.filter_map(|descriptor| match &descriptor.kind {
             DescriptorKind::Master { number, terminal: Some(terminal) } => Some((*number, &**terminal)),
             _ => None,
@@ -59,6 +83,8 @@ pub struct ProcessImage {
     pub node: Node,
     /// The pseudo-terminal that controls it, by number.
     pub terminal: Option<u32>,
+    /// Whose tables it has.
+    pub tables: Tables,
     /// The process itself.
     pub task: TaskImage,
 }
@@ -78,10 +104,8 @@ pub struct TaskImage {
     pub auxv: Vec<u8>,
     /// The program's file.
     pub exe: String,
-    /// The working directory.
-    pub cwd: String,
-    /// File mode creation mask.
-    pub umask: u32,
+    /// Where it is.
+    pub directories: Directories,
     /// What it has set besides.
     pub attributes: ProcessAttributes,
     /// Soft and hard limit of each resource, by its number.
@@ -106,7 +130,7 @@ pub struct TaskImage {
     pub taken_ns: i64,
     /// The program is stopped, as by SIGSTOP.
     pub stopped: Option<StopImage>,
-    /// Open files.
+    /// Open files; none if it has the table of a process that comes before it.
     pub descriptors: Vec<Descriptor>,
     /// Its threads, the leader first.
     pub threads: Vec<ThreadImage>,
@@ -177,6 +201,8 @@ pub struct ThreadImage {
     pub credentials: Credentials,
     /// What it is forbidden.
     pub seccomp: Seccomp,
+    /// The tables that it has.
+    pub tables: ThreadTables,
     /// What it has set besides.
     pub attributes: ThreadAttributes,
 }
@@ -339,6 +365,12 @@ pub enum SocketState {
     },
     /// Connected; the connection goes along.
     Connected(Box<super::tcp::Connection>),
+    /// It had a connection, which has ended in both directions.
+    Ended {
+        /// What is still to be read of it.
+        #[serde(with = "super::tcp::bytes")]
+        data: Vec<u8>,
+    },
     /// It had a connection by an address of the host, which stays there: it becomes a socket that has lost it, and
     /// the peer is told so by the first segment that it sends.
     Disconnected,

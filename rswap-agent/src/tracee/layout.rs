@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{TraceeError, objects::SharedObject, read_proc, tree::Node};
+use super::{TraceeError, objects::SharedObject, read_proc, tables::Tables, tree::Node};
 use crate::sys::mem::{self, RemoteAddr};
 
 /// How the kernel calls memory in huge pages that has no file.
@@ -138,6 +138,8 @@ pub struct ProcessLayout {
     pub layout: Layout,
     /// The pseudo-terminal that controls it, by number, if it leads a session.
     pub terminal: Option<u32>,
+    /// Whose tables it has.
+    pub tables: Tables,
 }
 
 /// One step from a layout to another.

@@ -13,14 +13,9 @@ use super::{
     remote::Remote,
     seccomp,
     space::Space,
-    stopped::list_threads,
-    waits,
+    threads, waits,
 };
-use crate::sys::{
-    process, ptrace,
-    ptrace::{Registers, Stop},
-    spawn::CloneArgs,
-};
+use crate::sys::{process, ptrace, ptrace::Registers};
 
 /// Processes that are ready to run, every thread stopped.
 #[derive(Debug, Default)]
@@ -86,19 +81,33 @@ impl Rebuilt {
     }
 }
 
+/// What of a process's tables is to be set: one that several have is set with one of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts {
+    /// The descriptors: with the first process that has them.
+    pub descriptors: bool,
+    /// The directories: with the last one, as the others' files are opened by paths from the root.
+    pub directories: bool,
+}
+
 /// Puts `image` into `space`, whose layout and contents are complete.
 pub fn rebuild(
     space: &mut Space,
     image: &TaskImage,
+    parts: Parts,
     descriptors: &mut Restorer<'_>,
 ) -> Result<Rebuilt, TraceeError> {
     let pid = space.pid();
     let leader = &mut space.remote;
     memory_map(leader, image)?;
     advice::restore(leader, &image.advice)?;
-    let reconnected = descriptors.restore(leader, &image.descriptors)?;
-    path_call(leader, "chdir", libc::SYS_chdir, &image.cwd)?;
-    leader.call("umask", libc::SYS_umask, [image.umask.into(), 0, 0, 0, 0, 0])?;
+    let mut reconnected = Vec::new();
+    let mut end = None;
+    if parts.descriptors {
+        let (connections, link_end) = descriptors.restore(leader, &image.descriptors)?;
+        reconnected.push(connections);
+        end = Some(link_end);
+    }
     for (signal, action) in &image.signal_actions {
         let at = leader.put(0, action)?;
         // SIGKILL and SIGSTOP can't be set, and nobody could have set them.
@@ -113,7 +122,14 @@ pub fn rebuild(
     let filters = image.threads.first().map(|leader| &leader.seccomp);
     let in_common = filters.filter(|f| !f.strict && image.threads.iter().all(|thread| thread.seccomp == **f));
     in_common.map_or(Ok(()), |filters| seccomp::install(leader, filters))?;
-    let tids = make_threads(leader, image)?;
+    let tids = threads::make(leader, image)?;
+    reconnected.extend(threads::restore_tables(leader, image, &tids, end, descriptors)?);
+    if let Some(end) = end {
+        Restorer::close_link(leader, end)?;
+    }
+    if parts.directories {
+        image.directories.enter(leader)?;
+    }
 
     let mut threads = Vec::with_capacity(tids.len());
     for (&tid, thread) in tids.iter().zip(&image.threads) {
@@ -157,7 +173,7 @@ pub fn rebuild(
     for ((remote, thread), registers) in threads.iter_mut().zip(&image.threads).zip(&registers) {
         set_going(remote, thread, registers)?;
     }
-    Ok(Rebuilt { tids, reconnected: vec![reconnected], finals: Finals::default() })
+    Ok(Rebuilt { tids, reconnected, finals: Finals::default() })
 }
 
 fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {
@@ -205,35 +221,6 @@ fn set_limits(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError>
         }
     }
     Ok(())
-}
-
-/// Makes the threads besides the leader, each with its tid; returns all tids as the agent sees them.
-fn make_threads(leader: &mut Remote, image: &TaskImage) -> Result<Vec<i32>, TraceeError> {
-    let pid = leader.tid();
-    let mut tids = vec![pid];
-    for thread in image.threads.iter().skip(1) {
-        const TID_OFFSET: u64 = 96;
-        let tid_at = leader.put(TID_OFFSET, &thread.tid.to_ne_bytes())?;
-        let flags = libc::CLONE_VM
-            | libc::CLONE_FS
-            | libc::CLONE_FILES
-            | libc::CLONE_SIGHAND
-            | libc::CLONE_THREAD
-            | libc::CLONE_SYSVSEM;
-        let args =
-            CloneArgs { flags: flags as u64, set_tid: tid_at, set_tid_size: 1, ..CloneArgs::default() };
-        let bytes = args.to_bytes();
-        let at = leader.put(0, &bytes)?;
-        leader.call("clone3", libc::SYS_clone3, [at, bytes.len() as u64, 0, 0, 0, 0])?;
-        let fresh = list_threads(pid)?.into_iter().find(|tid| !tids.contains(tid));
-        let tid = fresh.ok_or(TraceeError::Gone(pid))?;
-        // Threads of a seized process are traced from their first instruction, and stop before it.
-        match ptrace::wait_stop(tid).map_err(TraceeError::call("waiting for a new thread", tid))? {
-            Stop::Gone => return Err(TraceeError::Gone(tid)),
-            _ => tids.push(tid),
-        }
-    }
-    Ok(tids)
 }
 
 fn restore_thread(remote: &mut Remote, thread: &ThreadImage) -> Result<(), TraceeError> {

@@ -154,7 +154,9 @@ pub fn restore(
     let reuse = socket::option(&ours, libc::SOL_SOCKET, libc::SO_REUSEADDR).map_err(at("SO_REUSEADDR"))?;
     let no_delay = option(libc::TCP_NODELAY).map_err(at("TCP_NODELAY"))?;
     tcp::repair(&ours, Repair::On).map_err(at("TCP_REPAIR"))?;
-    socket::bind(&ours, &connection.local).map_err(at("bind"))?;
+    if from.port() != 0 {
+        socket::bind(&ours, &connection.local).map_err(at("bind"))?;
+    }
     tcp::set_sequence(&ours, Queue::Receive, connection.receive_start()).map_err(at("TCP_QUEUE_SEQ"))?;
     tcp::set_sequence(&ours, Queue::Send, connection.send_start()).map_err(at("TCP_QUEUE_SEQ"))?;
     // Without it the kernel would take the smallest segments for all of the connection's life: it looks at what the
@@ -164,6 +166,7 @@ pub fn restore(
     // One too small to be chosen is used all the same.
     let chosen = segment(largest).is_ok();
     socket::connect(&ours, &connection.peer).map_err(at("connect"))?;
+    let from = socket_address(&socket::local_name(&ours)?).unwrap_or(from);
     if chosen {
         segment(0).map_err(at("TCP_MAXSEG"))?;
     }
@@ -341,6 +344,39 @@ fn compare(ours: &OwnedFd, connection: &Connection) -> io::Result<()> {
 }
 
 impl Waiting {
+    /// Receives the acknowledgement of the end of its stream, which is the last thing that `connection` waits for.
+    pub(super) fn come_to_an_end(self, connection: &Connection, raw: &RawSockets) -> io::Result<()> {
+        const TCP_CLOSE: u8 = 7;
+        raw.send(Segment {
+            from: self.to,
+            to: self.from,
+            sequence: connection.receive_sequence,
+            acknowledged: connection.send_sequence,
+            window: u16::MAX,
+            timestamp: None,
+            end: false,
+            data: &[],
+        })?;
+        let deadline = Instant::now() + LOCAL;
+        loop {
+            let state = socket::tcp_info(&self.ours)?.state;
+            if state == TCP_CLOSE {
+                break;
+            }
+            if Instant::now() > deadline {
+                return Err(io::Error::other(format!("it stays in state {state} and does not end")));
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        tcp::repair(&self.ours, Repair::OffSilently).map_err(at("TCP_REPAIR"))?;
+        socket::set_option(&self.ours, libc::SOL_SOCKET, libc::SO_REUSEADDR, self.reuse)?;
+        let waiting = socket::bytes_waiting(&self.ours)?;
+        if waiting != connection.receive_queue.len() {
+            return Err(io::Error::other(format!("{waiting} bytes are to be read, and not all")));
+        }
+        Ok(())
+    }
+
     /// Lets the connection go on; the port is up.
     fn resume(&self) -> io::Result<()> {
         let tcp_option = |name, value| socket::set_option(&self.ours, libc::IPPROTO_TCP, name, value);

@@ -1,7 +1,7 @@
-//! What of TCP has no descriptor, and so can't be carried: connections that nobody has accepted yet, and those that
-//! the program has closed while data is still on its way.
+//! What of TCP can't be carried: connections that nobody has accepted yet, and those that the program has closed while data
+//! is still on its way, neither of which has a descriptor; and those that a program is making.
 //!
-//! Both end by themselves, in a round trip as a rule. So before the freeze, while program and network go on, listening
+//! All end by themselves, in a round trip as a rule. So before the freeze, while program and network go on, listening
 //! sockets take no *new* connections for a moment (their peers try again a second later and find the destination), and
 //! what is under way comes to its end. What is left when the time is up stops the migration: none of it is lost.
 
@@ -11,9 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{TraceeError, capture::link, read_proc, tcp};
-use crate::sys::{filter, process, socket, tcp as kernel};
+use super::{TraceeError, read_proc, sockets::has_own_network, tables, tcp};
+use crate::sys::{
+    filter,
+    process::{self, Common},
+    socket, tcp as kernel,
+};
 
+const TCP_SYN_SENT: u8 = 2;
 const TCP_SYN_RECV: u8 = 3;
 const TCP_LISTEN: u8 = 10;
 /// FIN_WAIT1, LAST_ACK and CLOSING: the peer has not acknowledged everything.
@@ -33,8 +38,10 @@ pub struct Settling {
 pub struct Unsettled {
     /// Made, and not accepted by the program.
     pub waiting: u32,
-    /// Being made.
+    /// Being made by a peer.
     pub half_open: u32,
+    /// Being made by the program.
+    pub connecting: u32,
     /// Closed by the program, with data (or its end) not acknowledged.
     pub closing: u32,
 }
@@ -99,7 +106,8 @@ impl Settling {
 
     /// Refuses to lose anything that a peer may rely on; the process is stopped and its port down.
     ///
-    /// A connection that is half open is nothing to rely on yet: its peer is refused, or tries again.
+    /// A connection that is half open is nothing to rely on yet: its peer is refused, or tries again. One that the program is
+    /// making has a descriptor, and is refused with it.
     pub fn require(&self) -> Result<(), TraceeError> {
         let Unsettled { waiting, closing, .. } = self.look()?;
         if waiting == 0 && closing == 0 {
@@ -147,12 +155,15 @@ pub fn recover(pid: i32) -> Result<(), TraceeError> {
     Ok(())
 }
 
-fn has_own_network(pid: i32) -> Result<bool, TraceeError> {
-    Ok(link(pid, "ns/net")? != link(std::process::id() as i32, "ns/net")?)
+/// Duplicates of the TCP sockets of `pid`, those too that only a thread has.
+fn sockets(pid: i32) -> Result<Vec<OwnedFd>, TraceeError> {
+    let holders = tables::holders(pid, Common::Descriptors)?;
+    let found: Result<Vec<_>, _> = holders.into_iter().map(sockets_in).collect();
+    Ok(found?.into_iter().flatten().collect())
 }
 
-/// Duplicates of the TCP sockets of `pid`.
-fn sockets(pid: i32) -> Result<Vec<OwnedFd>, TraceeError> {
+/// Those in the table of one process or thread.
+fn sockets_in(pid: i32) -> Result<Vec<OwnedFd>, TraceeError> {
     let path = format!("/proc/{pid}/fd");
     let pidfd = process::pidfd_open(pid).map_err(TraceeError::call("pidfd_open", pid))?;
     let mut sockets = Vec::new();
@@ -184,6 +195,8 @@ fn count(table: &str, left: &mut Unsettled) {
         // Without an inode it has no descriptor.
         if state == TCP_SYN_RECV {
             left.half_open += 1;
+        } else if state == TCP_SYN_SENT {
+            left.connecting += 1;
         } else if ENDING.contains(&state) && *inode == "0" && to_be_sent {
             left.closing += 1;
         }
@@ -203,13 +216,14 @@ mod tests {
    3: 0A00580A:18EB 6400580A:9C42 04 00000001:00000000 01:00000014 00000000     0        0 0 1 0
    4: 0A00580A:18EB 6400580A:9C43 04 00000001:00000000 01:00000014 00000000     0        0 4244 1 0
    5: 0A00580A:18EB 6400580A:9C44 05 00000000:00000000 01:00000014 00000000     0        0 0 1 0
+   6: 0A00580A:9C45 6400580A:0050 02 00000001:00000000 01:00000014 00000000     0        0 4245 1 0
 ";
 
     #[test]
     fn what_is_under_way_is_counted() {
         let mut left = Unsettled::default();
         count(TABLE, &mut left);
-        assert_eq!(left, Unsettled { waiting: 0, half_open: 1, closing: 1 });
+        assert_eq!(left, Unsettled { waiting: 0, half_open: 1, connecting: 1, closing: 1 });
     }
 
     proptest! {

@@ -125,7 +125,7 @@ pub(super) fn restore(ours: &OwnedFd, image: &SocketImage) -> io::Result<()> {
     for (level, name, value) in &image.other_options {
         socket::set_option_bytes(ours, *level, *name, value)?;
     }
-    if !matches!(image.state, SocketState::Connected(_)) {
+    if !matches!(image.state, SocketState::Connected(_) | SocketState::Ended { .. }) {
         set_buffers(ours, image.buffers, image.buffers.locked)?;
     }
     if let SocketState::Listening { backlog } = image.state {
@@ -153,9 +153,14 @@ pub(super) fn set_buffers(ours: &OwnedFd, buffers: Buffers, which: i32) -> io::R
     socket::set_option(ours, libc::SOL_SOCKET, libc::SO_BUF_LOCK, buffers.locked)
 }
 
+/// Whether process `pid` has another network namespace than this agent.
+pub(super) fn has_own_network(pid: i32) -> Result<bool, TraceeError> {
+    Ok(link(pid, "ns/net")? != link(std::process::id() as i32, "ns/net")?)
+}
+
 /// A connection can only be made in a network namespace of the instance's own.
 pub(super) fn require_own_network(pid: i32) -> Result<(), TraceeError> {
-    if link(pid, "ns/net")? == link(std::process::id() as i32, "ns/net")? {
+    if !has_own_network(pid)? {
         let text = "a connection in the image of an instance without an address of its own";
         return Err(TraceeError::Unsupported(text.into()));
     }

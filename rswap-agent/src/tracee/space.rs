@@ -14,7 +14,7 @@ use super::{
 use crate::instance::volume::Volume;
 use crate::sys::{
     mem::{self, ForcedMemory, PAGE_SIZE, RemoteAddr},
-    process,
+    process::{self, Common},
     ptrace::{self, Stop},
     spawn::CloneArgs,
 };
@@ -88,11 +88,12 @@ impl Space {
     }
 
     /// Makes a child of this process, or of its parent (`beside`), with pid `inner` in the instance's namespace, and
-    /// takes it over. Without `kernel_mappings` those stay where they are.
+    /// takes it over. It has those tables in common with this process. Without `kernel_mappings` those stay where they are.
     pub fn make_child(
         &mut self,
         inner: i32,
         beside: bool,
+        in_common: &[Common],
         kernel_mappings: Option<&[Mapping]>,
     ) -> Result<Self, TraceeError> {
         const TID_OFFSET: u64 = 96;
@@ -102,6 +103,14 @@ impl Space {
             true => (libc::CLONE_PARENT as u64, 0),
             false => (0, libc::SIGCHLD as u64),
         };
+        let flags = in_common.iter().fold(flags, |flags, what| {
+            flags
+                | match what {
+                    Common::Descriptors => libc::CLONE_FILES as u64,
+                    Common::Directories => libc::CLONE_FS as u64,
+                    Common::Memory | Common::SemaphoreUndo => 0,
+                }
+        });
         let args = CloneArgs { flags, exit_signal, set_tid: tid_at, set_tid_size: 1, ..CloneArgs::default() };
         let bytes = args.to_bytes();
         let at = self.remote.put(0, &bytes)?;
@@ -134,6 +143,12 @@ impl Space {
     /// Starts a session of its own, as its process has.
     pub fn start_session(&mut self) -> Result<(), TraceeError> {
         self.remote.call("setsid", libc::SYS_setsid, [0; 6]).map(drop)
+    }
+
+    /// Has a table no longer in common with anybody: it becomes a copy.
+    pub fn leave(&mut self, what: Common) -> Result<(), TraceeError> {
+        let flag = if what == Common::Descriptors { libc::CLONE_FILES } else { libc::CLONE_FS };
+        self.remote.call("unshare", libc::SYS_unshare, [flag as u64, 0, 0, 0, 0, 0]).map(drop)
     }
 
     /// Puts it into a process group.

@@ -2,7 +2,10 @@
 //!
 //! The tree is walked from the instance's init, not read from the cgroup: zombies are in no cgroup's list.
 
-use std::{collections::BTreeSet, fs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -119,6 +122,13 @@ pub fn parent(pid: i32) -> Result<i32, TraceeError> {
     Status::read(pid)?.last_number("PPid:").ok_or_else(wrong)
 }
 
+/// The process group that `pid` is in, as it is numbered in its own PID namespace.
+pub fn group(pid: i32) -> Result<i32, TraceeError> {
+    let wrong =
+        || TraceeError::Proc { path: format!("/proc/{pid}/status"), problem: "no group in it".into() };
+    Status::read(pid)?.last_number("NSpgid:").ok_or_else(wrong)
+}
+
 /// The session that `pid` is in, as it is numbered in its own PID namespace.
 pub fn session(pid: i32) -> Result<i32, TraceeError> {
     let wrong =
@@ -181,6 +191,12 @@ fn exit_status(pid: i32) -> Result<i32, TraceeError> {
     status.ok_or(TraceeError::Proc { path, problem: "no exit status in it".into() })
 }
 
+/// The groups among `nodes` whose leaders have ended, each with its session.
+pub fn groups_without_leader(nodes: &[Node]) -> BTreeMap<i32, i32> {
+    let has_left = |group: i32| group != 0 && group != INIT && nodes.iter().all(|node| node.pid != group);
+    nodes.iter().filter(|node| has_left(node.group)).map(|node| (node.group, node.session)).collect()
+}
+
 /// Why the tree can't be built again: (pid, reason).
 pub fn obstacles(members: &[Member]) -> Vec<(i32, String)> {
     let mut found = Vec::new();
@@ -190,12 +206,6 @@ pub fn obstacles(members: &[Member]) -> Vec<(i32, String)> {
         let inherited = parent.map(|parent| parent.node.session).or(main);
         if node.session != node.pid && Some(node.session) != inherited {
             found.push((*pid, format!("session {}, which its parent is not in", node.session)));
-        }
-        let leader_left = node.group != 0
-            && node.group != INIT
-            && !members.iter().any(|other| other.node.pid == node.group);
-        if leader_left {
-            found.push((*pid, format!("process group {}, whose leader has ended", node.group)));
         }
     }
     found
@@ -217,11 +227,14 @@ mod tests {
     }
 
     #[test]
-    fn a_strange_session_and_a_group_without_its_leader_are_named() {
+    fn a_strange_session_and_a_group_without_its_leader_are_found() {
         let fine = [member(2, 1, 1, 1), member(3, 2, 3, 3), member(4, 3, 3, 4), member(5, 4, 3, 4)];
         assert_eq!(obstacles(&fine), []);
         let strange = [member(2, 1, 1, 1), member(3, 2, 9, 1), member(4, 2, 1, 8)];
         let found = obstacles(&strange);
-        assert_eq!(found.iter().map(|(pid, _)| *pid).collect::<Vec<_>>(), [1003, 1004]);
+        assert_eq!(found.iter().map(|(pid, _)| *pid).collect::<Vec<_>>(), [1003]);
+        let nodes = |members: &[Member]| members.iter().map(|member| member.node).collect::<Vec<_>>();
+        assert_eq!(groups_without_leader(&nodes(&fine)), BTreeMap::new());
+        assert_eq!(groups_without_leader(&nodes(&strange)), BTreeMap::from([(8, 1)]));
     }
 }

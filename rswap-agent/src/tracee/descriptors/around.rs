@@ -6,7 +6,8 @@ use std::{
     os::fd::{AsRawFd, OwnedFd, RawFd},
 };
 
-use super::super::{TraceeError, layout, terminals, tree, unix::Peers};
+use super::super::{TraceeError, layout, tables, terminals, tree, unix::Peers};
+use crate::sys::process::Common;
 
 /// The processes around a descriptor.
 #[derive(Debug)]
@@ -26,7 +27,10 @@ pub const IN_FLIGHT: RawFd = 1 << 29;
 impl Around {
     /// Those of the processes `pids`, as the agent sees them.
     pub fn of(pids: &[i32]) -> Self {
-        let peers = Peers::of_processes(pids);
+        // Threads may have descriptors of their own.
+        let holders =
+            pids.iter().flat_map(|pid| tables::holders(*pid, Common::Descriptors).unwrap_or(vec![*pid]));
+        let peers = Peers::of_processes(&holders.collect::<Vec<_>>());
         Self { peers, pids: pids.to_vec(), mapped: OnceCell::new(), in_flight: RefCell::default() }
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     super::{
-        TraceeError, datagrams,
+        TraceeError, datagrams, ended,
         image::{Descriptor, DescriptorKind, InstanceImage, SocketState},
         link::{Link, STUB_END},
         netlink,
@@ -53,10 +53,14 @@ pub struct Restorer<'a> {
     around: Surroundings<'a>,
     pipes: Pipes,
     sockets: BTreeMap<u64, OwnedFd>,
+    /// The other ends of those whose peer is closed and has passed descriptors.
+    closing: BTreeMap<u64, OwnedFd>,
     /// What is left to be done at each of them.
     unix: Vec<(i32, UnixImage)>,
     /// Descriptors that wait in queues, by their number in the image.
     in_flight: BTreeMap<RawFd, OwnedFd>,
+    /// Threads that have a table of their own, by their ids inside; the value is the one that the agent sees.
+    threads: BTreeMap<i32, i32>,
     fifos: Fifos,
     nameless: Files,
     signals: Vec<(OwnedFd, SignalTarget)>,
@@ -93,8 +97,10 @@ impl<'a> Restorer<'a> {
             around,
             pipes: Pipes::default(),
             sockets: BTreeMap::new(),
+            closing: BTreeMap::new(),
             unix: Vec::new(),
             in_flight: BTreeMap::new(),
+            threads: BTreeMap::new(),
             fifos: Fifos::default(),
             nameless: Files::default(),
             signals: Vec::new(),
@@ -110,7 +116,7 @@ impl<'a> Restorer<'a> {
     ) -> Result<(), TraceeError> {
         let mut wanted = BTreeMap::new();
         for process in &image.processes {
-            for descriptor in &process.task.descriptors {
+            for descriptor in process.task.open_files().flat_map(|(_, descriptors)| descriptors) {
                 if let DescriptorKind::Unix(image) = &descriptor.kind {
                     let main = process.task.threads.first();
                     let user =
@@ -120,20 +126,22 @@ impl<'a> Restorer<'a> {
             }
         }
         let Surroundings { link, same_kernel, .. } = self.around;
-        let (made, bindings) = (BTreeMap::new(), BTreeMap::new());
-        let mut maker = Maker { link, stubs, same_kernel, made, bindings };
+        let (made, closing, bindings) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let mut maker = Maker { link, stubs, same_kernel, made, closing, bindings };
         maker.make(&wanted)?;
         self.sockets = maker.made;
+        self.closing = maker.closing;
         self.finals.bindings = maker.bindings.into_values().collect();
         self.unix = wanted.into_values().map(|wanted| (wanted.holder, wanted.image.clone())).collect();
         Ok(())
     }
 
     /// Passes again what waits in unix sockets together with descriptors, and sets what comes last.
-    fn finish_unix(&self) -> Result<(), TraceeError> {
+    fn finish_unix(&mut self) -> Result<(), TraceeError> {
         for (holder, image) in self.unix.iter().filter(|(_, image)| image.passes_descriptors()) {
             let peer = match image.state {
                 UnixState::Connected { peer } => self.sockets.get(&peer),
+                UnixState::Orphan => self.closing.get(&image.inode),
                 _ => None,
             };
             let Some(peer) = peer else {
@@ -145,6 +153,7 @@ impl<'a> Restorer<'a> {
             unix::fill(peer, None, &image.queued, &known, &descriptor)
                 .map_err(TraceeError::call("passing descriptors again", *holder))?;
         }
+        self.closing.clear();
         unix::finish(&self.sockets, self.unix.iter().map(|(_, image)| image))
     }
 
@@ -157,13 +166,34 @@ impl<'a> Restorer<'a> {
         Ok(std::mem::take(&mut self.finals))
     }
 
+    /// Makes the descriptors of a thread that has a table of its own, and id `inner` inside. Its table is a copy of its
+    /// process's, whose end of the link is `end`.
+    pub fn restore_of_thread(
+        &mut self,
+        remote: &mut Remote,
+        inner: i32,
+        end: RawFd,
+        descriptors: &[Descriptor],
+    ) -> Result<Reconnected, TraceeError> {
+        let (end, stub_end) = (end as u64, STUB_END as u64);
+        remote.call("close_range", libc::SYS_close_range, [0, end - 1, 0, 0, 0, 0])?;
+        remote.call("close_range", libc::SYS_close_range, [end + 1, u32::MAX.into(), 0, 0, 0, 0])?;
+        remote.call("dup3", libc::SYS_dup3, [end, stub_end, libc::O_CLOEXEC as u64, 0, 0, 0])?;
+        remote.call("close", libc::SYS_close, [end, 0, 0, 0, 0, 0])?;
+        self.threads.insert(inner, remote.tid());
+        let (reconnected, end) = self.restore(remote, descriptors)?;
+        Self::close_link(remote, end)?;
+        Ok(reconnected)
+    }
+
     /// Makes the descriptors of one process in the stub behind `remote`, which has none open but its end of the link.
-    /// Its connections are to be resumed when the network is there.
+    /// Its connections are to be resumed when the network is there. Returns also under which number the link is open now,
+    /// to be closed by [`Self::close_link`].
     pub fn restore(
         &mut self,
         remote: &mut Remote,
         descriptors: &[Descriptor],
-    ) -> Result<Reconnected, TraceeError> {
+    ) -> Result<(Reconnected, RawFd), TraceeError> {
         validate(descriptors)?;
         let (epolls, others): (Vec<_>, Vec<_>) = descriptors
             .iter()
@@ -195,7 +225,6 @@ impl<'a> Restorer<'a> {
             let DescriptorKind::Inotify { watches } = &descriptor.kind else { continue };
             inotify::watch(remote, descriptor.numbers[0].0, watches)?;
         }
-        remote.call("close", libc::SYS_close, [end as u64, 0, 0, 0, 0, 0])?;
         // Last of all: closing any descriptor of a file gives up the process's locks on it.
         for descriptor in descriptors {
             let number = descriptor.numbers[0].0;
@@ -204,7 +233,12 @@ impl<'a> Restorer<'a> {
                 self.finals.locks.extend(deferred);
             }
         }
-        Ok(reconnected)
+        Ok((reconnected, end))
+    }
+
+    /// Closes a stub's end of the link: it gets no further descriptor.
+    pub fn close_link(remote: &mut Remote, end: RawFd) -> Result<(), TraceeError> {
+        remote.call("close", libc::SYS_close, [end as u64, 0, 0, 0, 0, 0]).map(drop)
     }
 
     fn reconnect(
@@ -284,7 +318,8 @@ impl<'a> Restorer<'a> {
                 if let Some(ours) = self.in_flight.get(number) {
                     return self.around.link.give(remote, end, ours);
                 }
-                let stub = *self.around.stubs.get(holder).ok_or_else(damaged)?;
+                let holder = self.threads.get(holder).or_else(|| self.around.stubs.get(holder));
+                let stub = *holder.ok_or_else(damaged)?;
                 let pidfd = process::pidfd_open(stub).map_err(TraceeError::call("pidfd_open", stub))?;
                 let ours = process::pidfd_getfd(&pidfd, *number)
                     .map_err(TraceeError::call("taking a shared descriptor", stub))?;
@@ -310,8 +345,11 @@ impl<'a> Restorer<'a> {
             DescriptorKind::Socket(image) => {
                 let args = [image.domain as u64, image.kind as u64, 0, 0, 0, 0];
                 let made = remote.call("socket", libc::SYS_socket, args)? as RawFd;
-                sockets::restore(&remote.share_descriptor(made)?, image)
-                    .map_err(TraceeError::call("restoring a socket", pid))?;
+                let ours = remote.share_descriptor(made)?;
+                sockets::restore(&ours, image).map_err(TraceeError::call("restoring a socket", pid))?;
+                if let SocketState::Ended { data } = &image.state {
+                    ended::restore(remote, ours, image, data)?;
+                }
                 made
             }
             DescriptorKind::Datagram(image) => datagrams::make(remote, image)?,

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use super::{
     super::{
-        TraceeError, datagrams,
+        TraceeError, datagrams, ended,
         image::{DescriptorKind, SocketState},
         netlink, sockets, tcp, unix,
     },
@@ -15,6 +15,7 @@ use crate::sys::{filter, socket};
 
 /// Of include/uapi/linux/in.h.
 const IPPROTO_MPTCP: i32 = 262;
+const TCP_SYN_SENT: u8 = 2;
 const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
 
@@ -63,12 +64,17 @@ pub(super) fn describe(ours: &OwnedFd, look: &Look<'_>) -> Result<Kind, TraceeEr
         TCP_LISTEN => SocketState::Listening { backlog: info.backlog as i32 },
         TCP_CLOSE => match socket::bytes_waiting(ours) {
             Ok(0) => SocketState::Idle,
-            _ => {
-                let remedy =
-                    "data of an ended connection isn't carried in this version: try again when it is read";
+            _ if !sockets::has_own_network(pid)? => {
+                let remedy = "only an instance with --net keeps it: try again when it is read";
                 return Ok(Err(("a TCP connection that has ended, with data to be read".into(), remedy)));
             }
+            _ => match ended::describe(ours).map_err(TraceeError::call("reading a TCP socket", pid))? {
+                Ok(data) => SocketState::Ended { data },
+                Err(refused) => return Ok(Err(refused)),
+            },
         },
+        // It has an end soon, which is waited for before the freeze.
+        TCP_SYN_SENT if !look.contents && sockets::has_own_network(pid)? => SocketState::Idle,
         state => match tcp::describe(ours, state, pid)? {
             Ok(state) => state,
             Err(refused) => return Ok(Err(refused)),

@@ -41,6 +41,8 @@ pub(in super::super) struct Maker<'a, 'b> {
     pub(in super::super) same_kernel: bool,
     /// What was made, by the source's inode.
     pub(in super::super) made: BTreeMap<u64, OwnedFd>,
+    /// The other ends of orphans in whose queues descriptors are: to be closed when these are passed again.
+    pub(in super::super) closing: BTreeMap<u64, OwnedFd>,
     /// Files that are to be put into their places, by the source's inode.
     pub(in super::super) bindings: BTreeMap<u64, Binding>,
 }
@@ -201,8 +203,7 @@ impl Maker<'_, '_> {
         let ours = if image.name.is_empty() {
             let (ours, theirs) = self.pair(image.kind, image.peer_credentials, one.holder)?;
             self.made.insert(image.inode, ours);
-            self.fill_orphan(one, &theirs)?;
-            return Ok(());
+            return self.fill_orphan(one, theirs);
         } else {
             let (listening, binding) = self.listening(image, Identity::default(), one.holder, 1)?;
             let stub = self.stub_for(image.peer_credentials.pid, one.holder)?;
@@ -214,18 +215,18 @@ impl Maker<'_, '_> {
             self.made.insert(image.inode, ours);
             theirs
         };
-        self.fill_orphan(one, &ours)
+        self.fill_orphan(one, ours)
     }
 
-    fn fill_orphan(&mut self, one: &Wanted<'_>, peer: &OwnedFd) -> Result<(), TraceeError> {
+    fn fill_orphan(&mut self, one: &Wanted<'_>, peer: OwnedFd) -> Result<(), TraceeError> {
         if one.image.passes_descriptors() {
-            let text = "descriptors wait in a unix socket whose peer is closed: try again when they are read";
-            return Err(TraceeError::Unsupported(text.into()));
+            self.closing.insert(one.image.inode, peer);
+            return Ok(());
         }
         let outer: BTreeMap<i32, i32> = self.stubs.iter().map(|(inner, stub)| (*inner, stub.tid())).collect();
         let ours = self.made.get(&one.image.inode).ok_or_else(|| damaged("a socket is missing"))?;
         set_options(ours, one.image, one.holder)?;
-        fill(peer, None, &one.image.queued, &|inner| outer.get(&inner).copied(), &|_| None)
+        fill(&peer, None, &one.image.queued, &|inner| outer.get(&inner).copied(), &|_| None)
             .map_err(TraceeError::call("filling a unix socket", one.holder))
         // The peer is closed here.
     }

@@ -41,61 +41,88 @@ fn peek_from_the_start(ours: &OwnedFd, kind: i32, read_ended: bool) -> io::Resul
     let mut queued: Vec<(Message, Vec<OwnedFd>)> = Vec::new();
     let mut total = 0;
     let mut buffer = vec![0; MESSAGE_LIMIT];
-    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_LIMIT], UnixCredentials, [u8; 1024]);
     for _ in 0..MESSAGES_LIMIT {
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let mut into = [IoSliceMut::new(&mut buffer)];
-        let got = match recvmsg::<UnixAddr>(ours.as_raw_fd(), &mut into, Some(&mut control), flags) {
-            // A datagram socket has an error when its peer is closed, but nothing to read.
-            Err(Errno::EAGAIN | Errno::ECONNRESET | Errno::ENOTCONN | Errno::EINVAL) => {
-                return Ok(Ok(queued));
-            }
-            got => got?,
-        };
-        let mut descriptors = Vec::new();
-        let mut sender = None;
-        for message in got.cmsgs()? {
-            match message {
-                ControlMessageOwned::ScmRights(passed) => {
-                    descriptors.extend(passed.into_iter().map(process::adopt_descriptor));
-                }
-                ControlMessageOwned::ScmCredentials(told) => {
-                    sender = Some(identity((told.pid(), told.uid(), told.gid())));
-                }
-                // Made by the kernel from the others, for those who asked.
-                _ => {}
-            }
-        }
-        let bytes = got.bytes;
+        let Some(mut piece) = peek_piece(ours, &mut buffer)? else { return Ok(Ok(queued)) };
         // The other end is closed, and all was seen.
-        if bytes == 0 && (kind == libc::SOCK_STREAM || (kind == libc::SOCK_SEQPACKET && read_ended)) {
+        if piece.bytes == 0 && (kind == libc::SOCK_STREAM || (kind == libc::SOCK_SEQPACKET && read_ended)) {
             return Ok(Ok(queued));
         }
-        let from = got.address.map(|address| name_of(&address)).unwrap_or_default();
-        total += bytes;
-        if total > QUEUE_LIMIT || got.flags.contains(MsgFlags::MSG_TRUNC) {
+        if kind == libc::SOCK_STREAM && piece.bytes == buffer.len() {
             break;
         }
-        if kind == libc::SOCK_STREAM && !descriptors.is_empty() {
-            // Looked at, a stream gives what is before them in the same piece (`unix_stream_read_generic` in
-            // net/unix/af_unix.c goes on to them), and which byte they come with can't be told.
-            let what = "a unix stream with descriptors in its queue".to_owned();
-            return Ok(Err((what, "try again when the program has read them")));
+        if kind == libc::SOCK_STREAM && !piece.descriptors.is_empty() {
+            piece = without_what_is_before(ours, &mut buffer, total, piece)?;
         }
-        push(&mut queued, kind, &buffer[..bytes], &from, sender, descriptors);
+        total += piece.bytes;
+        if total > QUEUE_LIMIT || piece.cut {
+            break;
+        }
+        push(&mut queued, kind, &buffer[..piece.bytes], piece);
     }
     Ok(Err(("a unix socket with a very long queue".into(), "try again when the program has read from it")))
 }
 
-/// Adds what was found to the last message, if it is of the same stream and sender.
-fn push(
-    queued: &mut Vec<(Message, Vec<OwnedFd>)>,
-    kind: i32,
-    data: &[u8],
-    from: &[u8],
+/// What one look at a queue gives, besides the bytes.
+#[derive(Default)]
+struct Piece {
+    bytes: usize,
+    /// The message was longer.
+    cut: bool,
+    from: Vec<u8>,
     sender: Option<Identity>,
     descriptors: Vec<OwnedFd>,
-) {
+}
+
+/// Looks at what is at the socket's `SO_PEEK_OFF`, which goes on behind it; `None` behind the last.
+fn peek_piece(ours: &OwnedFd, buffer: &mut [u8]) -> io::Result<Option<Piece>> {
+    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_LIMIT], UnixCredentials, [u8; 1024]);
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let mut into = [IoSliceMut::new(buffer)];
+    let got = match recvmsg::<UnixAddr>(ours.as_raw_fd(), &mut into, Some(&mut control), flags) {
+        // A datagram socket has an error when its peer is closed, but nothing to read.
+        Err(Errno::EAGAIN | Errno::ECONNRESET | Errno::ENOTCONN | Errno::EINVAL) => return Ok(None),
+        got => got?,
+    };
+    let mut piece = Piece { bytes: got.bytes, ..Piece::default() };
+    for message in got.cmsgs()? {
+        match message {
+            ControlMessageOwned::ScmRights(passed) => {
+                piece.descriptors.extend(passed.into_iter().map(process::adopt_descriptor));
+            }
+            ControlMessageOwned::ScmCredentials(told) => {
+                piece.sender = Some(identity((told.pid(), told.uid(), told.gid())));
+            }
+            // Made by the kernel from the others, for those who asked.
+            _ => {}
+        }
+    }
+    piece.from = got.address.map(|address| name_of(&address)).unwrap_or_default();
+    piece.cut = got.flags.contains(MsgFlags::MSG_TRUNC);
+    Ok(Some(piece))
+}
+
+/// Descriptors come with the first byte that was sent together with them. Looked at, a stream gives what is before that in one
+/// piece with them, and ends behind the last byte that was sent together with them (`unix_stream_read_generic` in
+/// net/unix/af_unix.c). Where that began shows a look that has not room for all of it.
+///
+/// Looks again at `piece`, which begins `at` bytes in: the part before the descriptors if there is one, else all of it.
+fn without_what_is_before(ours: &OwnedFd, buffer: &mut [u8], at: usize, piece: Piece) -> io::Result<Piece> {
+    let from_there = || socket::set_option(ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, at as i32);
+    let changed = || io::Error::other("the queue of a unix stream changed while it was looked at");
+    from_there()?;
+    let before = socket::bytes_before_last_piece(ours, piece.bytes)?;
+    from_there()?;
+    if before == 0 {
+        return peek_piece(ours, &mut buffer[..piece.bytes])?.ok_or_else(changed);
+    }
+    // A look goes on to the next piece when there is no room left, and takes its descriptors without any of its bytes.
+    let before = peek_piece(ours, &mut buffer[..before])?.ok_or_else(changed)?;
+    Ok(Piece { descriptors: Vec::new(), ..before })
+}
+
+/// Adds what was found to the last message, if it is of the same stream and sender.
+fn push(queued: &mut Vec<(Message, Vec<OwnedFd>)>, kind: i32, data: &[u8], piece: Piece) {
+    let Piece { from, sender, descriptors, .. } = piece;
     match queued.last_mut() {
         Some((last, passed))
             if kind == libc::SOCK_STREAM
@@ -106,7 +133,7 @@ fn push(
             last.data.extend_from_slice(data);
         }
         _ => {
-            let (data, from) = (data.to_vec(), from.to_vec());
+            let data = data.to_vec();
             queued.push((Message { data, from, sender, descriptors: Vec::new() }, descriptors));
         }
     }
