@@ -84,6 +84,18 @@ fn fifty_processes_move() -> anyhow::Result<()> {
     scene.three_moves("tree", more_rounds)
 }
 
+#[test]
+fn orphans_keep_their_sessions_and_groups() -> anyhow::Result<()> {
+    if reason_to_skip("orphans_keep_their_sessions_and_groups").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    scene.python("orphans", &[], &[])?;
+    let goes_on = |log: &Path| rswap_tests::scene::further(log, "checked", 3);
+    goes_on(&scene.log)?;
+    scene.three_moves("orphans", goes_on)
+}
+
 /// Writes how far its monotonic clock is ahead of the kernel's at the start, in whole seconds, and a line whenever it went
 /// back or jumped.
 const CLOCK: &str = "

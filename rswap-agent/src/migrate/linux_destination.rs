@@ -128,6 +128,8 @@ impl<R: Reception> LinuxDestination<R> {
         let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
         let mut space = if node.parent == INIT && node.pid == self.main_pid && self.processes.is_empty() {
             Space::take(arrival.stub_pid, &wanted.kernel_mappings)?
+        } else if self.has_lost_its_session(node) {
+            self.make_orphan(wanted)?
         } else {
             make_beside_or_below(
                 &mut self.processes,
@@ -251,9 +253,10 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
             let wanted = layout.processes.iter().find(|wanted| wanted.space == known.number);
             known.tables = wanted.map_or(known.tables, |wanted| wanted.tables);
         }
+        let mut fresh = Vec::new();
         for wanted in &layout.processes {
             match self.processes.iter_mut().find(|process| process.number == wanted.space) {
-                None => self.make(wanted)?,
+                None => fresh.push(wanted),
                 Some(known) => {
                     if wanted.node.session == wanted.node.pid && known.node.session != wanted.node.session {
                         known.space.start_session()?;
@@ -265,6 +268,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
                 }
             }
         }
+        self.make_all(fresh)?;
         self.separate()?;
         let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
         let (link, volumes) = (&arrival.link, arrival.instance().volumes.as_slice());

@@ -204,7 +204,9 @@ pub fn obstacles(members: &[Member]) -> Vec<(i32, String)> {
     for Member { pid, node } in members {
         let parent = members.iter().find(|other| other.node.pid == node.parent);
         let inherited = parent.map(|parent| parent.node.session).or(main);
-        if node.session != node.pid && Some(node.session) != inherited {
+        // An orphan has it from a parent that has ended.
+        let orphan = node.parent == INIT && ![0, INIT].contains(&node.session) && node.status.is_none();
+        if node.session != node.pid && Some(node.session) != inherited && !orphan {
             found.push((*pid, format!("session {}, which its parent is not in", node.session)));
         }
     }
@@ -228,6 +230,8 @@ mod tests {
 
     #[test]
     fn a_strange_session_and_a_group_without_its_leader_are_found() {
+        let orphans = [member(2, 1, 1, 1), member(5, 1, 4, 4), member(6, 5, 4, 4)];
+        assert_eq!(obstacles(&orphans), []);
         let fine = [member(2, 1, 1, 1), member(3, 2, 3, 3), member(4, 3, 3, 4), member(5, 4, 3, 4)];
         assert_eq!(obstacles(&fine), []);
         let strange = [member(2, 1, 1, 1), member(3, 2, 9, 1), member(4, 2, 1, 8)];

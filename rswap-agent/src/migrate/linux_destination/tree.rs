@@ -5,15 +5,76 @@ use crate::{
     sys::process::Common,
     tracee::{
         image::InstanceImage,
-        layout::Mapping,
+        layout::{Mapping, ProcessLayout},
         rebuild::Parts,
         space::Space,
         tables::{self, Tables},
-        tree::{self, Node},
+        tree::{self, INIT, Node},
     },
 };
 
 impl<R: Reception> LinuxDestination<R> {
+    /// Makes processes, which come parents first; an orphan waits for the leader of its session.
+    pub(super) fn make_all(&mut self, mut left: Vec<&ProcessLayout>) -> Result<(), TaskError> {
+        while !left.is_empty() {
+            let round = std::mem::take(&mut left);
+            for &wanted in &round {
+                let node = wanted.node;
+                let made = |pid: i32| self.processes.iter().any(|process| process.node.pid == pid);
+                let is_to_come = |pid| !made(pid) && round.iter().any(|other| other.node.pid == pid);
+                let waits_for_leader = self.has_lost_its_session(node) && is_to_come(node.session);
+                match waits_for_leader || is_to_come(node.parent) {
+                    true => left.push(wanted),
+                    false => self.make(wanted)?,
+                }
+            }
+            if left.len() == round.len() {
+                let pids: Vec<i32> = left.iter().map(|wanted| wanted.node.pid).collect();
+                return Err(refuse(format!("processes {pids:?} can't be made in any order")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it is an orphan in a session that none of those is in who could make it.
+    pub(super) fn has_lost_its_session(&self, node: Node) -> bool {
+        let siblings = || self.processes.iter().filter(|process| process.node.parent == INIT);
+        node.parent == INIT
+            && ![0, INIT, node.pid].contains(&node.session)
+            && siblings().all(|process| process.node.session != node.session)
+    }
+
+    /// Makes an orphan as it became one: the child of a process of its session, which ends. If the session's leader has
+    /// ended, that is the one.
+    pub(super) fn make_orphan(&mut self, wanted: &ProcessLayout) -> Result<Space, TaskError> {
+        let node = wanted.node;
+        let mappings = Some(wanted.kernel_mappings.as_slice());
+        let inside = self.processes.iter().position(|process| process.node.session == node.session);
+        let (mut parent, to_be_read) = match inside {
+            Some(at) => {
+                let taken = |pid: i32| {
+                    let uses = |node: &Node| [node.pid, node.session, node.group].contains(&pid);
+                    uses(&node) || self.processes.iter().any(|process| uses(&process.node))
+                };
+                // It is gone before another one needs the number.
+                let free = (node.pid + 1..).find(|pid| !taken(*pid)).unwrap_or(node.pid + 1);
+                (self.processes[at].space.make_child(free, false, &[], mappings)?, Some((at, free)))
+            }
+            None => {
+                let leader = Node { pid: node.session, group: node.session, ..node };
+                let mut leader = make_beside_or_below(&mut self.processes, leader, None, mappings)?;
+                leader.start_session()?;
+                (leader, None)
+            }
+        };
+        let orphan = parent.make_child(node.pid, false, &[], mappings)?;
+        parent.end_with(0)?;
+        if let Some((at, pid)) = to_be_read {
+            self.processes[at].space.reap(pid)?;
+        }
+        Ok(orphan)
+    }
+
     /// Lets processes leave tables that they have no longer in common with others.
     pub(super) fn separate(&mut self) -> Result<(), TaskError> {
         for what in tables::ALL {
