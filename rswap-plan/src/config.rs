@@ -2,7 +2,7 @@
 
 use rswap_forecast::Quantile;
 use rswap_types::bounds::{finite, non_negative, positive, positive_integer, positive_u32, share};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 /// `[plan]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,9 +19,16 @@ pub struct PlanConfig {
     /// How much better another pool must be for a move that nothing forces, in money per hour.
     #[serde(deserialize_with = "non_negative")]
     pub hysteresis: f64,
-    /// Share of a pool that is left free: it counts as full before it is.
+    /// How far the needs of instances on one pool go beyond what is expected at the same time: 1 adds their limits up; with 0,
+    /// only their variances are, as of needs that don't depend on each other.
+    #[serde(deserialize_with = "correlation")]
+    pub correlation: f64,
+    /// Share of a pool that is left free: for who would come, it is full before it is.
     #[serde(deserialize_with = "share")]
     pub headroom: f64,
+    /// The same for who is there: less than `headroom`, so that what was placed stays when forecasts waver.
+    #[serde(deserialize_with = "share")]
+    pub headroom_staying: f64,
     /// Time after a move in which the instance stays, in milliseconds.
     pub cool_down_ms: u64,
     /// How far ahead plans look, and the time in which a move must pay for itself, in milliseconds.
@@ -57,7 +64,9 @@ impl Default for PlanConfig {
             weight: 0.02,
             quantile: Quantile::P95,
             hysteresis: 0.005,
+            correlation: 1.0,
             headroom: 0.1,
+            headroom_staying: 0.05,
             cool_down_ms: 30_000,
             horizon_ms: 60_000,
             unavailability_cost_per_hour: 10.0,
@@ -68,5 +77,14 @@ impl Default for PlanConfig {
             moves_per_hour: 120,
             link_bytes_per_s: 100e6,
         }
+    }
+}
+
+fn correlation<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    let value = f64::deserialize(from)?;
+    if (0.0..=1.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err(D::Error::custom(format!("{value} is not from 0 to 1")))
     }
 }

@@ -99,18 +99,22 @@ impl Planner {
             for &other in others.iter().filter(|&&other| free(other)) {
                 let partner = views[other];
                 let Ok(partners_need) = need::need(partner, round.config) else { continue };
+                let apart = |mover, pool| round.groups.forbids(mover, pool, round.pools, kind).is_some();
+                if apart(view, *there) || apart(partner, here) {
+                    continue;
+                }
                 if rules::stays(partner) || !self.may_exchange(partner, kind, here, round) {
                     continue;
                 }
-                let both: Vec<Entry> = [ledger.own(&view.instance), ledger.own(&partner.instance)].concat();
-                let at = |need, pool: usize, mover| {
-                    let room = ledger.available(pool, &both);
+                let (own, partners) = (ledger.own(&view.instance), ledger.own(&partner.instance));
+                let at = |need, pool: usize, mover, own: &[Entry], other: &[Entry]| {
+                    let room = ledger.available(pool, &[own, other].concat());
                     round
                         .compare(need, pool, room, kind, Some((mover, ledger.traffic(pool))))
                         .candidate(round.pools)
                 };
-                let there = at(&need, *there, view);
-                let back = at(&partners_need, here, partner);
+                let there = at(&need, *there, view, own, partners);
+                let back = at(&partners_need, here, partner, partners, own);
                 let total = there.total + back.total;
                 let possible = there.dropped.is_none() && back.dropped.is_none();
                 if possible && best.as_ref().is_none_or(|(least, _)| total < *least) {

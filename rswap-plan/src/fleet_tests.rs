@@ -50,7 +50,13 @@ fn labelled(mut view: InstanceView, label: &str, value: &str) -> InstanceView {
 }
 
 fn eager() -> PlanConfig {
-    PlanConfig { hysteresis: 0.0, cool_down_ms: 0, headroom: 0.0, ..PlanConfig::default() }
+    PlanConfig {
+        hysteresis: 0.0,
+        cool_down_ms: 0,
+        headroom: 0.0,
+        headroom_staying: 0.0,
+        ..PlanConfig::default()
+    }
 }
 
 fn plan(config: PlanConfig, views: &[InstanceView], pools: &[Pool]) -> Plan {
@@ -179,6 +185,26 @@ fn what_might_not_be_served_costs() {
     assert_eq!(moves(&plan), [("x", "b")]);
 }
 
+#[test]
+fn spreads_add_up_as_far_as_needs_rise_together() {
+    let bursty = |name: &str, host| {
+        let mut view = on(name, host, 0.5);
+        for point in &mut view.demand.points {
+            point.need = Quantiles { p50: 0.5, p90: 1.0, p95: 1.5, p99: 1.5 };
+        }
+        view
+    };
+    // Of six with a mean of 0.63 and a limit of 1.5, all on a: 9 cores by limits, 5.9 as of independent ones.
+    let pools = [host("a", 6.0, 0.04), host("b", 1.0, 0.04)];
+    let views: Vec<_> = (0..6).map(|i| bursty(&format!("i{i}"), "a")).collect();
+    let here = |correlation| {
+        let plan = plan(PlanConfig { correlation, ..eager() }, &views, &pools);
+        plan.decisions[0].current.as_ref().unwrap().dropped.clone()
+    };
+    assert!(matches!(here(1.0), Some(Dropped::Cores { .. })));
+    assert_eq!(here(0.0), None);
+}
+
 /// Demand of a round for one instance: quiet, random, or against the planner: high exactly where it is.
 fn demand(pattern: u8, round: usize, random: f64, at: usize) -> f64 {
     match pattern % 4 {
@@ -213,7 +239,7 @@ proptest! {
         prices in prop::collection::vec(0.01..0.1f64, 40 * 3),
         exact in any::<bool>(),
     ) {
-        let config = PlanConfig { hysteresis: 0.0, cool_down_ms: 10_000, headroom: 0.0, moves_per_hour: 10_000, ..PlanConfig::default() };
+        let config = PlanConfig { hysteresis: 0.0, cool_down_ms: 10_000, headroom: 0.0, headroom_staying: 0.0, moves_per_hour: 10_000, ..PlanConfig::default() };
         let back_ms = config.cool_down_ms * 10;
         let mut planner = Planner::new(config);
         let names = ["a", "b", "c"];

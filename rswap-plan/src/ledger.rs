@@ -5,10 +5,15 @@ use std::collections::BTreeMap;
 
 use rswap_types::{InstanceName, Pool, PoolKind, overlap};
 
+use crate::PlanConfig;
+
 /// What an instance is promised: reference cores and bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Promise {
-    pub(super) reference_cores: f64,
+    /// What it is expected to need.
+    pub(super) expected_cores: f64,
+    /// What its limit is above that.
+    pub(super) spread_cores: f64,
     pub(super) bytes: u64,
 }
 
@@ -30,6 +35,41 @@ pub(super) struct Entry {
     place: Place,
 }
 
+/// What several are promised together, in cores of a pool and bytes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    expected: f64,
+    spread: f64,
+    spread_squared: f64,
+    bytes: u64,
+}
+
+impl Sum {
+    fn add(&mut self, other: &Self) {
+        self.expected += other.expected;
+        self.spread += other.spread;
+        self.spread_squared += other.spread_squared;
+        self.bytes = self.bytes.saturating_add(other.bytes);
+    }
+
+    fn take(&mut self, other: &Self) {
+        self.expected = (self.expected - other.expected).max(0.0);
+        self.spread = (self.spread - other.spread).max(0.0);
+        self.spread_squared = (self.spread_squared - other.spread_squared).max(0.0);
+        self.bytes = self.bytes.saturating_sub(other.bytes);
+    }
+
+    /// What all need together at the limit, with one more of this spread, less its spread.
+    fn cores_next_to(&self, spread: f64, correlation: f64) -> f64 {
+        if correlation >= 1.0 {
+            return self.expected + self.spread;
+        }
+        let (sum, squares) = (self.spread + spread, self.spread_squared + spread * spread);
+        let together = (correlation * sum * sum + (1.0 - correlation) * squares).sqrt();
+        self.expected + together - spread
+    }
+}
+
 /// Moves that are under way.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Traffic {
@@ -44,6 +84,9 @@ pub(super) struct Ledger<'a> {
     pools: &'a [Pool],
     by_name: &'a BTreeMap<&'a str, usize>,
     headroom: f64,
+    headroom_staying: f64,
+    /// How far spreads add up: see [`PlanConfig::correlation`].
+    correlation: f64,
     /// Number of the pool that this host is, if it is one.
     this_host: Option<usize>,
     /// Numbers of this host's own pools.
@@ -51,7 +94,7 @@ pub(super) struct Ledger<'a> {
     /// Use by what is not planned for, per pool.
     foreign: Vec<(f64, u64)>,
     /// What is promised, per pool.
-    promised: Vec<(f64, u64)>,
+    promised: Vec<Sum>,
     /// Moves to and from it, per pool.
     traffic: Vec<Traffic>,
     /// Where each instance counts: where it sits, then where it is going, as the capacity is gone at both ends.
@@ -70,7 +113,7 @@ impl<'a> Ledger<'a> {
     pub(super) fn new(
         pools: &'a [Pool],
         by_name: &'a BTreeMap<&'a str, usize>,
-        headroom: f64,
+        config: &PlanConfig,
         seen: &[Seen<'_>],
     ) -> Self {
         let own_pools: Vec<usize> =
@@ -96,11 +139,13 @@ impl<'a> Ledger<'a> {
         Self {
             pools,
             by_name,
-            headroom,
+            headroom: config.headroom,
+            headroom_staying: config.headroom_staying,
+            correlation: config.correlation,
             this_host: pools.iter().position(|pool| pool.kind == PoolKind::ThisHost),
             own_pools,
             foreign,
-            promised: vec![(0.0, 0); pools.len()],
+            promised: vec![Sum::default(); pools.len()],
             traffic: vec![Traffic::default(); pools.len()],
             entries: BTreeMap::new(),
         }
@@ -152,34 +197,32 @@ impl<'a> Ledger<'a> {
     fn replace(&mut self, name: &InstanceName, entries: Vec<Entry>) {
         let old = self.entries.insert(name.clone(), entries.clone()).unwrap_or_default();
         for entry in &old {
-            self.count(entry, |sum, (cores, bytes)| {
-                *sum = ((sum.0 - cores).max(0.0), sum.1.saturating_sub(bytes));
-            });
+            self.count(entry, Sum::take);
         }
         for entry in &entries {
-            self.count(entry, |sum, (cores, bytes)| *sum = (sum.0 + cores, sum.1.saturating_add(bytes)));
+            self.count(entry, Sum::add);
         }
     }
 
-    fn count(&mut self, entry: &Entry, change: impl Fn(&mut (f64, u64), (f64, u64))) {
+    fn count(&mut self, entry: &Entry, change: impl Fn(&mut Sum, &Sum)) {
         match entry.place {
             Place::Elsewhere => {}
             Place::At(index) => {
                 let share = self.share(entry, index);
-                change(&mut self.promised[index], share);
+                change(&mut self.promised[index], &share);
             }
             Place::Here(_) => {
                 for at in 0..self.own_pools.len() {
                     let index = self.own_pools[at];
                     let share = self.share(entry, index);
-                    change(&mut self.promised[index], share);
+                    change(&mut self.promised[index], &share);
                 }
             }
         }
     }
 
     /// What a promise takes of pool number `index`, in its own cores, and bytes.
-    fn share(&self, entry: &Entry, index: usize) -> (f64, u64) {
+    fn share(&self, entry: &Entry, index: usize) -> Sum {
         let pool = &self.pools[index];
         let (share, memory) = match (&pool.kind, entry.place) {
             (PoolKind::Host { .. }, Place::At(host)) if host == index => (1.0, true),
@@ -187,10 +230,16 @@ impl<'a> Ledger<'a> {
             (PoolKind::Cpu { .. }, Place::Here(on)) => {
                 (overlap(self.pools, on.map(|on| self.pools[on].name.as_str()), pool), false)
             }
-            _ => return (0.0, 0),
+            _ => return Sum::default(),
         };
-        let cores = entry.promise.reference_cores * share / pool.performance.max(1e-6);
-        (cores, if memory { entry.promise.bytes } else { 0 })
+        let cores = share / pool.performance.max(1e-6);
+        let spread = entry.promise.spread_cores * cores;
+        Sum {
+            expected: entry.promise.expected_cores * cores,
+            spread,
+            spread_squared: spread * spread,
+            bytes: if memory { entry.promise.bytes } else { 0 },
+        }
     }
 
     /// What an instance is promised itself.
@@ -203,20 +252,30 @@ impl<'a> Ledger<'a> {
         self.traffic[index]
     }
 
-    /// (cores, bytes) of pool number `index` that can be had by who is promised `own`: what is left next to all others.
+    /// (cores, bytes) of pool number `index` that can be had by who is promised `own` and would come: what is left next to all
+    /// others.
     pub(super) fn available(&self, index: usize, own: &[Entry]) -> (f64, u64) {
+        self.left(index, own, self.headroom)
+    }
+
+    /// The same for who is there.
+    pub(super) fn kept(&self, index: usize, own: &[Entry]) -> (f64, u64) {
+        self.left(index, own, self.headroom_staying)
+    }
+
+    fn left(&self, index: usize, own: &[Entry], headroom: f64) -> (f64, u64) {
         let pool = &self.pools[index];
-        let (mut cores, mut bytes) = self.promised[index];
+        let mut others = self.promised[index];
         for entry in own {
             if entry.place == Place::At(index) || matches!(entry.place, Place::Here(_)) {
-                let (own_cores, own_bytes) = self.share(entry, index);
-                cores = (cores - own_cores).max(0.0);
-                bytes = bytes.saturating_sub(own_bytes);
+                others.take(&self.share(entry, index));
             }
         }
-        cores += self.foreign[index].0;
-        bytes = bytes.saturating_add(self.foreign[index].1);
-        let usable = 1.0 - self.headroom;
+        // Of two that change places, the first is who is asked for.
+        let spread = own.first().map_or(0.0, |entry| entry.promise.spread_cores / pool.performance.max(1e-6));
+        let cores = others.cores_next_to(spread, self.correlation) + self.foreign[index].0;
+        let bytes = others.bytes.saturating_add(self.foreign[index].1);
+        let usable = 1.0 - headroom;
         let free_cores = (pool.capacity.cores * usable - cores).max(0.0);
         let free_bytes = ((pool.capacity.memory_bytes as f64 * usable) as u64).saturating_sub(bytes);
         (free_cores, free_bytes)

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 pub use config::PlanConfig;
 pub use explain::explain;
 pub use planner::Planner;
-pub use price::MovePrice;
+pub use price::{MovePrice, price_of_move};
 pub use reason::{Dropped, StayReason};
 pub use score::Terms;
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use rswap_forecast::Moments;
 use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
 
 use crate::{
@@ -139,7 +140,7 @@ impl Planner {
                 bytes: view.resident_bytes,
             })
             .collect();
-        let mut ledger = Ledger::new(pools, &by_name, self.config.headroom, &seen);
+        let mut ledger = Ledger::new(pools, &by_name, &self.config, &seen);
         for view in &views {
             let promise = self.promise(view, &round);
             ledger.sits(&view.instance, view.host.as_deref(), view.cpu_pool.as_deref(), promise);
@@ -198,8 +199,12 @@ impl Planner {
         let kind = if view.host.is_some() { MoveKind::Host } else { MoveKind::Cpu };
         let speed = round.current(view, kind).map_or(1.0, |index| round.pools[index].performance);
         let need = need::need(view, &self.config).ok();
+        let now = view.cores * speed;
+        let limit = need.map_or(0.0, |need| need.limit_cores).max(now);
+        let expected = need.map_or(limit, |need| Moments::of(&need.cores).mean.min(limit));
         Promise {
-            reference_cores: need.map_or(0.0, |need| need.limit_cores).max(view.cores * speed),
+            expected_cores: expected,
+            spread_cores: limit - expected,
             bytes: need.map_or(0, |need| need.limit_bytes).max(view.resident_bytes),
         }
     }
@@ -241,7 +246,7 @@ impl Planner {
         let here = round.current(view, kind);
         let mut forced = false;
         if let Some(index) = here {
-            let room = ledger.available(index, own);
+            let room = ledger.kept(index, own);
             let forbidden = round.groups.forbids(view, index, pools, kind);
             let candidate = round.compare(&need, index, room, kind, None).but(forbidden).candidate(pools);
             forced = candidate.dropped.is_some();
@@ -254,7 +259,7 @@ impl Planner {
             forced = true;
             decision.crossing_in_ms = decision.crossing_in_ms.or_else(|| {
                 let index = round.current(view, MoveKind::Cpu)?;
-                let room = ledger.available(index, own);
+                let room = ledger.kept(index, own);
                 need::crossing(view, &pools[index], room, MoveKind::Cpu, &self.config)
             });
         }

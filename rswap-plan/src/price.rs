@@ -28,6 +28,17 @@ pub struct MovePrice {
     pub money: f64,
 }
 
+/// The price of a move, whether or not it can be expected to end: see [`MovePrice`].
+pub fn price_of_move(
+    kind: MoveKind,
+    view: &InstanceView,
+    cost_per_hour: f64,
+    link_bytes_per_s: f64,
+    config: &PlanConfig,
+) -> MovePrice {
+    price(kind, view, cost_per_hour, link_bytes_per_s, config).0
+}
+
 /// The price of a move to a pool that costs `cost_per_hour` for this instance; while it goes on, both are paid for.
 /// `link` is the speed of the way to another host, in bytes of memory per second.
 /// An estimate is given even where the move is not expected to end, so that the numbers can be shown.

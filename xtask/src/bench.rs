@@ -25,6 +25,12 @@ pub(crate) enum Bench {
     },
     /// One round of planning a fleet of up to 10,000 instances on 1,000 hosts
     Plan,
+    /// Fast and slow tiers with recorded demand: what forecasts save next to static placement, thresholds and the oracle
+    Tiers {
+        /// Directory with bitbrains.csv.gz
+        #[arg(long)]
+        traces: PathBuf,
+    },
     /// Placement policies on recorded days of virtual machines, on the model that the literature compares them on
     Placement {
         /// Directory with planetlab.csv.gz
@@ -42,6 +48,7 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
             measure("bench_migrate", arguments)
         }
         Bench::Plan => measure("bench_plan", &[]),
+        Bench::Tiers { traces } => measure("bench_tiers", &["--traces".to_owned(), found(traces)?]),
         Bench::Placement { traces } => measure("bench_placement", &["--traces".to_owned(), found(traces)?]),
     }
 }

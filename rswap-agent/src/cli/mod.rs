@@ -9,6 +9,7 @@ mod labels;
 mod local;
 mod migrate;
 mod show;
+mod simulate;
 mod table;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -65,6 +66,8 @@ enum Command {
     Recover(RecoverArguments),
     /// Name what a migration would not carry, without touching anything
     Check(CheckArguments),
+    /// Play recorded demand on described pools: what would have been done, and what it would have cost
+    Simulate(simulate::SimulateArguments),
     /// Show which kernel features are there, and what each lack costs
     Doctor(Output),
     /// The first process of an instance's PID namespace
@@ -251,6 +254,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Init(arguments) => return local::init(arguments),
         Command::Guard(GuardArguments { word, life }) => return local::guard(word, life),
+        Command::Simulate(arguments) => return simulate::run(&arguments).map(|()| ExitCode::SUCCESS),
         _ => {}
     }
     let config = Config::load(cli.config.as_deref())?;
@@ -279,6 +283,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Agent
         | Command::Run(_)
         | Command::Check(_)
+        | Command::Simulate(_)
         | Command::Doctor(_)
         | Command::Init(_)
         | Command::Guard(_) => unreachable!("handled without the agent"),
