@@ -25,6 +25,7 @@ pub mod persistent;
 pub mod postgres;
 pub mod proxy;
 pub mod scene;
+pub mod steps;
 pub mod stream;
 pub mod sweep;
 pub mod traces;

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use rswap_agent::migrate::wire::Tag;
 use rswap_tests::{
@@ -12,7 +13,9 @@ use rswap_tests::{
     client::{REDIS, VerifyingClient},
     persistent::{self, Running},
     proxy::{Fault, Proxy},
-    reason_to_skip, wait_for,
+    reason_to_skip,
+    steps::{Follower, Place},
+    wait_for,
 };
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
@@ -66,6 +69,35 @@ fn an_agent_that_is_stopped_in_the_freeze_loses_it() -> anyhow::Result<()> {
     pipeline.wait_for(50, LIMIT)?;
     assert_eq!(scene.a.agent_pid(), agent, "the agent was ended though it held nothing");
     wait_for("the copy at the destination to go", LIMIT, || Ok((!scene.b.has_processes()?).then_some(())))?;
+    scene.there_and_back(&[&pipeline])?;
+    scene.finish([pipeline])
+}
+
+#[test]
+fn an_agent_that_is_stopped_while_it_holds_the_threads_is_ended() -> anyhow::Result<()> {
+    if reason_to_skip("an_agent_that_is_stopped_while_it_holds_the_threads_is_ended").is_some() {
+        return Ok(());
+    }
+    let mut scene = Scene::set(1_000)?;
+    let pipeline = persistent::pipeline(&scene.fleet.client, SERVER)?;
+    // In a call when tracking begins, and in one in the freeze.
+    for place in [Place::Entry(0), Place::Entry(6)] {
+        let agent = scene.a.agent_pid().context("no agent")?;
+        let follower = Follower::start(agent, place, Signal::SIGSTOP)?;
+        let migration = scene.a.migrate("redis", &scene.b.migrate_address())?;
+        // Nobody wakes it up.
+        migration.end()?.expect_err("it was moved by an agent that stood still");
+        ensure!(follower.has_struck()?, "the agent did not come to {place:?}");
+        pipeline.wait_for(50, LIMIT)?;
+        let log = scene.a.log()?;
+        ensure!(
+            log.contains(&format!("ending the agent {agent}, which holds it")),
+            "its guard did not end it"
+        );
+        scene.a.kill_agent()?;
+        scene.a.start_agent()?;
+        pipeline.wait_for(50, LIMIT)?;
+    }
     scene.there_and_back(&[&pipeline])?;
     scene.finish([pipeline])
 }

@@ -25,7 +25,7 @@ use crate::{
         descriptors::{self, Lock},
         files::Places,
         layout::{InstanceLayout, ProcessLayout, segment_inode},
-        mounts,
+        leftovers, mounts,
         objects::{self, SourceObject},
         settle::Settling,
         sysv::{self, Segment},
@@ -92,6 +92,12 @@ impl<U: Uplink> LinuxSource<U> {
         volumes: SourceVolumes,
         end: Box<dyn FnMut() -> Result<(), TaskError>>,
     ) -> Result<Self, TaskError> {
+        for pid in tree::listed(&instance)? {
+            match leftovers::remove(pid) {
+                Err(_) if tree::has_ended(pid) => {}
+                removed => removed?,
+            }
+        }
         check::require(&instance, &places)?;
         Ok(Self {
             instance,
@@ -419,8 +425,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
                 }
             }
         }
-        // Let go by ptrace, and held by the cgroup: no thread runs in between. A thread that is still stopped behind a call when
-        // its tracer is killed takes the step's trap for its own.
+        // Let go by ptrace, and held by the cgroup: no thread runs in between.
         self.processes.iter_mut().for_each(|process| process.stopped = None);
         Ok(postcard::to_stdvec(&image)?)
     }

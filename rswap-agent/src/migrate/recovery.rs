@@ -31,7 +31,7 @@ use crate::{
         launch::{self, Place},
         registry::Registry,
     },
-    tracee::{settle, tree},
+    tracee::{leftovers, settle, tree},
 };
 
 /// One conversation of questions may take so long.
@@ -296,7 +296,20 @@ impl Recovery {
         let name = &particulars.instance.name;
         tracing::warn!(id = %journal.id(), instance = %name, "its migration was broken off: it goes on here");
         thaw(&self.place, &particulars.instance)?;
+        self.clean(&particulars.instance);
         Ok(journal.record(SourceState::Ended)?)
+    }
+
+    /// Removes what an agent that was killed has left in the programs. What fails is left to the next migration.
+    fn clean(&self, instance: &Instance) {
+        if !is_here(instance) {
+            return;
+        }
+        for pid in tree::listed(instance).unwrap_or_default() {
+            if let Err(error) = leftovers::remove(pid) {
+                tracing::warn!(pid, %error, "what an earlier agent has left is still there");
+            }
+        }
     }
 
     /// Ends the instance at the source, for good. What was removed already, or is another one by now, is left alone.

@@ -24,6 +24,7 @@ pub mod tcp;
 pub mod timer;
 pub mod tty;
 pub mod uffd;
+pub mod xsave;
 
 use std::io;
 

@@ -22,6 +22,11 @@ const PTRACE_SECCOMP_GET_METADATA: libc::c_uint = 0x420d;
 const PTRACE_O_SUSPEND_SECCOMP: i32 = 1 << 21;
 /// Options of a stub: its threads and children are traced as well, and die as well.
 const STUB_OPTIONS: i32 = libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_EXITKILL;
+/// Options of a running program's threads. The kernel marks their stops at calls by a number that is no signal's: one that
+/// loses its tracer there gets no signal for it (`ptrace_report_syscall` in include/linux/ptrace.h).
+const PROGRAM_OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD;
+/// What marks them.
+const CALL_STOP: i32 = libc::SIGTRAP | 0x80;
 const NT_X86_XSTATE: usize = 0x202;
 /// Larger than any xsave area that x86-64 has today (AMX included: 11 KiB).
 const XSTATE_MAX: usize = 32 * 1024;
@@ -51,10 +56,10 @@ fn request(number: libc::c_uint, tid: i32, addr: usize, data: usize) -> io::Resu
 /// Starts tracing `tid` without stopping it. As long as it is traced, seccomp forbids it nothing, where the kernel can do
 /// that.
 pub fn seize(tid: i32) -> io::Result<()> {
-    match request(libc::PTRACE_SEIZE, tid, 0, PTRACE_O_SUSPEND_SECCOMP as usize) {
+    match request(libc::PTRACE_SEIZE, tid, 0, (PROGRAM_OPTIONS | PTRACE_O_SUSPEND_SECCOMP) as usize) {
         // Without CONFIG_CHECKPOINT_RESTORE, or when seccomp is on here.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => {
-            request(libc::PTRACE_SEIZE, tid, 0, 0).map(|_| ())
+            request(libc::PTRACE_SEIZE, tid, 0, PROGRAM_OPTIONS as usize).map(|_| ())
         }
         seized => seized.map(|_| ()),
     }
@@ -110,6 +115,8 @@ pub enum Stop {
     Group(i32),
     /// About to receive this signal.
     Signal(i32),
+    /// At the entry of a system call, or at its exit.
+    Call,
     /// Another ptrace event.
     Other,
     /// It is gone.
@@ -166,6 +173,7 @@ fn stop_of(status: i32) -> Stop {
         return Stop::Gone;
     }
     match (status >> 16, libc::WSTOPSIG(status)) {
+        (0, CALL_STOP) => Stop::Call,
         (0, signal) => Stop::Signal(signal),
         (libc::PTRACE_EVENT_STOP, libc::SIGTRAP) => Stop::Event,
         (libc::PTRACE_EVENT_STOP, signal) => Stop::Group(signal),
@@ -181,6 +189,11 @@ pub fn single_step(tid: i32) -> io::Result<()> {
 /// The same, delivering `signal` if it isn't 0.
 pub fn single_step_with(tid: i32, signal: i32) -> io::Result<()> {
     request(libc::PTRACE_SINGLESTEP, tid, 0, signal as usize).map(|_| ())
+}
+
+/// Lets a stopped thread go on to the entry of a system call, or to its exit.
+pub fn go_to_call(tid: i32) -> io::Result<()> {
+    request(libc::PTRACE_SYSCALL, tid, 0, 0).map(|_| ())
 }
 
 /// Lets a stopped thread go on, delivering `signal` if it isn't 0.

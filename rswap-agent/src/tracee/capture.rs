@@ -99,7 +99,7 @@ pub fn capture_instance(
     for image in &mut processes {
         let parent = frozen.iter().find(|other| other.member.node.pid == image.node.parent);
         if let (Some(stop), Some(parent)) = (&mut image.task.stopped, parent) {
-            stop.unread = has_unread_stop(parent.member.pid, image.node.pid)?;
+            stop.unread = has_unread_stop(parent.threads, image.node.pid)?;
         }
     }
     let names = HostNames::of(init).map_err(TraceeError::call("reading the host names", init))?;
@@ -110,9 +110,9 @@ pub fn capture_instance(
 }
 
 /// Whether `parent` would still be told that its child `inner` is stopped.
-fn has_unread_stop(parent: i32, inner: i32) -> Result<bool, TraceeError> {
-    let mut parent = Remote::new(parent)?;
-    parent.map_scratch(None)?;
+fn has_unread_stop(parent: &StoppedProcess, inner: i32) -> Result<bool, TraceeError> {
+    let mut parent = Remote::of_program(parent)?;
+    parent.map_scratch_in_program()?;
     let at = parent.put(0, &[0; 128])?;
     let options = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL) as u64;
     parent.call("waitid", libc::SYS_waitid, [libc::P_PID as u64, inner as u64, at, options, 0, 0])?;
@@ -133,8 +133,8 @@ fn capture(
     let (pid, mappings) = (stopped.pid(), process.mappings.to_vec());
     let kernel_mappings = layout::read_mappings(pid)?.into_iter().filter(Mapping::is_kernels_own).collect();
     let status = Status::read(pid)?;
-    let mut leader = Remote::new(pid)?;
-    leader.map_scratch(None)?;
+    let mut leader = Remote::of_program(stopped)?;
+    leader.map_scratch_in_program()?;
     let brk = leader.call("brk", libc::SYS_brk, [0; 6])?;
     let image = TaskImage {
         layout: Layout { mappings, huge_pages_off: status.number("THP_enabled:") == Some(0) },
@@ -164,7 +164,7 @@ fn capture(
     let descriptors = tables::owners(&tids, Common::Descriptors)?;
     let directories = tables::owners(&tids, Common::Directories)?;
     for (&tid, owners) in tids.iter().zip(descriptors.into_iter().zip(directories)).skip(1) {
-        let mut described = thread(stopped, tid, &mut leader.for_thread(tid)?, usual)?;
+        let mut described = thread(stopped, tid, &mut leader.thread_of_program(stopped, tid)?, usual)?;
         let inner = |tid: i32| Ok(Status::read(tid)?.last_number("NSpid:").unwrap_or(tid));
         described.tables = ThreadTables {
             descriptors: match owners.0 {
@@ -191,7 +191,11 @@ fn thread(
 ) -> Result<ThreadImage, TraceeError> {
     let (pid, call) = (stopped.pid(), TraceeError::call);
     let wait = stopped.wait(tid);
-    let registers = waits::carried(*remote.saved_registers(), stopped.repeats(tid), wait);
+    let registers = waits::carried(
+        stopped.interrupted(tid).unwrap_or(*remote.saved_registers()),
+        stopped.repeats(tid),
+        wait,
+    );
     let at = remote.put(0, &[0; 24])?;
     remote.call("sigaltstack", libc::SYS_sigaltstack, [0, at, 0, 0, 0, 0])?;
     let alternate_stack = remote.get(0)?;
@@ -207,12 +211,7 @@ fn thread(
         extended_state: ptrace::extended_state(tid).map_err(call("PTRACE_GETREGSET", tid))?,
         signal_mask: remote.saved_mask(),
         wait,
-        pending_signals: stopped
-            .held_signal(tid)
-            .map(|info| info.to_vec())
-            .into_iter()
-            .chain(pending(tid, false)?)
-            .collect(),
+        pending_signals: pending(tid, false)?,
         alternate_stack,
         clear_child_tid,
         robust_list: process::robust_list(tid).map_err(call("get_robust_list", tid))?,

@@ -1,6 +1,6 @@
 //! What of an instance can't be carried to another host, found without touching it.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,9 @@ use super::{
     files::{self, Place, Places},
     image::{Descriptor, DescriptorKind, SocketState},
     layout::{self, Mapping},
-    mounts, sysv, tables, tree,
+    mounts,
+    remote::Remote,
+    sysv, tables, tree,
 };
 use crate::{
     instance::Instance,
@@ -185,6 +187,9 @@ fn process(
     if !status.text("x86_Thread_features:").is_empty() {
         findings.refuse("a shadow stack", "it isn't carried in this version: start the program without it");
     }
+    if let Err(error) = way_back(pid) {
+        findings.refuse("no way back from a call", &error.to_string());
+    }
     if link(pid, "exe")?.ends_with(" (deleted)") {
         findings.refuse("a deleted program file", "restart it: its program was replaced on disk");
     }
@@ -233,6 +238,19 @@ fn process(
         }
     }
     Ok(open)
+}
+
+/// Whether a thread of it would survive an agent that is killed in a call made in it.
+fn way_back(pid: i32) -> Result<(), TraceeError> {
+    const LOOKS: usize = 3;
+    // In execve(2) the program is mapped bit by bit.
+    for _ in 1..LOOKS {
+        if Remote::prepare(pid).is_ok() || tree::has_ended(pid) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Remote::prepare(pid).or_else(|error| if tree::has_ended(pid) { Ok(()) } else { Err(error) })
 }
 
 /// Whether `PTRACE_O_SUSPEND_SECCOMP` is there for us. The kernel has it together with this file.

@@ -25,6 +25,8 @@ mod ended;
 pub mod files;
 pub mod image;
 pub mod layout;
+pub mod leftovers;
+mod lifeline;
 pub mod link;
 mod memberships;
 pub mod mounts;

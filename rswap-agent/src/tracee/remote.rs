@@ -1,9 +1,12 @@
 //! System calls made inside a stopped tracee.
 //!
-//! The tracee's registers are set to the call, its instruction pointer to the `syscall` instruction that
-//! every vDSO has, and one step is made. Nothing is written to its code, and its registers and signal
-//! mask are put back when the [`Remote`] is dropped. If this process is killed in between, they aren't:
-//! keep the time in which a live program is held by a `Remote` short.
+//! In a running program the tracee's registers are set to the call and to a `syscall` instruction that the program has, and the
+//! thread goes to the call's entry and to its exit. Nothing is written to its code, and its registers and signal mask are
+//! put back when the [`Remote`] is dropped. If this process is killed in between, the thread makes the call that it is
+//! at, and puts itself back: see [`lifeline`](super::lifeline).
+//!
+//! A stub has nothing to be put back to, and dies with its tracer: it makes calls by single steps over the `syscall` of its
+//! vDSO, which need half as many stops.
 
 use std::{
     io,
@@ -16,7 +19,13 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{TraceeError, layout};
+use super::{
+    TraceeError, layout,
+    leftovers::{self, SCRATCH_BYTES},
+    lifeline::{self, Lifeline, Ways},
+    stopped::StoppedProcess,
+    waits,
+};
 use crate::sys::{
     mem::{self, PAGE_SIZE, RemoteAddr},
     process,
@@ -40,20 +49,23 @@ pub struct Remote {
     tid: i32,
     saved: Registers,
     saved_mask: u64,
+    /// Where a stub's `syscall` is.
     syscall_at: u64,
     scratch: Option<RemoteAddr>,
     owns_scratch: bool,
     restore_on_drop: bool,
+    /// What a running program's thread comes back by.
+    lifeline: Option<Lifeline>,
 }
 
 impl Remote {
-    /// Takes over stopped thread `tid` until it is dropped.
-    pub fn new(tid: i32) -> Result<Self, TraceeError> {
+    /// Takes over stopped stub `tid` until it is dropped.
+    pub fn stub(tid: i32) -> Result<Self, TraceeError> {
         let syscall_at = find_syscall(tid)?;
         Self::take_over(tid, syscall_at)
     }
 
-    /// Takes over another stopped thread of the same process, with the same scratch page.
+    /// Takes over another stopped thread of the same stub, with the same scratch page.
     pub fn for_thread(&self, tid: i32) -> Result<Self, TraceeError> {
         let mut other = Self::take_over(tid, self.syscall_at)?;
         other.scratch = self.scratch;
@@ -69,13 +81,70 @@ impl Remote {
     }
 
     fn take_over(tid: i32, syscall_at: u64) -> Result<Self, TraceeError> {
-        let saved = ptrace::registers(tid).map_err(TraceeError::call("PTRACE_GETREGS", tid))?;
-        let saved_mask = ptrace::signal_mask(tid).map_err(TraceeError::call("PTRACE_GETSIGMASK", tid))?;
+        let mut taken = Self::of_registers(tid, ptrace::registers(tid))?;
+        taken.syscall_at = syscall_at;
         // A signal would run a handler of the program's in the middle of our calls. SIGTRAP is ours: the kernel would
         // forget the program's handler if it were blocked (`force_sig_info_to_task` in kernel/signal.c).
         ptrace::set_signal_mask(tid, !TRAP).map_err(TraceeError::call("PTRACE_SETSIGMASK", tid))?;
-        let (scratch, owns_scratch) = (None, false);
-        Ok(Self { tid, saved, saved_mask, syscall_at, scratch, owns_scratch, restore_on_drop: true })
+        Ok(taken)
+    }
+
+    fn of_registers(tid: i32, registers: io::Result<Registers>) -> Result<Self, TraceeError> {
+        Ok(Self {
+            tid,
+            saved: registers.map_err(TraceeError::call("PTRACE_GETREGS", tid))?,
+            saved_mask: ptrace::signal_mask(tid).map_err(TraceeError::call("PTRACE_GETSIGMASK", tid))?,
+            syscall_at: 0,
+            scratch: None,
+            owns_scratch: false,
+            restore_on_drop: true,
+            lifeline: None,
+        })
+    }
+
+    /// Looks for what calls in the running program `pid` will need.
+    pub fn prepare(pid: i32) -> Result<(), TraceeError> {
+        Ways::find(pid).map(drop)
+    }
+
+    /// Takes over the first thread of a running program, all of whose threads are stopped, until it is dropped.
+    pub fn of_program(program: &StoppedProcess) -> Result<Self, TraceeError> {
+        let pid = program.pid();
+        let ways = Ways::find(pid)?;
+        let registers = ptrace::registers(pid).map_err(TraceeError::call("PTRACE_GETREGS", pid))?;
+        let area = lifeline::area_of_leader(pid, registers.rsp)?;
+        Self::with_lifeline(program, pid, ways, area)
+    }
+
+    /// Takes over another of its threads, with the same scratch page; one at a time.
+    pub fn thread_of_program(&self, program: &StoppedProcess, tid: i32) -> Result<Self, TraceeError> {
+        let (Some(lifeline), Some(scratch)) = (&self.lifeline, self.scratch) else {
+            return Err(TraceeError::Unsupported("a thread's frame needs a scratch mapping".into()));
+        };
+        let ways = lifeline.ways();
+        let area = scratch.0 + PAGE_SIZE..scratch.0 + SCRATCH_BYTES;
+        let mut other = Self::with_lifeline(program, tid, ways, area)?;
+        other.scratch = self.scratch;
+        Ok(other)
+    }
+
+    fn with_lifeline(
+        program: &StoppedProcess,
+        tid: i32,
+        ways: Ways,
+        area: std::ops::Range<u64>,
+    ) -> Result<Self, TraceeError> {
+        let registers = ptrace::registers(tid).map(|registers| lifeline::out_of_sequence(tid, registers));
+        let mut taken = Self::of_registers(tid, registers)?;
+        let context = waits::left_alone(taken.saved, program.wait(tid));
+        let lifeline = Lifeline::lay(tid, ways, area, &context, taken.saved_mask)?;
+        let ready = lifeline.back(&taken.saved);
+        // From here on it is put back.
+        taken.lifeline = Some(lifeline);
+        ptrace::set_registers(tid, &ready).map_err(TraceeError::call("PTRACE_SETREGS", tid))?;
+        // A signal would run a handler of the program's in the middle of our calls.
+        ptrace::set_signal_mask(tid, !0).map_err(TraceeError::call("PTRACE_SETSIGMASK", tid))?;
+        Ok(taken)
     }
 
     /// The registers that the thread had when it was taken over.
@@ -103,12 +172,30 @@ impl Remote {
         self.syscall_at = self.syscall_at - from + to;
     }
 
-    /// Maps a scratch page for calls that take pointers: at `at`, where nothing may be, or in any gap.
+    /// Maps a scratch page for calls of a stub that take pointers: at `at`, where nothing may be, or in any gap.
     pub fn map_scratch(&mut self, at: Option<u64>) -> Result<(), TraceeError> {
-        let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let fixed = if at.is_some() { libc::MAP_FIXED_NOREPLACE } else { 0 };
+        self.map(at.unwrap_or_default(), PAGE_SIZE, fixed)
+    }
+
+    /// Maps a scratch page for calls of a program that take pointers, and room for another thread's frame behind it.
+    pub fn map_scratch_in_program(&mut self) -> Result<(), TraceeError> {
+        for at in leftovers::places_for_scratch(self.tid)? {
+            match self.map(at, SCRATCH_BYTES, libc::MAP_FIXED_NOREPLACE) {
+                // Lower than this program may map, or taken.
+                Err(TraceeError::Remote { source, .. })
+                    if matches!(source.raw_os_error(), Some(libc::EPERM | libc::EEXIST)) => {}
+                Err(error) => return Err(error),
+                Ok(()) => return leftovers::mark_scratch(self.tid, at),
+            }
+        }
+        Err(TraceeError::Unsupported(format!("process {} has no place for a scratch mapping", self.tid)))
+    }
+
+    fn map(&mut self, at: u64, bytes: u64, fixed: i32) -> Result<(), TraceeError> {
+        let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed) as u64;
-        let args = [at.unwrap_or_default(), PAGE_SIZE, protection, flags, !0, 0];
+        let args = [at, bytes, protection, flags, !0, 0];
         self.scratch = Some(RemoteAddr(self.call("mmap", libc::SYS_mmap, args)?));
         self.owns_scratch = true;
         Ok(())
@@ -116,8 +203,9 @@ impl Remote {
 
     /// Removes the scratch page.
     pub fn unmap_scratch(&mut self) -> Result<(), TraceeError> {
+        let bytes = if self.lifeline.is_some() { SCRATCH_BYTES } else { PAGE_SIZE };
         if let Some(at) = self.scratch.take().filter(|_| self.owns_scratch) {
-            self.call("munmap", libc::SYS_munmap, [at.0, PAGE_SIZE, 0, 0, 0, 0])?;
+            self.call("munmap", libc::SYS_munmap, [at.0, bytes, 0, 0, 0, 0])?;
         }
         Ok(())
     }
@@ -167,14 +255,25 @@ impl Remote {
 
     fn raw_call(&mut self, number: libc::c_long, args: [u64; 6]) -> Result<i64, TraceeError> {
         self.set_call(number, args)?;
+        let in_program = self.lifeline.is_some();
+        let (step, what): (fn(i32) -> io::Result<()>, _) = match in_program {
+            true => (ptrace::go_to_call, "PTRACE_SYSCALL"),
+            false => (ptrace::single_step, "PTRACE_SINGLESTEP"),
+        };
         let mut stop_arrived = false;
+        let mut entered = false;
         loop {
-            ptrace::single_step(self.tid).map_err(TraceeError::call("PTRACE_SINGLESTEP", self.tid))?;
+            step(self.tid).map_err(TraceeError::call(what, self.tid))?;
             match ptrace::wait_stop(self.tid).map_err(TraceeError::call("waiting for a step", self.tid))? {
-                Stop::Signal(libc::SIGTRAP) => break,
+                Stop::Call if in_program => {
+                    if std::mem::replace(&mut entered, true) {
+                        break;
+                    }
+                }
+                Stop::Signal(libc::SIGTRAP) if !in_program => break,
                 Stop::Gone => return Err(TraceeError::Gone(self.tid)),
                 // The stop of a new thread, or of an interrupt that came late: the step is still to be made.
-                Stop::Event | Stop::Group(_) | Stop::Other => {}
+                Stop::Call | Stop::Event | Stop::Group(_) | Stop::Other => {}
                 // Nobody can block it. It waits until the thread goes on.
                 Stop::Signal(libc::SIGSTOP) => stop_arrived = true,
                 Stop::Signal(signal) => {
@@ -193,6 +292,11 @@ impl Remote {
 
     /// Makes the thread ready for a call, which it makes with its next step.
     pub(super) fn set_call(&self, number: libc::c_long, args: [u64; 6]) -> Result<(), TraceeError> {
+        if let Some(lifeline) = &self.lifeline {
+            let registers = lifeline.call(&self.saved, number as u64, args);
+            return ptrace::set_registers(self.tid, &registers)
+                .map_err(TraceeError::call("PTRACE_SETREGS", self.tid));
+        }
         let mut registers = self.saved;
         registers.rip = self.syscall_at;
         registers.rax = number as u64;
@@ -223,9 +327,13 @@ impl Remote {
                         return Err(TraceeError::Unsupported(text));
                     }
                     // The interrupt came before the call was made.
-                    Stop::Event | Stop::Group(_) | Stop::Other if registers.rip == self.syscall_at => break,
+                    Stop::Call | Stop::Event | Stop::Group(_) | Stop::Other
+                        if registers.rip == self.syscall_at =>
+                    {
+                        break;
+                    }
                     // The step's own stop follows.
-                    Stop::Event | Stop::Group(_) | Stop::Other => {
+                    Stop::Call | Stop::Event | Stop::Group(_) | Stop::Other => {
                         ptrace::resume(tid, 0).map_err(TraceeError::call("PTRACE_CONT", tid))?;
                     }
                 }
@@ -253,18 +361,18 @@ impl Drop for Remote {
         if !self.restore_on_drop {
             return;
         }
-        let restored = self
-            .unmap_scratch()
-            .and_then(|()| {
-                ptrace::set_signal_mask(self.tid, self.saved_mask)
-                    .map_err(TraceeError::call("PTRACE_SETSIGMASK", self.tid))
-            })
-            .and_then(|()| {
-                ptrace::set_registers(self.tid, &self.saved)
-                    .map_err(TraceeError::call("PTRACE_SETREGS", self.tid))
-            });
-        if let Err(error) = restored {
-            tracing::error!(tid = self.tid, %error, "could not put a thread's registers back");
+        let tid = self.tid;
+        let unmapped = self.unmap_scratch();
+        // The mask first: with the registers that it has, a thread that loses us here puts both back.
+        let masked = ptrace::set_signal_mask(tid, self.saved_mask)
+            .map_err(TraceeError::call("PTRACE_SETSIGMASK", tid));
+        let set = ptrace::set_registers(tid, &self.saved).map_err(TraceeError::call("PTRACE_SETREGS", tid));
+        let cleared = match (&set, &self.lifeline) {
+            (Ok(()), Some(lifeline)) => lifeline.clear(),
+            _ => Ok(()),
+        };
+        if let Err(error) = unmapped.and(masked).and(set).and(cleared) {
+            tracing::error!(tid, %error, "could not put a thread's registers back");
         }
     }
 }

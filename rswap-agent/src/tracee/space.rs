@@ -68,7 +68,7 @@ impl Space {
         if ptrace::wait_stop(pid).map_err(call("waiting for the stop", pid))? == Stop::Gone {
             return Err(TraceeError::Gone(pid));
         }
-        let mut remote = Remote::new(pid)?;
+        let mut remote = Remote::stub(pid)?;
         remote.keep_changes();
         let rseq = ptrace::rseq_configuration(pid).map_err(call("PTRACE_GET_RSEQ_CONFIGURATION", pid))?;
         if rseq.address != 0 {
@@ -192,7 +192,7 @@ impl Space {
             match ptrace::wait_stop(pid).map_err(call("waiting for the end", pid))? {
                 Stop::Gone => return Ok(()),
                 Stop::Signal(signal) => deliver = signal,
-                Stop::Event | Stop::Group(_) | Stop::Other => deliver = 0,
+                Stop::Call | Stop::Event | Stop::Group(_) | Stop::Other => deliver = 0,
             }
         }
     }
@@ -215,7 +215,7 @@ impl Space {
                     Stop::Group(_) => return Ok(()),
                     Stop::Signal(libc::SIGSTOP) => deliver = signal,
                     Stop::Signal(libc::SIGTRAP) => break,
-                    Stop::Signal(_) | Stop::Event | Stop::Other => deliver = 0,
+                    Stop::Signal(_) | Stop::Call | Stop::Event | Stop::Other => deliver = 0,
                 }
             }
         }

@@ -1,18 +1,27 @@
 //! A process with every thread held still.
 
-use std::{collections::BTreeSet, fs, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    time::{Duration, Instant},
+};
 
 use super::{
     TraceeError,
     capture::Status,
-    tree,
+    lifeline, tree,
     waits::{self, Now, TimedWait},
 };
-use crate::sys::ptrace::{self, SignalInfo, Stop};
+use crate::sys::ptrace::{self, Registers, Stop};
 
 /// How long one thread may take to stop: in a wait that no signal ends (for a disk, or for a child to execute a program)
 /// it stops when that is over.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// How long a thread may take to come back from a call that an earlier agent was killed in, and to begin the handlers of
+/// signals that reach it.
+const READY_LIMIT: Duration = Duration::from_secs(2);
+/// Between two looks at one that is coming back.
+const NAP: Duration = Duration::from_micros(200);
 /// How often the threads are listed again before a process that spawns faster than we stop is given up.
 const MAX_PASSES: usize = 100;
 
@@ -30,10 +39,8 @@ pub struct StoppedProcess {
 #[derive(Clone, Copy, Debug)]
 struct StoppedThread {
     tid: i32,
-    /// The signal that it was about to receive when it stopped: it is in no queue any more.
-    held_signal: Option<SignalInfo>,
-    /// It makes the call again that the stop has interrupted.
-    repeats: bool,
+    /// It makes the call again that the stop has interrupted: with these registers it would find it interrupted.
+    interrupted: Option<Registers>,
     /// The wait that the stop has interrupted.
     wait: Option<TimedWait>,
 }
@@ -61,22 +68,18 @@ impl StoppedProcess {
                 let sleep = now.look(tid);
                 let Some(stop) = stop_thread(tid)? else { continue };
                 let registers = waits::registers(tid)?;
-                let mut thread = StoppedThread {
-                    tid,
-                    held_signal: None,
-                    repeats: waits::may_be_repeated(&registers),
-                    wait: waits::find(tid, &registers, sleep),
-                };
-                match stop {
-                    Stop::Signal(_) => {
-                        let info = ptrace::signal_info(tid);
-                        thread.held_signal = Some(info.map_err(TraceeError::call("PTRACE_GETSIGINFO", tid))?);
-                    }
-                    Stop::Group(signal) => stopped.stop_signal = Some(signal),
-                    _ => {}
+                if let Stop::Group(signal) = stop {
+                    stopped.stop_signal = Some(signal);
                 }
-                thread.repeats &= thread.held_signal.is_none();
+                let repeats = waits::may_be_repeated(&registers) && !has_signals(tid);
+                let wait = waits::find(tid, &registers, sleep);
+                let thread = StoppedThread { tid, interrupted: repeats.then_some(registers), wait };
                 stopped.threads.push(thread);
+                if repeats {
+                    // At once: if we are killed, it makes the call again all the same.
+                    ptrace::set_registers(tid, &waits::repeated(registers))
+                        .map_err(TraceeError::call("PTRACE_SETREGS", tid))?;
+                }
             }
         }
         Err(TraceeError::Unsupported(format!("process {pid} makes threads faster than they can be stopped")))
@@ -92,14 +95,14 @@ impl StoppedProcess {
         self.threads.iter().map(|thread| thread.tid).collect()
     }
 
-    /// The signal that thread `tid` was about to receive.
-    pub fn held_signal(&self, tid: i32) -> Option<&SignalInfo> {
-        self.threads.iter().find(|thread| thread.tid == tid)?.held_signal.as_ref()
+    /// The registers of thread `tid` as it was stopped, if others were set to have it make its interrupted call again.
+    pub fn interrupted(&self, tid: i32) -> Option<Registers> {
+        self.threads.iter().find(|thread| thread.tid == tid)?.interrupted
     }
 
     /// Whether thread `tid` is to make its interrupted call again.
     pub fn repeats(&self, tid: i32) -> bool {
-        self.threads.iter().any(|thread| thread.tid == tid && thread.repeats && !has_signals(tid))
+        self.interrupted(tid).is_some() && !has_signals(tid)
     }
 
     /// The wait that thread `tid` is in.
@@ -131,12 +134,11 @@ impl Drop for StoppedProcess {
 
 impl StoppedThread {
     fn release(&self) -> std::io::Result<()> {
-        if self.repeats && !has_signals(self.tid) {
-            ptrace::set_registers(self.tid, &waits::repeated(ptrace::registers(self.tid)?))?;
+        // A signal came meanwhile: it interrupts the call.
+        if let Some(registers) = self.interrupted.filter(|_| has_signals(self.tid)) {
+            ptrace::set_registers(self.tid, &registers)?;
         }
-        let Some(info) = &self.held_signal else { return ptrace::detach(self.tid, 0) };
-        ptrace::set_signal_info(self.tid, info)?;
-        ptrace::detach(self.tid, i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))
+        ptrace::detach(self.tid, 0)
     }
 }
 
@@ -164,8 +166,32 @@ fn stop_thread(tid: i32) -> Result<Option<Stop>, TraceeError> {
         };
     }
     ptrace::interrupt(tid).map_err(TraceeError::call("PTRACE_INTERRUPT", tid))?;
-    match ptrace::wait_stop_within(tid, STOP_LIMIT).map_err(TraceeError::call("stopping", tid))? {
-        Stop::Gone => Ok(None),
-        stop => Ok(Some(stop)),
+    let began = Instant::now();
+    loop {
+        let stop = ptrace::wait_stop_within(tid, STOP_LIMIT).map_err(TraceeError::call("stopping", tid))?;
+        let signal = match stop {
+            Stop::Gone => return Ok(None),
+            // It is in no queue any more, and if we were killed with it, nobody would know of it: it is delivered, and
+            // the thread stops again before its handler's first instruction.
+            Stop::Signal(signal) => signal,
+            _ if lifeline::is_coming_back(tid, &waits::registers(tid)?) => 0,
+            stop => return Ok(Some(stop)),
+        };
+        if began.elapsed() > READY_LIMIT {
+            let _ = ptrace::detach(tid, signal);
+            return Err(TraceeError::Unsupported(format!("thread {tid} does not come to rest: try again")));
+        }
+        if signal != 0 {
+            ptrace::interrupt(tid).map_err(TraceeError::call("PTRACE_INTERRUPT", tid))?;
+        }
+        match ptrace::resume(tid, signal) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            resumed => resumed.map_err(TraceeError::call("PTRACE_CONT", tid))?,
+        }
+        if signal == 0 {
+            std::thread::sleep(NAP);
+            // One that has ended is found by the wait.
+            let _ = ptrace::interrupt(tid);
+        }
     }
 }

@@ -53,8 +53,10 @@ pub struct Tracker {
 impl Tracker {
     /// Starts tracking process `pid`, which is stopped for a moment.
     pub fn start(pid: i32) -> Result<Self, TraceeError> {
+        // The first look takes longest: not while the process stands still. It fails in execve(2), in which nothing stands still.
+        let _ = Remote::prepare(pid);
         let stopped = StoppedProcess::stop(pid)?;
-        let mut remote = Remote::new(stopped.pid())?;
+        let mut remote = Remote::of_program(&stopped)?;
         let fd = remote.call("userfaultfd", libc::SYS_userfaultfd, [uffd::OPEN_FLAGS, 0, 0, 0, 0, 0])?;
         let fd = remote.take_descriptor(fd as i32)?;
         let writes = WriteTracker::new(fd).map_err(TraceeError::call("UFFDIO_API on a userfaultfd", pid))?;

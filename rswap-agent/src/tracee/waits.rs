@@ -228,6 +228,28 @@ pub fn repeated(mut registers: Registers) -> Registers {
     registers
 }
 
+/// The kernel's internal results of calls that it makes again when nothing was delivered: ERESTARTSYS, ERESTARTNOINTR and
+/// ERESTARTNOHAND.
+const ERESTART: [i64; 3] = [-512, -513, -514];
+
+/// The registers with which a thread that was stopped with `registers` goes on by itself from a signal's frame: there the
+/// kernel makes no call again, and forgets how it would have gone on with one. A wait of which it knew the rest begins
+/// anew, with its whole time.
+pub fn left_alone(registers: Registers, wait: Option<TimedWait>) -> Registers {
+    let Registers { rax, orig_rax, .. } = registers;
+    match rax as i64 {
+        _ if (orig_rax as i64) < 0 => registers,
+        result if ERESTART.contains(&result) => repeated(registers),
+        ERESTART_RESTARTBLOCK => match wait {
+            Some(wait) => repeated(Registers { orig_rax: wait.call as u64, ..registers }),
+            None if orig_rax as i64 != libc::SYS_restart_syscall => repeated(registers),
+            // Nobody knows which call it was.
+            None => Registers { rax: -i64::from(libc::EINTR) as u64, orig_rax: !0, ..registers },
+        },
+        _ => registers,
+    }
+}
+
 /// Makes the thread behind `remote`, whose other state is there, wait as `wait` says, and returns the registers that it
 /// goes on with, from those that it was stopped with.
 pub fn resume(
@@ -337,6 +359,22 @@ mod tests {
         assert!(!may_be_repeated(&Registers { rax: 1, ..endless }));
         assert!(!may_be_repeated(&registers(libc::SYS_read, eintr)));
         assert_eq!(repeated(endless).rip, 0x1000);
+    }
+
+    #[test]
+    fn a_thread_that_is_left_alone_makes_its_call_again() {
+        let read = registers(libc::SYS_read, -512);
+        assert_eq!(left_alone(read, None), Registers { rip: 0x1000, rax: 0, orig_rax: !0, ..read });
+        let sleep = registers(libc::SYS_restart_syscall, ERESTART_RESTARTBLOCK);
+        let wait = TimedWait { call: libc::SYS_poll, deadline_ns: 1 };
+        let poll = left_alone(sleep, Some(wait));
+        assert_eq!((poll.rip, poll.rax as i64), (0x1000, libc::SYS_poll));
+        let lost = left_alone(sleep, None);
+        assert_eq!((lost.rip, lost.rax as i64), (0x1002, -i64::from(libc::EINTR)));
+        let done = registers(libc::SYS_read, 7);
+        assert_eq!(left_alone(done, None), done);
+        let in_code = registers(-1, -512);
+        assert_eq!(left_alone(in_code, None), in_code);
     }
 
     #[test]

@@ -1,0 +1,170 @@
+//! Follows the agent as a debugger does, and strikes between two of its ptrace requests: so every step of what it does to a
+//! running program can be chosen.
+
+use std::{
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    thread::JoinHandle,
+};
+
+use anyhow::{Context, bail};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        ptrace::{self, Options},
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+
+/// A place in what the agent does to a program, by the ptrace request that it is about to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before its `nth` request of any kind, from 0.
+    Step(usize),
+    /// The frame is written, and the registers are about to be changed for the first time.
+    FrameWritten,
+    /// The registers are changed, and the signal mask not yet.
+    BeforeMask,
+    /// At the entry of the `nth` call.
+    Entry(usize),
+    /// At its exit.
+    Exit(usize),
+    /// The signal mask is about to be put back.
+    BeforeMaskBack,
+    /// The signal mask is put back, and the registers not yet.
+    BeforeRegistersBack,
+}
+
+/// Requests that tell where the agent is (include/uapi/linux/ptrace.h).
+const GET_REGISTERS: u64 = 12;
+const SET_REGISTERS: u64 = 13;
+const TO_CALL: u64 = 24;
+const SET_MASK: u64 = 0x420b;
+
+/// Follows one agent.
+#[derive(Debug)]
+pub struct Follower {
+    agent: Pid,
+    thread: JoinHandle<anyhow::Result<bool>>,
+    over: Arc<AtomicBool>,
+}
+
+impl Follower {
+    /// Follows agent `pid`, and sends it `signal` at `place`. Returns when it is followed.
+    pub fn start(pid: u32, place: Place, signal: Signal) -> anyhow::Result<Self> {
+        let agent = Pid::from_raw(i32::try_from(pid)?);
+        let (tell, told) = std::sync::mpsc::channel();
+        let over = Arc::new(AtomicBool::new(false));
+        let is_over = over.clone();
+        let follow = move || {
+            let seized = seize(agent);
+            let failed = seized.as_ref().err().map(ToString::to_string);
+            tell.send(failed).context("nobody waits")?;
+            seized?;
+            follow(agent, place, signal, &is_over)
+        };
+        let thread = thread::Builder::new().name("follower".into()).spawn(follow)?;
+        match told.recv()? {
+            None => Ok(Self { agent, thread, over }),
+            Some(error) => bail!("cannot follow the agent: {error}"),
+        }
+    }
+
+    /// Whether it has come to the place; it leaves the agent alone from here on.
+    pub fn has_struck(self) -> anyhow::Result<bool> {
+        self.over.store(true, Ordering::Release);
+        // Nobody heeds this one, and it wakes the follower up. An agent that was struck may be gone.
+        let _ = kill(self.agent, Signal::SIGURG);
+        self.thread.join().map_err(|_| anyhow::anyhow!("the follower panicked"))?
+    }
+}
+
+fn seize(agent: Pid) -> anyhow::Result<()> {
+    for entry in fs::read_dir(format!("/proc/{agent}/task"))? {
+        let tid: i32 = entry?.file_name().to_string_lossy().parse()?;
+        let tid = Pid::from_raw(tid);
+        let options = Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_TRACECLONE;
+        match ptrace::seize(tid, options).and_then(|()| ptrace::interrupt(tid)) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => return Err(error).context("PTRACE_SEIZE"),
+        }
+    }
+    Ok(())
+}
+
+/// The end of this thread lets the agent go.
+fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow::Result<bool> {
+    let mut progress = Progress::default();
+    while !over.load(Ordering::Acquire) {
+        // Not for the children of the test's other threads.
+        let stop = match waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD)) {
+            Err(Errno::ECHILD) => return Ok(false),
+            Err(Errno::EINTR) => continue,
+            stop => stop.context("waiting for the agent")?,
+        };
+        let (tid, deliver) = match stop {
+            WaitStatus::PtraceSyscall(tid) => {
+                if let Ok(registers) = ptrace::getregs(tid)
+                    // At its entry a call has this for a result.
+                    && registers.rax as i64 == -i64::from(libc::ENOSYS)
+                    && registers.orig_rax as i64 == libc::SYS_ptrace
+                    && progress.reaches(place, registers.rdi)
+                {
+                    kill(agent, signal).context("cannot strike")?;
+                    return Ok(true);
+                }
+                (tid, None)
+            }
+            WaitStatus::Stopped(tid, signal) => (tid, Some(signal)),
+            WaitStatus::PtraceEvent(tid, ..) => (tid, None),
+            _ => continue,
+        };
+        match ptrace::syscall(tid, deliver) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => return Err(error).context("PTRACE_SYSCALL"),
+        }
+    }
+    Ok(false)
+}
+
+/// What the agent did so far.
+#[derive(Debug, Default)]
+struct Progress {
+    requests: usize,
+    /// Calls that were begun, and how many of their two steps the last one has made.
+    calls: usize,
+    half: usize,
+    set: usize,
+    masked: usize,
+}
+
+impl Progress {
+    /// Takes note of a request that is about to be made; whether it is at `place`.
+    fn reaches(&mut self, place: Place, request: u64) -> bool {
+        let at = match place {
+            Place::Step(nth) => self.requests == nth,
+            Place::FrameWritten => request == SET_REGISTERS && self.set == 0,
+            Place::BeforeMask => request == SET_MASK && self.masked == 0,
+            Place::Entry(nth) => request == TO_CALL && self.half == 1 && self.calls == nth + 1,
+            Place::Exit(nth) => request == GET_REGISTERS && self.half == 2 && self.calls == nth + 1,
+            Place::BeforeMaskBack => request == SET_MASK && self.masked == 1,
+            Place::BeforeRegistersBack => request == SET_REGISTERS && self.masked == 2,
+        };
+        self.requests += 1;
+        match request {
+            TO_CALL if self.half == 1 => self.half = 2,
+            TO_CALL => (self.half, self.calls) = (1, self.calls + 1),
+            SET_REGISTERS => self.set += 1,
+            SET_MASK => self.masked += 1,
+            _ => {}
+        }
+        at
+    }
+}
