@@ -2,11 +2,13 @@
 
 import ctypes
 import os
+import queue
 import select
 import signal
 import socket
 import struct
 import sys
+import threading
 
 from holding import Held, expect, fdinfo, run
 
@@ -147,9 +149,39 @@ class Pidfd(Held):
         expect((result.si_pid, result.si_status), (self.zombie, 5), "the zombie's status")
 
 
+class ThreadSignal(Held):
+    """A signal from tgkill(2) that waits for a thread which is not the first, and blocks it."""
+
+    def __init__(self):
+        self.asked, self.answers = queue.Queue(), queue.Queue()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        self.answers.get()
+        signal.pthread_kill(self.thread.ident, signal.SIGUSR1)
+
+    def work(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        self.answers.put(None)
+        while True:
+            self.answers.put(self.asked.get()())
+
+    def do(self, work):
+        self.asked.put(work)
+        return self.answers.get()
+
+    def check(self):
+        expect(self.do(signal.sigpending), {signal.SIGUSR1}, "the signal that waits for a thread")
+        expect(signal.sigpending(), set(), "what waits for the first thread")
+
+    def drain(self):
+        found = self.do(lambda: signal.sigtimedwait({signal.SIGUSR1}, 0))
+        expect((found.si_signo, found.si_pid), (signal.SIGUSR1, os.getpid()), "that signal")
+        signal.pthread_kill(self.thread.ident, signal.SIGUSR1)
+
+
 def main():
     os.makedirs(directory)
-    run([Epoll(), Inotify(), Pidfd()])
+    run([Epoll(), Inotify(), Pidfd(), ThreadSignal()])
 
 
 main()

@@ -157,7 +157,7 @@ pub fn rebuild(
     let frozen_ns = instance_clock_ns(pid)?.saturating_sub(image.taken_ns).max(0);
     posix_timers::make(leader, &image.posix_timers)?;
     posix_timers::set_overruns(leader, &image.posix_timers)?;
-    let expired = requeue_signals(leader, &tids, image, frozen_ns)?;
+    let expired = requeue_signals(leader, &mut threads, image, frozen_ns)?;
     posix_timers::arm(leader, &image.posix_timers, frozen_ns, &expired)?;
     for (which, timer) in image.interval_timers.iter().enumerate().filter(|(_, timer)| timer[16..] != [0; 16])
     {
@@ -256,10 +256,11 @@ fn set_oom_score(pid: i32, score: i32) -> Result<(), TraceeError> {
     std::fs::write(&path, score.to_string()).map_err(TraceeError::proc(path))
 }
 
-/// Only the process itself may queue a siginfo that claims to be the kernel's. Returns the timers whose signals wait.
+/// Only the process itself may queue a siginfo that claims to be the kernel's, or tgkill(2)'s, and for a thread only that
+/// thread. `threads`: all of them, in the image's order. Returns the timers whose signals wait.
 fn requeue_signals(
     leader: &mut Remote,
-    tids: &[i32],
+    threads: &mut [Remote],
     image: &TaskImage,
     frozen_ns: i64,
 ) -> Result<Vec<i32>, TraceeError> {
@@ -279,15 +280,14 @@ fn requeue_signals(
         let args = [inner_pid, signal(info), at, 0, 0, 0];
         leader.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, args)?;
     }
-    debug_assert_eq!(tids.len(), image.threads.len());
-    for thread in &image.threads {
+    for (remote, thread) in threads.iter_mut().zip(&image.threads) {
         for info in &thread.pending_signals {
             if is_timers(leader, info)? {
                 continue;
             }
             let at = leader.put(0, info)?;
             let args = [inner_pid, thread.tid as u64, signal(info), at, 0, 0];
-            leader.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)?;
+            remote.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)?;
         }
     }
     Ok(expired)
