@@ -18,6 +18,7 @@ mod drain;
 mod endings;
 mod incoming;
 mod moves;
+mod record;
 mod wiring;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};

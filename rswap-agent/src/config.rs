@@ -60,6 +60,8 @@ pub struct Config {
     pub network: NetworkConfig,
     /// Files of instances.
     pub files: FilesConfig,
+    /// What is recorded.
+    pub record: RecordConfig,
     /// Live migration.
     pub migrate: MigrateConfig,
     /// What this host costs, as a whole.
@@ -120,6 +122,23 @@ impl Default for AgentConfig {
             window_ms: 1000,
             cgroup_parent: "rswap".to_owned(),
         }
+    }
+}
+
+/// `[record]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RecordConfig {
+    /// Where what instances use is recorded, a file per instance, for `rswap simulate`. Not set: nothing is.
+    pub directory: Option<PathBuf>,
+    /// How often a row is written, in seconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub every_s: u64,
+}
+
+impl Default for RecordConfig {
+    fn default() -> Self {
+        Self { directory: None, every_s: 60 }
     }
 }
 

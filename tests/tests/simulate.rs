@@ -1,8 +1,8 @@
-//! `rswap simulate` reads what is recorded and says what would have been done: the same every time, as a table, as JSON and as a page.
+//! `rswap simulate` reads what is recorded, by an agent or otherwise, and says what would have been done: the same every time, as a table, as JSON and as a page.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, time::Duration};
 
-use rswap_tests::binary;
+use rswap_tests::{Fleet, HostOptions, binary, reason_to_skip, wait_for};
 use serde_json::Value;
 
 const POOLS: &str = r#"
@@ -79,5 +79,32 @@ fn what_cannot_be_replayed_is_refused() -> anyhow::Result<()> {
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && error.contains(word), "{pools}: {error}");
     }
+    Ok(())
+}
+
+#[test]
+fn what_an_agent_recorded_can_be_replayed() -> anyhow::Result<()> {
+    if reason_to_skip("what_an_agent_recorded_can_be_replayed").is_some() {
+        return Ok(());
+    }
+    let directory = tempfile::tempdir()?;
+    let recorded = directory.path().join("recorded");
+    let mut fleet = Fleet::new()?;
+    let more = format!("[record]\ndirectory = {recorded:?}\nevery_s = 1\n");
+    let host = fleet.host("a", &HostOptions { window_ms: 200, more, ..HostOptions::default() })?;
+    host.run("busy", &[], &["sh", "-c", "while :; do :; done"])?;
+    let file = recorded.join("busy.csv");
+    let text = wait_for("two rows", Duration::from_secs(30), || {
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        Ok((text.lines().count() > 2).then_some(text))
+    })?;
+    let cores = text.lines().nth(2).and_then(|row| row.split(',').nth(4)?.parse::<f64>().ok());
+    assert!(cores.is_some_and(|cores| cores > 0.2), "{text}");
+    fs::write(directory.path().join("pools.toml"), POOLS)?;
+    let mut command = Command::new(binary("rswap")?);
+    command.args(["simulate", "--days", "7", "--traces"]).arg(&recorded);
+    let output = command.arg("--pools").arg(directory.path().join("pools.toml")).output()?;
+    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && table.contains("act p95"), "{output:?}");
     Ok(())
 }

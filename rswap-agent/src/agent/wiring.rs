@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use axum::http::StatusCode;
 use tokio::sync::mpsc::{self, UnboundedSender};
 
-use super::moves::{self, Ended, Order, Stake};
+use super::{
+    moves::{self, Ended, Order, Stake},
+    record::Recorder,
+};
 use crate::{
     config::{Config, Mode},
     control::{Command, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest},
@@ -29,6 +32,7 @@ pub(super) struct Wiring {
     pub(super) board: Board,
     pub(super) ended: UnboundedSender<Ended>,
     profiler: Arc<Profiler>,
+    recorder: Option<Recorder>,
     forecaster: Forecaster,
     pub(super) planner: Planner,
     pub(super) pools: Vec<Pool>,
@@ -56,6 +60,7 @@ impl Wiring {
         });
         let forecaster = Forecaster::new(config.forecast.clone(), config.agent.window_ms);
         let planner = Planner::new(config.plan.clone());
+        let recorder = Recorder::new(&config.record);
         let (known, moving, in_doubt) = Default::default();
         Self {
             config,
@@ -63,6 +68,7 @@ impl Wiring {
             board,
             ended,
             profiler,
+            recorder,
             forecaster,
             planner,
             pools,
@@ -87,10 +93,19 @@ impl Wiring {
         let profiles = self.profiler.sample(now);
         for profile in &profiles {
             let speed = self.performance_under(&profile.instance);
+            let reference_cores = profile.cpu.cores * speed;
+            if let Some(recorder) = &mut self.recorder {
+                recorder.window(
+                    &profile.instance,
+                    profile.at,
+                    reference_cores,
+                    profile.memory.resident_bytes,
+                );
+            }
             self.forecaster.observe(&Observation {
                 instance: &profile.instance,
                 at: profile.at,
-                reference_cores: profile.cpu.cores * speed,
+                reference_cores,
                 memory_bytes: profile.memory.resident_bytes as f64,
             });
         }
@@ -116,6 +131,7 @@ impl Wiring {
                 tracing::info!(instance = %name, "gone");
                 self.profiler.untrack(name);
                 self.forecaster.forget(name);
+                self.recorder.iter_mut().for_each(|recorder| recorder.forget(name));
                 if !self.moving.contains_key(name) && !self.in_doubt.contains_key(name) {
                     self.planner.forget(name);
                 }
