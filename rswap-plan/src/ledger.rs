@@ -91,6 +91,8 @@ pub(super) struct Ledger<'a> {
     this_host: Option<usize>,
     /// Numbers of this host's own pools.
     own_pools: Vec<usize>,
+    /// Share of the use on one of them (the last row: on every core) that falls on another.
+    overlaps: Vec<Vec<f64>>,
     /// Use by what is not planned for, per pool.
     foreign: Vec<(f64, u64)>,
     /// What is promised, per pool.
@@ -118,6 +120,19 @@ impl<'a> Ledger<'a> {
     ) -> Self {
         let own_pools: Vec<usize> =
             (0..pools.len()).filter(|&i| !matches!(pools[i].kind, PoolKind::Host { .. })).collect();
+        let row = |on: Option<&str>| {
+            let mut row = vec![0.0; pools.len()];
+            own_pools.iter().for_each(|&index| row[index] = overlap(pools, on, &pools[index]));
+            row
+        };
+        // Of other hosts, nothing falls on this one.
+        let of_pool = |pool: &Pool| if pool.cpus().is_some() { row(Some(&pool.name)) } else { Vec::new() };
+        let mut overlaps: Vec<Vec<f64>> = pools.iter().map(of_pool).collect();
+        overlaps.push(row(None));
+        let number = |cpu_pool: Option<&str>| {
+            let found = cpu_pool.and_then(|name| by_name.get(name).copied());
+            found.filter(|&index| pools[index].cpus().is_some()).unwrap_or(pools.len())
+        };
         let mut foreign: Vec<(f64, u64)> =
             pools.iter().map(|pool| (pool.used.cores, pool.used.memory_bytes)).collect();
         for seen in seen {
@@ -129,9 +144,8 @@ impl<'a> Ledger<'a> {
             match seen.host {
                 Some(host) => by_name.get(host).into_iter().for_each(|&index| take(index, seen.cores)),
                 None => {
-                    for &index in &own_pools {
-                        take(index, seen.cores * overlap(pools, seen.cpu_pool, &pools[index]));
-                    }
+                    let shares = &overlaps[number(seen.cpu_pool)];
+                    own_pools.iter().for_each(|&index| take(index, seen.cores * shares[index]));
                 }
             }
         }
@@ -144,6 +158,7 @@ impl<'a> Ledger<'a> {
             correlation: config.correlation,
             this_host: pools.iter().position(|pool| pool.kind == PoolKind::ThisHost),
             own_pools,
+            overlaps,
             foreign,
             promised: vec![Sum::default(); pools.len()],
             traffic: vec![Traffic::default(); pools.len()],
@@ -228,7 +243,8 @@ impl<'a> Ledger<'a> {
             (PoolKind::Host { .. }, Place::At(host)) if host == index => (1.0, true),
             (PoolKind::ThisHost, Place::Here(_)) => (1.0, true),
             (PoolKind::Cpu { .. }, Place::Here(on)) => {
-                (overlap(self.pools, on.map(|on| self.pools[on].name.as_str()), pool), false)
+                let cores = on.filter(|&on| self.pools[on].cpus().is_some()).unwrap_or(self.pools.len());
+                (self.overlaps[cores][index], false)
             }
             _ => return Sum::default(),
         };
