@@ -18,6 +18,11 @@ pub fn wait_for_progress(log: &Path) -> anyhow::Result<()> {
     })
 }
 
+/// How many lines the log has; a line out of order, or a mismatch, is an error.
+pub fn lines(log: &Path) -> anyhow::Result<u64> {
+    Ok(read(log)?.lines)
+}
+
 /// What a log says.
 #[derive(Clone, Copy, Debug, Default)]
 struct Log {

@@ -24,9 +24,11 @@ pub mod netns;
 pub mod persistent;
 pub mod postgres;
 pub mod proxy;
+pub mod rounds;
 pub mod scene;
 pub mod steps;
 pub mod stream;
+pub mod subjects;
 pub mod sweep;
 pub mod traces;
 

@@ -6,7 +6,7 @@ use anyhow::Context;
 use rswap_agent::migrate::wire::Tag;
 use rswap_tests::{
     proxy::{Fault, Proxy},
-    reason_to_skip,
+    reason_to_skip, rounds,
     scene::{LIMIT, Scene},
     wait_for,
 };
@@ -18,29 +18,13 @@ fn ring(scene: &Scene, processes: &str, pause_s: &str) -> anyhow::Result<()> {
 
 /// Waits for a hundred further rounds of the ring, and for its zombie to be collected with its status.
 fn more_rounds(log: &Path) -> anyhow::Result<()> {
-    let before = rounds(log)?;
+    let before = rounds::read(log)?;
     let reap = log.with_extension("log.reap");
     fs::write(&reap, "")?;
     wait_for("a hundred rounds, and the zombie's status", LIMIT, || {
-        let now = rounds(log)?;
-        Ok((now.0 >= before.0 + 100 && now.1 > before.1).then_some(()))
+        let now = rounds::read(log)?;
+        Ok((now.made >= before.made + 100 && now.reaped > before.reaped).then_some(()))
     })
-}
-
-/// Rounds, and zombies collected.
-fn rounds(log: &Path) -> anyhow::Result<(u64, u64)> {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let (mut rounds, mut reaped) = (0, 0);
-    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
-        let rest = line.strip_prefix(&format!("round={}", rounds + 1));
-        match rest.with_context(|| format!("round {} was due, not {line:?}", rounds + 1))? {
-            "" => {}
-            " reaped=7" => reaped += 1,
-            other => anyhow::bail!("{other:?} in round {}", rounds + 1),
-        }
-        rounds += 1;
-    }
-    Ok((rounds, reaped))
 }
 
 #[test]

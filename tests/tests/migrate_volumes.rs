@@ -6,12 +6,12 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use rswap_agent::migrate::wire::Tag;
 use rswap_tests::{
     Fleet, Host, HostOptions,
     proxy::{Fault, Proxy},
-    reason_to_skip, wait_for,
+    reason_to_skip, rounds, wait_for,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -57,8 +57,7 @@ impl Scene {
 
     /// Waits for fifty further rounds.
     fn goes_on(&self) -> anyhow::Result<()> {
-        let before = rounds(&self.log)?;
-        wait_for("fifty further rounds", LIMIT, || Ok((rounds(&self.log)? >= before + 50).then_some(())))
+        rounds::wait_for_more(&self.log, 50, LIMIT)
     }
 
     fn volume(&self, host: &str) -> PathBuf {
@@ -88,17 +87,6 @@ impl Scene {
             Ok((left == 0 && !self.b.has_processes()?).then_some(()))
         })
     }
-}
-
-/// How many rounds the program has made; what it found wrong is an error.
-fn rounds(log: &Path) -> anyhow::Result<u64> {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let mut rounds = 0;
-    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
-        ensure!(line == format!("round={}", rounds + 1), "{line} came where round {} was due", rounds + 1);
-        rounds += 1;
-    }
-    Ok(rounds)
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::{
 use anyhow::ensure;
 use rswap_tests::{
     moves::{LIMIT, Pair, program},
-    reason_to_skip, wait_for,
+    reason_to_skip, rounds, wait_for,
 };
 
 #[test]
@@ -22,22 +22,9 @@ fn sqlite_in_wal_mode() -> anyhow::Result<()> {
     let words = [program("sqlite.py"), log.clone(), mounted.join("bank.db")];
     let words = words.map(|path| path.to_string_lossy().into_owned());
     pair.a.run("sqlite", &["--volume", &volume], &["python3", &words[0], &words[1], &words[2]])?;
-    let goes_on = || {
-        let before = rounds(&log)?;
-        wait_for("fifty further transactions", LIMIT, || Ok((rounds(&log)? >= before + 50).then_some(())))
-    };
+    let goes_on = || rounds::wait_for_more(&log, 50, LIMIT);
     goes_on()?;
     pair.three_moves_and("sqlite", goes_on)
-}
-
-fn rounds(log: &Path) -> anyhow::Result<u64> {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let mut rounds = 0;
-    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
-        ensure!(line == format!("round={}", rounds + 1), "{line} came where round {} was due", rounds + 1);
-        rounds += 1;
-    }
-    Ok(rounds)
 }
 
 /// Files that the build compiles.

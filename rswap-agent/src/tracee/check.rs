@@ -44,9 +44,32 @@ pub struct Finding {
     pub severity: Severity,
 }
 
+/// Looks at an instance that changes all the time, before what was found is taken as it is.
+const LOOKS: usize = 5;
+/// Between two looks.
+const NAP: Duration = Duration::from_millis(2);
+
 /// Everything of `instance` that a migration does not carry; nothing with [`Severity::Refused`] means that
 /// it can migrate.
+///
+/// The program goes on meanwhile, and may close and remove what is being looked at: what stands against a migration has to
+/// be found twice in a row.
 pub fn check(instance: &Instance, places: &Places) -> Result<Vec<Finding>, TraceeError> {
+    let mut before: Option<Vec<Finding>> = None;
+    for _ in 1..LOOKS {
+        let found = look(instance, places)?;
+        let refused = found.iter().filter(|finding| finding.severity == Severity::Refused);
+        let refused: Vec<Finding> = refused.cloned().collect();
+        if refused.is_empty() || before.as_ref() == Some(&refused) {
+            return Ok(found);
+        }
+        before = Some(refused);
+        std::thread::sleep(NAP);
+    }
+    look(instance, places)
+}
+
+fn look(instance: &Instance, places: &Places) -> Result<Vec<Finding>, TraceeError> {
     let mut findings = Findings { pid: 0, init: instance.init_pid, list: Vec::new() };
     if instance.init_pid.is_none() {
         findings.refuse(

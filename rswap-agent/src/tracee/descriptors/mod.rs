@@ -43,6 +43,9 @@ use super::{
 };
 use crate::sys::process;
 
+/// Looks at one descriptor of a program that runs, and opens and closes it all the time, before what fails is an error.
+const LOOKS: u32 = 5;
+
 /// An open descriptor that can't be carried.
 #[derive(Clone, Debug)]
 pub struct Refused {
@@ -66,10 +69,16 @@ pub fn describe(
     let mut in_flight = around.next_in_flight();
     let all = list(pid)?;
     for &fd in &all {
-        match found.add(&Look { pidfd: &pidfd, pid, fd, all: &all, around, contents }, pid, fd) {
-            // A program that runs may have closed it, or ended, since the list was made.
-            Err(_) if fs::symlink_metadata(format!("/proc/{pid}/fd/{fd}")).is_err() => {}
-            added => added?,
+        let mut looks = 0;
+        loop {
+            looks += 1;
+            match found.add(&Look { pidfd: &pidfd, pid, fd, all: &all, around, contents }, pid, fd) {
+                // A program that runs may have closed it, or ended, since the list was made,
+                Err(_) if fs::symlink_metadata(format!("/proc/{pid}/fd/{fd}")).is_err() => break,
+                // or have opened something else under its number in the middle of the look.
+                Err(_) if !contents && looks < LOOKS => {}
+                added => break added?,
+            }
         }
         // In the queues of those there may be others.
         while in_flight < around.next_in_flight() {
