@@ -9,8 +9,12 @@ pub struct Observed {
     pub bytes_per_s: f64,
     /// Memory that has to be sent now, in bytes: what was written during the last round.
     pub dirty_bytes: f64,
+    /// How much of it the instance wrote per second, in bytes: pages that were written twice count once.
+    pub dirty_bytes_per_s: f64,
     /// Milliseconds of a freeze in which nothing was written: task image, restoring, commit.
     pub fixed_ms: f64,
+    /// What [`expected_ms`] was a round ago; `None` after the first.
+    pub expected_before_ms: Option<f64>,
 }
 
 /// What may be spent.
@@ -36,20 +40,37 @@ pub enum Step {
 /// Fewer rounds leave pages cold that are written all the time: their deltas have no base yet.
 const MIN_ROUNDS: u32 = 2;
 
+/// Part of the freeze by which another round has to make it shorter.
+const WORTH_A_ROUND: f64 = 0.1;
+/// The same in milliseconds, at least: less than the freeze differs by from one time to the next.
+const WORTH_A_ROUND_MS: f64 = 2.0;
+
 /// Unavailability if the instance were frozen now, in milliseconds.
 pub fn expected_ms(observed: &Observed) -> f64 {
     observed.fixed_ms + observed.dirty_bytes / observed.bytes_per_s.max(1.0) * 1e3
 }
 
-/// Decides after a round.
+/// By how many milliseconds another round would make the freeze shorter: it leaves what is written while it is sent.
+fn gain_ms(observed: &Observed) -> f64 {
+    let bytes_per_s = observed.bytes_per_s.max(1.0);
+    let left = observed.dirty_bytes_per_s * observed.dirty_bytes / bytes_per_s;
+    (observed.dirty_bytes - left) / bytes_per_s * 1e3
+}
+
+/// Decides after a round. What fits the budget is still made shorter, as long as the last round did so and the next one is
+/// worth it: pages that are written all the time are there again, however soon one looks.
 pub fn decide(observed: &Observed, budget: &Budget) -> Step {
-    let fits = expected_ms(observed) <= budget.unavailability_ms as f64;
-    if fits && observed.rounds >= MIN_ROUNDS {
-        Step::Freeze
-    } else if observed.rounds < budget.rounds.max(MIN_ROUNDS) {
-        Step::Continue
-    } else {
-        Step::GiveUp
+    let expected_ms = expected_ms(observed);
+    let fits = expected_ms <= budget.unavailability_ms as f64;
+    let more = observed.rounds < budget.rounds.max(MIN_ROUNDS);
+    let worth_it = (WORTH_A_ROUND * expected_ms).max(WORTH_A_ROUND_MS);
+    let shorter = observed.expected_before_ms.is_none_or(|before| before - expected_ms > worth_it);
+    let worthwhile = observed.rounds < MIN_ROUNDS || shorter && gain_ms(observed) > worth_it;
+    match fits {
+        true if more && worthwhile => Step::Continue,
+        true => Step::Freeze,
+        false if more => Step::Continue,
+        false => Step::GiveUp,
     }
 }
 
@@ -58,29 +79,61 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const IDLE: Observed = Observed {
+        rounds: 2,
+        bytes_per_s: 1e9,
+        dirty_bytes: 0.0,
+        dirty_bytes_per_s: 0.0,
+        fixed_ms: 10.0,
+        expected_before_ms: None,
+    };
     const BUDGET: Budget = Budget { unavailability_ms: 50, rounds: 10 };
 
     #[test]
     fn an_idle_instance_freezes_after_the_least_rounds() {
-        let observed = Observed { rounds: 2, bytes_per_s: 1e9, dirty_bytes: 0.0, fixed_ms: 10.0 };
-        assert_eq!(decide(&observed, &BUDGET), Step::Freeze);
-        assert_eq!(decide(&Observed { rounds: 1, ..observed }, &BUDGET), Step::Continue);
+        assert_eq!(decide(&IDLE, &BUDGET), Step::Freeze);
+        assert_eq!(decide(&Observed { rounds: 1, ..IDLE }, &BUDGET), Step::Continue);
+    }
+
+    #[test]
+    fn what_fits_is_made_shorter_as_long_as_a_round_pays() {
+        let patient = Budget { unavailability_ms: 2000, rounds: 10 };
+        // A second's worth of sending, of which a tenth is written again meanwhile.
+        let much = Observed { dirty_bytes: 1e9, dirty_bytes_per_s: 1e8, ..IDLE };
+        assert_eq!(decide(&much, &patient), Step::Continue);
+        assert_eq!(decide(&Observed { rounds: 10, ..much }, &patient), Step::Freeze);
+        // As fast as it is sent: nothing is won by waiting.
+        assert_eq!(decide(&Observed { dirty_bytes_per_s: 1e9, ..much }, &patient), Step::Freeze);
+        // The last round was for nothing.
+        assert_eq!(decide(&Observed { expected_before_ms: Some(1010.0), ..much }, &patient), Step::Freeze);
+        // A millisecond: not worth it.
+        assert_eq!(decide(&Observed { dirty_bytes: 1e6, ..IDLE }, &patient), Step::Freeze);
     }
 
     #[test]
     fn a_link_slower_than_the_writes_gives_up_at_the_last_round() {
-        let observed = Observed { rounds: 9, bytes_per_s: 1e6, dirty_bytes: 1e6, fixed_ms: 10.0 };
+        let observed =
+            Observed { rounds: 9, bytes_per_s: 1e6, dirty_bytes: 1e6, dirty_bytes_per_s: 1e6, ..IDLE };
         assert_eq!(decide(&observed, &BUDGET), Step::Continue);
         assert_eq!(decide(&Observed { rounds: 10, ..observed }, &BUDGET), Step::GiveUp);
     }
 
     proptest! {
         #[test]
-        fn it_never_freezes_above_the_budget(rounds in 0_u32..40, rate in 0.0..1e10, dirty in 0.0..1e10) {
-            let observed = Observed { rounds, bytes_per_s: rate, dirty_bytes: dirty, fixed_ms: 5.0 };
-            if decide(&observed, &BUDGET) == Step::Freeze {
+        fn it_never_freezes_above_the_budget(
+            rounds in 0_u32..40, rate in 0.0..1e10, dirty in 0.0..1e10, writing in 0.0..1e10,
+            before in prop::option::of(0.0..1e4)
+        ) {
+            let observed = Observed {
+                rounds, bytes_per_s: rate, dirty_bytes: dirty, dirty_bytes_per_s: writing, fixed_ms: 5.0,
+                expected_before_ms: before
+            };
+            let step = decide(&observed, &BUDGET);
+            if step == Step::Freeze {
                 prop_assert!(expected_ms(&observed) <= 50.0);
             }
+            // And it comes to an end.
+            prop_assert!(rounds < BUDGET.rounds || step != Step::Continue);
         }
     }
 }

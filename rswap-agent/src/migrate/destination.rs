@@ -8,7 +8,7 @@ use super::{
     journal::MigrationId,
     ledger::Ledger,
     probe,
-    traits::{DestinationTask, PAGE_SIZE, PageRange, TaskError},
+    traits::{DestinationTask, PAGE_SIZE, TaskError},
     wire::{self, Frame, Hello, Tag, WireError},
 };
 
@@ -98,7 +98,7 @@ pub fn run<S: Read + Write, T: DestinationTask>(
         talk,
         task,
         digest: MemoryDigest::default(),
-        fresh: Vec::new(),
+        memory: Vec::new(),
         prepared: false,
         verified: false,
     };
@@ -117,8 +117,8 @@ struct Destination<'a, S, T> {
     talk: Talk<'a, S>,
     task: &'a mut T,
     digest: MemoryDigest,
-    /// Pages that came and were not read back yet.
-    fresh: Vec<PageRange>,
+    /// Room for a run of pages.
+    memory: Vec<u8>,
     /// The ledger knows of it.
     prepared: bool,
     /// The source was told that it may commit.
@@ -165,10 +165,7 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
                 Tag::Discard => self.discard(&payload)?,
                 Tag::Pages => self.take_pages(&payload)?,
                 Tag::Volume => self.task.take_volume(&payload).map_err(self.task_failed())?,
-                Tag::RoundEnd => {
-                    self.read_back()?;
-                    self.talk.send(Tag::RoundAck, &[])?;
-                }
+                Tag::RoundEnd => self.talk.send(Tag::RoundAck, &[])?,
                 Tag::Image => return Ok(payload),
                 other => return Err(self.talk.broken(format!("{other:?} came during the transfer"))),
             }
@@ -176,8 +173,6 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     }
 
     fn discard(&mut self, payload: &[u8]) -> Result<(), MigrateError> {
-        // Pages that were sent before are part of no digest once they are gone.
-        self.read_back()?;
         for range in wire::parse_ranges(payload).map_err(|error| self.talk.wire(error))? {
             self.digest.discard(&range);
             self.task.discard(&range).map_err(self.task_failed())?;
@@ -190,27 +185,19 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
         // Neighbours are written together: a call per page costs more than its bytes.
         for run in records.chunk_by(|a, b| b.space == a.space && b.addr == a.addr + PAGE_SIZE as u64) {
             let (space, addr) = (run[0].space, run[0].addr);
-            let mut memory = vec![0; run.len() * PAGE_SIZE];
+            self.memory.resize(self.memory.len().max(run.len() * PAGE_SIZE), 0);
+            let memory = &mut self.memory[..run.len() * PAGE_SIZE];
             if run.iter().any(|record| record.encoding == codec::Encoding::Delta) {
-                self.task.read(space, addr, &mut memory).map_err(self.task_failed())?;
+                self.task.read(space, addr, memory).map_err(task_failed(self.talk.doing))?;
             }
             for (record, page) in run.iter().zip(memory.chunks_exact_mut(PAGE_SIZE)) {
                 codec::decode(record.encoding, record.data, page)
                     .map_err(|error| self.talk.broken(error.to_string()))?;
             }
-            self.task.write(space, addr, &memory).map_err(self.task_failed())?;
-            self.fresh.push(PageRange { space, start: addr, pages: run.len() as u64 });
-        }
-        Ok(())
-    }
-
-    /// Reads what came from the memory that it was written to: the digest is of what is really there.
-    fn read_back(&mut self) -> Result<(), MigrateError> {
-        let mut memory = vec![0; wire::BATCH_PAGES * PAGE_SIZE];
-        for PageRange { space, start, pages } in std::mem::take(&mut self.fresh) {
-            let memory = &mut memory[..pages as usize * PAGE_SIZE];
-            self.task.read(space, start, memory).map_err(self.task_failed())?;
-            for (page, addr) in memory.chunks_exact(PAGE_SIZE).zip((start..).step_by(PAGE_SIZE)) {
+            self.task.write(space, addr, memory).map_err(task_failed(self.talk.doing))?;
+            // Read from where it was written to: the digest is of what is really there.
+            self.task.read(space, addr, memory).map_err(task_failed(self.talk.doing))?;
+            for (page, addr) in memory.chunks_exact(PAGE_SIZE).zip((addr..).step_by(PAGE_SIZE)) {
                 self.digest.set(space, addr, page);
             }
         }
@@ -219,8 +206,6 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
 
     fn verify(&mut self, image: &[u8]) -> Result<(), MigrateError> {
         self.talk.doing = "restoring";
-        // Before the task is restored: from then on the kernel writes to its memory, too.
-        self.read_back()?;
         let volumes = self.task.volume_digest().map_err(self.task_failed())?;
         self.task.restore(image).map_err(self.task_failed())?;
         self.talk.doing = "verifying";
@@ -282,9 +267,12 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     }
 
     fn task_failed(&self) -> impl FnOnce(TaskError) -> MigrateError + use<S, T> {
-        let doing = self.talk.doing;
-        move |source| MigrateError::Task { doing, source }
+        task_failed(self.talk.doing)
     }
+}
+
+fn task_failed(doing: &'static str) -> impl FnOnce(TaskError) -> MigrateError {
+    move |source| MigrateError::Task { doing, source }
 }
 
 impl<S: Read + Write> Talk<'_, S> {

@@ -2,6 +2,9 @@
 
 use std::{
     collections::BTreeMap,
+    num::NonZero,
+    panic::resume_unwind,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -31,7 +34,7 @@ use crate::{
         sysv::{self, Segment},
         tables,
         tcp::Held,
-        tracker::Span,
+        tracker::{Span, WrittenSpans},
         tree::{self, INIT, Member, Node},
     },
 };
@@ -206,10 +209,14 @@ impl<U: Uplink> LinuxSource<U> {
 
     fn look_what_is_written(&mut self) -> Result<Written, TaskError> {
         let mut found = Written::default();
-        found.dropped.extend(self.look()?.into_iter().map(everything));
+        // In the freeze nobody comes or goes.
+        if !self.frozen {
+            found.dropped.extend(self.look()?.into_iter().map(everything));
+        }
         let mut ended = Vec::new();
-        for process in &mut self.processes {
-            let (written, replaced) = match process.take_written() {
+        let looks = self.look_at_each();
+        for (process, look) in self.processes.iter_mut().zip(looks) {
+            let (written, replaced) = match look {
                 Ok(taken) => taken,
                 Err(_) if !self.frozen && tree::has_ended(process.pid()) => {
                     ended.push(process.space);
@@ -235,6 +242,29 @@ impl<U: Uplink> LinuxSource<U> {
             found.dropped.extend(ranges(object.object.space, dropped));
         }
         Ok(found)
+    }
+
+    /// What each process wrote. Those that stand still are looked at side by side; one that runs may have to be stopped by
+    /// this very thread.
+    fn look_at_each(&mut self) -> Vec<Result<(WrittenSpans, bool), TraceeError>> {
+        if !self.frozen {
+            return self.processes.iter_mut().map(SourceProcess::take_written).collect();
+        }
+        let at_once = thread::available_parallelism().map_or(1, NonZero::get);
+        let share = self.processes.len().div_ceil(at_once).max(1);
+        thread::scope(|scope| {
+            let workers: Vec<_> = self
+                .processes
+                .chunks_mut(share)
+                .map(|chunk| {
+                    scope.spawn(|| chunk.iter_mut().map(SourceProcess::take_written).collect::<Vec<_>>())
+                })
+                .collect();
+            workers
+                .into_iter()
+                .flat_map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        })
     }
 
     fn process(&self, space: u32) -> Option<&SourceProcess> {
@@ -359,9 +389,10 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             }
         }
         let deadline = Instant::now() + SETTLING_LIMIT;
-        for settling in &self.settling {
+        for (number, settling) in self.settling.iter().enumerate() {
             // One that has ended meanwhile has nothing left to settle.
-            let left = settling.wait(deadline.saturating_duration_since(Instant::now())).unwrap_or_default();
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = settling.wait(number == 0, left).unwrap_or_default();
             tracing::debug!(?left, "connections settled");
         }
         Ok(())
@@ -376,7 +407,8 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
                 self.processes.iter_mut().for_each(SourceProcess::begin_smaps);
                 self.uplink.detach()?;
                 let living = |settling: &&Settling| self.processes.iter().any(|p| p.pid() == settling.pid());
-                return Ok(self.settling.iter().filter(living).try_for_each(Settling::require)?);
+                let mut living = self.settling.iter().filter(living).enumerate();
+                return Ok(living.try_for_each(|(number, settling)| settling.require(number == 0))?);
             }
             for process in &mut self.processes {
                 match process.stop() {

@@ -169,6 +169,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             Budget { unavailability_ms: self.config.max_unavailability_ms, rounds: self.config.max_rounds };
         let mut last_look = Instant::now();
         let mut bytes_per_s = 0.0;
+        let mut expected_before_ms = None;
         for round in 0.. {
             self.check_deadline()?;
             let volumes_ms = self.copy_volumes(false)?;
@@ -183,9 +184,12 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
                     rounds: round,
                     bytes_per_s,
                     dirty_bytes: bytes as f64,
+                    dirty_bytes_per_s: self.progress.dirty_bytes_per_s,
                     fixed_ms: FIXED_FREEZE_MS + volumes_ms,
+                    expected_before_ms,
                 };
                 let expected = converge::expected_ms(&observed);
+                expected_before_ms = Some(expected);
                 self.progress.expected_unavailability_ms = expected;
                 match converge::decide(&observed, &budget) {
                     Step::Continue => {}

@@ -9,15 +9,22 @@ const AMBIENT_RAISE: u64 = 2;
 
 /// What the thread behind `remote`, which is stopped, may do; `status` is its own.
 pub(super) fn capture(remote: &mut Remote, status: &Status) -> Result<Credentials, TraceeError> {
-    let secure_bits =
-        remote.call("prctl", libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])?;
-    Ok(Credentials { secure_bits: secure_bits as u32, ..status.credentials() })
+    Ok(Credentials { secure_bits: secure_bits(remote)?, ..status.credentials() })
+}
+
+fn secure_bits(remote: &mut Remote) -> Result<u32, TraceeError> {
+    let args = [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0];
+    Ok(remote.call("prctl", libc::SYS_prctl, args)? as u32)
 }
 
 /// Gives a stub's thread, which has all that the agent may give it, what `wanted` says. The order is that of what each
 /// step takes away.
 pub fn restore(remote: &mut Remote, wanted: &Credentials) -> Result<(), TraceeError> {
     let here = Status::read(remote.tid())?.credentials();
+    let bits_here = secure_bits(remote)?;
+    if (Credentials { secure_bits: bits_here, ..here.clone() }) == *wanted {
+        return Ok(());
+    }
     if here.groups != wanted.groups {
         let groups: Vec<u8> = wanted.groups.iter().flat_map(|group| group.to_ne_bytes()).collect();
         let at = remote.put(0, &groups)?;
@@ -46,9 +53,8 @@ pub fn restore(remote: &mut Remote, wanted: &Credentials) -> Result<(), TraceeEr
             remote.call("setfsuid", libc::SYS_setfsuid, [files, 0, 0, 0, 0, 0])?;
         }
     }
-    let bits_here = remote.call("prctl", libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])?;
     let all = Status::read(remote.tid())?.credentials().capabilities[1];
-    if ambient != 0 || bits_here != u64::from(wanted.secure_bits) {
+    if ambient != 0 || bits_here != wanted.secure_bits {
         // Everything once more: both need it.
         set_capabilities(remote, inheritable, all, all)?;
         for capability in bits(ambient) {

@@ -17,6 +17,10 @@ use super::{
 };
 use crate::sys::{process, ptrace, ptrace::Registers};
 
+/// Flags of an alternate stack (sigaltstack(2)): a handler runs on it; there is none.
+const SS_ONSTACK: u8 = 1;
+const SS_DISABLE: u8 = 2;
+
 /// Processes that are ready to run, every thread stopped.
 #[derive(Debug, Default)]
 pub struct Rebuilt {
@@ -134,7 +138,7 @@ pub fn rebuild(
     let mut threads = Vec::with_capacity(tids.len());
     for (&tid, thread) in tids.iter().zip(&image.threads) {
         let mut remote = leader.for_thread(tid)?;
-        restore_thread(&mut remote, thread)?;
+        restore_thread(&mut remote, pid, thread)?;
         attributes::restore_thread(&mut remote, &thread.attributes)?;
         if in_common.is_none() {
             seccomp::install(&mut remote, &thread.seccomp)?;
@@ -223,17 +227,19 @@ fn set_limits(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError>
     Ok(())
 }
 
-fn restore_thread(remote: &mut Remote, thread: &ThreadImage) -> Result<(), TraceeError> {
+fn restore_thread(remote: &mut Remote, pid: i32, thread: &ThreadImage) -> Result<(), TraceeError> {
     let tid = remote.tid();
     let mut name = thread.comm.as_bytes().to_vec();
     name.push(0);
     let at = remote.put(0, &name)?;
     remote.call("prctl", libc::SYS_prctl, [libc::PR_SET_NAME as u64, at, 0, 0, 0, 0])?;
-    let at = remote.put(0, &thread.alternate_stack)?;
-    // sigaltstack(2) refuses to set SS_ONSTACK, and the kernel finds out by itself from the stack pointer.
-    const SS_ONSTACK: u8 = 1;
-    remote.put(8, &[thread.alternate_stack[8] & !SS_ONSTACK])?;
-    remote.call("sigaltstack", libc::SYS_sigaltstack, [at, 0, 0, 0, 0, 0])?;
+    // A new thread has none; a stub has that of the program that it was.
+    if tid == pid || thread.alternate_stack[8] & SS_DISABLE == 0 {
+        let at = remote.put(0, &thread.alternate_stack)?;
+        // sigaltstack(2) refuses to set SS_ONSTACK, and the kernel finds out by itself from the stack pointer.
+        remote.put(8, &[thread.alternate_stack[8] & !SS_ONSTACK])?;
+        remote.call("sigaltstack", libc::SYS_sigaltstack, [at, 0, 0, 0, 0, 0])?;
+    }
     let args = [thread.clear_child_tid, 0, 0, 0, 0, 0];
     remote.call("set_tid_address", libc::SYS_set_tid_address, args)?;
     if thread.robust_list.0 != 0 {

@@ -78,11 +78,12 @@ impl Settling {
         self.pid
     }
 
-    /// Waits until all is settled, `limit` at most.
-    pub fn wait(&self, limit: Duration) -> Result<Unsettled, TraceeError> {
+    /// Waits until all is settled, `limit` at most. With `network`, also what is in the network's tables: processes that
+    /// have one network in common need that only once, and it takes milliseconds.
+    pub fn wait(&self, network: bool, limit: Duration) -> Result<Unsettled, TraceeError> {
         let deadline = Instant::now() + limit;
         loop {
-            let left = self.look()?;
+            let left = self.look(network)?;
             if left == Unsettled::default() || Instant::now() > deadline {
                 return Ok(left);
             }
@@ -90,13 +91,13 @@ impl Settling {
         }
     }
 
-    fn look(&self) -> Result<Unsettled, TraceeError> {
+    fn look(&self, network: bool) -> Result<Unsettled, TraceeError> {
         let mut left = Unsettled::default();
         for listener in &self.listeners {
             left.waiting +=
                 socket::tcp_info(listener).map_err(TraceeError::call("TCP_INFO", self.pid))?.waiting;
         }
-        if has_own_network(self.pid)? {
+        if network && has_own_network(self.pid)? {
             for table in ["tcp", "tcp6"] {
                 count(&read_proc(&format!("/proc/{}/net/{table}", self.pid))?, &mut left);
             }
@@ -104,12 +105,13 @@ impl Settling {
         Ok(left)
     }
 
-    /// Refuses to lose anything that a peer may rely on; the process is stopped and its port down.
+    /// Refuses to lose anything that a peer may rely on; the process is stopped and its port down. `network` is as for
+    /// [`Self::wait`].
     ///
     /// A connection that is half open is nothing to rely on yet: its peer is refused, or tries again. One that the program is
     /// making has a descriptor, and is refused with it.
-    pub fn require(&self) -> Result<(), TraceeError> {
-        let Unsettled { waiting, closing, .. } = self.look()?;
+    pub fn require(&self, network: bool) -> Result<(), TraceeError> {
+        let Unsettled { waiting, closing, .. } = self.look(network)?;
         if waiting == 0 && closing == 0 {
             return Ok(());
         }

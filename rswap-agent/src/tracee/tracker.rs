@@ -114,10 +114,7 @@ impl Tracker {
     /// what is there.
     pub fn take_last_written(&mut self) -> Result<WrittenSpans, TraceeError> {
         let mut written = self.take_written()?;
-        let mut there = RoaringTreemap::new();
-        for span in self.tracked.clone() {
-            self.populated(&span)?.iter().for_each(|span| insert(&mut there, span));
-        }
+        let there = self.populated_of_tracked()?;
         let missing = spans(&(&there - &self.reported));
         if !missing.is_empty() {
             // Harmless is only a page that a thread was about to write when it was stopped: its fault is over, the write isn't.
@@ -128,6 +125,32 @@ impl Tracker {
         written.populated.extend(missing);
         self.reported = there;
         Ok(written)
+    }
+
+    /// The numbers of all pages with contents of their own in what is tracked.
+    fn populated_of_tracked(&mut self) -> Result<RoaringTreemap, TraceeError> {
+        let mut there = RoaringTreemap::new();
+        let (Some(first), Some(last)) = (self.tracked.first(), self.tracked.last()) else { return Ok(there) };
+        let all = first.start..last.end;
+        // One scan: a call for each of hundreds of mappings takes longer than passing over what lies between them.
+        let found = self.populated(&all)?;
+        let mut tracked = self.tracked.iter().peekable();
+        for span in found {
+            let mut at = span.start;
+            while let Some(tracked_span) = tracked.peek().filter(|tracked_span| tracked_span.start < span.end)
+            {
+                let (from, to) = (tracked_span.start.max(at), tracked_span.end.min(span.end));
+                if from < to {
+                    insert(&mut there, &(from..to));
+                    at = to;
+                }
+                if tracked_span.end > span.end {
+                    break;
+                }
+                tracked.next();
+            }
+        }
+        Ok(there)
     }
 
     fn remember(&mut self, written: &WrittenSpans) {
