@@ -18,6 +18,7 @@ pub mod heartbeat;
 pub mod host;
 pub mod load;
 pub mod mangle;
+pub mod matrix;
 pub mod migration;
 pub mod moves;
 pub mod netns;

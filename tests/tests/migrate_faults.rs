@@ -37,7 +37,7 @@ fn a_destination_killed_before_the_commit_changes_nothing() -> anyhow::Result<()
         // What was ready to run stands still until the next agent removes it.
         stage.b.start_agent()?;
         runs_at_the_source_alone(&stage)?;
-        stage.next_try_and_back(false)?;
+        stage.next_try_and_back()?;
     }
     stage.finish()
 }
@@ -54,7 +54,7 @@ fn a_page_damaged_on_the_wire_is_noticed_and_rolled_back() -> anyhow::Result<()>
     let reason = migration.end()?.expect_err("a damaged copy was let run");
     println!("{reason}");
     runs_at_the_source_alone(&stage)?;
-    stage.next_try_and_back(false)?;
+    stage.next_try_and_back()?;
     stage.finish()
 }
 
