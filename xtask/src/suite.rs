@@ -24,7 +24,7 @@ use xshell::{Shell, cmd};
 use crate::{compile, project_root, rerun, setup, step};
 
 /// No test binary runs longer than this; a migration that hangs must not hang the build.
-const BINARY_DEADLINE: Duration = Duration::from_secs(300);
+const BINARY_DEADLINE: Duration = Duration::from_secs(600);
 
 /// Runs the suite, or only the scenario files whose name contains `only`.
 pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
