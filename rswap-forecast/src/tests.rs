@@ -28,22 +28,9 @@ fn point(demand: &Demand, resource: Resource, horizon_ms: u64) -> DemandPoint {
     demand.points.iter().find(|p| p.resource == resource && p.horizon_ms == horizon_ms).unwrap().clone()
 }
 
-/// SplitMix64, so that a printed seed repeats the run.
-struct Random(u64);
-
-impl Random {
-    fn unit(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Sum of uniforms: near enough to normal, standard deviation 1.
-    fn noise(&mut self) -> f64 {
-        (0..12).map(|_| self.unit()).sum::<f64>() - 6.0
-    }
+/// Sum of uniforms: near enough to normal, standard deviation 1.
+fn noise(random: &mut fastrand::Rng) -> f64 {
+    (0..12).map(|_| random.f64()).sum::<f64>() - 6.0
 }
 
 /// Idle, with a peak in the last third of each period.
@@ -80,14 +67,14 @@ fn a_repeated_rise_is_forecast_before_it_comes() {
     let seed = 7;
     println!("seed {seed}");
     for period in [20, 36, 60] {
-        let mut random = Random(seed);
+        let mut random = fastrand::Rng::with_seed(seed);
         let mut forecaster = forecaster();
         // The third rise: two periods have been seen, and a part of the third.
         let rise = 2 * period + period * 2 / 3;
         for window in 0..rise - 5 {
             forecaster.observe(&seen(
                 window,
-                (daily(window, period) + 0.02 * random.noise()).max(0.0),
+                (daily(window, period) + 0.02 * noise(&mut random)).max(0.0),
                 1 << 20,
             ));
         }
@@ -104,11 +91,11 @@ fn a_repeated_rise_is_forecast_before_it_comes() {
 fn p95_covers_95_percent_of_a_noisy_season() {
     let seed = 20_261_123;
     println!("seed {seed}");
-    let mut random = Random(seed);
+    let mut random = fastrand::Rng::with_seed(seed);
     let mut forecaster = forecaster();
     for window in 0..4_000u64 {
         let phase = window as f64 / 48.0 * std::f64::consts::TAU;
-        let value = 1.0 + 0.6 * phase.sin() + 0.1 * random.noise();
+        let value = 1.0 + 0.6 * phase.sin() + 0.1 * noise(&mut random);
         forecaster.observe(&seen(window, value.max(0.0), 1 << 20));
     }
     for horizon_ms in [250, 1_000, 2_500, 5_000] {
@@ -158,9 +145,9 @@ fn what_was_not_seen_for_long_is_not_forecast() {
 fn an_instance_that_returns_is_known() {
     let mut forecaster = forecaster();
     // Four windows in five are quiet, and nothing says which.
-    let mut random = Random(5);
+    let mut random = fastrand::Rng::with_seed(5);
     for window in 0..400 {
-        let need = if random.unit() < 0.2 { 1.5 } else { 0.2 };
+        let need = if random.f64() < 0.2 { 1.5 } else { 0.2 };
         forecaster.observe(&seen(window, need, 1 << 20));
     }
     forecaster.forget(&"a".parse().unwrap());
@@ -203,7 +190,7 @@ fn the_third_peak_of_a_short_day_is_known_before_it_comes() {
     const DAY: u64 = 48;
     for seed in 1..=8 {
         println!("seed {seed}");
-        let mut random = Random(seed);
+        let mut random = fastrand::Rng::with_seed(seed);
         let mut forecaster = forecaster();
         let need = |window: u64, noise: f64| {
             let base = match window % DAY {
@@ -216,8 +203,8 @@ fn the_third_peak_of_a_short_day_is_known_before_it_comes() {
         };
         let peak = 2 * DAY + 36;
         for window in 0..peak - 3 {
-            let mut late = seen(window, need(window, random.noise()), 1 << 20);
-            late.at.0 += (random.unit() * 20.0) as u64;
+            let mut late = seen(window, need(window, noise(&mut random)), 1 << 20);
+            late.at.0 += (random.f64() * 20.0) as u64;
             forecaster.observe(&late);
         }
         // 10 windows ahead is in the peak; the busy hours before it are not taken for it.

@@ -1,39 +1,15 @@
 //! Damage to one frame of a conversation, chosen by a seed.
 
+use fastrand::Rng;
 use rswap_agent::migrate::wire::{Frame, write_frame};
 
 /// Frames of a small migration: the damaged one is among the first so many of its direction.
 const FRAMES: u64 = 14;
 
-/// Numbers that follow from a seed (splitmix64).
-#[derive(Clone, Debug)]
-pub struct Random(pub u64);
-
-impl Random {
-    /// The next one.
-    pub fn draw(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// One of `0..limit`.
-    pub fn below(&mut self, limit: usize) -> usize {
-        (self.draw() % limit.max(1) as u64) as usize
-    }
-
-    /// So many bytes.
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len).map(|_| self.draw() as u8).collect()
-    }
-}
-
 /// Passes frames on, one of them damaged.
 #[derive(Debug)]
 pub struct Mangler {
-    random: Random,
+    random: Rng,
     left: u64,
     /// Comes after the next one.
     late: Option<Frame>,
@@ -42,8 +18,8 @@ pub struct Mangler {
 impl Mangler {
     /// The damage that follows from `seed`.
     pub fn new(seed: u64) -> Self {
-        let mut random = Random(seed);
-        let left = random.draw() % FRAMES;
+        let mut random = Rng::with_seed(seed);
+        let left = random.u64(..FRAMES);
         Self { random, left, late: None }
     }
 
@@ -63,16 +39,16 @@ impl Mangler {
 
     fn mangle(&mut self, frame: &Frame) -> Vec<u8> {
         let mut whole = encoded(frame);
-        match self.random.below(8) {
+        match self.random.u32(..8) {
             // One bit, wherever it is.
             0 | 1 => {
-                let at = self.random.below(whole.len());
-                whole[at] ^= 1 << self.random.below(8);
+                let at = self.random.usize(..whole.len());
+                whole[at] ^= 1 << self.random.u32(..8);
                 whole
             }
             // Less than there was.
             2 => {
-                let keep = self.random.below(frame.payload.len());
+                let keep = self.random.usize(..frame.payload.len().max(1));
                 encoded(&Frame { tag: frame.tag, payload: frame.payload[..keep].to_vec() })
             }
             // It says that it is as long as can be said.
@@ -88,10 +64,17 @@ impl Mangler {
                 Vec::new()
             }
             // The right length, and nothing else right.
-            6 => encoded(&Frame { tag: frame.tag, payload: self.random.bytes(frame.payload.len()) }),
-            _ => self.random.bytes(whole.len()),
+            6 => encoded(&Frame { tag: frame.tag, payload: bytes(&mut self.random, frame.payload.len()) }),
+            _ => bytes(&mut self.random, whole.len()),
         }
     }
+}
+
+/// So many bytes.
+pub fn bytes(random: &mut Rng, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    random.fill(&mut bytes);
+    bytes
 }
 
 fn encoded(frame: &Frame) -> Vec<u8> {

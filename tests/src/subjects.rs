@@ -44,7 +44,9 @@ pub trait Subject: Sized {
     fn work_done(&self) -> anyhow::Result<u64>;
 
     /// The last check: all that was promised is there.
-    fn finish(self, fleet: &Fleet) -> anyhow::Result<()>;
+    fn finish(self, _fleet: &Fleet) -> anyhow::Result<()> {
+        self.goes_on()
+    }
 }
 
 /// Two hosts and a program at one of them.
@@ -195,10 +197,6 @@ impl Subject for Memcheck {
     fn work_done(&self) -> anyhow::Result<u64> {
         heartbeat::lines(&self.log)
     }
-
-    fn finish(self, _fleet: &Fleet) -> anyhow::Result<()> {
-        self.goes_on()
-    }
 }
 
 fn python(name: &str, arguments: &[&str]) -> Vec<String> {
@@ -235,10 +233,6 @@ impl Subject for Tree {
 
     fn work_done(&self) -> anyhow::Result<u64> {
         Ok(rounds::read(&self.log)?.made)
-    }
-
-    fn finish(self, _fleet: &Fleet) -> anyhow::Result<()> {
-        self.goes_on()
     }
 }
 
@@ -277,9 +271,5 @@ impl Subject for VolumeWorker {
 
     fn work_done(&self) -> anyhow::Result<u64> {
         Ok(rounds::read(&self.log)?.made)
-    }
-
-    fn finish(self, _fleet: &Fleet) -> anyhow::Result<()> {
-        self.goes_on()
     }
 }

@@ -7,11 +7,12 @@ use std::{
 };
 
 use anyhow::Context;
+use fastrand::Rng;
 use rswap_agent::migrate::wire::{self, Hello, Tag, read_frame, write_frame};
 use rswap_tests::{
     Fleet, Host, HostOptions,
     client::{DataSet, REDIS, VerifyingClient},
-    mangle::Random,
+    mangle::bytes,
     proxy::{Fault, Proxy},
     reason_to_skip, wait_for,
 };
@@ -106,17 +107,17 @@ fn sources_that_lie_and_drip_cost_little() -> anyhow::Result<()> {
 
 /// Frames that are none, in an order that is none.
 fn send_nonsense(destination: SocketAddr, seed: u64) -> anyhow::Result<()> {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let mut stream = TcpStream::connect(destination)?;
     stream.set_read_timeout(Some(Duration::from_millis(200)))?;
     stream.set_write_timeout(Some(Duration::from_secs(2)))?;
-    if random.below(4) > 0 {
+    if random.u32(..4) > 0 {
         greet(&mut stream)?;
     }
-    for _ in 0..random.below(6) {
-        let len = random.below(4096);
-        let (tag, payload) = (random.below(20) as u8, random.bytes(len));
-        let announced = if random.below(3) == 0 { random.draw() as u32 } else { len as u32 };
+    for _ in 0..random.u32(..6) {
+        let len = random.usize(..4096);
+        let (tag, payload) = (random.u8(..20), bytes(&mut random, len));
+        let announced = if random.u32(..3) == 0 { random.u32(..) } else { len as u32 };
         stream.write_all(&[&[tag][..], &announced.to_le_bytes(), &payload].concat())?;
     }
     let _ = stream.read(&mut [0; 64]);
@@ -176,7 +177,7 @@ fn lie_to(mut stream: TcpStream, lie: Lie) -> anyhow::Result<()> {
             return Ok(());
         }
         Lie::Nonsense => {
-            stream.write_all(&Random(1).bytes(1000))?;
+            stream.write_all(&bytes(&mut Rng::with_seed(1), 1000))?;
             return Ok(());
         }
         Lie::WrongDigest | Lie::Drips => {

@@ -104,14 +104,14 @@ fn outlives(test: &str, command: impl FnOnce(&str) -> anyhow::Result<Vec<String>
         Err(_) => u64::from(std::process::id()) << 20 | u64::from(began.elapsed().subsec_micros()),
     };
     println!("RSWAP_SEED={seed}");
-    let mut random = Random(seed);
+    let mut random = fastrand::Rng::with_seed(seed);
     for place in PLACES {
         kill_at(&mut scene, place).with_context(|| format!("at {place:?}"))?;
     }
     for _ in 0..kills {
-        let place = Place::Step(random.below(STEPS) as usize);
+        let place = Place::Step(random.u64(..STEPS) as usize);
         kill_at(&mut scene, place).with_context(|| format!("at {place:?}"))?;
-        let moment = Duration::from_millis(random.below(MIGRATION_MS));
+        let moment = Duration::from_millis(random.u64(..MIGRATION_MS));
         kill_after(&mut scene, moment).with_context(|| format!("after {moment:?}"))?;
     }
     nothing_is_left(&scene)?;
@@ -182,16 +182,4 @@ fn nothing_is_left(scene: &Scene) -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-/// xorshift.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
 }

@@ -21,20 +21,11 @@ use crate::config::MigrateConfig;
 
 type Memory = BTreeMap<u64, Vec<u8>>;
 
-fn random(seed: &mut u64) -> u64 {
-    // splitmix64
-    *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *seed;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
-fn random_page(seed: &mut u64) -> Vec<u8> {
-    match random(seed) % 4 {
+fn random_page(random: &mut fastrand::Rng) -> Vec<u8> {
+    match random.u32(..4) {
         0 => vec![0; PAGE_SIZE],
-        1 => vec![random(seed) as u8; PAGE_SIZE],
-        _ => (0..PAGE_SIZE / 8).flat_map(|_| random(seed).to_le_bytes()).collect(),
+        1 => vec![random.u8(..); PAGE_SIZE],
+        _ => std::iter::repeat_with(|| random.u8(..)).take(PAGE_SIZE).collect(),
     }
 }
 
@@ -43,7 +34,7 @@ struct Program {
     memory: Memory,
     dirty: Vec<u64>,
     dropped: Vec<u64>,
-    seed: u64,
+    random: fastrand::Rng,
     looks: u32,
     busy: u64,
     frozen: bool,
@@ -53,28 +44,28 @@ struct Program {
 
 impl Program {
     fn new(seed: u64, pages: u64, busy: u64) -> Self {
-        let mut state = seed;
+        let mut random = fastrand::Rng::with_seed(seed);
         let memory: Memory =
-            (0..pages).map(|page| (page * PAGE_SIZE as u64, random_page(&mut state))).collect();
+            (0..pages).map(|page| (page * PAGE_SIZE as u64, random_page(&mut random))).collect();
         let dirty = memory.keys().copied().collect();
         let (dropped, looks) = (Vec::new(), 0);
         let (frozen, destroyed, thawed) = (false, false, false);
-        Self { memory, dirty, dropped, seed: state, looks, busy, frozen, destroyed, thawed }
+        Self { memory, dirty, dropped, random, looks, busy, frozen, destroyed, thawed }
     }
 
     fn run_a_little(&mut self) {
         for _ in 0..self.busy {
-            let page = random(&mut self.seed) % 400 * PAGE_SIZE as u64;
-            match random(&mut self.seed) % 4 {
+            let page = self.random.u64(..400) * PAGE_SIZE as u64;
+            match self.random.u32(..4) {
                 0 => {
                     self.memory.remove(&page);
                     self.dirty.retain(|dirty| *dirty != page);
                     self.dropped.push(page);
                 }
-                1 => drop(self.memory.insert(page, random_page(&mut self.seed))),
+                1 => drop(self.memory.insert(page, random_page(&mut self.random))),
                 _ => {
                     let contents = self.memory.entry(page).or_insert_with(|| vec![0; PAGE_SIZE]);
-                    contents[random(&mut self.seed) as usize % PAGE_SIZE] ^= 0x5a;
+                    contents[self.random.usize(..PAGE_SIZE)] ^= 0x5a;
                 }
             }
             if self.memory.contains_key(&page) && !self.dirty.contains(&page) {

@@ -46,10 +46,10 @@ fn mark_of(at: u64) -> RemoteAddr {
 
 /// Removes what a killed agent has left in process `pid`, which runs.
 pub fn remove(pid: i32) -> Result<(), TraceeError> {
-    if scratch_mappings(pid)?.is_empty() && userfaultfds(pid).is_empty() {
+    let before = userfaultfds(pid);
+    if before.is_empty() && scratch_mappings(pid)?.is_empty() {
         return Ok(());
     }
-    let before = userfaultfds(pid);
     std::thread::sleep(PATIENCE);
     let stopped = StoppedProcess::stop(pid)?;
     let mut remote = Remote::of_program(&stopped)?;

@@ -2,16 +2,10 @@
 
 use super::*;
 
-/// A made-up day: machines that are mostly quiet, with bursts, and some that are always busy. SplitMix64.
+/// A made-up day: machines that are mostly quiet, with bursts, and some that are always busy.
 fn day(machines: usize, seed: u64) -> Vec<Vec<f64>> {
-    let mut state = seed;
-    let mut unit = move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    };
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut unit = move || random.f64();
     (0..machines)
         .map(|_| {
             let (usual, burst) = (0.02 + 0.2 * unit() * unit(), 0.1 * unit());

@@ -9,30 +9,17 @@ use super::*;
 const WINDOW_MS: u64 = 300_000;
 const DAY: usize = 288;
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn unit(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
-
 /// Services with a common working day, of other sizes, that rise within three hours of each other, and some noise.
 fn services(count: usize, days: usize, seed: u64) -> Vec<Workload> {
-    let mut random = Random(seed);
+    let mut random = fastrand::Rng::with_seed(seed);
     (0..count)
         .map(|number| {
-            let (size, begins) = (0.5 + 1.5 * random.unit(), 84 + (36.0 * random.unit()) as usize);
+            let (size, begins) = (0.5 + 1.5 * random.f64(), 84 + (36.0 * random.f64()) as usize);
             let demand = (0..days * DAY).map(|window| {
                 let hour = window % DAY;
                 let ramp = |from: usize| (hour as f64 - from as f64).clamp(0.0, 6.0) / 6.0;
                 let busy = 0.12 + 0.88 * (ramp(begins) - ramp(begins + DAY / 3));
-                size * busy * (0.9 + 0.2 * random.unit())
+                size * busy * (0.9 + 0.2 * random.f64())
             });
             let demand = demand.collect();
             Workload { name: format!("service-{number:03}").parse().unwrap(), demand, memory_bytes: 1 << 30 }
