@@ -238,6 +238,17 @@ fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
     children.into_iter().for_each(reap);
 }
 
+/// Time that the threads of process 1 have spent on a CPU.
+///
+/// The guest kernel of a virtual machine was seen (6.18) to run no eBPF program while a thread of process 1, the supervisor
+/// of the machine, is current: not at its own events, and not at the interrupts that come then, such as the end of somebody's
+/// request. The kernel's tracer (tracefs) has those events. On other machines process 1 does next to nothing.
+fn supervisor_cpu_ns() -> u64 {
+    let threads = fs::read_dir("/proc/1/task").unwrap().flatten();
+    let ids = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+    ids.filter_map(|tid: u32| schedstat(tid)).map(|[on_cpu_ns, ..]| on_cpu_ns).sum()
+}
+
 #[test]
 fn block_requests_are_those_that_fio_counts() {
     let needed = ["block_rq_complete", "block_io_start"];
@@ -271,8 +282,13 @@ fn block_requests_are_those_that_fio_counts() {
     // The first run also reads fio's own program and libraries from the disk, which fio doesn't count.
     wait(fio("1").spawn().unwrap(), Duration::from_secs(30));
     begin(&profiler, &cgroup.0);
+    let (started, supervisor_before_ns) = (Instant::now(), supervisor_cpu_ns());
     let output = wait(cgroup.spawn(&mut fio("3")), Duration::from_secs(30));
     let profile = end(&profiler);
+    let supervisor_ns = supervisor_cpu_ns().saturating_sub(supervisor_before_ns);
+    let supervised = supervisor_ns as f64 / started.elapsed().as_nanos() as f64;
+    // Half as much again, since requests don't end evenly over the time.
+    let unseen = 0.001 + 1.5 * supervised;
 
     let output: serde_json::Value = serde_json::from_str(&output[output.find('{').unwrap()..]).unwrap();
     let read = &output["jobs"][0]["read"];
@@ -281,16 +297,20 @@ fn block_requests_are_those_that_fio_counts() {
     assert_eq!(reads.len(), 1, "one device: {:?}", profile.block);
     let latency = &reads[0].latency_ns;
     eprintln!(
-        "profile: {} requests, {} bytes on {}; fio: {requests}, {bytes}; p50 {:?} ns, fio's mean {} ns",
+        "profile: {} requests, {} bytes on {}; fio: {requests}, {bytes}, {:.2} % of which may end unseen; p50 {:?} ns, fio's \
+         mean {} ns",
         latency.count,
         reads[0].bytes,
         reads[0].device,
+        unseen * 100.0,
         latency.quantile(0.5),
         read["clat_ns"]["mean"]
     );
     assert_ne!(reads[0].device, "other", "the disk has a place of its own");
-    assert!(latency.count.abs_diff(requests) as f64 <= requests as f64 * 0.001);
-    assert!(reads[0].bytes.abs_diff(bytes) as f64 <= bytes as f64 * 0.001);
+    for (counted, truth) in [(latency.count, requests), (reads[0].bytes, bytes)] {
+        assert!(counted as f64 <= truth as f64 * 1.001, "{counted} against {truth}");
+        assert!(counted as f64 >= truth as f64 * (1.0 - unseen), "{counted} against {truth}");
+    }
     // A request is part of what fio waits for, so it can't take longer on average.
     let clat_mean_ns = read["clat_ns"]["mean"].as_f64().unwrap();
     let mean_ns = latency.mean().unwrap();
