@@ -11,19 +11,42 @@ const LOST: &str = "lost_writes: ";
 
 /// The failed tests of a runner's output that are worth a second try, by name.
 pub(crate) fn worth_a_second_try(output: &[String]) -> Vec<String> {
-    let failed = output.iter().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
-    failed.filter(|name| !has_lost_data(name, output)).map(str::to_owned).collect()
+    failed(output).filter(|name| !has_lost_data(name, output)).map(str::to_owned).collect()
 }
 
 fn has_lost_data(name: &str, output: &[String]) -> bool {
-    let headline = format!("---- {name} stdout ----");
-    let said = output.iter().skip_while(|line| **line != headline).skip(1);
-    let mut said = said.take_while(|line| !line.starts_with("---- ") && line.as_str() != "failures:");
-    said.any(|line| {
+    said_by(name, output).any(|line| {
         let reports = line.match_indices(LOST).map(|(at, _)| &line[at + LOST.len()..]);
         UNFORGIVEN.iter().any(|word| line.contains(word))
             || reports.into_iter().any(|count| !count.starts_with("0"))
     })
+}
+
+/// What a failed test said, by the runner's summary of failures.
+fn said_by<'a>(name: &str, output: &'a [String]) -> impl Iterator<Item = &'a str> {
+    let headline = format!("---- {name} stdout ----");
+    let said = output.iter().skip_while(move |line| **line != headline).skip(1).map(String::as_str);
+    said.take_while(|line| {
+        let next = line.strip_prefix("---- ").is_some_and(|line| line.ends_with(" stdout ----"));
+        !next && *line != "failures:"
+    })
+}
+
+/// Why a test failed, in few lines: the last that it said, without the stack.
+pub(crate) fn account(name: &str, output: &[String]) -> Vec<String> {
+    const LINES: usize = 12;
+    const COLUMNS: usize = 400;
+    let said = said_by(name, output).take_while(|line| !line.starts_with("Stack backtrace:"));
+    let mut lines: Vec<String> = said
+        .filter(|line| !line.trim().is_empty())
+        .map(|line| line.chars().take(COLUMNS).collect())
+        .collect();
+    lines.split_off(lines.len().saturating_sub(LINES))
+}
+
+/// The tests that failed in a runner's output.
+pub(crate) fn failed(output: &[String]) -> impl Iterator<Item = &str> {
+    output.iter().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"))
 }
 
 #[cfg(test)]
@@ -41,7 +64,10 @@ mod tests {
             "---- late stdout ----",
             "ClientReport { acked_writes: 7, lost_writes: 0, reconnects: 1 }",
             "Error: waited 20 s for the client",
+            "Stack backtrace:",
+            "   0: anyhow::error",
             "---- lossy stdout ----",
+            "---- the agent of host a said last:",
             "ClientReport { acked_writes: 7, lost_writes: 3, reconnects: 1 }",
             "---- wrong stdout ----",
             "Error: line=7 was due, not \"MISMATCH page 3\"",
@@ -51,5 +77,7 @@ mod tests {
         .map(str::to_owned)
         .into();
         assert_eq!(worth_a_second_try(&output), ["late"]);
+        assert_eq!(account("late", &output), &output[6..8]);
+        assert_eq!(account("wrong", &output), &output[14..15]);
     }
 }

@@ -25,6 +25,8 @@ use crate::{compile, project_root, rerun, setup, step};
 
 /// No test binary runs longer than this; a migration that hangs must not hang the build.
 const BINARY_DEADLINE: Duration = Duration::from_secs(600);
+/// As many test binaries are named with their time at the end.
+const SLOWEST: usize = 10;
 
 /// Runs the suite, or only the scenario files whose name contains `only`.
 pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
@@ -41,13 +43,20 @@ pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
     let binaries = test_binaries()?;
     let mut total = Counts::default();
     let mut unsteady = Vec::new();
+    let mut accounts = Vec::new();
+    let mut times = Vec::new();
     for binary in &binaries {
         let chosen = only.is_none_or(|text| binary.scenario && binary.name.contains(text));
         if !chosen {
             continue;
         }
         step(&format!("{} {}", if binary.scenario { "Scenarios:" } else { "Unit tests:" }, binary.name));
+        let began = Instant::now();
         let mut outcome = run_binary(binary, &bin_dir, None)?;
+        for name in rerun::failed(&outcome.output) {
+            let said = rerun::account(name, &outcome.output);
+            accounts.push(format!("{}: {name} said last:\n    {}", binary.name, said.join("\n    ")));
+        }
         if binary.scenario {
             for name in rerun::worth_a_second_try(&outcome.output) {
                 step(&format!("Once more, alone: {} {name}", binary.name));
@@ -62,6 +71,15 @@ pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
             failures.push(binary.name.clone());
         }
         total.add(&outcome.counts);
+        times.push((began.elapsed().as_secs(), &binary.name));
+    }
+    times.sort_unstable_by(|a, b| b.cmp(a));
+    let slowest: Vec<String> =
+        times.iter().take(SLOWEST).map(|(seconds, name)| format!("{name} {seconds} s")).collect();
+    println!("\nslowest: {}", slowest.join(", "));
+    // Once more at the end: what shows a long log may leave out the middle.
+    for account in &accounts {
+        println!("{account}");
     }
     for name in &unsteady {
         println!("UNSTEADY: {name} failed at first and passed when it was run again: find out why");
