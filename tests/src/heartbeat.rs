@@ -11,10 +11,15 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// Waits for fifty further heartbeats and many verified pages; a line out of order, or a mismatch, is an error.
 pub fn wait_for_progress(log: &Path) -> anyhow::Result<()> {
+    wait_for_more(log, 50, 1000)
+}
+
+/// Waits for so many further heartbeats and verified pages, as [`wait_for_progress`] does.
+pub fn wait_for_more(log: &Path, lines: u64, pages: u64) -> anyhow::Result<()> {
     let before = read(log)?;
     wait_for("the program to go on", LIMIT, || {
         let now = read(log)?;
-        Ok((now.lines >= before.lines + 50 && now.verified > before.verified + 1000).then_some(()))
+        Ok((now.lines >= before.lines + lines && now.verified > before.verified + pages).then_some(()))
     })
 }
 

@@ -184,18 +184,23 @@ impl Subject for Memcheck {
     fn start(fleet: &Fleet, at: &Host) -> anyhow::Result<Self> {
         let log = fleet.scratch().join("memcheck.log");
         let program = binary("memcheck")?;
-        let command = [&program.to_string_lossy(), &*log.to_string_lossy(), "4", "16", "8"];
+        let command = [&program.to_string_lossy(), &*log.to_string_lossy(), "4", "6", "8"];
         at.run(Self::NAME, &[], &command)?;
         heartbeat::wait_for_progress(&log)?;
         Ok(Self { log })
     }
 
     fn goes_on(&self) -> anyhow::Result<()> {
-        heartbeat::wait_for_progress(&self.log)
+        // A matrix asks over a hundred times.
+        heartbeat::wait_for_more(&self.log, 12, 300)
     }
 
     fn work_done(&self) -> anyhow::Result<u64> {
         heartbeat::lines(&self.log)
+    }
+
+    fn finish(self, _fleet: &Fleet) -> anyhow::Result<()> {
+        heartbeat::wait_for_progress(&self.log)
     }
 }
 
