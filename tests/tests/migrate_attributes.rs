@@ -1,7 +1,7 @@
 //! What processes have set for themselves migrates: rights, restrictions, priorities, directories, and what they have
 //! asked of their memory.
 
-use std::fs;
+use std::{fs, path::Path, process::Command};
 
 use anyhow::Context;
 use rswap_tests::{
@@ -41,6 +41,30 @@ fn what_is_asked_of_memory_holds_everywhere() -> anyhow::Result<()> {
     let goes_on = |log: &std::path::Path| further(log, "checked", 3).and_then(|()| further(log, "locked", 2));
     goes_on(&scene.log)?;
     scene.three_moves("memory", goes_on)
+}
+
+#[test]
+fn a_32_bit_program_is_refused_and_runs_on() -> anyhow::Result<()> {
+    if reason_to_skip("a_32_bit_program_is_refused_and_runs_on").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/thirty_two.s");
+    let program = scene.fleet.scratch().join("thirty_two");
+    let mut compiler = Command::new("cc");
+    compiler.args(["-m32", "-nostdlib", "-static", "-no-pie", "-o"]).arg(&program).arg(source);
+    anyhow::ensure!(compiler.status()?.success(), "the program does not assemble");
+    if Command::new("timeout").arg("0.1").arg(&program).status()?.code() != Some(124) {
+        rswap_tests::skip("a_32_bit_program_is_refused_and_runs_on", "the kernel runs no 32-bit programs");
+        return Ok(());
+    }
+    scene.run("small", &[], &[&program.to_string_lossy()])?;
+    let Err(reason) = scene.a.migrate("small", &scene.b.migrate_address())?.end()? else {
+        anyhow::bail!("a 32-bit program was moved");
+    };
+    anyhow::ensure!(reason.contains("a 32-bit program"), "{reason}");
+    anyhow::ensure!(scene.a.has_instance("small")? && scene.a.has_processes()?, "it does not run on");
+    Ok(())
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! What of an instance can't be carried to another host, found without touching it.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    io::Read as _,
+    time::{Duration, Instant},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -210,7 +214,9 @@ fn process(
     if !status.text("x86_Thread_features:").is_empty() {
         findings.refuse("a shadow stack", "it isn't carried in this version: start the program without it");
     }
-    if let Err(error) = way_back(pid) {
+    if is_32_bit(pid) {
+        findings.refuse("a 32-bit program", "not carried: run its 64-bit build");
+    } else if let Err(error) = way_back(pid) {
         findings.refuse("no way back from a call", &error.to_string());
     }
     if link(pid, "exe")?.ends_with(" (deleted)") {
@@ -266,14 +272,32 @@ fn process(
 /// Whether a thread of it would survive an agent that is killed in a call made in it.
 fn way_back(pid: i32) -> Result<(), TraceeError> {
     const LOOKS: usize = 3;
-    // In execve(2) the program is mapped bit by bit.
-    for _ in 1..LOOKS {
-        if Remote::prepare(pid).is_ok() || tree::has_ended(pid) {
-            return Ok(());
+    const NAP: Duration = Duration::from_millis(10);
+    // The program is mapped bit by bit, and each bit may have to come from a slow disk.
+    const LONGEST_EXECVE: Duration = Duration::from_secs(5);
+    let started = Instant::now();
+    for look in 1.. {
+        match Remote::prepare(pid) {
+            Err(_) if tree::has_ended(pid) => break,
+            Err(error) => {
+                let is_beginning = tree::is_in_execve(pid) && started.elapsed() < LONGEST_EXECVE;
+                if look >= LOOKS && !is_beginning {
+                    return Err(error);
+                }
+            }
+            Ok(_) => break,
         }
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(NAP);
     }
-    Remote::prepare(pid).or_else(|error| if tree::has_ended(pid) { Ok(()) } else { Err(error) })
+    Ok(())
+}
+
+/// Whether the program's file is an ELF file of the class for 32 bits (`EI_CLASS`, elf(5)).
+fn is_32_bit(pid: i32) -> bool {
+    const BEGINNING: &[u8] = b"\x7fELF\x01";
+    let mut read = [0; BEGINNING.len()];
+    let file = fs::File::open(format!("/proc/{pid}/exe"));
+    file.and_then(|mut file| file.read_exact(&mut read)).is_ok_and(|()| read == BEGINNING)
 }
 
 /// Whether `PTRACE_O_SUSPEND_SECCOMP` is there for us. The kernel has it together with this file.

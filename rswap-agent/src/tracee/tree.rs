@@ -171,6 +171,13 @@ pub fn has_ended(pid: i32) -> bool {
     })
 }
 
+/// Whether the process is about to become another program: its memory is the new one's, and incomplete.
+pub fn is_in_execve(pid: i32) -> bool {
+    let call = fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    let number = call.split(' ').next().and_then(|number| number.parse().ok());
+    number.is_some_and(|number: i64| number == libc::SYS_execve || number == libc::SYS_execveat)
+}
+
 /// Whether a thread has ended, though its process may go on.
 pub fn has_thread_ended(tid: i32) -> bool {
     Status::read(tid).map_or(true, |status| status.text("State:").starts_with(['Z', 'X']))
