@@ -1,4 +1,4 @@
-//! The numbers of every pool for one instance, and the best of them.
+//! The numbers of a pool for one instance.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +6,8 @@ use rswap_types::{Pool, PoolKind, PoolState, UnixMillis};
 
 use crate::{
     Candidate, Dropped, InstanceView, MoveKind, MovePrice, NeedUsed, PlanConfig, Terms, ledger::Traffic,
-    price, rules::Groups, score,
+    price, rank::Rank, rules::Groups, score,
 };
-
-/// Candidates that a decision keeps: of a fleet of a thousand hosts, the best are enough to explain it.
-const KEPT: usize = 16;
 
 /// What one round of planning rests on.
 pub(super) struct Round<'a, 'v> {
@@ -25,6 +22,8 @@ pub(super) struct Round<'a, 'v> {
     pub(super) last_hour: Vec<u32>,
     /// Who of each group is where.
     pub(super) groups: Groups<'v>,
+    /// Finds the best pools for an instance.
+    pub(super) rank: Rank,
 }
 
 /// The numbers of one pool.
@@ -65,7 +64,6 @@ impl Round<'_, '_> {
         let link = self.links[index];
         let moved = moving.map(|(view, _)| price::price(kind, view, terms.cost_per_hour, link, config));
         let (move_price, hopeless) = moved.map_or((None, None), |(price, dropped)| (Some(price), dropped));
-        let horizon_hours = config.horizon_ms as f64 / 3_600_000.0;
         let traffic = moving.filter(|_| kind == MoveKind::Host).map(|(_, traffic)| traffic);
         // Between core sets, the host as a whole is only where an instance is that may use every core.
         let whole = kind == MoveKind::Cpu && pool.kind == PoolKind::ThisHost;
@@ -81,12 +79,25 @@ impl Round<'_, '_> {
             PoolState::Ready => traffic.and_then(|traffic| self.budget(index, traffic)).or(hopeless),
         };
         let score = terms.score();
-        let total = score + move_price.map_or(0.0, |price| price.money / horizon_hours);
+        let total = score + move_price.map_or(0.0, |price| price.money / self.horizon_hours());
         Compared { index, terms, score, move_price, total, dropped }
     }
 }
 
 impl Round<'_, '_> {
+    /// The planning horizon, in hours.
+    pub(super) fn horizon_hours(&self) -> f64 {
+        self.config.horizon_ms as f64 / 3_600_000.0
+    }
+
+    /// Whether somebody may move to host number `index` now: [`Round::budget`] has no reason against it.
+    pub(super) fn has_budget(&self, index: usize, Traffic { arriving, leaving }: Traffic) -> bool {
+        let on_link = arriving + leaving;
+        arriving < self.config.moves_per_host
+            && on_link < self.config.moves_per_link
+            && self.last_hour[index] + on_link < self.config.moves_per_hour
+    }
+
     /// Why nobody may move to host number `index` now, by the budgets of hosts, links and hours.
     fn budget(&self, index: usize, traffic: Traffic) -> Option<Dropped> {
         let arriving = traffic.arriving;
@@ -125,31 +136,6 @@ impl Compared {
             dropped: self.dropped,
         }
     }
-}
-
-/// The best of `pools` by what `compare` says, in order, and how many others there were.
-pub(super) fn best(
-    which: impl Iterator<Item = usize>,
-    pools: &[Pool],
-    compare: impl Fn(usize) -> Compared,
-) -> (Vec<Candidate>, usize) {
-    // Of a thousand pools, most are forgotten at once: only what they are ranked by is kept.
-    let mut ranked: Vec<(bool, f64, usize)> = which
-        .map(|index| {
-            let compared = compare(index);
-            (compared.dropped.is_some(), compared.total, index)
-        })
-        .collect();
-    let order = |a: &(bool, f64, usize), b: &(bool, f64, usize)| {
-        a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then_with(|| pools[a.2].name.cmp(&pools[b.2].name))
-    };
-    let left_out = ranked.len().saturating_sub(KEPT);
-    if left_out > 0 {
-        ranked.select_nth_unstable_by(KEPT, order);
-        ranked.truncate(KEPT);
-    }
-    ranked.sort_by(order);
-    (ranked.into_iter().map(|(_, _, index)| compare(index).candidate(pools)).collect(), left_out)
 }
 
 /// Whether the pool can be where an instance sits, by this kind.

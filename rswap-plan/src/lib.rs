@@ -19,6 +19,7 @@ mod memory;
 mod need;
 mod planner;
 mod price;
+mod rank;
 mod reason;
 pub mod rules;
 pub mod score;
@@ -196,6 +197,8 @@ pub enum Outcome {
 
 #[cfg(test)]
 mod fleet_tests;
+#[cfg(test)]
+mod rank_tests;
 #[cfg(test)]
 mod tests;
 

@@ -7,10 +7,11 @@ use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
 
 use crate::{
     Candidate, Decision, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason,
-    compare::{self, Round},
+    compare::Round,
     ledger::{Ledger, Promise, Seen},
     memory::Memory,
     need,
+    rank::{self, Rank, Ranking},
     rules::{self, Groups},
     urgency::Urgency,
 };
@@ -93,6 +94,17 @@ impl Planner {
     /// Decides about every instance. Who is forced to move chooses first, then who gains most; the decisions are in the
     /// order of the instances' names.
     pub fn plan(&mut self, now: UnixMillis, views: &[InstanceView], pools: &[Pool]) -> Plan {
+        self.plan_by(rank::best, now, views, pools)
+    }
+
+    /// [`Planner::plan`], with the best pools found by `rank`.
+    pub(crate) fn plan_by(
+        &mut self,
+        rank: Rank,
+        now: UnixMillis,
+        views: &[InstanceView],
+        pools: &[Pool],
+    ) -> Plan {
         let mut views: Vec<&InstanceView> = views.iter().collect();
         views.sort_by(|a, b| a.instance.cmp(&b.instance));
         let by_name: BTreeMap<&str, usize> =
@@ -113,6 +125,7 @@ impl Planner {
             by_name: &by_name,
             last_hour: pools.iter().map(spent).collect(),
             groups: Groups::default(),
+            rank,
         };
         for view in &views {
             let memory = self.memory.entry(view.instance.clone()).or_default();
@@ -266,15 +279,8 @@ impl Planner {
 
         let from = here.filter(|_| kind == MoveKind::Host);
         let no_leave = from.and_then(|index| round.link_budget(index, ledger.traffic(index)));
-        let others = (0..pools.len())
-            .filter(|&index| Some(index) != here && compare::is_candidate(&pools[index], kind));
-        (decision.candidates, decision.left_out) = compare::best(others, pools, |index| {
-            let (room, traffic) = (ledger.available(index, own), ledger.traffic(index));
-            let forbidden = || round.groups.forbids(view, index, pools, kind);
-            round
-                .compare(&need, index, room, kind, Some((view, traffic)))
-                .but(no_leave.clone().or_else(forbidden))
-        });
+        let ranking = Ranking { round, ledger, view, need: &need, kind, own, here, no_leave };
+        (decision.candidates, decision.left_out) = (round.rank)(&ranking);
 
         decision.outcome = if rules::stays(view) {
             Outcome::Stay { reason: StayReason::ToldToStay }

@@ -40,7 +40,6 @@ pub fn price_of_move(
 }
 
 /// The price of a move to a pool that costs `cost_per_hour` for this instance; while it goes on, both are paid for.
-/// `link` is the speed of the way to another host, in bytes of memory per second.
 /// An estimate is given even where the move is not expected to end, so that the numbers can be shown.
 pub(super) fn price(
     kind: MoveKind,
@@ -49,27 +48,62 @@ pub(super) fn price(
     link: f64,
     config: &PlanConfig,
 ) -> (MovePrice, Option<Dropped>) {
-    let (seconds, bytes, unavailable_s, dropped) = match kind {
-        MoveKind::Cpu => (CPU_MOVE_S, 0.0, 0.0, None),
-        MoveKind::Host => {
-            // Untracked writes are unknown, not absent: a tenth of the link is assumed.
-            let dirty =
-                view.dirty_bytes_per_s.filter(|rate| rate.is_finite()).unwrap_or(link / 10.0).max(0.0);
-            // A round can't write more than the instance has: a small one always ends.
-            let ratio = dirty / link;
-            let resident = view.resident_bytes as f64;
-            let dropped = (ratio >= CONVERGES_BELOW)
-                .then_some(Dropped::WillNotConverge { dirty_bytes_per_s: dirty, link_bytes_per_s: link });
-            // Each round sends what was written during the one before: a geometric series.
-            let shrink = ratio.min(CONVERGES_BELOW);
-            let bytes = resident / (1.0 - shrink);
-            let last = resident * shrink.powi(ROUNDS);
-            (bytes / link + HOST_FIXED_S, bytes, HOST_FIXED_UNAVAILABLE_S + last / link, dropped)
-        }
+    let way = Way::new(kind, view, link, config);
+    let price = MovePrice {
+        seconds: way.seconds,
+        bytes: way.bytes,
+        unavailability_ms: way.unavailable_s * 1000.0,
+        money: way.money(cost_per_hour),
     };
-    let money = seconds / 3600.0 * cost_per_hour.max(0.0)
-        + bytes / (1u64 << 30) as f64 * config.cost_per_gib_sent
-        + unavailable_s / 3600.0 * config.unavailability_cost_per_hour;
-    let price = MovePrice { seconds, bytes: bytes as u64, unavailability_ms: unavailable_s * 1000.0, money };
-    (price, dropped)
+    (price, way.hopeless)
+}
+
+/// What moving one instance over one link is like, whatever the pool at its end costs.
+pub(super) struct Way {
+    seconds: f64,
+    bytes: u64,
+    unavailable_s: f64,
+    hours: f64,
+    money_sent: f64,
+    money_unavailable: f64,
+    /// Why it is not expected to end.
+    pub(super) hopeless: Option<Dropped>,
+}
+
+impl Way {
+    /// `link` is the speed of the way to another host, in bytes of memory per second.
+    pub(super) fn new(kind: MoveKind, view: &InstanceView, link: f64, config: &PlanConfig) -> Self {
+        let (seconds, bytes, unavailable_s, hopeless) = match kind {
+            MoveKind::Cpu => (CPU_MOVE_S, 0.0, 0.0, None),
+            MoveKind::Host => {
+                // Untracked writes are unknown, not absent: a tenth of the link is assumed.
+                let dirty =
+                    view.dirty_bytes_per_s.filter(|rate| rate.is_finite()).unwrap_or(link / 10.0).max(0.0);
+                // A round can't write more than the instance has: a small one always ends.
+                let ratio = dirty / link;
+                let resident = view.resident_bytes as f64;
+                let hopeless = (ratio >= CONVERGES_BELOW)
+                    .then_some(Dropped::WillNotConverge { dirty_bytes_per_s: dirty, link_bytes_per_s: link });
+                // Each round sends what was written during the one before: a geometric series.
+                let shrink = ratio.min(CONVERGES_BELOW);
+                let bytes = resident / (1.0 - shrink);
+                let last = resident * shrink.powi(ROUNDS);
+                (bytes / link + HOST_FIXED_S, bytes, HOST_FIXED_UNAVAILABLE_S + last / link, hopeless)
+            }
+        };
+        Self {
+            seconds,
+            bytes: bytes as u64,
+            unavailable_s,
+            hours: seconds / 3600.0,
+            money_sent: bytes / (1u64 << 30) as f64 * config.cost_per_gib_sent,
+            money_unavailable: unavailable_s / 3600.0 * config.unavailability_cost_per_hour,
+            hopeless,
+        }
+    }
+
+    /// All of it, in money, to a pool that costs `cost_per_hour` for this instance.
+    pub(super) fn money(&self, cost_per_hour: f64) -> f64 {
+        self.hours * cost_per_hour.max(0.0) + self.money_sent + self.money_unavailable
+    }
 }

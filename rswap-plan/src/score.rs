@@ -48,10 +48,14 @@ impl Terms {
     }
 }
 
+/// Its performance: the configuration refuses 0, and a pool from elsewhere must not divide by it either.
+pub(crate) fn speed(pool: &Pool) -> f64 {
+    pool.performance.max(1e-6)
+}
+
 /// The terms of `pool` for an instance with `need` that can have `available_cores` of it.
 pub fn terms(need: &NeedUsed, pool: &Pool, available_cores: f64, config: &PlanConfig) -> Terms {
-    // The configuration refuses a performance of 0; a pool from elsewhere must not divide by it either.
-    let speed = pool.performance.max(1e-6);
+    let speed = speed(pool);
     let expected_cores = need.expected_cores / speed;
     let limit_cores = need.limit_cores / speed;
     let expected_gib = need.expected_bytes as f64 / (1u64 << 30) as f64;
@@ -72,6 +76,9 @@ pub fn terms(need: &NeedUsed, pool: &Pool, available_cores: f64, config: &PlanCo
 /// The expected need above `available`, in its unit, as far as four quantiles tell it: between two, all values are taken for
 /// equally likely, and none is above the last.
 pub fn shortfall(need: &Quantiles, available: f64) -> f64 {
+    if [need.p50, need.p90, need.p95, need.p99].iter().all(|quantile| *quantile <= available) {
+        return 0.0;
+    }
     let between = |low: f64, high: f64, share: f64| {
         if high <= available {
             0.0

@@ -18,7 +18,8 @@ use rswap_agent::{
 use serde_json::json;
 
 /// (instances, hosts).
-const SIZES: [(usize, usize); 4] = [(1_250, 1_000), (2_500, 1_000), (5_000, 1_000), (10_000, 1_000)];
+const SIZES: [(usize, usize); 5] =
+    [(1_250, 1_000), (2_500, 1_000), (5_000, 1_000), (10_000, 1_000), (20_000, 1_000)];
 /// Cores, money per core and hour, speed.
 const KINDS: [(f64, f64, f64); 4] =
     [(16.0, 0.03, 0.7), (32.0, 0.04, 1.0), (48.0, 0.05, 1.1), (64.0, 0.06, 1.3)];
@@ -29,8 +30,9 @@ const RESULT: &str = "target/rswap/bench-plan.json";
 fn main() -> anyhow::Result<()> {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_BORDERS_ONLY);
-    table.set_header(["instances", "hosts", "a round", "per instance", "moves", "forced"]);
+    table.set_header(["instances", "hosts", "a round", "per instance", "growth", "moves", "forced"]);
     let mut rows = Vec::new();
+    let mut before: Option<(usize, f64)> = None;
     for (instances, hosts) in SIZES {
         let (pools, views) = fleet(instances, hosts)?;
         let mut planner = Planner::new(PlanConfig::default());
@@ -49,16 +51,22 @@ fn main() -> anyhow::Result<()> {
             (moves, forced) = (of(false), of(true));
         }
         let seconds = longest.as_secs_f64();
+        // The power of the number of instances that the time grew with: 1 is in proportion.
+        let growth =
+            before.map(|(fewer, took)| (seconds / took).ln() / (instances as f64 / fewer as f64).ln());
+        before = Some((instances, seconds));
         table.add_row([
             instances.to_string(),
             hosts.to_string(),
             format!("{:.0} ms", seconds * 1e3),
             format!("{:.0} us", seconds * 1e6 / instances as f64),
+            growth.map_or("-".into(), |power| format!("n^{power:.2}")),
             moves.to_string(),
             forced.to_string(),
         ]);
         rows.push(json!({
-            "instances": instances, "hosts": hosts, "kinds": KINDS.len(), "seconds": seconds, "moves": moves, "forced": forced,
+            "instances": instances, "hosts": hosts, "kinds": KINDS.len(), "seconds": seconds, "growth": growth,
+            "moves": moves, "forced": forced,
         }));
     }
     println!("{table}\n==> the longest of {ROUNDS} rounds, in processor time of one core");
