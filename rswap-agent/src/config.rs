@@ -8,16 +8,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rswap_types::bounds::{
-    non_negative, optional_non_negative, optional_positive, positive, positive_integer, positive_u32,
-};
+use rswap_types::bounds::{non_negative, optional_positive, positive, positive_integer, positive_u32, share};
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
+mod pools;
+
+pub use pools::{PoolConfig, PoolKindConfig, settings};
+
+use crate::profile::ProfileConfig;
 pub use crate::{forecast::ForecastConfig, plan::PlanConfig};
-use crate::{
-    pool::{CpuSet, cpu_list},
-    profile::ProfileConfig,
-};
 
 /// Read when no path is given and it exists.
 pub const DEFAULT_PATH: &str = "/etc/rswap/rswap.toml";
@@ -72,8 +71,11 @@ pub struct Config {
     pub forecast: ForecastConfig,
     /// The planner.
     pub plan: PlanConfig,
-    /// Core sets and other hosts. Without a core set, one pool per core class is found.
-    #[serde(rename = "pool", deserialize_with = "pools")]
+    /// How this host's pools are looked at.
+    #[serde(rename = "pools")]
+    pub looks: LooksConfig,
+    /// Pools of this host, and other hosts. Without a core set, one pool per core class is found.
+    #[serde(rename = "pool", deserialize_with = "pools::pools")]
     pub pools: Vec<PoolConfig>,
 }
 
@@ -139,6 +141,24 @@ pub struct RecordConfig {
 impl Default for RecordConfig {
     fn default() -> Self {
         Self { directory: None, every_s: 60 }
+    }
+}
+
+/// `[pools]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LooksConfig {
+    /// How often this host's pools are looked at, in milliseconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub look_every_ms: u64,
+    /// A file system or swap area with a smaller share available than this is full.
+    #[serde(deserialize_with = "share")]
+    pub full_below_share: f64,
+}
+
+impl Default for LooksConfig {
+    fn default() -> Self {
+        Self { look_every_ms: 2000, full_below_share: 0.02 }
     }
 }
 
@@ -249,124 +269,6 @@ impl Default for ThisHostConfig {
     }
 }
 
-/// One `[[pool]]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "RawPool")]
-pub struct PoolConfig {
-    /// Unique.
-    pub name: String,
-    /// What it is made of.
-    #[serde(flatten)]
-    pub kind: PoolKindConfig,
-    /// Money per core and hour.
-    pub cost_per_core_hour: f64,
-    /// Speed of a core, relative to the reference core.
-    pub performance: f64,
-}
-
-/// What a configured pool is made of.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(untagged)]
-pub enum PoolKindConfig {
-    /// Cores of this host.
-    Cpu {
-        /// Which.
-        cpus: CpuSet,
-        /// Cores that may be used, where it is not all of them.
-        capacity_cores: Option<f64>,
-    },
-    /// Another host's agent.
-    Host {
-        /// Where it takes migrations.
-        host: SocketAddr,
-        /// Money per GiB of memory and hour.
-        cost_per_gib_hour: f64,
-        /// Cores that it offers.
-        cores: f64,
-        /// Memory that it offers, in GiB.
-        memory_gib: f64,
-    },
-}
-
-/// A `[[pool]]` as it stands in the file: which keys belong together is checked afterwards.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPool {
-    name: String,
-    #[serde(default, deserialize_with = "cpus")]
-    cpus: Option<CpuSet>,
-    host: Option<SocketAddr>,
-    #[serde(default, deserialize_with = "optional_non_negative")]
-    cost_per_core_hour: Option<f64>,
-    #[serde(default, deserialize_with = "optional_non_negative")]
-    cost_per_gib_hour: Option<f64>,
-    #[serde(default, deserialize_with = "optional_positive")]
-    performance: Option<f64>,
-    #[serde(default, deserialize_with = "optional_positive")]
-    capacity_cores: Option<f64>,
-    #[serde(default, deserialize_with = "optional_positive")]
-    cores: Option<f64>,
-    #[serde(default, deserialize_with = "optional_positive")]
-    memory_gib: Option<f64>,
-}
-
-impl TryFrom<RawPool> for PoolConfig {
-    type Error = String;
-
-    fn try_from(raw: RawPool) -> Result<Self, String> {
-        let name = raw.name;
-        if name.is_empty() {
-            return Err("a pool needs a name".to_owned());
-        }
-        let only = |other: &str, keys: &[(&str, bool)]| match keys.iter().find(|(_, present)| *present) {
-            Some((key, _)) => Err(format!("pool {name:?}: `{key}` belongs to {other} pools only")),
-            None => Ok(()),
-        };
-        let kind = match (raw.cpus, raw.host) {
-            (Some(cpus), None) => {
-                only(
-                    "host",
-                    &[
-                        ("cores", raw.cores.is_some()),
-                        ("memory_gib", raw.memory_gib.is_some()),
-                        ("cost_per_gib_hour", raw.cost_per_gib_hour.is_some()),
-                    ],
-                )?;
-                PoolKindConfig::Cpu { cpus, capacity_cores: raw.capacity_cores }
-            }
-            (None, Some(host)) => {
-                only("cpu", &[("capacity_cores", raw.capacity_cores.is_some())])?;
-                let needed = |key: &str, value: Option<f64>| {
-                    value.ok_or_else(|| {
-                        format!("pool {name:?}: a host pool needs `{key}`: what the host offers")
-                    })
-                };
-                PoolKindConfig::Host {
-                    host,
-                    cost_per_gib_hour: raw
-                        .cost_per_gib_hour
-                        .unwrap_or(ThisHostConfig::default().cost_per_gib_hour),
-                    cores: needed("cores", raw.cores)?,
-                    memory_gib: needed("memory_gib", raw.memory_gib)?,
-                }
-            }
-            _ => {
-                return Err(format!(
-                    "pool {name:?}: needs either `cpus = \"0-3\"` (cores of this host) or `host = \"ip:port\"` \
-                     (another agent), not both"
-                ));
-            }
-        };
-        let this_host = ThisHostConfig::default();
-        Ok(Self {
-            name,
-            kind,
-            cost_per_core_hour: raw.cost_per_core_hour.unwrap_or(this_host.cost_per_core_hour),
-            performance: raw.performance.unwrap_or(this_host.performance),
-        })
-    }
-}
-
 impl Config {
     /// Reads `path`; without one, [`DEFAULT_PATH`] if it exists, and the defaults otherwise.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
@@ -394,11 +296,6 @@ impl Config {
     }
 }
 
-fn cpus<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
-    let cpus = cpu_list::parse(&String::deserialize(from)?).map_err(D::Error::custom)?;
-    if cpus.is_empty() { Err(D::Error::custom("a CPU pool needs at least one CPU")) } else { Ok(Some(cpus)) }
-}
-
 fn cgroup_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
     let name = String::deserialize(from)?;
     let plain = !name.is_empty() && name.split('/').all(|part| !["", ".", ".."].contains(&part));
@@ -406,15 +303,6 @@ fn cgroup_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
         Ok(name)
     } else {
         Err(D::Error::custom("must be a path under the cgroup v2 mount, without `..`"))
-    }
-}
-
-fn pools<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PoolConfig>, D::Error> {
-    let pools = Vec::<PoolConfig>::deserialize(from)?;
-    let mut names = std::collections::BTreeSet::from(["this-host"]);
-    match pools.iter().find(|pool| !names.insert(pool.name.as_str())) {
-        Some(twice) => Err(D::Error::custom(format!("the pool name {:?} is taken", twice.name))),
-        None => Ok(pools),
     }
 }
 

@@ -17,6 +17,7 @@ pub mod fleet;
 pub mod heartbeat;
 pub mod host;
 pub mod load;
+pub mod loop_device;
 pub mod mangle;
 pub mod matrix;
 pub mod migration;

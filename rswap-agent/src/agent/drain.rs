@@ -1,4 +1,5 @@
-//! Pools that somebody wants to be empty: kept in a file of the state directory, so that the next agent knows them.
+//! The pools that plans see, as they change, and those that somebody wants to be empty: kept in a file of the state directory,
+//! so that the next agent knows them.
 
 use std::{collections::BTreeSet, io, path::PathBuf};
 
@@ -8,7 +9,7 @@ use super::wiring::Wiring;
 use crate::{
     config::{Config, Mode},
     control::{DrainDone, DrainRequest},
-    pool::{Pool, PoolState},
+    pool::{self, Pool, PoolState},
     status::ApiError,
 };
 
@@ -46,6 +47,16 @@ fn set(pool: &mut Pool, draining: bool) {
 }
 
 impl Wiring {
+    /// Takes over what the latest look at this host found.
+    pub(super) fn look_at_pools(&mut self) {
+        let inventory = self.watch.latest();
+        if inventory.at == self.board.read().inventory.at {
+            return;
+        }
+        self.pools = remembered(&self.config, pool::planned(&self.config, &inventory));
+        self.board.write(|board| board.inventory = inventory);
+    }
+
     pub(super) fn drain(&mut self, request: DrainRequest) -> Result<DrainDone, ApiError> {
         let DrainRequest { pool: name, undo } = request;
         let Some(pool) = self.pools.iter_mut().find(|pool| pool.name == name) else {

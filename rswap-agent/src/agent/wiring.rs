@@ -16,7 +16,7 @@ use crate::{
     instance::{Instance, InstanceName, registry::Registry},
     migrate::recovery::{self, Doubt, Recovery},
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
-    pool::{self, Pool},
+    pool::{self, Pool, Watch},
     profile::{Profile, Profiler},
     status::{ApiError, Board},
     units::UnixMillis,
@@ -36,6 +36,7 @@ pub(super) struct Wiring {
     forecaster: Forecaster,
     pub(super) planner: Planner,
     pub(super) pools: Vec<Pool>,
+    pub(super) watch: Watch,
     /// The instances of the last look, by name.
     pub(super) known: BTreeMap<InstanceName, Instance>,
     pub(super) moving: BTreeMap<InstanceName, String>,
@@ -53,8 +54,11 @@ impl Wiring {
         recovery: Recovery,
     ) -> Self {
         let profiler = Arc::new(Profiler::start(&config.profile));
-        let pools = super::drain::remembered(&config, pool::discover(&config));
+        let watch = Watch::start(&config);
+        let inventory = watch.latest();
+        let pools = super::drain::remembered(&config, pool::planned(&config, &inventory));
         board.write(|board| {
+            board.inventory = inventory;
             board.probes = profiler.probes();
             board.pools.clone_from(&pools);
         });
@@ -72,6 +76,7 @@ impl Wiring {
             forecaster,
             planner,
             pools,
+            watch,
             known,
             moving,
             in_doubt,
@@ -90,6 +95,7 @@ impl Wiring {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "going on with the instances known");
         }
+        self.look_at_pools();
         let profiles = self.profiler.sample(now);
         for profile in &profiles {
             let speed = self.performance_under(&profile.instance);

@@ -8,6 +8,7 @@ mod check;
 mod labels;
 mod local;
 mod migrate;
+mod pools;
 mod show;
 mod simulate;
 mod table;
@@ -50,8 +51,8 @@ enum Command {
     Adopt(AdoptArguments),
     /// List the instances, with their last window
     Ps(Output),
-    /// List the pools
-    Pools(Output),
+    /// List the pools: what there is, what is used and left of it, what it costs, and how well it works
+    Pools(PoolsArguments),
     /// Show the last plan
     Plan(Output),
     /// Show why an instance is where it is: each kept decision, with all its numbers
@@ -83,6 +84,15 @@ struct Output {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+struct PoolsArguments {
+    /// Print a line per number: its value, its unit, and the file, key or measurement that it comes from
+    #[arg(long, conflicts_with = "json")]
+    sources: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -272,7 +282,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Ps(output) => show::ps(&session.client, output).await?,
-        Command::Pools(output) => show::pools(&session.client, output).await?,
+        Command::Pools(arguments) => pools::pools(&session.client, arguments).await?,
         Command::Plan(output) => show::plan(&session.client, output).await?,
         Command::Explain(arguments) => show::explain(&session.client, &arguments).await?,
         Command::Adopt(arguments) => change::adopt(&session.client, arguments).await?,

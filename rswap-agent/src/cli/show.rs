@@ -1,4 +1,4 @@
-//! `ps`, `pools`, `plan`, `explain`: what the agent knows, as tables.
+//! `ps`, `plan`, `explain`: what the agent knows, as tables.
 
 use super::{
     ExplainArguments, Output, print_json,
@@ -8,7 +8,6 @@ use crate::{
     control::client::Client,
     instance::NetworkIdentity,
     plan::{self, Decision, Plan},
-    pool::{Pool, PoolKind, PoolState, cpu_list},
     status::InstanceView,
 };
 
@@ -57,41 +56,6 @@ fn one_line(command: &[String]) -> String {
         Some((cut, _)) => format!("{}…", &plain[..cut]),
         None => plain,
     }
-}
-
-pub(super) async fn pools(client: &Client, output: Output) -> anyhow::Result<()> {
-    let pools: Vec<Pool> = client.get("/v1/pools").await?;
-    if output.json {
-        return print_json(&pools);
-    }
-    let mut rows =
-        table(&["NAME", "KIND", "CORES", "MEMORY", "COST/CORE/H", "COST/GIB/H", "PERFORMANCE", "STATE"]);
-    for pool in &pools {
-        let kind = match &pool.kind {
-            PoolKind::Cpu { cpus } => format!("cpus {}", cpu_list::format(cpus)),
-            PoolKind::Host { address } => format!("host {address}"),
-            PoolKind::ThisHost => "this host".to_owned(),
-        };
-        let memory = (pool.capacity.memory_bytes > 0).then(|| {
-            format!("{} / {}", bytes(pool.used.memory_bytes as f64), bytes(pool.capacity.memory_bytes as f64))
-        });
-        rows.add_row([
-            pool.name.clone(),
-            kind,
-            format!("{:.2} / {:.2}", pool.used.cores, pool.capacity.cores),
-            or_dash(memory),
-            pool.cost_per_core_hour.to_string(),
-            pool.cost_per_gib_hour.to_string(),
-            pool.performance.to_string(),
-            match &pool.state {
-                PoolState::Ready => "ready".to_owned(),
-                PoolState::Draining => "draining".to_owned(),
-                PoolState::Unavailable { reason } => reason.clone(),
-            },
-        ]);
-    }
-    println!("{rows}");
-    Ok(())
 }
 
 pub(super) async fn plan(client: &Client, output: Output) -> anyhow::Result<()> {

@@ -1,5 +1,8 @@
 //! What a configuration may say, and what an error about it says.
 
+use rswap_pools::Member;
+use rswap_types::CpuSet;
+
 use super::*;
 use crate::forecast::Quantile;
 
@@ -51,7 +54,12 @@ fn a_whole_file() {
     assert_eq!(config.plan.quantile, Quantile::P99);
     assert_eq!(
         config.pools[0].kind,
-        PoolKindConfig::Cpu { cpus: CpuSet::from([0, 1, 3]), capacity_cores: None }
+        PoolKindConfig::Local {
+            member: Member::Cpus(CpuSet::from([0, 1, 3])),
+            capacity: None,
+            cost_per_hour: Some(0.01),
+            performance: Some(0.5),
+        }
     );
     assert!(matches!(config.pools[1].kind, PoolKindConfig::Host { cores: 4.0, memory_gib: 8.0, .. }));
 }
@@ -88,6 +96,39 @@ fn errors_in_pools_name_the_pool() {
 
     let twice = error("[[pool]]\nname = \"a\"\ncpus = \"0\"\n[[pool]]\nname = \"a\"\ncpus = \"1\"\n");
     assert!(twice.contains("pool") && twice.contains("is taken"), "{twice}");
+}
+
+#[test]
+fn local_pools_are_named_limited_and_refused_with_their_keys() {
+    let config = parse(
+        "[pools]\nfull_below_share = 0.1\n[[pool]]\nname='far'\nnodes='1'\ncost_per_gib_hour=0.001\n\
+         [[pool]]\nname='data'\nstorage='/srv'\ncapacity_gib=2\n[[pool]]\nname='up'\nlink='eth0'\ncapacity_gbit_per_s=10\n",
+    )
+    .unwrap();
+    let settings = settings(&config);
+    let limits: Vec<_> = settings.pools.iter().map(|pool| (pool.key.as_str(), pool.capacity)).collect();
+    assert_eq!(
+        limits,
+        [("pool[0]", None), ("pool[1]", Some(2.0 * (1u64 << 30) as f64)), ("pool[2]", Some(1e10))]
+    );
+    assert_eq!(settings.full_below_share, 0.1);
+
+    for (text, key, said) in [
+        ("[[pool]]\nname='a'\nstorage='srv'\n", "pool[0].storage", "absolute"),
+        ("[[pool]]\nname='a'\nlink='not a name'\n", "pool[0].link", "interface"),
+        ("[[pool]]\nname='a'\nnodes=''\n", "pool[0].nodes", "at least one"),
+        (
+            "[[pool]]\nname='a'\nlink='e'\ncapacity_gib=1\n",
+            "pool[0]",
+            "`capacity_gib` does not belong to a link",
+        ),
+        ("[[pool]]\nname='a'\ncpus='0'\nnodes='0'\n", "pool[0]", "not both"),
+        ("[[pool]]\nname='a'\nstorage='/s'\ncapacity_gib=-1\n", "pool[0].capacity_gib", "above 0"),
+        ("[pools]\nfull_below_share = 1\n", "pools.full_below_share", "share"),
+    ] {
+        let error = error(text);
+        assert!(error.contains(&format!(": {key}: ")) && error.contains(said), "{error}");
+    }
 }
 
 #[test]

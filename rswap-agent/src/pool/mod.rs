@@ -1,9 +1,12 @@
-//! What there is to sit on: one view of core sets and hosts, with capacity, cost and performance.
+//! What there is to sit on, as plans see it: core sets of this host, this host, other hosts. What there is on this host, with all
+//! that is known of it, is an [`Inventory`], found by `rswap-pools` and followed on a thread of its own.
 
-pub mod cpu_list;
-mod discover;
+mod planned;
 mod usage;
+mod watch;
 
-pub use discover::discover;
+pub use planned::{discover, planned};
+pub use rswap_pools::{Inventory, Known, LocalKind, LocalPool, Source, State, cpu_list};
 pub use rswap_types::{Capacity, CpuSet, Pool, PoolKind, PoolState, THIS_HOST, overlap};
 pub use usage::with_usage;
+pub use watch::{Watch, look};

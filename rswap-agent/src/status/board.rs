@@ -11,7 +11,7 @@ use crate::{
     forecast::Demand,
     instance::{Instance, InstanceName},
     plan::{Decision, Plan},
-    pool::Pool,
+    pool::{Inventory, Pool},
     profile::{ProbeStatus, Profile, ProgramCost},
     units::UnixMillis,
 };
@@ -150,8 +150,10 @@ pub struct BoardState {
     pub programs: Vec<ProgramCost>,
     /// Instances by name.
     pub instances: BTreeMap<InstanceName, InstanceView>,
-    /// Pools, this host's and others.
+    /// Pools as plans see them, this host's and others.
     pub pools: Vec<Pool>,
+    /// All that this host has to sit on.
+    pub inventory: Arc<Inventory>,
     /// The last plan.
     pub plan: Plan,
     /// Past decisions per instance, oldest first.

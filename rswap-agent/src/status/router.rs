@@ -60,6 +60,7 @@ pub fn router(board: Board) -> Router {
         .route("/v1/instances", get(instances))
         .route("/v1/profiles", get(profiles))
         .route("/v1/pools", get(pools))
+        .route("/v1/inventory", get(inventory))
         .route("/v1/plan", get(plan))
         .route("/v1/migrations", get(migrations))
         .route("/v1/decisions", get(decisions))
@@ -109,6 +110,11 @@ async fn profiles(State(board): State<Board>) -> Json<Vec<InstanceView>> {
 
 async fn pools(State(board): State<Board>) -> Json<Vec<Pool>> {
     Json(board.read().pools.clone())
+}
+
+async fn inventory(State(board): State<Board>) -> Response {
+    let inventory = board.read().inventory.clone();
+    Json(&*inventory).into_response()
 }
 
 async fn plan(State(board): State<Board>) -> Response {

@@ -1,6 +1,6 @@
 //! The kernel's notation for sets of CPUs: `0-3,8,10-11`.
 
-use super::CpuSet;
+use rswap_types::CpuSet;
 
 /// Linux is never built for more logical CPUs than this; it also bounds what a hostile range can cost.
 pub const MAX_CPUS: usize = 8192;

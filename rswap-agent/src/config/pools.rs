@@ -1,0 +1,238 @@
+//! `[[pool]]`: pools of this host with a name, a cost or a limit of their own, and other hosts.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use rswap_pools::{Known, Member, Settings, Source, Wanted, cpu_list};
+use rswap_types::{
+    CpuSet,
+    bounds::{optional_non_negative, optional_positive},
+};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+
+use super::{Config, ThisHostConfig};
+
+const GIB: f64 = (1u64 << 30) as f64;
+/// Bits per second.
+const GBIT: f64 = 1e9;
+
+/// One `[[pool]]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "RawPool")]
+pub struct PoolConfig {
+    /// Unique.
+    pub name: String,
+    /// What it is made of.
+    #[serde(flatten)]
+    pub kind: PoolKindConfig,
+}
+
+/// What a configured pool is made of.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum PoolKindConfig {
+    /// Part of this host.
+    Local {
+        /// Which.
+        member: Member,
+        /// Limit: cores, bytes, or bits per second.
+        capacity: Option<f64>,
+        /// Money per hour and core, GiB, or Gbit/s.
+        cost_per_hour: Option<f64>,
+        /// Cores: speed of one, relative to the reference core.
+        performance: Option<f64>,
+    },
+    /// Another host's agent.
+    Host {
+        /// Where it takes migrations.
+        host: SocketAddr,
+        /// Money per core and hour.
+        cost_per_core_hour: f64,
+        /// Money per GiB of memory and hour.
+        cost_per_gib_hour: f64,
+        /// Cores that it offers.
+        cores: f64,
+        /// Memory that it offers, in GiB.
+        memory_gib: f64,
+        /// Speed of a core, relative to the reference core.
+        performance: f64,
+    },
+}
+
+/// A `[[pool]]` as it stands in the file: which keys belong together is checked afterwards.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPool {
+    name: String,
+    #[serde(default, deserialize_with = "numbers")]
+    cpus: Option<CpuSet>,
+    #[serde(default, deserialize_with = "numbers")]
+    nodes: Option<CpuSet>,
+    #[serde(default, deserialize_with = "absolute")]
+    storage: Option<PathBuf>,
+    #[serde(default, deserialize_with = "absolute")]
+    swap: Option<PathBuf>,
+    #[serde(default, deserialize_with = "interface")]
+    link: Option<String>,
+    host: Option<SocketAddr>,
+    #[serde(default, deserialize_with = "optional_non_negative")]
+    cost_per_core_hour: Option<f64>,
+    #[serde(default, deserialize_with = "optional_non_negative")]
+    cost_per_gib_hour: Option<f64>,
+    #[serde(default, deserialize_with = "optional_non_negative")]
+    cost_per_gbit_hour: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    performance: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    capacity_cores: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    capacity_gib: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    capacity_gbit_per_s: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    cores: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    memory_gib: Option<f64>,
+}
+
+const WHAT_IT_IS: &str = "one of `cpus = \"0-3\"` (cores), `nodes = \"0\"` (memory), `storage = \"/srv\"` (a mounted file \
+                          system), `swap = \"/dev/zram0\"`, `link = \"eth0\"` (all of this host), or `host = \"ip:port\"` \
+                          (another agent)";
+
+impl TryFrom<RawPool> for PoolConfig {
+    type Error = String;
+
+    fn try_from(raw: RawPool) -> Result<Self, String> {
+        let name = raw.name.clone();
+        if name.is_empty() {
+            return Err("a pool needs a name".to_owned());
+        }
+        let mut members = Vec::new();
+        members.extend(raw.cpus.clone().map(Member::Cpus));
+        members.extend(raw.nodes.clone().map(Member::Nodes));
+        members.extend(raw.storage.clone().map(Member::Storage));
+        members.extend(raw.swap.clone().map(Member::Swap));
+        members.extend(raw.link.clone().map(Member::Link));
+        let kind = match (members.pop(), raw.host) {
+            (Some(member), None) if members.is_empty() => local(&raw, member)?,
+            (None, Some(host)) => another_host(&raw, host)?,
+            _ => return Err(format!("pool {name:?}: needs {WHAT_IT_IS}, not both")),
+        };
+        Ok(Self { name, kind })
+    }
+}
+
+impl RawPool {
+    /// Refuses keys that are present and not in `allowed`.
+    fn only(&self, what: &str, allowed: &[&str]) -> Result<(), String> {
+        let keys = [
+            ("cost_per_core_hour", self.cost_per_core_hour.is_some()),
+            ("cost_per_gib_hour", self.cost_per_gib_hour.is_some()),
+            ("cost_per_gbit_hour", self.cost_per_gbit_hour.is_some()),
+            ("performance", self.performance.is_some()),
+            ("capacity_cores", self.capacity_cores.is_some()),
+            ("capacity_gib", self.capacity_gib.is_some()),
+            ("capacity_gbit_per_s", self.capacity_gbit_per_s.is_some()),
+            ("cores", self.cores.is_some()),
+            ("memory_gib", self.memory_gib.is_some()),
+        ];
+        match keys.iter().find(|(key, present)| *present && !allowed.contains(key)) {
+            Some((key, _)) => Err(format!("pool {:?}: `{key}` does not belong to {what}", self.name)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
+    let (capacity, cost_per_hour) = match &member {
+        Member::Cpus(_) => {
+            raw.only("a set of cores", &["cost_per_core_hour", "performance", "capacity_cores"])?;
+            (raw.capacity_cores, raw.cost_per_core_hour)
+        }
+        Member::Nodes(_) | Member::Storage(_) | Member::Swap(_) => {
+            raw.only("memory, storage or swap", &["cost_per_gib_hour", "capacity_gib"])?;
+            (raw.capacity_gib.map(|gib| gib * GIB), raw.cost_per_gib_hour)
+        }
+        Member::Link(_) => {
+            raw.only("a link", &["cost_per_gbit_hour", "capacity_gbit_per_s"])?;
+            (raw.capacity_gbit_per_s.map(|gbit| gbit * GBIT), raw.cost_per_gbit_hour)
+        }
+    };
+    Ok(PoolKindConfig::Local { member, capacity, cost_per_hour, performance: raw.performance })
+}
+
+fn another_host(raw: &RawPool, host: SocketAddr) -> Result<PoolKindConfig, String> {
+    raw.only(
+        "another host",
+        &["cost_per_core_hour", "cost_per_gib_hour", "performance", "cores", "memory_gib"],
+    )?;
+    let needed = |key: &str, value: Option<f64>| {
+        value.ok_or_else(|| format!("pool {:?}: a host pool needs `{key}`: what the host offers", raw.name))
+    };
+    let default = ThisHostConfig::default();
+    Ok(PoolKindConfig::Host {
+        host,
+        cost_per_core_hour: raw.cost_per_core_hour.unwrap_or(default.cost_per_core_hour),
+        cost_per_gib_hour: raw.cost_per_gib_hour.unwrap_or(default.cost_per_gib_hour),
+        cores: needed("cores", raw.cores)?,
+        memory_gib: needed("memory_gib", raw.memory_gib)?,
+        performance: raw.performance.unwrap_or(default.performance),
+    })
+}
+
+fn numbers<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
+    let numbers = cpu_list::parse(&String::deserialize(from)?).map_err(D::Error::custom)?;
+    if numbers.is_empty() { Err(D::Error::custom("a pool needs at least one")) } else { Ok(Some(numbers)) }
+}
+
+fn absolute<'de, D: Deserializer<'de>>(from: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(from)?;
+    if path.is_absolute() { Ok(Some(path)) } else { Err(D::Error::custom("must be an absolute path")) }
+}
+
+/// As the kernel takes names: 1 to 15 bytes, no white space, no `/`.
+fn interface<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    let name = String::deserialize(from)?;
+    let plain = (1..16).contains(&name.len()) && !name.contains(|c: char| c == '/' || c.is_whitespace());
+    if plain { Ok(Some(name)) } else { Err(D::Error::custom("is not the name of a network interface")) }
+}
+
+pub(super) fn pools<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PoolConfig>, D::Error> {
+    let pools = Vec::<PoolConfig>::deserialize(from)?;
+    let mut names = std::collections::BTreeSet::from(["this-host"]);
+    match pools.iter().find(|pool| !names.insert(pool.name.as_str())) {
+        Some(twice) => Err(D::Error::custom(format!("the pool name {:?} is taken", twice.name))),
+        None => Ok(pools),
+    }
+}
+
+/// What the configuration says about this host's pools.
+pub fn settings(config: &Config) -> Settings {
+    let (host, default) = (&config.this_host, ThisHostConfig::default());
+    // What is as it would be without a word about it is shown as that.
+    let known = |value: f64, default: f64, key: &str| Known {
+        value,
+        source: if value == default {
+            Source::Default
+        } else {
+            Source::configured(format!("this_host.{key}"))
+        },
+    };
+    let wanted = config.pools.iter().enumerate().filter_map(|(index, pool)| match &pool.kind {
+        PoolKindConfig::Host { .. } => None,
+        PoolKindConfig::Local { member, capacity, cost_per_hour, performance } => Some(Wanted {
+            name: pool.name.clone(),
+            key: format!("pool[{index}]"),
+            member: member.clone(),
+            capacity: *capacity,
+            cost_per_hour: *cost_per_hour,
+            performance: *performance,
+        }),
+    });
+    Settings {
+        pools: wanted.collect(),
+        cost_per_core_hour: known(host.cost_per_core_hour, default.cost_per_core_hour, "cost_per_core_hour"),
+        cost_per_gib_hour: known(host.cost_per_gib_hour, default.cost_per_gib_hour, "cost_per_gib_hour"),
+        performance: known(host.performance, default.performance, "performance"),
+        full_below_share: config.looks.full_below_share,
+    }
+}

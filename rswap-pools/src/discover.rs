@@ -1,0 +1,315 @@
+//! One look at everything, with what the configuration says laid over it.
+
+use procfs_core::DiskStat;
+use rswap_types::{CpuSet, UnixMillis};
+
+use crate::{
+    Core, Inventory, Known, LocalKind, LocalPool, Measure, Member, Root, Settings, Source, State, Wanted,
+    cores, cpu_list, inventory::Counters, link, memory, storage, swap,
+};
+
+/// Name of the measure that plans use: speed of one core, relative to the reference core.
+pub(crate) const RELATIVE_SPEED: &str = "relative_speed";
+
+/// All that is below `root`, and what `settings` name, at `now`. Rates, and what is gone, come by [`crate::follow`].
+pub fn discover(root: &Root<'_>, settings: &Settings, now: UnixMillis) -> Inventory {
+    let devices = crate::block::devices(root);
+    let mut pools = core_pools(root, settings);
+    pools.extend(memory_pools(root, settings));
+    pools.extend(swap_pools(root, settings));
+    let file_systems = storage::file_systems(root, &devices, settings.full_below_share);
+    pools.extend(storage_pools(file_systems, settings));
+    pools.extend(link_pools(root, settings));
+    Inventory { at: now, online: cores::online(root).0, counters: counters(root, &pools), devices, pools }
+}
+
+fn counters(root: &Root<'_>, pools: &[LocalPool]) -> Counters {
+    let disks = root.text("/proc/diskstats").unwrap_or_default();
+    let links = pools.iter().filter_map(|pool| match &pool.kind {
+        LocalKind::Link { interface, .. } => Some((interface.clone(), link::bytes(root, interface)?)),
+        _ => None,
+    });
+    Counters {
+        cpus: cores::times(&root.text("/proc/stat").unwrap_or_default()),
+        devices: disks
+            .lines()
+            .filter_map(|line| DiskStat::from_line(line).ok())
+            .map(|disk| (disk.name, disk.time_in_progress))
+            .collect(),
+        links: links.collect(),
+    }
+}
+
+fn core_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
+    let (online, file) = cores::online(root);
+    let wanted = settings.pools.iter().filter_map(|wanted| match &wanted.member {
+        Member::Cpus(cpus) => Some((wanted, cpus)),
+        _ => None,
+    });
+    let known = |cpus: &CpuSet| -> Vec<Core> {
+        cpus.iter().map(|&cpu| cores::core(root, cpu, online.contains(&cpu))).collect()
+    };
+    let mut pools: Vec<LocalPool> = wanted
+        .map(|(wanted, cpus)| {
+            let there = cpus.intersection(&online).count() as f64;
+            // More than there are CPUs cannot be given, whatever is configured.
+            let limit = wanted.capacity.filter(|&limit| limit < there);
+            let capacity = match limit {
+                Some(limit) => configured(limit, wanted, "capacity_cores"),
+                None => Known::found(there, file.clone()),
+            };
+            let kind = LocalKind::Cores { cpus: cpus.clone(), cores: known(cpus) };
+            let mut pool = named(wanted.name.clone(), kind, Some(capacity));
+            pool.state = cores_state(cpus, &online);
+            pool.cost_per_hour =
+                Some(cost(Some(wanted), "cost_per_core_hour").unwrap_or(settings.cost_per_core_hour.clone()));
+            let speed = wanted.performance.map(|value| configured(value, wanted, "performance"));
+            pool.performance.push(speed_of(speed.unwrap_or(settings.performance.clone())));
+            pool
+        })
+        .collect();
+    if pools.is_empty() {
+        let found = known(&online);
+        pools.extend(cores::classes(&found).into_iter().map(|class| {
+            let cores = found.iter().filter(|core| class.cpus.contains(&core.cpu)).cloned().collect();
+            let capacity = Known::found(class.cpus.len() as f64, file.clone());
+            let mut pool = named(class.name, LocalKind::Cores { cpus: class.cpus, cores }, Some(capacity));
+            pool.cost_per_hour = Some(settings.cost_per_core_hour.clone());
+            let host = &settings.performance;
+            let speed = match class.speed {
+                Some(share) => Known { value: host.value * share.value, source: share.source },
+                None => host.clone(),
+            };
+            pool.performance.push(speed_of(speed));
+            pool
+        }));
+    }
+    pools
+}
+
+/// All of a set's CPUs are online, or some, or none.
+pub(crate) fn cores_state(cpus: &CpuSet, online: &CpuSet) -> State {
+    let missing: CpuSet = cpus.difference(online).copied().collect();
+    let reason = format!("CPU {} is not online", cpu_list::format(&missing));
+    match missing.len() {
+        0 => State::Online,
+        count if count == cpus.len() => State::Gone { reason, since: UnixMillis(0) },
+        _ => State::Degraded { reason },
+    }
+}
+
+fn memory_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
+    let nodes = memory::nodes(root);
+    let mut taken = CpuSet::new();
+    let mut pools = Vec::new();
+    for wanted in &settings.pools {
+        let Member::Nodes(numbers) = &wanted.member else { continue };
+        let own: Vec<_> =
+            nodes.iter().filter(|node| node.node.is_some_and(|n| numbers.contains(&n))).collect();
+        taken.extend(numbers);
+        let missing: CpuSet =
+            numbers.iter().filter(|n| own.iter().all(|node| node.node != Some(**n))).copied().collect();
+        let mut pool = memory_pool(wanted.name.clone(), &own, Some(wanted), settings);
+        let reason = format!("memory node {} is not there", cpu_list::format(&missing));
+        pool.state = match (missing.is_empty(), own.is_empty()) {
+            (true, _) => State::Online,
+            (false, false) => State::Degraded { reason },
+            (false, true) => State::Gone { reason, since: UnixMillis(0) },
+        };
+        pools.push(pool);
+    }
+    for node in nodes.iter().filter(|node| node.node.is_none_or(|number| !taken.contains(&number))) {
+        let name = node.node.map_or_else(|| "memory".to_owned(), |number| format!("memory-{number}"));
+        pools.push(memory_pool(name, &[node], None, settings));
+    }
+    pools
+}
+
+fn memory_pool(
+    name: String,
+    nodes: &[&memory::Node],
+    wanted: Option<&Wanted>,
+    settings: &Settings,
+) -> LocalPool {
+    let sum = |value: fn(&memory::Node) -> Option<&Known>| {
+        let parts: Option<Vec<&Known>> = nodes.iter().map(|node| value(node)).collect();
+        let parts = parts.filter(|parts| !parts.is_empty())?;
+        Some(Known { value: parts.iter().map(|part| part.value).sum(), source: parts[0].source.clone() })
+    };
+    let (bytes, free) = (sum(|node| node.bytes.as_ref()), sum(|node| node.free_bytes.as_ref()));
+    let used = bytes.as_ref().zip(free.as_ref());
+    let used =
+        used.map(|(bytes, free)| Known { value: bytes.value - free.value, source: free.source.clone() });
+    let mut pool = named(name, memory::kind(nodes), bytes);
+    limit(&mut pool, used, free, wanted, "capacity_gib");
+    pool.cost_per_hour =
+        Some(cost(wanted, "cost_per_gib_hour").unwrap_or(settings.cost_per_gib_hour.clone()));
+    pool
+}
+
+fn swap_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
+    let areas = swap::areas(root, settings.full_below_share);
+    let wanted = |path: &std::path::Path| {
+        settings.pools.iter().find(|wanted| matches!(&wanted.member, Member::Swap(own) if own == path))
+    };
+    let absent = settings.pools.iter().filter_map(|wanted| match &wanted.member {
+        Member::Swap(path) if areas.iter().all(|area| area.path != *path) => {
+            let kind = LocalKind::Swap {
+                path: path.clone(),
+                what: "unknown".to_owned(),
+                priority: None,
+                compression: None,
+                memory_bytes: None,
+            };
+            Some(gone(wanted, kind, format!("{} is not in /proc/swaps", path.display()), "cost_per_gib_hour"))
+        }
+        _ => None,
+    });
+    let absent: Vec<_> = absent.collect();
+    let found = areas.into_iter().map(|area| {
+        let wanted = wanted(&area.path);
+        let name =
+            wanted.map_or_else(|| format!("swap:{}", area.path.display()), |wanted| wanted.name.clone());
+        let mut pool = named(name, area.kind, Some(area.capacity));
+        limit(&mut pool, Some(area.used), Some(area.free), wanted, "capacity_gib");
+        (pool.cost_per_hour, pool.state) = (cost(wanted, "cost_per_gib_hour"), area.state);
+        pool
+    });
+    found.chain(absent).collect()
+}
+
+fn storage_pools(file_systems: Vec<storage::FileSystem>, settings: &Settings) -> Vec<LocalPool> {
+    let mut pools = Vec::new();
+    let wanted: Vec<(&Wanted, &std::path::PathBuf)> = settings
+        .pools
+        .iter()
+        .filter_map(|wanted| match &wanted.member {
+            Member::Storage(path) => Some((wanted, path)),
+            _ => None,
+        })
+        .collect();
+    for &(wanted, path) in &wanted {
+        if file_systems.iter().all(|found| !found.mount_points.contains(path)) {
+            let kind = LocalKind::Storage {
+                mount_points: vec![path.clone()],
+                fs_type: "unknown".to_owned(),
+                mounted: String::new(),
+                devices: Vec::new(),
+                remote: false,
+            };
+            let reason = format!("no file system of a device is mounted at {}", path.display());
+            pools.push(gone(wanted, kind, reason, "cost_per_gib_hour"));
+        }
+    }
+    for found in file_systems {
+        let mut names: Vec<(String, Option<&Wanted>)> = wanted
+            .iter()
+            .filter(|(_, path)| found.mount_points.contains(path))
+            .map(|&(wanted, _)| (wanted.name.clone(), Some(wanted)))
+            .collect();
+        if names.is_empty() {
+            let at = found.mount_points.first().map(|path| path.display().to_string());
+            names.push((format!("fs:{}", at.unwrap_or_default()), None));
+        }
+        for (name, wanted) in names {
+            let mut pool = named(name, found.kind.clone(), found.capacity.clone());
+            limit(&mut pool, found.used.clone(), found.free.clone(), wanted, "capacity_gib");
+            if pool.state == State::Online || found.state != State::Online {
+                pool.state = found.state.clone();
+            }
+            pool.cost_per_hour = cost(wanted, "cost_per_gib_hour");
+            pools.push(pool);
+        }
+    }
+    pools
+}
+
+fn link_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
+    let links = link::links(root);
+    let mut pools = Vec::new();
+    for wanted in &settings.pools {
+        let Member::Link(interface) = &wanted.member else { continue };
+        if links.iter().all(|link| link.interface != *interface) {
+            let kind = LocalKind::Link {
+                interface: interface.clone(),
+                what: "unknown".to_owned(),
+                members: Vec::new(),
+                master: None,
+                mtu: None,
+            };
+            pools.push(gone(
+                wanted,
+                kind,
+                format!("there is no interface {interface}"),
+                "cost_per_gbit_hour",
+            ));
+        }
+    }
+    for link in links {
+        let wanted =
+            settings.pools.iter().find(|wanted| wanted.member == Member::Link(link.interface.clone()));
+        let name = wanted.map_or_else(|| format!("link:{}", link.interface), |wanted| wanted.name.clone());
+        let mut pool = named(name, link.kind, link.capacity);
+        // A link's speed is often unknown: here the configuration may say more than was found, too.
+        if let Some((wanted, value)) = wanted.and_then(|wanted| Some((wanted, wanted.capacity?))) {
+            pool.capacity = Some(configured(value, wanted, "capacity_gbit_per_s"));
+        }
+        (pool.cost_per_hour, pool.state) = (cost(wanted, "cost_per_gbit_hour"), link.state);
+        pools.push(pool);
+    }
+    pools
+}
+
+fn named(name: String, kind: LocalKind, capacity: Option<Known>) -> LocalPool {
+    LocalPool {
+        name,
+        kind,
+        capacity,
+        used: None,
+        free: None,
+        cost_per_hour: None,
+        busy: None,
+        performance: Vec::new(),
+        state: State::Online,
+    }
+}
+
+/// Sets what is used and free, with the configured limit: what others use counts against it.
+fn limit(pool: &mut LocalPool, used: Option<Known>, free: Option<Known>, wanted: Option<&Wanted>, key: &str) {
+    (pool.used, pool.free) = (used, free);
+    let Some((wanted, limit)) = wanted.and_then(|wanted| Some((wanted, wanted.capacity?))) else { return };
+    if pool.capacity.as_ref().is_some_and(|found| found.value <= limit) {
+        return;
+    }
+    pool.capacity = Some(configured(limit, wanted, key));
+    let left = pool.used.as_ref().map_or(limit, |used| (limit - used.value).max(0.0));
+    let left = pool.free.as_ref().map_or(left, |free| free.value.min(left));
+    pool.free = Some(configured(left, wanted, key));
+    if left == 0.0 {
+        pool.state =
+            State::Full { reason: format!("its configured limit ({}.{key}) is used up", wanted.key) };
+    }
+}
+
+fn gone(wanted: &Wanted, kind: LocalKind, reason: String, cost_key: &str) -> LocalPool {
+    let mut pool = named(wanted.name.clone(), kind, None);
+    pool.state = State::Gone { reason, since: UnixMillis(0) };
+    pool.cost_per_hour = cost(Some(wanted), cost_key);
+    pool
+}
+
+fn configured(value: f64, wanted: &Wanted, key: &str) -> Known {
+    Known { value, source: Source::configured(format!("{}.{key}", wanted.key)) }
+}
+
+fn cost(wanted: Option<&Wanted>, key: &str) -> Option<Known> {
+    let wanted = wanted?;
+    wanted.cost_per_hour.map(|value| configured(value, wanted, key))
+}
+
+fn speed_of(known: Known) -> Measure {
+    Measure { what: RELATIVE_SPEED.to_owned(), known }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

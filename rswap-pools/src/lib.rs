@@ -1,0 +1,29 @@
+//! What a host has for instances to sit on: cores, memory and swap, file systems, network links.
+//!
+//! ```text
+//! discover (files below a root) -> follow (rates, states: online, degraded, full, gone) -> Inventory
+//! ```
+//!
+//! Everything may be missing: what a kernel or a virtual machine does not say is unknown, and each number carries its
+//! source. The root is a parameter, so that a directory tree of a test stands for a machine.
+
+mod block;
+mod cores;
+pub mod cpu_list;
+mod discover;
+mod follow;
+mod inventory;
+mod link;
+mod memory;
+mod root;
+mod settings;
+mod storage;
+mod swap;
+
+pub use block::{Device, DeviceKind};
+pub use cores::{Cache, Core};
+pub use discover::discover;
+pub use follow::{GONE_KEPT_MS, follow};
+pub use inventory::{Inventory, Known, LocalKind, LocalPool, Measure, Source, State};
+pub use root::{Room, Root, room_of};
+pub use settings::{Member, Settings, Wanted};
