@@ -78,6 +78,10 @@ impl Round<'_, '_> {
             }
             PoolState::Ready => traffic.and_then(|traffic| self.budget(index, traffic)).or(hopeless),
         };
+        debug_assert!(
+            moving.is_none_or(|(_, traffic)| dropped.is_some() || self.is_open(index, kind, traffic)),
+            "a pool is closed for no reason"
+        );
         let score = terms.score();
         let total = score + move_price.map_or(0.0, |price| price.money / self.horizon_hours());
         Compared { index, terms, score, move_price, total, dropped }
@@ -90,8 +94,19 @@ impl Round<'_, '_> {
         self.config.horizon_ms as f64 / 3_600_000.0
     }
 
-    /// Whether somebody may move to host number `index` now: [`Round::budget`] has no reason against it.
-    pub(super) fn has_budget(&self, index: usize, Traffic { arriving, leaving }: Traffic) -> bool {
+    /// Whether anybody may move to pool number `index` now, by its state and budgets: where not, [`Round::compare`] has a reason for
+    /// everybody.
+    pub(super) fn is_open(&self, index: usize, kind: MoveKind, traffic: Traffic) -> bool {
+        let pool = &self.pools[index];
+        match kind {
+            // Whoever may use every core sits on the host as a whole.
+            MoveKind::Cpu => pool.state == PoolState::Ready || pool.kind == PoolKind::ThisHost,
+            MoveKind::Host => pool.state == PoolState::Ready && self.has_budget(index, traffic),
+        }
+    }
+
+    /// The budgets' part of it: [`Round::budget`] has no reason against a move to host number `index`.
+    fn has_budget(&self, index: usize, Traffic { arriving, leaving }: Traffic) -> bool {
         let on_link = arriving + leaving;
         arriving < self.config.moves_per_host
             && on_link < self.config.moves_per_link

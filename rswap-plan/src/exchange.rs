@@ -93,9 +93,14 @@ impl Planner {
     ) -> Option<Pair> {
         let view = views[index];
         let here = round.current(view, kind)?;
+        let open = |pool: usize| round.is_open(pool, kind, ledger.traffic(pool));
+        if !open(here) {
+            return None;
+        }
         let need = need::need(view, round.config).ok()?;
         let mut best: Option<(f64, Pair)> = None;
-        for ((_, there), others) in sitting.iter().filter(|((of, there), _)| *of == kind && *there != here) {
+        let elsewhere = |of: MoveKind, there: usize| of == kind && there != here && open(there);
+        for ((_, there), others) in sitting.iter().filter(|((of, there), _)| elsewhere(*of, *there)) {
             for &other in others.iter().filter(|&&other| free(other)) {
                 let partner = views[other];
                 let Ok(partners_need) = need::need(partner, round.config) else { continue };

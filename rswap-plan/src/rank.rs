@@ -3,8 +3,6 @@
 //! Of a fleet, most pools are forgotten at once: ranked by two numbers each, and only those that a decision shows are explained.
 //! The numbers are those that [`Round::compare`] has, made by the same operations in the same order: ranks are exact.
 
-use rswap_types::PoolState;
-
 use crate::{
     Candidate, Dropped, InstanceView, MoveKind, NeedUsed,
     compare::{self, Compared, Round},
@@ -37,7 +35,7 @@ pub(super) struct Ranking<'a, 'r, 'v> {
 /// The best pools but the present one, in order, and how many others there are.
 pub(super) fn best(ranking: &Ranking<'_, '_, '_>) -> (Vec<Candidate>, usize) {
     let (mut possible, mut dropped) = (Vec::new(), Vec::new());
-    let mut way = None;
+    let mut way = ranking.over(ranking.round.config.link_bytes_per_s);
     for index in ranking.others() {
         let room = ranking.ledger.available(index, ranking.own);
         let way = ranking.way(index, &mut way);
@@ -72,24 +70,28 @@ impl Ranking<'_, '_, '_> {
             .map(|(index, _)| index)
     }
 
+    /// The way over a link of this speed.
+    fn over(&self, link: f64) -> (f64, Way) {
+        (link, Way::new(self.kind, self.view, link, self.round.config))
+    }
+
     /// The way to pool number `index`; hosts mostly have equal links, so the `last` one is looked at first.
-    fn way<'w>(&self, index: usize, last: &'w mut Option<(f64, Way)>) -> &'w Way {
+    fn way<'w>(&self, index: usize, last: &'w mut (f64, Way)) -> &'w Way {
         let link = self.round.links[index];
-        let known = last.take().filter(|(of, _)| *of == link);
-        let new = || (link, Way::new(self.kind, self.view, link, self.round.config));
-        &last.insert(known.unwrap_or_else(new)).1
+        if last.0 != link {
+            *last = self.over(link);
+        }
+        &last.1
     }
 
     /// Whether [`Ranking::explain`] has no reason to drop it.
     fn is_possible(&self, index: usize, (cores, bytes): (f64, u64), way: &Way) -> bool {
         let (pool, need, round) = (&self.round.pools[index], self.need, self.round);
-        let traffic = || (self.kind == MoveKind::Host).then(|| self.ledger.traffic(index));
-        pool.state == PoolState::Ready
+        self.no_leave.is_none()
+            && way.hopeless.is_none()
             && need.limit_cores / score::speed(pool) <= cores
             && (self.kind == MoveKind::Cpu || need.limit_bytes <= bytes)
-            && self.no_leave.is_none()
-            && way.hopeless.is_none()
-            && traffic().is_none_or(|traffic| round.has_budget(index, traffic))
+            && round.is_open(index, self.kind, self.ledger.traffic(index))
             && round.groups.forbids(self.view, index, round.pools, self.kind).is_none()
     }
 
