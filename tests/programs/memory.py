@@ -1,6 +1,7 @@
 """A process that checks its memory, kind by kind: `memory.py LOG FILE HUGE_PAGES`.
 
-FILE is made, mapped and deleted. HUGE_PAGES of 2 MiB are mapped and written.
+FILE is made, mapped and deleted. HUGE_PAGES of 2 MiB are mapped and written; if there are any, one more is shared with a
+child, and another is of memfd_create(2).
 """
 
 import ctypes
@@ -31,8 +32,8 @@ def checked(result, what):
     return result
 
 
-def anonymous(length, flags=0):
-    at = libc.mmap(None, length, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags, -1, 0)
+def anonymous(length, flags=0, sharing=mmap.MAP_PRIVATE):
+    at = libc.mmap(None, length, 3, sharing | mmap.MAP_ANONYMOUS | flags, -1, 0)
     if at == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), "mmap")
     # A gap, so that neighbours stay apart.
@@ -85,6 +86,7 @@ def main():
     path, file_name, huge_pages = sys.argv[1], sys.argv[2], int(sys.argv[3])
     log = open(path, "a", buffering=1)
     areas, watched = [], []
+    counter, counted = None, 0
     for name, advice in ADVICE.items():
         at = anonymous(HUGE * 2 if name == "hugepage" else PAGES * PAGE)
         checked(libc.madvise(ctypes.c_void_p(at), PAGES * PAGE, advice), name)
@@ -117,6 +119,16 @@ def main():
     if huge_pages:
         at = anonymous(huge_pages * HUGE, mmap.MAP_ANONYMOUS | 0x40000)
         areas.append(Area("huge pages", at, huge_pages * HUGE // PAGE - 7))
+        watched.append(at)
+        at = anonymous(HUGE, 0x40000, mmap.MAP_SHARED)
+        areas.append(Area("shared huge page", at, HUGE // PAGE - 1))
+        watched.append(at)
+        # The child counts in the last page.
+        counter = ctypes.c_uint64.from_address(at + HUGE - PAGE)
+        huge_memory = os.memfd_create("huge", os.MFD_HUGETLB)
+        os.ftruncate(huge_memory, HUGE)
+        at = libc.mmap(None, HUGE, 3, mmap.MAP_SHARED, huge_memory, 0)
+        areas.append(Area("huge page of memfd_create", at, HUGE // PAGE))
         watched.append(at)
 
     with open(file_name, "wb") as file:
@@ -153,6 +165,8 @@ def main():
             if "lo" not in flags()[max(begins)]:
                 log.write("MISMATCH what is mapped now is not locked\n")
             log.write("locked=1\n")
+            if counter is not None:
+                counter.value += 1
             time.sleep(0.1)
         os._exit(0)
     while True:
@@ -173,6 +187,13 @@ def main():
         with open("/proc/self/map_files/" + map_file(at_of(areas, "sealed memory")), "rb") as file:
             if fcntl.fcntl(file, fcntl.F_GET_SEALS) != SEALS:
                 log.write("MISMATCH the seals are not as they were\n")
+                os._exit(1)
+        if counter is not None:
+            if counter.value > counted:
+                counted = counter.value
+                log.write("counted=1\n")
+            if os.pread(huge_memory, 8, 0) != ctypes.string_at(at_of(areas, "huge page of memfd_create"), 8):
+                log.write("MISMATCH the descriptor of memfd_create is of other memory\n")
                 os._exit(1)
         log.write("checked=1\n")
         time.sleep(0.05)

@@ -34,11 +34,15 @@ fn what_is_asked_of_memory_holds_everywhere() -> anyhow::Result<()> {
     }
     let scene = Scene::set()?;
     // Two copies for the time of a move.
-    let huge = HugePages::reserve(8)?;
+    let huge = HugePages::reserve(12)?;
     let file = scene.fleet.scratch().join("deleted");
-    let pages = if huge.enough { "2" } else { "0" };
+    let (pages, counted) = if huge.enough { ("2", 2) } else { ("0", 0) };
     scene.python("memory", &[], &[&file.to_string_lossy(), pages])?;
-    let goes_on = |log: &std::path::Path| further(log, "checked", 3).and_then(|()| further(log, "locked", 2));
+    let goes_on = |log: &std::path::Path| {
+        [("checked", 3), ("locked", 2), ("counted", counted)]
+            .iter()
+            .try_for_each(|(word, times)| further(log, word, *times))
+    };
     goes_on(&scene.log)?;
     scene.three_moves("memory", goes_on)
 }
@@ -73,7 +77,8 @@ fn huge_pages_that_are_not_there_are_refused() -> anyhow::Result<()> {
         return Ok(());
     }
     let scene = Scene::set()?;
-    let huge = HugePages::reserve(3)?;
+    // All that one copy needs.
+    let huge = HugePages::reserve(8)?;
     if !huge.enough {
         rswap_tests::skip("huge_pages_that_are_not_there_are_refused", "no huge pages can be set aside");
         return Ok(());
@@ -125,6 +130,41 @@ fn mounts_of_an_instance_are_refused_by_their_points() -> anyhow::Result<()> {
     said("unmounted")?;
     scene.moved("mounts", &scene.a, &scene.b)?;
     scene.moved("mounts", &scene.b, &scene.a)
+}
+
+/// A SysV segment of one huge page.
+const HUGE_SEGMENT: &str = "
+import ctypes, time
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+segment = libc.shmget(0, 2 << 20, 0o1600 | 0o4000)
+at = libc.shmat(segment, None, 0)
+ctypes.c_uint64.from_address(at).value = 1
+print('attached', flush=True)
+time.sleep(600)
+";
+
+#[test]
+fn huge_pages_of_a_segment_are_refused() -> anyhow::Result<()> {
+    if reason_to_skip("huge_pages_of_a_segment_are_refused").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let huge = HugePages::reserve(2)?;
+    if !huge.enough {
+        rswap_tests::skip("huge_pages_of_a_segment_are_refused", "no huge pages can be set aside");
+        return Ok(());
+    }
+    scene.run("segment", &[], &["python3", "-c", HUGE_SEGMENT])?;
+    let log = scene.fleet.scratch().join("a/segment.log");
+    wait_for("the segment", LIMIT, || {
+        Ok(fs::read_to_string(&log).unwrap_or_default().contains("attached").then_some(()))
+    })?;
+    let Err(reason) = scene.a.migrate("segment", &scene.b.migrate_address())?.end()? else {
+        anyhow::bail!("it was moved, and its pages became small");
+    };
+    anyhow::ensure!(reason.contains("a SysV segment in huge pages"), "{reason}");
+    Ok(())
 }
 
 /// Huge pages that are set aside, and given back at the end.

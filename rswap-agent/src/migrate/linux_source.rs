@@ -168,7 +168,14 @@ impl<U: Uplink> LinuxSource<U> {
         let mut present = BTreeMap::new();
         for process in &self.processes {
             for mapping in process.mappings.iter().filter(|m| m.is_object() && !m.is_sysv()) {
-                present.entry(mapping.inode).or_insert((process.pid(), mapping.clone()));
+                let (_, known) =
+                    present.entry(mapping.inode).or_insert_with(|| (process.pid(), mapping.clone()));
+                if known.name != mapping.name {
+                    let (one, other, inode) = (&known.name, &mapping.name, mapping.inode);
+                    return Err(TraceeError::Unsupported(format!(
+                        "{one} and {other} can't be told apart: both have inode {inode}, on two file systems"
+                    )));
+                }
             }
         }
         let main = self.main().map_or(0, SourceProcess::pid);

@@ -18,6 +18,7 @@ use crate::{
         descriptors::{self, Around},
         files::{self, Place, Places},
         layout::{self, Mapping},
+        objects::shared_huge_pages,
         stopped,
         tree::{self, INIT, Member},
     },
@@ -107,11 +108,15 @@ impl Requirements {
         let main = members.iter().find(|member| member.node.parent == INIT);
         let main = *main.ok_or("the instance has no main process")?;
         let (mut resident_kib, mut highest_pid, mut huge_bytes) = (0, 0, 0);
+        // Once, however many map it.
+        let mut shared_huge = BTreeMap::new();
         for member in members {
             // One that has ended since needs nothing.
             let Ok(mappings) = layout::read_mappings(member.pid) else { continue };
             digests.add(&mappings)?;
-            huge_bytes += mappings.iter().filter(|mapping| mapping.is_huge()).map(Mapping::len).sum::<u64>();
+            let private = mappings.iter().filter(|mapping| mapping.is_huge() && !mapping.shared);
+            huge_bytes += private.map(Mapping::len).sum::<u64>();
+            shared_huge.extend(mappings.iter().filter_map(|mapping| shared_huge_pages(member.pid, mapping)));
             match digests.add_read_by(member.pid) {
                 Err(_) if tree::has_ended(member.pid) => continue,
                 added => added?,
@@ -124,6 +129,7 @@ impl Requirements {
                 highest_pid = highest_pid.max(inner_pid(tid).unwrap_or(0));
             }
         }
+        huge_bytes += shared_huge.values().sum::<u64>();
         let clock_offsets = Clocks::offsets_of(main.pid)?;
         Ok(Self {
             instance: instance.clone(),

@@ -1,14 +1,19 @@
 //! Files of pages: where they have data, holes, and memory without a name.
 
 use std::{
+    ffi::c_void,
     fs::File,
     io,
+    num::NonZeroUsize,
     ops::Range,
     os::{
         fd::{AsFd, AsRawFd},
         unix::fs::FileExt,
     },
+    ptr::NonNull,
 };
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// The parts of `file` that have data, in bytes, ascending (SEEK_DATA and SEEK_HOLE of lseek(2)).
 pub fn data(file: &File) -> io::Result<Vec<Range<u64>>> {
@@ -53,10 +58,13 @@ pub fn punch_hole(file: &File, at: u64, len: u64) -> io::Result<()> {
         .map(|_| ())
 }
 
-/// Memory as of memfd_create(2) that can be sealed.
-pub fn sealable_memory(name: &std::ffi::CStr) -> io::Result<File> {
+/// Memory as of memfd_create(2) that can be sealed; in huge pages of 2 MiB if `huge`.
+pub fn sealable_memory(name: &std::ffi::CStr, huge: bool) -> io::Result<File> {
     use nix::sys::memfd::MFdFlags;
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    if huge {
+        flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    }
     Ok(File::from(nix::sys::memfd::memfd_create(name, flags)?))
 }
 
@@ -71,4 +79,100 @@ pub fn seals(memory: &impl AsFd) -> io::Result<i32> {
 pub fn add_seals(memory: &File, seals: i32) -> io::Result<()> {
     // SAFETY: a plain system call without pointers.
     super::check(unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, seals) }.into()).map(|_| ())
+}
+
+/// Memory of memfd_create(2) that is mapped here: huge pages can't be written with write(2).
+#[derive(Debug)]
+pub struct MappedFile {
+    at: NonNull<c_void>,
+    bytes: usize,
+}
+
+// SAFETY: the mapping is this value's own until it is dropped, and its addresses mean the same to every thread.
+unsafe impl Send for MappedFile {}
+
+impl MappedFile {
+    /// Maps the first `bytes` of `file`, all of which are there from then on.
+    ///
+    /// # Errors
+    /// There is not enough memory of the file's kind (`ENOSPC`, `ENOMEM`).
+    pub fn of(file: &File, bytes: u64) -> io::Result<Self> {
+        let length = usize::try_from(bytes).ok().and_then(NonZeroUsize::new);
+        let Some(length) = length else {
+            return Ok(Self { at: NonNull::dangling(), bytes: 0 });
+        };
+        // A page that is not there when it is written to would be a signal.
+        // SAFETY: a plain system call without pointers.
+        super::check(unsafe { libc::fallocate64(file.as_raw_fd(), 0, 0, bytes as i64) }.into())?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice; nothing of ours is replaced.
+        let at = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) }?;
+        Ok(Self { at, bytes: length.get() })
+    }
+
+    /// Writes `data` at `at`. Nobody may shorten the file meanwhile.
+    pub fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        let start = self.inside(&(at..at.saturating_add(data.len() as u64)))?;
+        // SAFETY: inside of the mapping, which no reference of ours points to.
+        unsafe {
+            self.at.cast::<u8>().add(start).copy_from_nonoverlapping(NonNull::from(data).cast(), data.len())
+        };
+        Ok(())
+    }
+
+    /// Writes zeros. Nobody may shorten the file meanwhile.
+    pub fn clear(&self, range: Range<u64>) -> io::Result<()> {
+        let start = self.inside(&range)?;
+        // SAFETY: as in `write`.
+        unsafe { self.at.cast::<u8>().add(start).write_bytes(0, (range.end - range.start) as usize) };
+        Ok(())
+    }
+
+    fn inside(&self, range: &Range<u64>) -> io::Result<usize> {
+        if range.start > range.end || range.end > self.bytes as u64 {
+            return Err(io::Error::other(format!(
+                "{range:?} is outside of the {} bytes of a file",
+                self.bytes
+            )));
+        }
+        Ok(range.start as usize)
+    }
+}
+
+impl Drop for MappedFile {
+    fn drop(&mut self) {
+        if self.bytes == 0 {
+            return;
+        }
+        // SAFETY: mapped by `of` with this length, and no reference to it is left.
+        if let Err(error) = unsafe { munmap(self.at, self.bytes) } {
+            tracing::debug!(%error, "a file stays mapped");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_through_a_mapping_is_in_the_file_and_nothing_goes_past_its_end() {
+        let file = sealable_memory(c"mapped", false).expect("make");
+        file.set_len(8192).expect("resize");
+        let mapped = MappedFile::of(&file, 8192).expect("map");
+        mapped.write(4000, &[7; 200]).expect("write");
+        mapped.clear(4100..4150).expect("clear");
+        let mut found = [1; 8192];
+        assert_eq!(read_at(&file, &mut found, 0).expect("read"), 8192);
+        for (at, byte) in found.iter().enumerate() {
+            let written = (4000..4200).contains(&at) && !(4100..4150).contains(&at);
+            assert_eq!(*byte, if written { 7 } else { 0 }, "at {at}");
+        }
+        for range in [8000..8193, 8193..8194, u64::MAX - 1..u64::MAX] {
+            assert!(mapped.clear(range).is_err());
+        }
+        assert!(mapped.write(8190, &[1; 3]).is_err());
+        let empty = sealable_memory(c"empty", false).expect("make");
+        assert!(MappedFile::of(&empty, 0).expect("map").write(0, &[1]).is_err());
+    }
 }

@@ -4,7 +4,13 @@ use std::{collections::BTreeSet, ops::Range};
 
 use serde::{Deserialize, Serialize};
 
-use super::{TraceeError, capture::Status, layout, read_proc, remote::Remote};
+use super::{
+    TraceeError,
+    capture::Status,
+    layout::{self, Mapping},
+    read_proc,
+    remote::Remote,
+};
 use crate::sys::pagemap::{Pagemap, Query, category};
 
 /// What mmap(2) gives for `MAP_HUGETLB` alone on x86-64, as it is set up usually.
@@ -172,10 +178,20 @@ fn restore_keys(leader: &mut Remote, advice: &Advice) -> Result<(), TraceeError>
     Ok(())
 }
 
-/// Whether process `pid` has huge pages of another size than the usual one, of those that are set aside.
-pub fn has_unusual_huge_pages(pid: i32) -> Result<bool, TraceeError> {
+/// What huge pages process `pid`, whose mappings these are, has, of those that are set aside, that can't be made again.
+pub fn unusual_huge_pages(pid: i32, mappings: &[Mapping]) -> Result<Vec<&'static str>, TraceeError> {
     let smaps = read_proc(&format!("/proc/{pid}/smaps"))?;
-    Ok(parse(&smaps).iter().any(|area| area.page_kib > 4 && area.page_kib * 1024 != USUAL_HUGE_PAGE))
+    let areas = parse(&smaps);
+    let huge: Vec<_> = areas.iter().filter(|area| area.page_kib > 4).collect();
+    let mut found = Vec::new();
+    if huge.iter().any(|area| area.page_kib * 1024 != USUAL_HUGE_PAGE) {
+        found.push("huge pages of another size than 2 MiB");
+    }
+    let mut segments = mappings.iter().filter(|mapping| mapping.is_sysv());
+    if segments.any(|segment| huge.iter().any(|area| area.start == segment.start)) {
+        found.push("a SysV segment in huge pages");
+    }
+    Ok(found)
 }
 
 /// Where memory of process `pid` is to come from, if that isn't left to the kernel (set_mempolicy(2)).

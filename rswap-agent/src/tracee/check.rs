@@ -313,8 +313,11 @@ fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
         findings.refuse(&format!("memory policy {policy}"), reason);
     }
     let mappings = layout::read_mappings(findings.pid)?;
-    if mappings.iter().any(Mapping::is_huge) && advice::has_unusual_huge_pages(findings.pid)? {
-        findings.refuse("huge pages of another size than 2 MiB", "only the usual size is carried");
+    let may_be_huge = |mapping: &Mapping| mapping.is_huge() || mapping.is_shared_memory();
+    if mappings.iter().any(may_be_huge) {
+        for what in advice::unusual_huge_pages(findings.pid, &mappings)? {
+            findings.refuse(what, "not carried: use huge pages of 2 MiB, of mmap or memfd_create");
+        }
     }
     // A process may have a root of its own, in which the file has another path, or none.
     let root = findings.init.unwrap_or(findings.pid);
@@ -325,8 +328,6 @@ fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
         }
         if mapping.is_sysv() && mapping.offset != 0 {
             findings.refuse(&item, "only whole SysV segments are carried: part of this one was unmapped");
-        } else if mapping.is_huge() && mapping.shared {
-            findings.refuse(&item, "huge pages that are shared aren't carried in this version");
         } else if mapping.is_object() {
             // Goes along as a whole.
         } else if mapping.shared && !mapping.is_read_only_file() && places.of(&mapping.name) != Place::Volume

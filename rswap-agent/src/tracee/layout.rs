@@ -39,9 +39,9 @@ impl Mapping {
         matches!(self.name.as_str(), "[vdso]" | "[vsyscall]") || self.name.starts_with("[vvar")
     }
 
-    /// Backed by a file.
+    /// Backed by a file, or by what the kernel treats as one: memory that is shared.
     pub fn is_file(&self) -> bool {
-        self.inode != 0 && !self.is_huge()
+        self.inode != 0 && (self.shared || !self.is_huge())
     }
 
     /// Memory in huge pages that were set aside for it (`MAP_HUGETLB`).
@@ -56,8 +56,9 @@ impl Mapping {
 
     /// Memory that is shared through the kernel alone: anonymous, memfd, SysV.
     pub fn is_shared_memory(&self) -> bool {
-        let nameless =
-            ["/dev/zero (deleted)", "/memfd:", SYSV].iter().any(|name| self.name.starts_with(name));
+        let nameless = ["/dev/zero (deleted)", "/memfd:", SYSV, HUGE_PAGES]
+            .iter()
+            .any(|name| self.name.starts_with(name));
         self.shared && self.inode != 0 && nameless
     }
 
@@ -301,6 +302,8 @@ mod tests {
         assert!(!named(false, "/usr/lib/new.so").is_object());
         let huge = named(false, HUGE_PAGES);
         assert!(huge.is_huge() && !huge.is_file() && !huge.is_object());
+        let shared = named(true, HUGE_PAGES);
+        assert!(shared.is_huge() && shared.is_file() && shared.is_shared_memory());
     }
 
     #[test]

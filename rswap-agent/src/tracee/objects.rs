@@ -6,6 +6,7 @@
 
 use std::{collections::BTreeMap, ffi::CString, fs::File, os::unix::fs::FileExt};
 
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -15,7 +16,10 @@ use super::{
     sysv::{self, Segment},
     tracker::Span,
 };
-use crate::sys::{file, mem::PAGE_SIZE};
+use crate::sys::{
+    file::{self, MappedFile},
+    mem::PAGE_SIZE,
+};
 
 /// A shared object is numbered as an address space of its own, from here on; addresses are offsets in it.
 pub const FIRST_SPACE: u32 = 1 << 31;
@@ -38,6 +42,28 @@ pub struct SharedObject {
     pub seals: i32,
     /// It is SysV shared memory.
     pub segment: Option<Segment>,
+    /// It is in huge pages of 2 MiB that were set aside for it.
+    pub huge: bool,
+}
+
+/// The size of the pages of `file`, in bytes, if it is memory in huge pages that were set aside (hugetlbfs).
+pub fn huge_page_bytes(file: &File) -> std::io::Result<Option<u64>> {
+    let kind = fstatfs(file)?;
+    Ok((kind.filesystem_type() == HUGETLBFS_MAGIC).then_some(kind.block_size() as u64))
+}
+
+/// Whose memory in huge pages a shared mapping of process `pid` is, by its inode, and how long that is, in bytes.
+pub fn shared_huge_pages(pid: i32, mapping: &Mapping) -> Option<(u64, u64)> {
+    if !mapping.is_shared_memory() {
+        return None;
+    }
+    let file = File::open(map_file(pid, mapping)).ok()?;
+    huge_page_bytes(&file).ok()??;
+    Some((mapping.inode, file.metadata().ok()?.len()))
+}
+
+fn map_file(pid: i32, mapping: &Mapping) -> String {
+    format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end)
 }
 
 /// A shared object at the source, with what is known of its pages.
@@ -52,11 +78,13 @@ pub struct SourceObject {
 impl SourceObject {
     /// Opens the object that `mapping` of process `pid` maps.
     pub fn open(pid: i32, mapping: &Mapping, space: u32) -> Result<Self, TraceeError> {
-        let path = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
-        let file = File::open(&path).map_err(TraceeError::proc(path))?;
+        let path = map_file(pid, mapping);
+        let file = File::open(&path).map_err(TraceeError::proc(&path))?;
+        let huge = huge_page_bytes(&file).map_err(TraceeError::proc(path))?.is_some();
         let name = mapping.name.strip_prefix("/memfd:").and_then(|name| name.strip_suffix(" (deleted)"));
         let name = name.unwrap_or("rswap").to_owned();
-        let object = SharedObject { space, inode: mapping.inode, bytes: 0, name, seals: 0, segment: None };
+        let inode = mapping.inode;
+        let object = SharedObject { space, inode, bytes: 0, name, seals: 0, segment: None, huge };
         Ok(Self { object, file, hashes: BTreeMap::new() })
     }
 
@@ -71,6 +99,7 @@ impl SourceObject {
             name: String::new(),
             seals: 0,
             segment: Some(segment),
+            huge: false,
         };
         Ok(Self { object, file, hashes: BTreeMap::new() })
     }
@@ -137,24 +166,35 @@ pub struct BuiltObject {
     pub object: SharedObject,
     /// Its memory.
     pub file: File,
+    /// Huge pages can't be written to but through a mapping.
+    mapped: Option<MappedFile>,
 }
 
 impl BuiltObject {
     /// Makes an empty one, for the instance that process `pid` belongs to.
     pub fn make(pid: i32, object: &SharedObject) -> std::io::Result<Self> {
         if let Some(segment) = &object.segment {
-            return Ok(Self { object: object.clone(), file: sysv::make(pid, segment)? });
+            return Ok(Self { object: object.clone(), file: sysv::make(pid, segment)?, mapped: None });
         }
-        let file = file::sealable_memory(&CString::new(object.name.as_str())?)?;
-        let built = Self { object: object.clone(), file };
-        built.file.set_len(object.bytes)?;
+        let file = file::sealable_memory(&CString::new(object.name.as_str())?, object.huge)?;
+        let mut built = Self { object: object.clone(), file, mapped: None };
+        built.set_len(object.bytes)?;
         Ok(built)
+    }
+
+    fn set_len(&mut self, bytes: u64) -> std::io::Result<()> {
+        self.mapped = None;
+        self.file.set_len(bytes)?;
+        if self.object.huge {
+            self.mapped = Some(MappedFile::of(&self.file, bytes)?);
+        }
+        Ok(())
     }
 
     /// Brings it to the length that the source's has now.
     pub fn resize(&mut self, object: &SharedObject) -> std::io::Result<()> {
         if self.object.bytes != object.bytes && object.segment.is_none() {
-            self.file.set_len(object.bytes)?;
+            self.set_len(object.bytes)?;
         }
         self.object = object.clone();
         Ok(())
@@ -176,7 +216,10 @@ impl BuiltObject {
     /// Writes whole pages.
     pub fn write(&self, at: u64, data: &[u8]) -> std::io::Result<()> {
         self.inside(at, data.len() as u64)?;
-        self.file.write_all_at(data, at)
+        match &self.mapped {
+            Some(mapped) => mapped.write(at, data),
+            None => self.file.write_all_at(data, at),
+        }
     }
 
     /// Reads whole pages back.
@@ -188,6 +231,10 @@ impl BuiltObject {
     /// Gives pages back: they read as zeros.
     pub fn discard(&self, start: u64, end: u64) -> std::io::Result<()> {
         let end = end.min(self.object.bytes);
+        if let Some(mapped) = &self.mapped {
+            // Given back, they might not be there when they are written to again.
+            return mapped.clear(start..end.max(start));
+        }
         if start < end { file::punch_hole(&self.file, start, end - start) } else { Ok(()) }
     }
 
@@ -210,7 +257,7 @@ mod tests {
         file.set_len(2 * PAGE_SIZE).expect("resize");
         file.write_all_at(b"first", 0).expect("write");
         let (space, inode, bytes, name, seals, segment) = (FIRST_SPACE, 1, 0, String::new(), 0, None);
-        let object = SharedObject { space, inode, bytes, name, seals, segment };
+        let object = SharedObject { space, inode, bytes, name, seals, segment, huge: false };
         let mut source = SourceObject { object, file, hashes: BTreeMap::new() };
         let page = |spans: Vec<Span>| spans.first().cloned();
         assert_eq!(page(source.take_changed(0).expect("look").0), Some(0..PAGE_SIZE));

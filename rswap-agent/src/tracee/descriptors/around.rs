@@ -15,7 +15,7 @@ pub struct Around {
     /// Who is connected to whom by unix sockets.
     pub(super) peers: Peers,
     pids: Vec<i32>,
-    mapped: OnceCell<BTreeSet<u64>>,
+    mapped: OnceCell<BTreeSet<(u64, String)>>,
     /// Our duplicates of descriptors that wait in queues.
     in_flight: RefCell<Vec<OwnedFd>>,
 }
@@ -64,8 +64,8 @@ impl Around {
         }
     }
 
-    /// Whether shared memory with this inode is mapped by any of them.
-    pub(super) fn is_mapped(&self, inode: u64) -> Result<bool, TraceeError> {
+    /// Whether any of them has mapped, and shares, the file without a name that has this inode and target.
+    pub(super) fn is_mapped(&self, inode: u64, name: &str) -> Result<bool, TraceeError> {
         if self.mapped.get().is_none() {
             let mut mapped = BTreeSet::new();
             for &pid in &self.pids {
@@ -73,11 +73,12 @@ impl Around {
                     Err(_) if tree::has_ended(pid) => continue,
                     mappings => mappings?,
                 };
-                mapped.extend(mappings.iter().filter(|m| m.is_shared_memory()).map(|m| m.inode));
+                let shared = mappings.into_iter().filter(|mapping| mapping.shared && mapping.is_object());
+                mapped.extend(shared.map(|mapping| (mapping.inode, mapping.name)));
             }
             // Nobody else can have set it meanwhile: the cell is this thread's.
             let _ = self.mapped.set(mapped);
         }
-        Ok(self.mapped.get().is_some_and(|mapped| mapped.contains(&inode)))
+        Ok(self.mapped.get().is_some_and(|mapped| mapped.contains(&(inode, name.to_owned()))))
     }
 }

@@ -15,7 +15,14 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    super::{TraceeError, image::DescriptorKind, link::Link, objects::BuiltObject, remote::Remote, tcp},
+    super::{
+        TraceeError,
+        image::DescriptorKind,
+        link::Link,
+        objects::{BuiltObject, huge_page_bytes},
+        remote::Remote,
+        tcp,
+    },
     Look, files,
     info::{Info, Kind},
 };
@@ -69,16 +76,20 @@ pub(super) fn describe(info: &Info, look: &Look<'_>, metadata: &fs::Metadata) ->
     }
     let name = info.target.strip_suffix(SUFFIX).unwrap_or(&info.target);
     let memory = name.strip_prefix(MEMORY);
-    let mapped = look.around.is_mapped(metadata.ino())?;
+    let mapped = look.around.is_mapped(metadata.ino(), &info.target)?;
     let origin = match memory {
         None if mapped => return refuse("it is mapped as shared memory, too: not carried in this version"),
         None => Origin::Directory,
         Some(_) if mapped => Origin::MappedMemory,
         Some(_) => {
-            let seals = file::seals(&look.ours()?).map_err(TraceeError::call("F_GET_SEALS", pid))?;
-            if metadata.blksize() > 4096 {
-                return refuse("huge pages of memfd_create aren't carried in this version");
+            let ours = File::from(look.ours()?);
+            let failed = |error| TraceeError::call("fstatfs", pid)(error);
+            if huge_page_bytes(&ours).map_err(failed)?.is_some() {
+                return refuse(
+                    "huge pages of memfd_create are only carried where they are mapped: map it, or close it",
+                );
             }
+            let seals = file::seals(&ours).map_err(TraceeError::call("F_GET_SEALS", pid))?;
             Origin::Memory(seals)
         }
     };
@@ -200,7 +211,7 @@ impl Files {
 
 fn memory(image: &Nameless, seals: i32) -> io::Result<File> {
     let name = CString::new(image.name.as_str()).map_err(io::Error::other)?;
-    let mut memory = file::sealable_memory(&name)?;
+    let mut memory = file::sealable_memory(&name, false)?;
     memory.write_all(&image.contents)?;
     memory.set_len(image.len)?;
     memory.set_permissions(fs::Permissions::from_mode(image.access.0))?;
