@@ -23,6 +23,7 @@ use crate::{
     },
     tracee::{
         TraceeError,
+        advice::Reader,
         capture::{self, Frozen},
         check,
         descriptors::{self, Lock},
@@ -71,6 +72,8 @@ pub struct LinuxSource<U> {
     volumes: SourceVolumes,
     next_space: u32,
     settling: Vec<Settling>,
+    /// Reads what is asked of the memory of those that are stopped.
+    advice: Option<Reader>,
     held: Held,
     /// Locks on files, by pid and descriptor.
     locks: Vec<(i32, i32, Lock)>,
@@ -113,6 +116,7 @@ impl<U: Uplink> LinuxSource<U> {
             volumes,
             next_space: 0,
             settling: Vec::new(),
+            advice: None,
             held: Held::default(),
             locks: Vec::new(),
             frozen: false,
@@ -407,11 +411,12 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
 
     fn freeze(&mut self) -> Result<(), TaskError> {
         self.frozen = true;
+        let reader = Reader::start();
         for _ in 0..MAX_PASSES {
             self.look()?;
             if self.processes.iter().all(|process| process.stopped.is_some()) {
+                self.advice = Some(reader);
                 self.detached = true;
-                self.processes.iter_mut().for_each(SourceProcess::begin_smaps);
                 self.uplink.detach()?;
                 let living = |settling: &&Settling| self.processes.iter().any(|p| p.pid() == settling.pid());
                 let mut living = self.settling.iter().filter(living).enumerate();
@@ -420,7 +425,8 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             for process in &mut self.processes {
                 match process.stop() {
                     Err(TraceeError::Gone(_)) => {}
-                    stopped => stopped?,
+                    Ok(true) => reader.ask(process.pid()),
+                    stopped => drop(stopped?),
                 }
             }
         }
@@ -434,12 +440,21 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             return Err(TraceeError::Unsupported(text).into());
         }
         let mut stopped = Vec::new();
-        let smaps = self.processes.iter_mut().map(SourceProcess::end_smaps);
-        let smaps = smaps.collect::<Result<Vec<_>, _>>()?;
-        for (process, smaps) in self.processes.iter().zip(&smaps) {
+        let mut read = self.advice.take().ok_or("the instance is not frozen")?.finish();
+        let mut advice = Vec::with_capacity(self.processes.len());
+        for process in &self.processes {
+            advice.push(read.remove(&process.pid()).ok_or("what is asked of its memory was not read")??);
+        }
+        for (process, advice) in self.processes.iter().zip(&advice) {
             let threads = process.stopped.as_ref().ok_or("the instance is not frozen")?;
-            let mappings = process.mappings.as_slice();
-            stopped.push(Frozen { space: process.space, member: process.member, threads, mappings, smaps });
+            stopped.push(Frozen {
+                space: process.space,
+                member: process.member,
+                threads,
+                mappings: &process.mappings,
+                kernel_mappings: process.kernel_mappings(),
+                advice,
+            });
         }
         let mut image =
             capture::capture_instance(&self.instance.cgroup, &stopped, self.zombies.clone(), &self.places)?;
@@ -479,6 +494,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         self.held.release();
         self.locks.clear();
         self.settling.clear();
+        self.advice = None;
         self.processes.iter_mut().for_each(SourceProcess::release);
         self.frozen = false;
         let thawed = match std::mem::take(&mut self.parked) {

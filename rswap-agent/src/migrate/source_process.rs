@@ -1,6 +1,6 @@
 //! One process of an instance that is being moved away.
 
-use std::{thread::JoinHandle, time::Duration};
+use std::time::Duration;
 
 use super::volumes::SourceVolumes;
 use crate::tracee::{
@@ -36,7 +36,6 @@ pub struct SourceProcess {
     terminal: Option<u32>,
     tracker: Option<Tracker>,
     program: Program,
-    smaps: Option<JoinHandle<std::io::Result<String>>>,
 }
 
 /// What changes when a process executes another program.
@@ -67,7 +66,6 @@ impl SourceProcess {
             terminal: None,
             tracker: None,
             program: Program::default(),
-            smaps: None,
         }
     }
 
@@ -76,27 +74,18 @@ impl SourceProcess {
         self.member.pid
     }
 
-    /// Stops every thread.
-    pub fn stop(&mut self) -> Result<(), TraceeError> {
-        if self.stopped.is_none() {
-            self.stopped = Some(StoppedProcess::stop(self.pid())?);
-        }
-        Ok(())
+    /// The kernel's own mappings at the last look.
+    pub fn kernel_mappings(&self) -> &[Mapping] {
+        &self.kernel_mappings
     }
 
-    /// Has `/proc/PID/smaps` read while other things are done: the kernel looks at every page for it.
-    pub fn begin_smaps(&mut self) {
-        let path = format!("/proc/{}/smaps", self.pid());
-        self.smaps = Some(std::thread::spawn(move || std::fs::read_to_string(path)));
-    }
-
-    /// What [`Self::begin_smaps`] has read.
-    pub fn end_smaps(&mut self) -> Result<String, TraceeError> {
-        let path = format!("/proc/{}/smaps", self.pid());
-        match self.smaps.take().map(JoinHandle::join) {
-            Some(Ok(read)) => read.map_err(TraceeError::proc(path)),
-            _ => read_proc(&path),
+    /// Stops every thread; `false` when they were stopped before.
+    pub fn stop(&mut self) -> Result<bool, TraceeError> {
+        if self.stopped.is_some() {
+            return Ok(false);
         }
+        self.stopped = Some(StoppedProcess::stop(self.pid())?);
+        Ok(true)
     }
 
     /// What it wrote since the last call, and whether it executes another program since then, which drops all that was
@@ -138,8 +127,7 @@ impl SourceProcess {
             None => tracker.take_written()?,
         };
         self.mappings.clone_from(&written.mappings);
-        let all = layout::read_mappings(pid)?;
-        self.kernel_mappings = all.into_iter().filter(Mapping::is_kernels_own).collect();
+        self.kernel_mappings.clone_from(&written.kernel_mappings);
         let leads = self.member.node.session == self.member.node.pid;
         self.terminal = if leads { terminals::controlling(pid)? } else { None };
         let status = read_proc(&format!("/proc/{pid}/status"))?;

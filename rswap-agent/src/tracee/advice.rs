@@ -1,6 +1,15 @@
 //! What a program has asked of parts of its memory: madvise(2), mlock(2), mseal(2), and pages that guard.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    num::NonZero,
+    ops::Range,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, Sender},
+    },
+    thread::{self, JoinHandle},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -68,16 +77,18 @@ pub struct Part {
     pub key: Option<(i32, i32)>,
 }
 
-/// Reads it from the text of `/proc/PID/smaps`, which is taken while the process behind `leader` stands still; the kernel needs
-/// time for it that grows with the memory.
-pub fn capture(leader: &mut Remote, smaps: &str) -> Result<Advice, TraceeError> {
-    let pid = leader.tid();
-    let areas = parse(smaps);
-    let mut advice = Advice { parts: parts(&areas), ..Advice::default() };
+/// What is asked of the memory of process `pid`, which stands still, but for [`Advice::locks_later`].
+fn read(pid: i32) -> Result<Advice, TraceeError> {
+    let smaps = read_proc(&format!("/proc/{pid}/smaps"))?;
+    let areas = parse(&smaps);
+    Ok(Advice { parts: parts(&areas), guards: guards(pid, &areas)?, locks_later: 0 })
+}
+
+/// Completes what was read of the process behind `leader`: what is mapped later shows in what is mapped now.
+pub fn complete(leader: &mut Remote, mut advice: Advice) -> Result<Advice, TraceeError> {
     if advice.parts.iter().any(|part| part.locked.is_some()) {
-        // What is mapped later shows in what is mapped now.
         let fresh = leader.scratch_at();
-        let smaps = read_proc(&format!("/proc/{pid}/smaps"))?;
+        let smaps = read_proc(&format!("/proc/{}/smaps", leader.tid()))?;
         let areas = parse(&smaps);
         let of_fresh = areas.iter().find(|area| area.start <= fresh && fresh < area.end);
         advice.locks_later = of_fresh.map_or(0, |area| match (area.has(LOCKED), area.has(LOCKED_ON_FAULT)) {
@@ -86,25 +97,68 @@ pub fn capture(leader: &mut Remote, smaps: &str) -> Result<Advice, TraceeError> 
             (false, _) => 0,
         });
     }
-    advice.guards = guards(pid, &areas)?;
     Ok(advice)
+}
+
+/// Reads what is asked of the memory of processes beside whatever else is done: `/proc/PID/smaps` takes the kernel longer than
+/// all other files of `/proc` together, and longer still for more memory.
+#[derive(Debug)]
+pub struct Reader {
+    pids: Sender<i32>,
+    workers: Vec<JoinHandle<Vec<Answer>>>,
+}
+
+/// What is asked of the memory of a process, or why it could not be read.
+type Answer = (i32, Result<Advice, TraceeError>);
+
+impl Reader {
+    /// With a thread for each processor but the one that goes on with other things.
+    pub fn start() -> Self {
+        let (pids, asked) = mpsc::channel();
+        let asked = Arc::new(Mutex::new(asked));
+        let next = |asked: &Mutex<Receiver<i32>>| asked.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let number = thread::available_parallelism().map_or(1, NonZero::get).saturating_sub(1).max(1);
+        let workers = (0..number).map(|_| {
+            let asked = Arc::clone(&asked);
+            thread::spawn(move || {
+                let mut found = Vec::new();
+                while let Ok(pid) = next(&asked) {
+                    found.push((pid, read(pid)));
+                }
+                found
+            })
+        });
+        Self { pids, workers: workers.collect() }
+    }
+
+    /// Has that of process `pid` read, every thread of which stands still.
+    pub fn ask(&self, pid: i32) {
+        // One whose threads have all panicked has none, which is found at the end.
+        let _ = self.pids.send(pid);
+    }
+
+    /// All that was asked for, by pid.
+    pub fn finish(self) -> BTreeMap<i32, Result<Advice, TraceeError>> {
+        drop(self.pids);
+        self.workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
+    }
 }
 
 /// The guard pages; none on a kernel that has no such thing (before Linux 6.13; before 6.15 they can't be seen).
 fn guards(pid: i32, areas: &[Area<'_>]) -> Result<Vec<Range<u64>>, TraceeError> {
     let tells = areas.iter().any(|area| area.has(MAY_GUARD));
+    let mut may_have = areas.iter().filter(|area| !area.kernels_own && (!tells || area.has(MAY_GUARD)));
+    let Some(first) = may_have.next() else { return Ok(Vec::new()) };
+    let end = may_have.next_back().unwrap_or(first).end;
     let mut pagemap = Pagemap::open(pid).map_err(TraceeError::call("opening the page map", pid))?;
-    let mut found = Vec::new();
-    for area in areas.iter().filter(|area| !area.kernels_own && (!tells || area.has(MAY_GUARD))) {
-        let mut regions = Vec::new();
-        let query = Query { all_of: category::GUARD, report: category::GUARD, ..Query::default() };
-        match pagemap.scan(area.start, area.end, query, &mut regions) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(Vec::new()),
-            scanned => scanned.map_err(TraceeError::call("PAGEMAP_SCAN for guard pages", pid))?,
-        }
-        found.extend(regions.into_iter().map(|region| region.start..region.end));
+    let mut regions = Vec::new();
+    let query = Query { all_of: category::GUARD, report: category::GUARD, ..Query::default() };
+    // One scan: a call for each of hundreds of mappings takes longer than passing over what lies between them.
+    match pagemap.scan(first.start, end, query, &mut regions) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(Vec::new()),
+        scanned => scanned.map_err(TraceeError::call("PAGEMAP_SCAN for guard pages", pid))?,
     }
-    Ok(found)
+    Ok(regions.into_iter().map(|region| region.start..region.end).collect())
 }
 
 /// Asks the same of the memory of a stub, whose contents are complete.

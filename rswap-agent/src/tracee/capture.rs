@@ -3,14 +3,16 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use super::{
-    TraceeError, advice, attributes,
+    TraceeError,
+    advice::{self, Advice},
+    attributes,
     cgroups::Subtree,
     descriptors::{self, Around, Refused},
     files::{self, Places},
     image::{
         Credentials, Descriptor, InstanceImage, MemoryMap, ProcessImage, StopImage, TaskImage, ThreadImage,
     },
-    layout::{self, Layout, Mapping},
+    layout::{Layout, Mapping},
     names::HostNames,
     posix_timers, privileges, read_proc,
     remote::Remote,
@@ -39,8 +41,10 @@ pub struct Frozen<'a> {
     pub threads: &'a StoppedProcess,
     /// Its mappings, without the kernel's own.
     pub mappings: &'a [Mapping],
-    /// `/proc/PID/smaps`.
-    pub smaps: &'a str,
+    /// The kernel's own.
+    pub kernel_mappings: &'a [Mapping],
+    /// What is asked of its memory, not completed yet.
+    pub advice: &'a Advice,
 }
 
 /// Takes the image of an instance whose processes are all in `frozen`, parents first, and in `cgroup` or below. What can't
@@ -131,15 +135,14 @@ fn capture(
 ) -> Result<TaskImage, TraceeError> {
     let stopped = process.threads;
     let (pid, mappings) = (stopped.pid(), process.mappings.to_vec());
-    let kernel_mappings = layout::read_mappings(pid)?.into_iter().filter(Mapping::is_kernels_own).collect();
     let status = Status::read(pid)?;
     let mut leader = Remote::of_program(stopped)?;
     leader.map_scratch_in_program()?;
     let brk = leader.call("brk", libc::SYS_brk, [0; 6])?;
     let image = TaskImage {
         layout: Layout { mappings, huge_pages_off: status.number("THP_enabled:") == Some(0) },
-        kernel_mappings,
-        advice: advice::capture(&mut leader, process.smaps)?,
+        kernel_mappings: process.kernel_mappings.to_vec(),
+        advice: advice::complete(&mut leader, process.advice.clone())?,
         memory_map: memory_map(pid, brk)?,
         auxv: read_bytes(&format!("/proc/{pid}/auxv"))?,
         exe: link(pid, "exe")?,

@@ -28,11 +28,11 @@ const MARK: [u8; 16] = *b"rswap scratch\x00\x00\x01";
 /// A program that has just made a userfaultfd for itself will have set it up by then.
 const PATIENCE: Duration = Duration::from_millis(50);
 
-/// Places for a scratch mapping where process `pid` has nothing.
-pub(super) fn places_for_scratch(pid: i32) -> Result<Vec<u64>, TraceeError> {
-    let mappings = layout::read_mappings(pid)?;
-    let free = |at: &u64| !mappings.iter().any(|mapping| mapping.start < at + STEP && *at < mapping.end);
-    Ok((1..=PLACES).map(|number| number * STEP).filter(free).collect())
+/// Places for a scratch mapping where a process with these mappings has nothing.
+pub(super) fn places_for_scratch(mappings: &[Mapping]) -> Vec<u64> {
+    let low: Vec<&Mapping> = mappings.iter().filter(|mapping| mapping.start < (PLACES + 1) * STEP).collect();
+    let free = |at: &u64| !low.iter().any(|mapping| mapping.start < at + STEP && *at < mapping.end);
+    (1..=PLACES).map(|number| number * STEP).filter(free).collect()
 }
 
 /// Marks the scratch mapping at `at` as ours.

@@ -18,10 +18,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use super::{
-    TraceeError,
-    layout::{self, Mapping},
-};
+use super::{TraceeError, layout::Mapping};
 use crate::sys::{
     mem::{self, PAGE_SIZE, RemoteAddr},
     ptrace::{self, Registers},
@@ -88,13 +85,13 @@ static KNOWN: Mutex<BTreeMap<(String, u64, u64), Places>> = Mutex::new(BTreeMap:
 
 impl Ways {
     /// Looks for them in the code that `pid` has mapped. The first look into a file takes longer.
-    pub(super) fn find(pid: i32) -> Result<Self, TraceeError> {
-        let mut code = layout::read_mappings(pid)?;
+    pub(super) fn find(pid: i32, mappings: &[Mapping]) -> Result<Self, TraceeError> {
         // Not code that the program has made itself: it may be other code a moment later.
-        code.retain(|mapping| mapping.protection & libc::PROT_EXEC != 0 && mapping.is_file());
+        let is_code = |mapping: &&Mapping| mapping.protection & libc::PROT_EXEC != 0 && mapping.is_file();
+        let mut code: Vec<&Mapping> = mappings.iter().filter(is_code).collect();
         code.sort_by_key(|mapping| !(mapping.name.contains("libc") || mapping.name.contains("musl")));
         let mut found = Places::default();
-        for mapping in &code {
+        for mapping in code {
             let places = places(pid, mapping);
             found.call = found.call.or(places.call);
             found.restorer = found.restorer.or(places.restorer);
@@ -326,9 +323,12 @@ fn xsave_area(state: &[u8]) -> (Vec<u8>, Option<usize>) {
 }
 
 /// Memory of process `pid` for the frame of its first thread, whose stack pointer is `rsp`: nobody else may use it, and
-/// whatever is left in it does no harm.
-pub(super) fn area_of_leader(pid: i32, rsp: u64) -> Result<std::ops::Range<u64>, TraceeError> {
-    let mappings = layout::read_mappings(pid)?;
+/// whatever is left in it does no harm. `mappings`: the process's.
+pub(super) fn area_of_leader(
+    pid: i32,
+    mappings: &[Mapping],
+    rsp: u64,
+) -> Result<std::ops::Range<u64>, TraceeError> {
     let writable = libc::PROT_READ | libc::PROT_WRITE;
     let stack = mappings
         .iter()

@@ -56,6 +56,8 @@ pub struct Remote {
     restore_on_drop: bool,
     /// What a running program's thread comes back by.
     lifeline: Option<Lifeline>,
+    /// Where a running program has room for a scratch mapping.
+    places: Vec<u64>,
 }
 
 impl Remote {
@@ -99,21 +101,26 @@ impl Remote {
             owns_scratch: false,
             restore_on_drop: true,
             lifeline: None,
+            places: Vec::new(),
         })
     }
 
     /// Looks for what calls in the running program `pid` will need.
     pub fn prepare(pid: i32) -> Result<(), TraceeError> {
-        Ways::find(pid).map(drop)
+        Ways::find(pid, &layout::read_mappings(pid)?).map(drop)
     }
 
     /// Takes over the first thread of a running program, all of whose threads are stopped, until it is dropped.
     pub fn of_program(program: &StoppedProcess) -> Result<Self, TraceeError> {
         let pid = program.pid();
-        let ways = Ways::find(pid)?;
+        // Once: the kernel needs longer to list them than for anything else here.
+        let mappings = layout::read_mappings(pid)?;
+        let ways = Ways::find(pid, &mappings)?;
         let registers = ptrace::registers(pid).map_err(TraceeError::call("PTRACE_GETREGS", pid))?;
-        let area = lifeline::area_of_leader(pid, registers.rsp)?;
-        Self::with_lifeline(program, pid, ways, area)
+        let area = lifeline::area_of_leader(pid, &mappings, registers.rsp)?;
+        let mut taken = Self::with_lifeline(program, pid, ways, area)?;
+        taken.places = leftovers::places_for_scratch(&mappings);
+        Ok(taken)
     }
 
     /// Takes over another of its threads, with the same scratch page; one at a time.
@@ -180,7 +187,7 @@ impl Remote {
 
     /// Maps a scratch page for calls of a program that take pointers, and room for another thread's frame behind it.
     pub fn map_scratch_in_program(&mut self) -> Result<(), TraceeError> {
-        for at in leftovers::places_for_scratch(self.tid)? {
+        for at in std::mem::take(&mut self.places) {
             match self.map(at, SCRATCH_BYTES, libc::MAP_FIXED_NOREPLACE) {
                 // Lower than this program may map, or taken.
                 Err(TraceeError::Remote { source, .. })

@@ -29,6 +29,8 @@ pub type Span = Range<u64>;
 pub struct WrittenSpans {
     /// The mappings at that moment; the spans lie in them.
     pub mappings: Vec<Mapping>,
+    /// The kernel's own mappings, which are not among those.
+    pub kernel_mappings: Vec<Mapping>,
     /// Private pages whose contents may have changed.
     pub populated: Vec<Span>,
     /// Pages that have no private contents any more.
@@ -78,9 +80,9 @@ impl Tracker {
 
     /// What was written since the last call (at the first: everything that is there), protected again.
     pub fn take_written(&mut self) -> Result<WrittenSpans, TraceeError> {
-        let mut written =
-            WrittenSpans { mappings: layout::read_mappings(self.pid)?, ..WrittenSpans::default() };
-        written.mappings.retain(|mapping| !mapping.is_kernels_own());
+        let all = layout::read_mappings(self.pid)?;
+        let (kernel_mappings, mappings) = all.into_iter().partition(Mapping::is_kernels_own);
+        let mut written = WrittenSpans { mappings, kernel_mappings, ..WrittenSpans::default() };
         // Under its headline, a line for each device. A page that went there before a device was taken away is back.
         self.host_swaps = read_proc("/proc/swaps")?.lines().count() > 1;
         let before = std::mem::take(&mut self.tracked);
