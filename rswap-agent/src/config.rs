@@ -201,8 +201,9 @@ pub struct MigrateConfig {
     /// A migration that is not committed after so many seconds is rolled back.
     #[serde(deserialize_with = "positive_integer")]
     pub deadline_s: u64,
-    /// Memory for copies of sent pages, against which deltas are made.
-    pub cache_bytes: u64,
+    /// Memory for copies of sent pages, against which deltas are made [default: as much as the instance has, but at most a
+    /// quarter of what the host has available when a migration begins].
+    pub cache_bytes: Option<u64>,
     /// Pre-copy rounds at most.
     #[serde(deserialize_with = "positive_u32")]
     pub max_rounds: u32,
@@ -220,7 +221,7 @@ impl Default for MigrateConfig {
             // Longer than a peer may be silent: the agent itself rolls back in an orderly way then.
             freeze_limit_ms: 15_000,
             deadline_s: 120,
-            cache_bytes: 256 << 20,
+            cache_bytes: None,
             max_rounds: 30,
             stop_and_copy: false,
         }

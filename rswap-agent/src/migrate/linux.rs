@@ -14,7 +14,7 @@ use super::{
     link::{Link, SILENCE},
     linux_destination::{LinuxDestination, Reception},
     linux_source::{LinuxSource, Uplink},
-    offer::{FileDigests, Objection, Requirements},
+    offer::{FileDigests, Objection, Requirements, available_memory_bytes},
     probe,
     recovery::{self, Particulars, Recovery},
     rules::{DestinationState, SourceState},
@@ -35,6 +35,8 @@ use crate::{
     volume::place,
 };
 
+/// Part of the memory that is available that copies of sent pages may take: what is migrated may be what fills the host.
+const CACHE_PART: u64 = 4;
 /// How long the destination may take to look through what an instance needs.
 const PROBING: Duration = Duration::from_secs(60);
 
@@ -80,6 +82,8 @@ pub fn send(
     task.guard_by(Guard::start(place, instance, path, config.freeze_limit()).map_err(failed)?);
     let mut journal = Journal::begin(journals, id, SourceState::Begun, &particulars)?;
     let mut ask = |id| recovery::ask_within(host, id, ASK_AT_ONCE);
+    let cache_bytes = config.cache_bytes.or_else(|| Some(available_memory_bytes().ok()? / CACHE_PART));
+    let config = &MigrateConfig { cache_bytes, ..config.clone() };
     source::run(stream, &mut task, config, &mut journal, &mut ask, on_progress)
 }
 

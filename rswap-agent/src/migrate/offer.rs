@@ -216,7 +216,8 @@ fn free_huge_pages() -> Result<u64, TaskError> {
     Ok(free.saturating_sub(number("HugePages_Rsvd:").unwrap_or(0)))
 }
 
-fn available_memory_bytes() -> Result<u64, TaskError> {
+/// Memory that can be had without swapping, in bytes (`MemAvailable` in proc_meminfo(5)).
+pub(super) fn available_memory_bytes() -> Result<u64, TaskError> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
     Ok(line.split_whitespace().next().unwrap_or("0").parse::<u64>()? * 1024)

@@ -21,6 +21,8 @@ use crate::config::MigrateConfig;
 
 /// Milliseconds of a freeze in which nothing was written, until the first one has been measured.
 const FIXED_FREEZE_MS: f64 = 15.0;
+/// Memory for copies of sent pages, where nobody says how much.
+const USUAL_CACHE_BYTES: u64 = 256 << 20;
 const READ_BYTES: usize = wire::BATCH_PAGES * PAGE_SIZE;
 
 /// Asks the destination, on another connection, what became of a migration; for a while, if it doesn't answer.
@@ -127,7 +129,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             offered: false,
             layout: Vec::new(),
             digest: MemoryDigest::default(),
-            sent: SentPages::new(config.cache_bytes),
+            sent: SentPages::new(config.cache_bytes.unwrap_or(USUAL_CACHE_BYTES)),
             progress: Progress::default(),
             report: Report::default(),
         }
@@ -169,7 +171,8 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             Budget { unavailability_ms: self.config.max_unavailability_ms, rounds: self.config.max_rounds };
         let mut last_look = Instant::now();
         let mut bytes_per_s = 0.0;
-        let mut expected_before_ms = None;
+        let mut least_expected_ms: Option<f64> = None;
+        let mut fruitless_rounds = 0;
         for round in 0.. {
             self.check_deadline()?;
             let volumes_ms = self.copy_volumes(false)?;
@@ -186,10 +189,12 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
                     dirty_bytes: bytes as f64,
                     dirty_bytes_per_s: self.progress.dirty_bytes_per_s,
                     fixed_ms: FIXED_FREEZE_MS + volumes_ms,
-                    expected_before_ms,
+                    least_expected_ms,
+                    fruitless_rounds,
                 };
                 let expected = converge::expected_ms(&observed);
-                expected_before_ms = Some(expected);
+                fruitless_rounds = if converge::is_shorter(&observed) { 0 } else { fruitless_rounds + 1 };
+                least_expected_ms = Some(least_expected_ms.map_or(expected, |least| least.min(expected)));
                 self.progress.expected_unavailability_ms = expected;
                 match converge::decide(&observed, &budget) {
                     Step::Continue => {}
