@@ -1,13 +1,15 @@
 //! What a host has for instances to sit on: cores, memory and swap, file systems, network links.
 //!
 //! ```text
-//! discover (files below a root) -> follow (rates, states: online, degraded, full, gone) -> Inventory
+//! discover (files below a root) -> follow (rates, states: online, degraded, full, gone)
+//!     -> calibrate::apply (what was measured before) -> Inventory
 //! ```
 //!
 //! Everything may be missing: what a kernel or a virtual machine does not say is unknown, and each number carries its
 //! source. The root is a parameter, so that a directory tree of a test stands for a machine.
 
 mod block;
+pub mod calibrate;
 mod cores;
 pub mod cpu_list;
 mod discover;

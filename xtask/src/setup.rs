@@ -8,8 +8,17 @@ use xshell::{Shell, cmd};
 use crate::{ebpf, project_root, step};
 
 /// What the project needs at run time and in its scenarios.
-const SYSTEM_PACKAGES: &[&str] =
-    &["redis-server", "redis-tools", "fio", "python3", "iproute2", "bpftool", "procps", "util-linux"];
+const SYSTEM_PACKAGES: &[&str] = &[
+    "redis-server",
+    "redis-tools",
+    "fio",
+    "python3",
+    "iproute2",
+    "bpftool",
+    "procps",
+    "util-linux",
+    "e2fsprogs",
+];
 /// Programs that the scenarios move.
 const MOVED_PACKAGES: &[&str] = &["memcached", "nginx-light", "nodejs", "default-jdk-headless", "golang-go"];
 /// What bpf-linker is built against.

@@ -9,12 +9,20 @@ use super::wiring::Wiring;
 use crate::{
     config::{Config, Mode},
     control::{DrainDone, DrainRequest},
-    pool::{self, Pool, PoolState},
-    status::ApiError,
+    pool::{self, Pool, PoolState, Watch},
+    status::{ApiError, Board},
 };
 
+/// The pools of the first look, which the board shows from then on.
+pub(super) fn first(config: &Config, watch: &Watch, board: &Board) -> Vec<Pool> {
+    let inventory = watch.latest();
+    let pools = remembered(config, pool::planned(config, &inventory));
+    board.write(|board| (board.pools, board.inventory) = (pools.clone(), inventory));
+    pools
+}
+
 /// `pools`, with those that were being drained when the last agent ended.
-pub(super) fn remembered(config: &Config, mut pools: Vec<Pool>) -> Vec<Pool> {
+fn remembered(config: &Config, mut pools: Vec<Pool>) -> Vec<Pool> {
     let drained: BTreeSet<String> = match std::fs::read(path(config)) {
         Ok(text) => serde_json::from_slice(&text).unwrap_or_else(|error| {
             tracing::warn!(%error, path = %path(config).display(), "which pools are drained is not known");

@@ -55,13 +55,8 @@ impl Wiring {
     ) -> Self {
         let profiler = Arc::new(Profiler::start(&config.profile));
         let watch = Watch::start(&config);
-        let inventory = watch.latest();
-        let pools = super::drain::remembered(&config, pool::planned(&config, &inventory));
-        board.write(|board| {
-            board.inventory = inventory;
-            board.probes = profiler.probes();
-            board.pools.clone_from(&pools);
-        });
+        let pools = super::drain::first(&config, &watch, &board);
+        board.write(|board| board.probes = profiler.probes());
         let forecaster = Forecaster::new(config.forecast.clone(), config.agent.window_ms);
         let planner = Planner::new(config.plan.clone());
         let recorder = Recorder::new(&config.record);

@@ -1,8 +1,9 @@
 //! The command line: what a person types, and how the answers look.
 //!
-//! `run`, `check` and `doctor` work on the host themselves; the other commands ask the agent over its control
+//! `run`, `check`, `calibrate` and `doctor` work on the host themselves; the other commands ask the agent over its control
 //! socket. Whatever a script would want is there as `--json` too.
 
+mod calibrate;
 mod change;
 mod check;
 mod labels;
@@ -53,6 +54,8 @@ enum Command {
     Ps(Output),
     /// List the pools: what there is, what is used and left of it, what it costs, and how well it works
     Pools(PoolsArguments),
+    /// Measure a pool of this host: a short benchmark, bounded in time and bytes; asks before it loads a busy pool
+    Calibrate(CalibrateArguments),
     /// Show the last plan
     Plan(Output),
     /// Show why an instance is where it is: each kept decision, with all its numbers
@@ -91,6 +94,24 @@ struct PoolsArguments {
     /// Print a line per number: its value, its unit, and the file, key or measurement that it comes from
     #[arg(long, conflicts_with = "json")]
     sources: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct CalibrateArguments {
+    /// Which pool: `rswap pools` names them
+    #[arg(required_unless_present = "serve")]
+    pool: Option<String>,
+    /// Measure it although it is busy
+    #[arg(long, short = 'y')]
+    yes: bool,
+    /// Links: where `rswap calibrate --serve` runs on another host
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    peer: Option<std::net::SocketAddr>,
+    /// Be the other end of a link's benchmark, until Ctrl-C
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["pool", "yes", "peer"])]
+    serve: Option<std::net::SocketAddr>,
     #[command(flatten)]
     output: Output,
 }
@@ -274,6 +295,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Agent => local::agent(session.config),
         Command::Run(arguments) => local::run(&session, arguments),
         Command::Check(arguments) => check::check(&session, &arguments),
+        Command::Calibrate(arguments) => calibrate::calibrate(&session, &arguments),
         Command::Doctor(output) => local::doctor(output),
         other => runtime()?.block_on(ask(&session, other)),
     }
@@ -293,6 +315,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Agent
         | Command::Run(_)
         | Command::Check(_)
+        | Command::Calibrate(_)
         | Command::Simulate(_)
         | Command::Doctor(_)
         | Command::Init(_)

@@ -152,7 +152,7 @@ fn performance(pool: &LocalPool) -> Option<String> {
 }
 
 /// As many digits as mean something.
-fn rounded(value: f64) -> String {
+pub(super) fn rounded(value: f64) -> String {
     if value.abs() >= 100.0 { format!("{value:.0}") } else { format!("{value:.3}") }
 }
 

@@ -1,11 +1,12 @@
 //! Looks at this host's pools, again and again: cores go offline, devices and paths vanish, file systems fill up.
 
 use std::{
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use rswap_pools::{Inventory, Root, State};
+use rswap_pools::{Inventory, Root, State, calibrate};
 
 use crate::{
     config::{self, Config},
@@ -16,7 +17,20 @@ use crate::{
 pub fn look(config: &Config, before: Option<&Inventory>) -> Inventory {
     let settings = config::settings(config);
     let found = rswap_pools::discover(&Root::machine(), &settings, UnixMillis::now());
-    rswap_pools::follow(before.unwrap_or(&Inventory::default()), found, &settings)
+    let mut now = rswap_pools::follow(before.unwrap_or(&Inventory::default()), found, &settings);
+    let kept = calibrate::kept(&calibrations(config), &config.agent.host, &kernel_release());
+    calibrate::apply(&mut now, &kept, &settings);
+    now
+}
+
+/// Where what `rswap calibrate` measured is kept.
+pub fn calibrations(config: &Config) -> PathBuf {
+    config.agent.state_dir.join("calibrations")
+}
+
+/// As `uname -r` shows it.
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
 /// The latest look. The looks are made on a thread of their own, which ends with the process: a file system that does not

@@ -11,6 +11,7 @@ pub mod filter;
 pub mod handle;
 pub mod lock;
 pub mod mem;
+pub mod mempolicy;
 pub mod namespace;
 pub mod packet;
 pub mod pagemap;
