@@ -8,7 +8,7 @@ use super::{lead::TAILS, numeric::Short};
 /// Outcomes kept.
 pub(super) const KEPT: usize = 112;
 /// The weight of an outcome falls to a half in so many newer ones.
-const HALF_LIFE: f32 = 100.0;
+const HALF_LIFE: f32 = 25.0;
 /// Distance, in typical ones, at which a moment counts half.
 const LIKE: f32 = 0.5;
 /// What the most unlike moment still counts.

@@ -20,7 +20,7 @@ const MAX_PENDING: usize = 6;
 /// Outcomes without which nothing is said.
 const MIN_OUTCOMES: usize = 4;
 /// Step of the conformal correction, in mean absolute errors.
-const SHIFT: f32 = 0.01;
+const SHIFT: f32 = 0.005;
 /// The narrow expert's spread, as a share of the one that it is taken from.
 const NARROWER: f32 = 0.6;
 /// No forecast is above so many times the highest value.

@@ -32,6 +32,9 @@ pub struct Prior {
     log_mean: f64,
     /// Shares of time at each position, by [`Histogram`]'s bins.
     usual: Vec<f32>,
+    /// The quantiles of what it used when it was here before, where it returns.
+    #[serde(default)]
+    own: Option<[f64; 4]>,
     leads: Vec<LeadPrior>,
 }
 
@@ -72,7 +75,8 @@ impl Prior {
             let gained = lead.gained.iter().all(|gained| finite(gained));
             finite(&lead.regression) && gained && finite(&lead.missed) && finite(&lead.gone)
         };
-        let numbers = self.series.is_finite() && self.log_mean.is_finite() && finite(&self.usual);
+        let own = self.own.iter().flatten().all(|amount| amount.is_finite());
+        let numbers = own && self.series.is_finite() && self.log_mean.is_finite() && finite(&self.usual);
         if self.version != VERSION {
             Err(PriorError::Version(self.version))
         } else if self.leads.len() != leads {
@@ -117,6 +121,7 @@ impl Prior {
             series: 1.0,
             log_mean: mean.max(1e-12).ln(),
             usual: long.shares(),
+            own: None,
             leads: vec![],
         }
     }
@@ -135,6 +140,16 @@ impl Prior {
     pub(super) fn highest(&self) -> f64 {
         let [.., top] = analogs::spread::<100>(&self.usual, Histogram::WIDTH);
         f64::from(top).sinh() * UNIT * self.mean()
+    }
+
+    /// The quantiles of what it used when it was here before, where it returns.
+    pub(super) fn own(&self) -> Option<[f64; 4]> {
+        self.own
+    }
+
+    /// The quantiles of all that was used, as amounts.
+    fn amounts(&self) -> [f64; 4] {
+        Histogram::of(&self.usual).quantiles().map(|position| f64::from(position).sinh() * UNIT * self.mean())
     }
 
     pub(super) fn usual(&self) -> &[f32] {
@@ -218,9 +233,11 @@ impl Priors {
     pub fn of(&self, class: &str, identity: &str) -> Option<Prior> {
         let kin = [self.all.as_ref(), self.classes.get(class), self.identities.get(identity)];
         let known = kin.into_iter().zip(MOST).filter_map(|(prior, most)| Some(prior?.at_most(most)));
-        known.reduce(|mut wide, near| {
+        let mut prior = known.reduce(|mut wide, near| {
             wide.merge(&near);
             wide
-        })
+        })?;
+        prior.own = self.identities.get(identity).map(Prior::amounts);
+        Some(prior)
     }
 }

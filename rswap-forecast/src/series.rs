@@ -4,7 +4,7 @@ use super::{
     Evidence, Quantiles,
     habit::{Day, Histogram},
     history::History,
-    lead::{Lead, Moment},
+    lead::{Lead, Moment, TAILS},
     numeric::asinh,
     prior::{Prior, PriorError},
     regression::Features,
@@ -32,6 +32,8 @@ pub struct Series {
     seen: u64,
     /// Windows that what others have taught counts as.
     taught: u64,
+    /// The quantiles of what it used when it was here before, where it returns.
+    own: Option<[f64; 4]>,
     unit: f64,
     mean: f64,
     lowest: f64,
@@ -53,6 +55,7 @@ impl Series {
             tick: 0,
             seen: 0,
             taught: 0,
+            own: None,
             unit: 0.0,
             mean: 0.0,
             lowest: f64::MAX,
@@ -78,6 +81,7 @@ impl Series {
         let mut new = Self::new(leads, day);
         new.mean = prior.mean();
         new.taught = PRIOR_WINDOWS;
+        new.own = prior.own();
         new.long.start_from(prior.usual(), PRIOR_WINDOWS as f32);
         // What others reached is possible here, too.
         new.lowest = 0.0;
@@ -93,7 +97,10 @@ impl Series {
         if self.seen < TEACHES_AFTER {
             return None;
         }
-        let mut prior = Prior::of(self.mean, &self.long);
+        // Its own unit may be twice or half of what the mean asks for; that of who learns is what the mean says.
+        let (mut long, ratio) = (self.long.clone(), self.unit / self.wanted_unit());
+        long.rescale(|position| asinh(f64::from(position).sinh() * ratio));
+        let mut prior = Prior::of(self.mean, &long);
         self.leads.iter().for_each(|lead| lead.teach(&mut prior));
         Some(prior)
     }
@@ -150,9 +157,21 @@ impl Series {
     /// Quantiles per lead, in the order of the leads.
     pub fn quantiles(&self) -> impl Iterator<Item = Quantiles> {
         self.leads.iter().map(|lead| {
-            let [p50, p90, p95, p99] = lead.quantiles();
+            let [p50, p90, p95, p99] = self.as_before(lead.quantiles());
             Quantiles { p50, p90, p95, p99 }
         })
+    }
+
+    /// Of what returns, it is known what it can do. What one window in a hundred exceeds it shows itself within some hundred of them:
+    /// until then, its high quantiles are drawn up to those that they were before.
+    fn as_before(&self, mut quantiles: [f64; 4]) -> [f64; 4] {
+        let Some(own) = self.own.filter(|_| self.seen > 0) else { return quantiles };
+        for k in 1..4 {
+            let unshown = (1.0 - self.seen as f64 * f64::from(TAILS[k])).max(0.0);
+            let drawn = quantiles[k] + unshown * (own[k] - quantiles[k]).max(0.0);
+            quantiles[k] = drawn.max(quantiles[k - 1]);
+        }
+        quantiles
     }
 
     /// Quantiles and evidence per lead.
@@ -206,9 +225,13 @@ impl Series {
         }
     }
 
+    fn wanted_unit(&self) -> f64 {
+        (self.mean * UNIT).max(self.highest * 1e-6).max(1e-9)
+    }
+
     /// Keeps the unit near the mean amount.
     fn rescale(&mut self) {
-        let wanted = (self.mean * UNIT).max(self.highest * 1e-6).max(1e-9);
+        let wanted = self.wanted_unit();
         if self.unit > 0.0 && wanted <= self.unit * 2.0 && wanted >= self.unit * 0.5 {
             return;
         }
