@@ -309,15 +309,17 @@ fn parts(areas: &[Area<'_>]) -> Vec<Part> {
 fn parse(smaps: &str) -> Vec<Area<'_>> {
     let mut areas: Vec<Area<'_>> = Vec::new();
     for line in smaps.lines() {
-        if let (Some(area), Some((name, value))) = (areas.last_mut(), line.split_once(':'))
-            && !name.contains(' ')
-        {
-            let number = || value.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
-            match name {
-                "VmFlags" => area.flags = value,
-                "ProtectionKey" => area.key = number().unwrap_or(0) as i32,
-                "KernelPageSize" => area.page_kib = number().unwrap_or(0),
-                _ => {}
+        // Two dozen lines follow each first one, and few are of interest.
+        if line.starts_with(|first: char| first.is_ascii_uppercase()) {
+            let Some(area) = areas.last_mut() else { continue };
+            let number =
+                |value: &str| value.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
+            if let Some(value) = line.strip_prefix("VmFlags:") {
+                area.flags = value;
+            } else if let Some(value) = line.strip_prefix("ProtectionKey:") {
+                area.key = number(value).unwrap_or(0) as i32;
+            } else if let Some(value) = line.strip_prefix("KernelPageSize:") {
+                area.page_kib = number(value).unwrap_or(0);
             }
             continue;
         }

@@ -70,7 +70,10 @@ pub fn capture_instance(
         for task in tables::holders(process.member.pid, Common::Descriptors)?.into_iter().skip(further) {
             let (descriptors, refused) = descriptors::describe(task, &around, true)?;
             refused.first().map_or(Ok(()), |refused| refuse(task, refused))?;
-            let inner = Status::read(task)?.last_number("NSpid:").unwrap_or(task);
+            let inner = match task == process.member.pid {
+                true => process.member.node.pid,
+                false => Status::read(task)?.last_number("NSpid:").unwrap_or(task),
+            };
             open.push((task, inner, descriptors));
         }
     }
@@ -146,7 +149,7 @@ fn capture(
         memory_map: memory_map(pid, brk)?,
         auxv: read_bytes(&format!("/proc/{pid}/auxv"))?,
         exe: link(pid, "exe")?,
-        directories: Directories::read(pid)?,
+        directories: Directories::read(pid, &status)?,
         attributes: attributes::of_process(&mut leader)?,
         limits: limits(pid)?,
         oom_score_adj: read_proc(&format!("/proc/{pid}/oom_score_adj"))?.trim().parse().unwrap_or(0),
@@ -162,12 +165,15 @@ fn capture(
         descriptors: open.remove(&pid).unwrap_or_default(),
         threads: Vec::new(),
     };
-    let mut threads = vec![thread(stopped, pid, &mut leader, usual)?];
+    let mut threads = vec![thread(stopped, pid, &mut leader, &status, usual)?];
     let tids = stopped.tids();
     let descriptors = tables::owners(&tids, Common::Descriptors)?;
     let directories = tables::owners(&tids, Common::Directories)?;
     for (&tid, owners) in tids.iter().zip(descriptors.into_iter().zip(directories)).skip(1) {
-        let mut described = thread(stopped, tid, &mut leader.thread_of_program(stopped, tid)?, usual)?;
+        let status = Status::read(tid)?;
+        let mut remote = leader.thread_of_program(stopped, tid)?;
+        let mut described = thread(stopped, tid, &mut remote, &status, usual)?;
+        drop(remote);
         let inner = |tid: i32| Ok(Status::read(tid)?.last_number("NSpid:").unwrap_or(tid));
         described.tables = ThreadTables {
             descriptors: match owners.0 {
@@ -177,7 +183,7 @@ fn capture(
             },
             directories: match owners.1 {
                 owner if owner == pid => Table::Process,
-                owner if owner == tid => Table::Own(Directories::read(tid)?),
+                owner if owner == tid => Table::Own(Directories::read(tid, &status)?),
                 owner => Table::Of(inner(owner)?),
             },
         };
@@ -186,10 +192,12 @@ fn capture(
     Ok(TaskImage { threads, ..image })
 }
 
+/// `status` is the thread's own: the kernel needs long for it, and it stays as it is.
 fn thread(
     stopped: &StoppedProcess,
     tid: i32,
     remote: &mut Remote,
+    status: &Status,
     usual: &[usize],
 ) -> Result<ThreadImage, TraceeError> {
     let (pid, call) = (stopped.pid(), TraceeError::call);
@@ -206,7 +214,6 @@ fn thread(
     let at = remote.put(0, &[0; 8])?;
     remote.call("prctl", libc::SYS_prctl, [PR_GET_TID_ADDRESS, at, 0, 0, 0, 0])?;
     let clear_child_tid = u64::from_ne_bytes(remote.get(0)?);
-    let status = Status::read(tid)?;
     Ok(ThreadImage {
         tid: status.last_number("NSpid:").unwrap_or(tid),
         comm: read_proc(&format!("/proc/{pid}/task/{tid}/comm"))?.trim_end_matches('\n').to_owned(),
@@ -220,8 +227,8 @@ fn thread(
         robust_list: process::robust_list(tid).map_err(call("get_robust_list", tid))?,
         rseq: ptrace::rseq_configuration(tid).map_err(call("PTRACE_GET_RSEQ_CONFIGURATION", tid))?,
         scheduling: process::sched_getattr(tid).map_err(call("sched_getattr", tid))?.to_vec(),
-        credentials: privileges::capture(remote, &status)?,
-        seccomp: seccomp::capture(tid, &status)?,
+        credentials: privileges::capture(remote, status)?,
+        seccomp: seccomp::capture(tid, status)?,
         tables: ThreadTables::default(),
         attributes: attributes::of_thread(remote, usual)?,
     })

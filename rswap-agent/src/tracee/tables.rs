@@ -136,12 +136,12 @@ pub fn holders(pid: i32, what: Common) -> Result<Vec<i32>, TraceeError> {
 }
 
 impl Directories {
-    /// Those of a process or thread.
-    pub fn read(tid: i32) -> Result<Self, TraceeError> {
+    /// Those of a process or thread, whose status is given.
+    pub(super) fn read(tid: i32, status: &Status) -> Result<Self, TraceeError> {
         Ok(Self {
             root: link(tid, "root")?,
             working: link(tid, "cwd")?,
-            umask: Status::read(tid)?.radix("Umask:", 8).unwrap_or(0o022) as u32,
+            umask: status.radix("Umask:", 8).unwrap_or(0o022) as u32,
         })
     }
 
