@@ -4,7 +4,7 @@
 use std::{thread, time::Duration};
 
 use crate::{
-    migration::Migration,
+    moves::held,
     proxy::{Fault, Proxy},
     reason_to_skip,
     subjects::{Stage, Subject},
@@ -30,9 +30,6 @@ const PLACES: [Place; 12] = [
 
 /// Only with a volume: in the middle of its first pass.
 pub const IN_THE_VOLUME: Place = ("the volume", at(Tag::Volume, 4), Meanwhile::Runs);
-
-/// Migrations that are put off before one comes to its place.
-const TRIES: u32 = 3;
 
 /// A place: its name, how a migration is held there, and what becomes of the instance.
 pub type Place = (&'static str, Fault, Meanwhile);
@@ -75,7 +72,7 @@ pub fn each_place<S: Subject>(test: &str, victim: Victim, further: &[Place]) -> 
     let mut proxies = Vec::new();
     for &(place, fault, meanwhile) in PLACES.iter().chain(further) {
         let began = std::time::Instant::now();
-        let (proxy, migration) = held(&stage, fault)?;
+        let (proxy, migration) = held(S::NAME, &stage.a, &stage.b, fault)?;
         happens(victim, &mut stage, &proxy, meanwhile)?;
         proxies.push(proxy);
         drop(migration.end()?);
@@ -91,20 +88,6 @@ pub fn each_place<S: Subject>(test: &str, victim: Victim, further: &[Place]) -> 
     }
     stage.journals_close()?;
     stage.finish()
-}
-
-/// A migration that stands still where the fault says. One that was put off before is begun anew.
-fn held<S: Subject>(stage: &Stage<S>, fault: Fault) -> anyhow::Result<(Proxy, Migration)> {
-    for _ in 0..TRIES {
-        let proxy = Proxy::start(stage.a.netns(), stage.b.migrate_address().parse()?, fault)?;
-        let migration = stage.a.migrate(S::NAME, &proxy.address())?;
-        let Err(error) = proxy.wait_for_fault() else { return Ok((proxy, migration)) };
-        match migration.end()? {
-            Err(reason) if reason.contains("try again") => println!("{reason}"),
-            ended => return Err(error.context(format!("it ended before: {ended:?}"))),
-        }
-    }
-    anyhow::bail!("it was put off {TRIES} times")
 }
 
 fn happens<S: Subject>(

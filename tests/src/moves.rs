@@ -2,12 +2,21 @@
 
 use std::{
     path::{Path, PathBuf},
+    thread,
     time::Duration,
 };
 
 use anyhow::Context;
 
-use crate::{Fleet, Host, HostOptions, persistent::Running, wait_for};
+use rswap_agent::status::MigrationReport;
+
+use crate::{
+    Fleet, Host, HostOptions,
+    migration::Migration,
+    persistent::Running,
+    proxy::{Fault, Proxy},
+    wait_for,
+};
 
 /// How long a server may take to answer its first client.
 pub const START_LIMIT: Duration = Duration::from_secs(60);
@@ -15,6 +24,41 @@ pub const START_LIMIT: Duration = Duration::from_secs(60);
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// Budget for the freeze: the tests' machine is busy, and these tests aren't about it.
 const PATIENT_MS: u64 = 5000;
+
+/// Moves that may be put off because of what a program does at the moment: half-read directories, for example.
+const TRIES: u32 = 20;
+const BETWEEN_TRIES: Duration = Duration::from_millis(50);
+
+/// Moves `name`, and waits until it is only at `to`. What can't be carried at the moment is tried again, as the refusal says.
+pub fn moved(name: &str, from: &Host, to: &Host) -> anyhow::Result<MigrationReport> {
+    for tries in 1.. {
+        match from.migrate(name, &to.migrate_address())?.end()? {
+            Ok(report) => {
+                to.wait_for_instance(name)?;
+                anyhow::ensure!(!from.has_instance(name)?, "it is listed at the host that it has left");
+                return Ok(report);
+            }
+            Err(reason) if reason.contains("try again") && tries < TRIES => println!("{reason}"),
+            Err(reason) => anyhow::bail!("the migration failed: {reason}"),
+        }
+        thread::sleep(BETWEEN_TRIES);
+    }
+    unreachable!("the last try has returned")
+}
+
+/// A migration that stands still where the fault says. One that is put off before is begun anew.
+pub fn held(name: &str, from: &Host, to: &Host, fault: Fault) -> anyhow::Result<(Proxy, Migration)> {
+    for _ in 0..TRIES {
+        let proxy = Proxy::start(from.netns(), to.migrate_address().parse()?, fault)?;
+        let migration = from.migrate(name, &proxy.address())?;
+        let Err(error) = proxy.wait_for_fault() else { return Ok((proxy, migration)) };
+        match migration.end()? {
+            Err(reason) if reason.contains("try again") => println!("{reason}"),
+            ended => return Err(error.context(format!("it ended before: {ended:?}"))),
+        }
+    }
+    anyhow::bail!("it was put off {TRIES} times")
+}
 
 /// Two hosts and their clients.
 #[derive(Debug)]
@@ -49,13 +93,11 @@ impl Pair {
         goes_on: impl Fn() -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         for (from, to) in [(&self.a, &self.b), (&self.b, &self.a), (&self.a, &self.b)] {
-            let report = from.migrate(name, &to.migrate_address())?.succeed()?;
+            let report = moved(name, from, to)?;
             println!(
                 "{name}: frozen {:.0} ms, {} rounds, {} pages",
                 report.unavailability_ms, report.rounds, report.pages_sent
             );
-            to.wait_for_instance(name)?;
-            anyhow::ensure!(!from.has_instance(name)?, "it is still listed at the source");
             goes_on().context("after a move")?;
         }
         Ok(())

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::ensure;
 
-use crate::{Fleet, Host, HostOptions, wait_for};
+use crate::{Fleet, Host, HostOptions, moves, wait_for};
 
 /// How long a program may take for what a scenario waits for.
 pub const LIMIT: Duration = Duration::from_secs(40);
@@ -52,19 +52,9 @@ impl Scene {
 
     /// Moves an instance. What can't be carried at the moment is tried again, as the refusal says.
     pub fn moved(&self, name: &str, from: &Host, to: &Host) -> anyhow::Result<()> {
-        const TRIES: usize = 20;
-        for _ in 1..TRIES {
-            match from.migrate(name, &to.migrate_address())?.end()? {
-                Ok(report) => {
-                    println!("{report:?}");
-                    return Ok(());
-                }
-                Err(reason) if reason.contains("try again") => println!("{reason}"),
-                Err(reason) => anyhow::bail!("the migration failed: {reason}"),
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        from.migrate(name, &to.migrate_address())?.succeed().map(drop)
+        let report = moves::moved(name, from, to)?;
+        println!("{report:?}");
+        Ok(())
     }
 
     /// Three moves there and back; the program must go on after each.

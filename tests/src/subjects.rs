@@ -8,18 +8,16 @@ use std::{
     time::Duration,
 };
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 
 use crate::{
     Fleet, Host, HostOptions, binary,
     client::{DataSet, REDIS, VerifyingClient},
-    heartbeat, rounds, wait_for,
+    heartbeat, moves, rounds, wait_for,
 };
 
 /// How long a program may take for what is waited for.
 pub const LIMIT: Duration = Duration::from_secs(40);
-/// Moves that may be put off because of what the program does at the moment.
-const TRIES: u32 = 10;
 /// In this time a program that runs shows that it does.
 const STANDING_STILL: Duration = Duration::from_millis(500);
 
@@ -106,16 +104,7 @@ impl<S: Subject> Stage<S> {
     }
 
     fn moved(&self, from: &Host, to: &Host) -> anyhow::Result<()> {
-        for tries in 1.. {
-            match from.migrate(S::NAME, &to.migrate_address())?.end()? {
-                Ok(_) => break,
-                // What can't be carried at the moment: half-read directories, for example.
-                Err(reason) if reason.contains("try again") && tries < TRIES => println!("{reason}"),
-                Err(reason) => anyhow::bail!("the next try failed: {reason}"),
-            }
-        }
-        to.wait_for_instance(S::NAME)?;
-        ensure!(!from.has_instance(S::NAME)?, "it is listed at the host that it has left");
+        moves::moved(S::NAME, from, to).context("the next try")?;
         self.subject.goes_on()
     }
 

@@ -2,7 +2,8 @@
 
 use rswap_agent::migrate::wire::Tag;
 use rswap_tests::{
-    proxy::{Fault, Proxy},
+    moves::held,
+    proxy::Fault,
     reason_to_skip,
     subjects::{LIMIT, Redis, Stage, Subject},
     wait_for,
@@ -26,9 +27,7 @@ fn a_destination_killed_before_the_commit_changes_nothing() -> anyhow::Result<()
     ];
     for (place, fault) in places {
         println!("killed at {place}");
-        let proxy = Proxy::start(stage.a.netns(), stage.b.migrate_address().parse()?, fault)?;
-        let migration = stage.a.migrate(Redis::NAME, &proxy.address())?;
-        proxy.wait_for_fault()?;
+        let (proxy, migration) = held(Redis::NAME, &stage.a, &stage.b, fault)?;
         stage.b.kill_agent()?;
         proxy.cut();
         let reason = migration.end()?.expect_err("it was moved to a dead host");
@@ -48,9 +47,7 @@ fn a_page_damaged_on_the_wire_is_noticed_and_rolled_back() -> anyhow::Result<()>
         return Ok(());
     }
     let stage = Stage::<Redis>::set()?;
-    let proxy = Proxy::start(stage.a.netns(), stage.b.migrate_address().parse()?, Fault::DamagePage)?;
-    let migration = stage.a.migrate(Redis::NAME, &proxy.address())?;
-    proxy.wait_for_fault()?;
+    let (_proxy, migration) = held(Redis::NAME, &stage.a, &stage.b, Fault::DamagePage)?;
     let reason = migration.end()?.expect_err("a damaged copy was let run");
     println!("{reason}");
     runs_at_the_source_alone(&stage)?;

@@ -10,7 +10,8 @@ use anyhow::Context;
 use rswap_agent::migrate::wire::Tag;
 use rswap_tests::{
     Fleet, Host, HostOptions,
-    proxy::{Fault, Proxy},
+    moves::{held, moved},
+    proxy::Fault,
     reason_to_skip, rounds, wait_for,
 };
 
@@ -68,10 +69,8 @@ impl Scene {
         let hosts = [("a", &self.a), ("b", &self.b)];
         for at in [0, 1, 0] {
             let ((from_name, from), (to_name, to)) = (hosts[at], hosts[1 - at]);
-            let report = from.migrate("worker", &to.migrate_address())?.succeed()?;
+            let report = moved("worker", from, to)?;
             println!("frozen {:.0} ms: {:?}", report.unavailability_ms, report.freeze_steps_ms);
-            to.wait_for_instance("worker")?;
-            assert!(!from.has_instance("worker")?, "it is still listed at the source");
             assert!(!self.volume(from_name).exists(), "the volume is still at the source");
             assert!(self.volume(to_name).join("appended").exists(), "the volume is not in its place");
             self.goes_on()?;
@@ -111,9 +110,7 @@ fn a_volume_whose_copy_is_lost_is_whole_and_moves_at_the_second_try() -> anyhow:
         Fault::HoldAt { tag: Tag::RoundEnd, nth: 1 },
         Fault::HoldAt { tag: Tag::Verified, nth: 0 },
     ] {
-        let proxy = Proxy::start(scene.a.netns(), scene.b.migrate_address().parse()?, fault)?;
-        let migration = scene.a.migrate("worker", &proxy.address())?;
-        proxy.wait_for_fault()?;
+        let (proxy, migration) = held("worker", &scene.a, &scene.b, fault)?;
         scene.b.kill_agent()?;
         proxy.cut();
         let reason = migration.end()?.expect_err("it was moved to a dead host");
