@@ -1,5 +1,5 @@
 //! Moving threads by their affinity. A new thread inherits the affinity of the one that made it, so passes over all
-//! threads end: once a full pass finds none outside of the target, none can appear there.
+//! threads end: once a full pass finds none outside of the target, and none was just being made, none can appear there.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,10 @@ use super::{SwapError, threads::Threads};
 use crate::pool::CpuSet;
 
 /// Passes before it is given up: each needs a thread that was made by one not yet moved.
-const MAX_PASSES: u32 = 64;
+const MAX_PASSES: u32 = 1000;
+/// Passes in a row that must find nothing. A thread has the affinity that its maker had at the beginning of clone(2), but is
+/// listed at its end: one that is not listed yet may still come outside of the target.
+const EMPTY_PASSES: u32 = 3;
 
 /// What the threads had before, to restore it.
 #[derive(Debug, Default)]
@@ -51,10 +54,18 @@ pub(super) fn settle(
     snapshot: &mut Snapshot,
 ) -> Result<(u64, u32), SwapError> {
     let mut total = 0;
+    let mut empty = 0;
     for passes in 1..=MAX_PASSES {
         match pass(threads, target, snapshot)? {
-            0 => return Ok((total, passes)),
-            moved => total += moved,
+            0 if empty + 1 == EMPTY_PASSES => return Ok((total, passes)),
+            0 => {
+                empty += 1;
+                threads.let_them_appear();
+            }
+            moved => {
+                empty = 0;
+                total += moved;
+            }
         }
     }
     Err(SwapError::Unsettled { passes: MAX_PASSES })
@@ -117,6 +128,8 @@ mod tests {
         affinity: BTreeMap<i32, CpuSet>,
         spawning: usize,
         refuses: Option<i32>,
+        /// The affinity of one that was being made all the time.
+        late: Option<CpuSet>,
     }
 
     impl Threads for Model {
@@ -142,12 +155,19 @@ mod tests {
             }
             Ok(self.affinity.insert(tid, cpus.clone()).is_some())
         }
+
+        fn let_them_appear(&mut self) {
+            // Its maker has been moved since.
+            if let Some(cpus) = self.late.take() {
+                self.affinity.insert(1000, cpus);
+            }
+        }
     }
 
     fn model(spawning: usize, refuses: Option<i32>) -> Model {
         let affinity =
             BTreeMap::from([(10, CpuSet::from([0])), (20, CpuSet::from([0, 1])), (30, CpuSet::from([0]))]);
-        Model { affinity, spawning, refuses }
+        Model { affinity, spawning, refuses, late: None }
     }
 
     #[test]
@@ -161,8 +181,18 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_that_appears_after_its_maker_was_moved_is_moved_too() {
+        let (mut threads, target) = (model(0, None), CpuSet::from([1]));
+        threads.late = Some(CpuSet::from([0]));
+        let mut before = snapshot(&mut threads).unwrap();
+        settle(&mut threads, &target, &mut before).unwrap();
+        verify(&mut threads, &target).unwrap();
+        assert!(threads.affinity.contains_key(&1000));
+    }
+
+    #[test]
     fn what_never_settles_is_given_up() {
-        let (mut threads, target) = (model(1_000, None), CpuSet::from([1]));
+        let (mut threads, target) = (model(10_000, None), CpuSet::from([1]));
         let mut before = snapshot(&mut threads).unwrap();
         assert!(matches!(settle(&mut threads, &target, &mut before), Err(SwapError::Unsettled { .. })));
     }

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     instance::Instance,
     pool::{CpuSet, cpu_list},
+    sys::priority::Hurry,
 };
 
 const ONLINE: &str = "/sys/devices/system/cpu/online";
@@ -24,6 +25,8 @@ const ONLINE: &str = "/sys/devices/system/cpu/online";
 /// Moves all threads of `instance` to `cpus`. On an error they are where they were, unless the error says otherwise.
 pub fn move_to(instance: &Instance, cpus: &CpuSet) -> Result<SwapReport, SwapError> {
     let started = Instant::now();
+    // On a busy machine threads would otherwise be made faster than they are found.
+    let _hurry = Hurry::begin().inspect_err(|error| tracing::debug!(%error, "moving cores without hurry"));
     let mut swap = CpuSwap::snapshot(&instance.cgroup, cpus)?;
     match swap.transfer().and_then(|()| swap.activate()).and_then(|()| swap.verify()) {
         Ok(()) => Ok(swap.deactivate(started)),

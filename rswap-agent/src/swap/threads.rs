@@ -5,6 +5,8 @@ use std::{
     fs,
     io::{self, ErrorKind},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use nix::{
@@ -24,6 +26,8 @@ pub(super) trait Threads {
     fn affinity(&mut self, tid: i32) -> Result<Option<CpuSet>, SwapError>;
     /// `false` if the thread has ended.
     fn set_affinity(&mut self, tid: i32, cpus: &CpuSet) -> Result<bool, SwapError>;
+    /// Waits until those that are just being made are listed.
+    fn let_them_appear(&mut self);
 }
 
 /// The threads of a cgroup and of those below it.
@@ -60,6 +64,11 @@ impl Threads for CgroupThreads {
             Err(Errno::ESRCH) => Ok(false),
             Err(errno) => Err(failed(errno)),
         }
+    }
+
+    fn let_them_appear(&mut self) {
+        // A call of clone(2) takes a fraction of that, unless its thread is waiting for a processor.
+        thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -15,6 +15,7 @@ pub mod mempolicy;
 pub mod namespace;
 pub mod packet;
 pub mod pagemap;
+pub mod priority;
 pub mod process;
 pub mod ptrace;
 pub mod shared_word;
