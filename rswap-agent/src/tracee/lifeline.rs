@@ -80,8 +80,15 @@ struct Places {
     pop: Option<u64>,
 }
 
-/// The places that were found before, by a mapped file's name, inode and offset.
-static KNOWN: Mutex<BTreeMap<(String, u64, u64), Places>> = Mutex::new(BTreeMap::new());
+/// A mapped file's name, inode and offset, and the length of the mapping.
+type Key = (String, u64, u64, u64);
+
+fn key(mapping: &Mapping) -> Key {
+    (mapping.name.clone(), mapping.inode, mapping.offset, mapping.len())
+}
+
+/// The places that were found before.
+static KNOWN: Mutex<BTreeMap<Key, Places>> = Mutex::new(BTreeMap::new());
 
 impl Ways {
     /// Looks for them in the code that `pid` has mapped. The first look into a file takes longer.
@@ -91,7 +98,7 @@ impl Ways {
         let mut code: Vec<&Mapping> = mappings.iter().filter(is_code).collect();
         code.sort_by_key(|mapping| !(mapping.name.contains("libc") || mapping.name.contains("musl")));
         let mut found = Places::default();
-        for mapping in code {
+        for mapping in &code {
             let places = places(pid, mapping);
             found.call = found.call.or(places.call);
             found.restorer = found.restorer.or(places.restorer);
@@ -102,9 +109,17 @@ impl Ways {
         }
         match found {
             Places { call: Some(call), pop: Some(pop), .. } => Ok(Self { call, back: Back::Pop(pop) }),
-            _ => Err(TraceeError::Unsupported(format!(
-                "process {pid} has no code by which it would come back from a call if the agent were killed in it"
-            ))),
+            _ => {
+                // It may have become another program meanwhile, whose code was read in place of this one's: the next look is
+                // a fresh one.
+                let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+                for mapping in &code {
+                    known.remove(&key(mapping));
+                }
+                Err(TraceeError::Unsupported(format!(
+                    "process {pid} has no code by which it would come back from a call if the agent were killed in it"
+                )))
+            }
         }
     }
 
@@ -125,7 +140,7 @@ impl Ways {
 
 /// The places in one mapping, as addresses.
 fn places(pid: i32, mapping: &Mapping) -> Places {
-    let key = (mapping.name.clone(), mapping.inode, mapping.offset);
+    let key = key(mapping);
     let at = |place: u64| mapping.start + place;
     let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
     let holds = |place: Option<u64>, codes: &[&[u8]]| {
@@ -145,26 +160,29 @@ fn places(pid: i32, mapping: &Mapping) -> Places {
             known
         }
         _ => {
-            let fresh = search(pid, mapping);
-            KNOWN.lock().unwrap_or_else(PoisonError::into_inner).insert(key, fresh);
+            let (fresh, is_all) = search(pid, mapping);
+            // What could not be read of a process that is just ending says nothing about the next one.
+            if is_all {
+                KNOWN.lock().unwrap_or_else(PoisonError::into_inner).insert(key, fresh);
+            }
             fresh
         }
     };
     Places { call: places.call.map(at), restorer: places.restorer.map(at), pop: places.pop.map(at) }
 }
 
-fn search(pid: i32, mapping: &Mapping) -> Places {
+/// Also answers whether that is all there is to be known.
+fn search(pid: i32, mapping: &Mapping) -> (Places, bool) {
     const CHUNK: usize = 256 * 1024;
+    /// Of the instructions that are looked for, in bytes.
+    const LONGEST: usize = 9;
     let mut found = Places::default();
     let mut chunk = vec![0; CHUNK];
     let mut at = mapping.start;
-    while at < mapping.end && (found.call.is_none() || found.restorer.is_none()) {
+    while found.call.is_none() || found.restorer.is_none() {
         let want = (mapping.end - at).min(CHUNK as u64) as usize;
         let read = mem::read(pid, RemoteAddr(at), &mut chunk[..want]).unwrap_or(0);
-        if read < CALL.len() {
-            break;
-        }
-        for (place, code) in chunk[..read].windows(9).enumerate() {
+        for (place, code) in chunk[..read].windows(LONGEST).enumerate() {
             let place = at - mapping.start + place as u64;
             match code[0] {
                 0x0f if code.starts_with(CALL) => found.call = found.call.or(Some(place)),
@@ -175,13 +193,16 @@ fn search(pid: i32, mapping: &Mapping) -> Places {
                 _ => {}
             }
         }
-        // What lies across the border is found with the next chunk.
-        at += if read == want { (read - 8).max(1) as u64 } else { read as u64 };
-        if read < 9 {
+        if read < want {
+            return (found, false);
+        }
+        if at + want as u64 == mapping.end {
             break;
         }
+        // What lies across the border is found with the next chunk.
+        at += (CHUNK - (LONGEST - 1)) as u64;
     }
-    found
+    (found, true)
 }
 
 /// A frame that lies ready in a stopped thread's memory.
@@ -403,3 +424,6 @@ pub(super) fn out_of_sequence(tid: i32, registers: Registers) -> Registers {
         None => registers,
     }
 }
+
+#[cfg(test)]
+mod tests;
