@@ -48,8 +48,10 @@ def flags():
         words = line.split()
         if "-" in words[0] and not words[0].endswith(":"):
             at = int(words[0].split("-")[0], 16)
+            # One was listed twice once: the kernel gives the file piece by piece.
+            found[at] = []
         elif words[0] in ("VmFlags:", "ProtectionKey:"):
-            found.setdefault(at, []).extend(word for word in words[1:] if word not in ("sd", "um", "uw", "ui", "gu", "ac", "nr"))
+            found[at].extend(word for word in words[1:] if word not in ("sd", "um", "uw", "ui", "gu", "ac", "nr"))
     return found
 
 
