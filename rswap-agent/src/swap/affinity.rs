@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::{SwapError, threads::Threads};
 use crate::pool::CpuSet;
 
-/// Passes before it is given up: each needs a thread that was made by one not yet moved.
+/// Passes before it is given up: threads are then made faster than they are found.
 const MAX_PASSES: u32 = 1000;
 /// Passes in a row that must find nothing. A thread has the affinity that its maker had at the beginning of clone(2), but is
 /// listed at its end: one that is not listed yet may still come outside of the target.
