@@ -2,6 +2,7 @@
 //! running program can be chosen.
 
 use std::{
+    collections::BTreeMap,
     fs,
     sync::{
         Arc,
@@ -26,7 +27,7 @@ use nix::{
 /// A place in what the agent does to a program, by the ptrace request that it is about to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Before its `nth` request of any kind, from 0.
+    /// Before its `nth` request of any kind, from 0; all others are of one thread of the agent, whichever comes there first.
     Step(usize),
     /// The frame is written, and the registers are about to be changed for the first time.
     FrameWritten,
@@ -101,7 +102,9 @@ fn seize(agent: Pid) -> anyhow::Result<()> {
 
 /// The end of this thread lets the agent go.
 fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow::Result<bool> {
-    let mut progress = Progress::default();
+    // Each of the agent's threads makes its calls in a program of its own.
+    let mut threads: BTreeMap<i32, Progress> = BTreeMap::new();
+    let mut requests = 0..;
     while !over.load(Ordering::Acquire) {
         // Not for the children of the test's other threads.
         let stop = match waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD)) {
@@ -115,7 +118,7 @@ fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow
                     // At its entry a call has this for a result.
                     && registers.rax as i64 == -i64::from(libc::ENOSYS)
                     && registers.orig_rax as i64 == libc::SYS_ptrace
-                    && progress.reaches(place, registers.rdi)
+                    && threads.entry(tid.as_raw()).or_default().reaches(place, registers.rdi, requests.next())
                 {
                     kill(agent, signal).context("cannot strike")?;
                     return Ok(true);
@@ -134,10 +137,9 @@ fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow
     Ok(false)
 }
 
-/// What the agent did so far.
+/// What a thread of the agent did so far.
 #[derive(Debug, Default)]
 struct Progress {
-    requests: usize,
     /// Calls that were begun, and how many of their two steps the last one has made.
     calls: usize,
     half: usize,
@@ -146,10 +148,10 @@ struct Progress {
 }
 
 impl Progress {
-    /// Takes note of a request that is about to be made; whether it is at `place`.
-    fn reaches(&mut self, place: Place, request: u64) -> bool {
+    /// Takes note of a request that is about to be made, the agent's `number`th; whether it is at `place`.
+    fn reaches(&mut self, place: Place, request: u64, number: Option<usize>) -> bool {
         let at = match place {
-            Place::Step(nth) => self.requests == nth,
+            Place::Step(nth) => number == Some(nth),
             Place::FrameWritten => request == SET_REGISTERS && self.set == 0,
             Place::BeforeMask => request == SET_MASK && self.masked == 0,
             Place::Entry(nth) => request == TO_CALL && self.half == 1 && self.calls == nth + 1,
@@ -157,7 +159,6 @@ impl Progress {
             Place::BeforeMaskBack => request == SET_MASK && self.masked == 1,
             Place::BeforeRegistersBack => request == SET_REGISTERS && self.masked == 2,
         };
-        self.requests += 1;
         match request {
             TO_CALL if self.half == 1 => self.half = 2,
             TO_CALL => (self.half, self.calls) = (1, self.calls + 1),

@@ -23,15 +23,18 @@ use crate::{
     },
     tracee::{
         TraceeError,
-        advice::Reader,
-        capture::{self, Frozen},
+        advice::{Advice, Reader},
         check,
+        crew::Crew,
         descriptors::{self, Lock},
         files::Places,
+        image::InstanceImage,
         layout::{InstanceLayout, ProcessLayout, segment_inode},
         leftovers, mounts,
         objects::{self, SourceObject},
         settle::Settling,
+        snapshot::{self, Frozen},
+        stopped::StoppedProcess,
         sysv::{self, Segment},
         tables,
         tcp::Held,
@@ -65,6 +68,8 @@ pub struct LinuxSource<U> {
     instance: Instance,
     uplink: U,
     processes: Vec<SourceProcess>,
+    /// Holds those that are stopped.
+    crew: Option<Crew>,
     zombies: Vec<Node>,
     objects: BTreeMap<u64, SourceObject>,
     files: FileDigests,
@@ -109,6 +114,7 @@ impl<U: Uplink> LinuxSource<U> {
             instance,
             uplink,
             processes: Vec::new(),
+            crew: None,
             zombies: Vec::new(),
             objects: BTreeMap::new(),
             files: FileDigests::new(places.clone()),
@@ -278,6 +284,53 @@ impl<U: Uplink> LinuxSource<U> {
         })
     }
 
+    /// Has the threads that hold the processes do `work` on each.
+    fn by_crew<R: Send + 'static>(
+        &mut self,
+        work: impl Fn(&mut SourceProcess) -> R + Send + Sync + 'static,
+    ) -> Vec<R> {
+        let crew = self.crew.get_or_insert_with(Crew::start);
+        let processes = std::mem::take(&mut self.processes).into_iter().enumerate();
+        let items = processes.map(|(at, mut process)| (*process.hand.get_or_insert(crew.hand(at)), process));
+        let (processes, results) = crew.each(items.collect(), work);
+        self.processes = processes;
+        results
+    }
+
+    /// The image, but for what connections hold.
+    fn capture(&mut self) -> Result<InstanceImage, TaskError> {
+        let mut read = self.advice.take().ok_or("the instance is not frozen")?.finish();
+        let advice = self.processes.iter().map(|process| {
+            read.remove(&process.pid())
+                .ok_or("what is asked of its memory was not read")?
+                .map_err(TaskError::from)
+        });
+        let advice = advice.collect::<Result<Vec<Advice>, TaskError>>()?;
+        let crew = self.crew.as_mut().ok_or("the instance is not frozen")?;
+        let mut frozen = Vec::with_capacity(self.processes.len());
+        for (process, advice) in self.processes.iter_mut().zip(advice) {
+            let (Some(threads), Some(hand)) = (process.stopped.take(), process.hand) else {
+                return Err("the instance is not frozen".into());
+            };
+            let (mappings, kernel_mappings) = (process.mappings.clone(), process.kernel_mappings().to_vec());
+            let (space, member) = (process.space, process.member);
+            frozen.push(Frozen { space, member, threads, hand, mappings, kernel_mappings, advice });
+        }
+        let (cgroup, zombies) = (&self.instance.cgroup, self.zombies.clone());
+        let (frozen, image) = snapshot::capture_instance(crew, cgroup, frozen, zombies, &self.places);
+        for (process, frozen) in self.processes.iter_mut().zip(frozen) {
+            process.stopped = Some(frozen.threads);
+        }
+        Ok(image?)
+    }
+
+    /// Lets go of those that are stopped.
+    fn let_go(&mut self) {
+        if self.crew.is_some() {
+            self.by_crew(|process| process.stopped = None);
+        }
+    }
+
     fn process(&self, space: u32) -> Option<&SourceProcess> {
         self.processes.iter().find(|process| process.space == space)
     }
@@ -392,6 +445,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
 
     fn settle(&mut self) -> Result<(), TaskError> {
         self.uplink.prepare();
+        self.crew.get_or_insert_with(Crew::start);
         self.guard.as_ref().map_or(Ok(()), Guard::arm)?;
         for process in &self.processes {
             match Settling::begin(process.pid()) {
@@ -422,13 +476,16 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
                 let mut living = self.settling.iter().filter(living).enumerate();
                 return Ok(living.try_for_each(|(number, settling)| settling.require(number == 0))?);
             }
-            for process in &mut self.processes {
-                match process.stop() {
-                    Err(TraceeError::Gone(_)) => {}
-                    Ok(true) => reader.ask(process.pid()),
-                    stopped => drop(stopped?),
+            let ask = reader.asker();
+            let stops = self.by_crew(move |process| match process.stop() {
+                Err(TraceeError::Gone(_)) => Ok(()),
+                Ok(true) => {
+                    ask(process.pid());
+                    Ok(())
                 }
-            }
+                stopped => stopped.map(drop),
+            });
+            stops.into_iter().collect::<Result<(), _>>()?;
         }
         let text = format!("{} makes processes faster than they can be stopped", self.instance.name);
         Err(TraceeError::Unsupported(text).into())
@@ -439,38 +496,20 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             let text = format!("a mount of its own at {} ({kind}): {}", path.display(), mounts::REMEDY);
             return Err(TraceeError::Unsupported(text).into());
         }
-        let mut stopped = Vec::new();
-        let mut read = self.advice.take().ok_or("the instance is not frozen")?.finish();
-        let mut advice = Vec::with_capacity(self.processes.len());
-        for process in &self.processes {
-            advice.push(read.remove(&process.pid()).ok_or("what is asked of its memory was not read")??);
-        }
-        for (process, advice) in self.processes.iter().zip(&advice) {
-            let threads = process.stopped.as_ref().ok_or("the instance is not frozen")?;
-            stopped.push(Frozen {
-                space: process.space,
-                member: process.member,
-                threads,
-                mappings: &process.mappings,
-                kernel_mappings: process.kernel_mappings(),
-                advice,
-            });
-        }
-        let mut image =
-            capture::capture_instance(&self.instance.cgroup, &stopped, self.zombies.clone(), &self.places)?;
+        let mut image = self.capture()?;
         // No call can be made in it any more, and it stays still whatever becomes of this process: from here on it could
         // not use its connections.
         cgroup::freeze(&self.instance.cgroup, true)?;
         self.parked = true;
         // Threads are described in the order in which they were stopped.
-        for (process, described) in stopped.iter().zip(&image.processes) {
-            let tids = process.threads.tids();
+        let tids: Vec<Vec<i32>> =
+            self.processes.iter().flat_map(|p| &p.stopped).map(StoppedProcess::tids).collect();
+        for (tids, described) in tids.iter().zip(&image.processes) {
             for (thread, descriptors) in described.task.open_files() {
                 self.held.take(tids[thread], descriptors)?;
             }
         }
-        for (process, described) in stopped.iter().zip(&mut image.processes) {
-            let tids = process.threads.tids();
+        for (tids, described) in tids.iter().zip(&mut image.processes) {
             for (thread, descriptors) in described.task.open_files_mut() {
                 self.held.read(tids[thread], descriptors)?;
                 for descriptor in descriptors.iter() {
@@ -480,7 +519,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             }
         }
         // Let go by ptrace, and held by the cgroup: no thread runs in between.
-        self.processes.iter_mut().for_each(|process| process.stopped = None);
+        self.let_go();
         Ok(postcard::to_stdvec(&image)?)
     }
 
@@ -495,6 +534,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         self.locks.clear();
         self.settling.clear();
         self.advice = None;
+        self.let_go();
         self.processes.iter_mut().for_each(SourceProcess::release);
         self.frozen = false;
         let thawed = match std::mem::take(&mut self.parked) {
@@ -527,6 +567,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         if let Some(guard) = &self.guard {
             guard.disarm();
         }
+        self.let_go();
         self.processes.iter_mut().for_each(SourceProcess::release);
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::volumes::SourceVolumes;
 use crate::tracee::{
     TraceeError,
+    crew::Hand,
     layout::{self, Layout, Mapping, ProcessLayout},
     read_proc,
     stopped::StoppedProcess,
@@ -26,8 +27,10 @@ pub struct SourceProcess {
     pub space: u32,
     /// Its pids and its place in the tree.
     pub member: Member,
-    /// Every thread held still, once it is frozen.
+    /// Every thread held still, once it is frozen,
     pub stopped: Option<StoppedProcess>,
+    /// by this one of ours.
+    pub hand: Option<Hand>,
     /// Its own mappings at the last look.
     pub mappings: Vec<Mapping>,
     kernel_mappings: Vec<Mapping>,
@@ -60,6 +63,7 @@ impl SourceProcess {
             space,
             member,
             stopped: None,
+            hand: None,
             mappings: Vec::new(),
             kernel_mappings: Vec::new(),
             huge_pages_off: false,
@@ -177,9 +181,8 @@ impl SourceProcess {
         Ok(written)
     }
 
-    /// Stops tracking, and lets it go if it was stopped.
+    /// Stops tracking.
     pub fn release(&mut self) {
         self.tracker = None;
-        self.stopped = None;
     }
 }

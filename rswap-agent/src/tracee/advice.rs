@@ -131,13 +131,16 @@ impl Reader {
         Self { pids, workers: workers.collect() }
     }
 
-    /// Has that of process `pid` read, every thread of which stands still.
-    pub fn ask(&self, pid: i32) {
-        // One whose threads have all panicked has none, which is found at the end.
-        let _ = self.pids.send(pid);
+    /// Has that of a process read, by its pid, when every thread of it stands still.
+    pub fn asker(&self) -> impl Fn(i32) + Send + Sync + use<> {
+        let pids = self.pids.clone();
+        move |pid| {
+            // If the threads have all panicked there is none, which is found at the end.
+            let _ = pids.send(pid);
+        }
     }
 
-    /// All that was asked for, by pid.
+    /// All that was asked for, by pid. Waits until nobody can ask any more.
     pub fn finish(self) -> BTreeMap<i32, Result<Advice, TraceeError>> {
         drop(self.pids);
         self.workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()

@@ -1,27 +1,17 @@
-//! Takes the image of an instance whose processes are stopped.
+//! Takes the image of a process that is stopped, but for its descriptors.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::fs;
 
 use super::{
-    TraceeError,
-    advice::{self, Advice},
-    attributes,
-    cgroups::Subtree,
-    descriptors::{self, Around, Refused},
-    files::{self, Places},
-    image::{
-        Credentials, Descriptor, InstanceImage, MemoryMap, ProcessImage, StopImage, TaskImage, ThreadImage,
-    },
-    layout::{Layout, Mapping},
-    names::HostNames,
+    TraceeError, advice, attributes,
+    image::{Credentials, MemoryMap, StopImage, TaskImage, ThreadImage},
+    layout::Layout,
     posix_timers, privileges, read_proc,
     remote::Remote,
     seccomp,
+    snapshot::Frozen,
     stopped::StoppedProcess,
-    sysv,
     tables::{self, Directories, Table, ThreadTables},
-    terminals,
-    tree::{self, Member, Node},
     waits,
 };
 use crate::sys::{
@@ -30,121 +20,17 @@ use crate::sys::{
     ptrace::{self, Registers},
 };
 
-/// A living process of a frozen instance.
-#[derive(Clone, Copy, Debug)]
-pub struct Frozen<'a> {
-    /// Its number as an address space.
-    pub space: u32,
-    /// Its pids and its place in the tree.
-    pub member: Member,
-    /// Its threads, held still.
-    pub threads: &'a StoppedProcess,
-    /// Its mappings, without the kernel's own.
-    pub mappings: &'a [Mapping],
-    /// The kernel's own.
-    pub kernel_mappings: &'a [Mapping],
-    /// What is asked of its memory, not completed yet.
-    pub advice: &'a Advice,
-}
-
-/// Takes the image of an instance whose processes are all in `frozen`, parents first, and in `cgroup` or below. What can't
-/// be carried is refused.
-pub fn capture_instance(
-    cgroup: &Path,
-    frozen: &[Frozen<'_>],
-    zombies: Vec<Node>,
-    places: &Places,
-) -> Result<InstanceImage, TraceeError> {
-    let mut open = Vec::new();
-    let members: Vec<Member> = frozen.iter().map(|process| process.member).collect();
-    if let Some((pid, what)) = tables::obstacles(&members)?.first() {
-        return Err(TraceeError::Unsupported(format!("process {pid}: {what}: {}", tables::REMEDY)));
-    }
-    let pids: Vec<i32> = members.iter().map(|member| member.pid).collect();
-    let spaces: Vec<u32> = frozen.iter().map(|process| process.space).collect();
-    let tables = tables::of_processes(&pids, &spaces)?;
-    let around = Around::of(&pids);
-    for (process, tables) in frozen.iter().zip(&tables) {
-        // What it has in common with another one comes with that.
-        let further = usize::from(tables.descriptors != process.space);
-        for task in tables::holders(process.member.pid, Common::Descriptors)?.into_iter().skip(further) {
-            let (descriptors, refused) = descriptors::describe(task, &around, true)?;
-            refused.first().map_or(Ok(()), |refused| refuse(task, refused))?;
-            let inner = match task == process.member.pid {
-                true => process.member.node.pid,
-                false => Status::read(task)?.last_number("NSpid:").unwrap_or(task),
-            };
-            open.push((task, inner, descriptors));
-        }
-    }
-    let lists: Vec<_> = open.iter().map(|(pid, _, list)| (*pid, list.as_slice())).collect();
-    descriptors::connected_outside(&lists, true)
-        .first()
-        .map_or(Ok(()), |(pid, refused)| refuse(*pid, refused))?;
-    files::left_behind(&lists, places).first().map_or(Ok(()), |(pid, refused)| refuse(*pid, refused))?;
-    let logs = files::logs(&lists, places);
-    for (pid, _, descriptors) in &mut open {
-        files::note(*pid, descriptors, &logs, places)?;
-    }
-    descriptors::share(&around, &mut open)?;
-    // The init, which the main process comes from, has the processors that the instance may use.
-    let init = frozen.first().map_or(Ok(0), |main| tree::parent(main.member.pid))?;
-    let usual = attributes::processors(init)?;
-    let mut processes = Vec::with_capacity(frozen.len());
-    let mut open: BTreeMap<i32, Vec<Descriptor>> =
-        open.into_iter().map(|(task, _, descriptors)| (task, descriptors)).collect();
-    for (process, tables) in frozen.iter().zip(tables) {
-        let task = capture(process, &mut open, &usual)?;
-        // That of a session outside of the instance stays behind.
-        let terminal = match process.member.node.session {
-            0 => None,
-            _ => terminals::controlling(process.member.pid)?,
-        };
-        let (space, node) = (process.space, process.member.node);
-        processes.push(ProcessImage { space, node, terminal, tables, task });
-    }
-    for image in &mut processes {
-        let parent = frozen.iter().find(|other| other.member.node.pid == image.node.parent);
-        if let (Some(stop), Some(parent)) = (&mut image.task.stopped, parent) {
-            stop.unread = has_unread_stop(parent.threads, image.node.pid)?;
-        }
-    }
-    let names = HostNames::of(init).map_err(TraceeError::call("reading the host names", init))?;
-    let queues = sysv::queues(init).map_err(TraceeError::call("reading SysV objects", init))?;
-    let cgroups =
-        Subtree::read(cgroup, init, &members).map_err(TraceeError::call("reading the cgroups", init))?;
-    Ok(InstanceImage { processes, zombies, names, cgroups, queues })
-}
-
-/// Whether `parent` would still be told that its child `inner` is stopped.
-fn has_unread_stop(parent: &StoppedProcess, inner: i32) -> Result<bool, TraceeError> {
-    let mut parent = Remote::of_program(parent)?;
-    parent.map_scratch_in_program()?;
-    let at = parent.put(0, &[0; 128])?;
-    let options = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL) as u64;
-    parent.call("waitid", libc::SYS_waitid, [libc::P_PID as u64, inner as u64, at, options, 0, 0])?;
-    Ok(parent.get::<4>(0)? != [0; 4])
-}
-
-fn refuse(pid: i32, refused: &Refused) -> Result<(), TraceeError> {
-    let text = format!("descriptor {} of process {pid}: {}: {}", refused.fd, refused.what, refused.remedy);
-    Err(TraceeError::Unsupported(text))
-}
-
-fn capture(
-    process: &Frozen<'_>,
-    open: &mut BTreeMap<i32, Vec<Descriptor>>,
-    usual: &[usize],
-) -> Result<TaskImage, TraceeError> {
-    let stopped = process.threads;
-    let (pid, mappings) = (stopped.pid(), process.mappings.to_vec());
+/// Takes the image of `process`, whose instance may use the processors `usual`, by the thread that holds it.
+pub(super) fn capture(process: &Frozen, usual: &[usize]) -> Result<TaskImage, TraceeError> {
+    let stopped = &process.threads;
+    let (pid, mappings) = (stopped.pid(), process.mappings.clone());
     let status = Status::read(pid)?;
-    let mut leader = Remote::of_program(stopped)?;
+    let mut leader = Remote::of_mapped_program(stopped, &mappings)?;
     leader.map_scratch_in_program()?;
     let brk = leader.call("brk", libc::SYS_brk, [0; 6])?;
     let image = TaskImage {
         layout: Layout { mappings, huge_pages_off: status.number("THP_enabled:") == Some(0) },
-        kernel_mappings: process.kernel_mappings.to_vec(),
+        kernel_mappings: process.kernel_mappings.clone(),
         advice: advice::complete(&mut leader, process.advice.clone())?,
         memory_map: memory_map(pid, brk)?,
         auxv: read_bytes(&format!("/proc/{pid}/auxv"))?,
@@ -162,7 +48,7 @@ fn capture(
         posix_timers: posix_timers::capture(&mut leader)?,
         taken_ns: instance_clock_ns(pid)?,
         stopped: stopped.stop_signal().map(|signal| StopImage { signal, unread: false }),
-        descriptors: open.remove(&pid).unwrap_or_default(),
+        descriptors: Vec::new(),
         threads: Vec::new(),
     };
     let mut threads = vec![thread(stopped, pid, &mut leader, &status, usual)?];
@@ -178,7 +64,7 @@ fn capture(
         described.tables = ThreadTables {
             descriptors: match owners.0 {
                 owner if owner == pid => Table::Process,
-                owner if owner == tid => Table::Own(open.remove(&tid).unwrap_or_default()),
+                owner if owner == tid => Table::Own(Vec::new()),
                 owner => Table::Of(inner(owner)?),
             },
             directories: match owners.1 {

@@ -7,18 +7,19 @@
 //!   tracker  what was written                objects   shared memory
 //!   settle   connections without descriptor
 //!   stopped  every thread held still         rebuild   descriptors, credentials, threads, registers
-//!   capture  -> image::InstanceImage  ------------->
+//!   snapshot -> image::InstanceImage  ------------->
 //!   tcp      connections held                reconnect connections made again, and resumed
 //! ```
 //!
 //! All of it works by ptrace and by system calls run inside the tracee ([`remote`]); no code is put
-//! into it. ptrace is bound to a thread, so the types here must stay on the thread that made them.
+//! into it. ptrace is bound to a thread, so the types here must stay on the thread that made them: [`crew`] has those threads.
 
 pub mod advice;
 pub mod attributes;
 pub mod capture;
 pub mod cgroups;
 pub mod check;
+pub mod crew;
 pub mod datagrams;
 pub mod descriptors;
 mod ended;
@@ -41,6 +42,7 @@ pub mod remote;
 pub mod seccomp;
 pub mod segment;
 pub mod settle;
+pub mod snapshot;
 mod sockets;
 pub mod space;
 pub mod stopped;

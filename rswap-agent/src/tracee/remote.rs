@@ -20,7 +20,8 @@ use nix::{
 };
 
 use super::{
-    TraceeError, layout,
+    TraceeError,
+    layout::{self, Mapping},
     leftovers::{self, SCRATCH_BYTES},
     lifeline::{self, Lifeline, Ways},
     stopped::StoppedProcess,
@@ -112,14 +113,18 @@ impl Remote {
 
     /// Takes over the first thread of a running program, all of whose threads are stopped, until it is dropped.
     pub fn of_program(program: &StoppedProcess) -> Result<Self, TraceeError> {
-        let pid = program.pid();
         // Once: the kernel needs longer to list them than for anything else here.
-        let mappings = layout::read_mappings(pid)?;
-        let ways = Ways::find(pid, &mappings)?;
+        Self::of_mapped_program(program, &layout::read_mappings(program.pid())?)
+    }
+
+    /// The same, where its mappings are known; the kernel's own are not needed.
+    pub fn of_mapped_program(program: &StoppedProcess, mappings: &[Mapping]) -> Result<Self, TraceeError> {
+        let pid = program.pid();
+        let ways = Ways::find(pid, mappings)?;
         let registers = ptrace::registers(pid).map_err(TraceeError::call("PTRACE_GETREGS", pid))?;
-        let area = lifeline::area_of_leader(pid, &mappings, registers.rsp)?;
+        let area = lifeline::area_of_leader(pid, mappings, registers.rsp)?;
         let mut taken = Self::with_lifeline(program, pid, ways, area)?;
-        taken.places = leftovers::places_for_scratch(&mappings);
+        taken.places = leftovers::places_for_scratch(mappings);
         Ok(taken)
     }
 
