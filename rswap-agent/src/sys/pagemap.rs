@@ -12,6 +12,8 @@ use super::mem::PAGE_SIZE;
 
 /// Page categories (`PAGE_IS_*`).
 pub mod category {
+    /// In a mapping whose writes are tracked.
+    pub const TRACKED: u64 = 1 << 0;
     /// Written since it was write-protected through userfaultfd.
     pub const WRITTEN: u64 = 1 << 1;
     /// Backed by a file, not a private copy.

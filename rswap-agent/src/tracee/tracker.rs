@@ -80,11 +80,7 @@ impl Tracker {
 
     /// What was written since the last call (at the first: everything that is there), protected again.
     pub fn take_written(&mut self) -> Result<WrittenSpans, TraceeError> {
-        let all = layout::read_mappings(self.pid)?;
-        let (kernel_mappings, mappings) = all.into_iter().partition(Mapping::is_kernels_own);
-        let mut written = WrittenSpans { mappings, kernel_mappings, ..WrittenSpans::default() };
-        // Under its headline, a line for each device. A page that went there before a device was taken away is back.
-        self.host_swaps = read_proc("/proc/swaps")?.lines().count() > 1;
+        let mut written = self.nothing_written()?;
         let before = std::mem::take(&mut self.tracked);
         for span in &before {
             written.dropped.extend(unmapped(span, &written.mappings));
@@ -112,47 +108,54 @@ impl Tracker {
         Ok(written)
     }
 
-    /// As [`Self::take_written`], of a process that stands still: afterwards what was reported, at all looks together, is
-    /// what is there.
-    pub fn take_last_written(&mut self) -> Result<WrittenSpans, TraceeError> {
-        let mut written = self.take_written()?;
-        let there = self.populated_of_tracked()?;
-        let missing = spans(&(&there - &self.reported));
-        if !missing.is_empty() {
-            // Harmless is only a page that a thread was about to write when it was stopped: its fault is over, the write isn't.
-            let pages = (&there - &self.reported).len();
-            tracing::warn!(pid = self.pid, pages, first = ?missing[0], "found pages that no look had reported");
-        }
-        written.dropped.extend(spans(&(&self.reported - &there)));
-        written.populated.extend(missing);
-        self.reported = there;
-        Ok(written)
+    /// The mappings as they are now.
+    fn nothing_written(&mut self) -> Result<WrittenSpans, TraceeError> {
+        // Under its headline, a line for each device. A page that went there before a device was taken away is back.
+        self.host_swaps = read_proc("/proc/swaps")?.lines().count() > 1;
+        let all = layout::read_mappings(self.pid)?;
+        let (kernel_mappings, mappings) = all.into_iter().partition(Mapping::is_kernels_own);
+        Ok(WrittenSpans { mappings, kernel_mappings, ..WrittenSpans::default() })
     }
 
-    /// The numbers of all pages with contents of their own in what is tracked.
-    fn populated_of_tracked(&mut self) -> Result<RoaringTreemap, TraceeError> {
-        let mut there = RoaringTreemap::new();
-        let (Some(first), Some(last)) = (self.tracked.first(), self.tracked.last()) else { return Ok(there) };
-        let all = first.start..last.end;
-        // One scan: a call for each of hundreds of mappings takes longer than passing over what lies between them.
-        let found = self.populated(&all)?;
-        let mut tracked = self.tracked.iter().peekable();
-        for span in found {
-            let mut at = span.start;
-            while let Some(tracked_span) = tracked.peek().filter(|tracked_span| tracked_span.start < span.end)
-            {
-                let (from, to) = (tracked_span.start.max(at), tracked_span.end.min(span.end));
-                if from < to {
-                    insert(&mut there, &(from..to));
-                    at = to;
+    /// As [`Self::take_written`], of a process that stands still, and for the last time: afterwards what was reported, at all
+    /// looks together, is what is there. Nothing is protected again, so that one scan does: a call for each of hundreds of
+    /// mappings takes longer than passing over what lies between them.
+    pub fn take_last_written(&mut self) -> Result<WrittenSpans, TraceeError> {
+        let mut written = self.nothing_written()?;
+        let (mut there, mut fresh) = (RoaringTreemap::new(), RoaringTreemap::new());
+        let mut private = written.mappings.iter().filter(|mapping| !mapping.shared).peekable();
+        let first = private.peek().map_or(0, |mapping| mapping.start);
+        let end = written.mappings.last().map_or(0, |mapping| mapping.end);
+        for region in self.regions(&(first..end), category::WRITTEN | category::TRACKED)? {
+            // In a mapping that came since the last look, everything is new.
+            let is_fresh = region.categories & (category::WRITTEN | category::TRACKED) != category::TRACKED;
+            while private.next_if(|mapping| mapping.end <= region.start).is_some() {}
+            while let Some(mapping) = private.peek().filter(|mapping| mapping.start < region.end) {
+                let inside = region.start.max(mapping.start)..region.end.min(mapping.end);
+                insert(&mut there, &inside);
+                if is_fresh {
+                    insert(&mut fresh, &inside);
                 }
-                if tracked_span.end > span.end {
+                if mapping.end > region.end {
                     break;
                 }
-                tracked.next();
+                private.next();
             }
         }
-        Ok(there)
+        let missing = &(&there - &self.reported) - &fresh;
+        if let Some(first) = missing.min() {
+            // Harmless is only a page that a thread was about to write when it was stopped: its fault is over, the write isn't.
+            tracing::warn!(
+                pid = self.pid,
+                pages = missing.len(),
+                first,
+                "found pages that no look had reported"
+            );
+        }
+        written.dropped = spans(&(&self.reported - &there));
+        written.populated = spans(&(fresh | missing));
+        self.reported = there;
+        Ok(written)
     }
 
     fn remember(&mut self, written: &WrittenSpans) {
@@ -214,20 +217,27 @@ impl Tracker {
 
     /// The pages of a span with contents of their own: neither the file's nor zero.
     pub fn populated(&mut self, span: &Span) -> Result<Vec<Span>, TraceeError> {
+        Ok(self.regions(span, 0)?.into_iter().map(|region| region.start..region.end).collect())
+    }
+
+    /// The same, each run with those of the categories `report` that it has.
+    fn regions(&mut self, span: &Span, report: u64) -> Result<Vec<Region>, TraceeError> {
         let not = category::FILE | category::PFNZERO;
         // Markers look swapped, and there may be millions of them: they are only sorted out where it matters.
         let any_of = if self.host_swaps { category::PRESENT | category::SWAPPED } else { category::PRESENT };
-        let query = Query { inverted: not, all_of: not, any_of, report: category::SWAPPED };
+        let query = Query { inverted: not, all_of: not, any_of, report: report | category::SWAPPED };
         let mut regions = Vec::new();
         let failed = |error| TraceeError::call("PAGEMAP_SCAN", self.pid)(error);
         self.pagemap.scan(span.start, span.end, query, &mut regions).map_err(failed)?;
         let mut found = Vec::with_capacity(regions.len());
-        for Region { start, end, categories } in regions {
-            if categories & category::SWAPPED == 0 {
-                found.push(start..end);
-            } else {
-                self.pagemap.in_swap(start..end, &mut found).map_err(failed)?;
+        for region in regions {
+            if region.categories & category::SWAPPED == 0 {
+                found.push(region);
+                continue;
             }
+            let mut in_swap = Vec::new();
+            self.pagemap.in_swap(region.start..region.end, &mut in_swap).map_err(failed)?;
+            found.extend(in_swap.into_iter().map(|Range { start, end }| Region { start, end, ..region }));
         }
         Ok(found)
     }
