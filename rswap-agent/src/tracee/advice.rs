@@ -167,17 +167,19 @@ fn guards(pid: i32, areas: &[Area<'_>]) -> Result<Vec<Range<u64>>, TraceeError> 
 /// Asks the same of the memory of a stub, whose contents are complete.
 pub fn restore(leader: &mut Remote, advice: &Advice) -> Result<(), TraceeError> {
     restore_keys(leader, advice)?;
+    let mut batch = leader.batch();
     for part in &advice.parts {
-        let (start, len) = (part.start, part.end - part.start);
         for &what in &part.advice {
-            leader.call("madvise", libc::SYS_madvise, [start, len, what as u64, 0, 0, 0])?;
+            let args = [part.start.into(), (part.end - part.start).into(), what.into()];
+            batch.call("madvise", libc::SYS_madvise, &args)?;
         }
     }
     // Not possible any more where memory is locked.
     for Range { start, end } in &advice.guards {
-        let args = [*start, end - start, MADV_GUARD_INSTALL as u64, 0, 0, 0];
-        leader.call("madvise(MADV_GUARD_INSTALL)", libc::SYS_madvise, args)?;
+        let args = [(*start).into(), (end - start).into(), MADV_GUARD_INSTALL.into()];
+        batch.call("madvise(MADV_GUARD_INSTALL)", libc::SYS_madvise, &args)?;
     }
+    batch.run()?;
     for part in &advice.parts {
         part.locked.map_or(Ok(()), |flags| lock(leader, part, flags))?;
     }

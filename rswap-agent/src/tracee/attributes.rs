@@ -8,7 +8,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{TraceeError, read_proc, remote::Remote};
+use super::{TraceeError, batch::Batch, read_proc, remote::Remote};
 use crate::sys::process;
 
 /// Memory may not become executable that was writable (`PR_SET_MDWE`, since Linux 6.3).
@@ -89,12 +89,15 @@ pub fn restrict_process(leader: &mut Remote, wanted: &ProcessAttributes) -> Resu
     }
 }
 
-/// Sets what a thread has. Processors that this host, or its share for the instance, does not have are not chosen.
-pub fn restore_thread(remote: &mut Remote, wanted: &ThreadAttributes) -> Result<(), TraceeError> {
-    let tid = remote.tid();
-    remote.call("personality", libc::SYS_personality, [wanted.personality.into(), 0, 0, 0, 0, 0])?;
-    let args = [libc::PR_SET_TIMERSLACK as u64, wanted.timer_slack_ns, 0, 0, 0, 0];
-    remote.call("prctl", libc::SYS_prctl, args)?;
+/// Sets what a thread can only set by itself.
+pub(super) fn restore_by(batch: &mut Batch<'_>, wanted: &ThreadAttributes) -> Result<(), TraceeError> {
+    batch.call("personality", libc::SYS_personality, &[u64::from(wanted.personality).into()])?;
+    let args = [libc::PR_SET_TIMERSLACK.into(), wanted.timer_slack_ns.into()];
+    batch.call("prctl", libc::SYS_prctl, &args).map(drop)
+}
+
+/// Sets what else thread `tid` has. Processors that this host, or its share for the instance, does not have are not chosen.
+pub fn restore_thread(tid: i32, wanted: &ThreadAttributes) -> Result<(), TraceeError> {
     if wanted.io_priority != 0 {
         process::set_io_priority(tid, wanted.io_priority).map_err(TraceeError::call("ioprio_set", tid))?;
     }

@@ -11,11 +11,13 @@
 //!   tcp      connections held                reconnect connections made again, and resumed
 //! ```
 //!
-//! All of it works by ptrace and by system calls run inside the tracee ([`remote`]); no code is put
-//! into it. ptrace is bound to a thread, so the types here must stay on the thread that made them: [`crew`] has those threads.
+//! All of it works by ptrace and by system calls run inside the tracee ([`remote`]); no code is put into a program (a stub has a
+//! loop for lists of calls: [`batch`]). ptrace is bound to a thread, so the types here must stay on the thread that made them:
+//! [`crew`] has those threads.
 
 pub mod advice;
 pub mod attributes;
+mod batch;
 pub mod capture;
 pub mod cgroups;
 pub mod check;

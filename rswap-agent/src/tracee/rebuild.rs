@@ -5,6 +5,7 @@
 
 use super::{
     TraceeError, advice, attributes,
+    batch::{Arg, Batch},
     capture::{instance_clock_ns, limits, registers_from_bytes},
     descriptors::{Finals, Restorer},
     image::{TaskImage, ThreadImage},
@@ -112,16 +113,18 @@ pub fn rebuild(
         reconnected.push(connections);
         end = Some(link_end);
     }
+    let mut batch = leader.batch();
     for (signal, action) in &image.signal_actions {
-        let at = leader.put(0, action)?;
         // SIGKILL and SIGSTOP can't be set, and nobody could have set them.
-        leader.call("rt_sigaction", libc::SYS_rt_sigaction, [*signal as u64, at, 0, 8, 0, 0])?;
+        let args = [(*signal).into(), Arg::Data(action), 0.into(), 8.into()];
+        batch.call("rt_sigaction", libc::SYS_rt_sigaction, &args)?;
     }
     if image.child_subreaper {
-        leader.call("prctl", libc::SYS_prctl, [libc::PR_SET_CHILD_SUBREAPER as u64, 1, 0, 0, 0, 0])?;
+        batch.call("prctl", libc::SYS_prctl, &[libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()])?;
     }
+    set_limits(&mut batch, image, &limits(pid)?)?;
+    batch.run()?;
     attributes::restore_process(leader, &image.attributes)?;
-    set_limits(leader, image)?;
     // Threads that have the same filters have them in common.
     let filters = image.threads.first().map(|leader| &leader.seccomp);
     let in_common = filters.filter(|f| !f.strict && image.threads.iter().all(|thread| thread.seccomp == **f));
@@ -139,7 +142,7 @@ pub fn rebuild(
     for (&tid, thread) in tids.iter().zip(&image.threads) {
         let mut remote = leader.for_thread(tid)?;
         restore_thread(&mut remote, pid, thread)?;
-        attributes::restore_thread(&mut remote, &thread.attributes)?;
+        attributes::restore_thread(tid, &thread.attributes)?;
         if in_common.is_none() {
             seccomp::install(&mut remote, &thread.seccomp)?;
         }
@@ -147,27 +150,26 @@ pub fn rebuild(
         threads.push(remote);
     }
     let leader = &mut space.remote;
-    leader.call(
-        "prctl",
-        libc::SYS_prctl,
-        [libc::PR_SET_DUMPABLE as u64, image.dumpable.min(1), 0, 0, 0, 0],
-    )?;
+    let mut batch = leader.batch();
+    let args = [libc::PR_SET_DUMPABLE.into(), image.dumpable.min(1).into()];
+    batch.call("prctl", libc::SYS_prctl, &args)?;
     if image.parent_death_signal != 0 {
         // A change of user resets it: hence only now.
-        let args = [libc::PR_SET_PDEATHSIG as u64, image.parent_death_signal as u64, 0, 0, 0, 0];
-        leader.call("prctl", libc::SYS_prctl, args)?;
+        let args = [libc::PR_SET_PDEATHSIG.into(), image.parent_death_signal.into()];
+        batch.call("prctl", libc::SYS_prctl, &args)?;
     }
+    batch.run()?;
     set_oom_score(pid, image.oom_score_adj)?;
     let frozen_ns = instance_clock_ns(pid)?.saturating_sub(image.taken_ns).max(0);
     posix_timers::make(leader, &image.posix_timers)?;
     posix_timers::set_overruns(leader, &image.posix_timers)?;
     let expired = requeue_signals(leader, &mut threads, image, frozen_ns)?;
     posix_timers::arm(leader, &image.posix_timers, frozen_ns, &expired)?;
-    for (which, timer) in image.interval_timers.iter().enumerate().filter(|(_, timer)| timer[16..] != [0; 16])
-    {
-        let at = leader.put(0, timer)?;
-        leader.call("setitimer", libc::SYS_setitimer, [which as u64, at, 0, 0, 0, 0])?;
+    let mut batch = leader.batch();
+    for (which, timer) in (0_u64..).zip(&image.interval_timers).filter(|(_, timer)| timer[16..] != [0; 16]) {
+        batch.call("setitimer", libc::SYS_setitimer, &[which.into(), Arg::Data(timer)])?;
     }
+    batch.run()?;
     let mut registers = Vec::with_capacity(threads.len());
     for (remote, thread) in threads.iter_mut().zip(&image.threads) {
         registers.push(registers_of(remote, thread)?);
@@ -186,7 +188,9 @@ fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError>
     /// `struct prctl_mm_map` (include/uapi/linux/prctl.h): eleven addresses, the auxiliary vector's
     /// address, its size and the executable's descriptor.
     const SIZE: u64 = 104;
-    let exe = path_call(leader, "open", libc::SYS_open, &image.exe)?;
+    let path = [image.exe.as_bytes(), &[0]].concat();
+    let at = leader.put(0, &path)?;
+    let exe = leader.call("open", libc::SYS_open, [at, 0, 0, 0, 0, 0])?;
     let auxv_at = leader.put(SIZE, &image.auxv)?;
     let mut map = Vec::new();
     for word in image.memory_map.bounds.iter().chain([&auxv_at]) {
@@ -194,34 +198,19 @@ fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError>
     }
     map.extend((image.auxv.len() as u32).to_ne_bytes());
     map.extend((exe as u32).to_ne_bytes());
-    let at = leader.put(0, &map)?;
-    leader.call("prctl", libc::SYS_prctl, [PR_SET_MM, PR_SET_MM_MAP, at, SIZE, 0, 0])?;
-    leader.call("close", libc::SYS_close, [exe, 0, 0, 0, 0, 0])?;
-    Ok(())
+    let mut batch = leader.batch();
+    let args = [PR_SET_MM.into(), PR_SET_MM_MAP.into(), Arg::Data(&map), SIZE.into(), 0.into()];
+    batch.call("prctl", libc::SYS_prctl, &args)?;
+    batch.call("close", libc::SYS_close, &[exe.into()])?;
+    batch.run().map(drop)
 }
 
-/// A call whose first argument is a path and whose others are 0.
-fn path_call(
-    remote: &mut Remote,
-    name: &'static str,
-    number: libc::c_long,
-    path: &str,
-) -> Result<u64, TraceeError> {
-    let mut bytes = path.as_bytes().to_vec();
-    bytes.push(0);
-    let at = remote.put(0, &bytes)?;
-    remote.call(name, number, [at, 0, 0, 0, 0, 0])
-}
-
-fn set_limits(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {
-    let here = limits(leader.tid())?;
-    for (number, (limit, here)) in image.limits.iter().zip(here).enumerate() {
-        if *limit != here {
-            let mut bytes = [0; 16];
-            bytes[..8].copy_from_slice(&limit.0.to_ne_bytes());
-            bytes[8..].copy_from_slice(&limit.1.to_ne_bytes());
-            let at = leader.put(0, &bytes)?;
-            leader.call("prlimit64", libc::SYS_prlimit64, [0, number as u64, at, 0, 0, 0])?;
+fn set_limits(batch: &mut Batch<'_>, image: &TaskImage, here: &[(u64, u64)]) -> Result<(), TraceeError> {
+    for (number, (limit, here)) in (0_u64..).zip(image.limits.iter().zip(here)) {
+        if limit != here {
+            let bytes = [limit.0, limit.1].map(u64::to_ne_bytes).concat();
+            let args = [0.into(), number.into(), Arg::Data(&bytes), 0.into()];
+            batch.call("prlimit64", libc::SYS_prlimit64, &args)?;
         }
     }
     Ok(())
@@ -229,23 +218,23 @@ fn set_limits(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError>
 
 fn restore_thread(remote: &mut Remote, pid: i32, thread: &ThreadImage) -> Result<(), TraceeError> {
     let tid = remote.tid();
-    let mut name = thread.comm.as_bytes().to_vec();
-    name.push(0);
-    let at = remote.put(0, &name)?;
-    remote.call("prctl", libc::SYS_prctl, [libc::PR_SET_NAME as u64, at, 0, 0, 0, 0])?;
+    let mut batch = remote.batch();
+    let name = [thread.comm.as_bytes(), &[0]].concat();
+    batch.call("prctl", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), Arg::Data(&name)])?;
     // A new thread has none; a stub has that of the program that it was.
     if tid == pid || thread.alternate_stack[8] & SS_DISABLE == 0 {
-        let at = remote.put(0, &thread.alternate_stack)?;
+        let mut stack = thread.alternate_stack;
         // sigaltstack(2) refuses to set SS_ONSTACK, and the kernel finds out by itself from the stack pointer.
-        remote.put(8, &[thread.alternate_stack[8] & !SS_ONSTACK])?;
-        remote.call("sigaltstack", libc::SYS_sigaltstack, [at, 0, 0, 0, 0, 0])?;
+        stack[8] &= !SS_ONSTACK;
+        batch.call("sigaltstack", libc::SYS_sigaltstack, &[Arg::Data(&stack)])?;
     }
-    let args = [thread.clear_child_tid, 0, 0, 0, 0, 0];
-    remote.call("set_tid_address", libc::SYS_set_tid_address, args)?;
+    batch.call("set_tid_address", libc::SYS_set_tid_address, &[thread.clear_child_tid.into()])?;
     if thread.robust_list.0 != 0 {
-        let args = [thread.robust_list.0, thread.robust_list.1, 0, 0, 0, 0];
-        remote.call("set_robust_list", libc::SYS_set_robust_list, args)?;
+        let args = [thread.robust_list.0.into(), thread.robust_list.1.into()];
+        batch.call("set_robust_list", libc::SYS_set_robust_list, &args)?;
     }
+    attributes::restore_by(&mut batch, &thread.attributes)?;
+    batch.run()?;
     let wrong =
         |what| TraceeError::Unsupported(format!("thread {}: {what} in its image is damaged", thread.tid));
     let scheduling = thread.scheduling.as_slice().try_into().map_err(|_| wrong("the scheduling"))?;

@@ -6,7 +6,7 @@
 //! at, and puts itself back: see [`lifeline`](super::lifeline).
 //!
 //! A stub has nothing to be put back to, and dies with its tracer: it makes calls by single steps over the `syscall` of its
-//! vDSO, which need half as many stops.
+//! vDSO, which need half as many stops, or many of them in one go (see [`batch`](super::batch)).
 
 use std::{
     io,
@@ -21,6 +21,7 @@ use nix::{
 
 use super::{
     TraceeError,
+    batch::{self, Batch},
     layout::{self, Mapping},
     leftovers::{self, SCRATCH_BYTES},
     lifeline::{self, Lifeline, Ways},
@@ -28,7 +29,7 @@ use super::{
     waits,
 };
 use crate::sys::{
-    mem::{self, PAGE_SIZE, RemoteAddr},
+    mem::{self, ForcedMemory, PAGE_SIZE, RemoteAddr},
     process,
     ptrace::{self, Registers, Stop},
 };
@@ -43,6 +44,11 @@ const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
 const FIRST_PAUSE: Duration = Duration::from_micros(50);
 /// The same, at most, after it had not.
 const LAST_PAUSE: Duration = Duration::from_millis(20);
+
+/// A stub's scratch mappings: a page for what calls point to, the page of its lists of calls, and the code that makes those.
+pub(super) const STUB_SCRATCH_BYTES: u64 = CODE_OFFSET + PAGE_SIZE;
+const LIST_OFFSET: u64 = PAGE_SIZE;
+const CODE_OFFSET: u64 = 2 * PAGE_SIZE;
 
 /// A stopped thread that makes system calls for us.
 #[derive(Debug)]
@@ -184,10 +190,16 @@ impl Remote {
         self.syscall_at = self.syscall_at - from + to;
     }
 
-    /// Maps a scratch page for calls of a stub that take pointers: at `at`, where nothing may be, or in any gap.
-    pub fn map_scratch(&mut self, at: Option<u64>) -> Result<(), TraceeError> {
-        let fixed = if at.is_some() { libc::MAP_FIXED_NOREPLACE } else { 0 };
-        self.map(at.unwrap_or_default(), PAGE_SIZE, fixed)
+    /// Maps a stub's scratch memory at `at`, where nothing may be.
+    pub fn map_scratch(&mut self, at: u64) -> Result<(), TraceeError> {
+        self.map(at, CODE_OFFSET, libc::MAP_FIXED_NOREPLACE)?;
+        let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+        let code = at + CODE_OFFSET;
+        self.call("mmap", libc::SYS_mmap, [code, PAGE_SIZE, protection, flags, !0, 0])?;
+        ForcedMemory::open(self.tid)
+            .and_then(|memory| memory.write(RemoteAddr(code), batch::CODE))
+            .map_err(TraceeError::call("writing a stub's code", self.tid))
     }
 
     /// Maps a scratch page for calls of a program that take pointers, and room for another thread's frame behind it.
@@ -215,7 +227,7 @@ impl Remote {
 
     /// Removes the scratch page.
     pub fn unmap_scratch(&mut self) -> Result<(), TraceeError> {
-        let bytes = if self.lifeline.is_some() { SCRATCH_BYTES } else { PAGE_SIZE };
+        let bytes = if self.lifeline.is_some() { SCRATCH_BYTES } else { STUB_SCRATCH_BYTES };
         if let Some(at) = self.scratch.take().filter(|_| self.owns_scratch) {
             self.call("munmap", libc::SYS_munmap, [at.0, bytes, 0, 0, 0, 0])?;
         }
@@ -265,13 +277,49 @@ impl Remote {
         Ok(value as u64)
     }
 
+    /// Several calls of a stub, to be made in one go.
+    pub fn batch(&mut self) -> Batch<'_> {
+        Batch::new(self)
+    }
+
+    /// Where a stub's list of calls is.
+    pub(super) fn list_at(&self) -> u64 {
+        self.scratch_at() + LIST_OFFSET
+    }
+
+    /// Has a stub make the calls of a list, the first `bytes` of `page`. Returns the list as far as they were made.
+    pub(super) fn run_list(&mut self, page: &[u8], bytes: u64) -> Result<Vec<u8>, TraceeError> {
+        if self.scratch.is_none() || self.lifeline.is_some() {
+            return Err(TraceeError::Unsupported(format!("process {} has no room for a list", self.tid)));
+        }
+        let (list, code) = (self.list_at(), self.scratch_at() + CODE_OFFSET);
+        let failed = |what| TraceeError::call(what, self.tid);
+        mem::write(self.tid, RemoteAddr(list), page).map_err(failed("writing a list of calls"))?;
+        let registers = Registers { rip: code, rbx: list, rbp: list + bytes, orig_rax: !0, ..self.saved };
+        ptrace::set_registers(self.tid, &registers).map_err(failed("PTRACE_SETREGS"))?;
+        let after = self.go_on(|tid| ptrace::resume(tid, 0), "PTRACE_CONT")?;
+        let mut made = vec![0; after.rbx.saturating_sub(list).min(bytes) as usize];
+        mem::read_exact(self.tid, RemoteAddr(list), &mut made)
+            .map_err(TraceeError::call("reading a list of calls", self.tid))?;
+        Ok(made)
+    }
+
     fn raw_call(&mut self, number: libc::c_long, args: [u64; 6]) -> Result<i64, TraceeError> {
         self.set_call(number, args)?;
-        let in_program = self.lifeline.is_some();
-        let (step, what): (fn(i32) -> io::Result<()>, _) = match in_program {
-            true => (ptrace::go_to_call, "PTRACE_SYSCALL"),
-            false => (ptrace::single_step, "PTRACE_SINGLESTEP"),
+        let after = match self.lifeline {
+            Some(_) => self.go_on(ptrace::go_to_call, "PTRACE_SYSCALL")?,
+            None => self.go_on(ptrace::single_step, "PTRACE_SINGLESTEP")?,
         };
+        Ok(after.rax as i64)
+    }
+
+    /// Lets the thread go by `step`, until it has made its call, or its list. Returns its registers then.
+    fn go_on(
+        &mut self,
+        step: fn(i32) -> io::Result<()>,
+        what: &'static str,
+    ) -> Result<Registers, TraceeError> {
+        let in_program = self.lifeline.is_some();
         let mut stop_arrived = false;
         let mut entered = false;
         loop {
@@ -298,8 +346,7 @@ impl Remote {
             kill(Pid::from_raw(self.tid), Signal::SIGSTOP)
                 .map_err(|error| TraceeError::call("keeping SIGSTOP", self.tid)(error.into()))?;
         }
-        let after = ptrace::registers(self.tid).map_err(TraceeError::call("PTRACE_GETREGS", self.tid))?;
-        Ok(after.rax as i64)
+        ptrace::registers(self.tid).map_err(TraceeError::call("PTRACE_GETREGS", self.tid))
     }
 
     /// Makes the thread ready for a call, which it makes with its next step.

@@ -1,14 +1,15 @@
 //! The address space of a process that is being built: a stub with the right pid, emptied of everything
 //! but the kernel's own mappings, into which mappings and contents come while the source still runs.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, os::fd::RawFd, path::Path};
 
 use super::{
     TraceeError,
+    batch::{Arg, Batch},
     layout::{self, Change, Layout, Mapping, ProcessLayout},
     link::{Link, STUB_END},
     objects::BuiltObject,
-    remote::Remote,
+    remote::{Remote, STUB_SCRATCH_BYTES},
     tree,
 };
 use crate::instance::volume::Volume;
@@ -134,7 +135,7 @@ impl Space {
             remote.call("munmap", libc::SYS_munmap, [mapping.start, mapping.len(), 0, 0, 0, 0])?;
         }
         move_kernel_mappings(&mut remote, kernel_mappings)?;
-        remote.map_scratch(Some(LOWEST))?;
+        remote.map_scratch(LOWEST)?;
         let memory = ForcedMemory::open(pid).map_err(TraceeError::call("opening the memory", pid))?;
         let kernel_mappings = kernel_mappings.to_vec();
         Ok(Self { pid, remote, memory, layout: Layout::default(), kernel_mappings, scratch: LOWEST })
@@ -271,7 +272,7 @@ impl Space {
             self.remote.unmap_scratch()?;
             move_kernel_mappings(&mut self.remote, &wanted.kernel_mappings)?;
             self.kernel_mappings.clone_from(&wanted.kernel_mappings);
-            self.remote.map_scratch(Some(LOWEST))?;
+            self.remote.map_scratch(LOWEST)?;
             self.scratch = LOWEST;
         }
         if layout.huge_pages_off != self.layout.huge_pages_off {
@@ -279,26 +280,35 @@ impl Space {
             self.remote.call("prctl", libc::SYS_prctl, args)?;
         }
         self.make_way(layout)?;
+        let mut batch = self.remote.batch();
         for change in layout::changes(&self.layout.mappings, &layout.mappings) {
             match change {
                 Change::Unmap { start, end } => {
-                    self.remote.call("munmap", libc::SYS_munmap, [start, end - start, 0, 0, 0, 0])?;
+                    batch.call("munmap", libc::SYS_munmap, &[start.into(), (end - start).into()])?;
                 }
                 Change::Protect { start, end, protection } => {
-                    let args = [start, end - start, protection as u64, 0, 0, 0];
-                    self.remote.call("mprotect", libc::SYS_mprotect, args)?;
+                    let args = [start.into(), (end - start).into(), protection.into()];
+                    batch.call("mprotect", libc::SYS_mprotect, &args)?;
                 }
-                Change::Map(mapping) => self.map(&mapping, shared)?,
+                Change::Map(mapping) if mapping.is_sysv() => attach(&mut batch, &mapping, shared)?,
+                Change::Map(mapping) if mapping.is_object() => {
+                    batch.run()?;
+                    let file = shared.give(&mut self.remote, &mapping)?;
+                    batch = self.remote.batch();
+                    map(&mut batch, &mapping, Some(file), shared.volumes)?;
+                }
+                Change::Map(mapping) => map(&mut batch, &mapping, None, shared.volumes)?,
             }
         }
+        batch.run()?;
         self.layout = layout.clone();
         Ok(())
     }
 
-    /// Moves the scratch page away if the new layout wants its place.
+    /// Moves the scratch memory away if the new layout wants its place.
     fn make_way(&mut self, layout: &Layout) -> Result<(), TraceeError> {
         let taken = |at: u64| {
-            let lies = |mapping: &Mapping| mapping.start < at + PAGE_SIZE && at < mapping.end;
+            let lies = |mapping: &Mapping| mapping.start < at + STUB_SCRATCH_BYTES && at < mapping.end;
             layout.mappings.iter().chain(&self.layout.mappings).any(lies)
         };
         if taken(self.scratch) {
@@ -307,79 +317,8 @@ impl Space {
                 free += PAGE_SIZE;
             }
             self.remote.unmap_scratch()?;
-            self.remote.map_scratch(Some(free))?;
+            self.remote.map_scratch(free)?;
             self.scratch = free;
-        }
-        Ok(())
-    }
-
-    fn map(&mut self, mapping: &Mapping, shared: &mut SharedMemory<'_>) -> Result<(), TraceeError> {
-        if mapping.is_sysv() {
-            return self.attach(mapping, shared);
-        }
-        let sharing = if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        let object = mapping.is_object();
-        let in_volume =
-            shared.volumes.iter().any(|volume| Path::new(&mapping.name).starts_with(&volume.path));
-        if mapping.shared && !object && !mapping.is_read_only_file() && !in_volume {
-            let text = format!("shared memory at {:#x} {} isn't carried", mapping.start, mapping.name);
-            return Err(TraceeError::Unsupported(text));
-        }
-        let mut flags = sharing | libc::MAP_FIXED_NOREPLACE;
-        let mut file = !0_u64;
-        if object {
-            file = shared.give(&mut self.remote, mapping)? as u64;
-        } else if mapping.is_file() {
-            let mut name = mapping.name.as_bytes().to_vec();
-            name.push(0);
-            let at = self.remote.put(0, &name)?;
-            // What is mapped shared may be made writable later.
-            let access = if mapping.shared && in_volume { libc::O_RDWR } else { libc::O_RDONLY };
-            let flags = (access | libc::O_CLOEXEC) as u64;
-            file =
-                self.remote.call("openat", libc::SYS_openat, [libc::AT_FDCWD as u64, at, flags, 0, 0, 0])?;
-        } else {
-            flags |= libc::MAP_ANONYMOUS;
-            if mapping.is_huge() {
-                flags |= libc::MAP_HUGETLB;
-            }
-            if mapping.name == "[stack]" {
-                flags |= libc::MAP_GROWSDOWN;
-            }
-            if mapping.protection == libc::PROT_NONE {
-                flags |= libc::MAP_NORESERVE;
-            }
-        }
-        let (start, protection) = (mapping.start, mapping.protection as u64);
-        let offset = if mapping.is_file() { mapping.offset } else { 0 };
-        let args = [start, mapping.len(), protection, flags as u64, file, offset];
-        self.remote.call("mmap", libc::SYS_mmap, args)?;
-        if mapping.is_file() {
-            self.remote.call("close", libc::SYS_close, [file, 0, 0, 0, 0, 0])?;
-        }
-        Ok(())
-    }
-
-    /// Attaches SysV shared memory, which the kernel counts by who attaches it.
-    fn attach(&mut self, mapping: &Mapping, shared: &SharedMemory<'_>) -> Result<(), TraceeError> {
-        let segment = shared.objects.get(&mapping.inode).and_then(|object| object.object.segment);
-        let bytes = segment.map_or(0, |segment| segment.bytes.next_multiple_of(PAGE_SIZE));
-        let Some(segment) = segment.filter(|_| mapping.offset == 0 && mapping.len() == bytes) else {
-            let text = format!("SysV shared memory at {:#x} is not mapped as a whole", mapping.start);
-            return Err(TraceeError::Unsupported(text));
-        };
-        let mut flags = 0;
-        if mapping.protection & libc::PROT_WRITE == 0 {
-            flags |= libc::SHM_RDONLY;
-        }
-        if mapping.protection & libc::PROT_EXEC != 0 {
-            flags |= libc::SHM_EXEC;
-        }
-        let args = [segment.id as u64, mapping.start, flags as u64, 0, 0, 0];
-        self.remote.call("shmat", libc::SYS_shmat, args)?;
-        if mapping.protection & libc::PROT_READ == 0 {
-            let args = [mapping.start, mapping.len(), mapping.protection as u64, 0, 0, 0];
-            self.remote.call("mprotect", libc::SYS_mprotect, args)?;
         }
         Ok(())
     }
@@ -416,6 +355,75 @@ impl Space {
         }
         Ok(())
     }
+}
+
+/// Maps what is neither SysV memory nor, without its descriptor `object`, other shared memory.
+fn map(
+    batch: &mut Batch<'_>,
+    mapping: &Mapping,
+    object: Option<RawFd>,
+    volumes: &[Volume],
+) -> Result<(), TraceeError> {
+    let sharing = if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    let in_volume = volumes.iter().any(|volume| Path::new(&mapping.name).starts_with(&volume.path));
+    if mapping.shared && object.is_none() && !mapping.is_read_only_file() && !in_volume {
+        let text = format!("shared memory at {:#x} {} isn't carried", mapping.start, mapping.name);
+        return Err(TraceeError::Unsupported(text));
+    }
+    let mut flags = sharing | libc::MAP_FIXED_NOREPLACE;
+    let mut file = Arg::from(-1);
+    if let Some(object) = object {
+        file = object.into();
+    } else if mapping.is_file() {
+        let mut name = mapping.name.as_bytes().to_vec();
+        name.push(0);
+        // What is mapped shared may be made writable later.
+        let access = if mapping.shared && in_volume { libc::O_RDWR } else { libc::O_RDONLY };
+        let args = [libc::AT_FDCWD.into(), Arg::Data(&name), (access | libc::O_CLOEXEC).into()];
+        file = Arg::ResultOf(batch.call("openat", libc::SYS_openat, &args)?);
+    } else {
+        flags |= libc::MAP_ANONYMOUS;
+        if mapping.is_huge() {
+            flags |= libc::MAP_HUGETLB;
+        }
+        if mapping.name == "[stack]" {
+            flags |= libc::MAP_GROWSDOWN;
+        }
+        if mapping.protection == libc::PROT_NONE {
+            flags |= libc::MAP_NORESERVE;
+        }
+    }
+    let offset = if mapping.is_file() { mapping.offset } else { 0 };
+    let (start, length) = (mapping.start.into(), mapping.len().into());
+    let args = [start, length, mapping.protection.into(), flags.into(), file, offset.into()];
+    batch.call("mmap", libc::SYS_mmap, &args)?;
+    if mapping.is_file() {
+        batch.call("close", libc::SYS_close, &[file])?;
+    }
+    Ok(())
+}
+
+/// Attaches SysV shared memory, which the kernel counts by who attaches it.
+fn attach(batch: &mut Batch<'_>, mapping: &Mapping, shared: &SharedMemory<'_>) -> Result<(), TraceeError> {
+    let segment = shared.objects.get(&mapping.inode).and_then(|object| object.object.segment);
+    let bytes = segment.map_or(0, |segment| segment.bytes.next_multiple_of(PAGE_SIZE));
+    let Some(segment) = segment.filter(|_| mapping.offset == 0 && mapping.len() == bytes) else {
+        let text = format!("SysV shared memory at {:#x} is not mapped as a whole", mapping.start);
+        return Err(TraceeError::Unsupported(text));
+    };
+    let mut flags = 0;
+    if mapping.protection & libc::PROT_WRITE == 0 {
+        flags |= libc::SHM_RDONLY;
+    }
+    if mapping.protection & libc::PROT_EXEC != 0 {
+        flags |= libc::SHM_EXEC;
+    }
+    batch.call("shmat", libc::SYS_shmat, &[segment.id.into(), mapping.start.into(), flags.into()])?;
+    if mapping.protection & libc::PROT_READ == 0 {
+        let args = [mapping.start.into(), mapping.len().into(), mapping.protection.into()];
+        batch.call("mprotect", libc::SYS_mprotect, &args)?;
+    }
+    Ok(())
 }
 
 /// Moves vDSO and vvar to the source's addresses. Their contents are the kernel's build, which the offer

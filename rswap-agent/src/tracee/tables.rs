@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     TraceeError,
+    batch::Arg,
     capture::{Status, link},
     image::Descriptor,
     remote::Remote,
@@ -147,13 +148,14 @@ impl Directories {
 
     /// Goes there: from then on paths mean what they mean to the program.
     pub fn enter(&self, remote: &mut Remote) -> Result<(), TraceeError> {
-        let at = remote.put(0, &[self.working.as_bytes(), &[0]].concat())?;
-        remote.call("chdir", libc::SYS_chdir, [at, 0, 0, 0, 0, 0])?;
+        let path = |path: &str| [path.as_bytes(), &[0]].concat();
+        let mut batch = remote.batch();
+        batch.call("chdir", libc::SYS_chdir, &[Arg::Data(&path(&self.working))])?;
         if self.root != "/" {
-            let at = remote.put(0, &[self.root.as_bytes(), &[0]].concat())?;
-            remote.call("chroot", libc::SYS_chroot, [at, 0, 0, 0, 0, 0])?;
+            batch.call("chroot", libc::SYS_chroot, &[Arg::Data(&path(&self.root))])?;
         }
-        remote.call("umask", libc::SYS_umask, [self.umask.into(), 0, 0, 0, 0, 0]).map(drop)
+        batch.call("umask", libc::SYS_umask, &[u64::from(self.umask).into()])?;
+        batch.run().map(drop)
     }
 }
 

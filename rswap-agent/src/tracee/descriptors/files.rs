@@ -112,7 +112,7 @@ pub(super) fn open(
             let text = format!("{path} is another file at the destination than at the source");
             return Err(TraceeError::Unsupported(text));
         }
-        if flags & libc::O_PATH == 0 {
+        if flags & libc::O_PATH == 0 && position != 0 {
             seek(remote, made, position)?;
         }
     }

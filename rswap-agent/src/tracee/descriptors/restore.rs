@@ -201,9 +201,11 @@ impl<'a> Restorer<'a> {
         // Where the link waits must not be wanted by anybody.
         let numbers = descriptors.iter().flat_map(|d| &d.numbers).map(|(fd, _)| *fd);
         let end = numbers.filter(|fd| *fd < IN_FLIGHT).map(|fd| fd + 1).max().unwrap_or(0).max(4);
-        let cloexec = libc::O_CLOEXEC as u64;
-        remote.call("dup3", libc::SYS_dup3, [STUB_END as u64, end as u64, cloexec, 0, 0, 0])?;
-        remote.call("close", libc::SYS_close, [STUB_END as u64, 0, 0, 0, 0, 0])?;
+        let mut batch = remote.batch();
+        let args = [STUB_END.into(), end.into(), libc::O_CLOEXEC.into()];
+        batch.call("dup3", libc::SYS_dup3, &args)?;
+        batch.call("close", libc::SYS_close, &[STUB_END.into()])?;
+        batch.run()?;
         // A connection may have its port from a listening socket, which could not take it any more afterwards.
         let (connected, others): (Vec<_>, Vec<_>) =
             others.into_iter().partition(|descriptor| tcp::connection(descriptor).is_some());
@@ -403,31 +405,32 @@ fn validate(descriptors: &[Descriptor]) -> Result<(), TraceeError> {
 /// Moves a new descriptor to its numbers and sets what the description has besides.
 /// Returns one of its numbers: one that waits in a queue stays where it is.
 fn place(remote: &mut Remote, made: RawFd, descriptor: &Descriptor) -> Result<RawFd, TraceeError> {
-    let cloexec = |flag: bool| if flag { libc::O_CLOEXEC as u64 } else { 0 };
     let numbers = || descriptor.numbers.iter().filter(|(number, _)| *number < IN_FLIGHT);
     let first = numbers().next().map(|(number, _)| *number);
     let mut stays = first.is_none();
+    let mut batch = remote.batch();
     for &(number, close_on_exec) in numbers() {
         if number == made {
             stays = true;
-            let flag = if close_on_exec { libc::FD_CLOEXEC as u64 } else { 0 };
-            remote.call("fcntl", libc::SYS_fcntl, [made as u64, libc::F_SETFD as u64, flag, 0, 0, 0])?;
+            let flag = if close_on_exec { libc::FD_CLOEXEC } else { 0 };
+            batch.call("fcntl", libc::SYS_fcntl, &[made.into(), libc::F_SETFD.into(), flag.into()])?;
         } else {
-            let args = [made as u64, number as u64, cloexec(close_on_exec), 0, 0, 0];
-            remote.call("dup3", libc::SYS_dup3, args)?;
+            let flag = if close_on_exec { libc::O_CLOEXEC } else { 0 };
+            batch.call("dup3", libc::SYS_dup3, &[made.into(), number.into(), flag.into()])?;
         }
     }
     if !stays {
-        remote.call("close", libc::SYS_close, [made as u64, 0, 0, 0, 0, 0])?;
+        batch.call("close", libc::SYS_close, &[made.into()])?;
     }
-    let number = first.unwrap_or(made) as u64;
+    let number = first.unwrap_or(made);
     match descriptor.kind {
         // Opened with its flags, or made and set already.
         DescriptorKind::File { .. } | DescriptorKind::Directory { .. } | DescriptorKind::Shared { .. } => {}
         _ => {
-            let args = [number, libc::F_SETFL as u64, descriptor.flags as u64, 0, 0, 0];
-            remote.call("fcntl", libc::SYS_fcntl, args)?;
+            let args = [number.into(), libc::F_SETFL.into(), descriptor.flags.into()];
+            batch.call("fcntl", libc::SYS_fcntl, &args)?;
         }
     }
-    Ok(number as RawFd)
+    batch.run()?;
+    Ok(number)
 }
