@@ -17,8 +17,11 @@ mod commands;
 mod drain;
 mod endings;
 mod incoming;
+mod kin;
+pub(crate) mod learnt;
 mod moves;
 mod record;
+mod usage;
 mod wiring;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -221,6 +224,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
             }
         }
     }
+    wiring.end();
     stop.send_replace(true);
     let served = async {
         for server in [serving_status, serving_control] {

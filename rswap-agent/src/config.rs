@@ -61,6 +61,8 @@ pub struct Config {
     pub files: FilesConfig,
     /// What is recorded.
     pub record: RecordConfig,
+    /// What is learnt of instances, and from whom.
+    pub learnt: LearntConfig,
     /// Live migration.
     pub migrate: MigrateConfig,
     /// What this host costs, as a whole.
@@ -141,6 +143,30 @@ pub struct RecordConfig {
 impl Default for RecordConfig {
     fn default() -> Self {
         Self { directory: None, every_s: 60 }
+    }
+}
+
+/// `[learnt]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LearntConfig {
+    /// Where it is kept, so that forecasts go on after a new start of the agent, and of the host.
+    pub file: PathBuf,
+    /// How often it is written, in seconds; also when the agent ends.
+    #[serde(deserialize_with = "positive_integer")]
+    pub save_every_s: u64,
+    /// An instance's class is its label of the first of these keys that it has; without one, the program that it runs and its
+    /// user. Instances of a class start from what others of it have taught.
+    pub class_labels: Vec<String>,
+}
+
+impl Default for LearntConfig {
+    fn default() -> Self {
+        Self {
+            file: "/var/lib/rswap/learnt".into(),
+            save_every_s: 60,
+            class_labels: vec!["class".to_owned(), "app".to_owned()],
+        }
     }
 }
 

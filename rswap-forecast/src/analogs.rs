@@ -3,6 +3,9 @@
 //! A forecast is the distribution of past outcomes, those of moments like the present one counting most. Outcomes are
 //! kept in order, so that a weighted quantile is one walk from the top.
 
+use serde::{Deserialize, Serialize};
+use serde_big_array::BigArray;
+
 use super::{lead::TAILS, numeric::Short};
 
 /// Outcomes kept.
@@ -18,11 +21,16 @@ const FLOOR: f32 = 0.02;
 pub(super) type Weights = [f32; KEPT];
 
 /// The order of at most [`KEPT`] values, which are kept elsewhere, by their places.
-#[derive(Clone, Debug)]
-struct Order([u8; KEPT]);
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Order(#[serde(with = "BigArray")] [u8; KEPT]);
 
 impl Order {
     const EMPTY: Self = Self([0; KEPT]);
+
+    /// Whether all are places.
+    fn is_sound(&self) -> bool {
+        self.0.iter().all(|&place| usize::from(place) < KEPT)
+    }
 
     /// The value at `place` is replaced by `new`; `len` values were there before, `value` says which.
     fn put(&mut self, place: usize, len: usize, new: f32, value: impl Fn(usize) -> f32) {
@@ -79,8 +87,9 @@ impl Order {
 }
 
 /// Values and their order.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Sorted {
+    #[serde(with = "BigArray")]
     values: [f32; KEPT],
     order: Order,
 }
@@ -88,6 +97,11 @@ pub(super) struct Sorted {
 impl Sorted {
     pub(super) fn new() -> Self {
         Self { values: [0.0; KEPT], order: Order::EMPTY }
+    }
+
+    /// Whether its values are numbers, in an order of places.
+    pub(super) fn is_sound(&self) -> bool {
+        self.values.iter().copied().all(f32::is_finite) && self.order.is_sound()
     }
 
     /// Puts `value` at `place`; `len` values were there before.
@@ -108,12 +122,14 @@ impl Sorted {
 }
 
 /// The moments and what came of them.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Analogs {
     len: usize,
     next: usize,
     /// Where the value stood, and how much it had just moved.
+    #[serde(with = "BigArray")]
     level: [f32; KEPT],
+    #[serde(with = "BigArray")]
     unrest: [Short; KEPT],
     /// How far the regression was off.
     missed: Sorted,
@@ -148,6 +164,13 @@ impl Analogs {
 
     pub(super) fn len(&self) -> usize {
         self.len
+    }
+
+    /// Whether its places are ones, and its numbers.
+    pub(super) fn is_sound(&self) -> bool {
+        let places = self.len <= KEPT && self.next < KEPT && self.came.is_sound();
+        let finite = self.unrest.iter().map(|unrest| unrest.get()).chain(self.level).all(f32::is_finite);
+        places && finite && self.missed.is_sound() && self.gone.is_sound()
     }
 
     pub(super) fn add(&mut self, level: f32, unrest: f32, missed: f32, gone: f32) {

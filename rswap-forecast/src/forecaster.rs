@@ -3,15 +3,24 @@
 use std::collections::BTreeMap;
 
 use rswap_types::{InstanceName, UnixMillis};
+use serde::{Deserialize, Serialize};
 
-use crate::{Demand, DemandPoint, ForecastConfig, Priors, Resource, series::Series};
+use crate::{Demand, DemandPoint, ForecastConfig, Lessons, Resource, Usage, series::Series};
 
 /// Without a new window for so many windows there is no forecast any more.
 const STALE_WINDOWS: u64 = 10;
-
-/// Instances have no class that a profile tells: all of a host are one.
-const ANY_CLASS: &str = "";
 const DAY_MS: u64 = 24 * 3_600_000;
+/// Classes, and identities, that are remembered of each resource.
+const REMEMBERED: usize = 500;
+
+/// Whom an instance is like: it learns from them, and they from it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kin {
+    /// Its kind.
+    pub class: String,
+    /// Itself: what returns has the identity that it had before.
+    pub identity: String,
+}
 
 /// What one instance used in one window.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,67 +29,96 @@ pub struct Observation<'a> {
     pub instance: &'a InstanceName,
     /// End of the window.
     pub at: UnixMillis,
-    /// In reference cores (cores x the performance of the pool they were used on), so that it stays comparable when the
-    /// instance moves.
-    pub reference_cores: f64,
-    /// Memory, in bytes.
-    pub memory_bytes: f64,
+    /// How much.
+    pub usage: Usage,
 }
 
 /// Forecasts every instance that it is shown.
 #[derive(Clone, Debug)]
 pub struct Forecaster {
-    config: ForecastConfig,
+    pub(crate) config: ForecastConfig,
     /// What a window is meant to last, in milliseconds: real ones are some milliseconds off, and longer under load.
-    window_ms: u64,
-    instances: BTreeMap<InstanceName, Watched>,
-    /// What instances that are gone have taught, per resource.
-    priors: BTreeMap<Resource, Priors>,
+    pub(crate) window_ms: u64,
+    pub(crate) instances: BTreeMap<InstanceName, Watched>,
+    /// What instances that are gone have taught, and what others have.
+    pub(crate) learnt: Lessons,
 }
 
-#[derive(Clone, Debug)]
-struct Watched {
-    at: UnixMillis,
-    series: [(Resource, Series); 2],
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Watched {
+    kin: Kin,
+    /// Which of the lives that were lived under this name.
+    life: u64,
+    /// End of the last window; `None` before the first.
+    at: Option<UnixMillis>,
+    /// Of what was ever seen.
+    pub(crate) series: BTreeMap<Resource, Series>,
 }
 
 impl Forecaster {
     /// A forecaster that has seen nothing, for windows of nominally `window_ms` milliseconds.
     pub fn new(config: ForecastConfig, window_ms: u64) -> Self {
-        Self { config, window_ms: window_ms.max(1), instances: BTreeMap::new(), priors: BTreeMap::new() }
+        let window_ms = window_ms.max(1);
+        let learnt = Lessons::new(window_ms, config.horizons_ms.clone());
+        Self { config, window_ms, instances: BTreeMap::new(), learnt }
+    }
+
+    /// Says whom an instance is like, which may become clearer while it runs, and which of its lives this is: the same name with
+    /// another `life` is another instance, and begins anew. Who is not introduced is of no class, and known by its name.
+    pub fn introduce(&mut self, instance: &InstanceName, kin: Kin, life: u64) {
+        if self.instances.get(instance).is_some_and(|watched| watched.life != life) {
+            self.forget(instance);
+        }
+        match self.instances.get_mut(instance) {
+            Some(watched) => watched.kin = kin,
+            None => {
+                let new = Watched { kin, life, at: None, series: BTreeMap::new() };
+                self.instances.insert(instance.clone(), new);
+            }
+        }
     }
 
     /// Takes in one window of an instance.
     pub fn observe(&mut self, seen: &Observation<'_>) {
-        let window_ms = self.window_ms;
-        let leads: Vec<u64> = self.config.horizons_ms.iter().map(|ms| ms / window_ms).collect();
-        let day = DAY_MS / window_ms;
-        let fresh = || Watched {
-            at: UnixMillis(seen.at.0.saturating_sub(window_ms)),
-            series: [Resource::Cpu, Resource::Memory]
-                .map(|resource| (resource, begin(&self.priors, resource, seen.instance, &leads, day))),
-        };
-        let watched = self.instances.entry(seen.instance.clone()).or_insert_with(fresh);
+        let (leads, day) = (self.leads(), self.day());
+        let watched = self.instances.entry(seen.instance.clone()).or_insert_with(|| Watched {
+            kin: Kin { class: String::new(), identity: seen.instance.to_string() },
+            life: 0,
+            at: None,
+            series: BTreeMap::new(),
+        });
+        let before = UnixMillis(seen.at.0.saturating_sub(self.window_ms));
+        // A clock that was set back by much stays there: the windows go on by it.
+        let stale_ms = self.window_ms.saturating_mul(STALE_WINDOWS);
+        let at = watched.at.filter(|at| at.since(seen.at) <= stale_ms).unwrap_or(before);
         // To the nearest window: ends of windows jitter.
-        let windows = (seen.at.since(watched.at) + window_ms / 2) / window_ms;
+        let windows = (seen.at.since(at) + self.window_ms / 2) / self.window_ms;
         if windows == 0 {
-            return; // Seen already, or the clock went back.
+            return; // Seen already, or the clock went back a little.
         }
-        watched.at = seen.at;
-        for (resource, series) in &mut watched.series {
-            let value = match resource {
-                Resource::Cpu => seen.reference_cores,
-                Resource::Memory => seen.memory_bytes,
-            };
-            series.skip(windows - 1);
-            series.observe(value);
+        watched.at = Some(seen.at);
+        for resource in Resource::ALL {
+            let used = seen.usage.of(resource).filter(|amount| amount.is_finite());
+            match (watched.series.get_mut(&resource), used) {
+                (Some(series), Some(used)) => {
+                    series.skip(windows - 1);
+                    series.observe(used);
+                }
+                (Some(series), None) => series.skip(windows),
+                (None, Some(used)) => {
+                    let mut series = begin(&self.learnt, resource, &watched.kin, &leads, day);
+                    series.observe(used);
+                    watched.series.insert(resource, series);
+                }
+                (None, None) => {}
+            }
         }
     }
 
     /// What the instance will need; `None` if it is unknown or was not seen for a while.
     pub fn demand(&self, instance: &InstanceName, now: UnixMillis) -> Option<Demand> {
         let watched = self.instances.get(instance)?;
-        if now.since(watched.at) > self.window_ms.saturating_mul(STALE_WINDOWS) {
+        if now.since(watched.at?) > self.window_ms.saturating_mul(STALE_WINDOWS) {
             return None;
         }
         let points = watched.series.iter().flat_map(|(resource, series)| {
@@ -97,24 +135,49 @@ impl Forecaster {
 
     /// The instance is gone. What it has taught is kept, for when it returns, and for others.
     pub fn forget(&mut self, instance: &InstanceName) {
-        let Some(gone) = self.instances.remove(instance) else { return };
-        for (resource, series) in &gone.series {
+        if let Some(gone) = self.instances.remove(instance) {
+            gone.teach(&mut self.learnt);
+            self.learnt.bound(REMEMBERED);
+        }
+    }
+
+    /// Those that are not `present` are gone.
+    pub fn forget_others(&mut self, present: impl Fn(&InstanceName) -> bool) {
+        let gone: Vec<InstanceName> = self.instances.keys().filter(|name| !present(name)).cloned().collect();
+        gone.iter().for_each(|name| self.forget(name));
+    }
+
+    /// Whom the instance is like, as far as it was told.
+    pub fn kin(&self, instance: &InstanceName) -> Option<&Kin> {
+        self.instances.get(instance).map(|watched| &watched.kin)
+    }
+
+    /// Horizons in windows.
+    pub(crate) fn leads(&self) -> Vec<u64> {
+        self.config.horizons_ms.iter().map(|ms| ms / self.window_ms).collect()
+    }
+
+    /// Windows in a day.
+    pub(crate) fn day(&self) -> u64 {
+        DAY_MS / self.window_ms
+    }
+}
+
+impl Watched {
+    /// Tells what it can teach by now.
+    pub(crate) fn teach(&self, learnt: &mut Lessons) {
+        for (resource, series) in &self.series {
             if let Some(lesson) = series.teach() {
-                self.priors.entry(*resource).or_default().learn(ANY_CLASS, instance.as_str(), &lesson);
+                let priors = learnt.priors.entry(*resource).or_default();
+                priors.learn(&self.kin.class, &self.kin.identity, &lesson);
             }
         }
     }
 }
 
 /// A series of a new instance, which starts from what is known of its like.
-fn begin(
-    priors: &BTreeMap<Resource, Priors>,
-    resource: Resource,
-    instance: &InstanceName,
-    leads: &[u64],
-    day: u64,
-) -> Series {
-    let prior = priors.get(&resource).and_then(|priors| priors.of(ANY_CLASS, instance.as_str()));
+fn begin(learnt: &Lessons, resource: Resource, kin: &Kin, leads: &[u64], day: u64) -> Series {
+    let prior = learnt.priors.get(&resource).and_then(|priors| priors.of(&kin.class, &kin.identity));
     let taught = prior.and_then(|prior| Series::from_prior(leads, day, &prior).ok());
     taught.unwrap_or_else(|| Series::new(leads, day))
 }

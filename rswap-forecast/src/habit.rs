@@ -1,5 +1,8 @@
 //! What is usual: at this time of the day, and at all.
 
+use serde::{Deserialize, Serialize};
+use serde_big_array::BigArray;
+
 use super::numeric::Position;
 
 /// Most parts that a day is divided into.
@@ -8,7 +11,7 @@ const PARTS: usize = 288;
 const NEWEST_DAY: f32 = 0.3;
 
 /// The usual position at each time of the day.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Day {
     windows: u64,
     usual: Vec<Position>,
@@ -21,6 +24,12 @@ impl Day {
         let windows = windows.max(1);
         let parts = windows.min(PARTS as u64) as usize;
         Self { windows, usual: vec![Position::default(); parts], times: vec![0; parts] }
+    }
+
+    /// Whether it is one of so many windows.
+    pub(super) fn is_sound(&self, windows: u64) -> bool {
+        let new = Self::new(windows);
+        (self.windows, self.usual.len(), self.times.len()) == (new.windows, new.usual.len(), new.times.len())
     }
 
     fn part(&self, tick: u32) -> usize {
@@ -59,8 +68,9 @@ const WIDTH: f32 = 0.1;
 const BINS: usize = 80;
 
 /// All that was seen, fading over a day: as VPA's recommender and Autopilot see demand.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Histogram {
+    #[serde(with = "BigArray")]
     weights: [f32; BINS],
     /// Weight of the newest; it grows instead of the others fading.
     newest: f32,
@@ -72,6 +82,12 @@ impl Histogram {
     pub(super) const BINS: usize = BINS;
     /// Width of a bin.
     pub(super) const WIDTH: f32 = WIDTH;
+
+    /// Whether its numbers are possible.
+    pub(super) fn is_sound(&self) -> bool {
+        let possible = |number: &f32| number.is_finite() && *number >= 0.0;
+        self.weights.iter().chain([&self.newest, &self.growth]).all(possible)
+    }
 
     /// The share of time in each bin.
     pub(super) fn shares(&self) -> Vec<f32> {

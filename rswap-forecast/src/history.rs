@@ -1,5 +1,7 @@
 //! The newest positions of a series, and the season in them.
 
+use serde::{Deserialize, Serialize};
+
 use super::{numeric::Position, season};
 
 /// Between searches for the period at least so many windows go by.
@@ -7,8 +9,11 @@ const SEARCH_EVERY: u64 = 4;
 /// And at most so many.
 const SEARCH_AT_LEAST_EVERY: u64 = 128;
 
+/// No count of windows of a series comes near it.
+pub(super) const MOST: u64 = 1 << 48;
+
 /// Positions, oldest first.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct History {
     positions: Vec<Position>,
     start: usize,
@@ -22,6 +27,16 @@ impl History {
 
     pub(super) fn new() -> Self {
         Self { positions: Vec::with_capacity(Self::KEPT), start: 0, since_search: 0, period: None }
+    }
+
+    /// Whether its places and its period are possible.
+    pub(super) fn is_sound(&self) -> bool {
+        let len = self.positions.len();
+        let start = if len == Self::KEPT { Self::KEPT } else { 1 };
+        len <= Self::KEPT
+            && self.start < start
+            && self.since_search < MOST
+            && self.period.is_none_or(|period| (1..=Self::KEPT).contains(&period))
     }
 
     /// Whether the period has changed.

@@ -2,9 +2,12 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     Evidence,
     analogs::{self, Analogs, KEPT, Sorted},
+    history::MOST,
     mixture::{EXPERTS, Mixture, Opinions},
     numeric::{Short, displaced},
     prior::Prior,
@@ -57,7 +60,7 @@ pub(super) struct Moment {
     pub(super) long: [f32; 4],
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Pending {
     due: u32,
     features: Features,
@@ -72,7 +75,7 @@ struct Pending {
 }
 
 /// The errors of repeating the season.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct SeasonErrors {
     errors: Sorted,
     len: usize,
@@ -80,7 +83,7 @@ struct SeasonErrors {
 }
 
 /// One lead.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Lead {
     steps: u32,
     /// Of so many forecasts one is judged.
@@ -120,6 +123,29 @@ impl Lead {
             covered: 0,
             newest: [0.0; 4],
         }
+    }
+
+    /// Whether it can be one of so many windows: its places are ones, and its numbers.
+    pub(super) fn is_sound(&self, steps: u64) -> bool {
+        let new = Self::new(steps);
+        let shape =
+            (self.steps, self.stride) == (new.steps, new.stride) && self.pending.len() <= MAX_PENDING + 1;
+        let pending = self.pending.iter().all(|pending| {
+            let all = pending.features.iter().chain(&pending.given).chain(&pending.season);
+            let said = pending.said.iter().flatten().flatten().map(|opinion| opinion.get());
+            let numbers = [pending.predicted, pending.level, pending.unrest];
+            all.copied().chain(said).chain(numbers).all(f32::is_finite) && pending.value.is_finite()
+        });
+        let season = self
+            .season
+            .as_ref()
+            .is_none_or(|season| season.errors.is_sound() && season.len <= KEPT && season.next < KEPT);
+        let own = self.covered <= self.seen
+            && self.seen < MOST
+            && self.shift.iter().chain([&self.error]).copied().all(f32::is_finite)
+            && self.newest.iter().all(|need| need.is_finite() && *need >= 0.0);
+        let mixtures = self.mixtures.iter().all(Mixture::is_sound);
+        shape && pending && season && own && mixtures && self.regression.is_sound() && self.analogs.is_sound()
     }
 
     /// Adds what it has learnt to `prior`.

@@ -23,28 +23,22 @@ mod moments;
 mod numeric;
 mod prior;
 mod regression;
+mod resource;
 mod season;
 mod series;
+mod state;
 
 use serde::{Deserialize, Serialize};
 
 pub use config::ForecastConfig;
-pub use forecaster::{Forecaster, Observation};
+pub use forecaster::{Forecaster, Kin, Observation};
 pub use moments::Moments;
 pub use prior::{Prior, PriorError, Priors};
+pub use resource::{Resource, Usage};
 pub use series::Series;
+pub use state::{Lessons, StateError};
 
 use rswap_types::{InstanceName, UnixMillis};
-
-/// A resource whose need is forecast.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Resource {
-    /// In cores.
-    Cpu,
-    /// In bytes.
-    Memory,
-}
 
 /// Forecast quantiles, in the resource's unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -131,5 +125,7 @@ pub struct Demand {
 
 #[cfg(test)]
 mod prior_tests;
+#[cfg(test)]
+mod state_tests;
 #[cfg(test)]
 mod tests;

@@ -3,6 +3,8 @@
 //! Bernstein online aggregation on the gradient of the pinball loss: weights end up near the best *mixture*, not the
 //! best expert. Losses fade, so that another expert can take over.
 
+use serde::{Deserialize, Serialize};
+
 use super::numeric::expm1;
 
 /// Number of experts.
@@ -21,7 +23,7 @@ const PRIOR: f32 = 0.3;
 const PRIOR_VARIANCE: f32 = 3.0;
 
 /// Weights, and what they rest on.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Mixture {
     weights: Opinions,
     gained: Opinions,
@@ -72,6 +74,12 @@ impl Mixture {
 
     pub(super) fn gained(&self) -> &Opinions {
         &self.gained
+    }
+
+    /// Whether every number in it is one.
+    pub(super) fn is_sound(&self) -> bool {
+        let all = self.weights.iter().chain(&self.gained).chain(&self.variance).chain([&self.scale]);
+        all.copied().all(f32::is_finite)
     }
 
     /// Others of its kind have gained this.

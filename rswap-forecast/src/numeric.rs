@@ -1,6 +1,8 @@
 //! The few functions that a forecast is made of, in plain `f32` arithmetic: they vectorise, and give the same bits on
 //! every machine, which a C library's do not.
 
+use serde::{Deserialize, Serialize};
+
 /// e^x - 1, exact near 0; the argument is held within [-30, 30].
 #[inline]
 pub(super) fn expm1(x: f32) -> f32 {
@@ -47,7 +49,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// A number in half the space, with three significant digits: the upper half of its bits.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Short(u16);
 
 impl Short {
@@ -63,7 +65,7 @@ impl Short {
 }
 
 /// A position in half the space, to the 2048th part of a unit: an amount to half a thousandth of itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Position(i16);
 
 impl Position {

@@ -213,6 +213,32 @@ impl Priors {
         }
     }
 
+    /// Keeps at most so many classes and identities: those that most is known of.
+    pub(crate) fn bound(&mut self, most: usize) {
+        for known in [&mut self.classes, &mut self.identities] {
+            while known.len() > most {
+                let least = known.iter().min_by(|(_, a), (_, b)| a.series.total_cmp(&b.series));
+                let Some(key) = least.map(|(key, _)| key.clone()) else { break };
+                known.remove(&key);
+            }
+        }
+    }
+
+    /// Whose return it knows.
+    pub(crate) fn identities(&self) -> impl Iterator<Item = &str> {
+        self.identities.keys().map(String::as_str)
+    }
+
+    /// Whether a series with so many leads can start from any of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Prior::check`].
+    pub(crate) fn check(&self, leads: usize) -> Result<(), PriorError> {
+        let mut all = self.all.iter().chain(self.classes.values()).chain(self.identities.values());
+        all.try_for_each(|prior| prior.check(leads))
+    }
+
     /// Takes in what others have learnt.
     pub fn merge(&mut self, other: &Self) {
         let both = |own: &mut BTreeMap<String, Prior>, other: &BTreeMap<String, Prior>| {

@@ -1,5 +1,7 @@
 //! Recursive least squares with forgetting: how far the value will have gone at one lead, from what is known now.
 
+use serde::{Deserialize, Serialize};
+
 /// Number of features, a multiple of four.
 pub(super) const FEATURES: usize = 12;
 /// Features of one moment.
@@ -17,7 +19,7 @@ const PRIOR: f32 = 0.05;
 const MOST_UNSURE: f32 = 2e4;
 
 /// One regression; coefficients of 0 forecast that nothing changes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Regression {
     covariance: [Features; FEATURES],
     weights: Features,
@@ -36,6 +38,12 @@ impl Regression {
 
     pub(super) fn weights(&self) -> &Features {
         &self.weights
+    }
+
+    /// Whether every number in it is one.
+    pub(super) fn is_sound(&self) -> bool {
+        let all = self.covariance.iter().flatten().chain(&self.weights).chain([&self.mean_error]);
+        all.copied().all(f32::is_finite)
     }
 
     /// Others of its kind have these coefficients: they are less unsure than none.

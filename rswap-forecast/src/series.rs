@@ -1,9 +1,11 @@
 //! One resource of one instance: its scale, its recent positions, and their forecasts per lead.
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     Evidence, Quantiles,
     habit::{Day, Histogram},
-    history::History,
+    history::{History, MOST},
     lead::{Lead, Moment, TAILS},
     numeric::asinh,
     prior::{Prior, PriorError},
@@ -19,6 +21,8 @@ const TYPICAL_WINDOWS: u64 = 100;
 
 /// The unit of the scale, in mean amounts.
 pub(super) const UNIT: f64 = 0.5;
+/// The highest amount that is taken for one.
+const HIGHEST: f64 = (f32::MAX / 1e6) as f64;
 /// Windows of its own that outweigh what others have taught.
 const PRIOR_WINDOWS: u64 = 3;
 /// Windows after which a series can teach others.
@@ -26,7 +30,7 @@ const TEACHES_AFTER: u64 = 48;
 
 /// Amounts are seen on the scale asinh(amount / unit), with the mean amount as the unit: a burst of ten times the usual
 /// is no farther than it should be, 0 is nothing special, and a change of a percent is the same everywhere.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Series {
     tick: u32,
     seen: u64,
@@ -92,6 +96,23 @@ impl Series {
         Ok(new)
     }
 
+    /// Whether what was read can go on as a series for these leads, in windows, and a day of so many: whatever the bytes were, it
+    /// then does not fail.
+    pub(crate) fn is_sound(&self, leads: &[u64], day: u64) -> bool {
+        let amounts = [self.unit, self.mean, self.highest, self.value];
+        let positions = self.newest.iter().chain(&self.smoothed).chain([&self.typical]);
+        let possible = |amount: &f64| (0.0..=HIGHEST).contains(amount);
+        let new = self.seen == 0 && self.unit == 0.0;
+        let old = (1..MOST).contains(&self.seen) && self.unit > 0.0 && self.lowest <= self.highest;
+        let numbers = amounts.iter().chain(self.own.iter().flatten()).all(possible)
+            && positions.copied().all(f32::is_finite)
+            && self.taught <= PRIOR_WINDOWS
+            && (new || old);
+        let leads = self.leads.len() == leads.len()
+            && self.leads.iter().zip(leads).all(|(lead, &steps)| lead.is_sound(steps));
+        numbers && leads && self.history.is_sound() && self.day.is_sound(day) && self.long.is_sound()
+    }
+
     /// What it can teach others of its kind; `None` while that is too little.
     pub fn teach(&self) -> Option<Prior> {
         if self.seen < TEACHES_AFTER {
@@ -124,7 +145,7 @@ impl Series {
 
     /// Takes in the next window. A value that is no amount counts as unseen.
     pub fn observe(&mut self, value: f64) {
-        if !(0.0..=f64::from(f32::MAX / 1e6)).contains(&value) {
+        if !(0.0..=HIGHEST).contains(&value) {
             return self.skip(1);
         }
         self.tick = self.tick.wrapping_add(1);

@@ -11,8 +11,7 @@ fn seen(at_window: u64, reference_cores: f64, memory_bytes: u64) -> Observation<
     Observation {
         instance: &NAME,
         at: UnixMillis(1_000_000 + at_window * WINDOW_MS),
-        reference_cores,
-        memory_bytes: memory_bytes as f64,
+        usage: Usage { reference_cores, memory_bytes: memory_bytes as f64, ..Usage::default() },
     }
 }
 

@@ -105,6 +105,7 @@ impl Host {
             "[agent]\nhost = {:?}\nstate_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
              mode = {:?}\nwindow_ms = {}\ncgroup_parent = {:?}\n\n\
              [network]\nbridge = \"br0\"\nuplink = \"up0\"\n\n\
+             [learnt]\nfile = {:?}\n\n\
              [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\nfreeze_limit_ms = {}\njournal_dir = {:?}\n\n{shared}{}",
             self.name,
             self.dir,
@@ -112,6 +113,7 @@ impl Host {
             options.mode,
             options.window_ms,
             self.cgroup_parent,
+            self.learnt_file(),
             self.migrate_address(),
             options.max_unavailability_ms,
             options.freeze_limit_ms,
@@ -122,6 +124,11 @@ impl Host {
 
     fn config_path(&self) -> PathBuf {
         self.dir.join("rswap.toml")
+    }
+
+    /// Where its agent keeps what it has learnt.
+    pub fn learnt_file(&self) -> PathBuf {
+        self.dir.join("learnt")
     }
 
     fn log_path(&self) -> PathBuf {

@@ -6,14 +6,17 @@ use axum::http::StatusCode;
 use tokio::sync::mpsc::{self, UnboundedSender};
 
 use super::{
+    kin,
+    learnt::Keeper,
     moves::{self, Ended, Order, Stake},
     record::Recorder,
+    usage,
 };
 use crate::{
     config::{Config, Mode},
-    control::{Command, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest},
-    forecast::{Forecaster, Observation},
-    instance::{Instance, InstanceName, registry::Registry},
+    control::{Command, LearnDone, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest},
+    forecast::{Forecaster, Lessons, Observation},
+    instance::{Instance, InstanceName, main_process::MainProcess, registry::Registry},
     migrate::recovery::{self, Doubt, Recovery},
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
     pool::{self, Pool, Watch},
@@ -25,6 +28,9 @@ use crate::{
 const IN_DOUBT_HINT: &str = "the agent asks the other host until it answers; if that host is gone for good, decide with \
                              `rswap recover NAME --here` or `--there`";
 
+/// Whom an instance is like is looked up again every so many windows: programs change their user, and what they run.
+const KIN_EVERY_WINDOWS: u64 = 32;
+
 /// All rooms' nouns, and what is under way.
 pub(super) struct Wiring {
     pub(super) config: Config,
@@ -34,6 +40,8 @@ pub(super) struct Wiring {
     profiler: Arc<Profiler>,
     recorder: Option<Recorder>,
     forecaster: Forecaster,
+    keeper: Keeper,
+    windows: u64,
     pub(super) planner: Planner,
     pub(super) pools: Vec<Pool>,
     pub(super) watch: Watch,
@@ -57,7 +65,8 @@ impl Wiring {
         let watch = Watch::start(&config);
         let pools = super::drain::first(&config, &watch, &board);
         board.write(|board| board.probes = profiler.probes());
-        let forecaster = Forecaster::new(config.forecast.clone(), config.agent.window_ms);
+        let keeper = Keeper::new(&config.learnt);
+        let forecaster = keeper.forecaster(&config);
         let planner = Planner::new(config.plan.clone());
         let recorder = Recorder::new(&config.record);
         let (known, moving, in_doubt) = Default::default();
@@ -69,6 +78,8 @@ impl Wiring {
             profiler,
             recorder,
             forecaster,
+            keeper,
+            windows: 0,
             planner,
             pools,
             watch,
@@ -93,23 +104,16 @@ impl Wiring {
         self.look_at_pools();
         let profiles = self.profiler.sample(now);
         for profile in &profiles {
-            let speed = self.performance_under(&profile.instance);
-            let reference_cores = profile.cpu.cores * speed;
+            let usage = usage::of(profile, self.performance_under(&profile.instance));
+            self.look_at_kin(&profile.instance);
             if let Some(recorder) = &mut self.recorder {
-                recorder.window(
-                    &profile.instance,
-                    profile.at,
-                    reference_cores,
-                    profile.memory.resident_bytes,
-                );
+                let class = self.forecaster.kin(&profile.instance).map_or("", |kin| &kin.class);
+                recorder.window(profile, class, &usage);
             }
-            self.forecaster.observe(&Observation {
-                instance: &profile.instance,
-                at: profile.at,
-                reference_cores,
-                memory_bytes: profile.memory.resident_bytes as f64,
-            });
+            self.forecaster.observe(&Observation { instance: &profile.instance, at: profile.at, usage });
         }
+        self.windows += 1;
+        self.keeper.window(&self.forecaster, now);
         let seen: Vec<_> =
             profiles.iter().map(|profile| (profile, self.pool_of(&profile.instance))).collect();
         let pools = pool::with_usage(self.pools.clone(), &seen);
@@ -120,6 +124,38 @@ impl Wiring {
             self.act(&plan, now);
         }
         self.show(profiles, views, pools, plan, began);
+    }
+
+    /// Tells the forecaster whom an instance is like, when it is new and now and then.
+    fn look_at_kin(&mut self, name: &InstanceName) {
+        let known = self.forecaster.kin(name).is_some_and(|kin| !kin.class.is_empty());
+        let Some(instance) =
+            self.known.get(name).filter(|_| !known || self.windows.is_multiple_of(KIN_EVERY_WINDOWS))
+        else {
+            return;
+        };
+        let kin = kin::of(instance, MainProcess::of(instance).as_ref(), &self.config.learnt.class_labels);
+        // Between two programs it has none.
+        if !known || !kin.class.is_empty() {
+            self.forecaster.introduce(name, kin, instance.since.0);
+        }
+    }
+
+    /// The last word of this agent.
+    pub(super) fn end(&mut self) {
+        self.keeper.end(&self.forecaster);
+    }
+
+    fn learn(&mut self, lessons: &Lessons) -> Result<LearnDone, ApiError> {
+        self.forecaster.learn(lessons).map_err(|error| {
+            let text = format!("cannot learn from that: {error}");
+            ApiError::new(
+                StatusCode::CONFLICT,
+                text,
+                "export it with the same release, window_ms and horizons_ms",
+            )
+        })?;
+        Ok(LearnDone { identities: lessons.identities() })
     }
 
     /// Follows the registry: what came is profiled, what went is forgotten.
@@ -141,12 +177,17 @@ impl Wiring {
         for (name, instance) in &present {
             if self.known.get(name).is_none_or(|before| before.cgroup_id != instance.cgroup_id) {
                 tracing::info!(instance = %name, cgroup = %instance.cgroup.display(), "watching");
+                // The forecaster may know another one of this name, from before this agent.
+                let kin = self.forecaster.kin(name).cloned().unwrap_or_default();
+                self.forecaster.introduce(name, kin, instance.since.0);
                 if let Err(error) = self.profiler.track(name, &instance.cgroup) {
                     tracing::warn!(instance = %name, error = %refused("profile it", &error), "not profiled");
                 }
             }
         }
         self.known = present;
+        // Also those that only the agent before knew.
+        self.forecaster.forget_others(|name| self.known.contains_key(name));
         self.look_for_doubts();
         let doubts = &self.in_doubt;
         let shown = self.known.values().map(|instance| {
@@ -256,9 +297,12 @@ impl Wiring {
         began: Instant,
     ) {
         let programs = self.profiler.program_costs();
+        let kin =
+            |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
         self.board.write(|board| {
             for profile in profiles {
                 if let Some(view) = board.instances.get_mut(&profile.instance) {
+                    view.kin = kin(&profile.instance);
                     view.profile = Some(profile);
                 }
             }
@@ -281,6 +325,7 @@ impl Wiring {
         match command {
             Command::Adopt(request, reply) => drop(reply.send(self.adopt(request))),
             Command::Register(request, reply) => drop(reply.send(self.register(&request))),
+            Command::Learn(lessons, reply) => drop(reply.send(self.learn(&lessons))),
             Command::Drain(request, reply) => drop(reply.send(self.drain(request))),
             Command::Recover(request, reply) => self.recover(request, reply),
             Command::Swap(request, reply) => {

@@ -6,6 +6,7 @@
 mod calibrate;
 mod change;
 mod check;
+mod forecast;
 mod labels;
 mod local;
 mod migrate;
@@ -60,6 +61,8 @@ enum Command {
     Plan(Output),
     /// Show why an instance is where it is: each kept decision, with all its numbers
     Explain(ExplainArguments),
+    /// Show what is forecast of an instance; carry what was learnt from one host to another
+    Forecast(forecast::ForecastArguments),
     /// Move an instance to a CPU pool
     Swap(SwapArguments),
     /// Migrate an instance to another host
@@ -308,6 +311,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Plan(output) => show::plan(&session.client, output).await?,
         Command::Explain(arguments) => show::explain(&session.client, &arguments).await?,
         Command::Adopt(arguments) => change::adopt(&session.client, arguments).await?,
+        Command::Forecast(arguments) => forecast::forecast(session, arguments).await?,
         Command::Swap(arguments) => change::swap(&session.client, arguments).await?,
         Command::Drain(arguments) => change::drain(&session.client, arguments).await?,
         Command::Recover(arguments) => change::recover(&session.client, arguments).await?,

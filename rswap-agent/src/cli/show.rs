@@ -8,6 +8,7 @@ use crate::{
     control::client::Client,
     instance::NetworkIdentity,
     plan::{self, Decision, Plan},
+    profile::Profile,
     status::InstanceView,
 };
 
@@ -17,11 +18,25 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
         return print_json(&views);
     }
     let mut rows = table(&[
-        "NAME", "ORIGIN", "PID", "POOL", "ADDRESS", "CORES", "RESIDENT", "WAIT", "DIRTY/S", "COMMAND",
+        "NAME",
+        "ORIGIN",
+        "PID",
+        "POOL",
+        "ADDRESS",
+        "CORES",
+        "RESIDENT",
+        "WAIT",
+        "DIRTY/S",
+        "I/O/S",
+        "I/O P99",
+        "NET IN/S",
+        "NET OUT/S",
+        "COMMAND",
     ]);
     for view in &views {
         let instance = &view.instance;
         let profile = view.profile.as_ref();
+        let net = profile.and_then(Profile::net_bytes_per_s);
         let wait = profile.map(|p| &p.cpu.run_queue_ns).filter(|queue| queue.count > 0);
         rows.add_row([
             instance.name.to_string(),
@@ -33,6 +48,10 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
             or_dash(profile.map(|p| bytes(p.memory.resident_bytes as f64))),
             or_dash(wait.map(|queue| nanoseconds(queue.sum as f64 / queue.count as f64))),
             or_dash(profile.and_then(|p| p.memory.dirty_bytes_per_s).map(bytes)),
+            or_dash(profile.and_then(Profile::io_bytes_per_s).map(bytes)),
+            or_dash(profile.and_then(|p| p.io_latency_ns().quantile(0.99)).map(|ns| nanoseconds(ns as f64))),
+            or_dash(net.map(|(inwards, _)| bytes(inwards))),
+            or_dash(net.map(|(_, outwards)| bytes(outwards))),
             one_line(&instance.command),
         ]);
     }

@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use crate::{
+    forecast::Lessons,
     instance::{Instance, InstanceName},
     migrate::recovery::Decision,
     status::{ApiError, Board, MigrationProgress, MigrationReport},
@@ -127,6 +128,13 @@ pub struct DrainDone {
     pub acts: bool,
 }
 
+/// Answer to `POST /v1/learn`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LearnDone {
+    /// Of how many instances, by identity, something was learnt.
+    pub identities: usize,
+}
+
 /// One line of the answer to `POST /v1/migrate`. The last one is no `progress`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "event")]
@@ -157,6 +165,8 @@ pub enum Command {
     Register(RegisterRequest, Reply<Instance>),
     /// Empty a pool, or let it be used again.
     Drain(DrainRequest, Reply<DrainDone>),
+    /// Take in what another forecaster has learnt.
+    Learn(Box<Lessons>, Reply<LearnDone>),
     /// Decide about an instance in doubt.
     Recover(RecoverRequest, Reply<RecoverDone>),
 }

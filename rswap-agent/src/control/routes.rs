@@ -18,12 +18,18 @@ use super::{
     AdoptRequest, Command, DrainRequest, MigrateEvent, MigrateRequest, RecoverRequest, RegisterRequest,
     Reply, SwapRequest,
 };
-use crate::status::{self, ApiError, Board};
+use crate::{
+    forecast::Lessons,
+    status::{self, ApiError, Board},
+};
 
 type Commands = mpsc::Sender<Command>;
 
 /// Requests are a few names; more is a mistake.
 const BODY_LIMIT_BYTES: usize = 64 << 10;
+
+/// Lessons are some KiB for each instance that ever ran.
+const LESSONS_LIMIT_BYTES: usize = 64 << 20;
 
 /// Progress events that wait for a slow reader; more are dropped by the wiring.
 const EVENTS_WAITING: usize = 64;
@@ -38,6 +44,9 @@ pub fn router(board: Board, commands: Commands) -> Router {
         .route("/v1/recover", post(recover))
         .route("/v1/drain", post(drain))
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+        .merge(
+            Router::new().route("/v1/learn", post(learn)).layer(DefaultBodyLimit::max(LESSONS_LIMIT_BYTES)),
+        )
         .with_state(commands);
     status::router(board).merge(mutating)
 }
@@ -57,6 +66,10 @@ async fn register(
     given: Given<RegisterRequest>,
 ) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Register).await
+}
+
+async fn learn(State(commands): State<Commands>, given: Given<Lessons>) -> Result<Response, ApiError> {
+    ask(&commands, given, |lessons, reply| Command::Learn(Box::new(lessons), reply)).await
 }
 
 async fn drain(State(commands): State<Commands>, given: Given<DrainRequest>) -> Result<Response, ApiError> {

@@ -4,6 +4,7 @@ pub mod arrival;
 pub mod cgroup;
 pub mod init;
 pub mod launch;
+pub mod main_process;
 pub mod network;
 pub mod registry;
 pub mod volume;

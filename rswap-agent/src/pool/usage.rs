@@ -56,7 +56,9 @@ mod tests {
             window_ms: 1000,
             cpu: CpuProfile { cores: 0.8, ..CpuProfile::default() },
             block: vec![],
+            block_counted: true,
             tcp: TcpProfile::default(),
+            tcp_counted: true,
             memory: MemoryProfile { resident_bytes: 7, ..MemoryProfile::default() },
         };
         let used = |sits_on| {

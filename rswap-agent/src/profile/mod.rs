@@ -95,10 +95,40 @@ pub struct Profile {
     pub cpu: CpuProfile,
     /// One entry per device and direction that had I/O.
     pub block: Vec<BlockProfile>,
+    /// Whether I/O was counted: without the probe, or a slot, no entry says nothing.
+    #[serde(default)]
+    pub block_counted: bool,
     /// TCP.
     pub tcp: TcpProfile,
+    /// Whether TCP bytes were counted.
+    #[serde(default)]
+    pub tcp_counted: bool,
     /// Memory.
     pub memory: MemoryProfile,
+}
+
+impl Profile {
+    /// Bytes per second read and written; `None` where they were not counted.
+    pub fn io_bytes_per_s(&self) -> Option<f64> {
+        let bytes: u64 = self.block.iter().map(|block| block.bytes).sum();
+        self.block_counted.then(|| self.per_second(bytes))
+    }
+
+    /// Latencies of all its requests, in nanoseconds.
+    pub fn io_latency_ns(&self) -> Histogram {
+        let mut all = Histogram::default();
+        self.block.iter().for_each(|block| all.merge(&block.latency_ns));
+        all
+    }
+
+    /// TCP bytes received per second, and sent; `None` where they were not counted.
+    pub fn net_bytes_per_s(&self) -> Option<(f64, f64)> {
+        self.tcp_counted.then(|| (self.per_second(self.tcp.bytes_in), self.per_second(self.tcp.bytes_out)))
+    }
+
+    fn per_second(&self, bytes: u64) -> f64 {
+        bytes as f64 * 1e3 / self.window_ms.max(1) as f64
+    }
 }
 
 /// CPU use and waiting.

@@ -285,6 +285,14 @@ impl Probes {
         Ok(())
     }
 
+    /// Whether all of these count.
+    pub(super) fn are_active(&self, names: &[&str]) -> bool {
+        let active = |name: &&str| {
+            self.statuses.iter().any(|status| status.name == *name && status.state == ProbeState::Active)
+        };
+        names.iter().all(active)
+    }
+
     /// Passes the programs' own messages on to the agent's log.
     pub(super) fn flush_log(&mut self) {
         if let Some(flush) = &mut self.flush_log {

@@ -267,7 +267,9 @@ impl State {
                 ..CpuProfile::default()
             },
             block: Vec::new(),
+            block_counted: false,
             tcp: TcpProfile::default(),
+            tcp_counted: false,
             memory: MemoryProfile {
                 resident_bytes,
                 dirty_bytes_per_s: tracked.dirty_bytes_per_s,
@@ -278,6 +280,8 @@ impl State {
             later.add_cpu_since(earlier, &mut profile.cpu);
             profile.tcp = later.tcp_since(earlier);
             profile.block = later.block_since(earlier, &self.devices);
+            profile.block_counted = self.probes.are_active(&["block_rq_complete"]);
+            profile.tcp_counted = self.probes.are_active(&["sock_send_length", "sock_recv_length"]);
         }
         Ok(Some(profile))
     }

@@ -8,7 +8,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    forecast::Demand,
+    forecast::{Demand, Kin},
     instance::{Instance, InstanceName},
     plan::{Decision, Plan},
     pool::{Inventory, Pool},
@@ -32,6 +32,9 @@ pub struct InstanceView {
     pub profile: Option<Profile>,
     /// Its last forecast.
     pub demand: Option<Demand>,
+    /// Whom it learns from, and whom it teaches, once its main process was seen.
+    #[serde(default)]
+    pub kin: Option<Kin>,
     /// It was committed to this address, which did not answer yet: it is frozen here (`rswap recover`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_doubt: Option<String>,
@@ -189,9 +192,11 @@ impl BoardState {
         let mut before = std::mem::take(&mut self.instances);
         for (instance, in_doubt) in present {
             let name = instance.name.clone();
-            let (profile, demand) =
-                before.remove(&name).map_or((None, None), |view| (view.profile, view.demand));
-            self.instances.insert(name, InstanceView { instance, profile, demand, in_doubt });
+            let view = match before.remove(&name) {
+                Some(view) => InstanceView { instance, in_doubt, ..view },
+                None => InstanceView { instance, profile: None, demand: None, kin: None, in_doubt },
+            };
+            self.instances.insert(name, view);
         }
         let (instances, migrations) = (&self.instances, &self.migrations);
         self.decisions

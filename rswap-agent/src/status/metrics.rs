@@ -107,11 +107,20 @@ fn instances(registry: &mut Registry, board: &BoardState) {
     let resident = Family::<OfInstance, FloatGauge>::default();
     let queue_mean = Family::<OfInstance, FloatGauge>::default();
     let need = Family::<Forecast, FloatGauge>::default();
+    let [io, io_latency, net_in, net_out] =
+        std::array::from_fn(|_| Family::<OfInstance, FloatGauge>::default());
     for (name, view) in &board.instances {
         let of = OfInstance { instance: name.to_string() };
         if let Some(profile) = &view.profile {
             cores.get_or_create(&of).set(profile.cpu.cores);
             resident.get_or_create(&of).set(profile.memory.resident_bytes as f64);
+            let set = |family: &Family<OfInstance, FloatGauge>, value: Option<f64>| {
+                value.into_iter().for_each(|value| _ = family.get_or_create(&of).set(value));
+            };
+            set(&io, profile.io_bytes_per_s());
+            set(&io_latency, profile.io_latency_ns().quantile(0.99).map(|ns| ns as f64 / 1e9));
+            set(&net_in, profile.net_bytes_per_s().map(|(bytes, _)| bytes));
+            set(&net_out, profile.net_bytes_per_s().map(|(_, bytes)| bytes));
             let queue = &profile.cpu.run_queue_ns;
             if queue.count > 0 {
                 queue_mean.get_or_create(&of).set(queue.sum as f64 / queue.count as f64 / 1e9);
@@ -127,7 +136,7 @@ fn instances(registry: &mut Registry, board: &BoardState) {
             for (quantile, value) in quantiles {
                 let labels = Forecast {
                     instance: name.to_string(),
-                    resource: format!("{:?}", point.resource).to_lowercase(),
+                    resource: point.resource.name().to_owned(),
                     horizon_ms: point.horizon_ms,
                     quantile,
                 };
@@ -143,7 +152,24 @@ fn instances(registry: &mut Registry, board: &BoardState) {
         Unit::Seconds,
         queue_mean,
     );
-    registry.register("instance_need", "Forecast need, in cores or bytes", need);
+    for (name, help, family) in [
+        ("instance_io_bytes_per_second", "Block I/O in the last window, both ways", io),
+        ("instance_net_in_bytes_per_second", "TCP bytes received in the last window", net_in),
+        ("instance_net_out_bytes_per_second", "TCP bytes sent in the last window", net_out),
+    ] {
+        registry.register(name, help, family);
+    }
+    registry.register_with_unit(
+        "instance_io_latency_p99",
+        "What 99 in 100 block requests of the last window did not exceed",
+        Unit::Seconds,
+        io_latency,
+    );
+    registry.register(
+        "instance_need",
+        "Forecast need, in the unit that the resource's name says: cpu in reference cores, memory in bytes",
+        need,
+    );
 }
 
 fn pools(registry: &mut Registry, board: &BoardState) {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use rswap_forecast::{Forecaster, Observation, Quantile, Resource};
+use rswap_forecast::{Forecaster, Observation, Quantile, Resource, Usage};
 use rswap_plan::{InstanceView, Outcome, PlanConfig, Planner};
 use rswap_types::{InstanceName, UnixMillis};
 
@@ -72,8 +72,11 @@ impl Policy for Act {
             self.forecaster.observe(&Observation {
                 instance: &workload.name,
                 at: now,
-                reference_cores: used,
-                memory_bytes: workload.memory_bytes as f64,
+                usage: Usage {
+                    reference_cores: used,
+                    memory_bytes: workload.memory_bytes as f64,
+                    ..Usage::default()
+                },
             });
             let cores = used / pools[at].performance;
             pools[at].used.cores += cores;
