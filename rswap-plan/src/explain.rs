@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Table, presets::UTF8_BORDERS_ONLY};
 
-use super::{Candidate, Decision, MoveKind, Outcome, StayReason};
+use super::{Candidate, Decision, MoveKind, Outcome, StayReason, TimedBy, Timing};
 
 /// The whole decision: the need it rests on, every pool with its numbers, the result and why.
 pub fn explain(decision: &Decision) -> String {
@@ -40,6 +40,9 @@ pub fn explain(decision: &Decision) -> String {
             text,
             "memory: {now:.1} MB/s written now, {quiet:.1} or less a quarter of the time: {word}"
         );
+    }
+    if let Some(timing) = &decision.timing {
+        let _ = writeln!(text, "{}", when(timing));
     }
     match decision.crossing_in_ms {
         Some(ms) => {
@@ -83,6 +86,24 @@ pub fn explain(decision: &Decision) -> String {
         let _ = writeln!(text, "it would be decided otherwise {change}");
     }
     text
+}
+
+/// When it begins, and why then.
+fn when(timing: &Timing) -> String {
+    let (unit, how) = match timing.by {
+        TimedBy::Written => ("MB/s of writing", ""),
+        TimedBy::Cpu => ("cores of CPU use", " (its writes are not tracked: who does little writes little)"),
+    };
+    let number = |amount: f64| match timing.by {
+        TimedBy::Written => format!("{:.1}", amount / 1e6),
+        TimedBy::Cpu => format!("{amount:.2}"),
+    };
+    let chosen = timing.chosen_ms;
+    let others = timing.starts.iter().filter(|(start, _)| *start != chosen);
+    let others: String =
+        others.map(|(start, amount)| format!(", {} in {start} ms", number(*amount))).collect();
+    let expected = number(timing.amount(chosen).unwrap_or(0.0));
+    format!("begins in {chosen} ms: {expected} {unit} are expected then{others}{how}")
 }
 
 /// Why it moves.

@@ -170,6 +170,72 @@ fn a_migration_waits_for_a_quiet_time() {
     assert_eq!(start(21_000, 1e6).0, 0);
 }
 
+/// Medians of a resource that can be believed.
+fn medians(resource: Resource, medians: &[(u64, f64)]) -> impl Iterator<Item = DemandPoint> {
+    medians.iter().map(move |&(horizon_ms, p50)| DemandPoint {
+        resource,
+        horizon_ms,
+        need: Quantiles { p50, p90: p50, p95: p50, p99: p50 },
+        evidence: Evidence::Enough { seen: 100, p95_coverage: 0.95 },
+    })
+}
+
+#[test]
+fn a_migration_begins_when_little_is_expected_to_be_written() {
+    let pools = [host("a", 8.0, 0.5), host("b", 8.0, 0.01)];
+    let mut view = on("x", "a", 1.0);
+    view.dirty_bytes_per_s = Some(40e6);
+    view.demand.points.extend(medians(Resource::Written, &[(5_000, 40e6), (15_000, 1e6), (30_000, 1e6)]));
+    let planned = plan(eager(), &[view.clone()], &pools);
+    let decision = &planned.decisions[0];
+    let Outcome::Move { start_by, forced: false, .. } = decision.outcome else { panic!("{decision:?}") };
+    assert_eq!(start_by.since(planned.at), 15_000, "{}", explain(decision));
+    let text = explain(decision);
+    assert!(
+        text.contains("begins in 15000 ms: 1.0 MB/s of writing are expected then, 40.0 in 0 ms, 34."),
+        "{text}"
+    );
+
+    // Its need forces it away after some 20 s, and a migration takes two: by then, it is still loud.
+    view.demand.points = medians(Resource::Cpu, &[(5_000, 1.0), (15_000, 1.0), (30_000, 20.0)]).collect();
+    view.demand.points.extend(medians(Resource::Written, &[(5_000, 9e6), (15_000, 40e6), (30_000, 1e6)]));
+    let pools = [host("a", 8.0, 0.01), host("b", 30.0, 0.5)];
+    let planned = plan(eager(), &[view.clone()], &pools);
+    let decision = &planned.decisions[0];
+    let Outcome::Move { start_by, forced: true, .. } = decision.outcome else { panic!("{decision:?}") };
+    let timing = decision.timing.as_ref().unwrap();
+    assert_eq!(start_by.since(planned.at), 5_000, "{}", explain(decision));
+    assert!((15_000..20_000).contains(&timing.latest_ms()), "{timing:?}");
+
+    // Nothing is quieter than the latest start: it waits for that.
+    view.demand.points.truncate(3);
+    view.demand.points.extend(medians(Resource::Written, &[(5_000, 41e6), (15_000, 40e6), (30_000, 39e6)]));
+    let planned = plan(eager(), &[view], &pools);
+    let decision = &planned.decisions[0];
+    assert_eq!(decision.timing.as_ref().map(|timing| timing.chosen_ms), Some(timing.latest_ms()));
+}
+
+#[test]
+fn where_writes_are_not_tracked_little_cpu_use_is_a_quiet_time() {
+    let pools = [host("a", 8.0, 0.5), host("b", 8.0, 0.01)];
+    let mut view = on("x", "a", 1.0);
+    (view.dirty_bytes_per_s, view.cores) = (None, 4.0);
+    view.demand.points = medians(Resource::Cpu, &[(5_000, 4.0), (15_000, 0.5), (30_000, 0.5)]).collect();
+    let planned = plan(eager(), &[view.clone()], &pools);
+    let decision = &planned.decisions[0];
+    let Outcome::Move { start_by, .. } = decision.outcome else { panic!("{decision:?}") };
+    assert_eq!(start_by.since(planned.at), 15_000, "{}", explain(decision));
+    assert!(explain(decision).contains("0.50 cores of CPU use are expected then"), "{}", explain(decision));
+    // It is quiet now, or it always does the same: it is not waited for.
+    for (now, later) in [(0.5, 4.0), (1.0, 1.0)] {
+        view.cores = now;
+        view.demand.points = medians(Resource::Cpu, &[(5_000, later), (30_000, later)]).collect();
+        let planned = plan(eager(), &[view.clone()], &pools);
+        let Outcome::Move { start_by, .. } = planned.decisions[0].outcome else { panic!("{planned:?}") };
+        assert_eq!(start_by, planned.at, "{now} and {later}");
+    }
+}
+
 #[test]
 fn what_might_not_be_served_costs() {
     let mut view = on("x", "a", 1.0);

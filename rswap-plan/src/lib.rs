@@ -6,7 +6,7 @@
 //! the present pool by the hysteresis, waits for the cool-down, and does not lead back to where the instance was a short
 //! while ago, on whatever way; a move that the need forces waits for none of them, only for the back-off after a failure.
 //! A pool that is being drained, and one that an instance's [`rules`] forbid, force a move as a need does. Who must move and fits
-//! nowhere may change places with another one. Migrations wait for a time in which little memory is written, as long as they can.
+//! nowhere may change places with another one. Migrations begin when little memory is expected to be written, as far as they can wait for that ([`Timing`]).
 //! Candidates are kept with their numbers, whatever was decided.
 
 mod compare;
@@ -23,6 +23,7 @@ mod rank;
 mod reason;
 pub mod rules;
 pub mod score;
+mod timing;
 mod urgency;
 
 use std::collections::BTreeMap;
@@ -35,6 +36,7 @@ pub use planner::Planner;
 pub use price::{MovePrice, price_of_move};
 pub use reason::{Dropped, StayReason};
 pub use score::Terms;
+pub use timing::{TimedBy, Timing};
 
 use rswap_forecast::{Demand, Quantile, Quantiles};
 use rswap_types::{InstanceName, UnixMillis};
@@ -148,6 +150,9 @@ pub struct Decision {
     /// How much memory it writes, and how little that is at times, where a migration has been decided and this is known.
     #[serde(default)]
     pub writing: Option<Writing>,
+    /// When a migration could begin, and what is expected then, where one has been decided and this is known.
+    #[serde(default)]
+    pub timing: Option<Timing>,
     /// The result.
     pub outcome: Outcome,
 }

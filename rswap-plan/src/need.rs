@@ -65,6 +65,19 @@ fn over_horizon(
     if count == 0 { Err(nearest) } else { Ok(OverHorizon { expected: sum / f64::from(count), most }) }
 }
 
+/// The medians of a resource over the horizon that can be believed: (milliseconds from now, amount), the nearest first.
+pub(crate) fn expected(view: &InstanceView, resource: Resource, config: &PlanConfig) -> Vec<(u64, f64)> {
+    let known = |point: &&DemandPoint| matches!(point.evidence, Evidence::Enough { .. });
+    let mut medians: Vec<(u64, f64)> = points(view, resource, config)
+        .filter(known)
+        .map(|point| (point.horizon_ms, point.need.p50.max(0.0)))
+        .filter(|(at, amount)| *at > 0 && amount.is_finite())
+        .collect();
+    medians.sort_by_key(|(at, _)| *at);
+    medians.dedup_by_key(|(at, _)| *at);
+    medians
+}
+
 /// When the need first exceeds what the pool can give, in milliseconds: between two horizons, along the line through both.
 pub(crate) fn crossing(
     view: &InstanceView,

@@ -2,17 +2,18 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use rswap_forecast::Moments;
+use rswap_forecast::{Moments, Resource};
 use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
 
 use crate::{
-    Candidate, Decision, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason,
+    Candidate, Decision, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason, TimedBy,
     compare::Round,
     ledger::{Ledger, Promise, Seen},
     memory::Memory,
     need,
     rank::{self, Rank, Ranking},
     rules::{self, Groups},
+    timing,
     urgency::Urgency,
 };
 
@@ -244,6 +245,7 @@ impl Planner {
             hysteresis: self.config.hysteresis,
             exchange: None,
             writing: None,
+            timing: None,
             outcome: Outcome::Stay { reason: StayReason::NoPoolFits },
         };
         let need = match need::need(view, &self.config) {
@@ -291,7 +293,7 @@ impl Planner {
         };
         if kind == MoveKind::Host && decision.moves() {
             decision.writing = self.memory.get(&view.instance).and_then(Memory::writing);
-            self.wait_for_quiet(&mut decision);
+            self.time(view, round, &mut decision);
         }
         decision
     }
@@ -350,20 +352,46 @@ impl Planner {
         Outcome::Move { to: best.pool.clone(), start_by: UnixMillis(now.0.saturating_add(wait_ms)), forced }
     }
 
-    /// A migration begins at once while little memory is written; else as late as it can, or, where nothing forces it, when a
-    /// planning horizon has gone by.
-    fn wait_for_quiet(&self, decision: &mut Decision) {
-        let Some(writing) = decision.writing else { return };
-        let wanted =
-            self.memory.get(&decision.instance).and_then(|memory| memory.wanted).unwrap_or(decision.at);
-        if let Outcome::Move { start_by, forced, .. } = &mut decision.outcome {
-            *start_by = match (writing.is_quiet(), *forced) {
-                (true, _) => decision.at,
-                (false, true) => *start_by,
-                (false, false) => {
-                    decision.at.max(UnixMillis(wanted.0.saturating_add(self.config.horizon_ms)))
-                }
-            };
+    /// A migration begins when little memory is written: by the forecast of that, where there is one; else at once in a time that is
+    /// quieter than most, where it is known what it usually writes; else, where writes are not tracked, by the forecast of its CPU use.
+    /// It waits no longer than it can, and, where nothing forces it, no longer than a planning horizon.
+    fn time(&self, view: &InstanceView, round: &Round<'_, '_>, decision: &mut Decision) {
+        let now = decision.at;
+        let wanted = self.memory.get(&decision.instance).and_then(|memory| memory.wanted).unwrap_or(now);
+        let Outcome::Move { to, start_by, forced } = &decision.outcome else { return };
+        let latest = match forced {
+            true => *start_by,
+            false => now.max(UnixMillis(wanted.0.saturating_add(self.config.horizon_ms))),
+        };
+        let price =
+            decision.candidates.iter().find(|candidate| candidate.pool == *to).and_then(|to| to.move_price);
+        let takes_ms = price.map_or(0, |price| (price.seconds * 1000.0) as u64);
+        let by = |by, resource, here: Option<f64>| {
+            let mut expected = need::expected(view, resource, &self.config);
+            let here = here.or(expected.first().map(|(_, amount)| *amount))?;
+            expected.insert(0, (0, here.max(0.0)));
+            let known = expected.len() > 1 && here.is_finite();
+            known.then(|| timing::choose(by, &expected, takes_ms, latest.since(now), start_by.since(now)))
+        };
+        let mut timing = by(TimedBy::Written, Resource::Written, view.dirty_bytes_per_s);
+        let chosen = match (&timing, decision.writing) {
+            (Some(timing), _) => timing.chosen_ms,
+            (None, Some(writing)) if writing.is_quiet() => 0,
+            (None, Some(_)) => latest.since(now),
+            (None, None) => {
+                let on = round.current(view, MoveKind::Cpu).or_else(|| round.current(view, MoveKind::Host));
+                let speed = on.map_or(1.0, |index| round.pools[index].performance);
+                timing = view
+                    .dirty_bytes_per_s
+                    .is_none()
+                    .then(|| by(TimedBy::Cpu, Resource::Cpu, Some(view.cores * speed)))
+                    .flatten();
+                timing.as_ref().map_or(start_by.since(now), |timing| timing.chosen_ms)
+            }
+        };
+        decision.timing = timing;
+        if let Outcome::Move { start_by, .. } = &mut decision.outcome {
+            *start_by = UnixMillis(now.0.saturating_add(chosen));
         }
     }
 }
