@@ -21,6 +21,7 @@ mod kin;
 pub(crate) mod learnt;
 mod moves;
 mod record;
+mod remembered;
 mod usage;
 mod wiring;
 

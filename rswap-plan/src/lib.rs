@@ -21,6 +21,7 @@ mod planner;
 mod price;
 mod rank;
 mod reason;
+mod remembered;
 pub mod rules;
 pub mod score;
 mod timing;
@@ -35,6 +36,7 @@ pub use explain::explain;
 pub use planner::Planner;
 pub use price::{MovePrice, price_of_move};
 pub use reason::{Dropped, StayReason};
+pub use remembered::Remembered;
 pub use score::Terms;
 pub use timing::{TimedBy, Timing};
 

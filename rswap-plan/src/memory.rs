@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use rswap_types::UnixMillis;
+use serde::{Deserialize, Serialize};
 
 use crate::{MoveKind, Writing};
 
@@ -12,19 +13,22 @@ const REMEMBERED: usize = 16;
 const WRITTEN_WINDOWS: usize = 60;
 
 /// Moves, failures, and where the instance has been.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Memory {
     pub(super) last_move: Option<UnixMillis>,
     pub(super) last_failure: Option<UnixMillis>,
     pub(super) failures: u32,
+    #[serde(skip)]
     pub(super) in_flight: Option<String>,
     /// Where it was in the last round, per kind.
     on: Vec<(MoveKind, String)>,
     /// What it left, and when; newest last.
     left: Vec<(MoveKind, String, UnixMillis)>,
     /// Bytes written per second in the last windows; newest last.
+    #[serde(skip)]
     written: VecDeque<f64>,
     /// Since when a migration has been decided in every round.
+    #[serde(skip)]
     pub(super) wanted: Option<UnixMillis>,
 }
 

@@ -32,11 +32,11 @@ const HOUR_MS: u64 = 3_600_000;
 #[derive(Clone, Debug)]
 pub struct Planner {
     config: PlanConfig,
-    memory: BTreeMap<InstanceName, Memory>,
+    pub(crate) memory: BTreeMap<InstanceName, Memory>,
     /// Bytes of memory per second to a host, by the host pool's name, as the last migration there found it.
-    links: BTreeMap<String, f64>,
+    pub(crate) links: BTreeMap<String, f64>,
     /// When moves to and from a host ended, by the host pool's name; newest last.
-    hours: BTreeMap<String, VecDeque<UnixMillis>>,
+    pub(crate) hours: BTreeMap<String, VecDeque<UnixMillis>>,
 }
 
 impl Planner {

@@ -9,7 +9,7 @@ use nix::{
 };
 use rswap_agent::{
     migrate::wire::Tag,
-    plan::{Decision, Outcome, Plan},
+    plan::{Decision, Outcome, Plan, StayReason},
     pool::{CpuSet, cpu_list},
     status::{InstanceView, MigrationState, MigrationView},
 };
@@ -158,6 +158,39 @@ fn an_agent_that_is_told_to_stop_ends_its_migration_first() -> anyhow::Result<()
     a.wait_for_agent(LIMIT)?;
     assert!(b.has_instance("memcheck")?, "it was not moved");
     assert!(!a.has_processes()?, "two copies run");
+    Ok(())
+}
+
+#[test]
+fn a_new_agent_does_not_repeat_at_once_what_failed() -> anyhow::Result<()> {
+    if reason_to_skip("a_new_agent_does_not_repeat_at_once_what_failed").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    // Nobody takes migrations at b.
+    let mut host = fleet.host("a", &options("act", 0.8))?;
+    host.run("busy", &["--pool", "slow"], BUSY)?;
+    let failures = |host: &Host| {
+        let plan: Plan = host.get("/v1/plan")?;
+        let outcomes = plan.decisions.into_iter().map(|decision| decision.outcome);
+        anyhow::Ok(outcomes.into_iter().find_map(|outcome| match outcome {
+            Outcome::Stay { reason: StayReason::BackOff { failures, .. } } => Some(failures),
+            _ => None,
+        }))
+    };
+    let before =
+        wait_for(
+            "three failures in a row",
+            LIMIT,
+            || Ok(failures(&host)?.filter(|failures| *failures >= 3)),
+        )?;
+    terminate(&host)?;
+    host.wait_for_agent(LIMIT)?;
+    host.start_agent()?;
+    let after = wait_for("the new agent to wait, too", LIMIT, || failures(&host))?;
+    assert!(after >= before, "{before} failures, then {after}");
+    let migrations: Vec<MigrationView> = host.get("/v1/migrations")?;
+    assert!(migrations.len() <= 1, "it did not wait: {migrations:?}");
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 
 use super::{
     moves::{Ended, Moved, Stake, Stayed},
+    remembered,
     wiring::{Wiring, refused},
 };
 use crate::{
@@ -38,6 +39,7 @@ impl Wiring {
                 tracing::error!(%instance, to, %error, "in doubt: it stays frozen here");
             }
         }
+        remembered::keep(&self.config, &self.planner);
         match stake {
             Stake::Swap(reply) => self.swap_ended(instance, to, result, took, reply),
             Stake::Migration { id, events } => self.migration_ended(id, result, events, now),

@@ -10,7 +10,7 @@ use super::{
     learnt::Keeper,
     moves::{self, Ended, Order, Stake},
     record::Recorder,
-    usage,
+    remembered, usage,
 };
 use crate::{
     config::{Config, Mode},
@@ -67,7 +67,7 @@ impl Wiring {
         board.write(|board| board.probes = profiler.probes());
         let keeper = Keeper::new(&config.learnt);
         let forecaster = keeper.forecaster(&config);
-        let planner = Planner::new(config.plan.clone());
+        let planner = remembered::planner(&config, &registry);
         let recorder = Recorder::new(&config.record);
         let (known, moving, in_doubt) = Default::default();
         Self {
@@ -144,6 +144,7 @@ impl Wiring {
     /// The last word of this agent.
     pub(super) fn end(&mut self) {
         self.keeper.end(&self.forecaster);
+        remembered::keep(&self.config, &self.planner);
     }
 
     fn learn(&mut self, lessons: &Lessons) -> Result<LearnDone, ApiError> {
