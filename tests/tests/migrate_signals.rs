@@ -31,6 +31,37 @@ fn signals_timers_and_waits_go_on_there_and_back() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Calls that Linux never goes on with.
+const NEVER_CONTINUED: [&str; 6] =
+    ["epoll_wait", "epoll_pwait2", "sigtimedwait", "semtimedop", "recvmsg", "accept"];
+
+#[test]
+fn calls_that_linux_never_goes_on_with_return_eintr_only_if_they_have_a_limit() -> anyhow::Result<()> {
+    if reason_to_skip("calls_that_linux_never_goes_on_with_return_eintr_only_if_they_have_a_limit").is_some()
+    {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    scene.python("waits", &[], &[])?;
+    further(&scene.log, "waiting", 1)?;
+    for (from, to) in [(&scene.a, &scene.b), (&scene.b, &scene.a), (&scene.a, &scene.b)] {
+        let before = NEVER_CONTINUED.map(|name| lines(&scene.log, name));
+        scene.moved("waits", from, to)?;
+        for (name, before) in NEVER_CONTINUED.into_iter().zip(before) {
+            let before = before?;
+            // Long before its own limit, which is ten minutes.
+            wait_for(&format!("{name} to be interrupted"), LIMIT, || {
+                Ok((lines(&scene.log, name)? > before).then_some(()))
+            })?;
+        }
+        anyhow::ensure!(lines(&scene.log, "woken")? == 0, "a wait is over without what it waits for");
+    }
+    fs::write(scene.log.with_extension("log.wake"), "")?;
+    wait_for("all to be woken", LIMIT, || Ok((lines(&scene.log, "done")? > 0).then_some(())))?;
+    anyhow::ensure!(lines(&scene.log, "woken")? == 2 * NEVER_CONTINUED.len(), "some were not woken");
+    Ok(())
+}
+
 #[test]
 fn what_is_stopped_stays_so_and_the_parent_is_told_once() -> anyhow::Result<()> {
     if reason_to_skip("what_is_stopped_stays_so_and_the_parent_is_told_once").is_some() {

@@ -18,7 +18,7 @@ use crate::sys::{filter, socket, tcp};
 const SO_PASSPIDFD: i32 = 76;
 
 /// Options that are carried where they aren't 0.
-const OPTIONS: [i32; 3] = [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD];
+const OPTIONS: [i32; 4] = [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD, libc::SO_RCVLOWAT];
 
 /// What a socket is and why it can't be carried, with what to do.
 pub(crate) type Refusal = (String, &'static str);
@@ -75,9 +75,15 @@ pub(crate) fn describe(
     let mut options = Vec::new();
     for name in OPTIONS {
         // What an older kernel does not know is not set.
-        let value = option(name).unwrap_or(0);
-        options.extend((value != 0).then_some((libc::SOL_SOCKET, name, value)));
+        let usual = i32::from(name == libc::SO_RCVLOWAT);
+        let value = option(name).unwrap_or(usual);
+        options.extend((value != usual).then_some((libc::SOL_SOCKET, name, value)));
     }
+    let timeout = |name| {
+        let value = socket::option_bytes(ours, libc::SOL_SOCKET, name, size_of::<libc::timeval>());
+        let value = value.map_err(failed)?;
+        Ok::<_, TraceeError>(if value.iter().all(|byte| *byte == 0) { Vec::new() } else { value })
+    };
     let image = UnixImage {
         kind,
         inode,
@@ -87,6 +93,7 @@ pub(crate) fn describe(
         peer_credentials: identity(socket::peer_credentials(ours).map_err(failed)?),
         queued,
         options,
+        timeouts: [timeout(libc::SO_RCVTIMEO)?, timeout(libc::SO_SNDTIMEO)?],
         send_buffer: option(libc::SO_SNDBUF).map_err(failed)?,
         shutdown,
     };

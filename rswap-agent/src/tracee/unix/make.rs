@@ -470,6 +470,11 @@ fn set_options(ours: &OwnedFd, image: &UnixImage, pid: i32) -> Result<(), Tracee
     for &(level, name, value) in &image.options {
         set(level, name, value)?;
     }
+    let names = [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO];
+    for (name, value) in names.into_iter().zip(&image.timeouts).filter(|(_, value)| !value.is_empty()) {
+        socket::set_option_bytes(ours, libc::SOL_SOCKET, name, value)
+            .map_err(TraceeError::call("setting a unix socket's timeouts", pid))?;
+    }
     // The kernel doubles what it is given.
     set(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, image.send_buffer / 2)
 }

@@ -44,6 +44,8 @@ pub struct UnixImage {
     pub queued: Vec<Message>,
     /// Options as (level, name, value).
     pub options: Vec<(i32, i32, i32)>,
+    /// How long it waits to read and to write (`SO_RCVTIMEO`, `SO_SNDTIMEO`), as the kernel tells it; empty for ever.
+    pub timeouts: [Vec<u8>; 2],
     /// Its send buffer, as the kernel tells it.
     pub send_buffer: i32,
     /// Bits 1: it reads no more, 2: it writes no more.
