@@ -149,6 +149,36 @@ class Pidfd(Held):
         expect((result.si_pid, result.si_status), (self.zombie, 5), "the zombie's status")
 
 
+class Signalfd(Held):
+    """A signal that waits to be read, with what was sent along."""
+
+    def __init__(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGRTMIN + 3})
+        mask = struct.pack("<Q", 1 << (signal.SIGRTMIN + 2))
+        self.fd = libc.signalfd(-1, mask + bytes(120), os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "signalfd")
+        self.number = 0
+        self.send()
+
+    def send(self):
+        self.number += 1
+        if libc.sigqueue(os.getpid(), signal.SIGRTMIN + 3, ctypes.c_void_p(self.number)):
+            raise OSError(ctypes.get_errno(), "sigqueue")
+
+    def check(self):
+        expect(fdinfo(self.fd, "sigmask"), [[f"{1 << (signal.SIGRTMIN + 2):016x}"]], "the signals of the signalfd")
+        expect(bool(select.select([self.fd], [], [], 0)[0]), True, "the signal that waits")
+
+    def drain(self):
+        told = os.read(self.fd, 1000)
+        expect(len(told), 128, "the bytes of one signal")
+        number, _, code, pid, _ = struct.unpack_from("<IiiII", told)
+        value = struct.unpack_from("<i", told, 44)[0]
+        expect((number, code, pid, value), (signal.SIGRTMIN + 3, -1, os.getpid(), self.number), "the signal")
+        self.send()
+
+
 class ThreadSignal(Held):
     """A signal from tgkill(2) that waits for a thread which is not the first, and blocks it."""
 
@@ -170,8 +200,10 @@ class ThreadSignal(Held):
         return self.answers.get()
 
     def check(self):
-        expect(self.do(signal.sigpending), {signal.SIGUSR1}, "the signal that waits for a thread")
-        expect(signal.sigpending(), set(), "what waits for the first thread")
+        # Of what waits for the process, Signalfd has one.
+        of_process = {signal.SIGRTMIN + 3}
+        expect(self.do(signal.sigpending) - of_process, {signal.SIGUSR1}, "the signal that waits for a thread")
+        expect(signal.sigpending() - of_process, set(), "what waits for the first thread")
 
     def drain(self):
         found = self.do(lambda: signal.sigtimedwait({signal.SIGUSR1}, 0))
@@ -181,7 +213,7 @@ class ThreadSignal(Held):
 
 def main():
     os.makedirs(directory)
-    run([Epoll(), Inotify(), Pidfd(), ThreadSignal()])
+    run([Epoll(), Inotify(), Pidfd(), Signalfd(), ThreadSignal()])
 
 
 main()

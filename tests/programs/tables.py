@@ -47,6 +47,7 @@ class Process:
 
     def __init__(self, flags):
         (told, self.told), (self.answers, answers) = os.pipe(), os.pipe()
+        self.theirs = told, answers
         self.flags = flags
         self.pid = call(CLONE, flags | SIGCHLD, 0, 0, 0, 0)
         if self.pid == 0:
@@ -162,4 +163,5 @@ def main():
     run([Processes(), Threads()])
 
 
-main()
+if __name__ == "__main__":
+    main()

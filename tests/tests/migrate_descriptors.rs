@@ -1,11 +1,14 @@
 //! Programs that hold descriptors of all kinds, and check them, go there and back.
 
-use std::{os::unix::net::UnixListener, process::Command};
+use std::{fs, os::unix::net::UnixListener, process::Command};
 
 use anyhow::Context;
+use rswap_agent::migrate::wire::Tag;
 use rswap_tests::{
+    moves::held,
+    proxy::Fault,
     reason_to_skip,
-    scene::{LIMIT, Scene, holds_everything},
+    scene::{LIMIT, Scene, further, holds_everything},
     wait_for,
 };
 
@@ -60,6 +63,30 @@ fn pseudo_terminals_are_carried() -> anyhow::Result<()> {
 #[test]
 fn tables_that_are_shared_stay_shared() -> anyhow::Result<()> {
     held_through_three_moves("tables_that_are_shared_stay_shared", "tables", &[])
+}
+
+#[test]
+fn tables_that_are_left_during_a_move_are_left() -> anyhow::Result<()> {
+    if reason_to_skip("tables_that_are_left_during_a_move_are_left").is_some() {
+        return Ok(());
+    }
+    // After the first round, and after the last one, before the freeze.
+    for nth in [0, 1] {
+        let scene = Scene::set()?;
+        let directory = scene.fleet.scratch().join("leaving");
+        scene.python("leaving", &[], &[&directory.to_string_lossy()])?;
+        further(&scene.log, "shared", 5)?;
+        let fault = Fault::PauseAt { tag: Tag::RoundEnd, nth };
+        let (proxy, migration) = held("leaving", &scene.a, &scene.b, fault)?;
+        fs::write(scene.log.with_extension("log.leave"), "")?;
+        further(&scene.log, "left", 2)?;
+        proxy.go_on();
+        migration.succeed()?;
+        further(&scene.log, "left", 5)?;
+        scene.moved("leaving", &scene.b, &scene.a)?;
+        further(&scene.log, "left", 5)?;
+    }
+    Ok(())
 }
 
 #[test]
