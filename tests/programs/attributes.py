@@ -7,14 +7,16 @@ import ctypes
 import errno
 import os
 import resource
+import signal
 import struct
 import sys
 import threading
 import time
 
 libc = ctypes.CDLL(None, use_errno=True)
-PRCTL = {"keepcaps": 8, "timerslack": 29, "nnp": 38, "ambient": 47, "securebits": 28, "mdwe": 65}
+PRCTL = {"pdeathsig": 1, "get pdeathsig": 2, "name": 15, "subreaper": 36, "thp": 41, "get thp": 42, "keepcaps": 8, "timerslack": 29, "nnp": 38, "ambient": 47, "securebits": 28, "mdwe": 65}
 NET_BIND_SERVICE = 10
+GET_ROBUST_LIST = 274
 GETPPID, CAPSET, IOPRIO_SET, IOPRIO_GET, SECCOMP = 110, 126, 251, 252, 317
 FORBIDDEN = 42
 
@@ -102,6 +104,74 @@ def habits(log):
     keep(log, "habits", look)
 
 
+def identity(log):
+    """By what others know it, and what the kernel knows of its memory."""
+    libc.prctl(PRCTL["name"], b"renamed")
+    prctl(PRCTL["pdeathsig"], signal.SIGUSR1)
+    prctl(PRCTL["thp"], 1)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    memory = ctypes.create_string_buffer(64 << 10)
+    stack = struct.pack("<QixxxxQ", ctypes.addressof(memory), 0, len(memory))
+    if libc.sigaltstack(stack, None):
+        raise OSError(ctypes.get_errno(), "sigaltstack")
+
+    def read(name):
+        with open(f"/proc/self/{name}", "rb") as file:
+            return file.read()
+
+    def look():
+        death, head, length = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_size_t()
+        libc.prctl(PRCTL["get pdeathsig"], ctypes.byref(death))
+        call(GET_ROBUST_LIST, 0, ctypes.byref(head), ctypes.byref(length))
+        now = ctypes.create_string_buffer(24)
+        libc.sigaltstack(None, now)
+        return (
+            [read(name) for name in ("comm", "cmdline", "environ", "auxv")],
+            [os.readlink(f"/proc/self/{name}") for name in ("exe", "cwd", "root")],
+            death.value,
+            prctl(PRCTL["get thp"]),
+            os.sched_getscheduler(0),
+            now.raw,
+            (head.value, length.value),
+        )
+
+    keep(log, "identity", look)
+
+
+def family(log):
+    """A child that dies with its parent, and orphans that come to this process."""
+    prctl(PRCTL["subreaper"], 1)
+
+    def bear():
+        """A process whose child is to die with it: both pids."""
+        reader, writer = os.pipe()
+        parent = os.fork()
+        if parent == 0:
+            if os.fork() == 0:
+                prctl(PRCTL["pdeathsig"], signal.SIGTERM)
+                os.write(writer, struct.pack("<i", os.getpid()))
+            while True:
+                signal.pause()
+        child = struct.unpack("<i", os.read(reader, 4))[0]
+        os.close(reader)
+        os.close(writer)
+        return parent, child
+
+    pair = bear()
+
+    def look():
+        nonlocal pair
+        parent, child = pair
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+        # It is this process's now, and is told of its parent's death.
+        ended = os.waitpid(child, 0)[1]
+        pair = bear()
+        return ended
+
+    keep(log, "family", look)
+
+
 def root(log, directory):
     os.mkdir(f"{directory}/inside")
     os.chdir(f"{directory}/inside")
@@ -165,7 +235,7 @@ def strict(log):
 
 def main():
     log = open(sys.argv[1], "a", buffering=1)
-    for work in (credentials, habits, filtered, strict):
+    for work in (credentials, habits, identity, family, filtered, strict):
         if os.fork() == 0:
             work(log)
     if os.fork() == 0:

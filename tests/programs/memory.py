@@ -84,6 +84,20 @@ def can_be_read(at):
     return libc.process_vm_readv(os.getpid(), local, 1, remote, 1, 0) == 8
 
 
+CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
+
+
+@CALLBACK
+def deep(left):
+    """Goes down the machine's stack."""
+    return 1 + deep(left - 1) if left > 0 else 0
+
+
+def stack_kib():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmStk:"))
+
+
 def main():
     path, file_name, huge_pages = sys.argv[1], sys.argv[2], int(sys.argv[3])
     log = open(path, "a", buffering=1)
@@ -155,6 +169,14 @@ def main():
     at = heap(PAGES * PAGE + PAGE)
     areas.append(Area("heap", at, PAGES))
 
+    # A page of the file, and one behind its end.
+    source = os.open(__file__, os.O_RDONLY)
+    pages = -(-os.fstat(source).st_size // PAGE)
+    beyond = [libc.mmap(None, (pages + 1) * PAGE, 1, sharing, source, 0) for sharing in (mmap.MAP_PRIVATE, mmap.MAP_SHARED)]
+    os.close(source)
+    depth, sys_limit = 100, 3000
+    sys.setrecursionlimit(4 * sys_limit)
+
     first = flags()
     child = os.fork()
     if child == 0:
@@ -197,6 +219,22 @@ def main():
             if os.pread(huge_memory, 8, 0) != ctypes.string_at(at_of(areas, "huge page of memfd_create"), 8):
                 log.write("MISMATCH the descriptor of memfd_create is of other memory\n")
                 os._exit(1)
+        for at in beyond:
+            with open(__file__, "rb") as file:
+                same = ctypes.string_at(at, pages * PAGE).rstrip(b"\0") == file.read()
+            if not same or can_be_read(at + pages * PAGE):
+                log.write("MISMATCH the mapping that is longer than its file\n")
+                os._exit(1)
+        # The stack and the heap grow.
+        before, depth = stack_kib(), min(depth + 50, sys_limit)
+        if deep(depth) != depth or stack_kib() < before:
+            log.write("MISMATCH the stack does not grow\n")
+            os._exit(1)
+        at = heap(PAGE)
+        ctypes.c_uint64.from_address(at).value = 1
+        if heap(0) != at + PAGE:
+            log.write("MISMATCH the heap does not grow\n")
+            os._exit(1)
         log.write("checked=1\n")
         time.sleep(0.05)
 

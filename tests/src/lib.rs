@@ -16,6 +16,7 @@ pub mod converse;
 pub mod fleet;
 pub mod heartbeat;
 pub mod host;
+pub mod huge_pages;
 pub mod load;
 pub mod loop_device;
 pub mod mangle;

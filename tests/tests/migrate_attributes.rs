@@ -3,11 +3,11 @@
 
 use std::{fs, path::Path, process::Command};
 
-use anyhow::Context;
 use rswap_tests::{
+    huge_pages::HugePages,
     reason_to_skip,
     scene::{LIMIT, Scene, further},
-    wait_for,
+    skip, wait_for,
 };
 
 #[test]
@@ -20,7 +20,7 @@ fn rights_and_restrictions_are_the_same_everywhere() -> anyhow::Result<()> {
     fs::create_dir(&directory)?;
     scene.python("attributes", &[], &[&directory.to_string_lossy()])?;
     let goes_on = |log: &std::path::Path| {
-        let names = ["credentials", "habits", "root", "filter", "strict"];
+        let names = ["credentials", "habits", "identity", "family", "root", "filter", "strict"];
         names.iter().try_for_each(|name| further(log, name, 3))
     };
     goes_on(&scene.log)?;
@@ -93,43 +93,59 @@ fn huge_pages_that_are_not_there_are_refused() -> anyhow::Result<()> {
     further(&scene.log, "checked", 2)
 }
 
+/// Has a policy of its own, for the process or a mapping, until a file is there.
+const POLICY: &str = "
+import ctypes, mmap, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+SET_MEMPOLICY, MBIND, DEFAULT, BIND, INTERLEAVE = 238, 237, 0, 2, 3
+memory = mmap.mmap(-1, 1 << 20)
+at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+nodes = ctypes.byref(ctypes.c_ulong(1))
+def set_policy(kind, nodes, bits):
+    if sys.argv[1] == 'process':
+        result = libc.syscall(SET_MEMPOLICY, kind, nodes, ctypes.c_ulong(bits))
+    else:
+        result = libc.syscall(MBIND, ctypes.c_void_p(at), ctypes.c_ulong(len(memory)), kind, nodes, ctypes.c_ulong(bits), 0)
+    if result:
+        print('NO', os.strerror(ctypes.get_errno()), flush=True)
+set_policy(BIND if sys.argv[1] == 'process' else INTERLEAVE, nodes, 64)
+print('set', flush=True)
+while not os.path.exists(sys.argv[2]): time.sleep(0.02)
+set_policy(DEFAULT, None, 0)
+print('left', flush=True)
+while True: time.sleep(0.1)
+";
+
 #[test]
-fn mounts_of_an_instance_are_refused_by_their_points() -> anyhow::Result<()> {
-    if reason_to_skip("mounts_of_an_instance_are_refused_by_their_points").is_some() {
+fn memory_policies_are_refused_until_they_are_left() -> anyhow::Result<()> {
+    const TEST: &str = "memory_policies_are_refused_until_they_are_left";
+    if reason_to_skip(TEST).is_some() {
         return Ok(());
     }
-    let scene = Scene::set()?;
-    let path = |name: &str| scene.fleet.scratch().join(name);
-    for name in ["tmpfs", "bind"] {
-        fs::create_dir(path(name))?;
+    for (what, policy) in [("process", "bind"), ("mapping", "interleave")] {
+        let scene = Scene::set()?;
+        let enough = scene.fleet.scratch().join("enough");
+        scene.run("policy", &[], &["python3", "-c", POLICY, what, &enough.to_string_lossy()])?;
+        let said = |word: &str| {
+            wait_for(word, LIMIT, || {
+                let log = fs::read_to_string(scene.fleet.scratch().join("a/policy.log")).unwrap_or_default();
+                Ok(log.lines().any(|line| line == word).then_some(log))
+            })
+        };
+        if said("set")?.contains("NO") {
+            skip(TEST, "this kernel has no memory policies (CONFIG_NUMA)");
+            return Ok(());
+        }
+        let Err(reason) = scene.a.migrate("policy", &scene.b.migrate_address())?.end()? else {
+            anyhow::bail!("the policy of a {what} was lost");
+        };
+        anyhow::ensure!(reason.contains(&format!("memory policy {policy}")), "{reason}");
+        anyhow::ensure!(!scene.b.has_processes()?, "something was made");
+        fs::write(&enough, "")?;
+        said("left")?;
+        scene.moved("policy", &scene.a, &scene.b)?;
     }
-    let script = format!(
-        "mount -t tmpfs none {tmpfs} && mount --bind {tmpfs} {bind} && echo mounted; \
-         while ! [ -e {enough} ]; do sleep 0.05; done; umount {bind} {tmpfs} && echo unmounted; \
-         while :; do sleep 0.05; done",
-        tmpfs = path("tmpfs").display(),
-        bind = path("bind").display(),
-        enough = path("enough").display(),
-    );
-    scene.run("mounts", &[], &["sh", "-c", &script])?;
-    let said = |word: &str| {
-        wait_for(word, LIMIT, || {
-            let log = fs::read_to_string(path("a/mounts.log")).unwrap_or_default();
-            Ok(log.lines().any(|line| line == word).then_some(()))
-        })
-    };
-    said("mounted")?;
-    let Err(reason) = scene.a.migrate("mounts", &scene.b.migrate_address())?.end()? else {
-        anyhow::bail!("it was moved away from its mounts");
-    };
-    for name in ["tmpfs", "bind"] {
-        let item = format!("a mount of its own at {} (tmpfs)", path(name).display());
-        anyhow::ensure!(reason.contains(&item), "{reason}");
-    }
-    fs::write(path("enough"), "")?;
-    said("unmounted")?;
-    scene.moved("mounts", &scene.a, &scene.b)?;
-    scene.moved("mounts", &scene.b, &scene.a)
+    Ok(())
 }
 
 /// A SysV segment of one huge page.
@@ -165,31 +181,4 @@ fn huge_pages_of_a_segment_are_refused() -> anyhow::Result<()> {
     };
     anyhow::ensure!(reason.contains("a SysV segment in huge pages"), "{reason}");
     Ok(())
-}
-
-/// Huge pages that are set aside, and given back at the end.
-struct HugePages {
-    before: u64,
-    enough: bool,
-}
-
-const SETTING: &str = "/proc/sys/vm/nr_hugepages";
-
-impl HugePages {
-    fn reserve(pages: u64) -> anyhow::Result<Self> {
-        let read = || -> anyhow::Result<u64> {
-            fs::read_to_string(SETTING)?.trim().parse().context("no number of huge pages")
-        };
-        let before = read()?;
-        fs::write(SETTING, (before + pages).to_string())?;
-        Ok(Self { before, enough: read()? == before + pages })
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        if let Err(error) = fs::write(SETTING, self.before.to_string()) {
-            eprintln!("cannot give huge pages back: {error}");
-        }
-    }
 }
