@@ -28,15 +28,14 @@ impl Report {
         let title = escaped(title);
         Ok(format!(
             "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-             <meta name=\"viewport\" content=\"width=device-width\">\n<title>rswap simulate: {title}</title>\n\
+             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>rswap simulate: {title}</title>\n\
              <style>{PLOTS_STYLE}{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n\
              <p>What each policy would have done with the same demand. The oracle is no policy: it is what the demand costs where it is \
              cheapest at every moment, without moves; nothing can cost less without violations. Drag to zoom, double-click to go back.</p>\n\
-             <table><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table>\n\
-             <div id=\"all\" class=\"plot\"></div>\n<div id=\"money\" class=\"plot\"></div>\n\
+             <div class=\"wide\"><table class=\"rows\"><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>\n\
+             <div id=\"all\" class=\"plot\"></div>\n<div id=\"short\" class=\"plot\"></div>\n<div id=\"money\" class=\"plot\"></div>\n\
              <p><label>Instance <select id=\"instance\"></select></label></p>\n\
-             <p class=\"key\">Moves: <span style=\"color:#0b6e4f\">to save</span><span style=\"color:#d9822b\">forced by need</span>\
-             <span style=\"color:#b3412e\">failed</span></p>\n\
+             <p class=\"key\">Moves:<span id=\"save\"></span><span id=\"forced\"></span><span id=\"failed\"></span></p>\n\
              <div id=\"one\" class=\"plot\"></div>\n<div id=\"place\" class=\"plot\"></div>\n\
              <script type=\"application/json\" id=\"report\">{data}</script>\n<script>{PLOTS}</script>\n<script>{SCRIPT}</script>\n\
              </body>\n</html>\n"

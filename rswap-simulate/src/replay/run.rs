@@ -95,8 +95,12 @@ struct UnderWay {
 /// Replays the scenario with each policy, from the same first placement.
 pub fn simulate(scenario: &Scenario, first: &Placement, policies: &mut [&mut dyn Policy]) -> Report {
     let (bound, bound_timeline) = oracle(scenario);
-    let mut report =
-        Report { window_ms: scenario.window_ms, windows: scenario.windows(), ..Report::default() };
+    let mut report = Report {
+        window_ms: scenario.window_ms,
+        windows: scenario.windows(),
+        pools: scenario.pools.iter().map(|pool| pool.name.clone()).collect(),
+        ..Report::default()
+    };
     for policy in policies {
         let (mut row, timeline) = replay(scenario, first, *policy);
         row.regret = row.money - bound.money;

@@ -98,6 +98,11 @@ fn a_report_is_one_page() {
     let data = page.split("id=\"report\">").nth(1).unwrap().split("</script>").next().unwrap();
     let data: serde_json::Value = serde_json::from_str(data).unwrap();
     assert_eq!(data["rows"].as_array().unwrap().len(), 5);
+    // Where an instance sat is shown by name.
+    let sat = data["focus"][0]["pool"].as_array().unwrap();
+    let names = sat.iter().map(|pool| data["pools"][pool.as_u64().unwrap() as usize].as_str().unwrap());
+    let names: std::collections::BTreeSet<_> = names.collect();
+    assert_eq!(names.into_iter().collect::<Vec<_>>(), ["fast", "slow"]);
     for outside in ["<link", " src=", "@import", "fetch(", "url("] {
         assert!(!page.contains(outside), "{outside}");
     }
