@@ -1,5 +1,5 @@
-//! What real programs do with disk and network is forecast, like CPU and memory; what was learnt outlives the agent, and an instance's
-//! class goes along with it.
+//! What real programs do with disk and network is forecast, like CPU and memory; what was learnt outlives the agent, and goes from one
+//! instance to the next of its class.
 
 use std::{
     fs,
@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::signal::Signal;
 use rswap_agent::{
     forecast::{DemandPoint, Evidence, Kin, Resource},
     instance::cgroup,
@@ -48,6 +49,11 @@ fn calibrated(host: &Host, name: &str, resource: Resource) -> anyhow::Result<Vec
 
 fn kin(host: &Host, name: &str) -> anyhow::Result<Kin> {
     wait_for(&format!("the class of {name}"), LIMIT, || Ok(view(host, name)?.and_then(|view| view.kin)))
+}
+
+/// Ends an instance at once.
+fn end(host: &Host, name: &str) -> anyhow::Result<()> {
+    Ok(fs::write(host.cgroup()?.join(name).join("cgroup.kill"), "1")?)
 }
 
 #[test]
@@ -150,6 +156,57 @@ fn known_rates_of_disk_and_network_are_forecast_and_recorded() -> anyhow::Result
         "0.000001",
     ])?;
     assert!(simulated.contains("act p95"), "{simulated}");
+    Ok(())
+}
+
+#[test]
+fn a_new_agent_goes_on_with_what_the_last_one_knew() -> anyhow::Result<()> {
+    if reason_to_skip("a_new_agent_goes_on_with_what_the_last_one_knew").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    let mut host = fleet.host("a", &options(200, ""))?;
+    let seen = |points: &[DemandPoint]| {
+        let seen = points.iter().map(|point| match point.evidence {
+            Evidence::TooLittle { seen, .. } | Evidence::Enough { seen, .. } => seen,
+        });
+        seen.min().unwrap_or(0)
+    };
+    let first = |host: &Host| {
+        wait_for("the first forecast of the new agent", LIMIT, || {
+            Ok(Some(points(host, "web", Resource::Cpu)?).filter(|points| !points.is_empty()))
+        })
+    };
+    host.run("web", &[], IDLE)?;
+    host.run("short", &[], IDLE)?;
+    calibrated(&host, "web", Resource::Cpu)?;
+    // A series teaches others after 48 windows.
+    let before = wait_for("so many outcomes that it teaches", LIMIT, || {
+        Ok(Some(seen(&points(&host, "web", Resource::Cpu)?)).filter(|seen| *seen >= 48))
+    })?;
+
+    // One that is told to stop writes down what it knows.
+    host.signal_agent(Signal::SIGTERM)?;
+    host.wait_for_agent(LIMIT)?;
+    assert!(host.learnt_file().exists());
+    end(&host, "short")?;
+    host.start_agent()?;
+    let after = first(&host)?;
+    assert!(is_calibrated(&after) && seen(&after) >= before, "{before} before, then {after:?}");
+    let exported = host.call(&["forecast", "export"])?;
+    assert!(exported.contains("\"web sh -c"), "what runs has taught too: {exported}");
+
+    // What can't be used is set aside, and the agent runs.
+    host.kill_agent()?;
+    let mut bytes = fs::read(host.learnt_file())?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0xff;
+    fs::write(host.learnt_file(), &bytes)?;
+    host.start_agent()?;
+    let anew = first(&host)?;
+    assert!(!is_calibrated(&anew), "{anew:?}");
+    assert!(host.log()?.contains("is set aside"), "{}", host.log_tail());
+    assert_eq!(fs::read(host.learnt_file().with_extension("aside"))?, bytes);
     Ok(())
 }
 
