@@ -5,9 +5,11 @@ usage: volume.py LOG DIRECTORY PAUSE_S BYTES
 BYTES: length of a file of which a page is rewritten in each round.
 """
 
+import ctypes
 import mmap
 import os
 import stat
+import struct
 import sys
 import time
 
@@ -45,6 +47,22 @@ private_file = os.open("private", os.O_CREAT | os.O_RDWR)
 os.write(private_file, b"p" * 8192)
 private = mmap.mmap(private_file, 8192, flags=mmap.MAP_PRIVATE)
 private[0:5] = b"dirty"
+# Longer mappings than the file, which grows and shrinks.
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+short_file = os.open("short", os.O_CREAT | os.O_RDWR)
+os.write(short_file, b"s" * 5000)
+beyond = [libc.mmap(None, 4 * 4096, 3, sharing, short_file, 0) for sharing in (mmap.MAP_SHARED, mmap.MAP_PRIVATE)]
+hole = mmap.mmap(sparse, 64 << 20, prot=mmap.PROT_READ)
+
+
+def can_be_read(at):
+    data = ctypes.create_string_buffer(8)
+    local, remote = struct.pack("<QQ", ctypes.addressof(data), 8), struct.pack("<QQ", at, 8)
+    return libc.process_vm_readv(os.getpid(), local, 1, remote, 1, 0) == 8
+
+
 os.mkdir("owned", 0o2750)
 os.chown("owned", 1234, 4321)
 os.chmod("owned", 0o2750)
@@ -102,6 +120,13 @@ while True:
     os.pwrite(big, os.urandom(4096), number * 4096 % length)
     check(os.pread(sparse, 3, 100 << 20) == b"end" and os.pread(sparse, 9, 5 << 20) == bytes(9), "the sparse file")
     check(os.stat("sparse").st_blocks < 2048, "the hole was filled", os.stat("sparse").st_blocks)
+    for at in beyond:
+        check(ctypes.string_at(at + 4990, 20) == b"s" * 10 + bytes(10), "the end of the short file")
+        check(can_be_read(at + 8180) and not can_be_read(at + 8192), "what is behind its end")
+    os.truncate(short_file, 9000)
+    check(can_be_read(beyond[0] + 8192) and not can_be_read(beyond[0] + 12288), "where it has grown")
+    os.truncate(short_file, 5000)
+    check(hole[5 << 20:(5 << 20) + 9] == bytes(9), "the hole, mapped")
     check(stat.S_ISFIFO(os.stat("fifo").st_mode) and os.readlink("link") == "ring", "FIFO and link")
     owned = os.stat("owned")
     check((owned.st_uid, owned.st_gid, stat.S_IMODE(owned.st_mode)) == (1234, 4321, 0o2750), "owner and mode")

@@ -11,7 +11,10 @@ use crate::{
     instance::{Instance, registry::Registry},
     migrate::linux,
     pool,
-    tracee::check::{self, Finding, Severity},
+    tracee::{
+        check::{self, Finding, Severity},
+        mounts,
+    },
 };
 
 /// A finding, and which host found it.
@@ -30,7 +33,8 @@ pub(super) fn check(session: &Session, arguments: &CheckArguments) -> anyhow::Re
         bail!("there is no instance {} on this host: see `rswap ps`", arguments.instance);
     };
     let place = agent::place(&session.config);
-    let findings = check::check(&instance, &place.places_of(&instance))?;
+    let mounts = mounts::survey(&instance)?.mounts;
+    let findings = check::check(&instance, &place.places_of(&instance, &mounts))?;
     let mut rows: Vec<Row> = findings.into_iter().map(|finding| Row { finding, host: None }).collect();
     if let Some(host) = &arguments.host {
         rows.extend(refused_by(session, &instance, host)?);

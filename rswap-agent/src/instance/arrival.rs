@@ -17,8 +17,8 @@ use super::{
 };
 use crate::{
     sys::clock::Clocks,
-    tracee::link::Link,
-    volume::{VolumeError, built::BuiltVolume, place},
+    tracee::{link::Link, mounts::Memory},
+    volume::{VolumeError, built::BuiltVolume, memory::Tmpfs, place},
 };
 
 /// How long the init may take to make the stub.
@@ -34,15 +34,18 @@ pub struct Arrival {
     pub link: Link,
     /// Its volumes, each with its place.
     pub volumes: Vec<(BuiltVolume, PathBuf)>,
+    /// Its file systems in memory.
+    pub memories: Vec<BuiltVolume>,
     registry: Registry,
 }
 
 impl Arrival {
     /// Makes room for `instance`, whose main process has pid `inner_pid` in its namespace, and clocks that are ahead
-    /// of this kernel's by `offsets`. The init waits, and ends if this process does.
+    /// of this kernel's by `offsets`, and for its file systems in memory. The init waits, and ends if this process does.
     pub fn receive(
         place: &Place,
         instance: &Instance,
+        memories: &[Memory],
         inner_pid: i32,
         offsets: Option<Clocks>,
     ) -> Result<Self, InstanceError> {
@@ -50,13 +53,20 @@ impl Arrival {
         volume::require_sound(&instance.volumes)?;
         let mut volumes = Vec::new();
         let mut mounted = Vec::new();
+        let invalid = |error: VolumeError| InstanceError::Invalid(error.to_string());
         for volume in &instance.volumes {
-            let invalid = |error: VolumeError| InstanceError::Invalid(error.to_string());
             let directory = place::arriving(&place.volumes).map_err(invalid)?;
             let built = BuiltVolume::make(&directory).map_err(invalid)?;
             mounted.push((volume.clone(), built.root()));
             volumes.push((built, place.volume(&instance.name, volume)));
         }
+        let make = |memory: &Memory| {
+            let made = Tmpfs::make(&memory.source, &memory.options, memory.read_only);
+            let made =
+                made.map_err(InstanceError::io(format!("making a tmpfs with {:?}", memory.options)))?;
+            BuiltVolume::make_in(made).map_err(invalid)
+        };
+        let memories = memories.iter().map(make).collect::<Result<_, InstanceError>>()?;
         let spec = LaunchSpec {
             name: instance.name.clone(),
             labels: instance.labels.clone(),
@@ -73,7 +83,7 @@ impl Arrival {
         let init = started.init_pid;
         // The init is this process's child, and outlives the move: somebody has to collect its status.
         std::thread::spawn(move || waitpid(Pid::from_raw(init), None));
-        Ok(Self { started, stub_pid: 0, link, volumes, registry })
+        Ok(Self { started, stub_pid: 0, link, volumes, memories, registry })
     }
 
     /// The instance as it will be here.
@@ -91,6 +101,11 @@ impl Arrival {
     /// Connects it to the bridge and tells the neighbours.
     pub fn attach(&self) -> Result<(), InstanceError> {
         self.started.port.as_ref().map_or(Ok(()), Port::attach)
+    }
+
+    /// Whether all that mounts are to show is there.
+    pub fn is_filled(&self) -> bool {
+        self.volumes.iter().map(|(volume, _)| volume).chain(&self.memories).all(BuiltVolume::is_complete)
     }
 
     /// Where its volumes are while they are built, and where they go.

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     pool::CpuSet,
     sys::{clock::Clocks, spawn},
-    tracee::files::Places,
+    tracee::{files::Places, mounts::Mounts},
     units::UnixMillis,
     volume::place,
 };
@@ -51,10 +51,9 @@ pub struct Place {
 }
 
 impl Place {
-    /// Where the files of `instance` are.
-    pub fn places_of(&self, instance: &Instance) -> Places {
-        let volumes = instance.volumes.iter().map(|volume| volume.path.clone()).collect();
-        Places { volumes, shared: self.shared.clone() }
+    /// Where the files of `instance` are, which has made `mounts`.
+    pub fn places_of(&self, instance: &Instance, mounts: &Mounts) -> Places {
+        Places::of(instance, mounts, self.shared.clone())
     }
 
     /// The directory of a volume of the instance `name`.

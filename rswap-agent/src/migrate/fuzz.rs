@@ -26,6 +26,7 @@ use crate::{
     tracee::{
         image::InstanceImage,
         layout::{InstanceLayout, Layout, Mapping, ProcessLayout},
+        mounts::{Memory, Mount, Mounts, What},
         tables::Tables,
         tree::Node,
     },
@@ -47,6 +48,24 @@ fn instance() -> Instance {
     }
 }
 
+fn mounts() -> Mounts {
+    let mount =
+        |point: &str, what| Mount { point: point.into(), what, flags: 7, follows_host: false, visible: true };
+    let size = ("size".to_owned(), Some("64k".to_owned()));
+    Mounts {
+        memories: vec![Memory { source: "none".to_owned(), options: vec![size.clone()], read_only: false }],
+        list: vec![
+            mount("/srv/x", What::Memory(0)),
+            mount("/srv/y", What::Again { of: 0, path: "z".into() }),
+            mount("/srv/x/usr", What::Bind { from: "/usr".into(), directory: true }),
+            mount(
+                "/srv/x/proc",
+                What::Kernel { kind: "proc".to_owned(), options: Vec::new(), read_only: false },
+            ),
+        ],
+    }
+}
+
 fn requirements() -> Vec<u8> {
     let host = HostTraits {
         kernel: "6.18".to_owned(),
@@ -63,6 +82,8 @@ fn requirements() -> Vec<u8> {
         files: BTreeMap::from([("/bin/sh".to_owned(), 9)]),
         highest_pid: 7,
         volumes: (0, 0),
+        mounts: mounts(),
+        memory_files_bytes: 1 << 16,
         resident_bytes: 1 << 20,
         huge_pages: 0,
     };

@@ -31,7 +31,11 @@ use crate::{
         network::Port,
     },
     sys::{clock::Clocks, packet::Holder},
-    tracee::tree,
+    tracee::{
+        files::Places,
+        mounts::{self, Memory},
+        tree,
+    },
     volume::place,
 };
 
@@ -66,8 +70,7 @@ pub fn send(
     }
     let uplink = HostPort { port: port(place, instance), held: None };
     let end = recovery.end_of(instance.clone());
-    let volumes = SourceVolumes::open(place, instance).map_err(|error| failed(error.into()))?;
-    let places = place.places_of(instance);
+    let (places, volumes) = files_of(place, instance).map_err(failed)?;
     let mut task = LinuxSource::new(instance.clone(), uplink, places, volumes, end).map_err(failed)?;
     let deadline = Instant::now() + Duration::from_secs(config.deadline_s);
     let mut stream = Link::connect(host, deadline.min(Instant::now() + SILENCE)).map_err(link)?;
@@ -120,14 +123,21 @@ pub(super) fn port(place: &Place, instance: &Instance) -> Option<Port> {
     }
 }
 
+/// Where the files of `instance` are, and those that go along.
+fn files_of(place: &Place, instance: &Instance) -> Result<(Places, SourceVolumes), TaskError> {
+    let mounts = mounts::survey(instance)?.mounts;
+    let places = place.places_of(instance, &mounts);
+    Ok((places, SourceVolumes::open(place, instance, mounts)?))
+}
+
 /// What the agent at `host` would refuse of `instance`. Nothing is made there, and nothing is touched here.
 pub fn ask(place: &Place, instance: &Instance, host: SocketAddr) -> Result<Vec<Objection>, MigrateError> {
     let failed = |source| MigrateError::Task { doing: "looking at the instance", source };
     let link = |source| MigrateError::Link { doing: "connecting to the destination", source };
     let members = tree::members(instance).map_err(|error| failed(error.into()))?;
     let living: Vec<_> = members.into_iter().filter(|member| member.node.status.is_none()).collect();
-    let mut digests = FileDigests::new(place.places_of(instance));
-    let volumes = SourceVolumes::open(place, instance).map_err(|error| failed(error.into()))?;
+    let (places, volumes) = files_of(place, instance).map_err(failed)?;
+    let mut digests = FileDigests::new(places);
     let requirements = Requirements::of(instance, &living, &mut digests, &volumes).map_err(failed)?;
     let requirements = postcard::to_stdvec(&requirements).map_err(|error| failed(error.into()))?;
     let stream = Link::connect(host, Instant::now() + PROBING).map_err(link)?;
@@ -203,10 +213,11 @@ impl Reception for HostReception<'_> {
     fn receive(
         &mut self,
         instance: &Instance,
+        memories: &[Memory],
         inner_pid: i32,
         offsets: Option<Clocks>,
     ) -> Result<Arrival, TaskError> {
-        Ok(Arrival::receive(&self.place, instance, inner_pid, offsets)?)
+        Ok(Arrival::receive(&self.place, instance, memories, inner_pid, offsets)?)
     }
 
     fn arrived(&mut self, instance: &Instance) {

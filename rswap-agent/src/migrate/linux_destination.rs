@@ -2,7 +2,7 @@
 
 mod tree;
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, os::fd::AsFd, time::Instant};
 
 use self::tree::make_beside_or_below;
 use super::{
@@ -17,9 +17,11 @@ use crate::{
     tracee::{
         TraceeError,
         descriptors::{Restorer, Surroundings},
+        files::Places,
         image::InstanceImage,
         layout::{InstanceLayout, ProcessLayout},
         link::Link,
+        mounts::{self, Memory, Mounts},
         objects::{BuiltObject, FIRST_SPACE},
         rebuild::{self, Parked, Rebuilt},
         space::{SharedMemory, Space},
@@ -29,6 +31,7 @@ use crate::{
         tree::{INIT, Node},
     },
     units::UnixMillis,
+    volume::built::BuiltVolume,
 };
 
 /// Most shared memory that a layout may ask for. It takes room only when it is written.
@@ -40,10 +43,11 @@ pub trait Reception {
     fn objections(&self, requirements: &Requirements) -> Result<Vec<Objection>, TaskError>;
 
     /// Makes the cgroup and the namespaces with their init, which is to make a stub with pid `inner_pid`, whose clocks
-    /// are ahead of the kernel's by `offsets`.
+    /// are ahead of the kernel's by `offsets`, and its file systems in memory, mounted nowhere.
     fn receive(
         &mut self,
         instance: &Instance,
+        memories: &[Memory],
         inner_pid: i32,
         offsets: Option<Clocks>,
     ) -> Result<Arrival, TaskError>;
@@ -61,6 +65,11 @@ pub struct LinuxDestination<R> {
     same_kernel: bool,
     /// What the files of the layouts must have been compared with already.
     compared: BTreeMap<String, u128>,
+    /// What is to be mounted, until it is.
+    mounts: Option<Mounts>,
+    places: Places,
+    /// The digest of what has arrived of files, if it was taken already.
+    volume_digest: Option<u128>,
     processes: Vec<BuiltProcess>,
     objects: BTreeMap<u64, BuiltObject>,
     parked: Option<Parked>,
@@ -85,6 +94,9 @@ impl<R: Reception> LinuxDestination<R> {
             main_pid: 0,
             same_kernel: false,
             compared: BTreeMap::new(),
+            mounts: None,
+            places: Places::default(),
+            volume_digest: None,
             processes: Vec::new(),
             objects: BTreeMap::new(),
             parked: None,
@@ -147,6 +159,27 @@ impl<R: Reception> LinuxDestination<R> {
         let (number, tables) = (wanted.space, wanted.tables);
         self.processes.push(BuiltProcess { number, node, tables, space });
         Ok(())
+    }
+
+    /// The digest of what has arrived of files, which is complete from then on.
+    fn complete_volumes(&mut self) -> Result<u128, TaskError> {
+        if let Some(digest) = self.volume_digest {
+            return Ok(digest);
+        }
+        let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
+        Ok(*self.volume_digest.insert(volumes::complete(arrival)?))
+    }
+
+    /// Makes the mounts that the instance had made, once.
+    fn make_mounts(&mut self) -> Result<(), TaskError> {
+        let Some(mounts) = self.mounts.take().filter(|mounts| !mounts.is_empty()) else { return Ok(()) };
+        // As long as nothing is mounted in what has arrived, and hides some of it.
+        self.complete_volumes()?;
+        let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
+        let memories: Vec<_> = arrival.memories.iter().filter_map(BuiltVolume::memory).collect();
+        let memories: Vec<_> = memories.into_iter().map(|memory| memory.mount().as_fd()).collect();
+        let stub = self.processes.first_mut().ok_or("there is no process")?.space.remote();
+        Ok(mounts::make(&mounts, &self.places.volumes, &memories, stub, &arrival.link)?)
     }
 
     fn resize_objects(&mut self, layout: &InstanceLayout) -> Result<(), TaskError> {
@@ -224,7 +257,15 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         // Before the comparison, which may take long.
         let offsets = clock_offsets(&requirements)?;
         offer::require_none(&self.all_objections(&requirements)?)?;
-        let arrival = self.reception.receive(&requirements.instance, requirements.main_pid, offsets)?;
+        let mounts = requirements.mounts;
+        let arrival = self.reception.receive(
+            &requirements.instance,
+            &mounts.memories,
+            requirements.main_pid,
+            offsets,
+        )?;
+        self.places = Places::of(&requirements.instance, &mounts, Vec::new());
+        self.mounts = Some(mounts);
         let mut instance = arrival.instance().clone();
         instance.origin = Origin::Migrated;
         let volumes = arrival.volume_moves();
@@ -270,9 +311,12 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         }
         self.make_all(fresh)?;
         self.separate()?;
-        let arrival = self.arrival.as_ref().ok_or("nothing has been prepared")?;
-        let (link, volumes) = (&arrival.link, arrival.instance().volumes.as_slice());
-        let mut shared = SharedMemory { link, objects: &self.objects, volumes };
+        // Files in them are mapped by this layout.
+        if self.arrival.as_ref().is_some_and(Arrival::is_filled) {
+            self.make_mounts()?;
+        }
+        let link = &self.arrival.as_ref().ok_or("nothing has been prepared")?.link;
+        let mut shared = SharedMemory { link, objects: &self.objects, places: &self.places };
         for wanted in &layout.processes {
             if let Some(process) = self.processes.iter_mut().find(|process| process.number == wanted.space) {
                 process.space.apply(wanted, &mut shared)?;
@@ -283,12 +327,11 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
 
     fn take_volume(&mut self, frame: &[u8]) -> Result<(), TaskError> {
         let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
-        Ok(volumes::take(&mut arrival.volumes, frame)?)
+        Ok(volumes::take(arrival, frame)?)
     }
 
     fn volume_digest(&mut self) -> Result<u128, TaskError> {
-        let arrival = self.arrival.as_mut().ok_or("nothing has been prepared")?;
-        Ok(volumes::complete(&mut arrival.volumes)?)
+        self.complete_volumes()
     }
 
     fn write(&mut self, space: u32, addr: u64, data: &[u8]) -> Result<(), TaskError> {
@@ -322,6 +365,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
 
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
         let image: InstanceImage = postcard::from_bytes(image)?;
+        self.make_mounts()?;
         self.restore_terminals(&image)?;
         let parts = self.settle_tables(&image)?;
         self.finish_tree(&image)?;

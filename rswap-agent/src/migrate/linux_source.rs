@@ -344,6 +344,20 @@ impl<U: Uplink> LinuxSource<U> {
         layout
     }
 
+    /// What is mounted must be what was offered, and all that is used must still be found by its path.
+    fn require_same_mounts(&self) -> Result<(), TraceeError> {
+        let mounts = self.volumes.mounts();
+        mounts::require_same(&self.instance, mounts)?;
+        for process in self.processes.iter().filter(|_| !mounts.is_empty()) {
+            let (pid, init) = (process.pid(), self.instance.init_pid.unwrap_or_default());
+            if let Some(item) = mounts::covered(init, pid, &process.mappings, mounts)?.first() {
+                let text = format!("{item} of process {pid}: {}", mounts::HIDDEN);
+                return Err(TraceeError::Unsupported(text));
+            }
+        }
+        Ok(())
+    }
+
     fn main(&self) -> Option<&SourceProcess> {
         self.processes.iter().find(|process| process.member.node.parent == INIT)
     }
@@ -492,10 +506,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
     }
 
     fn snapshot(&mut self) -> Result<Vec<u8>, TaskError> {
-        if let Some((path, kind)) = mounts::of_its_own(&self.instance)?.first() {
-            let text = format!("a mount of its own at {} ({kind}): {}", path.display(), mounts::REMEDY);
-            return Err(TraceeError::Unsupported(text).into());
-        }
+        self.require_same_mounts()?;
         let mut image = self.capture()?;
         // No call can be made in it any more, and it stays still whatever becomes of this process: from here on it could
         // not use its connections.

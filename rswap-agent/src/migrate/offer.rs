@@ -18,6 +18,7 @@ use crate::{
         descriptors::{self, Around},
         files::{self, Place, Places},
         layout::{self, Mapping},
+        mounts::Mounts,
         objects::shared_huge_pages,
         stopped,
         tree::{self, INIT, Member},
@@ -43,6 +44,10 @@ pub struct Requirements {
     pub highest_pid: i32,
     /// What its volumes take: bytes on the disk, and inodes.
     pub volumes: (u64, u64),
+    /// The mounts that it has made.
+    pub mounts: Mounts,
+    /// Bytes that its file systems in memory hold.
+    pub memory_files_bytes: u64,
     /// Resident memory, in bytes: there must be room for it.
     pub resident_bytes: u64,
     /// Huge pages, of the usual size, that its mappings have claimed.
@@ -140,6 +145,8 @@ impl Requirements {
             files: digests.all(),
             highest_pid,
             volumes: volumes.need()?,
+            mounts: volumes.mounts().clone(),
+            memory_files_bytes: volumes.memory_need()?,
             resident_bytes: resident_kib * 1024,
             huge_pages: huge_bytes.div_ceil(advice::USUAL_HUGE_PAGE),
         })
@@ -164,8 +171,8 @@ impl Requirements {
             object("vDSO", text.into());
         }
         let available = available_memory_bytes()?;
-        if self.resident_bytes > available {
-            let wanted = self.resident_bytes;
+        let wanted = self.resident_bytes.saturating_add(self.memory_files_bytes);
+        if wanted > available {
             object("memory", format!("no room: {wanted} bytes are needed, {available} are available"));
         }
         let free = free_huge_pages()?;
@@ -181,6 +188,19 @@ impl Requirements {
             object("process ids", format!("{text}: raise kernel.pid_max"));
         }
         found.extend(compare_files(&self.files));
+        match self.mounts.is_sound() {
+            true => {
+                let volumes: Vec<PathBuf> = self.instance.volumes.iter().map(|v| v.path.clone()).collect();
+                let lacking = self.mounts.lacking(&volumes).into_iter();
+                found.extend(lacking.map(|(path, what)| {
+                    Objection::new(
+                        path.display().to_string(),
+                        format!("{what}, and it isn't on this host: make it"),
+                    )
+                }));
+            }
+            false => found.push(Objection::new("mounts", "no instance has such")),
+        }
         Ok(found)
     }
 }
@@ -245,9 +265,11 @@ impl FileDigests {
     /// Takes in the files of `mappings`.
     pub fn add(&mut self, mappings: &[Mapping]) -> std::io::Result<()> {
         for mapping in mappings.iter().filter(|mapping| mapping.is_file() && !mapping.is_object()) {
-            let goes_along = self.places.of(&mapping.name) == Place::Volume;
-            if !goes_along && !self.known.contains_key(&mapping.name) {
-                self.known.insert(mapping.name.clone(), files::digest(&PathBuf::from(&mapping.name))?);
+            let goes_along = self.places.find(&mapping.name) == Place::Volume;
+            let path = self.places.on_host(&mapping.name);
+            if !goes_along && !self.known.contains_key(&path) {
+                let digest = files::digest(Path::new(&path))?;
+                self.known.insert(path, digest);
             }
         }
         Ok(())
@@ -263,5 +285,101 @@ impl FileDigests {
     /// All of them, by path.
     pub fn all(&self) -> BTreeMap<String, u128> {
         self.known.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        instance::Origin,
+        tracee::mounts::{Mount, What},
+        units::UnixMillis,
+    };
+
+    /// What nothing stands against.
+    fn modest() -> Requirements {
+        let instance = Instance {
+            name: "one".parse().expect("a name"),
+            labels: BTreeMap::new(),
+            cgroup: PathBuf::new(),
+            cgroup_id: 1,
+            origin: Origin::Run,
+            init_pid: None,
+            command: Vec::new(),
+            network: None,
+            volumes: Vec::new(),
+            pool: None,
+            since: UnixMillis::default(),
+        };
+        Requirements {
+            instance,
+            main_pid: 2,
+            host: HostTraits::here().expect("this host's traits"),
+            clocks: Clocks::default(),
+            clock_offsets: Clocks::default(),
+            files: BTreeMap::new(),
+            highest_pid: 3,
+            volumes: (0, 0),
+            mounts: Mounts::default(),
+            memory_files_bytes: 0,
+            resident_bytes: 4096,
+            huge_pages: 0,
+        }
+    }
+
+    fn objections(change: impl FnOnce(&mut Requirements)) -> Vec<(String, String)> {
+        let mut requirements = modest();
+        change(&mut requirements);
+        let found = requirements.objections().expect("looking at this host");
+        found.into_iter().map(|objection| (objection.item, objection.reason)).collect()
+    }
+
+    #[test]
+    fn what_this_host_lacks_is_named() {
+        assert_eq!(objections(|_| {}), []);
+        type Change = fn(&mut Requirements);
+        let cases: [(Change, &str, &str); 9] = [
+            (|r| r.host.kernel = "5.0.0".into(), "kernel", "the source 5.0.0"),
+            (|r| r.host.cpu_features.push("avx1024".into()), "processor", "avx1024"),
+            (|r| r.host.vdso ^= 1, "vDSO", "the same kernel build"),
+            (|r| r.resident_bytes = 1 << 60, "memory", "no room"),
+            (|r| r.memory_files_bytes = 1 << 60, "memory", "no room"),
+            (|r| r.huge_pages = 1 << 50, "huge pages", "vm.nr_hugepages"),
+            (|r| r.highest_pid = i32::MAX, "process ids", "raise kernel.pid_max"),
+            (|r| r.files.extend([("/no/such/file".into(), 1)]), "/no/such/file", "can't be read"),
+            (|r| r.files.extend([("/proc/self/exe".into(), 1)]), "/proc/self/exe", "differs"),
+        ];
+        for (change, item, reason) in cases {
+            let found = objections(change);
+            let [(named, why)] = found.as_slice() else { panic!("{item}: {found:?}") };
+            assert!(named == item && why.contains(reason), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn mounts_that_this_host_has_no_place_for_are_named() {
+        let mount = |point: &str, what| Mount {
+            point: point.into(),
+            what,
+            flags: 0,
+            follows_host: false,
+            visible: true,
+        };
+        let bind = |from: &str| What::Bind { from: from.into(), directory: true };
+        let found = |list: Vec<Mount>| {
+            let found = objections(|requirements| requirements.mounts.list = list);
+            found.into_iter().map(|(item, _)| item).collect::<Vec<_>>()
+        };
+        assert_eq!(found(vec![mount("/tmp", bind("/usr"))]), [""; 0]);
+        assert_eq!(found(vec![mount("/no/such/point", bind("/usr"))]), ["/no/such/point"]);
+        assert_eq!(found(vec![mount("/tmp", bind("/no/such/source"))]), ["/no/such/source"]);
+        // It must be a directory here, too.
+        assert_eq!(found(vec![mount("/tmp", bind("/etc/passwd"))]), ["/etc/passwd"]);
+        assert_eq!(found(vec![mount("/tmp", bind("/usr")), mount("/tmp/no", bind("/usr"))]), ["/usr/no"]);
+        for unsound in ["relative", "/a/../b", "/"] {
+            assert_eq!(found(vec![mount(unsound, bind("/usr"))]), ["mounts"]);
+        }
+        assert_eq!(found(vec![mount("/tmp", What::Memory(0))]), ["mounts"]);
     }
 }

@@ -1,4 +1,5 @@
-//! The volumes of an instance on its way: all of them together, as the engine sees them.
+//! The volumes of an instance on its way, and its file systems in memory, which come after them: all of them together, as the
+//! engine sees them.
 
 use std::{
     collections::BTreeSet,
@@ -9,12 +10,15 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::traits::TaskError;
 use crate::{
-    instance::{Instance, launch::Place},
-    tracee::layout::{self, Mapping},
+    instance::{Instance, arrival::Arrival, launch::Place},
+    tracee::{
+        TraceeError,
+        files::Places,
+        layout::{self, Mapping},
+        mounts::{self, Mounts},
+    },
     volume::{
-        VolumeError,
-        built::BuiltVolume,
-        place,
+        VolumeError, place,
         record::{self, Frames},
         source::SourceVolume,
     },
@@ -25,31 +29,48 @@ use crate::{
 pub struct SourceVolumes {
     /// Where the instance sees each.
     volumes: Vec<(PathBuf, SourceVolume)>,
+    mounts: Mounts,
+    places: Places,
+    memories: Vec<SourceVolume>,
 }
 
 impl SourceVolumes {
-    /// Opens those of `instance`.
-    pub fn open(place: &Place, instance: &Instance) -> Result<Self, VolumeError> {
+    /// Opens those of `instance`, which has made `mounts`.
+    pub fn open(place: &Place, instance: &Instance, mounts: Mounts) -> Result<Self, TaskError> {
         let open = |volume: &crate::instance::volume::Volume| {
             Ok((volume.path.clone(), SourceVolume::open(&place.volume(&instance.name, volume))?))
         };
-        Ok(Self { volumes: instance.volumes.iter().map(open).collect::<Result<_, VolumeError>>()? })
-    }
-
-    /// Bytes on the disk and inodes that they take in all.
-    pub fn need(&self) -> Result<(u64, u64), VolumeError> {
-        let mut need = (0, 0);
-        for (_, volume) in &self.volumes {
-            let (bytes, inodes) = volume.need()?;
-            need = (need.0 + bytes, need.1 + inodes);
+        let volumes = instance.volumes.iter().map(open).collect::<Result<_, VolumeError>>()?;
+        let mut memories = Vec::with_capacity(mounts.memories.len());
+        for number in 0..mounts.memories.len() as u32 {
+            let init = instance.init_pid.ok_or(TraceeError::Gone(0))?;
+            memories.push(SourceVolume::of_memory(&mounts::open_memory(init, &mounts, number)?)?);
         }
-        Ok(need)
+        let places = place.places_of(instance, &mounts);
+        Ok(Self { volumes, mounts, places, memories })
     }
 
-    /// Whether a mapping's file goes along.
+    /// The mounts that the instance had made when they were opened.
+    pub fn mounts(&self) -> &Mounts {
+        &self.mounts
+    }
+
+    /// Bytes on the disk and inodes that the volumes take in all.
+    pub fn need(&self) -> Result<(u64, u64), VolumeError> {
+        together_need(self.volumes.iter().map(|(_, volume)| volume))
+    }
+
+    /// Bytes that the file systems in memory hold in all.
+    pub fn memory_need(&self) -> Result<u64, VolumeError> {
+        together_need(self.memories.iter()).map(|(bytes, _)| bytes)
+    }
+
+    /// Whether a mapping's file is at its place only in the freeze: it goes along, or lies in a mount that is made then.
     pub fn hold(&self, mapping: &Mapping) -> bool {
         let lies = |path: &Path| Path::new(&mapping.name).starts_with(path);
-        mapping.is_file() && self.volumes.iter().any(|(path, _)| lies(path))
+        mapping.is_file()
+            && (self.volumes.iter().any(|(path, _)| lies(path))
+                || self.mounts.list.iter().any(|mount| lies(&mount.point)))
     }
 
     /// Sends what changed since the last pass; `pids`: the instance's living processes.
@@ -66,33 +87,52 @@ impl SourceVolumes {
             mapped.extend(mappings.into_iter().filter(|mapping| mapping.shared && self.hold(mapping)));
         }
         for (number, (path, volume)) in self.volumes.iter_mut().enumerate() {
-            let inside = mapped.iter().filter(|mapping| Path::new(&mapping.name).starts_with(&*path));
+            // A mount may show a part of it elsewhere.
+            let lies = |mapping: &&Mapping| {
+                let (as_named, at_home) = (Path::new(&mapping.name), self.places.on_host(&mapping.name));
+                as_named.starts_with(&*path) || Path::new(&at_home).starts_with(&*path)
+            };
+            let inside = mapped.iter().filter(lies);
             let inodes: BTreeSet<u64> = inside.map(|mapping| mapping.inode).collect();
             volume.pass(last, &inodes, &mut Frames::new(number as u16, send))?;
+        }
+        for (number, memory) in self.memories.iter_mut().enumerate() {
+            let number = self.volumes.len() + number;
+            memory.pass(last, &BTreeSet::new(), &mut Frames::new(number as u16, send))?;
         }
         Ok(())
     }
 
     /// The digest of all that was sent.
     pub fn digest(&self) -> u128 {
-        together(self.volumes.iter().map(|(_, volume)| volume.digest()))
+        let volumes = self.volumes.iter().map(|(_, volume)| volume);
+        together(volumes.chain(&self.memories).map(SourceVolume::digest))
     }
 }
 
-/// Takes a frame of an instance's volumes.
-pub fn take(volumes: &mut [(BuiltVolume, PathBuf)], frame: &[u8]) -> Result<(), VolumeError> {
+fn together_need<'a>(all: impl Iterator<Item = &'a SourceVolume>) -> Result<(u64, u64), VolumeError> {
+    let mut need = (0, 0);
+    for volume in all {
+        let (bytes, inodes) = volume.need()?;
+        need = (need.0 + bytes, need.1 + inodes);
+    }
+    Ok(need)
+}
+
+/// Takes a frame of an instance's volumes, or of its file systems in memory.
+pub fn take(arrival: &mut Arrival, frame: &[u8]) -> Result<(), VolumeError> {
     let (number, records) = record::parse(frame)?;
-    let (volume, _) =
-        volumes.get_mut(usize::from(number)).ok_or(VolumeError::Damaged("there is no such volume"))?;
+    let mut all = arrival.volumes.iter_mut().map(|(volume, _)| volume).chain(&mut arrival.memories);
+    let volume = all.nth(usize::from(number)).ok_or(VolumeError::Damaged("there is no such volume"))?;
     records.into_iter().try_for_each(|record| volume.take(record))
 }
 
 /// The digest of all that has arrived; nothing comes any more.
-pub fn complete(volumes: &mut [(BuiltVolume, PathBuf)]) -> Result<u128, VolumeError> {
+pub fn complete(arrival: &mut Arrival) -> Result<u128, VolumeError> {
     let mut digests = Vec::new();
-    for (volume, _) in volumes {
-        digests.push(volume.digest()?);
+    for volume in arrival.volumes.iter_mut().map(|(volume, _)| volume).chain(&mut arrival.memories) {
         volume.finish()?;
+        digests.push(volume.digest()?);
     }
     Ok(together(digests.into_iter()))
 }

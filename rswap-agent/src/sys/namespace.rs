@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, os::fd::AsFd};
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 
 /// Does `work` on a thread of its own that has entered the namespaces `kinds` (names as in `/proc/PID/ns`) of process `pid`,
 /// and ends with it.
@@ -18,6 +18,10 @@ pub fn inside<T: Send>(
     let files = kinds.iter().map(open).collect::<io::Result<Vec<_>>>()?;
     std::thread::scope(|scope| {
         let entered = scope.spawn(|| {
+            // A mount namespace is entered by who shares root and working directory with nobody.
+            if kinds.contains(&"mnt") {
+                unshare(CloneFlags::CLONE_FS)?;
+            }
             // The kernel knows by the file which kind it is.
             files.iter().try_for_each(|file| setns(file.as_fd(), CloneFlags::empty()))?;
             work()

@@ -125,8 +125,20 @@ fn whole_tree(findings: &mut Findings, instance: &Instance, listed: &[i32]) -> R
         findings
             .refuse("POSIX message queues", "they aren't carried in this version: remove them (mq_unlink)");
     }
-    for (path, kind) in mounts::of_its_own(instance)? {
-        findings.refuse(&format!("a mount of its own at {} ({kind})", path.display()), mounts::REMEDY);
+    let survey = mounts::survey(instance)?;
+    for refused in &survey.refused {
+        findings.refuse(&refused.item(), refused.reason);
+    }
+    for &pid in listed.iter().filter(|_| !survey.mounts.is_empty()) {
+        let Some(init) = instance.init_pid else { continue };
+        let covered = match layout::read_mappings(pid) {
+            Err(_) if tree::has_ended(pid) => continue,
+            mappings => mounts::covered(init, pid, &mappings?, &survey.mounts),
+        };
+        findings.pid = pid;
+        for item in covered.or_else(|error| if tree::has_ended(pid) { Ok(Vec::new()) } else { Err(error) })? {
+            findings.refuse(&item, mounts::HIDDEN);
+        }
     }
     let members = tree::members(instance)?;
     for &pid in listed.iter().filter(|&&pid| members.iter().all(|member| member.pid != pid)) {
@@ -222,19 +234,22 @@ fn process(
     if link(pid, "exe")?.ends_with(" (deleted)") {
         findings.refuse("a deleted program file", "restart it: its program was replaced on disk");
     }
-    for (namespace, of) in [
-        ("user", own),
-        ("cgroup", own),
-        ("uts", init),
-        ("ipc", init),
-        ("net", init),
-        ("mnt", init),
-        ("pid", init),
+    for (namespace, of, as_its) in [
+        ("user", own, "user"),
+        ("cgroup", own, "cgroup"),
+        ("uts", init, "uts"),
+        ("ipc", init, "ipc"),
+        ("net", init, "net"),
+        ("mnt", init, "mnt"),
+        ("pid", init, "pid"),
+        // An instance that has arrived has one that its init is not in.
+        ("time", init, "time_for_children"),
     ] {
         let name = format!("ns/{namespace}");
         // An instance that was adopted has no init, and is refused for that.
         if of.is_some_and(|of| {
-            link(of, &name).is_ok_and(|its| link(pid, &name).is_ok_and(|theirs| its != theirs))
+            link(of, &format!("ns/{as_its}"))
+                .is_ok_and(|its| link(pid, &name).is_ok_and(|theirs| its != theirs))
         }) {
             findings.refuse(&format!("a {namespace} namespace of its own"), "not carried in this version");
         }
@@ -330,7 +345,9 @@ fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
             findings.refuse(&item, "only whole SysV segments are carried: part of this one was unmapped");
         } else if mapping.is_object() {
             // Goes along as a whole.
-        } else if mapping.shared && !mapping.is_read_only_file() && places.of(&mapping.name) != Place::Volume
+        } else if mapping.shared
+            && !mapping.is_read_only_file()
+            && places.find(&mapping.name) != Place::Volume
         {
             findings.refuse(&item, "a file that is written through a mapping stays here: put it into a volume (rswap run --volume NAME:PATH)");
         } else if mapping.is_file() && fs::metadata(format!("/proc/{root}/root{}", mapping.name)).is_err() {

@@ -15,7 +15,9 @@ use super::{
     TraceeError,
     descriptors::{IN_FLIGHT, Refused},
     image::{Descriptor, DescriptorKind},
+    mounts::{Mount, Mounts},
 };
+use crate::instance::Instance;
 
 /// Bytes that are read at once.
 const CHUNK: usize = 1 << 20;
@@ -29,30 +31,95 @@ pub struct Places {
     pub volumes: Vec<PathBuf>,
     /// Directories that are one and the same on every host (`files.shared`).
     pub shared: Vec<PathBuf>,
+    /// Mounts that the instance has made, each with what is there.
+    pub mounts: Vec<(PathBuf, Shown)>,
+    /// Those of them that nobody may write to.
+    pub read_only: Vec<PathBuf>,
+}
+
+/// What a mount of an instance's shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// Files in memory, which move with it.
+    Memory,
+    /// What the kernel tells.
+    Kernel,
+    /// What the instance had under this path when it was started.
+    Path(PathBuf),
 }
 
 /// Where a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// In a volume: it goes along.
+    /// In a volume, or in memory: it goes along.
     Volume,
     /// In a directory that all hosts share: it is there already.
     Shared,
+    /// In a file system of the kernel's.
+    Kernel,
     /// On this host: the other one must have the same.
     Host,
 }
 
 impl Places {
+    /// Those of `instance`, which has made `mounts`.
+    pub fn of(instance: &Instance, mounts: &Mounts, shared: Vec<PathBuf>) -> Self {
+        let volumes = instance.volumes.iter().map(|volume| volume.path.clone()).collect();
+        let shown = |mount: &Mount| {
+            let shown = mounts.shown(mount)?;
+            mount.visible.then(|| (mount.point.clone(), shown))
+        };
+        let closed = mounts.list.iter().filter(|mount| mount.visible && mount.flags & libc::MS_RDONLY != 0);
+        let read_only = closed.map(|mount| mount.point.clone()).collect();
+        Self { volumes, shared, mounts: mounts.list.iter().filter_map(shown).collect(), read_only }
+    }
+
+    /// Whether the file with this path is in a mount of the instance's that nobody may write to.
+    pub fn is_read_only(&self, path: &str) -> bool {
+        let holds =
+            self.mounts.iter().map(|(point, _)| point).filter(|point| Path::new(path).starts_with(point));
+        holds.max_by_key(|point| point.as_os_str().len()).is_some_and(|point| self.read_only.contains(point))
+    }
+
     /// Where the file with this path is.
-    pub fn of(&self, path: &str) -> Place {
-        let lies_in = |directories: &[PathBuf]| directories.iter().any(|d| Path::new(path).starts_with(d));
-        if lies_in(&self.volumes) {
+    pub fn find(&self, path: &str) -> Place {
+        self.locate(Path::new(path)).0
+    }
+
+    /// Under which path the host has a file that isn't in a mount of the instance's alone.
+    pub fn on_host(&self, path: &str) -> String {
+        self.locate(Path::new(path)).1.to_string_lossy().into_owned()
+    }
+
+    fn locate(&self, path: &Path) -> (Place, PathBuf) {
+        // The longest: one lies in the other. Of two at one point the later one lies over the other.
+        let mount = self.mounts.iter().filter(|(point, _)| path.starts_with(point));
+        let mount = mount.max_by_key(|(point, _)| point.as_os_str().len());
+        let volume = self.volumes.iter().filter(|volume| path.starts_with(volume));
+        let volume = volume.map(|volume| volume.as_os_str().len()).max().unwrap_or(0);
+        match mount.filter(|(point, _)| point.as_os_str().len() >= volume) {
+            Some((_, Shown::Memory)) => (Place::Volume, path.to_owned()),
+            Some((_, Shown::Kernel)) => (Place::Kernel, path.to_owned()),
+            Some((point, Shown::Path(from))) => match path.strip_prefix(point) {
+                Ok(rest) if !rest.as_os_str().is_empty() => self.outside_of_mounts(from.join(rest)),
+                _ => self.outside_of_mounts(from.clone()),
+            },
+            None => self.outside_of_mounts(path.to_owned()),
+        }
+    }
+
+    fn outside_of_mounts(&self, path: PathBuf) -> (Place, PathBuf) {
+        let lies_in = |directories: &[PathBuf]| directories.iter().any(|d| path.starts_with(d));
+        let place = if lies_in(&self.volumes) {
             Place::Volume
         } else if lies_in(&self.shared) {
             Place::Shared
+        } else if ["/proc", "/sys"].iter().any(|root| path.starts_with(root)) {
+            Place::Kernel
         } else {
             Place::Host
-        }
+        };
+        (place, path)
     }
 }
 
@@ -60,9 +127,8 @@ impl Places {
 fn of_this_host<'a>(descriptor: &'a Descriptor, places: &Places) -> Option<(&'a str, bool)> {
     match &descriptor.kind {
         DescriptorKind::File { path, size: Some(_), .. } if descriptor.flags & libc::O_PATH == 0 => {
-            let kernels_own = ["/proc/", "/sys/"].iter().any(|root| path.starts_with(root));
             let writes = descriptor.flags & libc::O_ACCMODE != libc::O_RDONLY;
-            (!kernels_own && places.of(path) == Place::Host).then_some((path, writes))
+            (places.find(path) == Place::Host).then_some((path, writes))
         }
         _ => None,
     }
@@ -112,7 +178,7 @@ pub fn digests_of_read(
         // By its path: the program runs, and the number may be another file's by now.
         match digest(Path::new(&format!("/proc/{pid}/root{path}"))) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            digest => drop(found.insert(path.to_owned(), digest.map_err(TraceeError::proc(path))?)),
+            digest => drop(found.insert(places.on_host(path), digest.map_err(TraceeError::proc(path))?)),
         }
     }
     Ok(found)
@@ -217,7 +283,8 @@ mod tests {
     }
 
     fn refused(descriptors: &[Descriptor]) -> Vec<i32> {
-        let places = Places { volumes: vec!["/data".into()], shared: vec!["/mnt/nfs".into()] };
+        let places =
+            Places { volumes: vec!["/data".into()], shared: vec!["/mnt/nfs".into()], ..Places::default() };
         left_behind(&[(7, descriptors)], &places).into_iter().map(|(_, refused)| refused.fd).collect()
     }
 
@@ -234,6 +301,24 @@ mod tests {
             file("/proc/self/oom_score_adj", 9, written),
         ];
         assert_eq!(refused(&descriptors), [6, 8]);
+    }
+
+    #[test]
+    fn what_lies_in_a_mount_is_where_that_comes_from() {
+        let mounts = [
+            ("/jail", Shown::Memory),
+            ("/jail/usr", Shown::Path("/usr".into())),
+            ("/jail/data", Shown::Path("/data/sub".into())),
+            ("/jail/proc", Shown::Kernel),
+        ];
+        let mounts = mounts.map(|(point, shown)| (point.into(), shown)).to_vec();
+        let places = Places { volumes: vec!["/data".into()], mounts, ..Places::default() };
+        let found = |path: &str| (places.find(path), places.on_host(path));
+        assert_eq!(found("/jail/tmp/x").0, Place::Volume);
+        assert_eq!(found("/jail/usr/lib/x.so"), (Place::Host, "/usr/lib/x.so".to_owned()));
+        assert_eq!(found("/jail/data/x"), (Place::Volume, "/data/sub/x".to_owned()));
+        assert_eq!(found("/jail/proc/self/stat").0, Place::Kernel);
+        assert_eq!(found("/jailed/x"), (Place::Host, "/jailed/x".to_owned()));
     }
 
     #[test]

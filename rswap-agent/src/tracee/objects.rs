@@ -4,7 +4,12 @@
 //! What is written there is found by comparing hashes, page by page, whichever mapping or system call wrote it: a write
 //! tracker sees only the writes through the mappings that it was armed for.
 
-use std::{collections::BTreeMap, ffi::CString, fs::File, os::unix::fs::FileExt};
+use std::{
+    collections::BTreeMap,
+    ffi::CString,
+    fs::File,
+    os::unix::fs::{FileExt, MetadataExt},
+};
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
@@ -80,7 +85,12 @@ impl SourceObject {
     pub fn open(pid: i32, mapping: &Mapping, space: u32) -> Result<Self, TraceeError> {
         let path = map_file(pid, mapping);
         let file = File::open(&path).map_err(TraceeError::proc(&path))?;
-        let huge = huge_page_bytes(&file).map_err(TraceeError::proc(path))?.is_some();
+        let huge = huge_page_bytes(&file).map_err(TraceeError::proc(&path))?.is_some();
+        if file.metadata().map_err(TraceeError::proc(path))?.nlink() != 0 {
+            // What is written by its other name would not be seen here.
+            let text = format!("{} is mapped by a name that was removed, and has another one", mapping.name);
+            return Err(TraceeError::Unsupported(text));
+        }
         let name = mapping.name.strip_prefix("/memfd:").and_then(|name| name.strip_suffix(" (deleted)"));
         let name = name.unwrap_or("rswap").to_owned();
         let inode = mapping.inode;

@@ -1,18 +1,18 @@
 //! The address space of a process that is being built: a stub with the right pid, emptied of everything
 //! but the kernel's own mappings, into which mappings and contents come while the source still runs.
 
-use std::{collections::BTreeMap, os::fd::RawFd, path::Path};
+use std::{collections::BTreeMap, os::fd::RawFd};
 
 use super::{
     TraceeError,
     batch::{Arg, Batch},
+    files::{Place, Places},
     layout::{self, Change, Layout, Mapping, ProcessLayout},
     link::{Link, STUB_END},
     objects::BuiltObject,
     remote::{Remote, STUB_SCRATCH_BYTES},
     tree,
 };
-use crate::instance::volume::Volume;
 use crate::sys::{
     mem::{self, ForcedMemory, PAGE_SIZE, RemoteAddr},
     process::{self, Common},
@@ -42,8 +42,8 @@ pub struct SharedMemory<'a> {
     pub link: &'a Link,
     /// By the inode at the source.
     pub objects: &'a BTreeMap<u64, BuiltObject>,
-    /// The instance's volumes, whose files may be mapped for writing.
-    pub volumes: &'a [Volume],
+    /// Where the instance's files are: those that go along may be mapped for writing.
+    pub places: &'a Places,
 }
 
 impl SharedMemory<'_> {
@@ -295,9 +295,9 @@ impl Space {
                     batch.run()?;
                     let file = shared.give(&mut self.remote, &mapping)?;
                     batch = self.remote.batch();
-                    map(&mut batch, &mapping, Some(file), shared.volumes)?;
+                    map(&mut batch, &mapping, Some(file), shared.places)?;
                 }
-                Change::Map(mapping) => map(&mut batch, &mapping, None, shared.volumes)?,
+                Change::Map(mapping) => map(&mut batch, &mapping, None, shared.places)?,
             }
         }
         batch.run()?;
@@ -362,10 +362,10 @@ fn map(
     batch: &mut Batch<'_>,
     mapping: &Mapping,
     object: Option<RawFd>,
-    volumes: &[Volume],
+    places: &Places,
 ) -> Result<(), TraceeError> {
     let sharing = if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-    let in_volume = volumes.iter().any(|volume| Path::new(&mapping.name).starts_with(&volume.path));
+    let in_volume = places.find(&mapping.name) == Place::Volume;
     if mapping.shared && object.is_none() && !mapping.is_read_only_file() && !in_volume {
         let text = format!("shared memory at {:#x} {} isn't carried", mapping.start, mapping.name);
         return Err(TraceeError::Unsupported(text));
@@ -378,7 +378,8 @@ fn map(
         let mut name = mapping.name.as_bytes().to_vec();
         name.push(0);
         // What is mapped shared may be made writable later.
-        let access = if mapping.shared && in_volume { libc::O_RDWR } else { libc::O_RDONLY };
+        let writable = mapping.shared && in_volume && !places.is_read_only(&mapping.name);
+        let access = if writable { libc::O_RDWR } else { libc::O_RDONLY };
         let args = [libc::AT_FDCWD.into(), Arg::Data(&name), (access | libc::O_CLOEXEC).into()];
         file = Arg::ResultOf(batch.call("openat", libc::SYS_openat, &args)?);
     } else {

@@ -6,7 +6,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File, Permissions},
-    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileExt, MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -20,6 +23,7 @@ use super::{
     VolumeError,
     blocks::{self, BLOCK, Blocks},
     digest,
+    memory::Tmpfs,
     record::{self, Record},
     tree::{self, Attributes, Kind, NAMES, Tree},
 };
@@ -28,10 +32,13 @@ use crate::sys::file;
 /// Blocks of a file that are written before they are read back and written through.
 const BATCH: usize = 512;
 
+/// Where the files of a tmpfs are while it is built: its own root is the tree.
+const INODES: &[u8] = b".rswap-inodes";
+
 /// A volume under construction. What was not [kept](BuiltVolume::keep) is removed when it is dropped.
 #[derive(Debug)]
 pub struct BuiltVolume {
-    directory: PathBuf,
+    home: Home,
     root: OwnedFd,
     inodes: OwnedFd,
     files: BTreeMap<u64, Built>,
@@ -40,6 +47,15 @@ pub struct BuiltVolume {
     fresh: BTreeSet<u64>,
     names: usize,
     complete: bool,
+}
+
+/// Where it is built.
+#[derive(Debug)]
+enum Home {
+    /// In this directory, from which it is put to its place.
+    Directory(PathBuf),
+    /// In a tmpfs that is mounted nowhere yet, with the times of its root.
+    Memory(Tmpfs, Option<Timestamps>),
 }
 
 /// A file under construction.
@@ -66,14 +82,44 @@ impl BuiltVolume {
             Ok((open("tree")?, open("inodes")?))
         };
         let (root, inodes) = make().map_err(VolumeError::host("making", directory))?;
-        let (files, fresh) = (BTreeMap::new(), BTreeSet::new());
-        let directory = directory.to_owned();
-        Ok(Self { directory, root, inodes, files, open: None, fresh, names: 0, complete: false })
+        Ok(Self::of(Home::Directory(directory.to_owned()), root, inodes))
     }
 
-    /// Where it can be mounted from already.
+    /// Makes an empty one in a tmpfs, whose root it is.
+    pub fn make_in(tmpfs: Tmpfs) -> Result<Self, VolumeError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let open = |at: &OwnedFd, name: &[u8]| rustix::fs::openat(at, name, flags, Mode::empty());
+        let failed = || VolumeError::io("opening", b"");
+        let root = open(tmpfs.mount(), b".").map_err(failed())?;
+        rustix::fs::mkdirat(&root, INODES, Mode::RWXU).map_err(failed())?;
+        let inodes = open(&root, INODES).map_err(failed())?;
+        Ok(Self::of(Home::Memory(tmpfs, None), root, inodes))
+    }
+
+    fn of(home: Home, root: OwnedFd, inodes: OwnedFd) -> Self {
+        let (files, fresh) = (BTreeMap::new(), BTreeSet::new());
+        Self { home, root, inodes, files, open: None, fresh, names: 0, complete: false }
+    }
+
+    /// Where it can be mounted from already; of a tmpfs nowhere.
     pub fn root(&self) -> PathBuf {
-        self.directory.join("tree")
+        match &self.home {
+            Home::Directory(directory) => directory.join("tree"),
+            Home::Memory(..) => PathBuf::new(),
+        }
+    }
+
+    /// The tmpfs that it is built in, to be mounted.
+    pub fn memory(&self) -> Option<&Tmpfs> {
+        match &self.home {
+            Home::Directory(_) => None,
+            Home::Memory(tmpfs, _) => Some(tmpfs),
+        }
+    }
+
+    /// Whether the last pass was taken.
+    pub fn is_complete(&self) -> bool {
+        self.complete
     }
 
     /// Applies one record.
@@ -105,12 +151,12 @@ impl BuiltVolume {
                 self.read_back()?;
                 self.complete = last;
                 // What the program wrote through is written through here, before the source's copy goes.
-                rustix::fs::syncfs(&self.root).map_err(VolumeError::host("writing through", &self.directory))
+                rustix::fs::syncfs(&self.root).map_err(VolumeError::io("writing through", b""))
             }
         }
     }
 
-    /// The digest of what is there, read back from the disk's side; only after the last pass.
+    /// The digest of what is there, read back from the disk's side; only when it is [finished](Self::finish).
     pub fn digest(&self) -> Result<u128, VolumeError> {
         if !self.complete {
             return Err(VolumeError::Damaged("the last pass is missing"));
@@ -122,9 +168,26 @@ impl BuiltVolume {
 
     /// Takes away what only building needed; nothing comes any more.
     pub fn finish(&mut self) -> Result<(), VolumeError> {
+        if !self.complete {
+            return Err(VolumeError::Damaged("the last pass is missing"));
+        }
         self.open = None;
-        let path = self.directory.join("inodes");
-        fs::remove_dir_all(&path).map_err(VolumeError::host("removing", &path))
+        match &self.home {
+            Home::Directory(directory) => {
+                let path = directory.join("inodes");
+                fs::remove_dir_all(&path).map_err(VolumeError::host("removing", &path))
+            }
+            Home::Memory(tmpfs, times) => {
+                let names = format!("/proc/self/fd/{}/", self.root.as_raw_fd());
+                let path = Path::new(&names).join(std::ffi::OsStr::from_bytes(INODES));
+                fs::remove_dir_all(&path).map_err(VolumeError::host("removing", &path))?;
+                if let Some(times) = times {
+                    rustix::fs::utimensat(&self.root, "", times, AtFlags::EMPTY_PATH)
+                        .map_err(VolumeError::io("setting the attributes of", b""))?;
+                }
+                tmpfs.limit().map_err(VolumeError::io("limiting", b""))
+            }
+        }
     }
 
     /// Puts it to its place, where nothing may be. Mounts follow it.
@@ -238,6 +301,10 @@ impl BuiltVolume {
             Kind::Symlink { target } => rustix::fs::symlinkat(target.as_slice(), &parent, name),
             Kind::Fifo => rustix::fs::mknodat(&parent, name, FileType::Fifo, private, 0),
             Kind::Socket => rustix::fs::mknodat(&parent, name, FileType::Socket, private, 0),
+            Kind::Device { major, minor } => {
+                let device = rustix::fs::makedev(*major, *minor);
+                rustix::fs::mknodat(&parent, name, FileType::CharacterDevice, private, device)
+            }
             Kind::File { inode } if self.files.contains_key(inode) => {
                 rustix::fs::linkat(&self.inodes, inode.to_string(), &parent, name, AtFlags::empty())
             }
@@ -263,6 +330,9 @@ impl BuiltVolume {
             Some(at) => (&path[..at], &path[at + 1..]),
             None => (&[][..], path),
         };
+        if self.memory().is_some() && (parent, name) == (b"", INODES) {
+            return Err(VolumeError::Damaged("a name that only building needs"));
+        }
         let opened = tree::open_below(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY);
         Ok((opened.map_err(VolumeError::io("opening", parent))?, name))
     }
@@ -289,6 +359,11 @@ impl BuiltVolume {
             last_access: time(attributes.accessed),
             last_modification: time(attributes.modified),
         };
+        if let Home::Memory(_, of_root) = &mut self.home
+            && path.is_empty()
+        {
+            *of_root = Some(times.clone());
+        }
         rustix::fs::utimensat(&opened, "", &times, AtFlags::EMPTY_PATH).map_err(failed())
     }
 
@@ -314,9 +389,10 @@ impl BuiltVolume {
 impl Drop for BuiltVolume {
     fn drop(&mut self) {
         self.open = None;
+        let Home::Directory(directory) = &self.home else { return };
         // Of one that was kept only the empty directory is left.
-        if let Err(error) = fs::remove_dir_all(&self.directory) {
-            tracing::warn!(path = %self.directory.display(), %error, "what a volume was built in could not be removed");
+        if let Err(error) = fs::remove_dir_all(directory) {
+            tracing::warn!(path = %directory.display(), %error, "what a volume was built in could not be removed");
         }
     }
 }

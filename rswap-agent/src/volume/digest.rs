@@ -39,6 +39,7 @@ pub fn of<'a>(tree: &Tree, contents: impl Fn(u64) -> Option<&'a Blocks>) -> u128
             Kind::Directory => numbers.push(1),
             Kind::Fifo => numbers.push(2),
             Kind::Socket => numbers.push(3),
+            Kind::Device { major, minor } => numbers.extend([6, u64::from(*major), u64::from(*minor)]),
             Kind::Symlink { target } => {
                 numbers.push(4);
                 text(target);

@@ -16,6 +16,7 @@
 pub mod blocks;
 pub mod built;
 pub mod digest;
+pub mod memory;
 pub mod place;
 pub mod record;
 pub mod source;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     VolumeError,
     blocks::BLOCK,
-    tree::{Attributes, DEPTH, Kind, PATH_BYTES},
+    tree::{Attributes, DEPTH, DEVICES, Kind, PATH_BYTES},
 };
 
 /// Bytes of a frame at which it is sent; one more record may be behind them.
@@ -184,13 +184,14 @@ fn validate(record: &Record<'_>) -> Result<(), VolumeError> {
         }
         Record::Forget { .. } | Record::End { .. } => true,
     };
-    let link_sound = match record {
+    let kind_sound = match record {
         Record::Add { kind: Kind::Symlink { target }, .. } => {
             !target.is_empty() && target.len() < PATH_BYTES && is_plain(target)
         }
+        Record::Add { kind: Kind::Device { major, minor }, .. } => DEVICES.contains(&(*major, *minor)),
         _ => true,
     };
-    if sound && link_sound { Ok(()) } else { Err(VolumeError::Damaged("a record that no source sends")) }
+    if sound && kind_sound { Ok(()) } else { Err(VolumeError::Damaged("a record that no source sends")) }
 }
 
 fn is_plain(text: &[u8]) -> bool {

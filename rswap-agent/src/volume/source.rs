@@ -34,6 +34,8 @@ pub struct SourceVolume {
     files: BTreeMap<u64, Known>,
     /// Files that somebody had mapped for writing when a pass began: their times need not change.
     mapped: BTreeSet<u64>,
+    /// Times tell nothing of what is written through mappings, not even at the first write.
+    silent: bool,
 }
 
 /// A file as the destination has it.
@@ -52,7 +54,18 @@ impl SourceVolume {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(directory, flags, rustix::fs::Mode::empty());
         let root = root.map_err(VolumeError::host("opening", directory))?;
-        Ok(Self { root, tree: Tree::new(), files: BTreeMap::new(), mapped: BTreeSet::new() })
+        Ok(Self::of(root, false))
+    }
+
+    /// The file system in memory whose root this is; nothing else is mounted in it. It notes no times of what is written through
+    /// mappings, so the last pass reads all of it.
+    pub fn of_memory(root: &OwnedFd) -> Result<Self, VolumeError> {
+        let opened = tree::open_below(root.as_fd(), b"", OFlags::RDONLY | OFlags::DIRECTORY);
+        Ok(Self::of(opened.map_err(VolumeError::io("opening", b""))?, true))
+    }
+
+    fn of(root: OwnedFd, silent: bool) -> Self {
+        Self { root, tree: Tree::new(), files: BTreeMap::new(), mapped: BTreeSet::new(), silent }
     }
 
     /// What the destination needs room for: bytes on the disk, and inodes. What can't be carried is refused.
@@ -78,7 +91,8 @@ impl SourceVolume {
         let mut written = BTreeSet::new();
         for (path, found) in &fresh {
             let Kind::File { inode } = found.kind else { continue };
-            if seen.insert(inode) && !self.is_known(inode, found) {
+            let read_anyway = self.silent && last;
+            if seen.insert(inode) && (read_anyway || !self.is_known(inode, found)) {
                 self.copy(path, found, since, last, frames)?;
                 written.insert(inode);
             }

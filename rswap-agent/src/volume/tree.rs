@@ -41,7 +41,17 @@ pub enum Kind {
     Fifo,
     /// The name of a unix socket.
     Socket,
+    /// A character device without state, one of [`DEVICES`].
+    Device {
+        /// Which kind.
+        major: u32,
+        /// Which one.
+        minor: u32,
+    },
 }
+
+/// Character devices that are the same everywhere: null, zero, full, random, urandom, tty and ptmx.
+pub const DEVICES: [(u32, u32); 7] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)];
 
 /// Extended attributes: names and values.
 pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
@@ -181,7 +191,14 @@ impl Walk<'_> {
             },
             FileType::Fifo => Kind::Fifo,
             FileType::Socket => Kind::Socket,
-            _ => return Err(VolumeError::unsupported(&path, "device nodes aren't carried: remove it")),
+            FileType::CharacterDevice if DEVICES.contains(&(stat.stx_rdev_major, stat.stx_rdev_minor)) => {
+                Kind::Device { major: stat.stx_rdev_major, minor: stat.stx_rdev_minor }
+            }
+            _ => {
+                let reason =
+                    "of device nodes only null, zero, full, random, tty and ptmx are carried: remove it";
+                return Err(VolumeError::unsupported(&path, reason));
+            }
         };
         let linked = !matches!(kind, Kind::Directory | Kind::File { .. }) && stat.stx_nlink > 1;
         if linked {

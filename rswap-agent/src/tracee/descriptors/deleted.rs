@@ -60,7 +60,7 @@ pub enum Origin {
     Directory,
     /// memfd_create(2), with these seals (`F_GET_SEALS`).
     Memory(i32),
-    /// memfd_create(2), and it is mapped by somebody, too.
+    /// Either of these, and it is mapped by somebody, too: it is carried as what processes share, and is memory then.
     MappedMemory,
 }
 
@@ -78,10 +78,9 @@ pub(super) fn describe(info: &Info, look: &Look<'_>, metadata: &fs::Metadata) ->
     let memory = name.strip_prefix(MEMORY);
     let mapped = look.around.is_mapped(metadata.ino(), &info.target)?;
     let origin = match memory {
-        None if mapped => return refuse("it is mapped as shared memory, too: not carried in this version"),
-        None => Origin::Directory,
-        Some(_) if mapped => Origin::MappedMemory,
-        Some(_) => {
+        None if !mapped => Origin::Directory,
+        _ if mapped => Origin::MappedMemory,
+        _ => {
             let ours = File::from(look.ours()?);
             let failed = |error| TraceeError::call("fstatfs", pid)(error);
             if huge_page_bytes(&ours).map_err(failed)?.is_some() {
@@ -151,6 +150,12 @@ impl Files {
                 let missing =
                     || TraceeError::Unsupported(format!("there is no shared memory {}", image.inode.1));
                 let object = objects.get(&image.inode.1).ok_or_else(missing)?;
+                // Pages come as a whole.
+                if image.len < object.object.bytes && !object.object.huge {
+                    object.file.set_len(image.len).map_err(failed)?;
+                }
+                let mode = fs::Permissions::from_mode(image.access.0);
+                object.file.set_permissions(mode).map_err(failed)?;
                 let again = reopen(&object.file, flags).map_err(failed)?;
                 link.give(remote, end, &again)?
             }

@@ -1,0 +1,93 @@
+//! What can't be carried of a process is refused by its pid and its name, before anything is touched.
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use rswap_tests::{reason_to_skip, scene::Scene, wait_for};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// What `rswap check` refuses of instance `name`: (pid, item).
+fn refused(scene: &Scene, name: &str) -> anyhow::Result<Vec<(i32, String)>> {
+    let output = scene.a.rswap(&["check", "--json", name])?.output()?;
+    let rows: Vec<Value> = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    let refused = rows.iter().filter(|row| row["severity"] == "refused");
+    refused
+        .map(|row| {
+            let pid = row["pid"].as_i64().context("no pid")?;
+            Ok((i32::try_from(pid)?, row["item"].as_str().context("no item")?.to_owned()))
+        })
+        .collect()
+}
+
+/// It stays where it is, with each of `items` said, and nothing is made at the other host.
+fn stays(scene: &Scene, name: &str, items: &[String]) -> anyhow::Result<()> {
+    let Err(reason) = scene.a.migrate(name, &scene.b.migrate_address())?.end()? else {
+        anyhow::bail!("it was moved with {items:?}");
+    };
+    for item in items {
+        ensure!(reason.contains(item.as_str()), "{item} is not refused: {reason}");
+    }
+    ensure!(scene.a.has_instance(name)? && !scene.b.has_processes()?, "something was touched");
+    Ok(())
+}
+
+#[test]
+fn namespaces_of_its_own_are_refused_by_their_kinds() -> anyhow::Result<()> {
+    if reason_to_skip("namespaces_of_its_own_are_refused_by_their_kinds").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let kinds = ["user", "mnt", "pid", "uts", "ipc", "net", "cgroup", "time"];
+    // A time namespace is for children.
+    let script = "for kind in user mount uts ipc net cgroup; do unshare --$kind sleep 1000 & done; \
+                  unshare --pid --fork sleep 1000 & unshare --time --fork sleep 1000 & wait";
+    scene.run("spaces", &[], &["sh", "-c", script])?;
+    let items: Vec<String> = kinds.iter().map(|kind| format!("a {kind} namespace of its own")).collect();
+    let found = wait_for("all kinds to be refused", LIMIT, || {
+        let found = refused(&scene, "spaces")?;
+        let named = |item: &String| found.iter().any(|(_, found)| found == item);
+        Ok(items.iter().all(named).then_some(found))
+    })?;
+    let pids = scene.a.pids("spaces")?;
+    ensure!(found.iter().all(|(pid, _)| pids.contains(pid)), "{found:?} of {pids:?}");
+    stays(&scene, "spaces", &items)
+}
+
+/// Traces its child, until a file is there.
+const TRACES: &str = "
+import ctypes, os, signal, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+child = os.fork()
+if child == 0:
+    while True: time.sleep(0.1)
+if libc.ptrace(0x4206, child, None, None): sys.exit(1)
+while not os.path.exists(sys.argv[1]): time.sleep(0.02)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+while True: time.sleep(0.1)
+";
+
+#[test]
+fn a_process_that_is_traced_is_refused_until_it_is_not() -> anyhow::Result<()> {
+    if reason_to_skip("a_process_that_is_traced_is_refused_until_it_is_not").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let enough = scene.fleet.scratch().join("enough");
+    scene.run("traced", &[], &["python3", "-c", TRACES, &enough.to_string_lossy()])?;
+    let debugger = "a debugger".to_owned();
+    let pid = wait_for("the tracer to be refused", LIMIT, || {
+        let found = refused(&scene, "traced")?;
+        Ok(found.iter().find(|(_, item)| *item == debugger).map(|(pid, _)| *pid))
+    })?;
+    let traced = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    ensure!(!traced.contains("TracerPid:\t0"), "{pid} is not the one that is traced");
+    stays(&scene, "traced", &[debugger])?;
+    std::fs::write(&enough, "")?;
+    wait_for("the traced one to be gone", LIMIT, || Ok(refused(&scene, "traced")?.is_empty().then_some(())))?;
+    scene.moved("traced", &scene.a, &scene.b)
+}
