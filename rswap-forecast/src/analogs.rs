@@ -6,7 +6,10 @@
 use serde::{Deserialize, Serialize};
 use serde_big_array::BigArray;
 
-use super::{lead::TAILS, numeric::Short};
+use super::{
+    lead::TAILS,
+    numeric::{Position, Short},
+};
 
 /// Outcomes kept.
 pub(super) const KEPT: usize = 112;
@@ -15,7 +18,10 @@ const HALF_LIFE: f32 = 25.0;
 /// Distance, in typical ones, at which a moment counts half.
 const LIKE: f32 = 0.5;
 /// What the most unlike moment still counts.
-const FLOOR: f32 = 0.02;
+const FLOOR: f32 = 0.01;
+
+/// What an outcome counts less if its moment was before the level last changed.
+const BEFORE: f32 = 0.2;
 
 /// Weights of outcomes, by their place.
 pub(super) type Weights = [f32; KEPT];
@@ -126,9 +132,11 @@ impl Sorted {
 pub(super) struct Analogs {
     len: usize,
     next: usize,
+    /// How many of the newest come of moments since the level last changed.
+    since_change: usize,
     /// Where the value stood, and how much it had just moved.
     #[serde(with = "BigArray")]
-    level: [f32; KEPT],
+    level: [Position; KEPT],
     #[serde(with = "BigArray")]
     unrest: [Short; KEPT],
     /// How far the regression was off.
@@ -141,8 +149,6 @@ pub(super) struct Analogs {
 
 /// Weights of the outcomes for the present moment.
 pub(super) struct Likeness {
-    /// By age alone.
-    pub(super) age: Weights,
     /// By age and likeness of the unrest.
     pub(super) unrest: Weights,
     /// By age and likeness of the level.
@@ -154,7 +160,8 @@ impl Analogs {
         Self {
             len: 0,
             next: 0,
-            level: [0.0; KEPT],
+            since_change: KEPT,
+            level: [Position::default(); KEPT],
             unrest: [Short::default(); KEPT],
             missed: Sorted::new(),
             gone: Sorted::new(),
@@ -168,29 +175,52 @@ impl Analogs {
 
     /// Whether its places are ones, and its numbers.
     pub(super) fn is_sound(&self) -> bool {
-        let places = self.len <= KEPT && self.next < KEPT && self.came.is_sound();
-        let finite = self.unrest.iter().map(|unrest| unrest.get()).chain(self.level).all(f32::is_finite);
+        let places =
+            self.len <= KEPT && self.next < KEPT && self.since_change <= KEPT && self.came.is_sound();
+        let finite = self.unrest.iter().all(|unrest| unrest.get().is_finite());
         places && finite && self.missed.is_sound() && self.gone.is_sound()
     }
 
     pub(super) fn add(&mut self, level: f32, unrest: f32, missed: f32, gone: f32) {
-        self.came.put(self.next, self.len, level + gone, |place| self.level[place] + self.gone.values[place]);
+        let level = Position::new(level);
+        let came = |place: usize| self.level[place].get() + self.gone.values[place];
+        self.came.put(self.next, self.len, level.get() + gone, came);
         self.missed.put(self.next, self.len, missed);
         self.gone.put(self.next, self.len, gone);
         self.level[self.next] = level;
         self.unrest[self.next] = Short::new(unrest);
         self.len = (self.len + 1).min(KEPT);
         self.next = (self.next + 1) % KEPT;
+        self.since_change = (self.since_change + 1).min(KEPT);
+    }
+
+    /// The level has changed: so many of the newest outcomes come of moments since.
+    pub(super) fn level_changed(&mut self, outcomes: usize) {
+        self.since_change = outcomes;
+    }
+
+    /// Weights by age alone.
+    fn ages(&self) -> Weights {
+        let mut weights = ages(self.len, self.next);
+        for age in self.since_change..self.len {
+            weights[(self.next + KEPT - 1 - age) % KEPT] *= BEFORE;
+        }
+        weights
+    }
+
+    /// Where the value was after the outcome at `place`.
+    fn came_to(&self, place: usize) -> f32 {
+        self.level[place].get() + self.gone.values[place]
     }
 
     /// `typical` is how far the value usually is from where it was.
     pub(super) fn likeness(&self, level: f32, unrest: f32, typical: f32) -> Likeness {
-        let age = ages(self.len, self.next);
+        let age = self.ages();
         let (mut by_unrest, mut by_level) = (age, age);
         let typical = typical.max(1e-6);
         let near = 1.0 / (typical * LIKE);
         for i in 0..KEPT {
-            let off = (self.level[i] - level) * near;
+            let off = (self.level[i].get() - level) * near;
             by_level[i] *= 1.0 / (1.0 + off * off) + FLOOR;
             let then = self.unrest[i].get();
             let sum = 0.5 * (then + unrest) + 0.1 * typical;
@@ -198,7 +228,7 @@ impl Analogs {
             let (sum, off) = (sum * sum, off * off);
             by_unrest[i] *= sum / (sum + off);
         }
-        Likeness { age, unrest: by_unrest, level: by_level }
+        Likeness { unrest: by_unrest, level: by_level }
     }
 
     /// How far the regression was off, at moments that weigh so much.
@@ -213,7 +243,7 @@ impl Analogs {
 
     /// Where the value went, after moments that weigh so much.
     pub(super) fn came(&self, weights: &Weights) -> [f32; 4] {
-        self.came.quantiles(self.len, weights, |place| self.level[place] + self.gone.values[place])
+        self.came.quantiles(self.len, weights, |place| self.came_to(place))
     }
 
     /// Evenly spaced quantiles of the regression's errors and of the changes, and the mean unrest.
@@ -238,11 +268,11 @@ impl Analogs {
     /// The unit of the scale has changed.
     pub(super) fn rescale(&mut self, convert: impl Fn(f32) -> f32) {
         for i in 0..self.len {
-            self.level[i] = convert(self.level[i]);
+            self.level[i] = Position::new(convert(self.level[i].get()));
         }
         // Changes are kept as they are, which they nearly are on any scale; where that puts the values is ordered anew.
         let (level, gone) = (&self.level, &self.gone.values);
-        let came = |&place: &u8| level[usize::from(place)] + gone[usize::from(place)];
+        let came = |&place: &u8| level[usize::from(place)].get() + gone[usize::from(place)];
         self.came.0[..self.len].sort_by(|a, b| came(a).total_cmp(&came(b)));
     }
 }

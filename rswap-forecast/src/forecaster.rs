@@ -103,6 +103,9 @@ impl Forecaster {
                 (Some(series), Some(used)) => {
                     series.skip(windows - 1);
                     series.observe(used);
+                    if let Some(priors) = self.learnt.priors.get(&resource) {
+                        priors.resemble(&watched.kin.class, &watched.kin.identity, series);
+                    }
                 }
                 (Some(series), None) => series.skip(windows),
                 (None, Some(used)) => {
@@ -176,7 +179,7 @@ impl Watched {
 }
 
 /// A series of a new instance, which starts from what is known of its like.
-fn begin(learnt: &Lessons, resource: Resource, kin: &Kin, leads: &[u64], day: u64) -> Series {
+pub(crate) fn begin(learnt: &Lessons, resource: Resource, kin: &Kin, leads: &[u64], day: u64) -> Series {
     let prior = learnt.priors.get(&resource).and_then(|priors| priors.of(&kin.class, &kin.identity));
     let taught = prior.and_then(|prior| Series::from_prior(leads, day, &prior).ok());
     taught.unwrap_or_else(|| Series::new(leads, day))

@@ -32,6 +32,11 @@ impl Day {
         (self.windows, self.usual.len(), self.times.len()) == (new.windows, new.usual.len(), new.times.len())
     }
 
+    /// Windows in a day.
+    pub(super) fn windows(&self) -> u64 {
+        self.windows
+    }
+
     fn part(&self, tick: u32) -> usize {
         ((u64::from(tick) % self.windows) * self.usual.len() as u64 / self.windows) as usize
     }

@@ -103,7 +103,8 @@ impl History {
         self.positions.capacity() * size_of::<Position>()
     }
 
-    fn ordered(&self) -> Vec<f32> {
+    /// All of them, oldest first; of what was not seen, the guesses.
+    pub(super) fn ordered(&self) -> Vec<f32> {
         let (newer, older) = self.positions.split_at(self.start);
         older.iter().chain(newer).map(|position| position.get()).collect()
     }

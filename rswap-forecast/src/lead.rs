@@ -9,9 +9,10 @@ use super::{
     analogs::{self, Analogs, KEPT, Sorted},
     history::MOST,
     mixture::{EXPERTS, Mixture, Opinions},
-    numeric::{Short, displaced},
+    numeric::{Position, Short, displaced},
     prior::Prior,
-    regression::{Features, Regression},
+    regression::{BACK, Features, Regression},
+    steered::{Signs, Steered},
 };
 
 /// Share of outcomes above each quantile.
@@ -26,12 +27,15 @@ const MIN_OUTCOMES: usize = 4;
 const SHIFT: f32 = 0.005;
 /// The narrow expert's spread, as a share of the one that it is taken from.
 const NARROWER: f32 = 0.6;
+/// What has moved of late is never taken for less than this share of what usually moves.
+const MOVING: f32 = 0.2;
 /// No forecast is above so many times the highest value.
 const HIGHEST: f64 = 1.5;
 
-// The experts: analogs of the regression's errors (by age, unrest, level), of changes, and of values; the long
-// histogram; the season; and one that is narrower than the others, so that their mixture can be, too.
-const MISSED: [usize; 3] = [0, 1, 2];
+// The experts: the regression with steered spreads, and with analogs of its errors (by unrest, by level); analogs of changes, and
+// of values; the long histogram; the season; and one that is narrower than the others, so that their mixture can be, too.
+const STEERED: usize = 0;
+const MISSED: [usize; 2] = [1, 2];
 const GONE: usize = 3;
 const NARROW: usize = 7;
 const CAME: usize = 4;
@@ -56,6 +60,8 @@ pub(super) struct Moment {
     pub(super) unrest: f32,
     /// What that distance is usually.
     pub(super) typical: f32,
+    /// How much it has moved from window to window of late.
+    pub(super) moving: f32,
     /// Quantiles of all that was seen, as positions.
     pub(super) long: [f32; 4],
 }
@@ -67,6 +73,7 @@ struct Pending {
     predicted: f32,
     level: f32,
     unrest: f32,
+    signs: Signs,
     season: Option<f32>,
     value: f64,
     /// What the experts said of each quantile, and what was given out, as distances from `value`.
@@ -90,6 +97,7 @@ pub(super) struct Lead {
     stride: u32,
     pending: VecDeque<Pending>,
     regression: Regression,
+    steered: Steered,
     analogs: Analogs,
     season: Option<Box<SeasonErrors>>,
     known: [bool; EXPERTS],
@@ -97,6 +105,8 @@ pub(super) struct Lead {
     /// Conformal correction of each quantile, and the size of an error that it goes by.
     shift: [f32; 4],
     error: f32,
+    /// The moment since which the level is what it is.
+    level_since: u32,
     seen: u64,
     covered: u64,
     newest: [f64; 4],
@@ -113,12 +123,14 @@ impl Lead {
             stride: stride as u32,
             pending: VecDeque::with_capacity(steps.div_ceil(stride) + 1),
             regression: Regression::new(),
+            steered: Steered::new(),
             analogs: Analogs::new(),
             season: None,
             known,
             mixtures: std::array::from_fn(|_| Mixture::new(&known)),
             shift: [0.0; 4],
             error: 0.0,
+            level_since: 0,
             seen: 0,
             covered: 0,
             newest: [0.0; 4],
@@ -131,7 +143,8 @@ impl Lead {
         let shape =
             (self.steps, self.stride) == (new.steps, new.stride) && self.pending.len() <= MAX_PENDING + 1;
         let pending = self.pending.iter().all(|pending| {
-            let all = pending.features.iter().chain(&pending.given).chain(&pending.season);
+            let all =
+                pending.features.iter().chain(&pending.given).chain(&pending.season).chain(&pending.signs);
             let said = pending.said.iter().flatten().flatten().map(|opinion| opinion.get());
             let numbers = [pending.predicted, pending.level, pending.unrest];
             all.copied().chain(said).chain(numbers).all(f32::is_finite) && pending.value.is_finite()
@@ -145,17 +158,19 @@ impl Lead {
             && self.shift.iter().chain([&self.error]).copied().all(f32::is_finite)
             && self.newest.iter().all(|need| need.is_finite() && *need >= 0.0);
         let mixtures = self.mixtures.iter().all(Mixture::is_sound);
-        shape && pending && season && own && mixtures && self.regression.is_sound() && self.analogs.is_sound()
+        let learnt = self.regression.is_sound() && self.steered.is_sound() && self.analogs.is_sound();
+        shape && pending && season && own && mixtures && learnt
     }
 
     /// Adds what it has learnt to `prior`.
     pub(super) fn teach(&self, prior: &mut Prior) {
-        prior.add_lead(&self.regression, &self.analogs, &self.mixtures);
+        prior.add_lead(&self.regression, &self.steered, &self.analogs, &self.mixtures);
     }
 
     /// Starts from what others have learnt about the lead of this number.
     pub(super) fn start_from(&mut self, prior: &Prior, number: usize) {
-        prior.teach(number, &mut self.regression, &mut self.analogs, &mut self.mixtures, &self.known);
+        let Self { regression, steered, analogs, mixtures, known, .. } = self;
+        prior.teach(number, regression, steered, analogs, mixtures, known);
     }
 
     /// How far ahead, in windows.
@@ -192,7 +207,12 @@ impl Lead {
         if let (Some(kept), Some(season)) = (&mut self.season, due.season) {
             kept.add(now.level - season);
         }
-        self.analogs.add(due.level, due.unrest, gone - due.predicted, gone);
+        let missed = gone - due.predicted;
+        self.steered.learn(&due.signs, missed, self.stride);
+        self.analogs.add(due.level, due.unrest, missed, gone);
+        if due.due.wrapping_sub(self.steps) < self.level_since {
+            self.analogs.level_changed(0);
+        }
         let Some(said) = &due.said else { return };
         let outcome = (now.value - due.value) as f32;
         let size = (outcome - due.given[0]).abs();
@@ -212,7 +232,9 @@ impl Lead {
     pub(super) fn forecast(&mut self, now: &Moment, features: &Features, season: Option<f32>) {
         let predicted =
             self.regression.predict(features).clamp(now.range.0 - now.level, now.range.1 - now.level);
-        let said = (self.analogs.len() >= MIN_OUTCOMES).then(|| self.ask(now, predicted, season));
+        // A feature is how far the value is from where it usually is at the time that is forecast.
+        let signs = [now.typical, now.unrest, now.moving + MOVING * now.typical, features[BACK]];
+        let said = (self.analogs.len() >= MIN_OUTCOMES).then(|| self.ask(now, predicted, season, &signs));
         let mut given = [0.0f32; 4];
         if let Some(said) = &said {
             for k in 0..4 {
@@ -229,6 +251,7 @@ impl Lead {
                 predicted,
                 level: now.level,
                 unrest: now.unrest,
+                signs,
                 season,
                 value: now.value,
                 said: said.map(|said| said.map(|opinions| opinions.map(Short::new))),
@@ -238,7 +261,7 @@ impl Lead {
     }
 
     /// What each expert says of each quantile, as a distance from the present value.
-    fn ask(&self, now: &Moment, predicted: f32, season: Option<f32>) -> [Opinions; 4] {
+    fn ask(&self, now: &Moment, predicted: f32, season: Option<f32>, signs: &Signs) -> [Opinions; 4] {
         let like = self.analogs.likeness(now.level, now.unrest, now.typical);
         let mut far = [[0.0f32; EXPERTS]; 4];
         let mut put = |expert: usize, at: f32, quantiles: [f32; 4]| {
@@ -246,18 +269,20 @@ impl Lead {
                 far[k][expert] = at + quantiles[k];
             }
         };
-        for (expert, weights) in MISSED.into_iter().zip([&like.age, &like.unrest, &like.level]) {
+        put(STEERED, predicted, self.steered.quantiles(signs));
+        for (expert, weights) in MISSED.into_iter().zip([&like.unrest, &like.level]) {
             put(expert, predicted, self.analogs.missed(weights));
         }
         put(GONE, 0.0, self.analogs.gone(&like.level));
-        put(CAME, -now.level, self.analogs.came(&like.level));
+        // Rounded as where outcomes came to: what never moves is forecast as itself.
+        put(CAME, -Position::new(now.level).get(), self.analogs.came(&like.level));
         put(LONG, -now.level, now.long.map(|position| position.clamp(now.range.0, now.range.1)));
         if let (Some(errors), Some(season)) = (&self.season, season) {
             put(SEASON, season - now.level, errors.quantiles());
         }
         for k in 0..4 {
-            let mid = if k == 0 { 0.0 } else { far[0][MISSED[1]] };
-            far[k][NARROW] = mid + NARROWER * (far[k][MISSED[1]] - mid);
+            let mid = if k == 0 { 0.0 } else { far[0][MISSED[0]] };
+            far[k][NARROW] = mid + NARROWER * (far[k][MISSED[0]] - mid);
         }
         let value = now.value as f32;
         let slope = (value * value + now.unit * now.unit).sqrt();
@@ -274,6 +299,13 @@ impl Lead {
     pub(super) fn bytes(&self) -> usize {
         let season = if self.season.is_some() { size_of::<SeasonErrors>() } else { 0 };
         self.pending.capacity() * size_of::<Pending>() + season
+    }
+
+    /// At `now` it was found that the level has changed at `tick`: what came of moments before counts less from now on.
+    pub(super) fn level_changed(&mut self, tick: u32, now: u32) {
+        self.level_since = tick;
+        let met = now.wrapping_sub(tick).saturating_sub(self.steps) / self.stride;
+        self.analogs.level_changed(met as usize);
     }
 
     /// The unit of the scale has changed.

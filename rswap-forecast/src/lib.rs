@@ -1,11 +1,13 @@
 //! What instances used, window by window -> [`Demand`]. Pure: no I/O, no clock.
 //!
 //! Online: one update per instance and window, in constant memory. Amounts are seen on a scale that is linear near 0 and
-//! logarithmic far from it ([`series`]). For each lead, experts give quantiles: a regression on smoothed values and the time of the day
-//! ([`regression`]), with its own past errors; changes and values that followed on similar moments ([`analogs`]); a
-//! fading histogram and the day's habit ([`habit`]); a found season, repeated ([`season`]). They are mixed for each
-//! quantile by what mixing would have gained ([`mixture`]), and a conformal step then moves each quantile until it is
-//! exceeded as often as it says ([`lead`]). What a series has learnt can be handed to new ones of its kind ([`Priors`]). Nothing is believed before enough forecasts of a lead have met their outcome.
+//! logarithmic far from it ([`series`]). For each lead, experts give quantiles: a regression on smoothed values and the time of
+//! the day ([`regression`]), with its own past errors, and with spreads that are steered by them ([`steered`]); changes and values
+//! that followed on similar moments ([`analogs`]); a fading histogram and the day's habit ([`habit`]); a found season, repeated
+//! ([`season`]). They are mixed for each quantile by what mixing would have gained ([`mixture`]), and a conformal step then moves
+//! each quantile until it is exceeded as often as it says ([`lead`]). Where the level has changed ([`level`]), what came before
+//! counts less. What a series has learnt can be handed to new ones of its kind, by name, class and likeness ([`priors`]). Nothing
+//! is believed before enough forecasts of a lead have met their outcome.
 
 #![allow(
     clippy::needless_range_loop,
@@ -18,22 +20,27 @@ mod forecaster;
 mod habit;
 mod history;
 mod lead;
+mod level;
 mod mixture;
 mod moments;
 mod numeric;
 mod prior;
+mod priors;
+mod profile;
 mod regression;
 mod resource;
 mod season;
 mod series;
 mod state;
+mod steered;
 
 use serde::{Deserialize, Serialize};
 
 pub use config::ForecastConfig;
 pub use forecaster::{Forecaster, Kin, Observation};
 pub use moments::Moments;
-pub use prior::{Prior, PriorError, Priors};
+pub use prior::{Prior, PriorError};
+pub use priors::Priors;
 pub use resource::{Resource, Usage};
 pub use series::Series;
 pub use state::{Lessons, StateError};
@@ -123,6 +130,8 @@ pub struct Demand {
     pub points: Vec<DemandPoint>,
 }
 
+#[cfg(test)]
+mod level_tests;
 #[cfg(test)]
 mod prior_tests;
 #[cfg(test)]

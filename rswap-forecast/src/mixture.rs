@@ -17,6 +17,9 @@ const FADE: f32 = 0.998;
 /// Share of the weight that is spread evenly, so that nobody is forgotten.
 const EVEN: f32 = 0.01;
 
+/// The larger, the more is concluded from few losses.
+const BOLDNESS: f32 = 1.2;
+
 /// Share of what others have gained that a new series starts with.
 const PRIOR: f32 = 0.3;
 /// The variance that goes with it.
@@ -126,5 +129,5 @@ impl Mixture {
 /// The learning rate: the more an expert has varied, the less is concluded from one outcome.
 #[inline]
 fn rate(variance: f32) -> f32 {
-    (2.5 / (variance + 0.1)).sqrt().min(2.0)
+    (BOLDNESS / (variance + 0.1)).sqrt().min(2.0)
 }

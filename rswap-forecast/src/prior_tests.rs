@@ -78,9 +78,102 @@ fn what_was_learnt_is_stored_merged_and_checked() {
     assert_eq!(here.of("web", "shop-4").unwrap().series(), 1.0 + 3.0 + 1.0);
     assert_eq!(all.check(3), Err(PriorError::Leads(2, 3)));
     let json = serde_json::to_string(&all).unwrap();
-    let newer: Prior = serde_json::from_str(&json.replace("\"version\":1", "\"version\":7")).unwrap();
+    let newer: Prior = serde_json::from_str(&json.replace("\"version\":2", "\"version\":7")).unwrap();
     assert_eq!(newer.check(2), Err(PriorError::Version(7)));
     assert!(Series::from_prior(&LEADS, DAY, &newer).is_err());
+}
+
+/// Slowly up and down.
+fn swinging(size: f64) -> impl Iterator<Item = f64> {
+    (0..400).map(move |window| size * (1.0 + 0.5 * (f64::from(window) / 5.0).sin()))
+}
+
+/// Bursty and swinging series of one size, whose names say nothing.
+fn nameless() -> Priors {
+    let mut priors = Priors::default();
+    for seed in 1..5 {
+        let mut learn = |name: String, values: &mut dyn Iterator<Item = f64>| {
+            let mut series = Series::new(&LEADS, DAY);
+            values.for_each(|value| series.observe(value));
+            priors.learn("", &name, &series.teach().unwrap());
+        };
+        learn(format!("a{seed}"), &mut bursty(seed, 2.0));
+        learn(format!("b{seed}"), &mut swinging(2.0 + 0.1 * seed as f64));
+    }
+    priors
+}
+
+#[test]
+fn who_has_the_same_profile_teaches_more_than_the_rest() {
+    let priors = nameless();
+    let learns = |resembles: bool, values: &mut dyn Iterator<Item = f64>| {
+        let mut series = Series::from_prior(&LEADS, DAY, &priors.of("", "new").unwrap()).unwrap();
+        for value in values.take(10) {
+            series.observe(value);
+            if resembles {
+                priors.resemble("", "new", &mut series);
+            }
+        }
+        series.quantiles().next().unwrap()
+    };
+    // After ten windows of its swing, what bursts have taught is gone.
+    let (alone, alike) = (learns(false, &mut swinging(2.0)), learns(true, &mut swinging(2.0)));
+    assert!(alike.p99 < alone.p99, "{alike:?} and {alone:?}");
+}
+
+#[test]
+fn it_sees_again_what_it_saw() {
+    let priors = nameless();
+    let mut series = Series::new(&LEADS, DAY);
+    for value in swinging(3.0).take(8) {
+        series.observe(value);
+    }
+    let before = series.clone();
+    priors.resemble("", "new", &mut series);
+    let (was, is) = (before.quantiles().next().unwrap(), series.quantiles().next().unwrap());
+    assert_ne!(was, is, "it has learnt");
+    assert!((is.p50 / was.p50 - 1.0).abs() < 0.5, "{was:?} and {is:?}: it is still itself");
+    series.observe(3.0);
+    let after = series.quantiles().next();
+    priors.resemble("", "new", &mut series);
+    assert_eq!(series.quantiles().next(), after, "only once");
+}
+
+#[test]
+fn kinds_of_profile_are_bounded_and_merged() {
+    let learn = |sizes: std::ops::Range<i32>| {
+        let mut priors = Priors::default();
+        for size in sizes {
+            let mut series = Series::new(&LEADS, DAY);
+            bursty(size as u64, 10f64.powi(size)).for_each(|value| series.observe(value));
+            priors.learn("", "", &series.teach().unwrap());
+        }
+        priors
+    };
+    let kinds = |priors: &Priors| serde_json::to_value(priors).unwrap()["kinds"].as_array().unwrap().len();
+    let (mut here, there) = (learn(-4..8), learn(8..20));
+    assert_eq!((kinds(&here), kinds(&there)), (12, 12), "sizes that differ tenfold are kinds of their own");
+    here.merge(&there);
+    assert_eq!(kinds(&here), 16);
+    let series: f64 = serde_json::to_value(&here).unwrap()["kinds"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|kind| kind["series"].as_f64().unwrap())
+        .sum();
+    assert_eq!(series, 24.0, "nothing that was learnt is lost");
+}
+
+#[test]
+fn what_another_release_taught_gives_way() {
+    let mut priors = taught_by(1..3);
+    let json = serde_json::to_string(&priors).unwrap().replace("\"version\":2", "\"version\":1");
+    let mut older: Priors = serde_json::from_str(&json).unwrap();
+    assert_eq!(older.of("web", "x").unwrap().check(2), Err(PriorError::Version(1)));
+    older.merge(&priors);
+    assert_eq!(older.of("web", "shop-1").unwrap().check(2), Ok(()));
+    priors.merge(&older);
+    assert_eq!(priors.of("web", "shop-1").unwrap().check(2), Ok(()));
 }
 
 proptest! {
@@ -100,6 +193,7 @@ proptest! {
         let mut series = Series::from_prior(&LEADS, DAY, &prior).unwrap();
         for value in values {
             series.observe(value);
+            priors.resemble("a", "c", &mut series);
             for q in series.quantiles() {
                 let ordered = [0.0, q.p50, q.p90, q.p95, q.p99, f64::MAX];
                 prop_assert!(ordered.windows(2).all(|pair| pair[0] <= pair[1]), "{q:?}");

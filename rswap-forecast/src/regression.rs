@@ -7,6 +7,9 @@ pub(super) const FEATURES: usize = 12;
 /// Features of one moment.
 pub(super) type Features = [f32; FEATURES];
 
+/// The feature that says how far the value is from where it usually is at the time that is forecast.
+pub(super) const BACK: usize = 8;
+
 /// Weight that is left of an observation after one more.
 const FORGET: f32 = 0.998;
 /// An error counts up to so many mean absolute errors: amounts have heavy tails.

@@ -7,8 +7,10 @@ use super::{
     habit::{Day, Histogram},
     history::{History, MOST},
     lead::{Lead, Moment, TAILS},
+    level::Level,
     numeric::asinh,
     prior::{Prior, PriorError},
+    profile::{BLOCK, Profile, Profiler},
     regression::Features,
 };
 
@@ -16,6 +18,10 @@ use super::{
 const HALF_LIVES: [f32; 5] = [1.5, 6.0, 24.0, 96.0, 288.0];
 /// Windows over which the mean amount, the unit of the scale, is taken.
 const MEAN_WINDOWS: u64 = 288;
+/// Weight of the newest window in how much the value moves of late.
+const MOVING: f32 = 0.3;
+/// Half-life from which on a smoothed position follows a change of the level at once, and how far.
+const FOLLOWS: (usize, f32) = (2, 0.5);
 /// Windows over which the typical unrest is taken.
 const TYPICAL_WINDOWS: u64 = 100;
 
@@ -46,6 +52,9 @@ pub struct Series {
     newest: [f32; 4],
     smoothed: [f32; 5],
     typical: f32,
+    moving: f32,
+    level: Level,
+    profiler: Profiler,
     history: History,
     day: Day,
     long: Histogram,
@@ -68,6 +77,9 @@ impl Series {
             newest: [0.0; 4],
             smoothed: [0.0; 5],
             typical: 0.0,
+            moving: 0.0,
+            level: Level::default(),
+            profiler: Profiler::default(),
             history: History::new(),
             day: Day::new(day),
             long: Histogram::new(day),
@@ -100,7 +112,7 @@ impl Series {
     /// then does not fail.
     pub(crate) fn is_sound(&self, leads: &[u64], day: u64) -> bool {
         let amounts = [self.unit, self.mean, self.highest, self.value];
-        let positions = self.newest.iter().chain(&self.smoothed).chain([&self.typical]);
+        let positions = self.newest.iter().chain(&self.smoothed).chain([&self.typical, &self.moving]);
         let possible = |amount: &f64| (0.0..=HIGHEST).contains(amount);
         let new = self.seen == 0 && self.unit == 0.0;
         let old = (1..MOST).contains(&self.seen) && self.unit > 0.0 && self.lowest <= self.highest;
@@ -110,7 +122,28 @@ impl Series {
             && (new || old);
         let leads = self.leads.len() == leads.len()
             && self.leads.iter().zip(leads).all(|(lead, &steps)| lead.is_sound(steps));
-        numbers && leads && self.history.is_sound() && self.day.is_sound(day) && self.long.is_sound()
+        numbers
+            && leads
+            && self.level.is_sound()
+            && self.profiler.is_sound()
+            && self.history.is_sound()
+            && self.day.is_sound(day)
+            && self.long.is_sound()
+    }
+
+    /// What it is like, at the moment in which that becomes known.
+    pub(super) fn first_profile(&self) -> Option<Profile> {
+        if self.seen == BLOCK as u64 { self.profiler.profile() } else { None }
+    }
+
+    /// One that starts from `prior` and has seen the same.
+    pub(super) fn again_from(&self, prior: &Prior) -> Result<Self, PriorError> {
+        let leads: Vec<u64> = self.leads.iter().map(|lead| lead.steps() as u64).collect();
+        let mut new = Self::from_prior(&leads, self.day.windows(), prior)?;
+        let positions = self.history.ordered();
+        new.tick = self.tick.wrapping_sub(positions.len() as u32);
+        positions.iter().for_each(|position| new.observe(f64::from(position.sinh()) * self.unit));
+        Ok(new)
     }
 
     /// What it can teach others of its kind; `None` while that is too little.
@@ -121,7 +154,7 @@ impl Series {
         // Its own unit may be twice or half of what the mean asks for; that of who learns is what the mean says.
         let (mut long, ratio) = (self.long.clone(), self.unit / self.wanted_unit());
         long.rescale(|position| asinh(f64::from(position).sinh() * ratio));
-        let mut prior = Prior::of(self.mean, &long);
+        let mut prior = Prior::of(self.mean, self.profiler.profile()?, &long);
         self.leads.iter().for_each(|lead| lead.teach(&mut prior));
         Some(prior)
     }
@@ -132,10 +165,12 @@ impl Series {
             self.history = History::new();
             self.leads.iter_mut().for_each(Lead::interrupt);
             self.tick = self.tick.wrapping_add(windows as u32);
+            self.level.forget();
             return;
         }
         for _ in 0..windows {
             self.tick = self.tick.wrapping_add(1);
+            self.level.pass();
             if self.seen > 0 {
                 self.history.guess(self.newest[0]);
                 self.forecast(false);
@@ -151,6 +186,7 @@ impl Series {
         self.tick = self.tick.wrapping_add(1);
         self.seen += 1;
         self.value = value;
+        self.profiler.learn(value);
         self.lowest = self.lowest.min(value);
         self.highest = self.highest.max(value);
         self.mean += (value - self.mean) / (self.seen + self.taught).min(MEAN_WINDOWS) as f64;
@@ -164,6 +200,11 @@ impl Series {
         self.newest = [position, self.newest[0], self.newest[1], self.newest[2]];
         for (smoothed, step) in self.smoothed.iter_mut().zip(steps()) {
             *smoothed += (position - *smoothed) * step.max(1.0 / self.seen as f32);
+        }
+        let moved = (self.newest[0] - self.newest[1]).abs();
+        self.moving += (moved - self.moving) * MOVING.max(1.0 / self.seen as f32);
+        if self.level.learn(position) {
+            self.level_changed();
         }
         self.day.learn(self.tick, position);
         self.long.learn(position);
@@ -200,6 +241,13 @@ impl Series {
         self.quantiles().zip(self.leads.iter().map(move |lead| lead.evidence(needed)))
     }
 
+    /// Windows since its level last changed; `None` if no change was found, or nothing was seen for long.
+    ///
+    /// It is found some windows after it began (three where it is clear): until then, there is none.
+    pub fn level_changed_windows_ago(&self) -> Option<u32> {
+        self.level.changed_windows_ago()
+    }
+
     /// Memory that it takes, in bytes, all in all.
     pub fn bytes(&self) -> usize {
         let leads: usize = self.leads.iter().map(Lead::bytes).sum();
@@ -221,6 +269,7 @@ impl Series {
             highest: self.highest,
             unrest: (level - self.smoothed[1]).abs(),
             typical: self.typical,
+            moving: self.moving,
             long: self.long.quantiles(),
         };
         for lead in &mut self.leads {
@@ -263,10 +312,21 @@ impl Series {
         }
         let convert = |position: f32| asinh(f64::from(position).sinh() * ratio);
         self.newest.iter_mut().chain(&mut self.smoothed).for_each(|position| *position = convert(*position));
+        self.level.rescale(convert);
         self.history.rescale(convert);
         self.day.rescale(convert);
         self.long.rescale(convert);
         self.leads.iter_mut().for_each(|lead| lead.rescale(convert));
+    }
+
+    /// What belongs to the level before is forgotten: half of the way at once, and outcomes of then count less.
+    fn level_changed(&mut self) {
+        let (level, since) = (self.level.mean(), self.level.changed_windows_ago().unwrap_or_default());
+        for smoothed in &mut self.smoothed[FOLLOWS.0..] {
+            *smoothed += (level - *smoothed) * FOLLOWS.1;
+        }
+        let (now, tick) = (self.tick, self.tick.wrapping_sub(since));
+        self.leads.iter_mut().for_each(|lead| lead.level_changed(tick, now));
     }
 
     fn season_changed(&mut self) {

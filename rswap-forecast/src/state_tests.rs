@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::*;
+use super::{forecaster::begin, *};
 
 const WINDOW_MS: u64 = 1_000;
 
@@ -135,12 +135,31 @@ fn lessons_go_from_one_to_another() {
     pupil.learn(&serde_json::from_str(&sent).unwrap()).unwrap();
     pupil.introduce(&name("b"), kin("web", "b"), 1);
     show(&mut pupil, "b", 300);
-    assert!(demand(&pupil, "b", 300).unwrap().points[0].need.p99 > 0.5);
+    let mut untaught = Forecaster::new(config(), WINDOW_MS);
+    show(&mut untaught, "b", 300);
+    let p99 = |forecaster| demand(forecaster, "b", 300).unwrap().points[0].need.p99;
+    assert!(p99(&pupil) > 3.0 * p99(&untaught), "{} and {}", p99(&pupil), p99(&untaught));
 
     let newer: Lessons = serde_json::from_str(&sent.replacen("\"version\":1", "\"version\":9", 1)).unwrap();
     assert_eq!(pupil.learn(&newer), Err(StateError::Version(9, 1)));
     let mut other = Forecaster::new(ForecastConfig::default(), WINDOW_MS);
     assert!(matches!(other.learn(&lessons), Err(StateError::OtherLeads(..))));
+}
+
+#[test]
+fn who_resembles_what_was_here_learns_from_it_whatever_its_class() {
+    let mut forecaster = shown(200);
+    forecaster.forget(&name("a"));
+    forecaster.introduce(&name("b"), kin("another", "b"), 1);
+    let (leads, day) = (forecaster.leads(), forecaster.day());
+    let mut alone = begin(&forecaster.learnt, Resource::Cpu, &kin("another", "b"), &leads, day);
+    for window in 300..312 {
+        show(&mut forecaster, "b", window);
+        alone.observe(0.1);
+    }
+    let taught = demand(&forecaster, "b", 311).unwrap().points[0].need;
+    let alone = alone.forecasts(20).next().unwrap().0;
+    assert!(taught.p99 > alone.p99, "{taught:?} and {alone:?}");
 }
 
 #[test]
@@ -151,7 +170,7 @@ fn what_is_no_state_is_refused_with_the_reason() {
     assert_eq!(with(b"{}"), Err(StateError::NoState));
     let mut newer = state.clone();
     newer[16] = 9;
-    assert_eq!(with(&newer), Err(StateError::Version(9, 1)));
+    assert_eq!(with(&newer), Err(StateError::Version(9, 2)));
     assert_eq!(with(&state[..state.len() - 1]), Err(StateError::Damaged("its checksum differs")));
     assert_eq!(with(&state[..state.len() / 2]), Err(StateError::Damaged("it ends too soon")));
     let other = Forecaster::with_state(ForecastConfig::default(), WINDOW_MS, &state);

@@ -19,6 +19,8 @@ pub(crate) struct Cold {
     pub(crate) alone: f64,
     /// Of one that starts from what the series before it have taught.
     pub(crate) taught: f64,
+    /// Of one that learns from those with a profile like its own as well, once it has shown it.
+    pub(crate) alike: f64,
 }
 
 /// One series after the other, in the order of the file: each starts from what those before it have taught, then teaches. The same
@@ -34,27 +36,33 @@ pub(crate) fn column(column: &Column) -> [Cold; LEADS_MIN.len()] {
         let taught = prior.as_ref().and_then(|prior| Series::from_prior(&leads, DAY as u64, prior).ok());
         let judged = taught.is_some();
         let mut taught = taught.unwrap_or_else(|| alone.clone());
+        let mut alike = taught.clone();
         for (at, &value) in series.values.iter().enumerate() {
             taught.observe(value);
             if at >= JUDGED || !judged {
                 continue;
             }
             alone.observe(value);
-            let both = alone.quantiles().zip(taught.quantiles());
-            for ((sums, lead), (alone, taught)) in sums.iter_mut().zip(leads).zip(both) {
+            alike.observe(value);
+            if value.is_finite() {
+                priors.resemble(&series.class, identity, &mut alike);
+            }
+            let all = alone.quantiles().zip(taught.quantiles()).zip(alike.quantiles());
+            for ((sums, lead), ((alone, taught), alike)) in sums.iter_mut().zip(leads).zip(all) {
                 let Some(&outcome) = series.values.get(at + lead as usize).filter(|v| v.is_finite()) else {
                     continue;
                 };
                 sums.amount += outcome.abs();
-                for (level, (alone, taught)) in LEVELS.into_iter().zip([
-                    (alone.p50, taught.p50),
-                    (alone.p90, taught.p90),
-                    (alone.p95, taught.p95),
-                    (alone.p99, taught.p99),
+                for (level, [alone, taught, alike]) in LEVELS.into_iter().zip([
+                    [alone.p50, taught.p50, alike.p50],
+                    [alone.p90, taught.p90, alike.p90],
+                    [alone.p95, taught.p95, alike.p95],
+                    [alone.p99, taught.p99, alike.p99],
                 ]) {
                     let loss = |off: f64| (level * off).max((level - 1.0) * off) / LEVELS.len() as f64;
                     sums.alone += loss(outcome - alone);
                     sums.taught += loss(outcome - taught);
+                    sums.alike += loss(outcome - alike);
                 }
             }
         }

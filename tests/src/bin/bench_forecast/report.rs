@@ -79,6 +79,7 @@ pub(crate) fn json(
             json!({
                 "trace": column.trace, "column": column.name, "lead_min": lead, "first_min": 120,
                 "wql_alone": 2.0 * cold.alone / cold.amount, "wql_with_priors": 2.0 * cold.taught / cold.amount,
+                "wql_with_alike": 2.0 * cold.alike / cold.amount,
             })
         })
     });
@@ -127,16 +128,17 @@ pub(crate) fn show(
             mean * 100.0
         );
     }
-    let less = |lead: usize| {
+    let less = |of: &dyn Fn(&Cold) -> f64, lead: usize| {
         let ratios: Vec<f64> =
-            cold.iter().map(|c| c[lead].taught / c[lead].alone).filter(|r| r.is_finite()).collect();
+            cold.iter().map(|c| of(&c[lead]) / c[lead].alone).filter(|r| r.is_finite()).collect();
         (1.0 - ratios.iter().sum::<f64>() / ratios.len().max(1) as f64) * 100.0
     };
+    let all =
+        |of: &dyn Fn(&Cold) -> f64| format!("{:.1} / {:.1} / {:.1} %", less(of, 0), less(of, 1), less(of, 2));
     println!(
-        "==> in the first two hours, priors take {:.0} / {:.0} / {:.0} % off the loss",
-        less(0),
-        less(1),
-        less(2)
+        "==> in the first two hours, priors take {} off the loss; with those of a profile alike, {}",
+        all(&|cold| cold.taught),
+        all(&|cold| cold.alike)
     );
     println!(
         "==> {:.0} updates per second of one core, all leads and quantiles; at most {} bytes per series",
