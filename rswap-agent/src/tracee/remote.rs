@@ -26,7 +26,7 @@ use super::{
     leftovers::{self, SCRATCH_BYTES},
     lifeline::{self, Lifeline, Ways},
     stopped::StoppedProcess,
-    waits,
+    tree, waits,
 };
 use crate::sys::{
     mem::{self, ForcedMemory, PAGE_SIZE, RemoteAddr},
@@ -430,7 +430,10 @@ impl Drop for Remote {
             (Ok(()), Some(lifeline)) => lifeline.clear(),
             _ => Ok(()),
         };
-        if let Err(error) = unmapped.and(masked).and(set).and(cleared) {
+        // One that was killed meanwhile needs nothing.
+        if let Err(error) = unmapped.and(masked).and(set).and(cleared)
+            && !tree::has_thread_ended(tid)
+        {
             tracing::error!(tid, %error, "could not put a thread's registers back");
         }
     }

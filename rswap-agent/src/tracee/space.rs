@@ -189,7 +189,11 @@ impl Space {
         process::pidfd_send_signal(&pidfd, signal).map_err(call("ending", pid))?;
         let mut deliver = 0;
         loop {
-            ptrace::resume(pid, deliver).map_err(call("PTRACE_CONT", pid))?;
+            match ptrace::resume(pid, deliver) {
+                // SIGKILL does not wait for it to go on.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                resumed => resumed.map_err(call("PTRACE_CONT", pid))?,
+            }
             match ptrace::wait_stop(pid).map_err(call("waiting for the end", pid))? {
                 Stop::Gone => return Ok(()),
                 Stop::Signal(signal) => deliver = signal,
