@@ -34,6 +34,7 @@ pub mod stream;
 pub mod subjects;
 pub mod sweep;
 pub mod traces;
+pub mod wire;
 
 use std::{
     io::Write,

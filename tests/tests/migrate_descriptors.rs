@@ -131,6 +131,29 @@ fn a_tmux_session_goes_on() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_session_of_script_goes_on() -> anyhow::Result<()> {
+    if reason_to_skip("a_session_of_script_goes_on").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let mounted = scene.fleet.scratch().join("mounted");
+    let (volume, record) = (format!("record:{}", mounted.display()), mounted.join("typescript"));
+    // It asks for its terminal every time.
+    let lines = "i=0; while tty -s; do i=$((i+1)); echo line=$i; sleep 0.05; done";
+    let shown = format!("exec script -qfc '{lines}' {} >> {}", record.display(), scene.log.display());
+    scene.run("script", &["--volume", &volume], &["sh", "-c", &shown])?;
+    further(&scene.log, "line", 4)?;
+    scene.three_moves("script", |log| further(log, "line", 10))?;
+    // Everything that was printed in the terminal has come out of it, once.
+    let shown = fs::read_to_string(&scene.log)?;
+    let whole = shown.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let numbers: Vec<_> = whole.lines().map(|line| line.trim_end().to_owned()).collect();
+    let expected: Vec<_> = (1..=numbers.len()).map(|number| format!("line={number}")).collect();
+    assert_eq!(numbers, expected);
+    Ok(())
+}
+
 /// What a shell in tmux says of itself: its pid and its terminal.
 fn answer(tmux: &dyn Fn(&[&str]) -> anyhow::Result<String>, mark: &str) -> anyhow::Result<String> {
     tmux(&["send-keys", "-t", "main", "-l", &format!("echo {mark} is $$ at $(tty)")])?;

@@ -14,6 +14,7 @@ use rswap_tests::{
     proxy::{Fault, Proxy},
     reason_to_skip,
     stream::Pattern,
+    wire::Wire,
 };
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
@@ -29,15 +30,20 @@ fn clients_of_redis_keep_their_connections_there_and_back() -> anyhow::Result<()
     }
     let (fleet, a, b) = hosts()?;
     let clients = RedisClients::start(&fleet, &a)?;
+    let wire = Wire::watch(&fleet.client, "eth0", &fleet.scratch().join("wire"))?;
+    let (announced, reset) = (format!("announced {SERVER}"), format!("reset by {SERVER}"));
     let mut gaps = Vec::new();
     for (from, to) in [(&a, &b), (&b, &a), (&a, &b), (&b, &a), (&a, &b), (&b, &a)] {
+        let announcements = wire.seen(&announced)?;
         let before = rswap_agent::units::UnixMillis::now();
         let report = from.migrate("redis", &to.migrate_address())?.succeed()?;
         println!("freeze {:.1} ms: {:?}", report.unavailability_ms, report.freeze_steps_ms);
         assert!(to.has_instance("redis")? && !from.has_instance("redis")?);
         clients.go_on()?;
+        wire.wait_for(&announced, announcements + 1)?;
         gaps.push((report.unavailability_ms, before, rswap_agent::units::UnixMillis::now()));
     }
+    assert_eq!(wire.seen(&reset)?, 0, "a connection was reset");
     let seen = clients.finish(&fleet)?;
     let mut extra_ms = Vec::new();
     for (freeze_ms, from, to) in gaps {
@@ -95,7 +101,11 @@ fn ipv6_connections_come_over_byte_by_byte() -> anyhow::Result<()> {
     let options = ["--net", "10.88.0.10/24", "--net", "fd88::10/64,gw=fd88::1"];
     let address = start_streams_at(&fleet, &a, "[fd88::10]:7000".parse()?, &options)?;
     assert!(a.call(&["ps"])?.contains("fd88::10"), "the address is not listed");
+    let wire = Wire::watch(&fleet.client, "eth0", &fleet.scratch().join("wire"))?;
     keep_streams(&fleet, &a, &b, address)?;
+    wire.wait_for("announced fd88::10", 1)?;
+    wire.wait_for("announced 10.88.0.10", 1)?;
+    assert_eq!(wire.seen("reset by fd88::10")?, 0, "a connection was reset");
     // Who asks for the first time finds it at its new place.
     fleet.client.ip(&["neigh", "flush", "dev", "eth0"])?;
     let fresh = persistent::echo(&fleet.client, address)?;
