@@ -169,6 +169,8 @@ fn watch(log: &mut File, verified: &AtomicU64, failed: &mpsc::Receiver<String>) 
     // Expires long before the first heartbeat, and is never read: it must stay readable wherever the program runs.
     let expired = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC)?;
     expired.set(Expiration::OneShot(TimeSpec::from_duration(TICK / 20)), TimerSetTimeFlags::empty())?;
+    // On a busy machine the first look may come before that.
+    poll(&mut [PollFd::new(expired.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)?;
     let mut line = 0_u64;
     let mut ready = [EpollEvent::empty(); 4];
     loop {
