@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use rswap_types::{InstanceName, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::{Demand, DemandPoint, ForecastConfig, Lessons, Resource, Usage, series::Series};
+use crate::{Demand, DemandPoint, ForecastConfig, Lessons, Prior, Priors, Resource, Usage, series::Series};
 
 /// Without a new window for so many windows there is no forecast any more.
 const STALE_WINDOWS: u64 = 10;
 const DAY_MS: u64 = 24 * 3_600_000;
 /// Classes, and identities, that are remembered of each resource.
 const REMEMBERED: usize = 500;
+/// Running instances of a class that a new one learns from at most.
+const CLASSMATES: usize = 64;
 
 /// Whom an instance is like: it learns from them, and they from it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,13 +82,16 @@ impl Forecaster {
 
     /// Takes in one window of an instance.
     pub fn observe(&mut self, seen: &Observation<'_>) {
-        let (leads, day) = (self.leads(), self.day());
-        let watched = self.instances.entry(seen.instance.clone()).or_insert_with(|| Watched {
-            kin: Kin { class: String::new(), identity: seen.instance.to_string() },
-            life: 0,
-            at: None,
-            series: BTreeMap::new(),
+        // Taken out, so that it can look at the others.
+        let (name, mut watched) = self.instances.remove_entry(seen.instance).unwrap_or_else(|| {
+            let kin = Kin { class: String::new(), identity: seen.instance.to_string() };
+            (seen.instance.clone(), Watched { kin, life: 0, at: None, series: BTreeMap::new() })
         });
+        self.observe_one(&mut watched, seen);
+        self.instances.insert(name, watched);
+    }
+
+    fn observe_one(&self, watched: &mut Watched, seen: &Observation<'_>) {
         let before = UnixMillis(seen.at.0.saturating_sub(self.window_ms));
         // A clock that was set back by much stays there: the windows go on by it.
         let stale_ms = self.window_ms.saturating_mul(STALE_WINDOWS);
@@ -97,25 +102,44 @@ impl Forecaster {
             return; // Seen already, or the clock went back a little.
         }
         watched.at = Some(seen.at);
+        let Kin { class, identity } = &watched.kin;
         for resource in Resource::ALL {
             let used = seen.usage.of(resource).filter(|amount| amount.is_finite());
             match (watched.series.get_mut(&resource), used) {
                 (Some(series), Some(used)) => {
                     series.skip(windows - 1);
                     series.observe(used);
-                    if let Some(priors) = self.learnt.priors.get(&resource) {
-                        priors.resemble(&watched.kin.class, &watched.kin.identity, series);
-                    }
+                    let running = || self.running(class, resource);
+                    self.priors(resource).resemble_among(class, identity, running, series);
                 }
                 (Some(series), None) => series.skip(windows),
                 (None, Some(used)) => {
-                    let mut series = begin(&self.learnt, resource, &watched.kin, &leads, day);
+                    let mut series = self.begin(resource, &watched.kin);
                     series.observe(used);
                     watched.series.insert(resource, series);
                 }
                 (None, None) => {}
             }
         }
+    }
+
+    /// A series of a new instance, which starts from what is known of its like.
+    pub(crate) fn begin(&self, resource: Resource, kin: &Kin) -> Series {
+        let running = self.running(&kin.class, resource);
+        let prior = self.priors(resource).of_among(&kin.class, &kin.identity, &running);
+        let taught = prior.and_then(|prior| Series::from_prior(&self.leads(), self.day(), &prior).ok());
+        taught.unwrap_or_else(|| Series::new(&self.leads(), self.day()))
+    }
+
+    fn priors(&self, resource: Resource) -> &Priors {
+        static NONE: Priors = Priors::none();
+        self.learnt.priors.get(&resource).unwrap_or(&NONE)
+    }
+
+    /// What others of the class have taught that still run.
+    fn running(&self, class: &str, resource: Resource) -> Vec<Prior> {
+        let others = self.instances.values().filter(|other| !class.is_empty() && other.kin.class == class);
+        others.filter_map(|other| other.series.get(&resource)?.teach()).take(CLASSMATES).collect()
     }
 
     /// What the instance will need; `None` if it is unknown or was not seen for a while.
@@ -176,11 +200,4 @@ impl Watched {
             }
         }
     }
-}
-
-/// A series of a new instance, which starts from what is known of its like.
-pub(crate) fn begin(learnt: &Lessons, resource: Resource, kin: &Kin, leads: &[u64], day: u64) -> Series {
-    let prior = learnt.priors.get(&resource).and_then(|priors| priors.of(&kin.class, &kin.identity));
-    let taught = prior.and_then(|prior| Series::from_prior(leads, day, &prior).ok());
-    taught.unwrap_or_else(|| Series::new(leads, day))
 }

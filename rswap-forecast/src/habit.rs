@@ -107,13 +107,6 @@ impl Histogram {
         }
     }
 
-    /// Of these shares.
-    pub(super) fn of(shares: &[f32]) -> Self {
-        let mut new = Self::new(1);
-        new.start_from(shares, 1.0);
-        new
-    }
-
     pub(super) fn new(day: u64) -> Self {
         let half_life = day.max(1) as f32;
         let growth = 1.0 + super::numeric::expm1(std::f32::consts::LN_2 / half_life);

@@ -167,10 +167,11 @@ impl Lead {
         prior.add_lead(&self.regression, &self.steered, &self.analogs, &self.mixtures);
     }
 
-    /// Starts from what others have learnt about the lead of this number.
-    pub(super) fn start_from(&mut self, prior: &Prior, number: usize) {
+    /// Starts from what others have learnt about the lead of this number; `usual` are shares of time at each position.
+    pub(super) fn start_from(&mut self, prior: &Prior, number: usize, usual: &[f32]) {
         let Self { regression, steered, analogs, mixtures, known, .. } = self;
-        prior.teach(number, regression, steered, analogs, mixtures, known);
+        prior.teach(number, usual, regression, steered, analogs);
+        prior.teach_mixtures(number, mixtures, known);
     }
 
     /// How far ahead, in windows.

@@ -14,6 +14,7 @@
     reason = "experts, quantiles and features run in step over several arrays of one length"
 )]
 
+mod amounts;
 mod analogs;
 mod config;
 mod forecaster;

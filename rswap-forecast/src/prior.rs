@@ -1,24 +1,29 @@
 //! What instances have taught: so that a new one starts from its kind, not from nothing.
 //!
-//! Everything is on the scale of the series that it comes from, so that small and large instances of a kind can teach each
-//! other; only the mean amount is not. A [`Prior`] can be stored, sent, and merged with others in any order of arrival.
+//! How a series moves is on the scale of the series that it comes from, so that small and large instances of a kind can teach each
+//! other, those that do more counting for more: one that idles knows little of how its kind moves. How much is used is mixed, not
+//! averaged ([`Amounts`]). A [`Prior`] can be stored, sent, and merged with others in any order of arrival.
 
 use serde::{Deserialize, Serialize};
 
 use super::{
+    amounts::Amounts,
     analogs::{self, Analogs},
     habit::Histogram,
     mixture::{EXPERTS, Mixture},
     profile::Profile,
     regression::{FEATURES, Regression},
-    series::UNIT,
     steered::{Signs, Steered},
 };
 
 /// Outcomes that a new series is given in place of its own: about so many of its own outweigh them.
 const GIVEN: usize = 6;
 /// Format of stored priors.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// What is hardly ever exceeded: by this share of time.
+const HARDLY: f64 = 0.005;
+/// Nobody knows less of how its kind moves than one that uses so much.
+const LEAST_ACTIVE: f64 = 1e-9;
 /// Outcomes that steered spreads count as.
 const STEERED_BY: u32 = 20;
 
@@ -28,17 +33,34 @@ pub struct Prior {
     version: u32,
     /// Series that it comes from.
     series: f64,
-    /// Mean of the logarithms of their mean amounts.
-    log_mean: f64,
+    /// How much they count in how their kind moves.
+    #[serde(default)]
+    active: f64,
     /// What they are like, on average.
     #[serde(default)]
     profile: Profile,
-    /// Shares of time at each position, by [`Histogram`]'s bins.
-    usual: Vec<f32>,
-    /// The quantiles of what it used when it was here before, where it returns.
+    /// What they used: each weighs 1.
     #[serde(default)]
-    own: Option<[f64; 4]>,
+    amounts: Amounts,
+    /// What is known of what a newcomer will use that starts from it; of no other it is known.
+    #[serde(skip)]
+    known: Known,
     leads: Vec<LeadPrior>,
+}
+
+/// The quantiles of what was used before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Known {
+    /// By itself, where it returns.
+    pub(super) own: Option<[f64; 4]>,
+    /// By those of its class.
+    pub(super) class: Option<[f64; 4]>,
+}
+
+impl Known {
+    pub(super) fn amounts(&self) -> impl Iterator<Item = &f64> {
+        self.own.iter().chain(&self.class).flatten()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -82,17 +104,14 @@ impl Prior {
             let steered = lead.steered.iter().all(|steered| finite(steered));
             finite(&lead.regression) && steered && gained && finite(&lead.missed) && finite(&lead.gone)
         };
-        let own = self.own.iter().flatten().all(|amount| amount.is_finite());
-        let numbers = own
-            && self.series.is_finite()
-            && self.log_mean.is_finite()
+        let numbers = [self.series, self.active].iter().all(|number| number.is_finite())
             && self.profile.is_finite()
-            && finite(&self.usual);
+            && self.amounts.is_sound();
         if self.version != VERSION {
             Err(PriorError::Version(self.version))
         } else if self.leads.len() != leads {
             Err(PriorError::Leads(self.leads.len(), leads))
-        } else if !numbers || self.usual.len() != Histogram::BINS || !self.leads.iter().all(lead_is_fine) {
+        } else if !numbers || !self.leads.iter().all(lead_is_fine) {
             Err(PriorError::Number)
         } else {
             Ok(())
@@ -108,15 +127,15 @@ impl Prior {
         if self.version != other.version || self.leads.len() != other.leads.len() {
             return;
         }
-        let share = other.series / (self.series + other.series).max(f64::MIN_POSITIVE);
+        let share = |own: f64, other: f64| (other / (own + other).max(f64::MIN_POSITIVE)) as f32;
+        self.profile.towards(&other.profile, share(self.series, other.series));
+        let share = share(self.active, other.active);
         self.series += other.series;
-        self.log_mean += (other.log_mean - self.log_mean) * share;
-        let share = share as f32;
-        self.profile.towards(&other.profile, share);
+        self.active += other.active;
+        self.amounts.add(&other.amounts, 1.0);
         let towards = |own: &mut [f32], other: &[f32]| {
             own.iter_mut().zip(other).for_each(|(own, other)| *own += (other - *own) * share);
         };
-        towards(&mut self.usual, &other.usual);
         for (own, other) in self.leads.iter_mut().zip(&other.leads) {
             towards(&mut own.regression, &other.regression);
             own.steered.iter_mut().zip(&other.steered).for_each(|(own, other)| towards(own, other));
@@ -127,19 +146,25 @@ impl Prior {
         }
     }
 
+    /// Both.
+    pub(super) fn merged(mut self, other: Self) -> Self {
+        self.merge(&other);
+        self
+    }
+
     /// Series that it comes from.
     pub fn series(&self) -> f64 {
         self.series
     }
 
-    pub(super) fn of(mean: f64, profile: Profile, long: &Histogram) -> Self {
+    pub(super) fn of(mean: f64, profile: Profile, amounts: Amounts) -> Self {
         Self {
             version: VERSION,
             series: 1.0,
-            log_mean: mean.max(1e-12).ln(),
+            active: mean.max(LEAST_ACTIVE).sqrt(),
             profile,
-            usual: long.shares(),
-            own: None,
+            amounts,
+            known: Known::default(),
             leads: vec![],
         }
     }
@@ -162,47 +187,34 @@ impl Prior {
         &self.profile
     }
 
-    pub(super) fn mean(&self) -> f64 {
-        self.log_mean.exp()
+    /// What they used.
+    pub(super) fn amounts(&self) -> &Amounts {
+        &self.amounts
     }
 
     /// What was hardly ever exceeded.
     pub(super) fn highest(&self) -> f64 {
-        let [.., top] = analogs::spread::<100>(&self.usual, Histogram::WIDTH);
-        f64::from(top).sinh() * UNIT * self.mean()
+        self.amounts.quantile(HARDLY)
     }
 
-    /// The quantiles of what it used when it was here before, where it returns.
-    pub(super) fn own(&self) -> Option<[f64; 4]> {
-        self.own
+    /// What is known of what it will use, where it returns, or is of a class.
+    pub(super) fn known(&self) -> Known {
+        self.known
     }
 
-    /// The quantiles of all that was used, as amounts.
-    fn amounts(&self) -> [f64; 4] {
-        Histogram::of(&self.usual).quantiles().map(|position| f64::from(position).sinh() * UNIT * self.mean())
-    }
-
-    pub(super) fn usual(&self) -> &[f32] {
-        &self.usual
-    }
-
-    /// Gives one lead what it can't know yet.
+    /// Gives one lead what it can't know yet; `usual` are shares of time at each position.
     pub(super) fn teach(
         &self,
         lead: usize,
+        usual: &[f32],
         regression: &mut Regression,
         steered: &mut Steered,
         analogs: &mut Analogs,
-        mixtures: &mut [Mixture; 4],
-        known: &[bool; EXPERTS],
     ) {
         let Some(prior) = self.leads.get(lead) else { return };
         regression.start_from(&prior.regression);
         steered.start_from(&prior.steered, STEERED_BY);
-        for (mixture, gained) in mixtures.iter_mut().zip(&prior.gained) {
-            mixture.start_from(gained, known);
-        }
-        let levels = analogs::spread::<GIVEN>(&self.usual, Histogram::WIDTH);
+        let levels = analogs::spread::<GIVEN>(usual, Histogram::WIDTH);
         for i in 0..GIVEN {
             // In an order that pairs no high level with a high change.
             let (missed, gone) = (prior.missed[(i * 5 + 2) % GIVEN], prior.gone[(i * 5 + 2) % GIVEN]);
@@ -210,13 +222,24 @@ impl Prior {
         }
     }
 
-    /// Of the same one that was here before, all that it used is known.
-    pub(super) fn returns_as(&mut self, before: Option<&Self>) {
-        self.own = before.map(Self::amounts);
+    /// Says whom to believe.
+    pub(super) fn teach_mixtures(&self, lead: usize, mixtures: &mut [Mixture; 4], known: &[bool; EXPERTS]) {
+        let gained = self.leads.get(lead).map(|prior| &prior.gained);
+        for (mixture, gained) in mixtures.iter_mut().zip(gained.into_iter().flatten()) {
+            mixture.start_from(gained, known);
+        }
     }
 
-    /// At most as many series.
+    /// A newcomer's: it uses `amounts`, as far as anybody knows, and its high quantiles are drawn up to what is `known`.
+    pub(super) fn of_newcomer(self, amounts: Amounts, known: Known) -> Self {
+        Self { amounts, known, ..self }
+    }
+
+    /// At most as many series, which count alike however much they use.
     pub(super) fn at_most(&self, series: f64) -> Self {
-        Self { series: self.series.min(series), ..self.clone() }
+        let series = self.series.min(series);
+        let mut amounts = Amounts::default();
+        amounts.add(&self.amounts, series / self.series.max(f64::MIN_POSITIVE));
+        Self { series, active: series, amounts, ..self.clone() }
     }
 }

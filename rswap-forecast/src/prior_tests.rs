@@ -78,7 +78,7 @@ fn what_was_learnt_is_stored_merged_and_checked() {
     assert_eq!(here.of("web", "shop-4").unwrap().series(), 1.0 + 3.0 + 1.0);
     assert_eq!(all.check(3), Err(PriorError::Leads(2, 3)));
     let json = serde_json::to_string(&all).unwrap();
-    let newer: Prior = serde_json::from_str(&json.replace("\"version\":2", "\"version\":7")).unwrap();
+    let newer: Prior = serde_json::from_str(&json.replace("\"version\":3", "\"version\":7")).unwrap();
     assert_eq!(newer.check(2), Err(PriorError::Version(7)));
     assert!(Series::from_prior(&LEADS, DAY, &newer).is_err());
 }
@@ -167,13 +167,104 @@ fn kinds_of_profile_are_bounded_and_merged() {
 #[test]
 fn what_another_release_taught_gives_way() {
     let mut priors = taught_by(1..3);
-    let json = serde_json::to_string(&priors).unwrap().replace("\"version\":2", "\"version\":1");
+    let json = serde_json::to_string(&priors).unwrap().replace("\"version\":3", "\"version\":1");
     let mut older: Priors = serde_json::from_str(&json).unwrap();
     assert_eq!(older.of("web", "x").unwrap().check(2), Err(PriorError::Version(1)));
     older.merge(&priors);
     assert_eq!(older.of("web", "shop-1").unwrap().check(2), Ok(()));
     priors.merge(&older);
     assert_eq!(priors.of("web", "shop-1").unwrap().check(2), Ok(()));
+}
+
+/// A class of which each member stays near its level.
+fn class_of(levels: &[f64]) -> Priors {
+    let mut priors = Priors::default();
+    for (member, level) in levels.iter().enumerate() {
+        let mut random = fastrand::Rng::with_seed(member as u64);
+        let mut series = Series::new(&LEADS, DAY);
+        (0..100).for_each(|_| series.observe(level * (0.97 + 0.06 * random.f64())));
+        priors.learn("web", &format!("shop-{member}"), &series.teach().unwrap());
+    }
+    priors
+}
+
+/// What a newcomer of the class is forecast after its first window.
+fn newcomer(priors: &Priors, first: f64) -> Quantiles {
+    after(&priors.of("web", "new").unwrap(), &[first])
+}
+
+#[test]
+fn who_idles_does_not_spoil_its_class() {
+    for first in [0.0, 0.05, 2.0] {
+        let band = newcomer(&class_of(&[0.0, 0.0, 2.0, 2.0]), first);
+        assert!((1.8..2.6).contains(&band.p99), "after {first}: {band:?}");
+    }
+    // Half of a class of busy ones say no more than all of them.
+    let (half, all) = (newcomer(&class_of(&[0.0, 2.0]), 2.0), newcomer(&class_of(&[2.0, 2.0]), 2.0));
+    assert!((1.8..2.2).contains(&half.p50) && (1.8..2.2).contains(&all.p50), "{half:?} and {all:?}");
+}
+
+#[test]
+fn large_strangers_say_nothing_of_a_class_that_is_known() {
+    let mut priors = class_of(&[0.0, 0.0, 2.0, 2.0]);
+    let mut large = Series::new(&LEADS, DAY);
+    (0..100).for_each(|_| large.observe(64.0));
+    (0..8).for_each(|i| priors.learn("batch", &format!("job-{i}"), &large.teach().unwrap()));
+    let band = newcomer(&priors, 0.05);
+    assert!((1.8..2.6).contains(&band.p99), "{band:?}");
+}
+
+#[test]
+fn what_its_class_can_do_is_forgotten_by_who_does_not() {
+    let priors = class_of(&[0.0, 0.0, 2.0, 2.0]);
+    let band = after(&priors.of("web", "new").unwrap(), &[0.1; 60]);
+    assert!(band.p99 < 0.5, "{band:?}");
+}
+
+fn level() -> impl Strategy<Value = f64> {
+    prop_oneof![Just(0.0), 0.0..1e-4f64, 0.1..10.0f64]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn the_first_band_holds_what_members_use_and_no_multiple_of_it(
+        levels in prop::collection::vec(level(), 1..8),
+        busy in 0.1..10.0f64,
+        at in any::<prop::sample::Index>(),
+        idle in 0usize..4,
+    ) {
+        let mut members: Vec<f64> = [levels, vec![busy]].concat();
+        let first = members[at.index(members.len())];
+        let most = members.iter().copied().fold(0.0, f64::max);
+        for _ in 0..2 {
+            let band = newcomer(&class_of(&members), first);
+            prop_assert!(band.p99 >= 0.9 * most && band.p99 <= 1.6 * most, "{members:?}, {first}: {band:?}");
+            // And once more with members that do nothing.
+            members.extend(vec![0.0; idle]);
+        }
+    }
+
+    #[test]
+    fn lessons_are_the_same_in_whatever_order_they_come(
+        levels in prop::collection::vec(level(), 2..8),
+        by in 1usize..8,
+    ) {
+        let each: Vec<Priors> = levels.iter().map(|&level| class_of(&[level])).collect();
+        let merged = |order: &mut dyn Iterator<Item = &Priors>| {
+            order.fold(Priors::default(), |mut all, one| {
+                all.merge(one);
+                all
+            })
+        };
+        let by = by % each.len();
+        let (one, other) = (merged(&mut each.iter()), merged(&mut each[by..].iter().chain(&each[..by]).rev()));
+        let (one, other) = (newcomer(&one, 1.0), newcomer(&other, 1.0));
+        for (a, b) in [(one.p50, other.p50), (one.p95, other.p95), (one.p99, other.p99)] {
+            prop_assert!((a - b).abs() <= 1e-3 * (a + b), "{one:?} and {other:?}");
+        }
+    }
 }
 
 proptest! {

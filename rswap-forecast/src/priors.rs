@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Prior, PriorError, Series, profile::Profile};
+use super::{Prior, PriorError, Series, amounts::Amounts, prior::Known, profile::Profile};
 
 /// Series that a prior counts as at most, next to what is known of narrower kin: all, the class, those alike, the same one.
 const MOST: [f64; 4] = [1.0, 3.0, 6.0, 9.0];
+/// Series of nearer kin that say how much is used without the rest.
+const ENOUGH: f64 = 2.0;
 /// Kinds of profile that are told apart at most.
 const KINDS: usize = 16;
 /// Profiles nearer than this are of one kind.
@@ -25,6 +27,10 @@ pub struct Priors {
 }
 
 impl Priors {
+    pub(crate) const fn none() -> Self {
+        Self { all: None, classes: BTreeMap::new(), identities: BTreeMap::new(), kinds: Vec::new() }
+    }
+
     /// Takes in what a series has taught.
     pub fn learn(&mut self, class: &str, identity: &str, prior: &Prior) {
         match &mut self.all {
@@ -77,30 +83,52 @@ impl Priors {
 
     /// What a new series starts from: the nearer the kin, the more it counts, once there is enough of it.
     pub fn of(&self, class: &str, identity: &str) -> Option<Prior> {
-        self.known(class, identity, None)
+        self.of_among(class, identity, &[])
+    }
+
+    /// As [`Priors::of`], where others of the class still run: what they have taught up to now.
+    pub(crate) fn of_among(&self, class: &str, identity: &str, running: &[Prior]) -> Option<Prior> {
+        self.known(class, identity, None, running)
     }
 
     /// A series that has just shown what it is like starts again from what is known of its like, too, and sees again what it saw. To be
     /// called after each window that was seen: at one of them it does so.
     pub fn resemble(&self, class: &str, identity: &str, series: &mut Series) {
+        self.resemble_among(class, identity, Vec::new, series);
+    }
+
+    /// As [`Priors::resemble`], where others of the class still run.
+    pub(crate) fn resemble_among(
+        &self,
+        class: &str,
+        identity: &str,
+        running: impl FnOnce() -> Vec<Prior>,
+        series: &mut Series,
+    ) {
         let Some(profile) = series.first_profile() else { return };
-        let alike = self.alike(&profile);
-        let again = self.known(class, identity, alike).and_then(|prior| series.again_from(&prior).ok());
-        if let Some(again) = again {
+        let known = self.known(class, identity, self.alike(&profile), &running());
+        if let Some(again) = known.and_then(|prior| series.again_from(&prior).ok()) {
             *series = again;
         }
     }
 
-    fn known(&self, class: &str, identity: &str, alike: Option<Prior>) -> Option<Prior> {
-        let same = self.identities.get(identity);
-        let kin = [self.all.as_ref(), self.classes.get(class), alike.as_ref(), same];
-        let known = kin.into_iter().zip(MOST).filter_map(|(prior, most)| Some(prior?.at_most(most)));
-        let mut prior = known.reduce(|mut wide, near| {
-            wide.merge(&near);
-            wide
-        })?;
-        prior.returns_as(same);
-        Some(prior)
+    fn known(&self, class: &str, identity: &str, alike: Option<Prior>, running: &[Prior]) -> Option<Prior> {
+        let with_running =
+            |known: Option<&Prior>| known.into_iter().chain(running).cloned().reduce(Prior::merged);
+        let (all, class) = (with_running(self.all.as_ref()), with_running(self.classes.get(class)));
+        let same = self.identities.get(identity).cloned();
+        let quantiles = |prior: &Option<Prior>| prior.as_ref().map(|prior| prior.amounts().quantiles());
+        let known = Known { own: quantiles(&same), class: quantiles(&class) };
+        let kin = [all, class, alike, same];
+        // How much others use says little where enough of a nearer kin has shown it.
+        let enough = kin.iter().skip(1).flatten().any(|prior| prior.series() >= ENOUGH);
+        let mut amounts = Amounts::default();
+        let of_most = kin.into_iter().zip(MOST).filter_map(|(prior, most)| Some(prior?.at_most(most)));
+        let of_most: Vec<Prior> = of_most.collect();
+        for prior in of_most.iter().skip(usize::from(enough)) {
+            amounts.add(prior.amounts(), 1.0);
+        }
+        Some(of_most.into_iter().reduce(Prior::merged)?.of_newcomer(amounts, known))
     }
 
     /// What those alike have taught, each kind by how near it is.
@@ -109,10 +137,7 @@ impl Priors {
             let distance = kind.profile().distance(profile);
             kind.at_most(kind.series() * f64::from(1.0 / (1.0 + (distance / ALIKE).powi(4))))
         });
-        near.reduce(|mut all, kind| {
-            all.merge(&kind);
-            all
-        })
+        near.reduce(Prior::merged)
     }
 
     /// To the kind that it is of; where there is none yet, it makes a new one, and where that is one too many, the two that are nearest to

@@ -4,12 +4,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Evidence, Quantiles,
+    amounts::Amounts,
     habit::{Day, Histogram},
     history::{History, MOST},
     lead::{Lead, Moment, TAILS},
     level::Level,
     numeric::asinh,
-    prior::{Prior, PriorError},
+    prior::{Known, Prior, PriorError},
     profile::{BLOCK, Profile, Profiler},
     regression::Features,
 };
@@ -42,8 +43,8 @@ pub struct Series {
     seen: u64,
     /// Windows that what others have taught counts as.
     taught: u64,
-    /// The quantiles of what it used when it was here before, where it returns.
-    own: Option<[f64; 4]>,
+    /// What is known of what it will use, where it returns, or is of a class.
+    known: Known,
     unit: f64,
     mean: f64,
     lowest: f64,
@@ -68,7 +69,7 @@ impl Series {
             tick: 0,
             seen: 0,
             taught: 0,
-            own: None,
+            known: Known::default(),
             unit: 0.0,
             mean: 0.0,
             lowest: f64::MAX,
@@ -95,15 +96,16 @@ impl Series {
     pub fn from_prior(leads: &[u64], day: u64, prior: &Prior) -> Result<Self, PriorError> {
         prior.check(leads.len())?;
         let mut new = Self::new(leads, day);
-        new.mean = prior.mean();
+        new.mean = prior.amounts().mean();
         new.taught = PRIOR_WINDOWS;
-        new.own = prior.own();
-        new.long.start_from(prior.usual(), PRIOR_WINDOWS as f32);
+        new.known = prior.known();
+        let usual = prior.amounts().shares(new.mean);
+        new.long.start_from(&usual, PRIOR_WINDOWS as f32);
         // What others reached is possible here, too.
         new.lowest = 0.0;
         new.highest = prior.highest();
         for (number, lead) in new.leads.iter_mut().enumerate() {
-            lead.start_from(prior, number);
+            lead.start_from(prior, number, &usual);
         }
         Ok(new)
     }
@@ -116,7 +118,7 @@ impl Series {
         let possible = |amount: &f64| (0.0..=HIGHEST).contains(amount);
         let new = self.seen == 0 && self.unit == 0.0;
         let old = (1..MOST).contains(&self.seen) && self.unit > 0.0 && self.lowest <= self.highest;
-        let numbers = amounts.iter().chain(self.own.iter().flatten()).all(possible)
+        let numbers = amounts.iter().chain(self.known.amounts()).all(possible)
             && positions.copied().all(f32::is_finite)
             && self.taught <= PRIOR_WINDOWS
             && (new || old);
@@ -151,10 +153,8 @@ impl Series {
         if self.seen < TEACHES_AFTER {
             return None;
         }
-        // Its own unit may be twice or half of what the mean asks for; that of who learns is what the mean says.
-        let (mut long, ratio) = (self.long.clone(), self.unit / self.wanted_unit());
-        long.rescale(|position| asinh(f64::from(position).sinh() * ratio));
-        let mut prior = Prior::of(self.mean, self.profiler.profile()?, &long);
+        let amounts = Amounts::of(&self.long, self.unit);
+        let mut prior = Prior::of(self.mean, self.profiler.profile()?, amounts);
         self.leads.iter().for_each(|lead| lead.teach(&mut prior));
         Some(prior)
     }
@@ -225,13 +225,21 @@ impl Series {
     }
 
     /// Of what returns, it is known what it can do. What one window in a hundred exceeds it shows itself within some hundred of them:
-    /// until then, its high quantiles are drawn up to those that they were before.
+    /// until then, its high quantiles are drawn up to those that they were before. What its class can do is no more than possible: the
+    /// 99th percentile alone is drawn up to it, until it has shown whom it is like.
     fn as_before(&self, mut quantiles: [f64; 4]) -> [f64; 4] {
-        let Some(own) = self.own.filter(|_| self.seen > 0) else { return quantiles };
+        if self.seen == 0 {
+            return quantiles;
+        }
+        let draw = |quantile: &mut f64, to: Option<f64>, share: f64| {
+            *quantile += to.map_or(0.0, |to| share * (to - *quantile).max(0.0));
+        };
+        let shown = (self.seen - 1) as f64 / BLOCK as f64;
+        draw(&mut quantiles[3], self.known.class.map(|class| class[3]), (1.0 - shown).max(0.0));
         for k in 1..4 {
             let unshown = (1.0 - self.seen as f64 * f64::from(TAILS[k])).max(0.0);
-            let drawn = quantiles[k] + unshown * (own[k] - quantiles[k]).max(0.0);
-            quantiles[k] = drawn.max(quantiles[k - 1]);
+            draw(&mut quantiles[k], self.known.own.map(|own| own[k]), unshown);
+            quantiles[k] = quantiles[k].max(quantiles[k - 1]);
         }
         quantiles
     }

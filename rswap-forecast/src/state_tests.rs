@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{forecaster::begin, *};
+use super::*;
 
 const WINDOW_MS: u64 = 1_000;
 
@@ -151,8 +151,7 @@ fn who_resembles_what_was_here_learns_from_it_whatever_its_class() {
     let mut forecaster = shown(200);
     forecaster.forget(&name("a"));
     forecaster.introduce(&name("b"), kin("another", "b"), 1);
-    let (leads, day) = (forecaster.leads(), forecaster.day());
-    let mut alone = begin(&forecaster.learnt, Resource::Cpu, &kin("another", "b"), &leads, day);
+    let mut alone = forecaster.begin(Resource::Cpu, &kin("another", "b"));
     for window in 300..312 {
         show(&mut forecaster, "b", window);
         alone.observe(0.1);
@@ -170,7 +169,7 @@ fn what_is_no_state_is_refused_with_the_reason() {
     assert_eq!(with(b"{}"), Err(StateError::NoState));
     let mut newer = state.clone();
     newer[16] = 9;
-    assert_eq!(with(&newer), Err(StateError::Version(9, 2)));
+    assert_eq!(with(&newer), Err(StateError::Version(9, 3)));
     assert_eq!(with(&state[..state.len() - 1]), Err(StateError::Damaged("its checksum differs")));
     assert_eq!(with(&state[..state.len() / 2]), Err(StateError::Damaged("it ends too soon")));
     let other = Forecaster::with_state(ForecastConfig::default(), WINDOW_MS, &state);

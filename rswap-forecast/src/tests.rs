@@ -164,6 +164,35 @@ fn an_instance_that_returns_is_known() {
 }
 
 #[test]
+fn who_runs_teaches_newcomers_of_its_class_and_no_others() {
+    let mut forecaster = forecaster();
+    let kin = |class: &str, identity: &str| Kin { class: class.into(), identity: identity.into() };
+    let mut show = |name: &str, class: &str, windows: std::ops::Range<u64>, cores: f64| {
+        let name: InstanceName = name.parse().unwrap();
+        forecaster.introduce(&name, kin(class, name.as_str()), 1);
+        for window in windows {
+            forecaster.observe(&Observation { instance: &name, ..seen(window, cores, 1 << 30) });
+        }
+        let now = UnixMillis(1_000_000 + 101 * WINDOW_MS);
+        let points = forecaster.demand(&name, now).unwrap().points;
+        points.into_iter().find(|p| p.resource == Resource::Cpu && p.horizon_ms == 1_000).unwrap().need
+    };
+    for (name, cores) in [("b", 2.0), ("c", 0.0), ("d", 2.0), ("e", 0.0)] {
+        show(name, "app=shop", 0..100, cores);
+    }
+    let (new, stranger) = (show("f", "app=shop", 100..101, 0.05), show("g", "app=other", 100..101, 0.05));
+    assert!((1.8..2.6).contains(&new.p99), "{new:?}");
+    assert!(stranger.p99 < 0.1, "{stranger:?}");
+    // Nor does who has no class.
+    show("h", "", 0..100, 3.0);
+    let nameless = show("i", "", 100..101, 0.05);
+    assert!(nameless.p99 < 0.1, "{nameless:?}");
+    // It shows in its first windows that it is one of those that idle, and goes on to be taken for one.
+    let idle = show("f", "app=shop", 101..160, 0.05);
+    assert!(idle.p99 < 0.5, "{idle:?}");
+}
+
+#[test]
 fn what_returns_smaller_is_believed_in_the_end() {
     let mut forecaster = forecaster();
     (0..400).for_each(|window| forecaster.observe(&seen(window, 3.0, 1 << 20)));

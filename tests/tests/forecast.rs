@@ -235,6 +235,78 @@ fn a_killed_agent_loses_no_more_than_since_the_last_save() -> anyhow::Result<()>
     Ok(())
 }
 
+/// Waits for so many seconds, then holds 96 MiB and is busy half of the time.
+const SERVES: &str = "import sys, time
+time.sleep(float(sys.argv[1]))
+held = b'x' * (96 << 20)
+while True:
+    until = time.monotonic() + 0.05
+    while time.monotonic() < until: pass
+    time.sleep(0.05)
+";
+
+#[test]
+fn the_first_band_of_a_newcomer_holds_what_its_class_uses_though_half_of_it_idles() -> anyhow::Result<()> {
+    let name = "the_first_band_of_a_newcomer_holds_what_its_class_uses_though_half_of_it_idles";
+    if reason_to_skip(name).is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    let host = fleet.host("a", &options(400, ""))?;
+    let of_class: &[&str] = &["--label", "app=shop"];
+    for busy in ["busy-1", "busy-2"] {
+        host.run(busy, of_class, &["python3", "-c", SERVES, "0"])?;
+    }
+    for idle in ["idle-1", "idle-2"] {
+        host.run(idle, of_class, IDLE)?;
+    }
+    // A series teaches others after 48 windows.
+    let all_teach = || -> anyhow::Result<Option<()>> {
+        for name in ["busy-1", "busy-2", "idle-1", "idle-2"] {
+            let cpu = points(&host, name, Resource::Cpu)?;
+            let teaches =
+                cpu.iter().all(|point| matches!(point.evidence, Evidence::Enough { seen, .. } if seen >= 48));
+            if cpu.is_empty() || !teaches {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
+    };
+    wait_for("a class that can teach", LIMIT, all_teach)?;
+    let usual = |resource| -> anyhow::Result<f64> {
+        Ok(points(&host, "busy-1", resource)?.first().map_or(0.0, |point| point.need.p50))
+    };
+    let (memory, cores) = (usual(Resource::Memory)?, usual(Resource::Cpu)?);
+    assert!(memory > f64::from(96 << 20) && cores > 0.1, "{memory} bytes, {cores} cores");
+
+    // One that begins with nothing, like those that idle, and without a class one that does the same.
+    host.run("new", of_class, &["python3", "-c", SERVES, "6"])?;
+    host.run("stranger", &["--label", "app=other"], &["python3", "-c", SERVES, "600"])?;
+    let first = |name: &str| {
+        wait_for(&format!("the first forecast of {name}"), LIMIT, || {
+            let (memory, cpu) = (points(&host, name, Resource::Memory)?, points(&host, name, Resource::Cpu)?);
+            Ok(Some((memory, cpu)).filter(|(memory, cpu)| !memory.is_empty() && !cpu.is_empty()))
+        })
+    };
+    let (bytes, cpu) = first("new")?;
+    let (strange_bytes, _) = first("stranger")?;
+    for point in bytes.iter().chain(&cpu) {
+        let used = if point.resource == Resource::Memory { memory } else { cores };
+        assert!(matches!(point.evidence, Evidence::TooLittle { .. }), "no plan rests on it: {point:?}");
+        let band = 0.7 * used..2.0 * used;
+        assert!(band.contains(&point.need.p99), "{point:?}: its like use {used}");
+    }
+    // What does not know the class knows nothing of it.
+    assert!(strange_bytes.iter().all(|point| point.need.p99 < memory / 2.0), "{strange_bytes:?}");
+    // And what it then uses is in that band.
+    let then = wait_for("what it uses", LIMIT, || {
+        let used = points(&host, "new", Resource::Memory)?.first().map_or(0.0, |point| point.need.p50);
+        Ok(Some(used).filter(|used| *used > f64::from(96 << 20)))
+    })?;
+    assert!(bytes.iter().all(|point| then <= 1.4 * point.need.p99), "{bytes:?}, then {then}");
+    Ok(())
+}
+
 /// A cgroup with a program in it that rswap did not start. Both go when it is dropped.
 struct Foreign {
     path: std::path::PathBuf,
