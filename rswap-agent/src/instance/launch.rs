@@ -20,6 +20,7 @@ use nix::{
 
 use super::{
     Instance, InstanceError, InstanceName, NetworkIdentity, Origin, cgroup,
+    net_tables::with_small_tables,
     network::Port,
     registry::Registry,
     volume::{self, Volume},
@@ -208,8 +209,9 @@ pub(super) fn start(
     let program = own_program()?;
     let mut keep = vec![wait.as_fd()];
     keep.extend(stub.map(|stub| stub.link));
-    let init_pid = spawn::spawn_in_namespaces(flags, directory.as_fd(), &program, &arguments, &keep)
-        .map_err(InstanceError::io("starting the instance's init"))?;
+    let spawn = || spawn::spawn_in_namespaces(flags, directory.as_fd(), &program, &arguments, &keep);
+    let spawned = if spec.network.is_some() { with_small_tables(spawn)? } else { spawn() };
+    let init_pid = spawned.map_err(InstanceError::io("starting the instance's init"))?;
     let mut started = Started {
         instance: Instance {
             name: spec.name.clone(),

@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod init;
 pub mod launch;
 pub mod main_process;
+mod net_tables;
 pub mod network;
 pub mod registry;
 pub mod volume;

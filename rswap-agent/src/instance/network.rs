@@ -20,7 +20,7 @@ use rtnetlink::{
     packet_route::{address::AddressHeaderFlags, neighbour::NeighbourState},
 };
 
-use super::{InstanceError, InstanceName, NetworkIdentity};
+use super::{InstanceError, InstanceName, NetworkIdentity, net_tables::Limits};
 use crate::sys::packet::{self, Holder};
 
 /// What the interface is called inside.
@@ -78,7 +78,9 @@ impl Port {
             handle.link().change(LinkUnspec::new_with_index(port).controller(bridge).build()).execute().await
         })
         .map_err(self.failed("making the veth pair"))?;
+        let limits = Limits::read();
         let configure = || {
+            limits.set().map_err(InstanceError::io("setting the limits of TCP"))?;
             if self.identity.ipv6.is_some() {
                 have_no_other_ipv6_addresses(inner).map_err(InstanceError::io("configuring IPv6"))?;
             }

@@ -242,6 +242,7 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         self.step("volumes");
         let written = self.task.written().map_err(self.task_failed())?;
         self.count_dirtied(&written, Duration::ZERO);
+        self.step("last look");
         self.send_round(&written, false)?;
         self.step("last delta");
         let image = self.task.snapshot().map_err(self.task_failed())?;

@@ -11,7 +11,7 @@ use crate::tracee::{
     stopped::StoppedProcess,
     tables::Tables,
     terminals,
-    tracker::{Span, Tracker, WrittenSpans},
+    tracker::{Kind, Span, Tracker, WrittenSpans},
     tree::Member,
 };
 
@@ -166,16 +166,12 @@ impl SourceProcess {
         mut written: Vec<Span>,
         frozen: bool,
     ) -> Result<Vec<Span>, TraceeError> {
-        let held: Vec<Span> = self
-            .mappings
-            .iter()
-            .filter(|mapping| !mapping.shared && volumes.hold(mapping))
-            .map(|mapping| mapping.start..mapping.end)
-            .collect();
+        let held = self.mappings.iter().filter(|mapping| !mapping.shared && volumes.hold(mapping));
+        let held: Vec<Span> = held.map(|mapping| mapping.start..mapping.end).collect();
         written.retain(|span| !held.iter().any(|held| held.contains(&span.start)));
         if let Some(tracker) = self.tracker.as_mut().filter(|_| frozen) {
             for span in &held {
-                written.extend(tracker.populated(span)?);
+                written.extend(tracker.populated(span, Kind::Mixed)?);
             }
         }
         Ok(written)

@@ -88,18 +88,20 @@ impl Tracker {
         // What is mapped shared is a file that can't be written through the mapping.
         for mapping in written.mappings.iter().filter(|mapping| !mapping.shared) {
             for (span, known) in split(mapping, &before) {
-                if known && self.take_known(&span, &mut written.populated, &mut written.dropped)? {
+                let kind = Kind::of(mapping);
+                if known && self.take_known(&span, kind, &mut written.populated, &mut written.dropped)? {
                     self.tracked.push(span);
                     continue;
                 }
                 // Reserved address space (an allocator's arena) is left alone until it is used: protecting
                 // it would make the kernel fill page tables for it.
-                let reserved = mapping.protection == libc::PROT_NONE && self.populated(&span)?.is_empty();
+                let reserved =
+                    mapping.protection == libc::PROT_NONE && self.populated(&span, kind)?.is_empty();
                 if !before.is_empty() {
                     written.dropped.push(span.clone());
                 }
                 if !reserved && self.protect(&span)? {
-                    written.populated.extend(self.populated(&span)?);
+                    written.populated.extend(self.populated(&span, kind)?);
                     self.tracked.push(span);
                 }
             }
@@ -123,10 +125,12 @@ impl Tracker {
     pub fn take_last_written(&mut self) -> Result<WrittenSpans, TraceeError> {
         let mut written = self.nothing_written()?;
         let (mut there, mut fresh) = (RoaringTreemap::new(), RoaringTreemap::new());
+        let mut regions = Vec::new();
+        for (span, kind) in stretches(&written.mappings) {
+            regions.extend(self.regions(&span, kind, category::WRITTEN | category::TRACKED)?);
+        }
         let mut private = written.mappings.iter().filter(|mapping| !mapping.shared).peekable();
-        let first = private.peek().map_or(0, |mapping| mapping.start);
-        let end = written.mappings.last().map_or(0, |mapping| mapping.end);
-        for region in self.regions(&(first..end), category::WRITTEN | category::TRACKED)? {
+        for region in regions {
             // In a mapping that came since the last look, everything is new.
             let is_fresh = region.categories & (category::WRITTEN | category::TRACKED) != category::TRACKED;
             while private.next_if(|mapping| mapping.end <= region.start).is_some() {}
@@ -180,6 +184,7 @@ impl Tracker {
     fn take_known(
         &mut self,
         span: &Span,
+        kind: Kind,
         populated: &mut Vec<Span>,
         dropped: &mut Vec<Span>,
     ) -> Result<bool, TraceeError> {
@@ -190,7 +195,7 @@ impl Tracker {
             Err(error) => return Err(TraceeError::call("PAGEMAP_SCAN", self.pid)(error)),
         }
         let (Some(first), Some(last)) = (regions.first(), regions.last()) else { return Ok(true) };
-        let there = self.populated(&(first.start..last.end))?;
+        let there = self.populated(&(first.start..last.end), kind)?;
         let mut rest = there.iter().peekable();
         for Region { start, end, .. } in regions {
             let mut at = start;
@@ -216,13 +221,16 @@ impl Tracker {
     }
 
     /// The pages of a span with contents of their own: neither the file's nor zero.
-    pub fn populated(&mut self, span: &Span) -> Result<Vec<Span>, TraceeError> {
-        Ok(self.regions(span, 0)?.into_iter().map(|region| region.start..region.end).collect())
+    pub fn populated(&mut self, span: &Span, kind: Kind) -> Result<Vec<Span>, TraceeError> {
+        Ok(self.regions(span, kind, 0)?.into_iter().map(|region| region.start..region.end).collect())
     }
 
     /// The same, each run with those of the categories `report` that it has.
-    fn regions(&mut self, span: &Span, report: u64) -> Result<Vec<Region>, TraceeError> {
-        let not = category::FILE | category::PFNZERO;
+    fn regions(&mut self, span: &Span, kind: Kind, report: u64) -> Result<Vec<Region>, TraceeError> {
+        let not = match kind {
+            Kind::Anonymous => category::PFNZERO,
+            Kind::Mixed => category::FILE | category::PFNZERO,
+        };
         // Markers look swapped, and there may be millions of them: they are only sorted out where it matters.
         let any_of = if self.host_swaps { category::PRESENT | category::SWAPPED } else { category::PRESENT };
         let query = Query { inverted: not, all_of: not, any_of, report: report | category::SWAPPED };
@@ -241,6 +249,42 @@ impl Tracker {
         }
         Ok(found)
     }
+}
+
+/// What pages a span can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// None of a file: nobody need ask, page by page, whether it is one. The kernel answers that from its description of the
+    /// page (`struct page`), elsewhere in memory for each, which takes several times as long as all else that a scan does.
+    Anonymous,
+    /// Of files as well.
+    Mixed,
+}
+
+impl Kind {
+    /// That of a private mapping.
+    pub fn of(mapping: &Mapping) -> Self {
+        if mapping.inode == 0 { Self::Anonymous } else { Self::Mixed }
+    }
+}
+
+/// An anonymous mapping of as many bytes is scanned by a call of its own: the call costs less than it saves.
+const WORTH_A_CALL: u64 = 4 << 20;
+
+/// What has to be scanned so that no private mapping is missed, ascending, in few calls: there may be hundreds of mappings.
+fn stretches(mappings: &[Mapping]) -> Vec<(Span, Kind)> {
+    let mut found: Vec<(Span, Kind)> = Vec::new();
+    for mapping in mappings.iter().filter(|mapping| !mapping.shared) {
+        if Kind::of(mapping) == Kind::Anonymous && mapping.end - mapping.start >= WORTH_A_CALL {
+            found.push((mapping.start..mapping.end, Kind::Anonymous));
+            continue;
+        }
+        match found.last_mut() {
+            Some((span, Kind::Mixed)) => span.end = mapping.end,
+            _ => found.push((mapping.start..mapping.end, Kind::Mixed)),
+        }
+    }
+    found
 }
 
 /// The numbers of a span's pages.
@@ -297,4 +341,56 @@ fn split(mapping: &Mapping, tracked: &[Span]) -> Vec<(Span, bool)> {
         parts.push((at..mapping.end, false));
     }
     parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Ascending, with gaps: length in pages, gap after it in pages, shared, and whether it is a file's.
+    fn mappings(of: &[(u64, u64, bool, bool)]) -> Vec<Mapping> {
+        let mut at = 0x1000_0000;
+        let mut made = Vec::new();
+        for &(pages, gap, shared, file) in of {
+            let end = at + pages * PAGE_SIZE;
+            let (protection, inode, name) = (libc::PROT_READ, u64::from(file), String::new());
+            made.push(Mapping { start: at, end, protection, shared, offset: 0, inode, name });
+            at = end + gap * PAGE_SIZE;
+        }
+        made
+    }
+
+    proptest! {
+        #[test]
+        fn no_private_mapping_is_missed_and_files_are_told_apart(
+            of in prop::collection::vec((1_u64..4096, 0_u64..3, any::<bool>(), any::<bool>()), 0..20)
+        ) {
+            let mappings = mappings(&of);
+            let stretches = stretches(&mappings);
+            prop_assert!(stretches.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start));
+            for mapping in mappings.iter().filter(|mapping| !mapping.shared) {
+                let covers = |span: &Span| span.start <= mapping.start && mapping.end <= span.end;
+                let by: Vec<Kind> =
+                    stretches.iter().filter(|(span, _)| covers(span)).map(|(_, kind)| *kind).collect();
+                prop_assert_eq!(by.len(), 1);
+                prop_assert!(mapping.inode == 0 || by[0] == Kind::Mixed);
+            }
+        }
+    }
+
+    #[test]
+    fn only_large_anonymous_mappings_are_scanned_apart() {
+        let large = WORTH_A_CALL / PAGE_SIZE;
+        let found = stretches(&mappings(&[
+            (1, 0, false, true),
+            (2, 5, false, false),
+            (large, 0, false, false),
+            (large, 0, false, true),
+            (3, 0, true, false),
+            (1, 0, false, false),
+        ]));
+        let kinds: Vec<Kind> = found.iter().map(|(_, kind)| *kind).collect();
+        assert_eq!(kinds, [Kind::Mixed, Kind::Anonymous, Kind::Mixed]);
+    }
 }
