@@ -231,8 +231,12 @@ fn run_binary(binary: &TestBinary, bin_dir: &Path, only: Option<&str>) -> anyhow
     use std::os::unix::process::CommandExt;
     let skip_log = compile::target_dir().join("skipped.log");
     fs::write(&skip_log, "").with_context(|| format!("cannot write {}", skip_log.display()))?;
-    let mut command = Command::new(&binary.path);
+    // A shell without job control leaves these ignored for what it starts in the background, and so they would be for every
+    // program of a test that ends one by Ctrl-C.
+    let mut command = Command::new("env");
     command
+        .arg("--default-signal=INT,QUIT")
+        .arg(&binary.path)
         .current_dir(&binary.package_dir)
         .env("RSWAP_BIN_DIR", bin_dir)
         // A test that finds that it cannot run here writes a line to this file.
