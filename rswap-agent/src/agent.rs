@@ -45,6 +45,7 @@ use crate::{
     migrate::{ledger::Ledger, linux, recovery::Recovery},
     pool::{Pool, PoolKind},
     status::{self, Board, BoardState, StatusError},
+    swap::storage,
     units::UnixMillis,
 };
 
@@ -164,6 +165,8 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     // On a thread of its own: it talks to the kernel by a runtime of its own.
     let recovery = std::thread::scope(|scope| {
         let started = scope.spawn(|| {
+            // Before the guards of an earlier agent are ended: one may be at it.
+            storage::recover_all(&recovery.place.state_dir);
             recovery.at_start(&ledger);
             linux::sweep_volumes(&recovery.place, &ledger);
             recovery

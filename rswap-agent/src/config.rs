@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 mod pools;
 
-pub use pools::{PoolConfig, PoolKindConfig, settings};
+pub use pools::{PoolConfig, PoolKindConfig, settings, volume_directory};
 
 use crate::profile::ProfileConfig;
 pub use crate::{forecast::ForecastConfig, plan::PlanConfig};

@@ -30,6 +30,7 @@ pub mod proxy;
 pub mod rounds;
 pub mod scene;
 pub mod steps;
+pub mod storage;
 pub mod stream;
 pub mod subjects;
 pub mod sweep;

@@ -10,7 +10,7 @@ use super::{
     wiring::{Wiring, refused},
 };
 use crate::{
-    control::{MigrateEvent, Reply, SwapDone},
+    control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
     instance::InstanceName,
     status::{ApiError, MigrationState},
     units::UnixMillis,
@@ -28,11 +28,15 @@ impl Wiring {
                 if let Moved::Migration(report) = moved {
                     self.planner.link_measured(&to, report.memory_bytes_per_s);
                 }
-                self.planner.moved(&instance, stake.kind(), now);
+                if let Some(kind) = stake.kind() {
+                    self.planner.moved(&instance, kind, now);
+                }
             }
             Err(Stayed::Here(error)) => {
                 tracing::warn!(%instance, to, %error, "not moved: it runs where it ran");
-                self.planner.failed(&instance, stake.kind(), now);
+                if let Some(kind) = stake.kind() {
+                    self.planner.failed(&instance, kind, now);
+                }
             }
             Err(Stayed::InDoubt(error)) => {
                 // For the planner it stays on its way, as long as the journal says so.
@@ -43,7 +47,23 @@ impl Wiring {
         match stake {
             Stake::Swap(reply) => self.swap_ended(instance, to, result, took, reply),
             Stake::Migration { id, events } => self.migration_ended(id, result, events, now),
+            Stake::Volume(events) => self.volume_ended(result, events),
         }
+    }
+
+    fn volume_ended(&mut self, result: Result<Moved, Stayed>, events: mpsc::Sender<SwapVolumeEvent>) {
+        self.board.write(|board| match &result {
+            Ok(_) => board.swaps_done += 1,
+            Err(_) => board.swaps_failed += 1,
+        });
+        self.refresh();
+        let last = match result {
+            Ok(Moved::Volume(report)) => SwapVolumeEvent::Done(report),
+            Ok(_) => return,
+            Err(Stayed::Here(error) | Stayed::InDoubt(error)) => SwapVolumeEvent::Failed(error),
+        };
+        // A slow reader gets it all the same, without holding up the windows.
+        tokio::spawn(async move { drop(events.send(last).await) });
     }
 
     fn swap_ended(

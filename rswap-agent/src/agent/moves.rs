@@ -3,35 +3,46 @@
 use std::{
     net::SocketAddr,
     panic::{self, AssertUnwindSafe},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use axum::http::StatusCode;
 use tokio::sync::mpsc::{Sender, UnboundedSender};
 
 use super::wiring::refused;
 use crate::{
     config::{Config, MigrateConfig},
-    control::{MigrateEvent, Reply, SwapDone},
-    instance::{Instance, InstanceName},
-    migrate::{MigrateError, Progress, Report, linux, recovery::Recovery},
+    control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
+    instance::{Instance, InstanceName, volume::Volume},
+    migrate::{MigrateError, Progress, Report, guard::Guard, linux, recovery::Recovery},
     plan::MoveKind,
     pool::CpuSet,
     profile::Profiler,
     status::{ApiError, Board, MigrationProgress, MigrationReport, MigrationState},
-    swap,
+    swap::{
+        self,
+        storage::{self, StorageOrder, StorageProgress, StorageReport},
+    },
 };
+
+/// How long copying a volume may take in all.
+const VOLUME_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// What is to be done.
 pub(super) enum Order {
     Swap { instance: Instance, cpus: CpuSet },
     Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
+    Volume { instance: Instance, volume: Volume, pool: PathBuf, events: Sender<SwapVolumeEvent> },
 }
 
 impl Order {
     pub(super) fn instance(&self) -> &Instance {
         match self {
-            Self::Swap { instance, .. } | Self::Migration { instance, .. } => instance,
+            Self::Swap { instance, .. }
+            | Self::Migration { instance, .. }
+            | Self::Volume { instance, .. } => instance,
         }
     }
 }
@@ -40,13 +51,16 @@ impl Order {
 pub(super) enum Stake {
     Swap(Option<Reply<SwapDone>>),
     Migration { id: u64, events: Option<Sender<MigrateEvent>> },
+    Volume(Sender<SwapVolumeEvent>),
 }
 
 impl Stake {
-    pub(super) fn kind(&self) -> MoveKind {
+    /// As what plans see it; they see nothing of volumes.
+    pub(super) fn kind(&self) -> Option<MoveKind> {
         match self {
-            Self::Swap(_) => MoveKind::Cpu,
-            Self::Migration { .. } => MoveKind::Host,
+            Self::Swap(_) => Some(MoveKind::Cpu),
+            Self::Migration { .. } => Some(MoveKind::Host),
+            Self::Volume(_) => None,
         }
     }
 }
@@ -55,19 +69,20 @@ impl Stake {
 pub(super) enum Moved {
     Swap(serde_json::Value),
     Migration(MigrationReport),
+    Volume(StorageReport),
 }
 
 impl Moved {
     pub(super) fn into_detail(self) -> serde_json::Value {
         match self {
             Self::Swap(detail) => detail,
-            Self::Migration(_) => serde_json::Value::Null,
+            Self::Migration(_) | Self::Volume(_) => serde_json::Value::Null,
         }
     }
 
     pub(super) fn into_report(self) -> MigrationReport {
         match self {
-            Self::Swap(_) => MigrationReport::default(),
+            Self::Swap(_) | Self::Volume(_) => MigrationReport::default(),
             Self::Migration(report) => report,
         }
     }
@@ -110,14 +125,26 @@ pub(super) fn spawn(
                 let migrate_config = MigrateConfig { stop_and_copy, ..config.migrate.clone() };
                 migrate(&instance, address, &mut progress, &recovery, &migrate_config)
             }
+            Order::Volume { instance, volume, pool, events } => {
+                let place = recovery.place.clone();
+                let order = StorageOrder {
+                    place,
+                    instance,
+                    volume,
+                    pool,
+                    allowed: Duration::from_millis(config.migrate.max_unavailability_ms),
+                    limit: VOLUME_LIMIT,
+                };
+                volume_swap(&order, &config.migrate, &events).map_err(Stayed::Here)
+            }
         }));
         let result = result.unwrap_or_else(|_| {
             let answer =
                 refused("end the move", &std::io::Error::other("its thread panicked: see the agent's log"));
             // It may have been past the commit point: only the other host knows.
             Err(match stake.kind() {
-                MoveKind::Cpu => Stayed::Here(answer),
-                MoveKind::Host => Stayed::InDoubt(answer),
+                Some(MoveKind::Host) => Stayed::InDoubt(answer),
+                Some(MoveKind::Cpu) | None => Stayed::Here(answer),
             })
         });
         let end = Ended { instance, to, result, stake, took: began.elapsed() };
@@ -131,6 +158,25 @@ fn cpu_swap(instance: &Instance, cpus: &CpuSet) -> Result<Moved, ApiError> {
     let report = swap::cpu::move_to(instance, cpus).map_err(|error| refused(&attempted, &error))?;
     let detail = serde_json::to_value(report).map_err(|error| refused("report the swap", &error))?;
     Ok(Moved::Swap(detail))
+}
+
+fn volume_swap(
+    order: &StorageOrder,
+    config: &MigrateConfig,
+    events: &Sender<SwapVolumeEvent>,
+) -> Result<Moved, ApiError> {
+    let StorageOrder { place, instance, volume, pool, .. } = order;
+    let attempted = format!("move the volume {} of {} to {}", volume.name, instance.name, pool.display());
+    let guard = Guard::start_for_volume(place, instance, storage::record_path(order), config.freeze_limit());
+    let guard = guard.map_err(|error| {
+        let text = format!("cannot {attempted}: {error}");
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text, "see the agent's log")
+    })?;
+    // Dropped for a reader that is too slow or gone.
+    let mut tell =
+        |progress: &StorageProgress| drop(events.try_send(SwapVolumeEvent::Progress(progress.clone())));
+    let moved = storage::move_to(order, &guard, &mut tell);
+    moved.map(Moved::Volume).map_err(|error| refused(&attempted, &error))
 }
 
 fn migrate(

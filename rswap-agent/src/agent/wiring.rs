@@ -1,6 +1,6 @@
 //! What is connected, and one window's way through it.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Instant};
 
 use axum::http::StatusCode;
 use tokio::sync::mpsc::{self, UnboundedSender};
@@ -13,10 +13,15 @@ use super::{
     remembered, usage,
 };
 use crate::{
-    config::{Config, Mode},
-    control::{Command, LearnDone, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest},
+    config::{self, Config, Mode},
+    control::{
+        Command, LearnDone, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest, SwapVolumeEvent,
+        SwapVolumeRequest,
+    },
     forecast::{Forecaster, Lessons, Observation},
-    instance::{Instance, InstanceName, main_process::MainProcess, registry::Registry},
+    instance::{
+        Instance, InstanceName, launch::Place, main_process::MainProcess, registry::Registry, volume::Volume,
+    },
     migrate::recovery::{self, Doubt, Recovery},
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
     pool::{self, Pool, Watch},
@@ -195,6 +200,7 @@ impl Wiring {
             let doubt = doubts.get(&instance.name);
             (
                 instance.clone(),
+                volume_directories(&self.recovery.place, instance),
                 doubt.map(|doubt| doubt.peer.map_or_else(String::new, |peer| peer.to_string())),
             )
         });
@@ -334,6 +340,11 @@ impl Wiring {
                     drop(reply.send(Err(error)));
                 }
             }
+            Command::SwapVolume(request, events) => {
+                if let Err(error) = self.start_volume_swap(&request, &events) {
+                    drop(events.try_send(SwapVolumeEvent::Failed(error)));
+                }
+            }
             Command::Migrate(request, events) => {
                 if let Err((error, Stake::Migration { events: Some(events), .. })) =
                     self.start_migration(request, Some(events))
@@ -368,6 +379,25 @@ impl Wiring {
             }
             Err(error) => Err((error, stake)),
         }
+    }
+
+    fn start_volume_swap(
+        &mut self,
+        request: &SwapVolumeRequest,
+        events: &mpsc::Sender<SwapVolumeEvent>,
+    ) -> Result<(), ApiError> {
+        let missing = |text: String, hint| ApiError::new(StatusCode::NOT_FOUND, text, hint);
+        let instance = self.free_instance(&request.instance)?;
+        let volume = instance.volumes.iter().find(|volume| volume.name == request.volume).cloned();
+        let volume = volume.ok_or_else(|| {
+            let text = format!("{} has no volume {}", request.instance, request.volume);
+            missing(text, "see `rswap ps --json` for its volumes")
+        })?;
+        let pool = config::volume_directory(&self.config, &request.pool);
+        let pool = pool.map_err(|error| missing(error, "see docs/pools.md, Volumes in storage pools"))?;
+        let order = Order::Volume { instance, volume, pool, events: events.clone() };
+        self.begin(order, request.pool.clone(), Stake::Volume(events.clone()));
+        Ok(())
     }
 
     fn start_migration(
@@ -418,7 +448,9 @@ impl Wiring {
     fn begin(&mut self, order: Order, to: String, stake: Stake) {
         let name = order.instance().name.clone();
         tracing::info!(instance = %name, to, kind = ?stake.kind(), "moving");
-        self.planner.started(&name, &to);
+        if stake.kind().is_some() {
+            self.planner.started(&name, &to);
+        }
         self.moving.insert(name, to.clone());
         moves::spawn(order, to, stake, self.recovery.clone(), &self.config, self.ended.clone());
     }
@@ -429,6 +461,15 @@ impl Wiring {
             tracing::warn!(%error, "the next window looks again");
         }
     }
+}
+
+/// Where each volume of `instance` is.
+fn volume_directories(place: &Place, instance: &Instance) -> BTreeMap<InstanceName, PathBuf> {
+    let at = |volume: &Volume| {
+        let place = place.volume(&instance.name, volume);
+        (volume.name.clone(), std::fs::read_link(&place).unwrap_or(place))
+    };
+    instance.volumes.iter().map(at).collect()
 }
 
 /// An answer that keeps the error's causes.

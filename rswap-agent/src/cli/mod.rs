@@ -14,6 +14,7 @@ mod pools;
 mod show;
 mod simulate;
 mod table;
+mod volume;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -63,7 +64,7 @@ enum Command {
     Explain(ExplainArguments),
     /// Show what is forecast of an instance; carry what was learnt from one host to another
     Forecast(forecast::ForecastArguments),
-    /// Move an instance to a CPU pool
+    /// Move an instance to a CPU pool, or a volume of it to a storage pool
     Swap(SwapArguments),
     /// Migrate an instance to another host
     Migrate(MigrateArguments),
@@ -177,8 +178,11 @@ struct ExplainArguments {
 struct SwapArguments {
     /// Which instance
     instance: InstanceName,
-    /// To which CPU pool
+    /// To which CPU pool; with --volume, to which storage pool
     pool: String,
+    /// Move this volume, while the instance runs; with --json an event per line is printed
+    #[arg(long, value_name = "NAME")]
+    volume: Option<InstanceName>,
     #[command(flatten)]
     output: Output,
 }
@@ -312,7 +316,10 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Explain(arguments) => show::explain(&session.client, &arguments).await?,
         Command::Adopt(arguments) => change::adopt(&session.client, arguments).await?,
         Command::Forecast(arguments) => forecast::forecast(session, arguments).await?,
-        Command::Swap(arguments) => change::swap(&session.client, arguments).await?,
+        Command::Swap(arguments) => match arguments.volume.clone() {
+            Some(volume) => return volume::swap(&session.client, arguments, volume).await,
+            None => change::swap(&session.client, arguments).await?,
+        },
         Command::Drain(arguments) => change::drain(&session.client, arguments).await?,
         Command::Recover(arguments) => change::recover(&session.client, arguments).await?,
         Command::Migrate(arguments) => return migrate::migrate(&session.client, arguments).await,

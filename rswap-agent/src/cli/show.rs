@@ -56,6 +56,11 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
         ]);
     }
     println!("{rows}");
+    for view in &views {
+        for (volume, directory) in &view.volume_directories {
+            println!("volume {volume} of {}: {}", view.instance.name, directory.display());
+        }
+    }
     for (view, peer) in views.iter().filter_map(|view| Some((view, view.in_doubt.as_ref()?))) {
         println!(
             "{0} is IN DOUBT: it is frozen here, and may run at {peer}, which is asked until it answers. If that host is \

@@ -40,6 +40,9 @@ pub enum PoolKindConfig {
         cost_per_hour: Option<f64>,
         /// Cores: speed of one, relative to the reference core.
         performance: Option<f64>,
+        /// Storage: the directory that volumes of instances are put into.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        volumes: Option<PathBuf>,
     },
     /// Another host's agent.
     Host {
@@ -73,6 +76,8 @@ struct RawPool {
     swap: Option<PathBuf>,
     #[serde(default, deserialize_with = "interface")]
     link: Option<String>,
+    #[serde(default, deserialize_with = "absolute")]
+    volumes: Option<PathBuf>,
     host: Option<SocketAddr>,
     #[serde(default, deserialize_with = "optional_non_negative")]
     cost_per_core_hour: Option<f64>,
@@ -134,6 +139,7 @@ impl RawPool {
             ("capacity_gbit_per_s", self.capacity_gbit_per_s.is_some()),
             ("cores", self.cores.is_some()),
             ("memory_gib", self.memory_gib.is_some()),
+            ("volumes", self.volumes.is_some()),
         ];
         match keys.iter().find(|(key, present)| *present && !allowed.contains(key)) {
             Some((key, _)) => Err(format!("pool {:?}: `{key}` does not belong to {what}", self.name)),
@@ -148,8 +154,19 @@ fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
             raw.only("a set of cores", &["cost_per_core_hour", "performance", "capacity_cores"])?;
             (raw.capacity_cores, raw.cost_per_core_hour)
         }
-        Member::Nodes(_) | Member::Storage(_) | Member::Swap(_) => {
-            raw.only("memory, storage or swap", &["cost_per_gib_hour", "capacity_gib"])?;
+        Member::Storage(at) => {
+            raw.only("storage", &["cost_per_gib_hour", "capacity_gib", "volumes"])?;
+            if let Some(volumes) = raw.volumes.as_ref().filter(|volumes| !volumes.starts_with(at)) {
+                let (volumes, at) = (volumes.display(), at.display());
+                return Err(format!(
+                    "pool {:?}: `volumes` {volumes} does not lie in its storage {at}",
+                    raw.name
+                ));
+            }
+            (raw.capacity_gib.map(|gib| gib * GIB), raw.cost_per_gib_hour)
+        }
+        Member::Nodes(_) | Member::Swap(_) => {
+            raw.only("memory or swap", &["cost_per_gib_hour", "capacity_gib"])?;
             (raw.capacity_gib.map(|gib| gib * GIB), raw.cost_per_gib_hour)
         }
         Member::Link(_) => {
@@ -157,7 +174,8 @@ fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
             (raw.capacity_gbit_per_s.map(|gbit| gbit * GBIT), raw.cost_per_gbit_hour)
         }
     };
-    Ok(PoolKindConfig::Local { member, capacity, cost_per_hour, performance: raw.performance })
+    let (performance, volumes) = (raw.performance, raw.volumes.clone());
+    Ok(PoolKindConfig::Local { member, capacity, cost_per_hour, performance, volumes })
 }
 
 fn another_host(raw: &RawPool, host: SocketAddr) -> Result<PoolKindConfig, String> {
@@ -205,6 +223,29 @@ pub(super) fn pools<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PoolConfig
     }
 }
 
+/// The directory for volumes of the storage pool `name`, or why there is none.
+pub fn volume_directory(config: &Config, name: &str) -> Result<PathBuf, String> {
+    let storage = config.pools.iter().filter_map(|pool| match &pool.kind {
+        PoolKindConfig::Local { member: Member::Storage(_), volumes, .. } => {
+            Some((pool.name.as_str(), volumes))
+        }
+        _ => None,
+    });
+    let all: Vec<(&str, &Option<PathBuf>)> = storage.collect();
+    match all.iter().find(|(pool, _)| *pool == name) {
+        Some((_, Some(directory))) => Ok(directory.clone()),
+        Some((_, None)) => {
+            Err(format!("the pool {name:?} has no directory for volumes (`volumes = \"/...\"`)"))
+        }
+        None => {
+            let known: Vec<&str> = all.iter().filter(|(_, to)| to.is_some()).map(|(name, _)| *name).collect();
+            Err(format!(
+                "there is no storage pool {name:?} in the configuration: for volumes there are {known:?}"
+            ))
+        }
+    }
+}
+
 /// What the configuration says about this host's pools.
 pub fn settings(config: &Config) -> Settings {
     let (host, default) = (&config.this_host, ThisHostConfig::default());
@@ -219,7 +260,7 @@ pub fn settings(config: &Config) -> Settings {
     };
     let wanted = config.pools.iter().enumerate().filter_map(|(index, pool)| match &pool.kind {
         PoolKindConfig::Host { .. } => None,
-        PoolKindConfig::Local { member, capacity, cost_per_hour, performance } => Some(Wanted {
+        PoolKindConfig::Local { member, capacity, cost_per_hour, performance, .. } => Some(Wanted {
             name: pool.name.clone(),
             key: format!("pool[{index}]"),
             member: member.clone(),

@@ -59,6 +59,7 @@ fn a_whole_file() {
             capacity: None,
             cost_per_hour: Some(0.01),
             performance: Some(0.5),
+            volumes: None,
         }
     );
     assert!(matches!(config.pools[1].kind, PoolKindConfig::Host { cores: 4.0, memory_gib: 8.0, .. }));
@@ -142,4 +143,16 @@ proptest::proptest! {
     fn any_text_is_read_or_refused(text in ".{0,200}") {
         let _ = parse(&text);
     }
+}
+
+#[test]
+fn volumes_go_to_storage_pools_that_name_a_directory_in_them() {
+    let pool = |rest: &str| format!("[[pool]]\nname='ssd'\n{rest}\n");
+    let config = Config::parse(&pool("storage='/srv'\nvolumes='/srv/rswap'"), Path::new("t")).unwrap();
+    assert_eq!(super::volume_directory(&config, "ssd"), Ok("/srv/rswap".into()));
+    assert!(super::volume_directory(&config, "hdd").unwrap_err().contains("no storage pool"));
+    let without = Config::parse(&pool("storage='/srv'"), Path::new("t")).unwrap();
+    assert!(super::volume_directory(&without, "ssd").unwrap_err().contains("no directory for volumes"));
+    assert!(error(&pool("storage='/srv'\nvolumes='/elsewhere'")).contains("does not lie in its storage"));
+    assert!(error(&pool("cpus='0'\nvolumes='/srv/rswap'")).contains("does not belong"));
 }

@@ -27,6 +27,7 @@ use crate::{
     instance::{Instance, InstanceName},
     migrate::recovery::Decision,
     status::{ApiError, Board, MigrationProgress, MigrationReport},
+    swap::storage::{StorageProgress, StorageReport},
 };
 pub use routes::router;
 
@@ -51,6 +52,30 @@ pub struct SwapDone {
     pub duration_ms: f64,
     /// What the swap says about itself.
     pub detail: serde_json::Value,
+}
+
+/// Body of `POST /v1/swap-volume`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SwapVolumeRequest {
+    /// Which instance.
+    pub instance: InstanceName,
+    /// Which of its volumes.
+    pub volume: InstanceName,
+    /// To which storage pool; the configuration names its directory for volumes.
+    pub pool: String,
+}
+
+/// One line of the answer to `POST /v1/swap-volume`. The last one is no `progress`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum SwapVolumeEvent {
+    /// It goes on.
+    Progress(StorageProgress),
+    /// The volume is in the pool.
+    Done(StorageReport),
+    /// The volume is where it was.
+    Failed(ApiError),
 }
 
 /// Body of `POST /v1/migrate`.
@@ -157,6 +182,8 @@ pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
 pub enum Command {
     /// Move an instance to a CPU pool.
     Swap(SwapRequest, Reply<SwapDone>),
+    /// Move a volume of an instance to a storage pool. Events are sent as those of a migration.
+    SwapVolume(SwapVolumeRequest, mpsc::Sender<SwapVolumeEvent>),
     /// Migrate an instance. Events that nobody reads are dropped, the last one never before it was tried to send.
     Migrate(MigrateRequest, mpsc::Sender<MigrateEvent>),
     /// Take over an existing cgroup.

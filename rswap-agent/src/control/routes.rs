@@ -15,8 +15,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    AdoptRequest, Command, DrainRequest, MigrateEvent, MigrateRequest, RecoverRequest, RegisterRequest,
-    Reply, SwapRequest,
+    AdoptRequest, Command, DrainRequest, MigrateRequest, RecoverRequest, RegisterRequest, Reply, SwapRequest,
+    SwapVolumeRequest,
 };
 use crate::{
     forecast::Lessons,
@@ -38,6 +38,7 @@ const EVENTS_WAITING: usize = 64;
 pub fn router(board: Board, commands: Commands) -> Router {
     let mutating = Router::new()
         .route("/v1/swap", post(swap))
+        .route("/v1/swap-volume", post(swap_volume))
         .route("/v1/migrate", post(migrate))
         .route("/v1/adopt", post(adopt))
         .route("/v1/register", post(register))
@@ -87,17 +88,33 @@ async fn migrate(
     State(commands): State<Commands>,
     given: Given<MigrateRequest>,
 ) -> Result<Response, ApiError> {
+    follow(&commands, given, Command::Migrate).await
+}
+
+async fn swap_volume(
+    State(commands): State<Commands>,
+    given: Given<SwapVolumeRequest>,
+) -> Result<Response, ApiError> {
+    follow(&commands, given, Command::SwapVolume).await
+}
+
+/// Answers with a line per event.
+async fn follow<B: DeserializeOwned, E: Serialize + Send + 'static>(
+    commands: &Commands,
+    given: Given<B>,
+    command: impl FnOnce(B, mpsc::Sender<E>) -> Command,
+) -> Result<Response, ApiError> {
     let request = body(given)?;
     let (events, incoming) = mpsc::channel(EVENTS_WAITING);
-    commands.send(Command::Migrate(request, events)).await.map_err(|_| stopping())?;
-    let lines = stream::unfold(incoming, |mut incoming: mpsc::Receiver<MigrateEvent>| async move {
+    commands.send(command(request, events)).await.map_err(|_| stopping())?;
+    let lines = stream::unfold(incoming, |mut incoming: mpsc::Receiver<E>| async move {
         let event = incoming.recv().await?;
         Some((Ok::<_, Infallible>(line(&event)), incoming))
     });
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
 }
 
-fn line(event: &MigrateEvent) -> Bytes {
+fn line(event: &impl Serialize) -> Bytes {
     let mut text = serde_json::to_vec(event).expect("events are plain structs with text keys");
     text.push(b'\n');
     text.into()

@@ -40,6 +40,7 @@ use super::{
 };
 use crate::{
     instance::{Instance, cgroup, launch::Place},
+    swap::storage,
     sys::{process, shared_word::SharedWord, spawn},
     tracee::tree,
 };
@@ -62,6 +63,9 @@ struct Order {
     journal: PathBuf,
     /// Longest freeze, in milliseconds.
     limit_ms: u64,
+    /// It is a volume that moves: what this record tells of has to be brought to its end first.
+    #[serde(default)]
+    storage: Option<PathBuf>,
 }
 
 /// A guard that watches over one migration; the agent's side. It goes when this is dropped.
@@ -81,10 +85,32 @@ impl Guard {
         journal: PathBuf,
         limit: Duration,
     ) -> Result<Self, TaskError> {
+        let limit_ms = limit.as_millis() as u64;
+        Self::start_with(&Order {
+            place: place.clone(),
+            instance: instance.clone(),
+            journal,
+            limit_ms,
+            storage: None,
+        })
+    }
+
+    /// The same, over the move of a volume, of which `record` tells.
+    pub fn start_for_volume(
+        place: &Place,
+        instance: &Instance,
+        record: PathBuf,
+        limit: Duration,
+    ) -> Result<Self, TaskError> {
+        // Nothing is committed by a journal: which copy counts is found by the recovery.
+        let (journal, limit_ms) = (record.with_extension("none"), limit.as_millis() as u64);
+        let (place, instance) = (place.clone(), instance.clone());
+        Self::start_with(&Order { place, instance, journal, limit_ms, storage: Some(record) })
+    }
+
+    fn start_with(order: &Order) -> Result<Self, TaskError> {
         let word = SharedWord::create("rswap freeze")?;
         let (watched, life) = unistd::pipe2(OFlag::O_CLOEXEC)?;
-        let limit_ms = limit.as_millis() as u64;
-        let order = Order { place: place.clone(), instance: instance.clone(), journal, limit_ms };
         let mut child = Command::new("/proc/self/exe");
         child.arg0("rswap").arg("__guard");
         let [word_fd, life_fd] = [word.descriptor().as_raw_fd(), watched.as_raw_fd()];
@@ -94,7 +120,7 @@ impl Guard {
         let given = child.stdin.take().ok_or("a guard without input")?;
         let ready = child.stdout.take().ok_or("a guard without output")?;
         let guard = Self { word, child, life: Some(life) };
-        serde_json::to_writer(given, &order)?;
+        serde_json::to_writer(given, order)?;
         guard.wait_until_ready(ready)?;
         Ok(guard)
     }
@@ -192,7 +218,10 @@ pub fn run(word: RawFd, life: RawFd) -> Result<(), TaskError> {
             rules::GuardAction::Leave => return Ok(()),
             rules::GuardAction::Take => {
                 if word.change(state as u32, Guarded::Taken as u32).is_ok() {
-                    take(&order, (!gone).then_some(&agent))?;
+                    match &order.storage {
+                        Some(record) => take_volume(&order.instance, record, &agent, gone)?,
+                        None => take(&order, (!gone).then_some(&agent))?,
+                    }
                     return Ok(());
                 }
             }
@@ -215,6 +244,36 @@ fn take(order: &Order, living_agent: Option<&(i32, OwnedFd)>) -> Result<(), Task
     }
     eprintln!("rswap: the agent can't let {} go on: its guard does", instance.name);
     recovery::thaw(place, instance)
+}
+
+/// Brings the move of a volume to its end. Nobody else may be at it: an agent that is too slow is ended.
+fn take_volume(
+    instance: &Instance,
+    record: &std::path::Path,
+    (pid, pidfd): &(i32, OwnedFd),
+    gone: bool,
+) -> Result<(), TaskError> {
+    if !gone {
+        eprintln!("rswap: {} is frozen for too long: ending the agent {pid}", instance.name);
+        process::pidfd_send_signal(pidfd, libc::SIGKILL)?;
+    }
+    // Its descriptors go before it lets go of what it traces.
+    let mut end = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut end, READY_LIMIT.as_millis() as u16)? == 0 {
+        return Err("the agent does not end: the instance stands still until the next one".into());
+    }
+    eprintln!("rswap: the agent can't bring a volume of {} to its end: its guard does", instance.name);
+    Ok(storage::recover(record)?)
+}
+
+impl storage::Watch for Guard {
+    fn arm(&self) -> Result<(), String> {
+        Guard::arm(self).map_err(|error| error.to_string())
+    }
+
+    fn disarm(&self) {
+        Guard::disarm(self);
+    }
 }
 
 fn is_traced_by(instance: &Instance, agent: i32) -> bool {

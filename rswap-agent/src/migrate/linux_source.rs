@@ -17,10 +17,7 @@ use super::{
 };
 use crate::{
     instance::{Instance, cgroup},
-    sys::{
-        mem::{self, RemoteAddr},
-        process::{Common, has_in_common},
-    },
+    sys::mem::{self, RemoteAddr},
     tracee::{
         TraceeError,
         advice::{Advice, Reader},
@@ -142,7 +139,7 @@ impl<U: Uplink> LinuxSource<U> {
     fn look(&mut self) -> Result<Vec<u32>, TraceeError> {
         let members = tree::members(&self.instance)?;
         let living = members.iter().filter(|member| member.node.status.is_none());
-        let living: Vec<_> = living.filter(|member| !lends_memory(member, &members)).collect();
+        let living: Vec<_> = living.filter(|member| !tree::lends_memory(member, &members)).collect();
         self.zombies =
             members.iter().map(|member| member.node).filter(|node| node.status.is_some()).collect();
         let mut gone = Vec::new();
@@ -375,13 +372,6 @@ fn ranges(space: u32, spans: Vec<Span>) -> impl Iterator<Item = PageRange> {
 /// All that an address space can hold.
 fn everything(space: u32) -> PageRange {
     PageRange { space, start: 0, pages: 1 << 44 }
-}
-
-/// Whether it still runs in its parent's memory, between vfork(2) and execve(2): it has none of its own to be carried,
-/// and the parent, which can't be stopped before that is over, comes first.
-fn lends_memory(member: &Member, members: &[Member]) -> bool {
-    let parent = members.iter().find(|other| other.node.pid == member.node.parent);
-    parent.is_some_and(|parent| has_in_common(member.pid, parent.pid, Common::Memory).unwrap_or(false))
 }
 
 impl<U: Uplink> SourceTask for LinuxSource<U> {

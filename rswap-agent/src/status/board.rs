@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    path::PathBuf,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
 };
 
@@ -38,7 +39,13 @@ pub struct InstanceView {
     /// It was committed to this address, which did not answer yet: it is frozen here (`rswap recover`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_doubt: Option<String>,
+    /// Where each of its volumes is on this host, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub volume_directories: BTreeMap<InstanceName, PathBuf>,
 }
+
+/// An instance that is present, where its volumes are, and whom it was committed to, if that did not answer yet.
+pub type Present = (Instance, BTreeMap<InstanceName, PathBuf>, Option<String>);
 
 /// How far a running migration is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -188,13 +195,16 @@ impl BoardState {
     /// Replaces the instances by those that `present` lists (each with where it was committed to, if that is in doubt),
     /// and keeps what is known of those that stay.
     /// The decisions of those that left are kept as long as a migration of theirs is shown.
-    pub fn set_instances(&mut self, present: impl IntoIterator<Item = (Instance, Option<String>)>) {
+    pub fn set_instances(&mut self, present: impl IntoIterator<Item = Present>) {
         let mut before = std::mem::take(&mut self.instances);
-        for (instance, in_doubt) in present {
+        for (instance, volume_directories, in_doubt) in present {
             let name = instance.name.clone();
             let view = match before.remove(&name) {
-                Some(view) => InstanceView { instance, in_doubt, ..view },
-                None => InstanceView { instance, profile: None, demand: None, kin: None, in_doubt },
+                Some(view) => InstanceView { instance, in_doubt, volume_directories, ..view },
+                None => {
+                    let (profile, demand, kin) = Default::default();
+                    InstanceView { instance, profile, demand, kin, in_doubt, volume_directories }
+                }
             };
             self.instances.insert(name, view);
         }

@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 
 pub use board::{
     Board, BoardState, DECISIONS_KEPT, InstanceView, MIGRATIONS_KEPT, MigrationProgress, MigrationReport,
-    MigrationState, MigrationView,
+    MigrationState, MigrationView, Present,
 };
 pub use router::{ApiError, router};
 

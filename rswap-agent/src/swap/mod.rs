@@ -3,6 +3,7 @@
 
 mod affinity;
 pub mod cpu;
+pub mod storage;
 mod threads;
 
 use std::{io, path::PathBuf};

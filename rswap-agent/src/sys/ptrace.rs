@@ -73,6 +73,16 @@ pub fn seize_stub(tid: i32) -> io::Result<()> {
     request(libc::PTRACE_SEIZE, tid, 0, STUB_OPTIONS as usize).map(|_| ())
 }
 
+/// Makes a stopped tracee one that dies with this thread, and that seccomp forbids nothing, where the kernel can do that.
+pub fn make_stub(tid: i32) -> io::Result<()> {
+    match suspend_seccomp(tid) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => {
+            request(libc::PTRACE_SETOPTIONS, tid, 0, STUB_OPTIONS as usize).map(|_| ())
+        }
+        made => made,
+    }
+}
+
 /// From here on seccomp forbids a stopped stub nothing, until it is let go.
 pub fn suspend_seccomp(tid: i32) -> io::Result<()> {
     request(libc::PTRACE_SETOPTIONS, tid, 0, (STUB_OPTIONS | PTRACE_O_SUSPEND_SECCOMP) as usize).map(|_| ())

@@ -29,6 +29,11 @@ impl Link {
         Ok((Self(ours), theirs))
     }
 
+    /// The agent's end of a pair (of datagrams) that was made elsewhere.
+    pub(super) fn of(ours: OwnedFd) -> Self {
+        Self(ours)
+    }
+
     /// Gives `descriptor` to the stub behind `remote`, which has its end at `end`; returns its number there.
     pub fn give(
         &self,

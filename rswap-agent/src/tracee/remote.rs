@@ -59,6 +59,7 @@ pub struct Remote {
     /// Where a stub's `syscall` is.
     syscall_at: u64,
     scratch: Option<RemoteAddr>,
+    scratch_bytes: u64,
     owns_scratch: bool,
     restore_on_drop: bool,
     /// What a running program's thread comes back by.
@@ -105,6 +106,7 @@ impl Remote {
             saved_mask: ptrace::signal_mask(tid).map_err(TraceeError::call("PTRACE_GETSIGMASK", tid))?,
             syscall_at: 0,
             scratch: None,
+            scratch_bytes: 0,
             owns_scratch: false,
             restore_on_drop: true,
             lifeline: None,
@@ -144,6 +146,22 @@ impl Remote {
         let mut other = Self::with_lifeline(program, tid, ways, area)?;
         other.scratch = self.scratch;
         Ok(other)
+    }
+
+    /// Has the program make a task that shares its memory, descriptors and directories, and is traced by this thread; returns
+    /// its pid as the program would see it. It waits for its first instruction; if it loses us there, it ends.
+    ///
+    /// No signal tells the program of its end, and wait(2) finds it only with `__WALL`.
+    pub(super) fn make_task_beside(&mut self) -> Result<i32, TraceeError> {
+        let (Some(lifeline), Some(scratch)) = (&self.lifeline, self.scratch) else {
+            return Err(TraceeError::Unsupported("a task beside a program needs a scratch mapping".into()));
+        };
+        let ends = lifeline.call(&self.saved, libc::SYS_exit as u64, [0; 6]);
+        let area = scratch.0 + PAGE_SIZE..scratch.0 + SCRATCH_BYTES;
+        let frame = Lifeline::lay(self.tid, lifeline.ways(), area, &ends, !0)?;
+        let stack = frame.back(&self.saved).rsp;
+        let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS | libc::CLONE_PTRACE;
+        Ok(self.call("clone", libc::SYS_clone, [flags as u64, stack, 0, 0, 0, 0])? as i32)
     }
 
     fn with_lifeline(
@@ -193,6 +211,7 @@ impl Remote {
     /// Maps a stub's scratch memory at `at`, where nothing may be.
     pub fn map_scratch(&mut self, at: u64) -> Result<(), TraceeError> {
         self.map(at, CODE_OFFSET, libc::MAP_FIXED_NOREPLACE)?;
+        self.scratch_bytes = STUB_SCRATCH_BYTES;
         let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
         let code = at + CODE_OFFSET;
@@ -216,18 +235,27 @@ impl Remote {
         Err(TraceeError::Unsupported(format!("process {} has no place for a scratch mapping", self.tid)))
     }
 
+    /// Maps a scratch page for the calls of a task beside a program, at the last place that `mappings` leave free.
+    pub(super) fn map_scratch_beside(&mut self, mappings: &[Mapping]) -> Result<(), TraceeError> {
+        self.places = leftovers::places_for_scratch(mappings);
+        // The program itself has the first for the moment.
+        self.places.reverse();
+        self.map_scratch_in_program()
+    }
+
     fn map(&mut self, at: u64, bytes: u64, fixed: i32) -> Result<(), TraceeError> {
         let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed) as u64;
         let args = [at, bytes, protection, flags, !0, 0];
         self.scratch = Some(RemoteAddr(self.call("mmap", libc::SYS_mmap, args)?));
+        self.scratch_bytes = bytes;
         self.owns_scratch = true;
         Ok(())
     }
 
     /// Removes the scratch page.
     pub fn unmap_scratch(&mut self) -> Result<(), TraceeError> {
-        let bytes = if self.lifeline.is_some() { SCRATCH_BYTES } else { STUB_SCRATCH_BYTES };
+        let bytes = self.scratch_bytes;
         if let Some(at) = self.scratch.take().filter(|_| self.owns_scratch) {
             self.call("munmap", libc::SYS_munmap, [at.0, bytes, 0, 0, 0, 0])?;
         }

@@ -10,7 +10,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{TraceeError, capture::Status, cgroups, read_proc};
-use crate::instance::Instance;
+use crate::{
+    instance::Instance,
+    sys::process::{Common, has_in_common},
+};
 
 /// The pid of the instance's init in its namespace.
 pub const INIT: i32 = 1;
@@ -61,6 +64,13 @@ pub fn members(instance: &Instance) -> Result<Vec<Member>, TraceeError> {
     Ok(parents_first(found))
 }
 
+/// Whether it still runs in its parent's memory, between vfork(2) and execve(2): it has none of its own, and the parent,
+/// which can't be stopped before that is over, comes first.
+pub fn lends_memory(member: &Member, members: &[Member]) -> bool {
+    let parent = members.iter().find(|other| other.node.pid == member.node.parent);
+    parent.is_some_and(|parent| has_in_common(member.pid, parent.pid, Common::Memory).unwrap_or(false))
+}
+
 /// The living processes of an adopted or started instance, from its cgroup: for what needs no tree.
 pub fn listed(instance: &Instance) -> Result<Vec<i32>, TraceeError> {
     let mut pids = Vec::new();
@@ -95,7 +105,7 @@ fn parents_first(mut members: Vec<Member>) -> Vec<Member> {
 }
 
 /// The children of every thread of `pid`; none if it is gone.
-fn children(pid: i32) -> Result<Vec<i32>, TraceeError> {
+pub(super) fn children(pid: i32) -> Result<Vec<i32>, TraceeError> {
     let mut found = Vec::new();
     let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Ok(found) };
     for task in tasks.flatten() {

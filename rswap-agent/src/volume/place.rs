@@ -1,12 +1,17 @@
 //! Where volumes are on a host: `DIRECTORY/INSTANCE/NAME`, and beside them what arrives and what goes.
+//!
+//! That place is the volume's directory itself, or a symbolic link to `POOL/INSTANCE/.NAME-NUMBER` in a storage pool's
+//! directory. Which copy counts is what stands there, and it changes in one step ([`Switch`]).
 
 use std::{
     fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
-use rustix::fs::StatVfs;
+use rustix::fs::{CWD, RenameFlags, StatVfs};
+use serde::{Deserialize, Serialize};
 
 use super::VolumeError;
 
@@ -17,6 +22,83 @@ const GONE: &str = ".gone-";
 /// The place of an instance's volume.
 pub fn of(directory: &Path, instance: &str, name: &str) -> PathBuf {
     directory.join(instance).join(name)
+}
+
+/// A change of the place of a volume to a copy in a storage pool's directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switch {
+    /// The volume's place.
+    pub place: PathBuf,
+    /// What stands there is exchanged with this name beside it.
+    aside: PathBuf,
+    /// The directory before.
+    before: PathBuf,
+    /// The directory after.
+    pub after: PathBuf,
+}
+
+impl Switch {
+    /// From where `instance`'s volume `name` in `directory` is to a new directory in `pool`. Nothing is done yet.
+    pub fn plan(directory: &Path, instance: &str, name: &str, pool: &Path) -> Result<Self, VolumeError> {
+        let place = of(directory, instance, name);
+        let before = fs::canonicalize(&place).map_err(VolumeError::host("looking for", &place))?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let fresh = format!(".{name}-{:x}", now.as_nanos());
+        let after = pool.join(instance).join(&fresh);
+        let aside = directory.join(instance).join(format!(".aside{fresh}"));
+        Ok(Self { place, aside, before, after })
+    }
+
+    /// Whether the new directory is the volume.
+    pub fn is_made(&self) -> bool {
+        fs::read_link(&self.place).is_ok_and(|to| to == self.after)
+    }
+
+    /// Where the old directory is.
+    pub fn old(&self) -> &Path {
+        // It stood at the place itself, and was put aside.
+        if self.is_made() && self.before == self.place { &self.aside } else { &self.before }
+    }
+
+    /// Makes ready for [`Self::make`].
+    pub fn prepare(&self) -> Result<(), VolumeError> {
+        std::os::unix::fs::symlink(&self.after, &self.aside)
+            .map_err(VolumeError::host("making", &self.aside))?;
+        self.sync()
+    }
+
+    /// From here on the new directory is the volume, or, the second time, the old one again. In one step, on the disk when
+    /// this returns.
+    pub fn make(&self) -> Result<(), VolumeError> {
+        rustix::fs::renameat_with(CWD, &self.aside, CWD, &self.place, RenameFlags::EXCHANGE)
+            .map_err(VolumeError::host("exchanging", &self.place))?;
+        self.sync()
+    }
+
+    fn sync(&self) -> Result<(), VolumeError> {
+        let parent = self.place.parent().unwrap_or(Path::new("/"));
+        fs::File::open(parent)
+            .and_then(|parent| parent.sync_all())
+            .map_err(VolumeError::host("syncing", parent))
+    }
+
+    /// Removes the directory that is not the volume, and what only the change needed. It takes long.
+    pub fn clean(&self) {
+        let loser = if self.is_made() { self.old().to_owned() } else { self.after.clone() };
+        if fs::symlink_metadata(&self.aside).is_ok_and(|found| found.is_symlink())
+            && let Err(error) = fs::remove_file(&self.aside)
+        {
+            tracing::warn!(path = %self.aside.display(), %error, "a link is left");
+        }
+        match fs::remove_dir_all(&loser) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(path = %loser.display(), %error, "a copy of a volume that moved is left");
+            }
+            _ => {}
+        }
+        // Other volumes may be in it.
+        let _ = loser.parent().map(fs::remove_dir);
+    }
 }
 
 /// A path in `directory` that nobody else uses, for a volume that arrives.
@@ -52,13 +134,18 @@ pub fn room(directory: &Path) -> Result<(u64, u64), VolumeError> {
 pub fn remove(directory: &Path, instance: &str, name: &str) -> Result<(), VolumeError> {
     let place = of(directory, instance, name);
     let gone = unused(directory, GONE);
+    // It may be in a storage pool.
+    let in_pool = fs::read_link(&place).ok();
     fs::rename(&place, &gone).map_err(VolumeError::host("taking away", &place))?;
     // Of the instance nothing else may be left.
     let _ = fs::remove_dir(directory.join(instance));
     std::thread::spawn(move || {
-        if let Err(error) = fs::remove_dir_all(&gone) {
-            tracing::warn!(path = %gone.display(), %error, "a volume that went could not be removed");
+        for path in in_pool.iter().chain([&gone]) {
+            if let Err(error) = fs::remove_dir_all(path) {
+                tracing::warn!(path = %path.display(), %error, "a volume that went could not be removed");
+            }
         }
+        let _ = in_pool.and_then(|path| path.parent().map(fs::remove_dir));
     });
     Ok(())
 }
@@ -72,6 +159,82 @@ pub fn sweep(directory: &Path) {
             && let Err(error) = fs::remove_dir_all(entry.path())
         {
             tracing::warn!(path = %entry.path().display(), %error, "it could not be removed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A volume with one file in the home directory, and a pool.
+    fn volume() -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (home, pool) = (directory.path().join("home"), directory.path().join("pool"));
+        fs::create_dir_all(of(&home, "db", "data")).expect("create");
+        fs::write(of(&home, "db", "data").join("file"), "old").expect("write");
+        (directory, home, pool)
+    }
+
+    fn copy(switch: &Switch, contents: &str) {
+        fs::create_dir_all(&switch.after).expect("create");
+        fs::write(switch.after.join("file"), contents).expect("write");
+    }
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_place_is_switched_there_on_and_back_with_one_copy_left() {
+        let (_directory, home, pool) = volume();
+        let place = of(&home, "db", "data");
+        for (number, to) in [(1, &pool), (2, &home), (3, &pool), (4, &pool)] {
+            let switch = Switch::plan(&home, "db", "data", to).expect("plan");
+            copy(&switch, &number.to_string());
+            switch.prepare().expect("prepare");
+            assert!(!switch.is_made() && switch.old().join("file").exists());
+            switch.make().expect("make");
+            assert!(switch.is_made() && switch.old().join("file").exists());
+            switch.clean();
+            assert_eq!(fs::read_to_string(place.join("file")).expect("read"), number.to_string());
+            let left: Vec<_> = names(&home.join("db")).into_iter().chain(names(&pool.join("db"))).collect();
+            assert_eq!(left.len(), 2, "{left:?}");
+        }
+    }
+
+    #[test]
+    fn a_switch_that_is_given_up_before_or_after_it_was_made_leaves_the_old_copy() {
+        let (_directory, home, pool) = volume();
+        for made in [false, true] {
+            let switch = Switch::plan(&home, "db", "data", &pool).expect("plan");
+            copy(&switch, "new");
+            switch.prepare().expect("prepare");
+            for _ in 0..2 * usize::from(made) {
+                switch.make().expect("make");
+            }
+            switch.clean();
+            assert_eq!(fs::read_to_string(of(&home, "db", "data").join("file")).expect("read"), "old");
+            assert_eq!((names(&home.join("db")), names(&pool)), (vec!["data".to_owned()], vec![]));
+        }
+    }
+
+    #[test]
+    fn one_that_leaves_is_removed_from_its_pool() {
+        let (_directory, home, pool) = volume();
+        let switch = Switch::plan(&home, "db", "data", &pool).expect("plan");
+        copy(&switch, "new");
+        switch.prepare().and_then(|()| switch.make()).expect("switch");
+        switch.clean();
+        remove(&home, "db", "data").expect("remove");
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while switch.after.exists() || !names(&home).is_empty() {
+            assert!(std::time::Instant::now() < deadline, "it is still there");
+            std::thread::sleep(std::time::Duration::from_millis(5));
         }
     }
 }

@@ -92,6 +92,7 @@ pub struct Frames<'a> {
     volume: u16,
     buffer: Vec<u8>,
     sent_at: Instant,
+    packs: bool,
     /// Bytes of contents, unpacked, since the beginning.
     pub contents_bytes: u64,
     send: &'a mut Sender<'a>,
@@ -100,7 +101,12 @@ pub struct Frames<'a> {
 impl<'a> Frames<'a> {
     /// For the volume with this number.
     pub fn new(volume: u16, send: &'a mut Sender<'a>) -> Self {
-        Self { volume, buffer: Vec::new(), sent_at: Instant::now(), contents_bytes: 0, send }
+        Self { volume, buffer: Vec::new(), sent_at: Instant::now(), packs: true, contents_bytes: 0, send }
+    }
+
+    /// For a volume that stays on this host: nothing is packed.
+    pub fn unpacked(send: &'a mut Sender<'a>) -> Self {
+        Self { packs: false, ..Self::new(0, send) }
     }
 
     /// Adds a record.
@@ -116,7 +122,7 @@ impl<'a> Frames<'a> {
     /// Adds contents, packed if that pays.
     pub fn put_data(&mut self, inode: u64, offset: u64, contents: &[u8]) -> Result<(), VolumeError> {
         self.contents_bytes += contents.len() as u64;
-        let packed = lz4_flex::block::compress(contents);
+        let packed = if self.packs { lz4_flex::block::compress(contents) } else { contents.to_vec() };
         let length = contents.len() as u32;
         let contents = if packed.len() < contents.len() { &packed } else { contents };
         self.put(&Record::Data { inode, offset, length, contents })

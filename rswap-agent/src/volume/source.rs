@@ -110,6 +110,16 @@ impl SourceVolume {
         frames.flush()
     }
 
+    /// What there was at the last pass.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Its root.
+    pub fn root(&self) -> &OwnedFd {
+        &self.root
+    }
+
     /// The digest of what was sent.
     pub fn digest(&self) -> u128 {
         digest::of(&self.tree, |inode| self.files.get(&inode).map(|known| &known.blocks))

@@ -150,6 +150,20 @@ impl Deferred {
     }
 }
 
+/// The locks that a descriptor's fdinfo tells of, or what can't be set again.
+pub fn of_fdinfo(text: &str) -> Result<Vec<Lock>, (String, &'static str)> {
+    Ok(parse(text)?.into_iter().map(|(lock, _)| lock).collect())
+}
+
+/// Sets `lock` by descriptor `fd` of the process that `remote` makes calls in; a lock that it has already stays.
+pub fn set_here(remote: &mut Remote, fd: RawFd, lock: Lock) -> Result<(), TraceeError> {
+    if lock.kind == LockKind::Process {
+        return set_of_process(remote, fd, lock);
+    }
+    let ours = remote.share_descriptor(fd)?;
+    apply(&ours, lock, Some(lock.exclusive)).map_err(TraceeError::call("locking a file", remote.tid()))
+}
+
 fn is_lock_taken(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
 }

@@ -31,7 +31,7 @@ pub use self::{
     fifos::Fifo,
     files::Place,
     inotify::Watch,
-    locks::{Lock, LockKind, give_up},
+    locks::{Lock, LockKind, give_up, of_fdinfo, set_here},
     restore::{Finals, Restorer, Surroundings},
     sharing::{connected_outside, share},
     signals::SignalTarget,

@@ -83,6 +83,13 @@ impl Peers {
     }
 }
 
+/// The files that name unix sockets of the network namespace of `pid`: inode and device, both as the kernel has them, cut
+/// off at 32 bits.
+pub fn named_files(pid: i32) -> Result<BTreeSet<(u32, u32)>, TraceeError> {
+    let listed = list(pid).map_err(TraceeError::call("asking for the unix sockets", pid))?;
+    Ok(listed.into_values().filter_map(|known| known.file).collect())
+}
+
 /// The inodes of all sockets of process `pid`, whichever family they are of.
 fn sockets_of(pid: i32) -> Vec<u64> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();

@@ -16,7 +16,7 @@ mod queue;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::diag::Peers;
+pub use self::diag::{Peers, named_files};
 pub(super) use self::{
     describe::describe,
     make::{Maker, Wanted, finish},

@@ -1,0 +1,127 @@
+//! A volume's copy: made in passes while the instance runs, completed while it stands still.
+
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use super::{StorageError, pace::Pace};
+use crate::{
+    instance::{Instance, volume::Volume},
+    tracee::{layout, tree},
+    volume::{
+        built::BuiltVolume,
+        place,
+        record::{self, Frames},
+        source::SourceVolume,
+    },
+};
+
+/// Further passes that may be no faster than the fastest before.
+const PATIENCE: u32 = 5;
+
+/// What is known of a copy on its way.
+pub(super) struct Copy {
+    pub(super) source: SourceVolume,
+    pub(super) built: BuiltVolume,
+    pub(super) passes: u32,
+    pub(super) bytes: u64,
+}
+
+impl Copy {
+    /// Begins one of the volume in `from`, in `built`; there must be room.
+    pub(super) fn begin(from: &Path, built: &Path) -> Result<Self, StorageError> {
+        let source = SourceVolume::open(from)?;
+        let (bytes, inodes) = source.need()?;
+        let pool = built.parent().unwrap_or(built);
+        let (free_bytes, free_inodes) = place::room(pool)?;
+        if bytes > free_bytes || inodes > free_inodes {
+            return Err(StorageError::NoRoom {
+                pool: pool.to_owned(),
+                bytes,
+                inodes,
+                free_bytes,
+                free_inodes,
+            });
+        }
+        Ok(Self { source, built: BuiltVolume::make(built)?, passes: 0, bytes: 0 })
+    }
+
+    /// Passes, until one was short enough for the freeze.
+    pub(super) fn run(
+        &mut self,
+        instance: &Instance,
+        volume: &Volume,
+        allowed: Duration,
+        deadline: Instant,
+        on_pass: &mut dyn FnMut(u32, u64, Duration),
+    ) -> Result<(), StorageError> {
+        let mut pace = Pace::of(&instance.cgroup);
+        let mut fastest: Option<Duration> = None;
+        let mut fruitless = 0;
+        loop {
+            let began = Instant::now();
+            let pids = tree::listed(instance)?;
+            self.pass(false, volume, &pids, &mut || {
+                pace.keep();
+                if Instant::now() > deadline { Err("it takes too long".into()) } else { Ok(()) }
+            })?;
+            let took = began.elapsed().saturating_sub(pace.take_waited());
+            on_pass(self.passes, self.bytes, took);
+            if took <= allowed && self.passes > 1 {
+                return Ok(());
+            }
+            let faster = fastest.is_none_or(|fastest| took < fastest * 9 / 10);
+            fruitless = if faster { 0 } else { fruitless + 1 };
+            fastest = Some(fastest.map_or(took, |fastest| fastest.min(took)));
+            if fruitless >= PATIENCE {
+                return Err(StorageError::TooFast {
+                    passes: self.passes,
+                    expected_ms: took.as_secs_f64() * 1e3,
+                    allowed_ms: allowed.as_secs_f64() * 1e3,
+                });
+            }
+        }
+    }
+
+    /// What is left, and the comparison of both; the instance stands still.
+    pub(super) fn complete(&mut self, volume: &Volume, pids: &[i32]) -> Result<u128, StorageError> {
+        self.pass(true, volume, pids, &mut || Ok(()))?;
+        self.built.finish()?;
+        let (here, there) = (self.source.digest(), self.built.digest()?);
+        if here == there { Ok(here) } else { Err(StorageError::Digest { here, there }) }
+    }
+
+    fn pass(
+        &mut self,
+        last: bool,
+        volume: &Volume,
+        pids: &[i32],
+        on_frame: &mut dyn FnMut() -> Result<(), Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Result<(), StorageError> {
+        let mapped = mapped(volume, pids);
+        let built = &mut self.built;
+        let mut send = |frame: &[u8]| {
+            let (_, records) = record::parse(frame)?;
+            records.into_iter().try_for_each(|record| built.take(record))?;
+            on_frame()
+        };
+        let mut frames = Frames::unpacked(&mut send);
+        self.source.pass(last, &mapped, &mut frames)?;
+        self.bytes += frames.contents_bytes;
+        self.passes += 1;
+        Ok(())
+    }
+}
+
+/// The files of the volume that processes map for writing: their times need not change.
+fn mapped(volume: &Volume, pids: &[i32]) -> BTreeSet<u64> {
+    // One that has ended maps nothing any more.
+    let all = pids.iter().flat_map(|pid| layout::read_mappings(*pid).unwrap_or_default());
+    all.filter(|mapping| {
+        mapping.shared && mapping.is_file() && Path::new(&mapping.name).starts_with(&volume.path)
+    })
+    .map(|mapping| mapping.inode)
+    .collect()
+}

@@ -1,0 +1,480 @@
+//! What refers to a directory of an instance.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    os::{
+        fd::RawFd,
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use procfs::process::{MountInfo, Process};
+
+use super::{
+    super::{TraceeError, descriptors, layout, read_proc, stopped::list_threads, tree, unix},
+    Description, Member, Nameless, Part, Plan, Target,
+};
+use crate::{
+    instance::{Instance, volume::Volume},
+    sys::process::{Common, has_in_common, same_description_of},
+    volume::tree::{Kind, Tree},
+};
+
+/// Bytes of a deleted file that are copied in the freeze.
+const NAMELESS_LIMIT: u64 = 64 << 20;
+const SUFFIX: &str = " (deleted)";
+
+/// Flags of a mapping in smaps that say nothing that would be lost: what may be done with it, and how it was used.
+const PLAIN: [&str; 14] =
+    ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "nr", "ac", "sd", "pf", "de"];
+/// Those that madvise(2) makes again.
+const ADVISED: [(&str, i32); 5] = [
+    ("sr", libc::MADV_SEQUENTIAL),
+    ("rr", libc::MADV_RANDOM),
+    ("dd", libc::MADV_DONTDUMP),
+    ("hg", libc::MADV_HUGEPAGE),
+    ("nh", libc::MADV_NOHUGEPAGE),
+];
+
+/// Something that can't be brought to a copy, for people.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Refused {
+    /// Which process, as the agent sees it; 0 for none in particular.
+    pub pid: i32,
+    /// What of it.
+    pub item: String,
+    /// Why not, and what would make it possible.
+    pub reason: &'static str,
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.pid {
+            0 => write!(f, "{}: {}", self.item, self.reason),
+            pid => write!(f, "process {pid}: {}: {}", self.item, self.reason),
+        }
+    }
+}
+
+/// What a survey has to know.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    /// Whose.
+    pub instance: &'a Instance,
+    /// Which directory.
+    pub volume: &'a Volume,
+    /// Where it is on this host.
+    pub directory: &'a Path,
+    /// What is in it.
+    pub tree: &'a Tree,
+}
+
+/// Looks at the processes `pids`. Consistent only while all of them are stopped; of what comes and goes meanwhile nothing is
+/// told.
+pub fn survey(subject: &Subject<'_>, pids: &[i32]) -> Result<(Plan, Vec<Refused>), TraceeError> {
+    let init = subject.instance.init_pid.ok_or_else(|| {
+        TraceeError::Unsupported("it has no mount namespace of its own: start it with `rswap run`".into())
+    })?;
+    let root =
+        fs::metadata(subject.directory).map_err(TraceeError::proc(subject.directory.to_string_lossy()))?;
+    let plan = Plan {
+        point: subject.volume.path.clone(),
+        init,
+        descriptions: Vec::new(),
+        mappings: Vec::new(),
+        working: Vec::new(),
+        nameless: Vec::new(),
+    };
+    let inodes = subject.tree.iter().map(|(name, found)| (found.inode, name.as_slice())).collect();
+    let mut look =
+        Look { subject, device: root.dev(), root: root.ino(), mount: 0, inodes, plan, refused: Vec::new() };
+    look.mounts(init)?;
+    look.outside(init)?;
+    for &pid in pids {
+        match look.process(init, pid) {
+            Err(_) if tree::has_ended(pid) => {}
+            done => done?,
+        }
+    }
+    look.tables(pids)?;
+    Ok((look.plan, look.refused))
+}
+
+struct Look<'a> {
+    subject: &'a Subject<'a>,
+    device: u64,
+    root: u64,
+    /// The id of the volume's mount.
+    mount: i32,
+    inodes: BTreeMap<u64, &'a [u8]>,
+    plan: Plan,
+    refused: Vec<Refused>,
+}
+
+impl Look<'_> {
+    fn refuse(&mut self, pid: i32, item: impl Into<String>, reason: &'static str) {
+        self.refused.push(Refused { pid, item: item.into(), reason });
+    }
+
+    /// The mounts of the namespace: one shows the volume, and none a part of it, or something else in it.
+    fn mounts(&mut self, init: i32) -> Result<(), TraceeError> {
+        let failed = |error: procfs::ProcError| TraceeError::Proc {
+            path: format!("/proc/{init}/mountinfo"),
+            problem: error.to_string(),
+        };
+        let all = Process::new(init).and_then(|process| process.mountinfo()).map_err(failed)?;
+        let all: Vec<MountInfo> = all.into_iter().collect();
+        let point = &self.subject.volume.path;
+        let Some(ours) = all.iter().rfind(|mount| mount.mount_point == *point) else {
+            let text = format!("no volume is mounted at {}: was it unmounted?", point.display());
+            return Err(TraceeError::Unsupported(text));
+        };
+        self.mount = ours.mnt_id;
+        let seen = fs::metadata(format!("/proc/{init}/root{}", point.display()))
+            .map_err(TraceeError::proc(point.to_string_lossy()))?;
+        if (seen.dev(), seen.ino()) != (self.device, self.root) {
+            self.refuse(0, point.to_string_lossy(), "something else is mounted over the volume: unmount it");
+        }
+        for other in all.iter().filter(|other| other.mnt_id != ours.mnt_id) {
+            let name = other.mount_point.display().to_string();
+            if other.mount_point != *point && other.mount_point.starts_with(point) {
+                self.refuse(0, name, "it is mounted in the volume: unmount it");
+            } else if other.majmin == ours.majmin && Path::new(&other.root).starts_with(&ours.root) {
+                self.refuse(0, name, "a part of the volume is mounted here, too: unmount it");
+            }
+        }
+        Ok(())
+    }
+
+    /// What the kernel itself does with files of the volume.
+    fn outside(&mut self, init: i32) -> Result<(), TraceeError> {
+        let sockets: BTreeSet<u32> = self
+            .subject
+            .tree
+            .values()
+            .filter(|found| found.kind == Kind::Socket)
+            .map(|found| found.inode as u32)
+            .collect();
+        if !sockets.is_empty() {
+            for (inode, _) in
+                unix::named_files(init)?.into_iter().filter(|(inode, _)| sockets.contains(inode))
+            {
+                let name = self.inodes.get(&u64::from(inode)).map(|name| String::from_utf8_lossy(name));
+                let item = format!("the unix socket {}", name.unwrap_or_default());
+                self.refuse(
+                    0,
+                    item,
+                    "what a socket is bound to stays as it is: bind it outside of the volume",
+                );
+            }
+        }
+        for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+            let file = fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
+            if Path::new(file.trim_end()).starts_with(self.subject.directory) {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                self.refuse(0, name, "this loop device is a file of the volume: detach it");
+            }
+        }
+        Ok(())
+    }
+
+    /// Tables that threads or processes have for themselves, or in common.
+    fn tables(&mut self, pids: &[i32]) -> Result<(), TraceeError> {
+        let same = |one, other, what| match has_in_common(one, other, what) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+            same => same.map(Some).map_err(TraceeError::call("kcmp", other)),
+        };
+        let concerned = self.plan.processes();
+        for &pid in pids {
+            for tid in list_threads(pid).unwrap_or_default().into_iter().filter(|tid| *tid != pid) {
+                for what in [Common::Descriptors, Common::Directories] {
+                    if same(pid, tid, what)? == Some(false) {
+                        let item = format!("thread {tid}");
+                        self.refuse(pid, item, "it has descriptors or directories of its own (unshare(2))");
+                    }
+                }
+            }
+            for &other in concerned.iter().filter(|other| **other > pid) {
+                if concerned.contains(&pid) && same(pid, other, Common::Descriptors)? == Some(true) {
+                    let item = format!("its descriptors are those of process {other}");
+                    self.refuse(pid, item, "a table that processes share can't be re-homed in this version");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn process(&mut self, init: i32, pid: i32) -> Result<(), TraceeError> {
+        let link = |pid: i32, name: &str| {
+            let path = format!("/proc/{pid}/{name}");
+            fs::read_link(&path).map_err(TraceeError::proc(path))
+        };
+        if link(pid, "ns/mnt")? != link(init, "ns/mnt")? {
+            self.refuse(
+                pid,
+                "a mount namespace of its own",
+                "the volume can't be switched in two: let it end",
+            );
+        }
+        let point = self.subject.volume.path.clone();
+        if link(pid, "exe")?.starts_with(&point) {
+            self.refuse(pid, "its program", "it lies in the volume: start it from elsewhere");
+        }
+        if link(pid, "root")?.starts_with(&point) {
+            self.refuse(pid, "its root directory (chroot)", "it lies in the volume");
+        }
+        let working = link(pid, "cwd")?;
+        if working.starts_with(&point) {
+            match self.named(&working, Some(&format!("/proc/{pid}/cwd"))) {
+                Some(name) => self.plan.working.push((pid, Target::Name(name))),
+                None => self.refuse(pid, "its working directory", "it was removed: change to another one"),
+            }
+        }
+        let before = self.references();
+        let mut uring = false;
+        let entries =
+            fs::read_dir(format!("/proc/{pid}/fd")).map_err(TraceeError::proc(format!("/proc/{pid}/fd")))?;
+        for entry in entries.flatten() {
+            let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            uring |= target.as_os_str() == "anon_inode:[io_uring]";
+            self.descriptor(pid, fd, &target)?;
+        }
+        self.mappings(pid)?;
+        if uring && self.references() > before {
+            self.refuse(pid, "an io_uring", "which files it has registered can't be seen: switch to epoll");
+        }
+        Ok(())
+    }
+
+    fn references(&self) -> usize {
+        let members: usize = self.plan.descriptions.iter().map(|one| one.members.len()).sum();
+        members + self.plan.mappings.len() + self.plan.working.len()
+    }
+
+    /// The name below the volume of what is seen at `path`: it must be what is at `place`, if that is given.
+    fn named(&self, path: &Path, place: Option<&str>) -> Option<Vec<u8>> {
+        let name = path.strip_prefix(&self.subject.volume.path).ok()?.as_os_str().as_bytes();
+        let found = self.subject.tree.get(name);
+        let Some(place) = place else { return found.map(|_| name.to_vec()) };
+        let metadata = fs::metadata(place).ok()?;
+        if found.is_some_and(|found| found.inode == metadata.ino()) {
+            return Some(name.to_vec());
+        }
+        self.inodes.get(&metadata.ino()).map(|name| name.to_vec())
+    }
+
+    fn descriptor(&mut self, pid: i32, fd: RawFd, link: &Path) -> Result<(), TraceeError> {
+        let Ok(text) = read_proc(&format!("/proc/{pid}/fdinfo/{fd}")) else { return Ok(()) };
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let item = || format!("descriptor {fd} ({})", link.display());
+        let name = link.to_string_lossy();
+        if name.starts_with("socket:") && field("scm_fds:").is_some_and(|count| count != "0") {
+            self.refuse(pid, item(), "descriptors wait in its queue: try again when they are read");
+        }
+        if name == "anon_inode:inotify" && self.watches(&text) {
+            self.refuse(
+                pid,
+                item(),
+                "it watches files of the volume (inotify): not re-homed in this version",
+            );
+        }
+        if name == "anon_inode:[fanotify]" {
+            self.refuse(pid, item(), "a fanotify can't be re-homed: let the program use inotify");
+        }
+        if !name.starts_with('/') {
+            return Ok(());
+        }
+        let place = format!("/proc/{pid}/fd/{fd}");
+        let Ok(metadata) = fs::metadata(&place) else { return Ok(()) };
+        if field("mnt_id:").and_then(|id| id.parse().ok()) != Some(self.mount) {
+            if metadata.dev() == self.device && self.inodes.contains_key(&metadata.ino()) {
+                self.refuse(
+                    pid,
+                    item(),
+                    "a file of the volume, opened by another way: open it by the volume",
+                );
+            }
+            return Ok(());
+        }
+        let flags = field("flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok());
+        let position: Option<i64> = field("pos:").and_then(|position| position.parse().ok());
+        let (Some(flags), Some(position)) = (flags, position) else { return Ok(()) };
+        let locks = match descriptors::of_fdinfo(&text) {
+            Ok(locks) => locks,
+            Err((what, reason)) => {
+                self.refuse(pid, format!("descriptor {fd}: {what}"), reason);
+                return Ok(());
+            }
+        };
+        if !(metadata.is_file() || metadata.is_dir()) {
+            self.refuse(pid, item(), "of a volume only files and directories are re-homed: close it");
+            return Ok(());
+        }
+        if flags & libc::O_ASYNC != 0 {
+            self.refuse(pid, item(), "it sends signals (O_ASYNC): not re-homed in this version");
+        }
+        if metadata.is_dir() && position != 0 {
+            self.refuse(pid, item(), "the directory is being read: try again when it is read");
+            return Ok(());
+        }
+        let Some(target) = self.target(pid, link, &place, &metadata, &item())? else { return Ok(()) };
+        let (own, of_process): (Vec<_>, Vec<_>) =
+            locks.into_iter().partition(|lock| lock.kind != descriptors::LockKind::Process);
+        let member = Member { pid, fd, close_on_exec: flags & libc::O_CLOEXEC != 0, locks: of_process };
+        let flags = flags & !libc::O_CLOEXEC;
+        for one in &mut self.plan.descriptions {
+            if (&one.target, one.flags, one.position) != (&target, flags, position) {
+                continue;
+            }
+            let Some(first) = one.members.first() else { continue };
+            match same_description_of(first.pid, first.fd, pid, fd) {
+                Ok(true) => {
+                    one.members.push(member);
+                    return Ok(());
+                }
+                Ok(false) => {}
+                // One of them is gone meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
+                Err(error) => return Err(TraceeError::call("kcmp", pid)(error)),
+            }
+        }
+        let members = vec![member];
+        self.plan.descriptions.push(Description { target, flags, position, locks: own, members });
+        Ok(())
+    }
+
+    /// What `place` is open on; `None`, and refused, if nobody can tell.
+    fn target(
+        &mut self,
+        pid: i32,
+        link: &Path,
+        place: &str,
+        metadata: &fs::Metadata,
+        item: &str,
+    ) -> Result<Option<Target>, TraceeError> {
+        if metadata.nlink() == 0 {
+            if !metadata.is_file() {
+                self.refuse(pid, item, "the directory was removed: close it");
+                return Ok(None);
+            }
+            if metadata.len() > NAMELESS_LIMIT {
+                self.refuse(
+                    pid,
+                    item,
+                    "the file was deleted, and is longer than the 64 MiB that are copied of such",
+                );
+                return Ok(None);
+            }
+            let inode = (metadata.dev(), metadata.ino());
+            let access = (metadata.mode() & 0o7777, metadata.uid(), metadata.gid());
+            let known = self.plan.nameless.iter().position(|known| known.inode == inode);
+            let number = known.unwrap_or_else(|| {
+                self.plan.nameless.push(Nameless { inode, access });
+                self.plan.nameless.len() - 1
+            });
+            return Ok(Some(Target::Nameless(number)));
+        }
+        match self.named(link, Some(place)) {
+            Some(name) => Ok(Some(Target::Name(name))),
+            None => {
+                self.refuse(pid, item, "its name in the volume is not found: try again");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether an inotify watches something in the volume.
+    fn watches(&self, text: &str) -> bool {
+        let device = (self.device >> 8 & 0xfff) << 20 | (self.device & 0xff) | (self.device >> 12 & 0xfff00);
+        text.lines().filter(|line| line.starts_with("inotify ")).any(|line| {
+            let number = |name: &str| {
+                let word = line.split_whitespace().find_map(|word| word.strip_prefix(name))?;
+                u64::from_str_radix(word, 16).ok()
+            };
+            number("sdev:") == Some(device)
+                && number("ino:").is_some_and(|ino| self.inodes.contains_key(&ino))
+        })
+    }
+
+    fn mappings(&mut self, pid: i32) -> Result<(), TraceeError> {
+        let mut advice: Option<BTreeMap<u64, Vec<String>>> = None;
+        for mapping in layout::read_mappings(pid)? {
+            if mapping.name.starts_with("/[aio]") {
+                self.refuse(pid, "an io_setup(2) context", "what it works on can't be seen: not re-homed");
+            }
+            if !mapping.is_file() || !mapping.name.starts_with('/') {
+                continue;
+            }
+            let path = PathBuf::from(mapping.name.strip_suffix(SUFFIX).unwrap_or(&mapping.name));
+            let inside = path.starts_with(&self.subject.volume.path);
+            if !inside && !self.inodes.contains_key(&mapping.inode) {
+                continue;
+            }
+            let place = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
+            let metadata = match fs::metadata(&place) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                metadata => metadata.map_err(TraceeError::proc(place.as_str()))?,
+            };
+            let item = format!("the mapping {:#x}-{:#x} of {}", mapping.start, mapping.end, mapping.name);
+            if !inside || metadata.dev() != self.device {
+                if metadata.dev() == self.device {
+                    self.refuse(
+                        pid,
+                        item,
+                        "a file of the volume, mapped by another way: open it by the volume",
+                    );
+                }
+                continue;
+            }
+            let Some(target) = self.target(pid, &path, &place, &metadata, &item)? else { continue };
+            if advice.is_none() {
+                advice = Some(flags_of_mappings(pid)?);
+            }
+            let flags = advice.as_ref().and_then(|all| all.get(&mapping.start)).cloned().unwrap_or_default();
+            let known = |flag: &String| {
+                PLAIN.contains(&flag.as_str()) || ADVISED.iter().any(|(advised, _)| advised == flag)
+            };
+            if let Some(strange) = flags.iter().find(|flag| !known(flag)) {
+                let item = format!("{item}, which has {strange} in smaps");
+                self.refuse(
+                    pid,
+                    item,
+                    "such a mapping can't be made again: let the program unlock or unmap it",
+                );
+                continue;
+            }
+            let given = ADVISED.iter().filter(|(flag, _)| flags.iter().any(|found| found == flag));
+            self.plan.mappings.push(Part {
+                pid,
+                start: mapping.start,
+                end: mapping.end,
+                offset: mapping.offset,
+                protection: mapping.protection,
+                shared: mapping.shared,
+                may_write: flags.iter().any(|flag| flag == "mw"),
+                advice: given.map(|(_, advice)| *advice).collect(),
+                target,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// `VmFlags` of each mapping, by its first byte.
+fn flags_of_mappings(pid: i32) -> Result<BTreeMap<u64, Vec<String>>, TraceeError> {
+    let mut found = BTreeMap::new();
+    let mut start = None;
+    for line in read_proc(&format!("/proc/{pid}/smaps"))?.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if let Some(start) = start {
+                found.insert(start, flags.split_whitespace().map(str::to_owned).collect());
+            }
+        } else if let Some(mapping) = layout::parse_line(line) {
+            start = Some(mapping.start);
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,165 @@
+//! A host with two storage pools, each a file system on a loop device of its own, and a program in a volume.
+
+use std::{fs, path::PathBuf, process::Command, time::Duration};
+
+use anyhow::{Context, ensure};
+use rswap_agent::{control::SwapVolumeEvent, swap::storage::StorageReport};
+
+use crate::{Fleet, Host, HostOptions, loop_device::LoopDevice, moves::program, rounds, wait_for};
+
+/// How long a program may take for what a scenario waits for.
+const LIMIT: Duration = Duration::from_secs(40);
+
+/// The scene. Dropped in this order: the instance uses the disks.
+#[derive(Debug)]
+pub struct StorageScene {
+    /// The host.
+    pub host: Host,
+    /// The program's log.
+    pub log: PathBuf,
+    /// Where the program sees its volume.
+    pub path: PathBuf,
+    /// The disks: of the pools `one`, `two`.
+    pub disks: Vec<LoopDevice>,
+    /// The network; the last to go, with the host's logs.
+    pub fleet: Fleet,
+}
+
+impl StorageScene {
+    /// Starts a host whose pools have so many bytes each.
+    pub fn set(bytes: [u64; 2]) -> anyhow::Result<Self> {
+        let mut fleet = Fleet::new()?;
+        let scratch = fleet.scratch().to_owned();
+        let (mut disks, mut more) = (Vec::new(), String::new());
+        for (name, bytes) in ["one", "two"].into_iter().zip(bytes) {
+            let directory = scratch.join(name);
+            fs::create_dir(&directory)?;
+            let disk = LoopDevice::create(&directory, bytes)?;
+            let at = disk.mount_point();
+            more +=
+                &format!("[[pool]]\nname = {name:?}\nstorage = {at:?}\nvolumes = {:?}\n\n", at.join("rswap"));
+            disks.push(disk);
+        }
+        let options = HostOptions { more, max_unavailability_ms: 3000, ..HostOptions::default() };
+        let host = fleet.host("a", &options)?;
+        Ok(Self { host, log: scratch.join("program.log"), path: scratch.join("mounted"), disks, fleet })
+    }
+
+    /// Starts `programs/NAME.py LOG VOLUME ARGUMENTS...` as the instance `worker`.
+    pub fn python(&self, name: &str, arguments: &[&str]) -> anyhow::Result<()> {
+        let program = program(&format!("{name}.py"));
+        let words =
+            [program, self.log.clone(), self.path.clone()].map(|path| path.to_string_lossy().into_owned());
+        let [program, log, path] = &words;
+        self.run(&[&["python3", program, log, path], arguments].concat())?;
+        self.goes_on()
+    }
+
+    /// Starts a command as the instance `worker`, with the volume `data`.
+    pub fn run(&self, command: &[&str]) -> anyhow::Result<()> {
+        let volume = format!("data:{}", self.path.display());
+        self.host.run("worker", &["--volume", &volume], command)?;
+        wait_for("the agent to watch the instance", LIMIT, || {
+            Ok(self.host.has_instance("worker")?.then_some(()))
+        })
+    }
+
+    /// Waits for fifty further rounds.
+    pub fn goes_on(&self) -> anyhow::Result<()> {
+        rounds::wait_for_more(&self.log, 50, LIMIT)
+    }
+
+    /// The call that moves the volume to a pool.
+    pub fn swap(&self, pool: &str) -> anyhow::Result<Command> {
+        self.host.rswap(&["swap", "worker", pool, "--volume", "data", "--json"])
+    }
+
+    /// Moves the volume: what it took, or why it stays. What is refused only at the moment is tried again.
+    pub fn moved(&self, pool: &str) -> anyhow::Result<Result<StorageReport, String>> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let output = self.swap(pool)?.output()?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            let last = text.lines().last().context("nothing was answered")?;
+            match serde_json::from_str(last)? {
+                SwapVolumeEvent::Done(report) => return Ok(Ok(report)),
+                SwapVolumeEvent::Failed(error) if error.to_string().contains("try again") && tries < 5 => {}
+                SwapVolumeEvent::Failed(error) => return Ok(Err(error.to_string())),
+                SwapVolumeEvent::Progress(_) => anyhow::bail!("no last word: {text}"),
+            }
+        }
+    }
+
+    /// Moves the volume, and the program must go on there.
+    pub fn moves(&self, pool: &str) -> anyhow::Result<StorageReport> {
+        let report = self.moved(pool)?.map_err(anyhow::Error::msg)?;
+        println!("unavailable {:.1} ms: {:?}", report.unavailability_ms, report.freeze_steps_ms);
+        self.goes_on()?;
+        self.is_on(Some(pool))?;
+        Ok(report)
+    }
+
+    /// The volume is on this pool's disk (or on none), whoever looks, and nowhere else.
+    pub fn is_on(&self, pool: Option<&str>) -> anyhow::Result<()> {
+        let place = self.place();
+        let real = fs::canonicalize(&place)?;
+        let at = |name: &str| self.fleet.scratch().join(name).join("mounted");
+        match pool {
+            Some(pool) => ensure!(real.starts_with(at(pool)), "it is in {}", real.display()),
+            None => ensure!(real == place, "it is in {}", real.display()),
+        }
+        for pid in self.host.pids("worker")? {
+            let seen = fs::metadata(format!("/proc/{pid}/root{}", self.path.display()))?;
+            ensure!(same(&seen, &fs::metadata(&real)?), "process {pid} sees another directory");
+        }
+        let mut found = Vec::new();
+        let gone = wait_for("the other copies to go", LIMIT / 4, || {
+            found.clear();
+            for disk in ["one", "two"] {
+                let pool = at(disk).join("rswap/worker");
+                found.extend(fs::read_dir(pool).into_iter().flatten().flatten().map(|entry| entry.path()));
+                let unfinished = fs::read_dir(at(disk).join("rswap")).into_iter().flatten().flatten();
+                found.extend(unfinished.map(|entry| entry.path()).filter(|path| !path.ends_with("worker")));
+            }
+            found.extend(
+                fs::read_dir(place.parent().context("no parent")?)?.flatten().map(|entry| entry.path()),
+            );
+            found.retain(|path| *path != real && *path != place);
+            let swaps =
+                fs::read_dir(self.fleet.scratch().join("a/volume-swaps")).into_iter().flatten().flatten();
+            found.extend(
+                swaps.map(|entry| entry.path()).filter(|path| path.extension() == Some("json".as_ref())),
+            );
+            Ok(found.is_empty().then_some(()))
+        });
+        gone.with_context(|| format!("still there: {found:?}"))
+    }
+
+    /// Where the agent looks for the volume.
+    pub fn place(&self) -> PathBuf {
+        self.fleet.scratch().join("a/volumes/worker/data")
+    }
+
+    /// No process of the instance has a child that is none of its own.
+    pub fn nothing_is_left(&self) -> anyhow::Result<()> {
+        for pid in self.host.pids("worker")? {
+            let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+            let low = maps
+                .lines()
+                .filter(|line| line.len() > 9 && line.starts_with("000") && line.as_bytes()[8] == b'-');
+            ensure!(low.count() == 0, "process {pid} has a scratch mapping:\n{maps}");
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+            for child in children.split_whitespace() {
+                let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+                ensure!(!status.contains("State:\tZ"), "process {pid} has a zombie:\n{status}");
+            }
+        }
+        Ok(())
+    }
+}
+
+fn same(a: &fs::Metadata, b: &fs::Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    (a.dev(), a.ino()) == (b.dev(), b.ino())
+}

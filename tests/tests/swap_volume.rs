@@ -1,0 +1,126 @@
+//! A volume moves between two file systems while its program runs, and the program finds all as it left it.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use anyhow::ensure;
+use rswap_tests::{reason_to_skip, storage::StorageScene, wait_for};
+
+const MIB: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn there_and_back(test: &str, program: &str, arguments: &[&str]) -> anyhow::Result<()> {
+    if reason_to_skip(test).is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set([256 * MIB, 256 * MIB])?;
+    scene.python(program, arguments)?;
+    scene.is_on(None)?;
+    for pool in ["one", "two", "one"] {
+        scene.moves(pool)?;
+        scene.nothing_is_left()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_program_that_does_everything_in_its_volume_finds_it_as_it_left_it() -> anyhow::Result<()> {
+    let test = "a_program_that_does_everything_in_its_volume_finds_it_as_it_left_it";
+    there_and_back(test, "volume", &["0.005", "8000000"])
+}
+
+#[test]
+fn descriptors_locks_mappings_and_deleted_files_are_re_homed() -> anyhow::Result<()> {
+    there_and_back("descriptors_locks_mappings_and_deleted_files_are_re_homed", "rehomed", &["0.005"])
+}
+
+#[test]
+fn sqlite_in_wal_mode_loses_nothing() -> anyhow::Result<()> {
+    there_and_back("sqlite_in_wal_mode_loses_nothing", "sqlite", &["0.002"])
+}
+
+#[test]
+fn a_disk_that_fills_leaves_the_volume_where_it_was() -> anyhow::Result<()> {
+    if reason_to_skip("a_disk_that_fills_leaves_the_volume_where_it_was").is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set([256 * MIB, 48 * MIB])?;
+    scene.python("volume", &["0.005", "16000000"])?;
+    scene.moves("one")?;
+    // Too little for all of it, and said before anything is copied.
+    let filler: PathBuf = scene.disks[1].mount_point().join("filler");
+    fs::write(&filler, vec![1; 30 << 20])?;
+    let reason = scene.moved("two")?.expect_err("it has no room");
+    ensure!(reason.contains("no room"), "{reason}");
+    scene.goes_on()?;
+    scene.is_on(Some("one"))?;
+    // What has room when it is looked at, and none when it is copied.
+    fs::remove_file(&filler)?;
+    let disk = scene.disks[1].mount_point().to_owned();
+    let swap = std::thread::scope(|scope_of_threads| -> anyhow::Result<_> {
+        let moving = scope_of_threads.spawn(|| scene.moved("two"));
+        wait_for("the copy to begin", LIMIT, || {
+            let arriving = fs::read_dir(disk.join("rswap")).into_iter().flatten().flatten();
+            Ok(arriving
+                .map(|entry| entry.file_name())
+                .any(|n| n.to_string_lossy().starts_with(".arr"))
+                .then_some(()))
+        })?;
+        let file = fs::File::create(&filler)?;
+        let mut bytes = 48 * MIB;
+        // All that is left but what was copied meanwhile.
+        while bytes > MIB / 2
+            && nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, bytes as i64).is_err()
+        {
+            bytes -= MIB / 4;
+        }
+        moving.join().map_err(|_| anyhow::anyhow!("it panicked"))?
+    })?;
+    let reason = swap.expect_err("the disk is full");
+    println!("{reason}");
+    scene.goes_on()?;
+    scene.is_on(Some("one"))?;
+    ensure!(!reason.contains("no room"), "the disk was filled too early");
+    fs::remove_file(&filler)?;
+    scene.moves("two").map(drop)
+}
+
+/// The failure comes after the commit, when descriptors are on the new copy already.
+#[test]
+fn a_mapping_that_can_not_be_made_leads_back_to_the_old_copy() -> anyhow::Result<()> {
+    if reason_to_skip("a_mapping_that_can_not_be_made_leads_back_to_the_old_copy").is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set([128 * MIB, 128 * MIB])?;
+    scene.python("limited", &[])?;
+    for _ in 0..2 {
+        let reason = scene.moved("one")?.expect_err("there is no room for the mapping");
+        ensure!(reason.contains("mmap") && !reason.contains("way back failed"), "{reason}");
+        scene.goes_on()?;
+        scene.is_on(None)?;
+        scene.nothing_is_left()?;
+    }
+    fs::write(scene.log.with_extension("log.free"), "")?;
+    scene.goes_on()?;
+    for pool in ["one", "two"] {
+        scene.moves(pool)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_can_not_be_re_homed_is_refused_by_its_name() -> anyhow::Result<()> {
+    if reason_to_skip("what_can_not_be_re_homed_is_refused_by_its_name").is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set([64 * MIB, 64 * MIB])?;
+    scene.python("refused_in_volume", &[])?;
+    let reason = scene.moved("one")?.expect_err("a bound socket, a FIFO and an inotify");
+    for what in ["the unix socket bound", "/fifo)", "inotify"] {
+        ensure!(reason.contains(what), "{what} is missing: {reason}");
+    }
+    scene.goes_on()?;
+    scene.is_on(None)?;
+    let unknown = scene.moved("three")?.expect_err("there is no such pool");
+    ensure!(unknown.contains("no storage pool"), "{unknown}");
+    Ok(())
+}
