@@ -35,7 +35,7 @@ fn descriptors_locks_mappings_and_deleted_files_are_re_homed() -> anyhow::Result
 
 #[test]
 fn sqlite_in_wal_mode_loses_nothing() -> anyhow::Result<()> {
-    there_and_back("sqlite_in_wal_mode_loses_nothing", "sqlite", &["0.002"])
+    there_and_back("sqlite_in_wal_mode_loses_nothing", "sqlite_wal", &["0.002"])
 }
 
 #[test]

@@ -24,7 +24,7 @@ fn descriptors_outlive_an_agent_that_is_killed() -> anyhow::Result<()> {
 
 #[test]
 fn sqlite_outlives_an_agent_that_is_killed() -> anyhow::Result<()> {
-    killed("sqlite_outlives_an_agent_that_is_killed", "sqlite", &["0.002"], 11)
+    killed("sqlite_outlives_an_agent_that_is_killed", "sqlite_wal", &["0.002"], 11)
 }
 
 fn killed(test: &str, program: &str, arguments: &[&str], first: usize) -> anyhow::Result<()> {
