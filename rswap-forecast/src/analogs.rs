@@ -6,10 +6,7 @@
 use serde::{Deserialize, Serialize};
 use serde_big_array::BigArray;
 
-use super::{
-    lead::TAILS,
-    numeric::{Position, Short},
-};
+use super::{lead::TAILS, numeric::Position};
 
 /// Outcomes kept.
 pub(super) const KEPT: usize = 112;
@@ -134,25 +131,15 @@ pub(super) struct Analogs {
     next: usize,
     /// How many of the newest come of moments since the level last changed.
     since_change: usize,
-    /// Where the value stood, and how much it had just moved.
+    /// Where the value stood.
     #[serde(with = "BigArray")]
     level: [Position; KEPT],
-    #[serde(with = "BigArray")]
-    unrest: [Short; KEPT],
     /// How far the regression was off.
     missed: Sorted,
     /// How far the value had gone.
     gone: Sorted,
     /// Order of where the value then was: at the level, and as far on as it had gone.
     came: Order,
-}
-
-/// Weights of the outcomes for the present moment.
-pub(super) struct Likeness {
-    /// By age and likeness of the unrest.
-    pub(super) unrest: Weights,
-    /// By age and likeness of the level.
-    pub(super) level: Weights,
 }
 
 impl Analogs {
@@ -162,7 +149,6 @@ impl Analogs {
             next: 0,
             since_change: KEPT,
             level: [Position::default(); KEPT],
-            unrest: [Short::default(); KEPT],
             missed: Sorted::new(),
             gone: Sorted::new(),
             came: Order::EMPTY,
@@ -177,18 +163,16 @@ impl Analogs {
     pub(super) fn is_sound(&self) -> bool {
         let places =
             self.len <= KEPT && self.next < KEPT && self.since_change <= KEPT && self.came.is_sound();
-        let finite = self.unrest.iter().all(|unrest| unrest.get().is_finite());
-        places && finite && self.missed.is_sound() && self.gone.is_sound()
+        places && self.missed.is_sound() && self.gone.is_sound()
     }
 
-    pub(super) fn add(&mut self, level: f32, unrest: f32, missed: f32, gone: f32) {
+    pub(super) fn add(&mut self, level: f32, missed: f32, gone: f32) {
         let level = Position::new(level);
         let came = |place: usize| self.level[place].get() + self.gone.values[place];
         self.came.put(self.next, self.len, level.get() + gone, came);
         self.missed.put(self.next, self.len, missed);
         self.gone.put(self.next, self.len, gone);
         self.level[self.next] = level;
-        self.unrest[self.next] = Short::new(unrest);
         self.len = (self.len + 1).min(KEPT);
         self.next = (self.next + 1) % KEPT;
         self.since_change = (self.since_change + 1).min(KEPT);
@@ -213,22 +197,16 @@ impl Analogs {
         self.level[place].get() + self.gone.values[place]
     }
 
-    /// `typical` is how far the value usually is from where it was.
-    pub(super) fn likeness(&self, level: f32, unrest: f32, typical: f32) -> Likeness {
-        let age = self.ages();
-        let (mut by_unrest, mut by_level) = (age, age);
-        let typical = typical.max(1e-6);
-        let near = 1.0 / (typical * LIKE);
+    /// Weights of the outcomes by age, and by how near their moment's level was; `typical` is how far the value usually is from where
+    /// it was.
+    pub(super) fn likeness(&self, level: f32, typical: f32) -> Weights {
+        let mut weights = self.ages();
+        let near = 1.0 / (typical.max(1e-6) * LIKE);
         for i in 0..KEPT {
             let off = (self.level[i].get() - level) * near;
-            by_level[i] *= 1.0 / (1.0 + off * off) + FLOOR;
-            let then = self.unrest[i].get();
-            let sum = 0.5 * (then + unrest) + 0.1 * typical;
-            let off = (then - unrest) * (1.0 / LIKE);
-            let (sum, off) = (sum * sum, off * off);
-            by_unrest[i] *= sum / (sum + off);
+            weights[i] *= 1.0 / (1.0 + off * off) + FLOOR;
         }
-        Likeness { unrest: by_unrest, level: by_level }
+        weights
     }
 
     /// How far the regression was off, at moments that weigh so much.
@@ -246,8 +224,8 @@ impl Analogs {
         self.came.quantiles(self.len, weights, |place| self.came_to(place))
     }
 
-    /// Evenly spaced quantiles of the regression's errors and of the changes, and the mean unrest.
-    pub(super) fn sketch<const N: usize>(&self) -> ([f32; N], [f32; N], f32) {
+    /// Evenly spaced quantiles of the regression's errors and of the changes.
+    pub(super) fn sketch<const N: usize>(&self) -> ([f32; N], [f32; N]) {
         let at = |sorted: &Sorted| {
             std::array::from_fn(|i| {
                 if self.len == 0 {
@@ -256,8 +234,7 @@ impl Analogs {
                 sorted.values[usize::from(sorted.order.0[(2 * i + 1) * self.len / (2 * N)])]
             })
         };
-        let unrest: f32 = self.unrest[..self.len].iter().map(|unrest| unrest.get()).sum();
-        (at(&self.missed), at(&self.gone), unrest / self.len.max(1) as f32)
+        (at(&self.missed), at(&self.gone))
     }
 
     /// Mean pinball loss of the regression's errors against their own quantiles.

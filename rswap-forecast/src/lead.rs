@@ -11,7 +11,7 @@ use super::{
     mixture::{EXPERTS, Mixture, Opinions},
     numeric::{Position, Short, displaced},
     prior::Prior,
-    regression::{BACK, Features, Regression},
+    regression::{ABOVE, BACK, Features, Regression},
     steered::{Signs, Steered},
 };
 
@@ -32,15 +32,20 @@ const MOVING: f32 = 0.2;
 /// No forecast is above so many times the highest value.
 const HIGHEST: f64 = 1.5;
 
-// The experts: the regression with steered spreads, and with analogs of its errors (by unrest, by level); analogs of changes, and
-// of values; the long histogram; the season; and one that is narrower than the others, so that their mixture can be, too.
-const STEERED: usize = 0;
-const MISSED: [usize; 2] = [1, 2];
+// The experts: steered spreads around three centres; the regression with analogs of its errors; analogs of changes, and of values; the
+// long histogram; the season; and one that is narrower than the others, so that their mixture can be, too.
+const STEERED: [usize; CENTRES] = [0, 1, 8];
+const MISSED: usize = 2;
 const GONE: usize = 3;
-const NARROW: usize = 7;
 const CAME: usize = 4;
 const LONG: usize = 5;
 const SEASON: usize = 6;
+const NARROW: usize = 7;
+
+/// What steered spreads are around: the regression's forecast, where the value was within the last windows, and where it usually is at
+/// that time of the day. The regression fits what moves with it, the other two need no fit: of a long lead, there is little to
+/// fit to.
+pub(super) const CENTRES: usize = 3;
 
 /// What is known at one moment; positions are on the series' scale.
 pub(super) struct Moment {
@@ -72,7 +77,6 @@ struct Pending {
     features: Features,
     predicted: f32,
     level: f32,
-    unrest: f32,
     signs: Signs,
     season: Option<f32>,
     value: f64,
@@ -97,7 +101,7 @@ pub(super) struct Lead {
     stride: u32,
     pending: VecDeque<Pending>,
     regression: Regression,
-    steered: Steered,
+    steered: [Steered; CENTRES],
     analogs: Analogs,
     season: Option<Box<SeasonErrors>>,
     known: [bool; EXPERTS],
@@ -123,7 +127,7 @@ impl Lead {
             stride: stride as u32,
             pending: VecDeque::with_capacity(steps.div_ceil(stride) + 1),
             regression: Regression::new(),
-            steered: Steered::new(),
+            steered: std::array::from_fn(|_| Steered::new()),
             analogs: Analogs::new(),
             season: None,
             known,
@@ -146,7 +150,7 @@ impl Lead {
             let all =
                 pending.features.iter().chain(&pending.given).chain(&pending.season).chain(&pending.signs);
             let said = pending.said.iter().flatten().flatten().map(|opinion| opinion.get());
-            let numbers = [pending.predicted, pending.level, pending.unrest];
+            let numbers = [pending.predicted, pending.level];
             all.copied().chain(said).chain(numbers).all(f32::is_finite) && pending.value.is_finite()
         });
         let season = self
@@ -158,7 +162,9 @@ impl Lead {
             && self.shift.iter().chain([&self.error]).copied().all(f32::is_finite)
             && self.newest.iter().all(|need| need.is_finite() && *need >= 0.0);
         let mixtures = self.mixtures.iter().all(Mixture::is_sound);
-        let learnt = self.regression.is_sound() && self.steered.is_sound() && self.analogs.is_sound();
+        let learnt = self.regression.is_sound()
+            && self.steered.iter().all(Steered::is_sound)
+            && self.analogs.is_sound();
         shape && pending && season && own && mixtures && learnt
     }
 
@@ -209,8 +215,10 @@ impl Lead {
             kept.add(now.level - season);
         }
         let missed = gone - due.predicted;
-        self.steered.learn(&due.signs, missed, self.stride);
-        self.analogs.add(due.level, due.unrest, missed, gone);
+        for (steered, centre) in self.steered.iter_mut().zip(centres(due.predicted, &due.features)) {
+            steered.learn(&due.signs, gone - centre, self.stride);
+        }
+        self.analogs.add(due.level, missed, gone);
         if due.due.wrapping_sub(self.steps) < self.level_since {
             self.analogs.level_changed(0);
         }
@@ -235,7 +243,8 @@ impl Lead {
             self.regression.predict(features).clamp(now.range.0 - now.level, now.range.1 - now.level);
         // A feature is how far the value is from where it usually is at the time that is forecast.
         let signs = [now.typical, now.unrest, now.moving + MOVING * now.typical, features[BACK]];
-        let said = (self.analogs.len() >= MIN_OUTCOMES).then(|| self.ask(now, predicted, season, &signs));
+        let said = (self.analogs.len() >= MIN_OUTCOMES)
+            .then(|| self.ask(now, centres(predicted, features), season, &signs));
         let mut given = [0.0f32; 4];
         if let Some(said) = &said {
             for k in 0..4 {
@@ -251,7 +260,6 @@ impl Lead {
                 features: *features,
                 predicted,
                 level: now.level,
-                unrest: now.unrest,
                 signs,
                 season,
                 value: now.value,
@@ -262,28 +270,34 @@ impl Lead {
     }
 
     /// What each expert says of each quantile, as a distance from the present value.
-    fn ask(&self, now: &Moment, predicted: f32, season: Option<f32>, signs: &Signs) -> [Opinions; 4] {
-        let like = self.analogs.likeness(now.level, now.unrest, now.typical);
+    fn ask(
+        &self,
+        now: &Moment,
+        centres: [f32; CENTRES],
+        season: Option<f32>,
+        signs: &Signs,
+    ) -> [Opinions; 4] {
+        let like = self.analogs.likeness(now.level, now.typical);
         let mut far = [[0.0f32; EXPERTS]; 4];
         let mut put = |expert: usize, at: f32, quantiles: [f32; 4]| {
             for k in 0..4 {
                 far[k][expert] = at + quantiles[k];
             }
         };
-        put(STEERED, predicted, self.steered.quantiles(signs));
-        for (expert, weights) in MISSED.into_iter().zip([&like.unrest, &like.level]) {
-            put(expert, predicted, self.analogs.missed(weights));
+        for ((expert, centre), steered) in STEERED.into_iter().zip(centres).zip(&self.steered) {
+            put(expert, centre, steered.quantiles(signs));
         }
-        put(GONE, 0.0, self.analogs.gone(&like.level));
+        put(MISSED, centres[0], self.analogs.missed(&like));
+        put(GONE, 0.0, self.analogs.gone(&like));
         // Rounded as where outcomes came to: what never moves is forecast as itself.
-        put(CAME, -Position::new(now.level).get(), self.analogs.came(&like.level));
+        put(CAME, -Position::new(now.level).get(), self.analogs.came(&like));
         put(LONG, -now.level, now.long.map(|position| position.clamp(now.range.0, now.range.1)));
         if let (Some(errors), Some(season)) = (&self.season, season) {
             put(SEASON, season - now.level, errors.quantiles());
         }
         for k in 0..4 {
-            let mid = if k == 0 { 0.0 } else { far[0][MISSED[0]] };
-            far[k][NARROW] = mid + NARROWER * (far[k][MISSED[0]] - mid);
+            let mid = if k == 0 { 0.0 } else { far[0][STEERED[0]] };
+            far[k][NARROW] = mid + NARROWER * (far[k][STEERED[0]] - mid);
         }
         let value = now.value as f32;
         let slope = (value * value + now.unit * now.unit).sqrt();
@@ -355,6 +369,11 @@ impl Lead {
             self.shift = [0.0; 4];
         }
     }
+}
+
+/// What steered spreads are around, as distances from the present position.
+fn centres(predicted: f32, features: &Features) -> [f32; CENTRES] {
+    [predicted, -features[ABOVE], features[BACK]]
 }
 
 impl SeasonErrors {

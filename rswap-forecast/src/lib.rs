@@ -2,8 +2,8 @@
 //!
 //! Online: one update per instance and window, in constant memory. Amounts are seen on a scale that is linear near 0 and
 //! logarithmic far from it ([`series`]). For each lead, experts give quantiles: a regression on smoothed values and the time of
-//! the day ([`regression`]), with its own past errors, and with spreads that are steered by them ([`steered`]); changes and values
-//! that followed on similar moments ([`analogs`]); a fading histogram and the day's habit ([`habit`]); a found season, repeated
+//! the day ([`regression`]), with its own past errors; spreads that are steered by errors ([`steered`]) around it, around the last
+//! windows and around what is usual at that time of the day; changes and values that followed on similar moments ([`analogs`]); a fading histogram and the day's habit ([`habit`]); a found season, repeated
 //! ([`season`]). They are mixed for each quantile by what mixing would have gained ([`mixture`]), and a conformal step then moves
 //! each quantile until it is exceeded as often as it says ([`lead`]). Where the level has changed ([`level`]), what came before
 //! counts less. What a series has learnt can be handed to new ones of its kind, by name, class and likeness ([`priors`]). Nothing

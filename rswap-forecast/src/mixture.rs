@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::numeric::expm1;
 
 /// Number of experts.
-pub(super) const EXPERTS: usize = 8;
+pub(super) const EXPERTS: usize = 9;
 /// What the experts say about one quantile.
 pub(super) type Opinions = [f32; EXPERTS];
 

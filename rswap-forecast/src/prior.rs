@@ -10,6 +10,7 @@ use super::{
     amounts::Amounts,
     analogs::{self, Analogs},
     habit::Histogram,
+    lead::CENTRES,
     mixture::{EXPERTS, Mixture},
     profile::Profile,
     regression::{FEATURES, Regression},
@@ -19,7 +20,7 @@ use super::{
 /// Outcomes that a new series is given in place of its own: about so many of its own outweigh them.
 const GIVEN: usize = 6;
 /// Format of stored priors.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// What is hardly ever exceeded: by this share of time.
 const HARDLY: f64 = 0.005;
 /// Nobody knows less of how its kind moves than one that uses so much.
@@ -66,15 +67,14 @@ impl Known {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct LeadPrior {
     regression: [f32; FEATURES],
-    /// Coefficients of the steered spreads, per quantile.
+    /// Coefficients of the steered spreads, per centre and quantile.
     #[serde(default)]
-    steered: [Signs; 4],
+    steered: [[Signs; 4]; CENTRES],
     /// What was gained by each expert, per quantile.
     gained: [[f32; EXPERTS]; 4],
     /// Evenly spaced quantiles of the regression's errors, and of changes.
     missed: [f32; GIVEN],
     gone: [f32; GIVEN],
-    unrest: f32,
 }
 
 /// A prior that can't be used.
@@ -101,7 +101,7 @@ impl Prior {
         let finite = |numbers: &[f32]| numbers.iter().all(|number| number.is_finite());
         let lead_is_fine = |lead: &LeadPrior| {
             let gained = lead.gained.iter().all(|gained| finite(gained));
-            let steered = lead.steered.iter().all(|steered| finite(steered));
+            let steered = lead.steered.iter().flatten().all(|steered| finite(steered));
             finite(&lead.regression) && steered && gained && finite(&lead.missed) && finite(&lead.gone)
         };
         let numbers = [self.series, self.active].iter().all(|number| number.is_finite())
@@ -138,11 +138,11 @@ impl Prior {
         };
         for (own, other) in self.leads.iter_mut().zip(&other.leads) {
             towards(&mut own.regression, &other.regression);
-            own.steered.iter_mut().zip(&other.steered).for_each(|(own, other)| towards(own, other));
+            let (own_steered, steered) = (own.steered.iter_mut().flatten(), other.steered.iter().flatten());
+            own_steered.zip(steered).for_each(|(own, other)| towards(own, other));
             towards(&mut own.missed, &other.missed);
             towards(&mut own.gone, &other.gone);
             own.gained.iter_mut().zip(&other.gained).for_each(|(own, other)| towards(own, other));
-            own.unrest += (other.unrest - own.unrest) * share;
         }
     }
 
@@ -172,14 +172,14 @@ impl Prior {
     pub(super) fn add_lead(
         &mut self,
         regression: &Regression,
-        steered: &Steered,
+        steered: &[Steered; CENTRES],
         analogs: &Analogs,
         mixtures: &[Mixture; 4],
     ) {
-        let (missed, gone, unrest) = analogs.sketch();
+        let (missed, gone) = analogs.sketch();
         let gained = std::array::from_fn(|k| *mixtures[k].gained());
-        let (regression, steered) = (*regression.weights(), *steered.weights());
-        self.leads.push(LeadPrior { regression, steered, gained, missed, gone, unrest });
+        let (regression, steered) = (*regression.weights(), steered.each_ref().map(|one| *one.weights()));
+        self.leads.push(LeadPrior { regression, steered, gained, missed, gone });
     }
 
     /// What the series are like that it comes from.
@@ -208,17 +208,19 @@ impl Prior {
         lead: usize,
         usual: &[f32],
         regression: &mut Regression,
-        steered: &mut Steered,
+        steered: &mut [Steered; CENTRES],
         analogs: &mut Analogs,
     ) {
         let Some(prior) = self.leads.get(lead) else { return };
         regression.start_from(&prior.regression);
-        steered.start_from(&prior.steered, STEERED_BY);
+        for (steered, weights) in steered.iter_mut().zip(&prior.steered) {
+            steered.start_from(weights, STEERED_BY);
+        }
         let levels = analogs::spread::<GIVEN>(usual, Histogram::WIDTH);
         for i in 0..GIVEN {
             // In an order that pairs no high level with a high change.
             let (missed, gone) = (prior.missed[(i * 5 + 2) % GIVEN], prior.gone[(i * 5 + 2) % GIVEN]);
-            analogs.add(levels[i] - gone, prior.unrest, missed, gone);
+            analogs.add(levels[i] - gone, missed, gone);
         }
     }
 

@@ -78,7 +78,7 @@ fn what_was_learnt_is_stored_merged_and_checked() {
     assert_eq!(here.of("web", "shop-4").unwrap().series(), 1.0 + 3.0 + 1.0);
     assert_eq!(all.check(3), Err(PriorError::Leads(2, 3)));
     let json = serde_json::to_string(&all).unwrap();
-    let newer: Prior = serde_json::from_str(&json.replace("\"version\":3", "\"version\":7")).unwrap();
+    let newer: Prior = serde_json::from_str(&json.replace("\"version\":4", "\"version\":7")).unwrap();
     assert_eq!(newer.check(2), Err(PriorError::Version(7)));
     assert!(Series::from_prior(&LEADS, DAY, &newer).is_err());
 }
@@ -167,7 +167,7 @@ fn kinds_of_profile_are_bounded_and_merged() {
 #[test]
 fn what_another_release_taught_gives_way() {
     let mut priors = taught_by(1..3);
-    let json = serde_json::to_string(&priors).unwrap().replace("\"version\":3", "\"version\":1");
+    let json = serde_json::to_string(&priors).unwrap().replace("\"version\":4", "\"version\":1");
     let mut older: Priors = serde_json::from_str(&json).unwrap();
     assert_eq!(older.of("web", "x").unwrap().check(2), Err(PriorError::Version(1)));
     older.merge(&priors);

@@ -9,7 +9,7 @@ use super::{
     history::{History, MOST},
     lead::{Lead, Moment, TAILS},
     level::Level,
-    numeric::asinh,
+    numeric::{Position, asinh},
     prior::{Known, Prior, PriorError},
     profile::{BLOCK, Profile, Profiler},
     regression::Features,
@@ -268,6 +268,8 @@ impl Series {
 
     fn forecast(&mut self, seen: bool) {
         let level = self.newest[0];
+        // As what is usual is kept: what never moves is where it usually is, to the last bit.
+        let rounded = Position::new(level).get();
         let now = Moment {
             tick: self.tick,
             value: self.value,
@@ -293,7 +295,7 @@ impl Series {
                 level - self.smoothed[4],
                 self.newest[0] - self.newest[1],
                 self.newest[1] - self.newest[2],
-                there.map_or(0.0, |there| there - level),
+                there.map_or(0.0, |there| there - rounded),
                 there.zip(here).map_or(0.0, |(there, here)| there - here),
                 season.map_or(0.0, |season| season - level),
                 self.newest[2] - self.newest[3],

@@ -21,7 +21,7 @@ use crate::{ForecastConfig, Forecaster, Priors, Resource, forecaster::Watched};
 
 const MAGIC: &[u8; 16] = b"rswap forecasts\0";
 /// Version of the state: what a series is made of changes with the forecast.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Version of lessons.
 const LESSONS: u32 = 1;
 const HEAD: usize = MAGIC.len() + 4 + 8;

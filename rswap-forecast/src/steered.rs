@@ -1,4 +1,4 @@
-//! How far the value lies from the regression's forecast, as quantiles that are steered one by one: the expert with the long memory.
+//! How far the value lies from a centre, such as the regression's forecast, as quantiles that are steered one by one: the expert with the long memory.
 //!
 //! Each is a sum of what makes errors large, and of the way back to the usual, with coefficients that follow the gradient of the pinball loss. It needs no
 //! outcomes kept, so that a quantile that few of them reach is still told by all of them.
@@ -47,7 +47,7 @@ impl Steered {
         self.seen = outcomes;
     }
 
-    /// Distances from the regression's forecast.
+    /// Distances from the centre.
     pub(super) fn quantiles(&self, signs: &Signs) -> [f32; 4] {
         if square(signs) <= STILL {
             return [0.0; 4];
@@ -55,7 +55,7 @@ impl Steered {
         std::array::from_fn(|k| at(&self.weights[k], signs))
     }
 
-    /// `missed` is how far the regression was off, `stride` for how many outcomes this one stands.
+    /// `missed` is how far the value was from the centre, `stride` for how many outcomes this one stands.
     pub(super) fn learn(&mut self, signs: &Signs, missed: f32, stride: u32) {
         let square = square(signs);
         if !(missed.is_finite() && square.is_finite() && square > STILL) {
