@@ -10,8 +10,8 @@ use clap::Parser;
 use comfy_table::{Table, presets};
 use rswap_agent::forecast::Quantile;
 use rswap_simulate::replay::{
-    Act, MoveModel, Placement, Reactive, Report, Scenario, Shape, SimPool, Workload, forecast_for, plan_for,
-    simulate,
+    Act, MoveModel, Placement, Policy, Reactive, Report, Scenario, Shape, SimPool, Workload, forecast_for,
+    plan_for, simulate,
 };
 use rswap_tests::traces::{self, Column, GRID_S};
 use serde_json::json;
@@ -81,10 +81,13 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn compare(scenario: &Scenario) -> Report {
-    let (mut strict, mut usual) = (Act::new(scenario, Quantile::P99), Act::new(scenario, Quantile::P95));
+    let acting = [Quantile::P99, Quantile::P95, Quantile::P90, Quantile::P50];
+    let mut acting = acting.map(|quantile| Act::new(scenario, quantile));
     let (mut never, mut reactive) = (Reactive::never(), Reactive::by_thresholds());
     let first = Placement::by_peak(scenario);
-    simulate(scenario, &first, &mut [&mut strict, &mut usual, &mut never, &mut reactive])
+    let acting = acting.iter_mut().map(|act| act as &mut dyn Policy);
+    let others: [&mut dyn Policy; 2] = [&mut never, &mut reactive];
+    simulate(scenario, &first, &mut acting.chain(others).collect::<Vec<_>>())
 }
 
 fn scenario(column: &Column, unit: f64, shape: Shape) -> anyhow::Result<Scenario> {
