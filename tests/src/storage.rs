@@ -57,8 +57,13 @@ impl StorageScene {
 
     /// Starts a command as the instance `worker`, with the volume `data`.
     pub fn run(&self, command: &[&str]) -> anyhow::Result<()> {
+        self.run_with(&[], command)
+    }
+
+    /// The same, with further options of `rswap run`.
+    pub fn run_with(&self, options: &[&str], command: &[&str]) -> anyhow::Result<()> {
         let volume = format!("data:{}", self.path.display());
-        self.host.run("worker", &["--volume", &volume], command)?;
+        self.host.run("worker", &[&["--volume", &volume], options].concat(), command)?;
         wait_for("the agent to watch the instance", LIMIT, || {
             Ok(self.host.has_instance("worker")?.then_some(()))
         })

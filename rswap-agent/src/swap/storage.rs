@@ -336,6 +336,7 @@ fn in_freeze(
 ) -> Result<StorageReport, StorageError> {
     let StorageOrder { instance, volume, .. } = order;
     let mut steps = Steps::begin();
+    let readiness = hold::Readiness::begin();
     let stopped = Stopped::all(instance)?;
     steps.step("stop");
     let pids = stopped.pids();
@@ -361,6 +362,7 @@ fn in_freeze(
     };
     let mut hands =
         stopped.hand_over(instance, &plan, false, note).inspect_err(|_| thaw_unchanged(instance))?;
+    drop(readiness);
     steps.step("hand over");
     let moved = activate(&record.switch, &plan, &sides, &mut hands);
     steps.step("re-home and verify");

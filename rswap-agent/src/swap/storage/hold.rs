@@ -3,6 +3,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use super::StorageError;
@@ -20,6 +26,8 @@ use crate::{
 
 /// Passes over the tree before processes that are made faster than they can be stopped are given up.
 const MAX_PASSES: usize = 100;
+/// How often [`Readiness`] is renewed.
+const READY_EVERY: Duration = Duration::from_millis(3);
 /// The cgroup of the tasks, beside the instances': no instance's name begins like this.
 const CGROUP: &str = ".hands";
 
@@ -89,7 +97,46 @@ impl Stopped {
     }
 }
 
-/// Makes the cgroup of the tasks, and looks for what calls in the programs will need.
+/// Keeps the kernel ready to move a task to another cgroup, until it is dropped: the first move after a while waits for all
+/// processors to take note (12 ms here), and each that follows soon does not (0.1 ms).
+pub(super) struct Readiness {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Readiness {
+    pub(super) fn begin() -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let is_over = over.clone();
+        let thread = thread::spawn(move || {
+            let Some(own) = own_cgroup() else { return };
+            while !is_over.load(Ordering::Acquire) {
+                // To where it is: nothing changes. What fails only leaves the freeze longer.
+                let _ = fs::write(own.join("cgroup.procs"), "0");
+                thread::sleep(READY_EVERY);
+            }
+        });
+        Self { over, thread: Some(thread) }
+    }
+}
+
+impl Drop for Readiness {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The cgroup v2 that this process is in.
+fn own_cgroup() -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(cgroup::mount_point().ok()?.join(path)).filter(|path| path.is_dir())
+}
+
+/// Makes the cgroup of the tasks.
 pub(super) fn prepare(instance: &Instance) -> Result<PathBuf, StorageError> {
     let directory = hands_cgroup(&instance.cgroup);
     fs::create_dir_all(&directory).map_err(StorageError::io(format!("making {}", directory.display())))?;

@@ -235,6 +235,5 @@ fn nameless(mount: &OwnedFd, id: u64, plan: &Plan, number: usize) -> io::Result<
     let (mode, uid, gid) = access;
     rustix::fs::chownat(&made, "", Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::EMPTY_PATH)?;
     made.set_permissions(Permissions::from_mode(mode))?;
-    made.sync_data()?;
     Ok(made)
 }

@@ -1,0 +1,112 @@
+//! Databases whose directories move between disks while clients write: nothing acknowledged is lost, and no connection breaks.
+
+use std::{fs, io::BufReader, net::Ipv4Addr};
+
+use anyhow::{Context, ensure};
+use rswap_tests::{
+    client::VerifyingClient,
+    converse::converse,
+    moves::{LIMIT, START_LIMIT, finish},
+    postgres, reason_to_skip,
+    storage::StorageScene,
+    wait_for,
+};
+
+const MIB: u64 = 1 << 20;
+const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
+/// There and back, five times each.
+const SWAPS: usize = 10;
+
+/// Makes a cluster in the volume, and becomes the server.
+const START: &str = r#"
+set -e
+as_postgres="setpriv --reuid postgres --regid postgres --init-groups"
+chown postgres:postgres "$DATA"
+chmod 700 "$DATA"
+$as_postgres "$BIN/initdb" -D "$DATA" -A trust --locale=C --no-sync > /dev/null
+echo "host all all 0.0.0.0/0 trust" >> "$DATA/pg_hba.conf"
+cd /
+exec $as_postgres "$BIN/postgres" -D "$DATA" -c listen_addresses=0.0.0.0 -c unix_socket_directories= \
+    -c huge_pages=off -c shared_buffers=16MB -c max_connections=20 -c max_wal_size=64MB -c dynamic_shared_memory_type=mmap
+"#;
+
+fn binaries() -> anyhow::Result<String> {
+    let found = fs::read_dir("/usr/lib/postgresql").context("PostgreSQL is not installed")?.flatten();
+    let mut found: Vec<_> =
+        found.map(|entry| entry.path().join("bin")).filter(|path| path.join("postgres").exists()).collect();
+    found.sort();
+    Ok(found.pop().context("PostgreSQL is not installed")?.to_string_lossy().into_owned())
+}
+
+/// Moves the volume [`SWAPS`] times; `goes_on` must succeed after each.
+fn there_and_back(
+    scene: &StorageScene,
+    mut goes_on: impl FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    for pool in ["one", "two"].into_iter().cycle().take(SWAPS) {
+        let report = scene.moved(pool)?.map_err(anyhow::Error::msg)?;
+        println!(
+            "unavailable {:.1} ms, {} re-homed: {:?}",
+            report.unavailability_ms, report.rehomed, report.freeze_steps_ms
+        );
+        goes_on()?;
+        scene.is_on(Some(pool))?;
+        scene.nothing_is_left()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_sum_holds_through_ten_swaps() -> anyhow::Result<()> {
+    if reason_to_skip("the_sum_holds_through_ten_swaps").is_some() {
+        return Ok(());
+    }
+    const PORT: u16 = 5432;
+    let scene = StorageScene::set([512 * MIB, 512 * MIB])?;
+    let (data, bin) = (format!("DATA={}", scene.path.display()), format!("BIN={}", binaries()?));
+    let net = format!("{SERVER}/24");
+    scene.run_with(&["--net", &net], &["env", &data, &bin, "sh", "-c", START])?;
+    let prepared = scene.fleet.client.spawn("prepare", || {
+        // It listens before it is ready.
+        let prepare =
+            || postgres::prepare(&mut BufReader::new(std::net::TcpStream::connect((SERVER, PORT))?));
+        wait_for("the tables", START_LIMIT, || Ok(prepare().ok()))
+    })?;
+    prepared.join().map_err(|_| anyhow::anyhow!("the preparation panicked"))??;
+    let client = converse(&scene.fleet.client, (SERVER, PORT).into(), 4, postgres::transfer)?;
+    client.wait_for(50, LIMIT)?;
+    let moved = there_and_back(&scene, || client.wait_for(50, LIMIT));
+    let talked = finish("postgres", client);
+    moved.and(talked)
+}
+
+#[test]
+fn redis_loses_no_acknowledged_write_with_an_append_only_file() -> anyhow::Result<()> {
+    if reason_to_skip("redis_loses_no_acknowledged_write_with_an_append_only_file").is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set([256 * MIB, 256 * MIB])?;
+    let (path, net) = (scene.path.to_string_lossy().into_owned(), format!("{SERVER}/24"));
+    let server = ["redis-server", "--dir", &path, "--appendonly", "yes", "--appendfsync", "everysec"];
+    let options = ["--save", "", "--protected-mode", "no"];
+    scene.run_with(&["--net", &net], &[&server[..], &options[..]].concat())?;
+    let knock = || {
+        let address = (SERVER, 6379).into();
+        let limit = std::time::Duration::from_secs(1);
+        wait_for("Redis", START_LIMIT, || {
+            Ok(std::net::TcpStream::connect_timeout(&address, limit).ok().map(drop))
+        })
+    };
+    let knocking = scene.fleet.client.spawn("knock", knock)?;
+    knocking.join().map_err(|_| anyhow::anyhow!("the one who knocked panicked"))??;
+    let client = VerifyingClient::start(&scene.fleet.client, SERVER, std::time::Duration::from_millis(1))?;
+    client.wait_for_acks(200, LIMIT)?;
+    there_and_back(&scene, || client.wait_for_acks(200, LIMIT))?;
+    let seen = client.finish(&scene.fleet.client)?;
+    println!("{seen:?}");
+    ensure!(seen.lost_writes == 0, "{} writes are lost", seen.lost_writes);
+    let files = fs::read_dir(fs::canonicalize(scene.place())?.join("appendonlydir"))?.flatten();
+    let bytes: u64 = files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum();
+    ensure!(bytes > 10_000, "the append-only file has only {bytes} bytes");
+    Ok(())
+}
