@@ -88,8 +88,16 @@ pub fn survey(subject: &Subject<'_>, pids: &[i32]) -> Result<(Plan, Vec<Refused>
         nameless: Vec::new(),
     };
     let inodes = subject.tree.iter().map(|(name, found)| (found.inode, name.as_slice())).collect();
-    let mut look =
-        Look { subject, device: root.dev(), root: root.ino(), mount: 0, inodes, plan, refused: Vec::new() };
+    let mut look = Look {
+        subject,
+        device: root.dev(),
+        root: root.ino(),
+        mount: 0,
+        kernel_device: 0,
+        inodes,
+        plan,
+        refused: Vec::new(),
+    };
     look.mounts(init)?;
     look.outside(init)?;
     for &pid in pids {
@@ -108,6 +116,8 @@ struct Look<'a> {
     root: u64,
     /// The id of the volume's mount.
     mount: i32,
+    /// The device of its file system in the kernel's own form, which stat(2) need not tell: 20 bits of minor.
+    kernel_device: u64,
     inodes: BTreeMap<u64, &'a [u8]>,
     plan: Plan,
     refused: Vec<Refused>,
@@ -132,6 +142,9 @@ impl Look<'_> {
             return Err(TraceeError::Unsupported(text));
         };
         self.mount = ours.mnt_id;
+        let (major, minor) = ours.majmin.split_once(':').unwrap_or_default();
+        let number = |text: &str| text.parse::<u64>().unwrap_or_default();
+        self.kernel_device = number(major) << 20 | number(minor);
         let seen = fs::metadata(format!("/proc/{init}/root{}", point.display()))
             .map_err(TraceeError::proc(point.to_string_lossy()))?;
         if (seen.dev(), seen.ino()) != (self.device, self.root) {
@@ -388,13 +401,12 @@ impl Look<'_> {
 
     /// Whether an inotify watches something in the volume.
     fn watches(&self, text: &str) -> bool {
-        let device = (self.device >> 8 & 0xfff) << 20 | (self.device & 0xff) | (self.device >> 12 & 0xfff00);
         text.lines().filter(|line| line.starts_with("inotify ")).any(|line| {
             let number = |name: &str| {
                 let word = line.split_whitespace().find_map(|word| word.strip_prefix(name))?;
                 u64::from_str_radix(word, 16).ok()
             };
-            number("sdev:") == Some(device)
+            number("sdev:") == Some(self.kernel_device)
                 && number("ino:").is_some_and(|ino| self.inodes.contains_key(&ino))
         })
     }
