@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 
 from holding import Held, expect, fdinfo, run
 
@@ -211,9 +212,47 @@ class ThreadSignal(Held):
         signal.pthread_kill(self.thread.ident, signal.SIGUSR1)
 
 
+SYS_TIMER_CREATE, SYS_TIMER_SETTIME, SYS_TIMER_GETOVERRUN = 222, 223, 225
+TIMER_ABSTIME = 1
+
+
+class Overruns(Held):
+    """A timer that tells how often it was missed when its signal was taken last."""
+
+    def __init__(self):
+        mine = signal.SIGRTMIN + 5
+        signal.pthread_sigmask(signal.SIG_BLOCK, {mine})
+        self.id = ctypes.c_int()
+        event = struct.pack("<qii48x", 0, mine, 0)
+        self.call(SYS_TIMER_CREATE, time.CLOCK_MONOTONIC, event, ctypes.byref(self.id))
+        # Due for the first time three and a half intervals ago, and not again while this runs.
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        interval = now // 4
+        first = now - 3 * interval - interval // 2
+        spec = struct.pack("<4q", *divmod(interval, 10**9), *divmod(first, 10**9))
+        self.call(SYS_TIMER_SETTIME, self.id, TIMER_ABSTIME, spec, None)
+        signal.sigwait({mine})
+        self.until = now + interval // 2
+        expect(self.told(), 3, "the overruns at first")
+
+    def call(self, *arguments):
+        result = libc.syscall(*arguments)
+        if result < 0:
+            raise OSError(ctypes.get_errno(), f"system call {arguments[0]}")
+        return result
+
+    def told(self):
+        return self.call(SYS_TIMER_GETOVERRUN, self.id)
+
+    def check(self):
+        if time.clock_gettime_ns(time.CLOCK_MONOTONIC) < self.until:
+            expect(self.told(), 3, "the overruns")
+
+
 def main():
     os.makedirs(directory)
-    run([Epoll(), Inotify(), Pidfd(), Signalfd(), ThreadSignal()])
+    # The signal of the first one is blocked before there is another thread, which it could reach.
+    run([Overruns(), Epoll(), Inotify(), Pidfd(), Signalfd(), ThreadSignal()])
 
 
 main()

@@ -149,11 +149,16 @@ class Pipe(Held):
         self.reader, self.writer = os.pipe()
         self.again = os.open(f"/proc/self/fd/{self.reader}", os.O_RDONLY)
         fcntl.fcntl(self.reader, fcntl.F_SETPIPE_SZ, 1 << 18)
+        os.set_inheritable(self.writer, True)
         self.number = 0
         os.write(self.writer, self.data())
 
     def data(self):
         return b"%07d;" % self.number * 30000
+
+    def check(self):
+        kept = [os.get_inheritable(fd) for fd in (self.reader, self.writer, self.again)]
+        expect(kept, [False, True, False], "what an execve keeps")
 
     def drain(self):
         expect(fcntl.fcntl(self.writer, fcntl.F_GETPIPE_SZ), 1 << 18, "the pipe's size")
@@ -265,9 +270,52 @@ class Signals(Held):
         expect(self.one.recv(10), b"x", "the data")
 
 
+class Intervals(Held):
+    """Interval timers: one that expires all the time, and two that are far from it."""
+
+    def __init__(self):
+        self.ticks = 0
+        signal.signal(signal.SIGALRM, self.count)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 1000, 2000)
+        signal.setitimer(signal.ITIMER_PROF, 3000, 4000)
+
+    def count(self, *_):
+        self.ticks += 1
+
+    def check(self):
+        before, deadline = self.ticks, time.monotonic() + 20
+        while self.ticks == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        expect(self.ticks > before, True, "SIGALRM came")
+        which = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+        expect([signal.getitimer(one)[1] for one in which], [0.05, 2000, 4000], "the intervals")
+        left = [signal.getitimer(one)[0] for one in which[1:]]
+        expect(800 < left[0] < 1001 and 2800 < left[1] < 3001, True, f"what is left: {left}")
+
+
+class Events(Held):
+    """A count that needs more than 32 bits, and a semaphore."""
+
+    COUNT = (1 << 33) + 5
+
+    def __init__(self):
+        self.plain = os.eventfd(0)
+        os.eventfd_write(self.plain, self.COUNT)
+        self.semaphore = os.eventfd(3, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
+
+    def check(self):
+        expect(os.eventfd_read(self.plain), self.COUNT, "the count")
+        os.eventfd_write(self.plain, self.COUNT)
+        expect(os.eventfd_read(self.semaphore), 1, "one of the semaphore")
+        os.eventfd_write(self.semaphore, 1)
+        expect(fdinfo(self.semaphore, "eventfd-count"), [["3"]], "the semaphore's count")
+
+
 def main():
     os.makedirs(directory)
     held = [Appended(), Paths(), Directory(), Deleted(), Fifo(), Pipe(), Devices(), Locks(), Signals()]
+    held += [Intervals(), Events()]
     run(held)
 
 

@@ -157,8 +157,31 @@ class Ended(Held):
         self.begin()
 
 
+class Listening(Held):
+    """A socket that takes connections, with a backlog and options of choice."""
+
+    TCP_INFO, TCP_DEFER_ACCEPT, BACKLOG = 11, 9, 37
+
+    def __init__(self):
+        self.server = socket.create_server(("127.0.0.1", 0), backlog=self.BACKLOG)
+        self.server.setsockopt(socket.IPPROTO_TCP, self.TCP_DEFER_ACCEPT, 5)
+        self.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 77)
+        self.options = self.tell()
+
+    def tell(self):
+        # Of a listening socket, the kernel tells its backlog as `tcpi_sacked`.
+        info = self.server.getsockopt(socket.IPPROTO_TCP, self.TCP_INFO, 104)
+        options = (self.TCP_DEFER_ACCEPT, socket.TCP_KEEPIDLE)
+        values = [self.server.getsockopt(socket.IPPROTO_TCP, option) for option in options]
+        return self.server.getsockname(), struct.unpack_from("I", info, 28)[0], values
+
+    def check(self):
+        expect(self.tell(), self.options, "name, backlog and options")
+        expect(self.tell()[1], self.BACKLOG, "the backlog")
+
+
 def main():
-    held = [Ended(), Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
+    held = [Listening(), Ended(), Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
     run(held)
 
 

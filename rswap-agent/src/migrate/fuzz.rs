@@ -13,7 +13,7 @@ use super::{
     destination::{self, Opening},
     journal::{self, Journal, MigrationId},
     ledger::Ledger,
-    offer::{HostTraits, Requirements},
+    offer::{HostTraits, Objection, Requirements},
     recovery::Particulars,
     rules::{Fate, SourceState},
     tests::Copy,
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     instance::{Instance, Origin},
-    sys::clock::Clocks,
+    sys::{clock::Clocks, cpuid::Processor},
     tracee::{
         image::InstanceImage,
         layout::{InstanceLayout, Layout, Mapping, ProcessLayout},
@@ -70,6 +70,7 @@ fn requirements() -> Vec<u8> {
     let host = HostTraits {
         kernel: "6.18".to_owned(),
         cpu_features: vec!["sse".to_owned(), "avx".to_owned()],
+        processor: Processor::here(),
         vdso: 7,
         boot_id: "x".to_owned(),
     };
@@ -140,7 +141,7 @@ impl Write for Said {
     }
 }
 
-const TAGS: [Tag; 16] = [
+const TAGS: [Tag; 19] = [
     Tag::Hello,
     Tag::Offer,
     Tag::Accept,
@@ -154,6 +155,9 @@ const TAGS: [Tag; 16] = [
     Tag::Commit,
     Tag::Activated,
     Tag::Abort,
+    Tag::Probe,
+    Tag::ProbeAnswer,
+    Tag::Volume,
     Tag::Inquire,
     Tag::Fate,
     Tag::Settled,
@@ -190,6 +194,7 @@ proptest! {
         let _ = wire::parse_offer(&bytes);
         let _ = wire::parse_id(Tag::Settled, &bytes);
         let _ = postcard::from_bytes::<Hello>(&bytes);
+        let _ = postcard::from_bytes::<Vec<Objection>>(&bytes);
         let _ = Fate::from_number(bytes.first().copied().unwrap_or_default());
     }
 

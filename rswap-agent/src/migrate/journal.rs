@@ -254,9 +254,20 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> MigrateError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use SourceState::{Begun, Committed, Ended};
+
+    /// Makes a journal look as if its host was started anew since.
+    pub(in crate::migrate) fn start_anew(path: &Path) {
+        let bytes = fs::read(path).expect("readable");
+        let here = boot_id().expect("a boot id");
+        let at =
+            bytes.windows(here.len()).position(|part| part == here.as_bytes()).expect("it names the boot");
+        let mut bytes = bytes;
+        bytes[at..at + here.len()].fill(b'0');
+        fs::write(path, bytes).expect("writable");
+    }
 
     #[test]
     fn a_crash_leaves_the_last_state_and_the_particulars() {
@@ -273,6 +284,9 @@ mod tests {
         assert_eq!((journal.state(), particulars.as_slice()), (Committed, &b"redis"[..]));
         journal.record(Ended).expect("record");
         assert_eq!(look::<SourceState>(directory.path(), id).expect("look").expect("it").state, Ended);
+        start_anew(&path);
+        let entry = look::<SourceState>(directory.path(), id).expect("look").expect("it");
+        assert!(entry.started_anew().expect("a boot id"));
         journal.finish();
         assert_eq!(list::<SourceState>(directory.path()).expect("list"), []);
     }

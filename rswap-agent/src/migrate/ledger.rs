@@ -148,6 +148,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migrate::journal::tests::start_anew;
 
     fn ledger() -> (tempfile::TempDir, Ledger) {
         let directory = tempfile::tempdir().expect("a temporary directory");
@@ -166,6 +167,18 @@ mod tests {
             "it was taken after the source was told that it never will be"
         );
         assert_eq!(ledger.inquire(id).expect("inquire"), Fate::Never);
+    }
+
+    #[test]
+    fn what_ran_before_the_host_was_started_anew_is_lost() {
+        let (_directory, ledger) = ledger();
+        let id = MigrationId(3);
+        ledger.prepare(id, b"x").expect("prepare");
+        assert!(ledger.commit(id).expect("commit"));
+        ledger.activated(id);
+        assert_eq!(ledger.inquire(id).expect("inquire"), Fate::Running);
+        start_anew(&ledger.file(id));
+        assert_eq!(ledger.inquire(id).expect("inquire"), Fate::Lost, "the source must keep its copy");
     }
 
     #[test]

@@ -442,3 +442,27 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migrate::offer::tests::modest;
+
+    #[test]
+    fn clocks_go_on_under_a_kernel_that_was_started_at_another_time() {
+        let ahead = Clocks { monotonic_ns: 1 << 50, boottime_ns: 1 << 51 };
+        let mut requirements = modest();
+        requirements.host.boot_id = "another".into();
+        requirements.clocks = Clocks::of_this_kernel().expect("clocks").plus(ahead);
+        let found = clock_offsets(&requirements).expect("clocks").expect("they differ");
+        let late = ahead.minus(found);
+        for ns in [late.monotonic_ns, late.boottime_ns] {
+            assert!((0..1_000_000_000).contains(&ns), "{found:?} instead of {ahead:?}");
+        }
+        // Under one kernel they are told exactly.
+        requirements.host.boot_id = HostTraits::here().expect("this host's traits").boot_id;
+        assert_eq!(clock_offsets(&requirements).expect("clocks"), None);
+        requirements.clock_offsets = ahead;
+        assert_eq!(clock_offsets(&requirements).expect("clocks"), Some(ahead));
+    }
+}

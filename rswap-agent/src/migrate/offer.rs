@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{traits::TaskError, volumes::SourceVolumes};
 use crate::{
     instance::Instance,
-    sys::clock::Clocks,
+    sys::{clock::Clocks, cpuid::Processor},
     tracee::{
         TraceeError, advice,
         descriptors::{self, Around},
@@ -61,6 +61,8 @@ pub struct HostTraits {
     pub kernel: String,
     /// Processor features, as the kernel lists them.
     pub cpu_features: Vec<String>,
+    /// What programs see that ask the processor itself.
+    pub processor: Processor,
     /// Digest of the vDSO's code, which the program calls into: it is moved, not copied.
     pub vdso: u128,
     /// The running kernel's identity: CLOCK_MONOTONIC counts from its start.
@@ -74,6 +76,7 @@ impl HostTraits {
         Ok(Self {
             kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
             cpu_features: features,
+            processor: Processor::here(),
             vdso: layout::vdso_digest()?,
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
         })
@@ -165,6 +168,14 @@ impl Requirements {
             there.cpu_features.iter().filter(|f| !here.cpu_features.contains(f)).collect();
         if !lacking.is_empty() {
             object("processor", format!("this host's lacks {lacking:?}, which the program may use"));
+        }
+        let lacking = there.processor.lacking_on(&here.processor);
+        if !lacking.is_empty() {
+            let text = format!("this host's lacks {}", lacking.join(", "));
+            object(
+                "processor",
+                format!("{text}, which the program may use: choose a host with the same processor"),
+            );
         }
         if here.vdso != there.vdso {
             let text = "code of the kernel's that programs call into, differs: use the same kernel build";
@@ -289,7 +300,7 @@ impl FileDigests {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         instance::Origin,
@@ -298,7 +309,7 @@ mod tests {
     };
 
     /// What nothing stands against.
-    fn modest() -> Requirements {
+    pub(in crate::migrate) fn modest() -> Requirements {
         let instance = Instance {
             name: "one".parse().expect("a name"),
             labels: BTreeMap::new(),
@@ -339,9 +350,19 @@ mod tests {
     fn what_this_host_lacks_is_named() {
         assert_eq!(objections(|_| {}), []);
         type Change = fn(&mut Requirements);
-        let cases: [(Change, &str, &str); 9] = [
+        let cases: [(Change, &str, &str); 11] = [
             (|r| r.host.kernel = "5.0.0".into(), "kernel", "the source 5.0.0"),
             (|r| r.host.cpu_features.push("avx1024".into()), "processor", "avx1024"),
+            (
+                |r| r.host.processor.components.push((62, 64, 4096)),
+                "processor",
+                "component 62 of the XSAVE area",
+            ),
+            (
+                |r| r.host.processor.features.push((7, 9, [0, 4, 0, 0])),
+                "processor",
+                "bits 0x4 of CPUID 0x7.9:EBX",
+            ),
             (|r| r.host.vdso ^= 1, "vDSO", "the same kernel build"),
             (|r| r.resident_bytes = 1 << 60, "memory", "no room"),
             (|r| r.memory_files_bytes = 1 << 60, "memory", "no room"),

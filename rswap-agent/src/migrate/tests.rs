@@ -40,6 +40,8 @@ struct Program {
     frozen: bool,
     destroyed: bool,
     thawed: bool,
+    /// The digest of its volumes.
+    volumes: u128,
 }
 
 impl Program {
@@ -50,7 +52,8 @@ impl Program {
         let dirty = memory.keys().copied().collect();
         let (dropped, looks) = (Vec::new(), 0);
         let (frozen, destroyed, thawed) = (false, false, false);
-        Self { memory, dirty, dropped, random, looks, busy, frozen, destroyed, thawed }
+        let volumes = 7;
+        Self { memory, dirty, dropped, random, looks, busy, frozen, destroyed, thawed, volumes }
     }
 
     fn run_a_little(&mut self) {
@@ -108,6 +111,9 @@ impl SourceTask for Program {
             None => Ok(0),
         }
     }
+    fn volume_digest(&self) -> u128 {
+        self.volumes
+    }
     fn freeze(&mut self) -> Result<(), TaskError> {
         self.frozen = true;
         Ok(())
@@ -137,6 +143,8 @@ pub(super) struct Copy {
     abandoned: bool,
     /// How often it can't be let run before it can.
     stuck: u32,
+    /// What of the digest of its volumes is another than the source's.
+    damage: u128,
 }
 
 impl Copy {
@@ -176,6 +184,9 @@ impl DestinationTask for Copy {
             }
         }
         Ok(())
+    }
+    fn volume_digest(&mut self) -> Result<u128, TaskError> {
+        Ok(7 ^ self.damage)
     }
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
         self.image = Some(image.to_vec());
@@ -297,6 +308,16 @@ impl Hosts {
         &self,
         program: &mut Program,
         fault: Fault,
+        copy: Copy,
+    ) -> (Result<Report, MigrateError>, Copy) {
+        self.migrate_by(&config(), program, fault, copy)
+    }
+
+    fn migrate_by(
+        &self,
+        config: &MigrateConfig,
+        program: &mut Program,
+        fault: Fault,
         mut copy: Copy,
     ) -> (Result<Report, MigrateError>, Copy) {
         let (here, there) = UnixStream::pair().expect("a pipe");
@@ -328,7 +349,7 @@ impl Hosts {
                 false => Err(MigrateError::Deadline(0)),
             };
             let stream = faulty(here, forth);
-            let result = source::run(stream, program, &config(), &mut journal, &mut ask, &mut |_| {});
+            let result = source::run(stream, program, config, &mut journal, &mut ask, &mut |_| {});
             (result, arriving.join().expect("the destination's thread"))
         })
     }
@@ -446,6 +467,34 @@ fn a_damaged_frame_is_found_and_rolled_back() {
         result.expect("the second try");
         assert_eq!(copy.memory, program.memory, "{tag:?}");
     }
+}
+
+#[test]
+fn volumes_that_arrive_otherwise_than_they_left_are_found() {
+    let mut program = Program::new(11, 50, 0);
+    let (result, copy) =
+        Hosts::new().migrate_by(&config(), &mut program, Fault::None, Copy { damage: 1, ..Copy::default() });
+    assert!(matches!(result, Err(MigrateError::Digest { .. })), "{result:?}");
+    assert!(program.thawed && !program.destroyed && !copy.running && copy.abandoned);
+}
+
+#[test]
+fn the_deadline_is_over_the_whole_operation() {
+    let mut program = Program::new(12, 50, 0);
+    let config = MigrateConfig { deadline_s: 0, ..config() };
+    let (result, copy) = Hosts::new().migrate_by(&config, &mut program, Fault::None, Copy::default());
+    assert!(matches!(result, Err(MigrateError::Deadline(0))), "{result:?}");
+    assert!(program.thawed && !program.destroyed && !copy.running);
+}
+
+#[test]
+fn without_precopy_all_goes_in_the_freeze() {
+    let mut program = Program::new(13, 50, 5);
+    let config = MigrateConfig { stop_and_copy: true, ..config() };
+    let (result, copy) = Hosts::new().migrate_by(&config, &mut program, Fault::None, Copy::default());
+    let report = result.expect("it moves");
+    assert_eq!((report.rounds, report.pages_sent), (0, 50));
+    assert!(copy.running && copy.memory == program.memory && program.destroyed);
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 pub mod bpf_mmap;
 pub mod clock;
+pub mod cpuid;
 pub mod datagram;
 pub mod file;
 pub mod filter;

@@ -8,8 +8,10 @@ use super::{TraceeError, capture::Status, read_proc, remote::Remote};
 const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
 /// Timers that are made and deleted, where the kernel gives no chosen ids, until the one that is wanted comes.
 const MOST_TRIES: i32 = 20_000;
-/// Overruns are brought about with an interval no shorter than this: else others would come on top.
-const LEAST_INTERVAL_NS: i64 = 1_000_000_000;
+/// A timer that is due so soon is about to count anew.
+const DUE_SOON_NS: i64 = 20_000_000;
+/// How long the signal of a timer that was due long ago may take (`struct timespec`): a hundredth of a second.
+const TAKEN_WITHIN: [u8; 16] = (10_000_000_u128 << 64).to_ne_bytes();
 const SECOND: i64 = 1_000_000_000;
 /// `SI_TIMER` (include/uapi/asm-generic/siginfo.h).
 const SI_TIMER: i32 = -2;
@@ -136,41 +138,55 @@ pub fn make(leader: &mut Remote, timers: &[PosixTimer]) -> Result<(), TraceeErro
     Ok(())
 }
 
-/// Has timers tell the overruns that they told before. No signal may wait in the process yet.
-pub fn set_overruns(leader: &mut Remote, timers: &[PosixTimer]) -> Result<(), TraceeError> {
-    for timer in timers.iter().filter(|timer| timer.overruns > 0 && timer.notify == libc::SIGEV_SIGNAL) {
-        if !timer.counts_freezes() {
+/// Arms those timers that are to tell overruns as they did before, `frozen_ns` after they were looked at, and returns their
+/// ids. No signal may wait in the process yet; `waiting`: the timers whose signal is to.
+///
+/// timer_settime(2) clears the count, so it can't be set and the timer armed afterwards: it is armed as if it had been due
+/// first so long ago that it was missed as often as it was, and is due next when it is.
+pub fn arm_with_overruns(
+    leader: &mut Remote,
+    timers: &[PosixTimer],
+    waiting: &[i32],
+    frozen_ns: i64,
+) -> Result<Vec<i32>, TraceeError> {
+    let mut armed = Vec::new();
+    for timer in timers.iter().filter(|timer| timer.overruns > 0 && !waiting.contains(&timer.id)) {
+        // The signal to a thread can't be taken by another, and what counts its process's time can't be due in the past.
+        if timer.notify != libc::SIGEV_SIGNAL || !timer.counts_freezes() {
             continue;
         }
-        // Due so long ago that it has been missed as often as before.
         let now = clock_ns(leader, timer.clock)?;
-        let interval = now / (i64::from(timer.overruns) + 1);
-        if interval < LEAST_INTERVAL_NS {
-            continue;
-        }
-        let first = now - interval * i64::from(timer.overruns) - interval / 2;
-        settime(leader, timer.id, libc::TIMER_ABSTIME, interval, first)?;
-        let time = [0, SECOND / 10].map(i64::to_ne_bytes).concat();
-        let at = leader.put(0, &[&(1_u64 << (timer.signal - 1)).to_ne_bytes()[..], &time].concat())?;
-        let args = [at, 0, at + 8, 8, 0, 0];
-        match leader.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args) {
+        let Some(first) = first_due_ns(timer, now, frozen_ns) else { continue };
+        settime(leader, timer.id, libc::TIMER_ABSTIME, timer.interval_ns, first)?;
+        armed.push(timer.id);
+        let at =
+            leader.put(0, &[&(1_u64 << (timer.signal - 1)).to_ne_bytes()[..], &TAKEN_WITHIN].concat())?;
+        match leader.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, [at, 0, at + 8, 8, 0, 0]) {
             // A signal that the program ignores does not come.
             Err(TraceeError::Remote { source, .. }) if source.raw_os_error() == Some(libc::EAGAIN) => {}
             taken => drop(taken?),
         }
-        settime(leader, timer.id, 0, 0, 0)?;
     }
-    Ok(())
+    Ok(armed)
 }
 
-/// Arms the timers, `frozen_ns` after they were looked at, but for those in `expired`.
+/// When a timer must have been due first, so that it was missed as often as it was by `now`, and is due next when it is.
+/// `None` when it was due meanwhile, which counts anew, or that is before the clock began.
+fn first_due_ns(timer: &PosixTimer, now_ns: i64, frozen_ns: i64) -> Option<i64> {
+    let due = now_ns - frozen_ns + timer.left_ns;
+    let missed = timer.interval_ns.checked_mul(i64::from(timer.overruns) + 1)?;
+    let soon = due - now_ns < DUE_SOON_NS || timer.interval_ns == 0 || timer.left_ns == 0;
+    (!soon).then(|| due - missed).filter(|first| *first > 0)
+}
+
+/// Arms the timers, `frozen_ns` after they were looked at, but for those in `done`.
 pub fn arm(
     leader: &mut Remote,
     timers: &[PosixTimer],
     frozen_ns: i64,
-    expired: &[i32],
+    done: &[i32],
 ) -> Result<(), TraceeError> {
-    for timer in timers.iter().filter(|timer| timer.left_ns > 0 && !expired.contains(&timer.id)) {
+    for timer in timers.iter().filter(|timer| timer.left_ns > 0 && !done.contains(&timer.id)) {
         if timer.counts_freezes() {
             // What was missed in the freeze is missed as it would have been anywhere.
             let due = clock_ns(leader, timer.clock)? - frozen_ns + timer.left_ns;
@@ -251,6 +267,20 @@ mod tests {
     }
 
     proptest! {
+        /// As the kernel forwards it (`hrtimer_forward`): missed are the whole intervals since the first time.
+        #[test]
+        fn one_that_was_missed_is_missed_as_often_again_and_due_in_time(
+            overruns in 1_i32..1000, interval_ns in 50_000_000_i64..10_000_000_000, part in 0.5_f64..1.0, frozen_ns in 0_i64..1_000_000
+        ) {
+            let left_ns = (interval_ns as f64 * part) as i64;
+            let timer = PosixTimer { overruns, interval_ns, left_ns, ..parse(TEXT).expect("two timers").remove(0) };
+            let now = 1 << 50;
+            let first = first_due_ns(&timer, now, frozen_ns).expect("it is possible");
+            prop_assert_eq!((now - first) / interval_ns, i64::from(overruns));
+            prop_assert_eq!(first + (i64::from(overruns) + 1) * interval_ns, now - frozen_ns + left_ns);
+            prop_assert_eq!(first_due_ns(&timer, 1, frozen_ns), None);
+        }
+
         #[test]
         fn arbitrary_text_never_panics(text in ".{0,200}") {
             let _ = parse(&text);

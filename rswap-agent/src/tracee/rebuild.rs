@@ -162,12 +162,14 @@ pub fn rebuild(
     set_oom_score(pid, image.oom_score_adj)?;
     let frozen_ns = instance_clock_ns(pid)?.saturating_sub(image.taken_ns).max(0);
     posix_timers::make(leader, &image.posix_timers)?;
-    posix_timers::set_overruns(leader, &image.posix_timers)?;
-    let expired = requeue_signals(leader, &mut threads, image, frozen_ns)?;
-    posix_timers::arm(leader, &image.posix_timers, frozen_ns, &expired)?;
+    let waiting = timers_that_wait(image);
+    let mut done = posix_timers::arm_with_overruns(leader, &image.posix_timers, &waiting, frozen_ns)?;
+    done.extend(requeue_signals(leader, &mut threads, image, frozen_ns)?);
+    posix_timers::arm(leader, &image.posix_timers, frozen_ns, &done)?;
     let mut batch = leader.batch();
-    for (which, timer) in (0_u64..).zip(&image.interval_timers).filter(|(_, timer)| timer[16..] != [0; 16]) {
-        batch.call("setitimer", libc::SYS_setitimer, &[which.into(), Arg::Data(timer)])?;
+    for (which, timer) in (0_u64..).zip(&image.interval_timers).filter(|(_, timer)| **timer != [0; 32]) {
+        let timer = as_it_waits(which, timer);
+        batch.call("setitimer", libc::SYS_setitimer, &[which.into(), Arg::Data(&timer)])?;
     }
     batch.run()?;
     let mut registers = Vec::with_capacity(threads.len());
@@ -243,12 +245,31 @@ fn restore_thread(remote: &mut Remote, pid: i32, thread: &ThreadImage) -> Result
         .map_err(TraceeError::call("PTRACE_SETREGSET of the xsave area", tid))
 }
 
+/// The interval timer (`struct itimerval`: interval, then time left) to be set so that it is as it was.
+///
+/// One of real time that has expired has no time left until its signal is taken, and goes on by its interval only then. A
+/// timer that is set without time left has no interval either: so it expires once more, which the signal that waits hides.
+fn as_it_waits(which: u64, timer: &[u8; 32]) -> [u8; 32] {
+    let mut timer = *timer;
+    if which == libc::ITIMER_REAL as u64 && timer[16..] == [0; 16] {
+        timer[24..].copy_from_slice(&1_i64.to_ne_bytes());
+    }
+    timer
+}
+
 fn set_oom_score(pid: i32, score: i32) -> Result<(), TraceeError> {
     let path = format!("/proc/{pid}/oom_score_adj");
     if super::read_proc(&path)?.trim().parse() == Ok(score) {
         return Ok(());
     }
     std::fs::write(&path, score.to_string()).map_err(TraceeError::proc(path))
+}
+
+/// The timers whose signals are to wait in the process.
+fn timers_that_wait(image: &TaskImage) -> Vec<i32> {
+    let of_threads = image.threads.iter().flat_map(|thread| &thread.pending_signals);
+    let waiting = image.pending_signals.iter().chain(of_threads);
+    waiting.filter_map(|info| Some(posix_timers::sender(&image.posix_timers, info)?.id)).collect()
 }
 
 /// Only the process itself may queue a siginfo that claims to be the kernel's, or tgkill(2)'s, and for a thread only that

@@ -91,6 +91,7 @@ fn hold(held: &mut Held, descriptors: &mut [Descriptor]) {
 /// Takes `server`'s connection, ends the socket as a source does, and makes the connection again. `meanwhile` is what
 /// happens before it goes on.
 fn carry_with(server: TcpStream, meanwhile: impl FnOnce()) -> TcpStream {
+    let before = socket::tcp_info(&shared(&server)).expect("TCP_INFO");
     let mut descriptors = described(&server);
     let mut held = Held::default();
     hold(&mut held, &mut descriptors);
@@ -126,6 +127,12 @@ fn carry_with(server: TcpStream, meanwhile: impl FnOnce()) -> TcpStream {
     }
     let options = options_of(&again);
     assert_eq!((&options.options, &options.other_options), (&image.options, &image.other_options));
+    let after = socket::tcp_info(&shared(&again)).expect("TCP_INFO");
+    // Timestamps, selective acknowledgements and scales were agreed on when the connection was made.
+    let agreed = |info: &socket::TcpInfo| (info.options & 7, info.window_scale);
+    if after.state == before.state {
+        assert_eq!(agreed(&after), agreed(&before), "{before:?} {after:?}");
+    }
     again
 }
 
@@ -194,6 +201,19 @@ fn take_again(stream: &TcpStream) {
     filter::detach(&shared(stream)).expect("no filter");
 }
 
+/// Options of a connection, and values that are not the usual ones.
+const SET: [(i32, i32, i32); 9] = [
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+    (libc::SOL_SOCKET, libc::SO_OOBINLINE, 1),
+    (libc::SOL_SOCKET, libc::SO_PRIORITY, 3),
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY, 1),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 77),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 33),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 5),
+    (libc::IPPROTO_TCP, libc::TCP_LINGER2, 11),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 7777),
+];
+
 #[test]
 fn an_idle_connection_goes_on_with_its_options() {
     in_namespace(|| {
@@ -201,16 +221,19 @@ fn an_idle_connection_goes_on_with_its_options() {
         {
             let (mut client, server) = pair(listen, connect);
             let ours = shared(&server);
-            for (level, name, value) in [
-                (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
-                (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 77),
-                (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 7777),
-            ] {
+            for (level, name, value) in SET {
                 socket::set_option(&ours, level, name, value).expect("an option");
             }
             socket::set_option_bytes(&ours, libc::IPPROTO_TCP, libc::TCP_CONGESTION, b"reno").expect("reno");
             drop(ours);
             let mut server = carry(server);
+            let ours = shared(&server);
+            for (level, name, value) in SET {
+                assert_eq!(socket::option(&ours, level, name).expect("an option"), value, "{level} {name}");
+            }
+            let congestion = socket::option_bytes(&ours, libc::IPPROTO_TCP, libc::TCP_CONGESTION, 16);
+            assert!(congestion.expect("TCP_CONGESTION").starts_with(b"reno"));
+            drop(ours);
             exchange(&mut client, &mut server);
             let mut server = carry(server);
             exchange(&mut server, &mut client);
