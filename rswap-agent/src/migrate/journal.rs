@@ -25,6 +25,9 @@ const RECORD_BYTES: usize = 512;
 /// Longest file that is read: what is longer is none of ours.
 const FILE_LIMIT: u64 = 8 << 20;
 
+/// Writes what a file holds through to the disk. A rename or a crash after it finds all of it; a directory's file holds names.
+type Through = fn(&File) -> io::Result<()>;
+
 /// A migration's name: random, the same at both ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MigrationId(pub u128);
@@ -91,6 +94,7 @@ pub struct Journal<S> {
     record: Record<S>,
     file: File,
     finished: bool,
+    through: Through,
 }
 
 impl<S: Stage> Journal<S> {
@@ -101,6 +105,16 @@ impl<S: Stage> Journal<S> {
         state: S,
         particulars: &[u8],
     ) -> Result<Self, MigrateError> {
+        Self::begin_through(directory, id, state, particulars, File::sync_data)
+    }
+
+    fn begin_through(
+        directory: &Path,
+        id: MigrationId,
+        state: S,
+        particulars: &[u8],
+        through: Through,
+    ) -> Result<Self, MigrateError> {
         let path = path::<S>(directory, id);
         let make = || -> io::Result<(File, Record<S>)> {
             fs::create_dir_all(directory)?;
@@ -110,13 +124,13 @@ impl<S: Stage> Journal<S> {
             file.try_lock()?;
             file.write_all(&record.to_sector()?)?;
             file.write_all(particulars)?;
-            file.sync_all()?;
+            through(&file)?;
             fs::rename(&temporary, &path)?;
-            File::open(directory)?.sync_all()?;
+            through(&File::open(directory)?)?;
             Ok((file, record))
         };
         let (file, record) = make().map_err(failed(&path))?;
-        Ok(Self { path, id, record, file, finished: false })
+        Ok(Self { path, id, record, file, finished: false, through })
     }
 
     /// Takes over the journal in `path`, and reads the particulars; `None` when somebody has it.
@@ -129,7 +143,8 @@ impl<S: Stage> Journal<S> {
         }
         let Entry { id, state, boot_id, particulars } = read_entry(path, &file)?;
         let record = Record { state, boot_id };
-        Ok(Some((Self { path: path.to_owned(), id, record, file, finished: false }, particulars)))
+        let path = path.to_owned();
+        Ok(Some((Self { path, id, record, file, finished: false, through: File::sync_data }, particulars)))
     }
 
     /// Which migration.
@@ -156,7 +171,7 @@ impl<S: Stage> Journal<S> {
     pub fn record(&mut self, state: S) -> Result<(), MigrateError> {
         let record = Record { state, boot_id: self.record.boot_id.clone() };
         let write = || self.file.write_all_at(&record.to_sector()?, 0);
-        write().and_then(|()| self.file.sync_data()).map_err(failed(&self.path))?;
+        write().and_then(|()| (self.through)(&self.file)).map_err(failed(&self.path))?;
         self.record = record;
         Ok(())
     }
@@ -255,6 +270,8 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> MigrateError {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::cell::RefCell;
+
     use super::*;
     use SourceState::{Begun, Committed, Ended};
 
@@ -289,6 +306,31 @@ pub(super) mod tests {
         assert!(entry.started_anew().expect("a boot id"));
         journal.finish();
         assert_eq!(list::<SourceState>(directory.path()).expect("list"), []);
+    }
+
+    #[test]
+    fn nothing_goes_on_before_it_is_on_the_disk() {
+        thread_local! {
+            static WRITTEN_THROUGH: RefCell<Vec<(bool, u64)>> = const { RefCell::new(Vec::new()) };
+        }
+        fn noted(file: &File) -> io::Result<()> {
+            let about = file.metadata()?;
+            WRITTEN_THROUGH.with_borrow_mut(|all| all.push((about.is_dir(), about.len())));
+            file.sync_data()
+        }
+        let written = || WRITTEN_THROUGH.with_borrow_mut(std::mem::take).into_iter();
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let id = MigrationId(8);
+        let mut journal =
+            Journal::begin_through(directory.path(), id, Begun, b"redis", noted).expect("begin");
+        // The file with all that is in it, and then its name.
+        let whole = (RECORD_BYTES + b"redis".len()) as u64;
+        let begun: Vec<_> = written().collect();
+        assert!(matches!(begun.as_slice(), [(false, bytes), (true, _)] if *bytes == whole), "{begun:?}");
+        journal.record(Committed).expect("record");
+        assert!(written().eq([(false, whole)]));
+        journal.through = |_| Err(io::Error::other("the disk is gone"));
+        assert!(journal.record(Ended).is_err() && journal.state() == Committed);
     }
 
     #[test]

@@ -65,6 +65,22 @@ impl Scene {
 }
 
 #[test]
+fn contents_that_are_not_what_was_read_are_found() {
+    for damage in [None, Some(&b"X"[..])] {
+        let mut scene = Scene::new();
+        fs::write(scene.from("table"), b"what was written").expect("write");
+        let inode = fs::metadata(scene.from("table")).expect("it").ino();
+        scene.pass(false);
+        if let Some(contents) = damage {
+            scene.built.take(Record::Data { inode, offset: 0, length: 1, contents }).expect("sound");
+        }
+        scene.pass(true);
+        let same = scene.source.digest() == scene.built.digest().expect("complete");
+        assert_eq!(same, damage.is_none());
+    }
+}
+
+#[test]
 fn everything_arrives_as_it_was() {
     let scene = Scene::new();
     fs::create_dir_all(scene.from("base/1")).expect("make");
