@@ -12,6 +12,8 @@ import tty
 
 from holding import Held, expect, run
 
+TIOCGPKT, TIOCGEXCL = 0x80045438, 0x80045440
+
 
 def read_until(fd, end, limit=20):
     data = b""
@@ -130,8 +132,27 @@ class Stopped(Held):
         self.stop()
 
 
+class Packets(Held):
+    """The master is in packet mode: a byte before what is read says that it is data. Nobody else may open the slave."""
+
+    def __init__(self):
+        self.master, self.slave = pty.openpty()
+        tty.setraw(self.slave)
+        fcntl.ioctl(self.slave, termios.TIOCEXCL)
+        fcntl.ioctl(self.master, termios.TIOCPKT, struct.pack("i", 1))
+        os.write(self.slave, b"waits")
+
+    def drain(self):
+        expect(os.read(self.master, 100), b"\0waits", "a packet")
+        os.write(self.slave, b"waits")
+
+    def check(self):
+        for fd, asked, what in ((self.master, TIOCGPKT, "packet mode"), (self.slave, TIOCGEXCL, "being exclusive")):
+            expect(struct.unpack("i", fcntl.ioctl(fd, asked, b"\0" * 4)), (1,), what)
+
+
 def main():
-    run([Shell(), Raw(True), Raw(False), Stopped()])
+    run([Packets(), Shell(), Raw(True), Raw(False), Stopped()])
 
 
 main()

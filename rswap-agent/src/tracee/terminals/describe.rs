@@ -85,7 +85,7 @@ pub(in super::super) fn describe_master(
         window: tty::window(ours).map_err(failed)?,
         locked,
         packets,
-        exclusive: tty::is_exclusive(ours).map_err(failed)?,
+        exclusive: false,
         hung_up,
         foreground: group.unwrap_or(0),
         access: (slave.mode() & 0o7777, slave.uid(), slave.gid()),
@@ -116,6 +116,8 @@ pub(in super::super) fn describe_master(
 /// Takes out what is queued, and puts it back at once.
 fn look(master: &OwnedFd, settings: &tty::Settings, terminal: &mut Terminal) -> std::io::Result<bool> {
     let slave = tty::open_slave(master)?;
+    // Each end has a mark of its own, and only the slave can be opened again.
+    terminal.exclusive = tty::is_exclusive(&slave)?;
     terminal.output = queues::take_output(master)?;
     // With nothing in the way, only a stop keeps it from being written to.
     let takes_output =
