@@ -212,8 +212,16 @@ class ThreadSignal(Held):
         signal.pthread_kill(self.thread.ident, signal.SIGUSR1)
 
 
+def call(*arguments):
+    result = libc.syscall(*arguments)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"system call {arguments[0]}")
+    return result
+
+
 SYS_TIMER_CREATE, SYS_TIMER_SETTIME, SYS_TIMER_GETOVERRUN = 222, 223, 225
 TIMER_ABSTIME = 1
+SIGEV_THREAD_ID = 4
 
 
 class Overruns(Held):
@@ -224,35 +232,52 @@ class Overruns(Held):
         signal.pthread_sigmask(signal.SIG_BLOCK, {mine})
         self.id = ctypes.c_int()
         event = struct.pack("<qii48x", 0, mine, 0)
-        self.call(SYS_TIMER_CREATE, time.CLOCK_MONOTONIC, event, ctypes.byref(self.id))
+        call(SYS_TIMER_CREATE, time.CLOCK_MONOTONIC, event, ctypes.byref(self.id))
         # Due for the first time three and a half intervals ago, and not again while this runs.
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         interval = now // 4
         first = now - 3 * interval - interval // 2
         spec = struct.pack("<4q", *divmod(interval, 10**9), *divmod(first, 10**9))
-        self.call(SYS_TIMER_SETTIME, self.id, TIMER_ABSTIME, spec, None)
+        call(SYS_TIMER_SETTIME, self.id, TIMER_ABSTIME, spec, None)
         signal.sigwait({mine})
         self.until = now + interval // 2
         expect(self.told(), 3, "the overruns at first")
 
-    def call(self, *arguments):
-        result = libc.syscall(*arguments)
-        if result < 0:
-            raise OSError(ctypes.get_errno(), f"system call {arguments[0]}")
-        return result
-
     def told(self):
-        return self.call(SYS_TIMER_GETOVERRUN, self.id)
+        return call(SYS_TIMER_GETOVERRUN, self.id)
 
     def check(self):
         if time.clock_gettime_ns(time.CLOCK_MONOTONIC) < self.until:
             expect(self.told(), 3, "the overruns")
 
 
+class ThreadTimer(ThreadSignal):
+    """A timer that expires all the time, and tells a thread which is not the first, and blocks its signal."""
+
+    def __init__(self):
+        self.mine = signal.SIGRTMIN + 6
+        super().__init__()
+        timer = ctypes.c_int()
+        event = struct.pack("<qiii44x", 0, self.mine, SIGEV_THREAD_ID, self.thread.native_id)
+        call(SYS_TIMER_CREATE, time.CLOCK_MONOTONIC, event, ctypes.byref(timer))
+        interval = 0, 10_000_000
+        call(SYS_TIMER_SETTIME, timer, 0, struct.pack("<4q", *interval, *interval), None)
+
+    def work(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {self.mine})
+        super().work()
+
+    def check(self):
+        # What is there may be from before: the one after it shows that the timer goes on.
+        for _ in range(2):
+            found = self.do(lambda: signal.sigtimedwait({self.mine}, 20))
+            expect(found and found.si_signo, self.mine, "the timer's signal")
+
+
 def main():
     os.makedirs(directory)
     # The signal of the first one is blocked before there is another thread, which it could reach.
-    run([Overruns(), Epoll(), Inotify(), Pidfd(), Signalfd(), ThreadSignal()])
+    run([Overruns(), Epoll(), Inotify(), Pidfd(), Signalfd(), ThreadSignal(), ThreadTimer()])
 
 
 main()

@@ -180,8 +180,24 @@ class Listening(Held):
         expect(self.tell()[1], self.BACKLOG, "the backlog")
 
 
+class Routes(Held):
+    """What goes elsewhere is sent to a gateway."""
+
+    def __init__(self):
+        self.routes = self.look()
+        expect(any(line[:2] == ["eth0", "00000000"] for line in self.routes), True, "that there is a default route")
+
+    def look(self):
+        # Interface, destination, gateway, flags, and the mask; the rest counts.
+        with open("/proc/net/route") as file:
+            return sorted([*line.split()[:4], line.split()[7]] for line in file)
+
+    def check(self):
+        expect(self.look(), self.routes, "the routes")
+
+
 def main():
-    held = [Listening(), Ended(), Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
+    held = [Routes(), Listening(), Ended(), Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
     run(held)
 
 

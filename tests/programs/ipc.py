@@ -15,7 +15,8 @@ libc.shmat.restype = ctypes.c_void_p
 libc.shmat.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 libc.shmdt.argtypes = [ctypes.c_void_p]
 libc.msgrcv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long, ctypes.c_int]
-CREATE, REMOVE, GETALL, SETALL, UNDO = 0o1000, 0, 13, 17, 0x1000
+CREATE, REMOVE, SET, STAT, GETALL, SETALL, UNDO = 0o1000, 0, 1, 2, 13, 17, 0x1000
+OWNER = 1234, 1235
 PAGE, PAGES = 4096, 16
 KEY = 0x7E57
 
@@ -34,13 +35,25 @@ class Segment:
         self.id = checked(libc.shmget(key, PAGES * PAGE - 100, CREATE | 0o640), "shmget")
         self.at = self.attach()
         self.write()
+        # As `struct shmid_ds` has them: the owner is behind the key.
+        about = ctypes.create_string_buffer(256)
+        checked(libc.shmctl(self.id, STAT, about), "IPC_STAT")
+        struct.pack_into("II", about, 4, *OWNER)
+        checked(libc.shmctl(self.id, SET, about), "IPC_SET")
         if removed:
             checked(libc.shmctl(self.id, REMOVE, None), "IPC_RMID")
+        self.access = ["1640" if removed else "640", *map(str, OWNER)]
         if not attached:
             checked(libc.shmdt(self.at), "shmdt")
 
     def attach(self):
         return checked(libc.shmat(self.id, None, 0), "shmat")
+
+    def has_its_access(self):
+        """Whether its mode and its owner are as they were set."""
+        with open("/proc/sysvipc/shm") as file:
+            lines = [line.split() for line in file]
+        return [[line[2], *line[7:9]] for line in lines if line[1] == str(self.id)] == [self.access]
 
     def write(self):
         self.turn += 1
@@ -107,13 +120,17 @@ def main():
     value, rung, next_message = 0, 0, 5
     while True:
         name = f"name-{value}"
+        domain = f"domain-{value}".encode()
         socket.sethostname(name)
+        checked(libc.setdomainname(domain, len(domain)), "setdomainname")
         operate(sets[0], 1, 1)
         value += 1
         for _ in range(5):
             for segment in segments:
                 if not segment.check():
                     fail(f"segment {segment.id} is not as it was written")
+                if not segment.has_its_access():
+                    fail(f"segment {segment.id} has not the access {segment.access}")
             if checked(libc.shmget(KEY, 0, 0), "shmget") != segments[0].id:
                 fail("the key leads to another segment")
             if semaphores(sets[0])[1] != value or sets[0] != checked(libc.semget(KEY, 3, 0), "semget"):
@@ -124,6 +141,10 @@ def main():
             next_message += 1
             if socket.gethostname() != name:
                 fail(f"the host name is {socket.gethostname()} and was {name}")
+            found = ctypes.create_string_buffer(65)
+            checked(libc.getdomainname(found, len(found)), "getdomainname")
+            if found.value != domain:
+                fail(f"the domain name is {found.value} and was {domain}")
             operate(bell, 0, 1)
             operate(bell, 1, -1)
             rung += 1

@@ -1,17 +1,20 @@
 """Holds what a migration refuses: `refused.py LOG DIRECTORY OUTSIDE`. OUTSIDE is the name of somebody else's listening socket.
 
-Logs `holds=NAMES`: of what this kernel has.
+Logs `holds=NAME:DESCRIPTOR,...`: of what this kernel has. What is no descriptor has `-` for one.
 """
 
 import ctypes
 import fcntl
 import os
+import select
 import signal
 import socket
+import struct
 import sys
 
 directory, outside = sys.argv[2:4]
 libc = ctypes.CDLL(None, use_errno=True)
+SO_ATTACH_FILTER, SO_ZEROCOPY, TCP_ULP = 26, 60, 31
 held = []
 names = []
 
@@ -25,8 +28,12 @@ def call(number, *arguments):
 
 def hold(name, make):
     try:
-        held.append(make())
-        names.append(name)
+        made = make()
+        held.append(made)
+        # Of several, the first is the one that is meant.
+        one = made[0] if isinstance(made, tuple) else made
+        number = "-" if one is None else one if isinstance(one, int) else one.fileno()
+        names.append(f"{name}:{number}")
     except OSError as error:
         print(name, error)
 
@@ -66,14 +73,40 @@ def relatives():
         while True:
             signal.pause()
     os.read(reader, 1)
-    return reader, writer
+    return None, reader, writer
+
+
+def connection(prepare):
+    """The end of a TCP connection that `prepare` is done to; and the other end."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        one = socket.create_connection(listening.getsockname())
+        other = listening.accept()[0]
+    prepare(one, other)
+    return one, other
+
+
+def urgent(one, other):
+    other.send(b"!", socket.MSG_OOB)
+    select.select([], [], [one], 5)
+
+
+def filtered(sock, *_):
+    accept_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0xFFFF))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxQ", 1, ctypes.addressof(accept_all)))
+
+
+def listening():
+    sock = socket.create_server(("127.0.0.1", 0))
+    filtered(sock)
+    return sock
 
 
 hold("neither its parent nor a sibling", relatives)
 hold("io_uring", lambda: call(425, 4, ctypes.create_string_buffer(120)))
 hold("fanotify", lambda: call(300, 0, 0))
 hold("userfaultfd", lambda: call(323, 1))
-hold("packet mode", lambda: os.pipe2(os.O_DIRECT))
+# Of the two, the one that is written to is in it.
+hold("packet mode", lambda: os.pipe2(os.O_DIRECT)[::-1])
 hold("lease", lease)
 hold("AF_PACKET", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0))
 hold("AF_ALG", lambda: socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET))
@@ -82,6 +115,11 @@ hold("netlink socket of protocol 16", lambda: socket.socket(socket.AF_NETLINK, s
 hold("FIFO", fifo)
 hold("unix socket", connected)
 hold("UDP_CORK", encap)
+hold("SO_ZEROCOPY", lambda: connection(lambda one, _: one.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)))
+hold("protocol in the kernel", lambda: connection(lambda one, _: one.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")))
+hold("urgent data", lambda: connection(urgent))
+hold("a TCP connection with a socket filter", lambda: connection(filtered))
+hold("a listening socket with a filter", listening)
 hold("device /dev/kmsg", lambda: os.open("/dev/kmsg", os.O_RDONLY))
 hold("namespace", lambda: os.open("/proc/self/ns/net", os.O_RDONLY))
 with open(sys.argv[1], "a") as log:

@@ -11,6 +11,7 @@ use rswap_tests::{
     scene::{LIMIT, Scene, further, holds_everything},
     wait_for,
 };
+use serde_json::Value;
 
 /// Lets `programs/NAME.py` hold what it holds through three moves.
 fn held_through_three_moves(test: &str, name: &str, options: &[&str]) -> anyhow::Result<()> {
@@ -51,7 +52,7 @@ fn unix_sockets_of_all_kinds_are_carried() -> anyhow::Result<()> {
 
 #[test]
 fn internet_sockets_without_a_stream_are_carried() -> anyhow::Result<()> {
-    let options = ["--net", "10.88.0.10/24"];
+    let options = ["--net", "10.88.0.10/24,gw=10.88.0.1"];
     held_through_three_moves("internet_sockets_without_a_stream_are_carried", "internet", &options)
 }
 
@@ -209,21 +210,42 @@ fn what_cannot_be_carried_is_refused_by_its_name() -> anyhow::Result<()> {
     let outside = scene.fleet.scratch().join("outside.sock");
     let _listener = UnixListener::bind(&outside)?;
     let directory = scene.fleet.scratch().join("held");
-    std::fs::create_dir(&directory)?;
+    fs::create_dir(&directory)?;
     let fifo = directory.join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
     let _other_end = std::fs::File::options().read(true).write(true).open(&fifo)?;
-    scene.python("refused", &[], &[&directory.to_string_lossy(), &outside.to_string_lossy()])?;
-    let names = wait_for("the program to hold everything", LIMIT, || {
-        let text = std::fs::read_to_string(&scene.log).unwrap_or_default();
+    let arguments: &[&str] = &[&directory.to_string_lossy(), &outside.to_string_lossy()];
+    scene.python("refused", &["--net", "10.88.0.10/24"], arguments)?;
+    let holds = wait_for("the program to hold everything", LIMIT, || {
+        let text = fs::read_to_string(&scene.log).unwrap_or_default();
         Ok(text.lines().find_map(|line| line.strip_prefix("holds=").map(str::to_owned)))
     })?;
     let output = scene.a.rswap(&["check", "refused"])?.output()?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    for name in names.split(',') {
+    let output = scene.a.rswap(&["check", "--json", "refused"])?.output()?;
+    let rows: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+    let pids = scene.a.pids("refused")?;
+    let mut descriptors = 0;
+    for one in holds.split(',') {
+        let (name, number) = one.rsplit_once(':').context("no descriptor in the log")?;
         assert!(said.contains(name), "{name} is not refused:\n{said}");
+        let begins = format!("descriptor {number}: ");
+        let is_it = |row: &&Value| {
+            let item = row["item"].as_str().unwrap_or_default();
+            item.contains(name) && (number == "-" || item.starts_with(&begins))
+        };
+        let row = rows.iter().find(is_it).with_context(|| format!("{one} is not among {rows:#?}"))?;
+        assert_eq!(row["severity"], "refused", "{row}");
+        let pid = i32::try_from(row["pid"].as_i64().context("no pid")?)?;
+        assert!(pids.contains(&pid), "{row}: of {pids:?}");
+        let reason = row["reason"].as_str().unwrap_or_default();
+        assert!(reason.split_whitespace().count() >= 2, "no remedy: {row}");
+        if number != "-" {
+            assert!(fs::symlink_metadata(format!("/proc/{pid}/fd/{number}")).is_ok(), "{row}");
+            descriptors += 1;
+        }
     }
-    assert!(names.split(',').count() >= 10, "the program holds only {names}");
+    assert!(descriptors >= 10, "the program holds only {holds}");
     let moved = scene.a.migrate("refused", &scene.b.migrate_address())?.end()?;
     assert!(moved.is_err(), "it was moved all the same");
     assert!(scene.a.has_instance("refused")?);

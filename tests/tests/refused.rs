@@ -3,13 +3,25 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use rswap_tests::{reason_to_skip, scene::Scene, wait_for};
+use rswap_tests::{
+    reason_to_skip,
+    scene::{Scene, lines},
+    wait_for,
+};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// What `rswap check` refuses of instance `name`: (pid, item).
-fn refused(scene: &Scene, name: &str) -> anyhow::Result<Vec<(i32, String)>> {
+/// What is refused.
+#[derive(Debug)]
+struct Refusal {
+    pid: i32,
+    item: String,
+    reason: String,
+}
+
+/// What `rswap check` refuses of instance `name`.
+fn rows(scene: &Scene, name: &str) -> anyhow::Result<Vec<Refusal>> {
     let output = scene.a.rswap(&["check", "--json", name])?.output()?;
     let rows: Vec<Value> = serde_json::from_slice(&output.stdout)
         .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
@@ -17,9 +29,16 @@ fn refused(scene: &Scene, name: &str) -> anyhow::Result<Vec<(i32, String)>> {
     refused
         .map(|row| {
             let pid = row["pid"].as_i64().context("no pid")?;
-            Ok((i32::try_from(pid)?, row["item"].as_str().context("no item")?.to_owned()))
+            let text =
+                |name: &str| row[name].as_str().map(str::to_owned).with_context(|| format!("no {name}"));
+            Ok(Refusal { pid: i32::try_from(pid)?, item: text("item")?, reason: text("reason")? })
         })
         .collect()
+}
+
+/// The same: (pid, item).
+fn refused(scene: &Scene, name: &str) -> anyhow::Result<Vec<(i32, String)>> {
+    Ok(rows(scene, name)?.into_iter().map(|row| (row.pid, row.item)).collect())
 }
 
 /// It stays where it is, with each of `items` said, and nothing is made at the other host.
@@ -54,6 +73,50 @@ fn namespaces_of_its_own_are_refused_by_their_kinds() -> anyhow::Result<()> {
     let pids = scene.a.pids("spaces")?;
     ensure!(found.iter().all(|(pid, _)| pids.contains(pid)), "{found:?} of {pids:?}");
     stays(&scene, "spaces", &items)
+}
+
+/// What `programs/refused_processes.py` has, by the names of its processes: a part of the item, and of what to do.
+const OF_PROCESSES: [(&str, &str, &str); 4] = [
+    ("trap", "SIGTRAP ignored", "let it have its default"),
+    ("segment", "/SYSV", "only whole SysV segments are carried"),
+    ("written", "/mapped", "put it into a volume"),
+    ("replaced", "a deleted program file", "restart it"),
+];
+const OUTSIDER: &str = "a process from outside";
+
+#[test]
+fn what_a_process_has_is_refused_by_its_pid() -> anyhow::Result<()> {
+    if reason_to_skip("what_a_process_has_is_refused_by_its_pid").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    scene.python("refused_processes", &[], &[&scene.fleet.scratch().to_string_lossy()])?;
+    wait_for("all processes to be ready", LIMIT, || Ok((lines(&scene.log, "ready")? == 1).then_some(())))?;
+    let mut outsider = std::process::Command::new("sleep").arg("1000").spawn()?;
+    let joined = scene.a.cgroup().and_then(|all| {
+        let members = all.join("refused_processes/cgroup.procs");
+        Ok(std::fs::write(members, outsider.id().to_string())?)
+    });
+    let found = joined.and_then(|()| rows(&scene, "refused_processes"));
+    let moved = scene.a.migrate("refused_processes", &scene.b.migrate_address())?.end();
+    outsider.kill()?;
+    outsider.wait()?;
+    let (found, Err(said)) = (found?, moved?) else { anyhow::bail!("it was moved all the same") };
+    let mut pids = Vec::new();
+    for (name, item, reason) in OF_PROCESSES {
+        let is_it = |row: &&Refusal| row.item.contains(item) && row.reason.contains(reason);
+        let row = found.iter().find(is_it).with_context(|| format!("{name} is not in {found:#?}"))?;
+        let command = std::fs::read_to_string(format!("/proc/{}/comm", row.pid))?;
+        ensure!(command.trim_end() == name, "{row:?} names {command}");
+        ensure!(said.contains(reason), "{reason} is not in {said}");
+        pids.push(row.pid);
+    }
+    let outside = found.iter().find(|row| row.item == OUTSIDER).context("the one from outside")?;
+    ensure!(outside.pid == i32::try_from(outsider.id())? && said.contains(OUTSIDER), "{outside:?}: {said}");
+    pids.push(outside.pid);
+    ensure!(found.iter().all(|row| pids.contains(&row.pid)), "more is refused than there is: {found:#?}");
+    ensure!(scene.a.has_instance("refused_processes")? && !scene.b.has_processes()?, "something was touched");
+    Ok(())
 }
 
 /// Traces its child, until a file is there.

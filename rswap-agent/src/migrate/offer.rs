@@ -379,6 +379,48 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn the_numbers_are_those_of_the_processes() {
+        let mut children = [0; 2].map(|_| {
+            let mut command = std::process::Command::new("sleep");
+            command.arg("1000").stdin(std::process::Stdio::null()).spawn().expect("sleep")
+        });
+        let pids = children.each_ref().map(|child| child.id() as i32);
+        let member = |pid, parent| Member {
+            pid,
+            node: tree::Node { pid, parent, session: 0, group: 0, status: None },
+        };
+        let members = [member(pids[0], INIT), member(pids[1], pids[0])];
+        let kib = |pid| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0");
+            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0)
+        };
+        // They have read what they need, and wait, before they are looked at.
+        let asleep = |pid| {
+            fs::read_to_string(format!("/proc/{pid}/wchan")).is_ok_and(|at| at.contains("nanosleep"))
+                || fs::read_to_string(format!("/proc/{pid}/syscall"))
+                    .is_ok_and(|call| call.starts_with("230 "))
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while !pids.iter().all(|pid| asleep(*pid)) && std::time::Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let instance = modest().instance;
+        let volumes = SourceVolumes::default();
+        let found = Requirements::of(&instance, &members, &mut FileDigests::default(), &volumes);
+        let resident: u64 = pids.iter().map(|pid| kib(*pid) * 1024).sum();
+        let highest = pids.iter().filter_map(|pid| inner_pid(*pid)).max();
+        for child in &mut children {
+            child.kill().expect("kill");
+            child.wait().expect("wait");
+        }
+        let found = found.expect("requirements");
+        assert!(resident > 1 << 18, "{resident}");
+        assert_eq!((found.resident_bytes, Some(found.highest_pid)), (resident, highest));
+        assert!(found.main_pid == pids[0] && found.files.keys().any(|path| path.ends_with("/sleep")));
+    }
+
+    #[test]
     fn mounts_that_this_host_has_no_place_for_are_named() {
         let mount = |point: &str, what| Mount {
             point: point.into(),
