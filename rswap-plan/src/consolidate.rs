@@ -47,7 +47,7 @@ pub struct Tenant {
 pub struct Limits {
     /// Standard deviations above the mean that a site must be able to give to those on it: 1.28 is the 90th percentile.
     pub stay: f64,
-    /// The same, for those that it would have with another one: 1.64 is the 95th percentile.
+    /// The same, for those that it would have with another one: 1.96 is the 97.5th percentile.
     pub take: f64,
     /// Share of a site that may be in use now, with another one.
     pub filled: f64,
@@ -57,7 +57,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { stay: 1.28, take: 1.64, filled: 0.95, emptied: 2 }
+        Self { stay: 1.28, take: 1.96, filled: 0.95, emptied: 2 }
     }
 }
 
