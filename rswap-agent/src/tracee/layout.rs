@@ -213,7 +213,26 @@ pub fn vdso_digest() -> std::io::Result<u128> {
 }
 
 fn parse(text: &str) -> Option<Vec<Mapping>> {
-    text.lines().map(parse_line).collect()
+    let mut mappings = text.lines().map(parse_line).collect::<Option<Vec<_>>>()?;
+    name_grown_stack(&mut mappings);
+    Some(mappings)
+}
+
+/// Gives what the stack has grown by its name. Where writes begin to be tracked in the upper part of a stack that grows just
+/// then, the kernel has two mappings for it until the lower part is tracked as well, and calls only the upper one by its name.
+/// Nothing else ends where a stack begins, as the kernel keeps a gap below it.
+fn name_grown_stack(mappings: &mut [Mapping]) {
+    for at in (1..mappings.len()).rev() {
+        let (below, above) = mappings.split_at_mut(at);
+        let (Some(lower), Some(upper)) = (below.last_mut(), above.first()) else { continue };
+        let is_plain = !lower.shared && lower.inode == 0 && lower.name.is_empty();
+        if upper.name == "[stack]"
+            && is_plain
+            && (lower.end, lower.protection) == (upper.start, upper.protection)
+        {
+            lower.name.clone_from(&upper.name);
+        }
+    }
 }
 
 /// One line of `/proc/PID/maps`.
@@ -258,6 +277,25 @@ mod tests {
 
     fn anonymous(start: u64, end: u64, protection: i32) -> Mapping {
         Mapping { start, end, protection, shared: false, offset: 0, inode: 0, name: String::new() }
+    }
+
+    #[test]
+    fn a_stack_in_two_mappings_is_a_stack() {
+        let text = "7ffc60000000-7ffc60001000 rw-p 00000000 00:00 0 \n\
+                    7ffc607d7000-7ffc607e0000 rw-p 00000000 00:00 0 \n\
+                    7ffc607e0000-7ffc6084a000 rw-p 00000000 00:00 0 \n\
+                    7ffc6084a000-7ffc60b25000 rw-p 00000000 00:00 0                          [stack]\n\
+                    7ffc60b25000-7ffc60b27000 r--p 00000000 00:00 0                          [vvar]\n";
+        let whole = parse(text).expect("mappings");
+        let names: Vec<&str> = whole.iter().map(|mapping| mapping.name.as_str()).collect();
+        assert_eq!(names, ["", "[stack]", "[stack]", "[stack]", "[vvar]"]);
+        // Once it is one mapping, nothing of it is made anew at the destination.
+        let merged = "7ffc60000000-7ffc60001000 rw-p 00000000 00:00 0 \n\
+                      7ffc607d7000-7ffc60b25000 rw-p 00000000 00:00 0                          [stack]\n\
+                      7ffc60b25000-7ffc60b27000 r--p 00000000 00:00 0                          [vvar]\n";
+        assert_eq!(changes(&whole, &parse(merged).expect("mappings")), []);
+        let guard = text.replace("7ffc607e0000-7ffc6084a000 rw-p", "7ffc607e0000-7ffc6084a000 ---p");
+        assert_eq!(parse(&guard).expect("mappings")[2].name, "", "a mapping of its own");
     }
 
     #[test]

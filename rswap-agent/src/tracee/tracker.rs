@@ -125,6 +125,7 @@ impl Tracker {
     pub fn take_last_written(&mut self) -> Result<WrittenSpans, TraceeError> {
         let mut written = self.nothing_written()?;
         let (mut there, mut fresh) = (RoaringTreemap::new(), RoaringTreemap::new());
+        let mut renewed = RoaringTreemap::new();
         let mut regions = Vec::new();
         for (span, kind) in stretches(&written.mappings) {
             regions.extend(self.regions(&span, kind, category::WRITTEN | category::TRACKED)?);
@@ -132,13 +133,17 @@ impl Tracker {
         let mut private = written.mappings.iter().filter(|mapping| !mapping.shared).peekable();
         for region in regions {
             // In a mapping that came since the last look, everything is new.
-            let is_fresh = region.categories & (category::WRITTEN | category::TRACKED) != category::TRACKED;
+            let is_new = region.categories & category::TRACKED == 0;
+            let is_fresh = is_new || region.categories & category::WRITTEN != 0;
             while private.next_if(|mapping| mapping.end <= region.start).is_some() {}
             while let Some(mapping) = private.peek().filter(|mapping| mapping.start < region.end) {
                 let inside = region.start.max(mapping.start)..region.end.min(mapping.end);
                 insert(&mut there, &inside);
                 if is_fresh {
                     insert(&mut fresh, &inside);
+                }
+                if is_new {
+                    insert(&mut renewed, &inside);
                 }
                 if mapping.end > region.end {
                     break;
@@ -156,7 +161,8 @@ impl Tracker {
                 "found pages that no look had reported"
             );
         }
-        written.dropped = spans(&(&self.reported - &there));
+        // What stood at the place of a new mapping is gone, and the destination has forgotten it with the old one.
+        written.dropped = spans(&(&self.reported - &(&there - &renewed)));
         written.populated = spans(&(fresh | missing));
         self.reported = there;
         Ok(written)
