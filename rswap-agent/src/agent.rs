@@ -22,6 +22,7 @@ pub(crate) mod learnt;
 mod moves;
 mod record;
 mod remembered;
+mod swaps;
 mod usage;
 mod wiring;
 

@@ -236,6 +236,7 @@ fn link_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
                 members: Vec::new(),
                 master: None,
                 mtu: None,
+                instance_rate: None,
             };
             pools.push(gone(
                 wanted,
@@ -246,18 +247,31 @@ fn link_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
         }
     }
     for link in links {
-        let wanted =
-            settings.pools.iter().find(|wanted| wanted.member == Member::Link(link.interface.clone()));
-        let name = wanted.map_or_else(|| format!("link:{}", link.interface), |wanted| wanted.name.clone());
-        let mut pool = named(name, link.kind, link.capacity);
-        // A link's speed is often unknown: here the configuration may say more than was found, too.
-        if let Some((wanted, value)) = wanted.and_then(|wanted| Some((wanted, wanted.capacity?))) {
-            pool.capacity = Some(configured(value, wanted, "capacity_gbit_per_s"));
+        // Several, where there are classes of rates.
+        let member = Member::Link(link.interface.clone());
+        let wanted: Vec<&Wanted> = settings.pools.iter().filter(|wanted| wanted.member == member).collect();
+        if wanted.is_empty() {
+            pools.push(link_pool(&link, None));
         }
-        (pool.cost_per_hour, pool.state) = (cost(wanted, "cost_per_gbit_hour"), link.state);
-        pools.push(pool);
+        pools.extend(wanted.into_iter().map(|wanted| link_pool(&link, Some(wanted))));
     }
     pools
+}
+
+fn link_pool(link: &link::Link, wanted: Option<&Wanted>) -> LocalPool {
+    let name = wanted.map_or_else(|| format!("link:{}", link.interface), |wanted| wanted.name.clone());
+    let mut pool = named(name, link.kind.clone(), link.capacity.clone());
+    if let Some(wanted) = wanted {
+        // A link's speed is often unknown: here the configuration may say more than was found, too.
+        if let Some(value) = wanted.capacity {
+            pool.capacity = Some(configured(value, wanted, "capacity_gbit_per_s"));
+        }
+        if let LocalKind::Link { instance_rate, .. } = &mut pool.kind {
+            *instance_rate = wanted.instance_rate.map(|rate| configured(rate, wanted, "instance_mbit_per_s"));
+        }
+    }
+    (pool.cost_per_hour, pool.state) = (cost(wanted, "cost_per_gbit_hour"), link.state.clone());
+    pool
 }
 
 fn named(name: String, kind: LocalKind, capacity: Option<Known>) -> LocalPool {

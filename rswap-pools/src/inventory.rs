@@ -163,6 +163,9 @@ pub enum LocalKind {
         master: Option<String>,
         /// Bytes per packet.
         mtu: Option<u32>,
+        /// What one instance may send, and receive, in bits per second. Nothing: as much as the link gives.
+        #[serde(default)]
+        instance_rate: Option<Known>,
     },
 }
 

@@ -45,8 +45,14 @@ fn link(root: &Root<'_>, interface: String) -> Option<Link> {
     // Mbit/s; -1 or an error where the driver doesn't know, or the link is down.
     let speed = root.number::<i64>(&at("speed")).filter(|&speed| speed > 0);
     let state = state(root.text(&at("operstate")).as_deref(), root.number(&at("carrier")));
-    let kind =
-        LocalKind::Link { what, members, master, mtu: root.number(&at("mtu")), interface: interface.clone() };
+    let kind = LocalKind::Link {
+        what,
+        members,
+        master,
+        mtu: root.number(&at("mtu")),
+        interface: interface.clone(),
+        instance_rate: None,
+    };
     let capacity = speed.map(|speed| Known::found(speed as f64 * 1e6, at("speed")));
     Some(Link { kind, capacity, state, interface })
 }

@@ -38,6 +38,8 @@ pub struct Wanted {
     pub cost_per_hour: Option<f64>,
     /// Cores: speed of one, relative to the reference core.
     pub performance: Option<f64>,
+    /// Links: what one instance may send, and receive, in bits per second.
+    pub instance_rate: Option<f64>,
 }
 
 /// What the configuration says.

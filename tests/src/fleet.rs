@@ -56,6 +56,27 @@ impl Fleet {
         Host::start(name, address, netns, &self.scratch.path().join(name), options)
     }
 
+    /// Gives `host` a further bridge, `br1`, with an uplink of its own to the switch. Returns the switch's end of it.
+    pub fn second_uplink(&self, host: &Host) -> anyhow::Result<String> {
+        let (netns, number) = (host.netns(), host.address().octets()[3]);
+        let mac = format!("02:72:00:00:01:{number:02x}");
+        netns.ip(&["link", "add", "br1", "address", &mac, "type", "bridge"])?;
+        netns.ip(&["link", "set", "br1", "up"])?;
+        let port = format!("second{number}");
+        cable((netns, "up1"), (&self.switch, &port))?;
+        self.switch.ip(&["link", "set", &port, "master", "sw0"])?;
+        netns.ip(&["link", "set", "up1", "master", "br1"])?;
+        Ok(port)
+    }
+
+    /// Runs `ip` or another tool of iproute2 at the switch.
+    pub fn at_switch(&self, tool: &str, arguments: &[&str]) -> anyhow::Result<()> {
+        let output = self.switch.command(tool.as_ref()).args(arguments).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        anyhow::ensure!(output.status.success(), "{tool} {}: {}", arguments.join(" "), said.trim());
+        Ok(())
+    }
+
     /// A directory that goes with the fleet.
     pub fn scratch(&self) -> &std::path::Path {
         self.scratch.path()

@@ -42,6 +42,8 @@ pub struct HostOptions {
     pub more: String,
     /// What only this host has: each first path is mounted over the second. The hosts share all other files.
     pub mounts: Vec<(PathBuf, PathBuf)>,
+    /// The agent finds the interfaces of its own namespace in /sys, not the machine's.
+    pub own_links: bool,
 }
 
 impl Default for HostOptions {
@@ -53,6 +55,7 @@ impl Default for HostOptions {
             freeze_limit_ms: 15_000,
             more: String::new(),
             mounts: Vec::new(),
+            own_links: false,
         }
     }
 }
@@ -66,6 +69,7 @@ pub struct Host {
     dir: PathBuf,
     cgroup_parent: String,
     mounts: Vec<(PathBuf, PathBuf)>,
+    own_links: bool,
     agent: Option<Child>,
     /// Whether the end of the agent's log is printed at the end.
     pub show_log: bool,
@@ -88,6 +92,7 @@ impl Host {
             dir: dir.to_owned(),
             cgroup_parent,
             mounts: options.mounts.clone(),
+            own_links: options.own_links,
             agent: None,
             show_log: true,
         };
@@ -163,8 +168,8 @@ impl Host {
     /// Starts the agent and waits until it answers. It dies with the calling thread.
     pub fn start_agent(&mut self) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.log_path())?;
-        let mut command = self.rswap(&["agent"])?;
-        let mut agent = command
+        let mut agent = self
+            .agent_command()?
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -239,6 +244,20 @@ impl Host {
         command.args(self.mounts.iter().map(|(from, to)| format!("{}:{}", from.display(), to.display())));
         command.arg("--").arg(program);
         command
+    }
+
+    fn agent_command(&self) -> anyhow::Result<Command> {
+        const OWN_LINKS: &str = "set -e; at=$1; shift; mkdir -p \"$at\"; mount -t sysfs none \"$at\"; \
+                                 for net in class/net devices/virtual/net; do mount --bind \"$at/$net\" /sys/$net; done; \
+                                 umount --lazy \"$at\"; exec \"$@\"";
+        if !self.own_links {
+            return self.rswap(&["agent"]);
+        }
+        let mut command = self.netns.command(Path::new("unshare"));
+        command.args(["--mount", "--propagation", "slave", "sh", "-c", OWN_LINKS, "sh"]);
+        command.arg(self.dir.join("sys")).arg(binary("rswap")?).arg("--config").arg(self.config_path());
+        command.arg("agent");
+        Ok(command)
     }
 
     /// A call of the command line on this host.

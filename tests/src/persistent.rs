@@ -234,3 +234,23 @@ pub fn echo(netns: &Netns, server: SocketAddr) -> anyhow::Result<Running> {
         Ok(gaps.longest)
     })
 }
+
+/// Counts a key of a Redis up, one command after the other: each answer must be one more than the last.
+pub fn count_up(netns: &Netns, server: SocketAddr) -> anyhow::Result<Running> {
+    Running::start(netns, "count up", move |stop, counted| {
+        let mut stream = BufReader::new(connect(server)?);
+        let mut gaps = Gaps::new();
+        let mut number = 0_u64;
+        while !stop.load(Ordering::Acquire) {
+            number += 1;
+            stream.get_mut().write_all(b"INCR counted\r\n")?;
+            let mut answer = String::new();
+            stream.read_line(&mut answer).context("waiting for an answer")?;
+            ensure!(answer == format!(":{number}\r\n"), "{answer:?} came where {number} was due");
+            counted.store(number, Ordering::Release);
+            gaps.event();
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(gaps.longest)
+    })
+}

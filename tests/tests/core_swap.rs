@@ -86,6 +86,7 @@ impl Running {
             network: None,
             volumes: Vec::new(),
             pool: None,
+            uplink: None,
             since: UnixMillis::now(),
         }
     }

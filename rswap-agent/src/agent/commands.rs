@@ -65,6 +65,7 @@ impl Wiring {
             network: None,
             volumes: Vec::new(),
             pool: None,
+            uplink: None,
             since: UnixMillis::now(),
         };
         self.registry.put(&instance).map_err(|error| refused("keep the instance", &error))?;

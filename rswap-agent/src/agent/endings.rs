@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
-    instance::InstanceName,
+    instance::{Instance, InstanceName},
     status::{ApiError, MigrationState},
     units::UnixMillis,
 };
@@ -45,7 +45,20 @@ impl Wiring {
         }
         remembered::keep(&self.config, &self.planner);
         match stake {
-            Stake::Swap(reply) => self.swap_ended(instance, to, result, took, reply),
+            Stake::Swap(reply) => {
+                let note = |instance: &mut Instance, pool| instance.pool = Some(pool);
+                self.swap_ended(instance, to, result, took, reply, note);
+            }
+            Stake::Uplink(reply) => {
+                // What nobody asked for only brought about what the registry says.
+                let asked = reply.is_some();
+                let note = |instance: &mut Instance, pool| {
+                    if asked {
+                        instance.uplink = Some(pool);
+                    }
+                };
+                self.swap_ended(instance, to, result, took, reply, note);
+            }
             Stake::Migration { id, events } => self.migration_ended(id, result, events, now),
             Stake::Volume(events) => self.volume_ended(result, events),
         }
@@ -73,13 +86,14 @@ impl Wiring {
         result: Result<Moved, Stayed>,
         took: Duration,
         reply: Option<Reply<SwapDone>>,
+        note: impl FnOnce(&mut Instance, String),
     ) {
         self.board.write(|board| match &result {
             Ok(_) => board.swaps_done += 1,
             Err(_) => board.swaps_failed += 1,
         });
         if result.is_ok()
-            && let Err(error) = self.note_pool(&instance, &to)
+            && let Err(error) = self.note_pool(&instance, |instance| note(instance, to.clone()))
         {
             tracing::warn!(%instance, %error, "the registry does not know its new pool");
         }
@@ -121,9 +135,9 @@ impl Wiring {
         }
     }
 
-    fn note_pool(&mut self, name: &InstanceName, pool: &str) -> Result<(), ApiError> {
+    fn note_pool(&mut self, name: &InstanceName, note: impl FnOnce(&mut Instance)) -> Result<(), ApiError> {
         let mut instance = self.known_now(name)?;
-        instance.pool = Some(pool.to_owned());
+        note(&mut instance);
         self.registry.put(&instance).map_err(|error| refused("keep the instance's pool", &error))?;
         self.look()
     }

@@ -53,6 +53,7 @@ mod tests {
             network: None,
             volumes: Vec::new(),
             pool: None,
+            uplink: None,
             since: Default::default(),
         }
     }

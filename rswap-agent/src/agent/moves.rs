@@ -15,7 +15,7 @@ use super::wiring::refused;
 use crate::{
     config::{Config, MigrateConfig},
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
-    instance::{Instance, InstanceName, volume::Volume},
+    instance::{Instance, InstanceName, launch::Place, volume::Volume},
     migrate::{MigrateError, Progress, Report, guard::Guard, linux, recovery::Recovery},
     plan::MoveKind,
     pool::CpuSet,
@@ -33,6 +33,7 @@ const VOLUME_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// What is to be done.
 pub(super) enum Order {
     Swap { instance: Instance, cpus: CpuSet },
+    Uplink { instance: Instance, uplink: Uplink },
     Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
     Volume { instance: Instance, volume: Volume, pool: PathBuf, events: Sender<SwapVolumeEvent> },
 }
@@ -41,6 +42,7 @@ impl Order {
     pub(super) fn instance(&self) -> &Instance {
         match self {
             Self::Swap { instance, .. }
+            | Self::Uplink { instance, .. }
             | Self::Migration { instance, .. }
             | Self::Volume { instance, .. } => instance,
         }
@@ -50,19 +52,33 @@ impl Order {
 /// Who waits for the end.
 pub(super) enum Stake {
     Swap(Option<Reply<SwapDone>>),
-    Migration { id: u64, events: Option<Sender<MigrateEvent>> },
+    /// By whom the registry is told, too; nobody, when it names the link already.
+    Uplink(Option<Reply<SwapDone>>),
+    Migration {
+        id: u64,
+        events: Option<Sender<MigrateEvent>>,
+    },
     Volume(Sender<SwapVolumeEvent>),
 }
 
 impl Stake {
-    /// As what plans see it; they see nothing of volumes.
+    /// As what plans see it; they see nothing of volumes and uplinks.
     pub(super) fn kind(&self) -> Option<MoveKind> {
         match self {
             Self::Swap(_) => Some(MoveKind::Cpu),
             Self::Migration { .. } => Some(MoveKind::Host),
-            Self::Volume(_) => None,
+            Self::Volume(_) | Self::Uplink(_) => None,
         }
     }
+}
+
+/// A link that an instance is to be on.
+#[derive(Clone, Debug)]
+pub(super) struct Uplink {
+    /// The interface.
+    pub(super) link: String,
+    /// What the instance may send, and receive, in bytes per second.
+    pub(super) bytes_per_s: Option<u64>,
 }
 
 /// What a move came to.
@@ -121,6 +137,9 @@ pub(super) fn spawn(
         // An instance whose move panicked must not count as moving for ever.
         let result = panic::catch_unwind(AssertUnwindSafe(|| match order {
             Order::Swap { instance, cpus } => cpu_swap(&instance, &cpus).map_err(Stayed::Here),
+            Order::Uplink { instance, uplink } => {
+                uplink_swap(&recovery.place, &instance, &uplink).map_err(Stayed::Here)
+            }
             Order::Migration { instance, address, stop_and_copy, mut progress } => {
                 let migrate_config = MigrateConfig { stop_and_copy, ..config.migrate.clone() };
                 migrate(&instance, address, &mut progress, &recovery, &migrate_config)
@@ -156,6 +175,18 @@ pub(super) fn spawn(
 fn cpu_swap(instance: &Instance, cpus: &CpuSet) -> Result<Moved, ApiError> {
     let attempted = format!("move {} to CPUs {cpus:?}", instance.name);
     let report = swap::cpu::move_to(instance, cpus).map_err(|error| refused(&attempted, &error))?;
+    let detail = serde_json::to_value(report).map_err(|error| refused("report the swap", &error))?;
+    Ok(Moved::Swap(detail))
+}
+
+fn uplink_swap(place: &Place, instance: &Instance, to: &Uplink) -> Result<Moved, ApiError> {
+    let attempted = format!("move {} to the link {}", instance.name, to.link);
+    let port = linux::port(place, instance).ok_or_else(|| {
+        let text = format!("cannot {attempted}: it has no address of its own");
+        ApiError::new(StatusCode::CONFLICT, text, "start it with `rswap run --net ADDRESS/PREFIX`")
+    })?;
+    let report = swap::network::move_to(&port, &to.link, to.bytes_per_s);
+    let report = report.map_err(|error| refused(&attempted, &error))?;
     let detail = serde_json::to_value(report).map_err(|error| refused("report the swap", &error))?;
     Ok(Moved::Swap(detail))
 }

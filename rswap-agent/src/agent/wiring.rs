@@ -13,11 +13,8 @@ use super::{
     remembered, usage,
 };
 use crate::{
-    config::{self, Config, Mode},
-    control::{
-        Command, LearnDone, MigrateEvent, MigrateRequest, Reply, SwapDone, SwapRequest, SwapVolumeEvent,
-        SwapVolumeRequest,
-    },
+    config::{Config, Mode},
+    control::{Command, LearnDone, MigrateEvent, MigrateRequest, SwapRequest, SwapVolumeEvent},
     forecast::{Forecaster, Lessons, Observation},
     instance::{
         Instance, InstanceName, launch::Place, main_process::MainProcess, registry::Registry, volume::Volume,
@@ -54,7 +51,7 @@ pub(super) struct Wiring {
     pub(super) known: BTreeMap<InstanceName, Instance>,
     pub(super) moving: BTreeMap<InstanceName, String>,
     /// Frozen after a commit that was not answered.
-    in_doubt: BTreeMap<InstanceName, Doubt>,
+    pub(super) in_doubt: BTreeMap<InstanceName, Doubt>,
     pub(super) recovery: Recovery,
 }
 
@@ -180,12 +177,14 @@ impl Wiring {
                 }
             }
         }
+        let mut new = Vec::new();
         for (name, instance) in &present {
             if self.known.get(name).is_none_or(|before| before.cgroup_id != instance.cgroup_id) {
                 tracing::info!(instance = %name, cgroup = %instance.cgroup.display(), "watching");
                 // The forecaster may know another one of this name, from before this agent.
                 let kin = self.forecaster.kin(name).cloned().unwrap_or_default();
                 self.forecaster.introduce(name, kin, instance.since.0);
+                new.push(instance.clone());
                 if let Err(error) = self.profiler.track(name, &instance.cgroup) {
                     tracing::warn!(instance = %name, error = %refused("profile it", &error), "not profiled");
                 }
@@ -195,6 +194,9 @@ impl Wiring {
         // Also those that only the agent before knew.
         self.forecaster.forget_others(|name| self.known.contains_key(name));
         self.look_for_doubts();
+        for instance in new {
+            self.settle_uplink(instance);
+        }
         let doubts = &self.in_doubt;
         let shown = self.known.values().map(|instance| {
             let doubt = doubts.get(&instance.name);
@@ -335,11 +337,14 @@ impl Wiring {
             Command::Learn(lessons, reply) => drop(reply.send(self.learn(&lessons))),
             Command::Drain(request, reply) => drop(reply.send(self.drain(request))),
             Command::Recover(request, reply) => self.recover(request, reply),
-            Command::Swap(request, reply) => {
-                if let Err((error, Stake::Swap(Some(reply)))) = self.start_swap(request, Some(reply)) {
-                    drop(reply.send(Err(error)));
+            Command::Swap(request, reply) => match self.link_of(&request.pool) {
+                Some(uplink) => self.start_uplink_swap(request, uplink, reply),
+                None => {
+                    if let Err((error, Stake::Swap(Some(reply)))) = self.start_swap(request, Some(reply)) {
+                        drop(reply.send(Err(error)));
+                    }
                 }
-            }
+            },
             Command::SwapVolume(request, events) => {
                 if let Err(error) = self.start_volume_swap(&request, &events) {
                     drop(events.try_send(SwapVolumeEvent::Failed(error)));
@@ -353,51 +358,6 @@ impl Wiring {
                 }
             }
         }
-    }
-
-    fn start_swap(
-        &mut self,
-        request: SwapRequest,
-        reply: Option<Reply<SwapDone>>,
-    ) -> Result<(), (ApiError, Stake)> {
-        let stake = Stake::Swap(reply);
-        let found = self.pools.iter().find(|pool| pool.name == request.pool).and_then(Pool::cpus).cloned();
-        let ready = self.free_instance(&request.instance).and_then(|instance| {
-            found.map(|cpus| (instance, cpus)).ok_or_else(|| {
-                let error = format!("there is no CPU pool {:?} on this host", request.pool);
-                ApiError::new(
-                    StatusCode::NOT_FOUND,
-                    error,
-                    "see `rswap pools`; for hosts use `rswap migrate`",
-                )
-            })
-        });
-        match ready {
-            Ok((instance, cpus)) => {
-                self.begin(Order::Swap { instance, cpus }, request.pool, stake);
-                Ok(())
-            }
-            Err(error) => Err((error, stake)),
-        }
-    }
-
-    fn start_volume_swap(
-        &mut self,
-        request: &SwapVolumeRequest,
-        events: &mpsc::Sender<SwapVolumeEvent>,
-    ) -> Result<(), ApiError> {
-        let missing = |text: String, hint| ApiError::new(StatusCode::NOT_FOUND, text, hint);
-        let instance = self.free_instance(&request.instance)?;
-        let volume = instance.volumes.iter().find(|volume| volume.name == request.volume).cloned();
-        let volume = volume.ok_or_else(|| {
-            let text = format!("{} has no volume {}", request.instance, request.volume);
-            missing(text, "see `rswap ps --json` for its volumes")
-        })?;
-        let pool = config::volume_directory(&self.config, &request.pool);
-        let pool = pool.map_err(|error| missing(error, "see docs/pools.md, Volumes in storage pools"))?;
-        let order = Order::Volume { instance, volume, pool, events: events.clone() };
-        self.begin(order, request.pool.clone(), Stake::Volume(events.clone()));
-        Ok(())
     }
 
     fn start_migration(
@@ -431,7 +391,7 @@ impl Wiring {
     }
 
     /// The instance, if no move of it is under way.
-    fn free_instance(&mut self, name: &InstanceName) -> Result<Instance, ApiError> {
+    pub(super) fn free_instance(&mut self, name: &InstanceName) -> Result<Instance, ApiError> {
         if let Some(to) = self.moving.get(name) {
             let error = format!("{name} is on its way to {to} already");
             return Err(ApiError::new(StatusCode::CONFLICT, error, "wait until it has arrived"));
@@ -445,7 +405,7 @@ impl Wiring {
         self.known_now(name)
     }
 
-    fn begin(&mut self, order: Order, to: String, stake: Stake) {
+    pub(super) fn begin(&mut self, order: Order, to: String, stake: Stake) {
         let name = order.instance().name.clone();
         tracing::info!(instance = %name, to, kind = ?stake.kind(), "moving");
         if stake.kind().is_some() {

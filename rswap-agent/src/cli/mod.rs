@@ -178,7 +178,7 @@ struct ExplainArguments {
 struct SwapArguments {
     /// Which instance
     instance: InstanceName,
-    /// To which CPU pool; with --volume, to which storage pool
+    /// To which set of cores or link; with --volume, to which storage pool
     pool: String,
     /// Move this volume, while the instance runs; with --json an event per line is printed
     #[arg(long, value_name = "NAME")]

@@ -119,8 +119,16 @@ fn kind(pool: &LocalPool, inventory: &Inventory) -> String {
                 None => fs_type.clone(),
             }
         }
-        LocalKind::Link { what, members, .. } if members.is_empty() => format!("{what} link"),
-        LocalKind::Link { what, members, .. } => format!("{what} of {}", members.join(", ")),
+        LocalKind::Link { what, members, instance_rate, .. } => {
+            let what = match members.is_empty() {
+                true => format!("{what} link"),
+                false => format!("{what} of {}", members.join(", ")),
+            };
+            match instance_rate {
+                Some(rate) => format!("{what}, {} an instance", amount(pool, rate.value)),
+                None => what,
+            }
+        }
     }
 }
 

@@ -43,7 +43,7 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
             format!("{:?}", instance.origin).to_lowercase(),
             or_dash(instance.init_pid.map(|pid| pid.to_string())),
             or_dash(instance.pool.clone()),
-            or_dash(instance.network.as_ref().map(addresses)),
+            or_dash(instance.network.as_ref().map(|network| reached(network, instance.uplink.as_deref()))),
             or_dash(profile.map(|p| format!("{:.2}", p.cpu.cores))),
             or_dash(profile.map(|p| bytes(p.memory.resident_bytes as f64))),
             or_dash(wait.map(|queue| nanoseconds(queue.sum as f64 / queue.count as f64))),
@@ -110,6 +110,14 @@ pub(super) async fn explain(client: &Client, arguments: &ExplainArguments) -> an
         println!("{}", plan::explain(decision));
     }
     Ok(())
+}
+
+/// An instance's addresses, and the link that it was moved to.
+fn reached(network: &NetworkIdentity, uplink: Option<&str>) -> String {
+    match uplink {
+        Some(uplink) => format!("{} via {uplink}", addresses(network)),
+        None => addresses(network),
+    }
 }
 
 /// An instance's addresses, for people.

@@ -14,6 +14,7 @@ use super::{Config, ThisHostConfig};
 const GIB: f64 = (1u64 << 30) as f64;
 /// Bits per second.
 const GBIT: f64 = 1e9;
+const MBIT: f64 = 1e6;
 
 /// One `[[pool]]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -43,6 +44,9 @@ pub enum PoolKindConfig {
         /// Storage: the directory that volumes of instances are put into.
         #[serde(skip_serializing_if = "Option::is_none")]
         volumes: Option<PathBuf>,
+        /// Links: what one instance may send, and receive, in bits per second.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        instance_rate: Option<f64>,
     },
     /// Another host's agent.
     Host {
@@ -94,6 +98,8 @@ struct RawPool {
     #[serde(default, deserialize_with = "optional_positive")]
     capacity_gbit_per_s: Option<f64>,
     #[serde(default, deserialize_with = "optional_positive")]
+    instance_mbit_per_s: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
     cores: Option<f64>,
     #[serde(default, deserialize_with = "optional_positive")]
     memory_gib: Option<f64>,
@@ -137,6 +143,7 @@ impl RawPool {
             ("capacity_cores", self.capacity_cores.is_some()),
             ("capacity_gib", self.capacity_gib.is_some()),
             ("capacity_gbit_per_s", self.capacity_gbit_per_s.is_some()),
+            ("instance_mbit_per_s", self.instance_mbit_per_s.is_some()),
             ("cores", self.cores.is_some()),
             ("memory_gib", self.memory_gib.is_some()),
             ("volumes", self.volumes.is_some()),
@@ -170,12 +177,13 @@ fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
             (raw.capacity_gib.map(|gib| gib * GIB), raw.cost_per_gib_hour)
         }
         Member::Link(_) => {
-            raw.only("a link", &["cost_per_gbit_hour", "capacity_gbit_per_s"])?;
+            raw.only("a link", &["cost_per_gbit_hour", "capacity_gbit_per_s", "instance_mbit_per_s"])?;
             (raw.capacity_gbit_per_s.map(|gbit| gbit * GBIT), raw.cost_per_gbit_hour)
         }
     };
     let (performance, volumes) = (raw.performance, raw.volumes.clone());
-    Ok(PoolKindConfig::Local { member, capacity, cost_per_hour, performance, volumes })
+    let instance_rate = raw.instance_mbit_per_s.map(|mbit| mbit * MBIT);
+    Ok(PoolKindConfig::Local { member, capacity, cost_per_hour, performance, volumes, instance_rate })
 }
 
 fn another_host(raw: &RawPool, host: SocketAddr) -> Result<PoolKindConfig, String> {
@@ -260,14 +268,17 @@ pub fn settings(config: &Config) -> Settings {
     };
     let wanted = config.pools.iter().enumerate().filter_map(|(index, pool)| match &pool.kind {
         PoolKindConfig::Host { .. } => None,
-        PoolKindConfig::Local { member, capacity, cost_per_hour, performance, .. } => Some(Wanted {
-            name: pool.name.clone(),
-            key: format!("pool[{index}]"),
-            member: member.clone(),
-            capacity: *capacity,
-            cost_per_hour: *cost_per_hour,
-            performance: *performance,
-        }),
+        PoolKindConfig::Local { member, capacity, cost_per_hour, performance, instance_rate, .. } => {
+            Some(Wanted {
+                name: pool.name.clone(),
+                key: format!("pool[{index}]"),
+                member: member.clone(),
+                capacity: *capacity,
+                cost_per_hour: *cost_per_hour,
+                performance: *performance,
+                instance_rate: *instance_rate,
+            })
+        }
     });
     Settings {
         pools: wanted.collect(),

@@ -60,6 +60,7 @@ fn a_whole_file() {
             cost_per_hour: Some(0.01),
             performance: Some(0.5),
             volumes: None,
+            instance_rate: None,
         }
     );
     assert!(matches!(config.pools[1].kind, PoolKindConfig::Host { cores: 4.0, memory_gib: 8.0, .. }));

@@ -37,7 +37,7 @@ pub use routes::router;
 pub struct SwapRequest {
     /// Which instance.
     pub instance: InstanceName,
-    /// To which CPU pool.
+    /// To which set of cores, or link.
     pub pool: String,
 }
 

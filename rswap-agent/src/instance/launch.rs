@@ -224,6 +224,7 @@ pub(super) fn start(
             network: spec.network.clone(),
             volumes: spec.volumes.iter().map(|(volume, _)| volume.clone()).collect(),
             pool: spec.pool.as_ref().map(|(name, _)| name.clone()),
+            uplink: None,
             since: UnixMillis::now(),
         },
         init_pid,

@@ -85,6 +85,9 @@ pub struct Instance {
     pub volumes: Vec<volume::Volume>,
     /// The CPU pool that the user asked for with `--pool`, or that it was last moved to.
     pub pool: Option<String>,
+    /// The link pool that it was last moved to. Nothing: it is on the bridge of the configuration, as fast as that is.
+    #[serde(default)]
+    pub uplink: Option<String>,
     /// When it was started, adopted or activated here.
     pub since: UnixMillis,
 }

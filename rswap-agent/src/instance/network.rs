@@ -1,5 +1,8 @@
 //! An instance's own network: a veth pair between its namespace and the host's bridge.
 
+mod rate;
+mod uplink;
+
 use std::{
     fs::File,
     future::Future,
@@ -21,7 +24,9 @@ use rtnetlink::{
 };
 
 use super::{InstanceError, InstanceName, NetworkIdentity, net_tables::Limits};
-use crate::sys::packet::{self, Holder};
+use crate::sys::{neighbour, packet::Holder};
+pub use uplink::Attachment;
+pub(crate) use uplink::{Bridge, Replugged};
 
 /// What the interface is called inside.
 const INNER: &str = "eth0";
@@ -169,7 +174,7 @@ impl Port {
                 let index = nix::net::if_::if_nametoindex(INNER).map_err(InstanceError::io(what()))?;
                 let ipv6 = ipv6.map(|ipv6| IpAddr::from(ipv6.address));
                 let addresses: Vec<IpAddr> = std::iter::once(address.into()).chain(ipv6).collect();
-                packet::announce(index, mac, &addresses).map_err(InstanceError::io(what()))
+                neighbour::announce(index, mac, &addresses).map_err(InstanceError::io(what()))
             });
             // The receiver waits for it; only then is the socket closed.
             let (socket, result) = match socket {
@@ -311,10 +316,10 @@ async fn index_of(handle: &Handle, name: &str) -> Result<u32, rtnetlink::Error> 
 
 /// Runs netlink requests in the calling thread's network namespace, on a runtime of their own: the
 /// namespace is the thread's, and a shared runtime's threads have others.
-fn run<F, W>(work: W) -> Result<(), rtnetlink::Error>
+fn run<T, F, W>(work: W) -> Result<T, rtnetlink::Error>
 where
     W: FnOnce(Handle) -> F,
-    F: Future<Output = Result<(), rtnetlink::Error>>,
+    F: Future<Output = Result<T, rtnetlink::Error>>,
 {
     let failed = |error: io::Error| rtnetlink::Error::NamespaceError(error.to_string());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;

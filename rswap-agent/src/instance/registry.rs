@@ -98,6 +98,7 @@ mod tests {
             network: None,
             volumes: Vec::new(),
             pool: None,
+            uplink: None,
             since: Default::default(),
         };
         registry.put(&instance).expect("put");

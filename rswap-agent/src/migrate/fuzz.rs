@@ -44,6 +44,7 @@ fn instance() -> Instance {
         network: None,
         volumes: Vec::new(),
         pool: Some("fast".to_owned()),
+        uplink: Some("line".to_owned()),
         since: Default::default(),
     }
 }

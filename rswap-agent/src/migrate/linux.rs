@@ -115,10 +115,13 @@ pub fn receive<P>(
     destination::run(&mut stream, &mut task, ledger, id, &requirements)
 }
 
-/// The port of `instance` on this host's bridge, if it has one.
-pub(super) fn port(place: &Place, instance: &Instance) -> Option<Port> {
+/// The port of `instance`, if it has one, on the bridge that it is on.
+pub fn port(place: &Place, instance: &Instance) -> Option<Port> {
     match (&instance.network, &place.bridge, instance.init_pid) {
-        (Some(identity), Some(bridge), Some(init)) => Some(Port::new(&instance.name, bridge, identity, init)),
+        (Some(identity), Some(bridge), Some(init)) => {
+            let port = Port::new(&instance.name, bridge, identity, init);
+            Some(if instance.uplink.is_some() { port.where_it_is() } else { port })
+        }
         _ => None,
     }
 }

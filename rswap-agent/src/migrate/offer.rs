@@ -321,6 +321,7 @@ pub(super) mod tests {
             network: None,
             volumes: Vec::new(),
             pool: None,
+            uplink: None,
             since: UnixMillis::default(),
         };
         Requirements {

@@ -60,12 +60,22 @@ pub fn takes_no_connections(socket: &OwnedFd) -> bool {
 
 /// A packet socket takes only frames to `mac`, and to `other`.
 pub fn take_frames_to(socket: &OwnedFd, mac: [u8; 6], other: Option<[u8; 6]>) -> io::Result<()> {
+    take_frames(socket, 0, std::iter::once(mac).chain(other))
+}
+
+/// A packet socket takes only frames from `mac`.
+pub fn take_frames_from(socket: &OwnedFd, mac: [u8; 6]) -> io::Result<()> {
+    take_frames(socket, 6, std::iter::once(mac))
+}
+
+/// Only frames with one of `macs` at that offset.
+fn take_frames(socket: &OwnedFd, at: u32, macs: impl Iterator<Item = [u8; 6]>) -> io::Result<()> {
     let mut program = Vec::new();
-    for [a, b, c, d, e, f] in std::iter::once(mac).chain(other) {
+    for [a, b, c, d, e, f] in macs {
         program.extend([
-            step(LOAD_WORD, 0, 0, 0),
+            step(LOAD_WORD, at, 0, 0),
             step(IF_EQUAL, u32::from_be_bytes([a, b, c, d]), 0, 3),
-            step(LOAD_HALF, 4, 0, 0),
+            step(LOAD_HALF, at + 4, 0, 0),
             step(IF_EQUAL, u32::from_be_bytes([0, 0, e, f]), 0, 1),
             step(RETURN, TAKE, 0, 0),
         ]);

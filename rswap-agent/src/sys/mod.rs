@@ -14,6 +14,7 @@ pub mod lock;
 pub mod mem;
 pub mod mempolicy;
 pub mod namespace;
+pub mod neighbour;
 pub mod packet;
 pub mod pagemap;
 pub mod priority;

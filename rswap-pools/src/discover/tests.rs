@@ -71,6 +71,7 @@ pub(crate) fn wanted(name: &str, member: Member) -> Wanted {
         capacity: None,
         cost_per_hour: None,
         performance: None,
+        instance_rate: None,
     }
 }
 
