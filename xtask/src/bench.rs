@@ -25,6 +25,12 @@ pub(crate) enum Bench {
     },
     /// One round of planning a fleet of up to 10,000 instances on 1,000 hosts
     Plan,
+    /// What a swap on one host costs: volumes of 100 MB and 1 GB between disks, 1000 threads between core sets
+    Swap {
+        /// Passed on to the benchmark: `--runs N`, `--only TEXT`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Fast and slow tiers with recorded demand: what forecasts save next to static placement, thresholds and the oracle
     Tiers {
         /// Directory with bitbrains.csv.gz
@@ -48,6 +54,10 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
             measure("bench_migrate", arguments)
         }
         Bench::Plan => measure("bench_plan", &[]),
+        Bench::Swap { arguments } => {
+            need_root("the benchmark makes network namespaces, cgroups and loop devices, and runs an agent")?;
+            measure("bench_swap", arguments)
+        }
         Bench::Tiers { traces } => measure("bench_tiers", &["--traces".to_owned(), found(traces)?]),
         Bench::Placement { traces } => measure("bench_placement", &["--traces".to_owned(), found(traces)?]),
     }

@@ -1,4 +1,4 @@
-//! A client of `programs/many.py`: a connection to each of its threads or processes, asked in turn.
+//! A client of `programs/many.py`, a connection to each of its threads or processes, asked in turn; and of `volume_server.py`.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
@@ -27,8 +27,28 @@ pub struct Many {
 }
 
 impl Many {
-    /// Connects `number` times to `server`, and sends a line over one connection after the other.
+    /// Connects `number` times to `server`, and sends a line over one connection after the other, [`PAUSE`] after each answer.
     pub fn start(netns: &Netns, server: SocketAddr, number: usize) -> anyhow::Result<Self> {
+        Self::with_pauses(netns, server, number, || thread::sleep(PAUSE))
+    }
+
+    /// The same over one connection, a line every [`PAUSE`] as long as the answers come in time.
+    pub fn steady(netns: &Netns, server: SocketAddr) -> anyhow::Result<Self> {
+        let mut next = Instant::now();
+        Self::with_pauses(netns, server, 1, move || {
+            next += PAUSE;
+            // What could not be sent in its time is not made up for.
+            next = next.max(Instant::now());
+            thread::sleep(next.saturating_duration_since(Instant::now()));
+        })
+    }
+
+    fn with_pauses(
+        netns: &Netns,
+        server: SocketAddr,
+        number: usize,
+        mut pause: impl FnMut() + Send + 'static,
+    ) -> anyhow::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = netns.spawn("many", move || {
@@ -51,7 +71,7 @@ impl Many {
                 connection.read_line(&mut back).context("waiting for a line")?;
                 ensure!(back == line, "{back:?} came back for {line:?}");
                 times.note(1);
-                thread::sleep(PAUSE);
+                pause();
             }
             Ok(times)
         })?;

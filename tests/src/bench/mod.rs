@@ -5,6 +5,20 @@ pub mod paced;
 
 use std::time::{Duration, Instant};
 
+/// Before a move the client's rate is measured.
+pub const BEFORE: Duration = Duration::from_secs(1);
+/// After it, the rest of the answers come in.
+pub const AFTER: Duration = Duration::from_millis(500);
+
+/// What a client has seen of a move.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    /// The longest time in which it got no answer.
+    pub gap: Duration,
+    /// By how much it had fewer answers before that than before the move, in percent.
+    pub slowdown_pct: f64,
+}
+
 /// When answers came, and how many at a time.
 #[derive(Clone, Debug, Default)]
 pub struct Timeline(Vec<(Instant, u32)>);
@@ -19,6 +33,14 @@ impl Timeline {
     pub fn largest_gap(&self, from: Instant, to: Instant) -> Option<(Duration, Instant)> {
         let pairs = self.0.windows(2).filter(|pair| pair[1].0 >= from && pair[0].0 <= to);
         pairs.map(|pair| (pair[1].0 - pair[0].0, pair[0].0)).max()
+    }
+
+    /// What there is to be seen of a move that `began` and `ended` then.
+    pub fn of_move(&self, began: Instant, ended: Instant) -> Seen {
+        let (gap, frozen) = self.largest_gap(began, ended + AFTER).unwrap_or((Duration::ZERO, ended));
+        let before = self.rate(began - BEFORE / 2, began);
+        let slowdown_pct = (1.0 - self.rate(began, frozen.max(began)) / before.max(1e-9)) * 100.0;
+        Seen { gap, slowdown_pct }
     }
 
     /// Answers per second between two moments.

@@ -19,7 +19,7 @@ use rswap_agent::status::MigrationReport;
 use rswap_tests::{
     Fleet, Host, HostOptions,
     bench::{
-        Timeline,
+        AFTER, BEFORE, Seen,
         many::Many,
         median,
         paced::{Keys, Paced, Work},
@@ -30,9 +30,6 @@ use serde::Serialize;
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
 const PORT: u16 = 7000;
-/// Before a move the client's rate is measured; after it, the rest of the answers come in.
-const BEFORE: Duration = Duration::from_secs(1);
-const AFTER: Duration = Duration::from_millis(500);
 const READS_PER_S: u32 = 1000;
 const WRITES_PER_S: u32 = 20_000;
 
@@ -115,8 +112,7 @@ fn main() -> anyhow::Result<()> {
 /// What one move came to.
 struct Move {
     report: MigrationReport,
-    gap: Duration,
-    slowdown_pct: f64,
+    seen: Seen,
 }
 
 fn run(program: Program, runs: usize) -> anyhow::Result<Case> {
@@ -150,7 +146,7 @@ fn run(program: Program, runs: usize) -> anyhow::Result<Case> {
         println!(
             "  {} gap {:.1} ms, still {:.1} ms, total {} ms, steps {:?}",
             if stop_and_copy { "stop-and-copy:" } else { "pre-copy:" },
-            moved.gap.as_secs_f64() * 1e3,
+            moved.seen.gap.as_secs_f64() * 1e3,
             moved.report.unavailability_ms,
             moved.report.duration_ms,
             moved
@@ -169,14 +165,14 @@ fn run(program: Program, runs: usize) -> anyhow::Result<Case> {
     }
     client.check(&fleet)?;
     let of = |moves: &[Move], figure: &dyn Fn(&Move) -> f64| median(moves.iter().map(figure).collect());
-    let gap = |moved: &Move| moved.gap.as_secs_f64() * 1e3;
+    let gap = |moved: &Move| moved.seen.gap.as_secs_f64() * 1e3;
     Ok(Case {
         gap_ms: of(&with, &gap),
         freeze_ms: of(&with, &|moved| moved.report.unavailability_ms),
         total_ms: of(&with, &|moved| moved.report.duration_ms as f64),
         bytes_sent: of(&with, &|moved| moved.report.bytes_sent as f64),
         bytes_dirtied: of(&with, &|moved| moved.report.pages_dirtied as f64 * 4096.0),
-        slowdown_pct: of(&with, &|moved| moved.slowdown_pct),
+        slowdown_pct: of(&with, &|moved| moved.seen.slowdown_pct),
         stop_and_copy_gap_ms: of(&without, &gap),
         gaps_ms: with.iter().map(gap).collect(),
     })
@@ -218,7 +214,7 @@ impl Client {
                 (seen?, times)
             }
         };
-        Ok(moved(&times, report, began, ended))
+        Ok(Move { report, seen: times.of_move(began, ended) })
     }
 
     /// Nothing that was acknowledged is lost.
@@ -229,13 +225,6 @@ impl Client {
             Self::Many { .. } => Ok(()),
         }
     }
-}
-
-fn moved(times: &Timeline, report: MigrationReport, began: Instant, ended: Instant) -> Move {
-    let (gap, frozen) = times.largest_gap(began, ended + AFTER).unwrap_or((Duration::ZERO, ended));
-    let before = times.rate(began - BEFORE / 2, began);
-    let slowdown_pct = (1.0 - times.rate(began, frozen.max(began)) / before.max(1e-9)) * 100.0;
-    Move { report, gap, slowdown_pct }
 }
 
 fn migrate(from: &Host, to: &Host, stop_and_copy: bool) -> anyhow::Result<MigrationReport> {
