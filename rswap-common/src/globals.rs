@@ -72,4 +72,29 @@ globals! {
     SOCK_CGROUP;
     /// `tcp_sock.srtt_us`.
     TCP_SRTT_US;
+
+    /// The device of the file system that is watched, as the kernel numbers it: 20 bits of minor.
+    WRITTEN_DEVICE;
+    /// `PG_head`.
+    FOLIO_LARGE_BIT;
+    /// `folio.flags`.
+    FOLIO_FLAGS;
+    /// `folio._flags_1`.
+    FOLIO_FLAGS_1;
+    /// `folio.index`.
+    FOLIO_INDEX;
+    /// `address_space.host`.
+    MAPPING_HOST;
+    /// `inode.i_sb`.
+    INODE_SB;
+    /// `inode.i_ino`.
+    INODE_INO;
+    /// `super_block.s_dev`.
+    SUPER_BLOCK_DEV;
+    /// `kiocb.ki_filp`.
+    KIOCB_FILE;
+    /// `file.f_inode`.
+    FILE_INODE;
+    /// `iov_iter.data_source`.
+    ITER_DATA_SOURCE;
 }

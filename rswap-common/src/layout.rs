@@ -36,6 +36,32 @@ pub mod map_names {
     pub const BLOCKS: &str = "BLOCKS";
     /// Array of one [`super::DeviceTable`]; can be mapped into memory.
     pub const DEVICES: &str = "DEVICES";
+    /// Ring buffer of [`super::WrittenRecord`].
+    pub const WRITTEN: &str = "WRITTEN";
+    /// Array of one [`super::WrittenCounts`].
+    pub const WRITTEN_COUNTS: &str = "WRITTEN_COUNTS";
+}
+
+/// A part of a file that was written.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrittenRecord {
+    /// The file's inode number.
+    pub inode: u64,
+    /// Its first page.
+    pub first_page: u64,
+    /// How many; 0: nobody knows which parts, and later ones may not be told of.
+    pub pages: u64,
+}
+
+/// How many [`WrittenRecord`]s there were.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WrittenCounts {
+    /// Those that were lost included.
+    pub due: u64,
+    /// For which there was no room.
+    pub lost: u64,
 }
 
 /// One histogram as the programs fill it.

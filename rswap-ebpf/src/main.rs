@@ -1,5 +1,6 @@
 //! rswap's eBPF programs. Each counts the events of the tracked cgroups, and of no others, into histograms
-//! that the agent maps into its memory; none of them changes anything.
+//! that the agent maps into its memory; those of [`written`] are only loaded while a volume is copied. None of them changes
+//! anything.
 //!
 //! Field offsets and the size of the maps are globals (see `rswap_common::globals`), set before loading.
 #![no_std]
@@ -12,6 +13,7 @@ mod kernel;
 mod maps;
 mod sched;
 mod tcp;
+mod written;
 
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {

@@ -33,6 +33,24 @@ fn descriptors_locks_mappings_and_deleted_files_are_re_homed() -> anyhow::Result
     there_and_back("descriptors_locks_mappings_and_deleted_files_are_re_homed", "rehomed", &["0.005"])
 }
 
+/// Also with writes that no time tells of, and that no page of the cache shows.
+#[test]
+fn no_way_to_write_is_missed() -> anyhow::Result<()> {
+    let test = "no_way_to_write_is_missed";
+    if reason_to_skip(test).is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set([256 * MIB, 256 * MIB])?;
+    let seed = std::time::UNIX_EPOCH.elapsed()?.subsec_nanos().to_string();
+    println!("seed {seed}");
+    scene.python("ways_to_write", &["0.0005", &seed])?;
+    for pool in ["one", "two"].into_iter().cycle().take(8) {
+        scene.moves(pool)?;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    scene.nothing_is_left()
+}
+
 #[test]
 fn sqlite_in_wal_mode_loses_nothing() -> anyhow::Result<()> {
     there_and_back("sqlite_in_wal_mode_loses_nothing", "sqlite_wal", &["0.002"])

@@ -169,6 +169,22 @@ impl KernelTypes {
         Ok(offset_bits / 8)
     }
 
+    /// The number that `enum in_enum` gives `name`, unless it is negative.
+    pub fn enumerator(&self, in_enum: &str, name: &str) -> Option<u32> {
+        let named = |described: &Type, wanted: &str| {
+            string_at(&self.bytes, self.strings, described.name) == Some(wanted)
+        };
+        let all = self.types.iter().filter_map(|at| self.type_at(*at as usize));
+        all.filter(|described| described.kind == KIND_ENUM && named(described, in_enum)).find_map(|found| {
+            let member = |index: usize| found.data + index * 8;
+            let index = (0..found.member_count).find(|index| {
+                let text = u32_at(&self.bytes, member(*index));
+                text.and_then(|text| string_at(&self.bytes, self.strings, text)) == Some(name)
+            })?;
+            u32_at(&self.bytes, member(index) + 4).filter(|number| *number <= i32::MAX as u32)
+        })
+    }
+
     /// The arguments of a tracepoint as C types, without the first that is for the tracer.
     pub fn tracepoint_arguments(&self, tracepoint: &str) -> Result<Vec<String>, BtfError> {
         let missing = || BtfError::NoTracepoint(tracepoint.to_owned());
@@ -308,6 +324,7 @@ mod tests {
         for in_struct in types.structs.keys() {
             let _ = types.field_offset(in_struct, "a.b");
             let _ = types.field_offset(in_struct, "");
+            let _ = types.enumerator(in_struct, "a");
         }
         for tracepoint in types.tracepoints.keys() {
             let _ = types.tracepoint_arguments(tracepoint);
@@ -360,6 +377,9 @@ mod tests {
         let types = KernelTypes::parse(bytes).unwrap();
         assert!(types.field_offset("task_struct", "sched_info.last_queued").unwrap() > 0);
         assert_eq!(types.tracepoint_arguments("sched_switch").unwrap()[1], "struct task_struct *");
+        assert_eq!(types.enumerator("pageflags", "PG_locked"), Some(0));
+        assert!(types.enumerator("pageflags", "PG_head").is_some());
+        assert_eq!(types.enumerator("pageflags", "PG_none_of_these"), None);
     }
 
     proptest! {

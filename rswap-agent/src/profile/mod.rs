@@ -21,6 +21,7 @@ pub mod histogram;
 mod probes;
 mod profiler;
 mod slots;
+pub mod written;
 
 use std::{io, path::PathBuf};
 

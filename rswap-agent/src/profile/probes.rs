@@ -19,15 +19,15 @@ use crate::sys::bpf_mmap::{BpfRecord, MappedArray};
 
 /// The object that `cargo xtask build` made, if it was there when the agent was built.
 #[cfg(rswap_ebpf_object)]
-static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("RSWAP_EBPF_OBJECT")));
+pub(super) static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("RSWAP_EBPF_OBJECT")));
 /// The object that `cargo xtask build` made, if it was there when the agent was built.
 #[cfg(not(rswap_ebpf_object))]
-static OBJECT: Option<&[u8]> = None;
+pub(super) static OBJECT: Option<&[u8]> = None;
 
 /// Lines kept of a verifier's log: the reason, and three lines of statistics with the error code.
 const VERIFIER_LINES: usize = 6;
 
-const NO_OBJECT: &str = "built without eBPF programs: use `cargo xtask build`";
+pub(super) const NO_OBJECT: &str = "built without eBPF programs: use `cargo xtask build`";
 
 /// Whether a probe counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,13 +65,13 @@ pub struct ProgramCost {
 
 /// A program, and what it relies on. Tracepoints and structures change between kernels, at no version that
 /// could be asked for (vendors backport): hence every one is looked up.
-struct Probe {
+pub(super) struct Probe {
     /// Name of the program and of its tracepoint.
-    tracepoint: &'static str,
+    pub(super) tracepoint: &'static str,
     /// The arguments' types, as far as they are used.
-    arguments: &'static [&'static str],
+    pub(super) arguments: &'static [&'static str],
     /// (global, structure, field)
-    fields: &'static [(&'static str, &'static str, &'static str)],
+    pub(super) fields: &'static [(&'static str, &'static str, &'static str)],
 }
 
 const CGROUP_FIELDS: [(&str, &str, &str); 2] =
@@ -147,7 +147,7 @@ const PROBES: [Probe; 6] = [
 
 impl Probe {
     /// The offsets that the program needs in this kernel, or why it can't run here.
-    fn resolve(&self, types: &KernelTypes) -> Result<Vec<(&'static str, u64)>, String> {
+    pub(super) fn resolve(&self, types: &KernelTypes) -> Result<Vec<(&'static str, u64)>, String> {
         let found = types.tracepoint_arguments(self.tracepoint).map_err(|error| error.to_string())?;
         let same = |expected: &&str, found: &String| *expected == found || integers(expected, found);
         if found.len() < self.arguments.len() || !self.arguments.iter().zip(&found).all(|(e, f)| same(e, f)) {
@@ -320,7 +320,7 @@ fn mapped<T: BpfRecord>(ebpf: &Ebpf, name: &str, entries: u32) -> Result<MappedA
     MappedArray::new(map.fd(), entries).map_err(|error| format!("map {name} into memory: {error}"))
 }
 
-fn attach(ebpf: &mut Ebpf, tracepoint: &str, btf: &Btf) -> Result<(), String> {
+pub(super) fn attach(ebpf: &mut Ebpf, tracepoint: &str, btf: &Btf) -> Result<(), String> {
     let program =
         ebpf.program_mut(tracepoint).ok_or("the eBPF object has no such program: build it again")?;
     let program: &mut BtfTracePoint = program.try_into().map_err(|error| chain(&error))?;
@@ -350,7 +350,7 @@ fn status(probe: &Probe, outcome: Result<(), String>) -> ProbeStatus {
 }
 
 /// An error with its causes. Of a verifier's log, which goes to the debug log whole, the last lines say why.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

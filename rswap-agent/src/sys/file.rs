@@ -30,6 +30,50 @@ pub fn data(file: &File) -> io::Result<Vec<Range<u64>>> {
     }
 }
 
+/// The parts of some ranges of `file` that have data. The ranges ascend.
+pub fn data_of(file: &File, ranges: impl Iterator<Item = Range<u64>>) -> io::Result<Vec<Range<u64>>> {
+    let mut found: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        let mut at = range.start;
+        while at < range.end {
+            let start = match seek(file, at, libc::SEEK_DATA) {
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(found),
+                start => start?,
+            };
+            if start >= range.end {
+                break;
+            }
+            at = seek(file, start, libc::SEEK_HOLE)?.min(range.end);
+            match found.last_mut() {
+                Some(last) if last.end == start => last.end = at,
+                _ => found.push(start..at),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Has `len` bytes at `at` written back: none of the pages that were dirty when it is called is so by that when it returns.
+pub fn write_back(file: &File, at: u64, len: u64) -> io::Result<()> {
+    let all =
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: a plain system call without pointers.
+    super::check(unsafe { libc::sync_file_range(file.as_raw_fd(), at as i64, len as i64, all) }.into())
+        .map(|_| ())
+}
+
+/// Whether all that is written to an ext4's file goes through the page cache's dirty pages: it is not in the journal first, not in the inode,
+/// and not in memory that is the disk.
+pub fn is_plain(file: &File) -> bool {
+    /// `EXT4_INLINE_DATA_FL`.
+    const INLINE: u32 = 0x1000_0000;
+    /// `FS_DAX_FL`.
+    const DAX: u32 = 0x0200_0000;
+    /// `FS_JOURNAL_DATA_FL`.
+    const JOURNAL: u32 = 0x4000;
+    rustix::fs::ioctl_getflags(file).is_ok_and(|flags| flags.bits() & (INLINE | DAX | JOURNAL) == 0)
+}
+
 fn seek(file: &File, at: u64, whence: i32) -> io::Result<u64> {
     // SAFETY: a plain system call without pointers.
     let found = unsafe { libc::lseek64(file.as_raw_fd(), at as i64, whence) };

@@ -47,6 +47,8 @@ pub struct BuiltVolume {
     fresh: BTreeSet<u64>,
     names: usize,
     complete: bool,
+    /// Writing through is left to the caller.
+    deferred: bool,
 }
 
 /// Where it is built.
@@ -98,7 +100,7 @@ impl BuiltVolume {
 
     fn of(home: Home, root: OwnedFd, inodes: OwnedFd) -> Self {
         let (files, fresh) = (BTreeMap::new(), BTreeSet::new());
-        Self { home, root, inodes, files, open: None, fresh, names: 0, complete: false }
+        Self { home, root, inodes, files, open: None, fresh, names: 0, complete: false, deferred: false }
     }
 
     /// Where it can be mounted from already; of a tmpfs nowhere.
@@ -115,6 +117,16 @@ impl BuiltVolume {
             Home::Directory(_) => None,
             Home::Memory(tmpfs, _) => Some(tmpfs),
         }
+    }
+
+    /// From here on the caller [writes through](write_through), once, when it has put it to its place.
+    pub fn defer(&mut self) {
+        self.deferred = true;
+    }
+
+    /// Its root, wherever it is put.
+    pub fn handle(&self) -> Result<OwnedFd, VolumeError> {
+        self.root.try_clone().map_err(VolumeError::io("keeping open", b""))
     }
 
     /// Whether the last pass was taken.
@@ -150,8 +162,11 @@ impl BuiltVolume {
             Record::End { last } => {
                 self.read_back()?;
                 self.complete = last;
+                if self.deferred {
+                    return Ok(());
+                }
                 // What the program wrote through is written through here, before the source's copy goes.
-                rustix::fs::syncfs(&self.root).map_err(VolumeError::io("writing through", b""))
+                write_through(&self.root)
             }
         }
     }
@@ -192,6 +207,11 @@ impl BuiltVolume {
 
     /// Puts it to its place, where nothing may be. Mounts follow it.
     pub fn keep(self, place: &Path) -> Result<(), VolumeError> {
+        self.put(place)
+    }
+
+    /// The same; what it was built in goes when this is dropped.
+    pub fn put(&self, place: &Path) -> Result<(), VolumeError> {
         let failed = || VolumeError::host("putting a volume to", place);
         if let Some(parent) = place.parent() {
             fs::create_dir_all(parent).map_err(failed())?;
@@ -274,6 +294,9 @@ impl BuiltVolume {
                 true => drop(built.blocks.remove(&number)),
                 false => drop(built.blocks.insert(number, blocks::hash(&contents))),
             }
+        }
+        if self.deferred {
+            return Ok(());
         }
         file.sync_data().map_err(VolumeError::io("writing through", b"a file"))
     }
@@ -384,6 +407,11 @@ impl BuiltVolume {
         }
         Ok(())
     }
+}
+
+/// All that was written to the file system of `root` is on the disk when this returns.
+pub fn write_through(root: &OwnedFd) -> Result<(), VolumeError> {
+    rustix::fs::syncfs(root).map_err(VolumeError::io("writing through", b""))
 }
 
 impl Drop for BuiltVolume {

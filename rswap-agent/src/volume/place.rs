@@ -67,15 +67,15 @@ impl Switch {
         self.sync()
     }
 
-    /// From here on the new directory is the volume, or, the second time, the old one again. In one step, on the disk when
-    /// this returns.
+    /// From here on the new directory is the volume, or, the second time, the old one again. In one step, which is on the disk
+    /// when it was [synced](Self::sync).
     pub fn make(&self) -> Result<(), VolumeError> {
         rustix::fs::renameat_with(CWD, &self.aside, CWD, &self.place, RenameFlags::EXCHANGE)
-            .map_err(VolumeError::host("exchanging", &self.place))?;
-        self.sync()
+            .map_err(VolumeError::host("exchanging", &self.place))
     }
 
-    fn sync(&self) -> Result<(), VolumeError> {
+    /// What stands at the place now is so on the disk, too, when this returns.
+    pub fn sync(&self) -> Result<(), VolumeError> {
         let parent = self.place.parent().unwrap_or(Path::new("/"));
         fs::File::open(parent)
             .and_then(|parent| parent.sync_all())
@@ -228,7 +228,7 @@ mod tests {
         let (_directory, home, pool) = volume();
         let switch = Switch::plan(&home, "db", "data", &pool).expect("plan");
         copy(&switch, "new");
-        switch.prepare().and_then(|()| switch.make()).expect("switch");
+        switch.prepare().and_then(|()| switch.make()).and_then(|()| switch.sync()).expect("switch");
         switch.clean();
         remove(&home, "db", "data").expect("remove");
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);

@@ -1,8 +1,9 @@
 //! A volume of an instance that is being moved away.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fs::File,
+    ops::Range,
     path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -15,7 +16,7 @@ use rustix::{
 
 use super::{
     VolumeError,
-    blocks::{self, Blocks},
+    blocks::{self, BLOCK, Blocks},
     digest,
     record::{Frames, Record},
     tree::{self, Found, Kind, Time, Tree},
@@ -25,6 +26,27 @@ use crate::sys::file;
 /// A file that changed so shortly before a pass, in seconds, is read again in the next one: the time of a long write(2) is
 /// set when it begins, and it may still be under way when the file is read.
 const UNSURE_S: i64 = 5;
+/// Bytes of a file that are written back in one go.
+const WRITE_BACK_BYTES: u64 = 32 << 20;
+
+/// What of a file was written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// In some way that the log does not follow: from here on times have to tell.
+    pub whole: bool,
+    /// Blocks, by their number; more may be named than were written.
+    pub blocks: BTreeSet<u64>,
+}
+
+/// Tells what was written to the files of a volume's file system, whoever wrote it. A page that has been written is named again for a later
+/// write only once it was written back.
+pub trait WriteLog: std::fmt::Debug + Send {
+    /// Takes note of what there is, so that nothing is lost for want of room.
+    fn look(&mut self);
+    /// What was written since it was asked last, by inode. With `all`, nothing is missed that was written before the call; else the
+    /// next call may tell of it. `None`: something was lost.
+    fn take(&mut self, all: bool) -> Option<BTreeMap<u64, Touched>>;
+}
 
 /// A volume, with what is known of its copy.
 #[derive(Debug)]
@@ -36,6 +58,18 @@ pub struct SourceVolume {
     mapped: BTreeSet<u64>,
     /// Times tell nothing of what is written through mappings, not even at the first write.
     silent: bool,
+    /// What is written to it, where the kernel tells.
+    log: Option<Box<dyn WriteLog>>,
+    /// Files that were written in a way that it does not follow, whether they had a name then or not: a write may still be under way.
+    unfollowable: BTreeSet<u64>,
+}
+
+/// What of a file has to be read.
+#[derive(Debug, PartialEq, Eq)]
+enum Part {
+    Nothing,
+    Blocks(BTreeSet<u64>),
+    All,
 }
 
 /// A file as the destination has it.
@@ -45,7 +79,16 @@ struct Known {
     modified: Time,
     size: u64,
     unsure: bool,
+    /// The log tells of all that was written since.
+    followed: bool,
     blocks: Blocks,
+}
+
+/// When a file is copied: what changed since that second may be changing still.
+#[derive(Clone, Copy)]
+struct Moment {
+    since: i64,
+    last: bool,
 }
 
 impl SourceVolume {
@@ -65,7 +108,13 @@ impl SourceVolume {
     }
 
     fn of(root: OwnedFd, silent: bool) -> Self {
-        Self { root, tree: Tree::new(), files: BTreeMap::new(), mapped: BTreeSet::new(), silent }
+        let (files, mapped, unfollowable) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        Self { root, tree: Tree::new(), files, mapped, silent, log: None, unfollowable }
+    }
+
+    /// Has `log` tell what is written. It must have begun already.
+    pub fn follow(&mut self, log: Box<dyn WriteLog>) {
+        self.log = Some(log);
     }
 
     /// What the destination needs room for: bytes on the disk, and inodes. What can't be carried is refused.
@@ -85,16 +134,30 @@ impl SourceVolume {
     ) -> Result<(), VolumeError> {
         let since =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64 - UNSURE_S;
+        let touched = self.log.as_mut().and_then(|log| log.take(last));
+        if touched.is_none() && self.log.take().is_some() {
+            tracing::debug!("more was written than can be followed: files are read whole");
+        }
+        let all_told = touched.iter().flatten();
+        self.unfollowable.extend(all_told.filter(|(_, touched)| touched.whole).map(|(inode, _)| *inode));
         let fresh = tree::scan(self.root.as_fd(), &self.tree)?;
         self.mapped.extend(mapped);
         let mut seen = BTreeSet::new();
         let mut written = BTreeSet::new();
         for (path, found) in &fresh {
             let Kind::File { inode } = found.kind else { continue };
-            let read_anyway = self.silent && last;
-            if seen.insert(inode) && (read_anyway || !self.is_known(inode, found)) {
-                self.copy(path, found, since, last, frames)?;
+            if !seen.insert(inode) {
+                continue;
+            }
+            let none = Touched::default();
+            let touched = touched.as_ref().map(|all| all.get(&inode).unwrap_or(&none));
+            let part = self.part(inode, found, touched, last);
+            if part != Part::Nothing {
+                self.copy(path, found, Moment { since, last }, part, frames)?;
                 written.insert(inode);
+            }
+            if let Some(log) = &mut self.log {
+                log.look();
             }
             frames.say_alive()?;
         }
@@ -125,79 +188,125 @@ impl SourceVolume {
         digest::of(&self.tree, |inode| self.files.get(&inode).map(|known| &known.blocks))
     }
 
-    fn is_known(&self, inode: u64, found: &Found) -> bool {
-        let same = |known: &Known| {
-            !known.unsure
-                && (known.changed, known.modified) == (found.changed, found.attributes.modified)
-                && known.size == found.size
-        };
-        !self.mapped.contains(&inode) && self.files.get(&inode).is_some_and(same)
+    /// What of a file may be another than at its last copy.
+    fn part(&self, inode: u64, found: &Found, touched: Option<&Touched>, last: bool) -> Part {
+        let Some(known) = self.files.get(&inode).filter(|_| !(self.silent && last)) else { return Part::All };
+        let same_contents = (known.modified, known.size) == (found.attributes.modified, found.size);
+        let same_times = same_contents && known.changed == found.changed;
+        match touched.filter(|touched| known.followed && !touched.whole) {
+            // It changed in a way that nobody knows.
+            Some(touched) if touched.blocks.is_empty() && !same_contents => Part::All,
+            Some(touched) if touched.blocks.is_empty() => Part::Nothing,
+            Some(touched) => Part::Blocks(touched.blocks.clone()),
+            None if touched.is_some_and(|touched| touched.whole) => Part::All,
+            None if same_times && !known.unsure && !self.mapped.contains(&inode) => Part::Nothing,
+            None => Part::All,
+        }
     }
 
-    /// Sends the blocks of a file that are others than at its last copy.
+    /// Opens a file that the walk has found; `None` if it is another one by now.
+    fn open_found(&self, path: &[u8], found: &Found, last: bool) -> Result<Option<File>, VolumeError> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOATIME;
+        let file = match tree::open_below(self.root.as_fd(), path, flags) {
+            // Removed or replaced since the walk.
+            Err(Errno::NOENT | Errno::LOOP | Errno::NOTDIR | Errno::NXIO) if !last => return Ok(None),
+            opened => opened.map_err(VolumeError::io("opening", path))?,
+        };
+        let stat = rustix::fs::fstat(&file).map_err(VolumeError::io("looking at", path))?;
+        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        Ok((regular && stat.st_ino == found.inode).then_some(File::from(file)))
+    }
+
+    /// Sends the blocks of a file that are others than at its last copy. `part`: those that may be.
     fn copy(
         &mut self,
         path: &[u8],
         found: &Found,
-        since: i64,
-        last: bool,
+        Moment { since, last }: Moment,
+        part: Part,
         frames: &mut Frames<'_>,
     ) -> Result<(), VolumeError> {
         let failed = || VolumeError::io::<std::io::Error>("reading", path);
         let inode = found.inode;
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOATIME;
-        let file = match tree::open_below(self.root.as_fd(), path, flags) {
-            // Removed or replaced since the walk.
-            Err(Errno::NOENT | Errno::LOOP | Errno::NOTDIR | Errno::NXIO) if !last => None,
-            opened => Some(opened.map_err(VolumeError::io("opening", path))?),
-        };
-        let opened = match file {
-            Some(file) => {
-                let stat = rustix::fs::fstat(&file).map_err(VolumeError::io("looking at", path))?;
-                let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-                (regular && stat.st_ino == inode).then_some((File::from(file), stat))
-            }
-            None => None,
-        };
-        let Some((file, stat)) = opened else {
+        let Some(file) = self.open_found(path, found, last)? else {
             if last {
                 return Err(VolumeError::unsupported(path, "it was changed from outside of the instance"));
             }
             // Its name is sent all the same: the next pass tells what became of it.
-            if let std::collections::btree_map::Entry::Vacant(unknown) = self.files.entry(inode) {
-                unknown.insert(Known { unsure: true, ..Known::default() });
-                frames.put(&Record::File { inode, size: 0 })?;
+            match self.files.entry(inode) {
+                Entry::Vacant(unknown) => {
+                    unknown.insert(Known { unsure: true, ..Known::default() });
+                    frames.put(&Record::File { inode, size: 0 })?;
+                }
+                // What the log has told of it is forgotten.
+                Entry::Occupied(mut known) => {
+                    known.get_mut().unsure = true;
+                    known.get_mut().followed = false;
+                }
             }
             return Ok(());
         };
-        let changed = (stat.st_ctime, stat.st_ctime_nsec as u32);
-        let modified = (stat.st_mtime, stat.st_mtime_nsec as u32);
+        let mut known = self.files.remove(&inode).unwrap_or_default();
+        let may_follow = self.log.is_some() && !self.unfollowable.contains(&inode) && !last;
+        // Whoever writes from here on is told of.
+        known.followed = may_follow && self.write_back(&file, frames)?;
+        let stat = rustix::fs::fstat(&file).map_err(VolumeError::io("looking at", path))?;
         let size = stat.st_size as u64;
+        let changed = (stat.st_ctime, stat.st_ctime_nsec as u32);
         if last && (changed, size) != (found.changed, found.size) {
             return Err(VolumeError::unsupported(path, "it is written from outside of the instance"));
         }
         frames.put(&Record::File { inode, size })?;
-        let mut before = self.files.remove(&inode).unwrap_or_default().blocks;
-        let mut now = Blocks::new();
-        let data = file::data(&file).map_err(failed())?;
+        let part = match part {
+            Part::Blocks(mut blocks) => {
+                // Where it ended and where it ends.
+                let (shorter, longer) = (known.size.min(size), known.size.max(size));
+                if shorter < longer {
+                    blocks.extend(shorter / BLOCK..longer.div_ceil(BLOCK));
+                }
+                Some(blocks)
+            }
+            Part::All | Part::Nothing => None,
+        };
+        let data = match &part {
+            Some(blocks) => file::data_of(&file, blocks.iter().map(|number| blocks::range(*number, size))),
+            None => file::data(&file),
+        };
+        let data = data.map_err(failed())?;
+        // Those that are holes now, unless they are found below.
+        let mut before = match &part {
+            Some(blocks) => {
+                let taken = blocks.iter().filter_map(|number| Some((*number, known.blocks.remove(number)?)));
+                taken.collect()
+            }
+            None => std::mem::take(&mut known.blocks),
+        };
         let mut contents = Vec::new();
         for number in blocks::with_data(&data, size) {
             blocks::read(&file, number, size, &mut contents).map_err(failed())?;
+            let range = blocks::range(number, size);
+            let inside =
+                |part: &Range<u64>| (part.start - range.start) as usize..(part.end - range.start) as usize;
+            let holes = blocks::holes(&range, &data);
+            for hole in &holes {
+                // What was written there since is not sent: it must not count as sent, either.
+                contents[inside(hole)].fill(0);
+            }
             let hash = blocks::hash(&contents);
             let earlier = before.remove(&number);
             if earlier != Some(hash) {
-                let range = blocks::range(number, size);
-                let holes = blocks::holes(&range, &data);
                 for hole in holes.iter().filter(|_| earlier.is_some()) {
                     let (offset, length) = (hole.start, hole.end - hole.start);
                     frames.put(&Record::Hole { inode, offset, length })?;
                 }
                 for part in blocks::holes(&range, &holes) {
-                    let inside = (part.start - range.start) as usize..(part.end - range.start) as usize;
-                    frames.put_data(inode, part.start, &contents[inside])?;
+                    frames.put_data(inode, part.start, &contents[inside(&part)])?;
                 }
             }
-            now.insert(number, hash);
+            known.blocks.insert(number, hash);
+            if let Some(log) = &mut self.log {
+                log.look();
+            }
             frames.say_alive()?;
         }
         for number in before.into_keys() {
@@ -207,9 +316,32 @@ impl SourceVolume {
                 frames.put(&Record::Hole { inode, offset, length })?;
             }
         }
-        let unsure = changed.0 >= since;
-        self.files.insert(inode, Known { changed, modified, size, unsure, blocks: now });
+        known.changed = changed;
+        known.modified = (stat.st_mtime, stat.st_mtime_nsec as u32);
+        known.size = size;
+        known.unsure = changed.0 >= since;
+        self.files.insert(inode, known);
         Ok(())
+    }
+
+    /// Has what was written to a file written back, so that later writes are told of. Says whether they will be.
+    fn write_back(&mut self, file: &File, frames: &mut Frames<'_>) -> Result<bool, VolumeError> {
+        // Those are cheaper to read than to follow.
+        let size = file.metadata().map_or(0, |metadata| metadata.len());
+        if size <= BLOCK || !file::is_plain(file) {
+            return Ok(false);
+        }
+        for start in (0..size).step_by(WRITE_BACK_BYTES as usize) {
+            // What can't be written back stays dirty, and is not told of again.
+            if file::write_back(file, start, WRITE_BACK_BYTES).is_err() {
+                return Ok(false);
+            }
+            if let Some(log) = &mut self.log {
+                log.look();
+            }
+            frames.say_alive()?;
+        }
+        Ok(true)
     }
 
     fn send_names(

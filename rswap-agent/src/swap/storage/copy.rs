@@ -3,15 +3,18 @@
 use std::{
     collections::BTreeSet,
     path::Path,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use super::{StorageError, pace::Pace};
 use crate::{
     instance::{Instance, volume::Volume},
+    profile::written::Watched,
     tracee::{layout, tree},
     volume::{
-        built::BuiltVolume,
+        VolumeError,
+        built::{BuiltVolume, write_through},
         place,
         record::{self, Frames},
         source::SourceVolume,
@@ -20,6 +23,9 @@ use crate::{
 
 /// Further passes that may be no faster than the fastest before.
 const PATIENCE: u32 = 5;
+/// A pass is made once more, though it was short enough, as long as each is shorter than the one before by a quarter, and none as short as
+/// this: what the instance waits for is as long as the last one.
+const SHORT: Duration = Duration::from_millis(8);
 
 /// What is known of a copy on its way.
 pub(super) struct Copy {
@@ -27,12 +33,38 @@ pub(super) struct Copy {
     pub(super) built: BuiltVolume,
     pub(super) passes: u32,
     pub(super) bytes: u64,
+    /// Begins to watch what is written.
+    log: Option<JoinHandle<Result<Watched, String>>>,
+}
+
+/// A copy that is complete.
+pub(super) struct Completed {
+    pub(super) copy: Copy,
+    on_disk: JoinHandle<Result<(), VolumeError>>,
+}
+
+impl Completed {
+    /// Compares both.
+    pub(super) fn digest(&self) -> Result<u128, StorageError> {
+        let (here, there) = (self.copy.source.digest(), self.copy.built.digest()?);
+        if here == there { Ok(here) } else { Err(StorageError::Digest { here, there }) }
+    }
+
+    /// It is on the disk when this returns.
+    pub(super) fn wait(self) -> Result<Copy, StorageError> {
+        self.on_disk
+            .join()
+            .map_err(|_| StorageError::Unfit("writing the copy through panicked".into()))??;
+        Ok(self.copy)
+    }
 }
 
 impl Copy {
     /// Begins one of the volume in `from`, in `built`; there must be room.
     pub(super) fn begin(from: &Path, built: &Path) -> Result<Self, StorageError> {
         let source = SourceVolume::open(from)?;
+        let followed = from.to_owned();
+        let log = Some(thread::spawn(move || Watched::start(&followed)));
         let (bytes, inodes) = source.need()?;
         let pool = built.parent().unwrap_or(built);
         let (free_bytes, free_inodes) = place::room(pool)?;
@@ -45,7 +77,7 @@ impl Copy {
                 free_inodes,
             });
         }
-        Ok(Self { source, built: BuiltVolume::make(built)?, passes: 0, bytes: 0 })
+        Ok(Self { source, built: BuiltVolume::make(built)?, passes: 0, bytes: 0, log })
     }
 
     /// Passes, until one was short enough for the freeze.
@@ -58,8 +90,15 @@ impl Copy {
         on_pass: &mut dyn FnMut(u32, u64, Duration),
     ) -> Result<(), StorageError> {
         let mut pace = Pace::of(&instance.cgroup);
+        match self.log.take().map(JoinHandle::join) {
+            Some(Ok(Ok(log))) => self.source.follow(Box::new(log)),
+            Some(Ok(Err(reason))) => tracing::info!(%reason, "files that change are read whole"),
+            Some(Err(_)) => tracing::warn!("what is written can't be watched: its thread panicked"),
+            None => {}
+        }
         let mut fastest: Option<Duration> = None;
         let mut fruitless = 0;
+        let mut before: Option<Duration> = None;
         loop {
             let began = Instant::now();
             let pids = tree::listed(instance)?;
@@ -69,7 +108,9 @@ impl Copy {
             })?;
             let took = began.elapsed().saturating_sub(pace.take_waited());
             on_pass(self.passes, self.bytes, took);
-            if took <= allowed && self.passes > 1 {
+            let shrinks = took > SHORT && before.is_some_and(|before| took < before * 3 / 4);
+            before = Some(took);
+            if took <= allowed && self.passes > 1 && !shrinks {
                 return Ok(());
             }
             let faster = fastest.is_none_or(|fastest| took < fastest * 9 / 10);
@@ -85,12 +126,20 @@ impl Copy {
         }
     }
 
-    /// What is left, and the comparison of both; the instance stands still.
-    pub(super) fn complete(&mut self, volume: &Volume, pids: &[i32]) -> Result<u128, StorageError> {
+    /// What is left; the instance stands still. The copy is put to `place`, and nothing of it is on the disk for certain.
+    pub(super) fn complete(
+        mut self,
+        volume: &Volume,
+        pids: &[i32],
+        place: &Path,
+    ) -> Result<Completed, StorageError> {
+        self.built.defer();
         self.pass(true, volume, pids, &mut || Ok(()))?;
         self.built.finish()?;
-        let (here, there) = (self.source.digest(), self.built.digest()?);
-        if here == there { Ok(here) } else { Err(StorageError::Digest { here, there }) }
+        let root = self.built.handle()?;
+        // Written through by another thread: the instance waits for it only where it has to.
+        let on_disk = self.built.put(place).map(|()| thread::spawn(move || write_through(&root)))?;
+        Ok(Completed { copy: self, on_disk })
     }
 
     fn pass(

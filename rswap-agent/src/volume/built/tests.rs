@@ -2,8 +2,13 @@
 
 use std::os::unix::{fs as unix, net::UnixListener};
 
+use std::sync::{Arc, Mutex};
+
 use super::*;
-use crate::volume::{record::Frames, source::SourceVolume};
+use crate::volume::{
+    record::Frames,
+    source::{SourceVolume, Touched, WriteLog},
+};
 
 type Sent = Vec<Vec<u8>>;
 
@@ -157,6 +162,79 @@ fn only_changed_blocks_are_sent_again() {
     let bytes: usize = sent.iter().map(Vec::len).sum();
     assert!(bytes < 100_000, "{bytes} bytes for one changed block");
     scene.end();
+}
+
+/// A log that tells what the test has put into it.
+#[derive(Clone, Debug, Default)]
+struct Told(Arc<Mutex<Option<BTreeMap<u64, Touched>>>>);
+
+impl Told {
+    fn tell(&self, inode: u64, whole: bool, blocks: &[u64]) {
+        let mut told = self.0.lock().expect("not poisoned");
+        let touched = told.get_or_insert_default().entry(inode).or_default();
+        touched.whole |= whole;
+        touched.blocks.extend(blocks);
+    }
+}
+
+impl WriteLog for Told {
+    fn look(&mut self) {}
+
+    fn take(&mut self, _all: bool) -> Option<BTreeMap<u64, Touched>> {
+        self.0.lock().expect("not poisoned").as_mut().map(std::mem::take)
+    }
+}
+
+#[test]
+fn with_a_log_only_what_it_names_is_read_and_all_when_it_does_not_know() {
+    let mut scene = Scene::new();
+    let told = Told::default();
+    *told.0.lock().expect("not poisoned") = Some(BTreeMap::new());
+    scene.source.follow(Box::new(told.clone()));
+    let mut expected = vec![1; 20 * BLOCK as usize];
+    fs::write(scene.from("big"), &expected).expect("write");
+    let file = File::options().write(true).open(scene.from("big")).expect("open");
+    let inode = file.metadata().expect("stat").ino();
+    scene.pass(false);
+    // Written, and not told of: it is not looked at.
+    file.write_all_at(b"unseen", 9 * BLOCK).expect("write");
+    file.write_all_at(b"seen", 3 * BLOCK).expect("write");
+    expected[3 * BLOCK as usize..][..4].copy_from_slice(b"seen");
+    told.tell(inode, false, &[3]);
+    scene.pass(false);
+    assert!(fs::read(scene.to("big")).expect("read") == expected, "another part than the one told of");
+    // It grows.
+    expected[9 * BLOCK as usize..][..6].copy_from_slice(b"unseen");
+    file.set_len(21 * BLOCK + 7).expect("resize");
+    expected.resize(21 * BLOCK as usize + 7, 0);
+    told.tell(inode, false, &[20, 400]);
+    file.write_all_at(b"end", 21 * BLOCK).expect("write");
+    expected[21 * BLOCK as usize..][..3].copy_from_slice(b"end");
+    told.tell(inode, false, &[9]);
+    scene.pass(false);
+    assert!(fs::read(scene.to("big")).expect("read") == expected, "what has grown");
+    // In a way that is not followed, from then on: times have to tell.
+    told.tell(inode, true, &[]);
+    file.write_all_at(b"direct", 5 * BLOCK).expect("write");
+    expected[5 * BLOCK as usize..][..6].copy_from_slice(b"direct");
+    scene.pass(false);
+    file.write_all_at(b"again", 6 * BLOCK).expect("write");
+    expected[6 * BLOCK as usize..][..5].copy_from_slice(b"again");
+    scene.pass(false);
+    assert!(fs::read(scene.to("big")).expect("read") == expected, "what the log can't follow");
+    // It has lost something.
+    let another = vec![2; 10 * BLOCK as usize];
+    fs::write(scene.from("another"), &another).expect("write");
+    scene.pass(false);
+    *told.0.lock().expect("not poisoned") = None;
+    File::options()
+        .write(true)
+        .open(scene.from("another"))
+        .expect("open")
+        .write_all_at(b"lost", 8 * BLOCK)
+        .expect("write");
+    let scene = scene.end();
+    assert_eq!(fs::read(scene.to("another")).expect("read")[8 * BLOCK as usize..][..4], *b"lost");
 }
 
 #[test]
