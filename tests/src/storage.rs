@@ -10,6 +10,27 @@ use crate::{Fleet, Host, HostOptions, loop_device::LoopDevice, moves::program, r
 /// How long a program may take for what a scenario waits for.
 const LIMIT: Duration = Duration::from_secs(40);
 
+/// A pool's disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Disk {
+    /// How many bytes it has.
+    pub bytes: u64,
+    /// It can be made to fail.
+    pub can_fail: bool,
+}
+
+impl Disk {
+    /// A file.
+    pub fn of(bytes: u64) -> Self {
+        Self { bytes, can_fail: false }
+    }
+
+    /// One that can be made to fail.
+    pub fn that_can_fail(bytes: u64) -> Self {
+        Self { bytes, can_fail: true }
+    }
+}
+
 /// The scene. Dropped in this order: the instance uses the disks.
 #[derive(Debug)]
 pub struct StorageScene {
@@ -28,19 +49,27 @@ pub struct StorageScene {
 impl StorageScene {
     /// Starts a host whose pools have so many bytes each.
     pub fn set(bytes: [u64; 2]) -> anyhow::Result<Self> {
+        Self::set_on(bytes.map(Disk::of), 3000)
+    }
+
+    /// Starts a host whose pools are on such disks. Instances may stand still for so many milliseconds.
+    pub fn set_on(of_pools: [Disk; 2], max_unavailability_ms: u64) -> anyhow::Result<Self> {
         let mut fleet = Fleet::new()?;
         let scratch = fleet.scratch().to_owned();
         let (mut disks, mut more) = (Vec::new(), String::new());
-        for (name, bytes) in ["one", "two"].into_iter().zip(bytes) {
+        for (name, Disk { bytes, can_fail }) in ["one", "two"].into_iter().zip(of_pools) {
             let directory = scratch.join(name);
             fs::create_dir(&directory)?;
-            let disk = LoopDevice::create(&directory, bytes)?;
+            let disk = match can_fail {
+                true => LoopDevice::create_that_can_fail(&directory, bytes)?,
+                false => LoopDevice::create(&directory, bytes)?,
+            };
             let at = disk.mount_point();
             more +=
                 &format!("[[pool]]\nname = {name:?}\nstorage = {at:?}\nvolumes = {:?}\n\n", at.join("rswap"));
             disks.push(disk);
         }
-        let options = HostOptions { more, max_unavailability_ms: 3000, ..HostOptions::default() };
+        let options = HostOptions { more, max_unavailability_ms, ..HostOptions::default() };
         let host = fleet.host("a", &options)?;
         Ok(Self { host, log: scratch.join("program.log"), path: scratch.join("mounted"), disks, fleet })
     }
@@ -139,6 +168,17 @@ impl StorageScene {
             Ok(found.is_empty().then_some(()))
         });
         gone.with_context(|| format!("still there: {found:?}"))
+    }
+
+    /// The volume is in this pool, whatever is left in the other one.
+    pub fn is_in(&self, pool: &str) -> anyhow::Result<()> {
+        let real = fs::canonicalize(self.place())?;
+        ensure!(real.starts_with(self.fleet.scratch().join(pool)), "it is in {}", real.display());
+        for pid in self.host.pids("worker")? {
+            let seen = fs::metadata(format!("/proc/{pid}/root{}", self.path.display()))?;
+            ensure!(same(&seen, &fs::metadata(&real)?), "process {pid} sees another directory");
+        }
+        Ok(())
     }
 
     /// Where the agent looks for the volume.

@@ -148,7 +148,13 @@ impl Guard {
     }
 
     /// From here on the guard undoes what was done to the instance if this process ends or takes too long.
+    ///
+    /// # Errors
+    /// The guard is gone: the instance must not be frozen.
     pub fn arm(&self) -> Result<(), TaskError> {
+        if tree::has_ended(self.child.id() as i32) {
+            return Err("the guard of the freeze has ended: nothing was frozen; try again".into());
+        }
         self.change(Guarded::Idle, Guarded::Frozen)
     }
 

@@ -85,6 +85,32 @@ mod tests {
     }
 
     #[test]
+    fn it_waits_as_long_as_the_instance_waits_more_than_before() {
+        let cgroup = tempfile::tempdir().expect("a temporary directory");
+        let stalled_ms = |ms: u64| {
+            let text = format!("some avg10=0.00 avg60=0.00 avg300=0.00 total={}\nfull total=0\n", ms * 1000);
+            fs::write(cgroup.path().join("io.pressure"), text).expect("write");
+        };
+        // For a fifth of the time, as it always does.
+        stalled_ms(0);
+        let path = cgroup.path().to_owned();
+        let before = std::thread::spawn(move || Pace::of(&path));
+        std::thread::sleep(BEFORE / 2);
+        stalled_ms(BEFORE.as_millis() as u64 / 5);
+        let mut pace = before.join().expect("it came to an end");
+        let mut total = BEFORE.as_millis() as u64 / 5;
+        // Of the time since its last look, which is longer after it has waited.
+        for (share, waits) in [(0, false), (15, false), (90, true), (80, true), (10, false)] {
+            std::thread::sleep(LOOK_EVERY);
+            let since = pace.last.map_or(0, |(at, _)| at.elapsed().as_millis() as u64);
+            total += since * share / 100;
+            stalled_ms(total);
+            pace.keep();
+            assert_eq!(pace.take_waited() > Duration::ZERO, waits, "at {share} %");
+        }
+    }
+
+    #[test]
     fn without_pressure_nothing_is_slowed_down() {
         let mut pace = Pace::of(Path::new("/nonexistent"));
         pace.keep();

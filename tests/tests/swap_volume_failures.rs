@@ -1,0 +1,168 @@
+//! What goes wrong while a volume moves: a disk that fails, a program that writes too fast, a guard that is killed. There is one copy
+//! afterwards, the program finds in it what it wrote, and the next try succeeds.
+
+use std::{
+    fs,
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use rswap_tests::{
+    reason_to_skip,
+    steps::{Follower, Place},
+    storage::{Disk, StorageScene},
+    wait_for,
+};
+
+const MIB: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(30);
+/// A step in the freeze at which the plan is not yet written, and one at which the instance is held by its cgroup.
+const STEPS_IN_FREEZE: [usize; 2] = [40, 120];
+
+/// It fails in the middle of the copy, and for good.
+#[test]
+fn a_disk_that_fails_leaves_the_volume_where_it_was() -> anyhow::Result<()> {
+    if reason_to_skip("a_disk_that_fails_leaves_the_volume_where_it_was").is_some() {
+        return Ok(());
+    }
+    let mut scene = StorageScene::set_on([Disk::of(256 * MIB), Disk::that_can_fail(256 * MIB)], 3000)?;
+    scene.python("volume", &["0.005", "60000000"])?;
+    scene.moves("one")?;
+    let swap = begin(&scene, "two")?;
+    wait_for_copy(&scene, "two")?;
+    scene.disks[1].fail()?;
+    let output = swap.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    println!("{said}");
+    ensure!(!output.status.success() && said.contains("Input/output error"), "{said}");
+    scene.goes_on()?;
+    // What is on the broken disk can't be removed.
+    scene.is_in("one")?;
+    scene.nothing_is_left()?;
+    // As it is, and with another in its place.
+    ensure!(scene.moved("two")?.is_err(), "the disk is broken");
+    scene.goes_on()?;
+    scene.is_in("one")?;
+    scene.disks[1].replace()?;
+    scene.moves("two")?;
+    scene.moves("one").map(drop)
+}
+
+#[test]
+fn a_program_that_writes_too_fast_keeps_its_volume() -> anyhow::Result<()> {
+    if reason_to_skip("a_program_that_writes_too_fast_keeps_its_volume").is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set_on([Disk::of(512 * MIB); 2], 100)?;
+    scene.python("fast_writer", &[&(96 * MIB).to_string()])?;
+    let reason = scene.moved("one")?.expect_err("it is too fast");
+    ensure!(reason.contains("it changes too fast") && reason.contains("max_unavailability_ms"), "{reason}");
+    scene.goes_on()?;
+    scene.is_on(None)?;
+    scene.nothing_is_left()?;
+    fs::write(scene.log.with_extension("log.slow"), "")?;
+    scene.goes_on()?;
+    scene.moves("one").map(drop)
+}
+
+#[test]
+fn a_guard_that_is_killed_costs_at_most_the_swap() -> anyhow::Result<()> {
+    if reason_to_skip("a_guard_that_is_killed_costs_at_most_the_swap").is_some() {
+        return Ok(());
+    }
+    let mut scene = StorageScene::set([128 * MIB, 128 * MIB])?;
+    scene.python("rehomed", &["0.005"])?;
+    scene.moves("one")?;
+    // While it is copied: nothing is frozen without a guard.
+    let swap = begin(&scene, "two")?;
+    wait_for_copy(&scene, "two")?;
+    kill_guard(&scene)?;
+    let output = swap.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(!output.status.success() && said.contains("the guard of the freeze has ended"), "{said}");
+    scene.goes_on()?;
+    scene.is_on(Some("one"))?;
+    scene.moves("two")?;
+    let mut at = "two";
+    for step in STEPS_IN_FREEZE {
+        let to = if at == "one" { "two" } else { "one" };
+        // In the freeze: the agent needs it for nothing.
+        let swap = in_freeze(&scene, to, step)?;
+        signal(&scene, Signal::SIGCONT)?;
+        let output = swap.wait_with_output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        scene.goes_on()?;
+        scene.is_on(Some(to))?;
+        at = to;
+        // And then the agent, too: the next one brings it to an end.
+        let to = if at == "one" { "two" } else { "one" };
+        let swap = in_freeze(&scene, to, step)?;
+        scene.host.kill_agent()?;
+        swap.wait_with_output()?;
+        scene.host.start_agent()?;
+        scene.goes_on()?;
+        scene.nothing_is_left()?;
+        let moved = fs::canonicalize(scene.place())?.starts_with(scene.fleet.scratch().join(to));
+        at = if moved { to } else { at };
+        println!("step {step}: it is on {at}");
+        scene.is_on(Some(at))?;
+    }
+    for pool in if at == "one" { ["two", "one"] } else { ["one", "two"] } {
+        scene.moves(pool)?;
+    }
+    scene.nothing_is_left()
+}
+
+fn begin(scene: &StorageScene, pool: &str) -> anyhow::Result<Child> {
+    Ok(scene.swap(pool)?.stdout(Stdio::piped()).spawn()?)
+}
+
+/// Waits until something is copied to a pool.
+fn wait_for_copy(scene: &StorageScene, pool: &str) -> anyhow::Result<()> {
+    let directory = scene.fleet.scratch().join(pool).join("mounted/rswap");
+    wait_for("the copy to begin", LIMIT, || {
+        let all = fs::read_dir(&directory).into_iter().flatten().flatten();
+        Ok(all.map(|entry| entry.file_name()).any(|n| n.to_string_lossy().starts_with(".arr")).then_some(()))
+    })
+}
+
+/// A swap whose agent stands still at `step`, and whose guard is gone.
+fn in_freeze(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Child> {
+    let agent = scene.host.agent_pid().context("no agent")?;
+    let follower = Follower::start(agent, Place::Step(step), Signal::SIGSTOP)?;
+    let swap = begin(scene, pool)?;
+    wait_for("the agent to be stopped", LIMIT, || {
+        let stat = fs::read_to_string(format!("/proc/{agent}/stat"))?;
+        Ok(stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")).then_some(()))
+    })?;
+    ensure!(follower.has_struck()?, "it has no step {step}");
+    kill_guard(scene)?;
+    Ok(swap)
+}
+
+fn signal(scene: &StorageScene, signal: Signal) -> anyhow::Result<()> {
+    let agent = scene.host.agent_pid().context("no agent")?;
+    Ok(kill(Pid::from_raw(agent as i32), signal)?)
+}
+
+/// Kills the guard that the agent has started, when there is one.
+fn kill_guard(scene: &StorageScene) -> anyhow::Result<()> {
+    let agent = scene.host.agent_pid().context("no agent")?;
+    let guard = wait_for("the guard", LIMIT, || {
+        let mut children = String::new();
+        for thread in fs::read_dir(format!("/proc/{agent}/task"))?.flatten() {
+            children += &fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        }
+        let is_guard = |pid: &&str| {
+            let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.contains("__guard")
+        };
+        Ok(children.split_whitespace().find(is_guard).map(str::to_owned))
+    })?;
+    Ok(kill(Pid::from_raw(guard.parse()?), Signal::SIGKILL)?)
+}
