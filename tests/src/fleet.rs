@@ -56,8 +56,8 @@ impl Fleet {
         Host::start(name, address, netns, &self.scratch.path().join(name), options)
     }
 
-    /// Gives `host` a further bridge, `br1`, with an uplink of its own to the switch. Returns the switch's end of it.
-    pub fn second_uplink(&self, host: &Host) -> anyhow::Result<String> {
+    /// Gives `host` a further bridge, `br1`, with an uplink of its own to the switch.
+    pub fn second_uplink(&self, host: &Host) -> anyhow::Result<()> {
         let (netns, number) = (host.netns(), host.address().octets()[3]);
         let mac = format!("02:72:00:00:01:{number:02x}");
         netns.ip(&["link", "add", "br1", "address", &mac, "type", "bridge"])?;
@@ -65,8 +65,7 @@ impl Fleet {
         let port = format!("second{number}");
         cable((netns, "up1"), (&self.switch, &port))?;
         self.switch.ip(&["link", "set", &port, "master", "sw0"])?;
-        netns.ip(&["link", "set", "up1", "master", "br1"])?;
-        Ok(port)
+        netns.ip(&["link", "set", "up1", "master", "br1"])
     }
 
     /// Runs `ip` or another tool of iproute2 at the switch.

@@ -35,6 +35,7 @@ pub mod stream;
 pub mod subjects;
 pub mod sweep;
 pub mod traces;
+pub mod uplinks;
 pub mod wire;
 
 use std::{

@@ -13,7 +13,7 @@ use rswap_tests::{
     Fleet, Host, HostOptions,
     client::{Manner, REDIS, VerifyingClient},
     persistent::{self, Running},
-    reason_to_skip, wait_for,
+    reason_to_skip, uplinks, wait_for,
     wire::Wire,
 };
 
@@ -22,40 +22,12 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// A lost segment would cost this much at least: TCP's shortest time-out.
 const TCP_TIMEOUT_MS: f64 = 200.0;
 
-const POOLS: &str = r#"
-[pools]
-look_every_ms = 100
-
-[[pool]]
-name = "first"
-link = "br0"
-
-[[pool]]
-name = "second"
-link = "up1"
-
-[[pool]]
-name = "slow"
-link = "br1"
-instance_mbit_per_s = 40
-
-[[pool]]
-name = "elsewhere"
-link = "br2"
-
-[[pool]]
-name = "plain"
-link = "plain0"
-"#;
-
 /// A host with two uplinks, and a Redis with clients that never let go of their connections.
 struct Scene {
     writer: VerifyingClient,
     pipeline: Running,
     subscriber: Running,
     host: Host,
-    /// The switch's end of the second uplink.
-    second_port: String,
     fleet: Fleet,
 }
 
@@ -63,9 +35,7 @@ impl Scene {
     fn set() -> anyhow::Result<Self> {
         let mut fleet = Fleet::new()?;
         fleet.client.ip(&["addr", "add", "fd88::100/64", "dev", "eth0", "nodad"])?;
-        let options = HostOptions { more: POOLS.to_owned(), own_links: true, ..HostOptions::default() };
-        let host = fleet.host("a", &options)?;
-        let second_port = fleet.second_uplink(&host)?;
+        let host = uplinks::host(&mut fleet)?;
         let addresses = [&format!("{SERVER}/24"), "fd88::10/64"];
         let command = [REDIS, &["--bind", "0.0.0.0", "::"]].concat();
         host.run("redis", &["--net", addresses[0], "--net", addresses[1]], &command)?;
@@ -81,14 +51,8 @@ impl Scene {
         let writer = VerifyingClient::start_in(Manner::Patient, &fleet.client, SERVER, pause)?;
         let pipeline = persistent::pipeline(&fleet.client, SERVER)?;
         let subscriber = persistent::subscribe(&fleet.client, SERVER)?;
-        let scene = Self { writer, pipeline, subscriber, host, second_port, fleet };
+        let scene = Self { writer, pipeline, subscriber, host, fleet };
         scene.go_on()?;
-        wait_for("the second uplink", LIMIT, || {
-            let pools = scene.host.call(&["pools"])?;
-            let is_online =
-                |name: &str| pools.lines().any(|line| line.contains(name) && line.contains("online"));
-            Ok((is_online("second") && is_online("slow")).then_some(()))
-        })?;
         Ok(scene)
     }
 
@@ -318,7 +282,6 @@ fn an_uplink_that_turns_out_to_be_none_is_left_again() -> anyhow::Result<()> {
     scene.swap("second")?;
     scene.is_on("br1")?;
     scene.go_on()?;
-    println!("the second uplink is {} at the switch", scene.second_port);
     scene.finish().map(drop)
 }
 

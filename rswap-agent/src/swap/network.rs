@@ -15,8 +15,10 @@ use crate::instance::{
     network::{Attachment, Bridge, Port, Replugged},
 };
 
-/// How long a neighbour may take to answer.
+/// How long a neighbour may take to answer, before anything is changed.
 const ANSWER_WITHIN: Duration = Duration::from_millis(900);
+/// The same afterwards, when who answered once must do so again: until the way back, the instance may be cut off.
+const ANSWER_AGAIN_WITHIN: Duration = Duration::from_millis(300);
 
 /// Why an instance stayed on its uplink. Unless it says so, all is as it was before.
 #[derive(Debug, thiserror::Error)]
@@ -195,7 +197,7 @@ impl<'a> UplinkSwap<'a> {
         if !as_wanted || self.port.outgoing()? != self.wanted.bytes_per_s {
             return Err(UplinkError::Misplaced { found, wanted: self.wanted.clone() });
         }
-        let answered = self.port.answering(&self.neighbours, ANSWER_WITHIN)?;
+        let answered = self.port.answering(&self.neighbours, ANSWER_AGAIN_WITHIN)?;
         self.all_answer(&answered)
     }
 

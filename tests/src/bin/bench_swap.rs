@@ -2,7 +2,7 @@
 //!
 //! Volumes move there and back between two file systems on loop devices, next to `cp -a` of the same volume between the same
 //! two, while a client has the program make 1000 writes a second; a program of 1000 threads goes from one core set to the
-//! other. Figures are medians. Loop devices are files in the temporary directory (`TMPDIR`): its disk is what is measured.
+//! other; a program with connections goes from one uplink to the other. Figures are medians. Loop devices are files in the temporary directory (`TMPDIR`): its disk is what is measured.
 
 use std::{
     collections::BTreeMap,
@@ -20,11 +20,11 @@ use clap::Parser;
 use comfy_table::Table;
 use rswap_agent::control::SwapDone;
 use rswap_tests::{
-    Fleet, HostOptions,
+    Fleet, Host, HostOptions,
     bench::{AFTER, BEFORE, Seen, many::Many, median},
     netns::Netns,
     storage::StorageScene,
-    wait_for,
+    uplinks, wait_for,
 };
 use serde::Serialize;
 
@@ -52,12 +52,14 @@ struct Cli {
 enum Subject {
     Storage { mb: u64 },
     Cores { threads: usize },
+    Uplink { connections: usize },
 }
 
 const CASES: &[(&str, Subject)] = &[
     ("storage-100mb", Subject::Storage { mb: 100 }),
     ("storage-1000mb", Subject::Storage { mb: 1000 }),
     ("cores-1000-threads", Subject::Cores { threads: 1000 }),
+    ("network-10-connections", Subject::Uplink { connections: 10 }),
 ];
 
 /// Medians of a case.
@@ -101,6 +103,7 @@ fn main() -> anyhow::Result<()> {
         let case = match subject {
             Subject::Storage { mb } => storage(*mb, cli.runs),
             Subject::Cores { threads } => cores(*threads, cli.runs),
+            Subject::Uplink { connections } => uplink(*connections, cli.runs),
         };
         match case {
             Ok(case) => drop(cases.insert((*name).to_owned(), case)),
@@ -205,6 +208,17 @@ fn cores(threads: usize, runs: usize) -> anyhow::Result<Case> {
         "[[pool]]\nname = \"one\"\ncpus = \"0\"\n\n[[pool]]\nname = \"two\"\ncpus = \"1\"\n".to_owned();
     let mut fleet = Fleet::new()?;
     let host = fleet.host("a", &HostOptions { more, ..HostOptions::default() })?;
+    many(&fleet, &host, threads, ["one", "two"], runs)
+}
+
+fn uplink(connections: usize, runs: usize) -> anyhow::Result<Case> {
+    let mut fleet = Fleet::new()?;
+    let host = uplinks::host(&mut fleet)?;
+    many(&fleet, &host, connections, ["first", "second"], runs)
+}
+
+/// A program of so many threads, each of which answers one connection, goes from one pool to the other.
+fn many(fleet: &Fleet, host: &Host, threads: usize, pools: [&str; 2], runs: usize) -> anyhow::Result<Case> {
     let server = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/many.py");
     let (server, number, port) =
         (server.to_string_lossy().into_owned(), threads.to_string(), PORT.to_string());
@@ -220,9 +234,9 @@ fn cores(threads: usize, runs: usize) -> anyhow::Result<Case> {
     let swap = |pool: &str| -> anyhow::Result<SwapDone> {
         Ok(serde_json::from_str(&host.call(&["swap", "case", pool, "--json"])?)?)
     };
-    swap("one")?;
+    swap(pools[0])?;
     let mut swaps = Vec::new();
-    for pool in ["two", "one"].into_iter().cycle().take(runs) {
+    for pool in [pools[1], pools[0]].into_iter().cycle().take(runs) {
         let client = Many::start(&fleet.client, (SERVER, PORT).into(), threads)?;
         let (seen, done) = watched(client, || swap(pool))?;
         println!(
