@@ -5,21 +5,19 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, ensure};
 use clap::Parser;
 use comfy_table::Table;
 use rswap_agent::status::MigrationReport;
 use rswap_tests::{
     Fleet, Host, HostOptions,
     bench::{
-        AFTER, BEFORE, Seen,
+        AFTER, BEFORE, Seen, cases,
         many::Many,
         median,
         paced::{Keys, Paced, Work},
@@ -78,35 +76,9 @@ struct Case {
     gaps_ms: Vec<f64>,
 }
 
-#[derive(Serialize)]
-struct Output {
-    cases: BTreeMap<String, Case>,
-}
-
 fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
-    let chosen = |name: &str| cli.only.as_ref().is_none_or(|text| name.contains(text.as_str()));
-    let mut cases = BTreeMap::new();
-    let mut failed = Vec::new();
-    for (name, program) in CASES.iter().filter(|(name, _)| chosen(name)) {
-        println!("{name}");
-        match run(*program, cli.runs) {
-            Ok(case) => drop(cases.insert((*name).to_owned(), case)),
-            Err(error) => {
-                println!("  FAILED: {error:#}");
-                failed.push(*name);
-            }
-        }
-    }
-    println!("{}", table(&cases));
-    if let Some(directory) = cli.output.parent() {
-        fs::create_dir_all(directory).context("cannot make the output's directory")?;
-    }
-    fs::write(&cli.output, serde_json::to_vec_pretty(&Output { cases })?)
-        .context("cannot write the output")?;
-    println!("written to {}", cli.output.display());
-    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
-    Ok(())
+    let Cli { runs, only, output } = Cli::parse();
+    cases::measure(CASES, only.as_deref(), &output, |program| run(program, runs), table)
 }
 
 /// What one move came to.

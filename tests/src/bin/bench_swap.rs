@@ -21,7 +21,7 @@ use comfy_table::Table;
 use rswap_agent::control::SwapDone;
 use rswap_tests::{
     Fleet, Host, HostOptions,
-    bench::{AFTER, BEFORE, Seen, many::Many, median},
+    bench::{AFTER, BEFORE, Seen, cases, many::Many, median},
     netns::Netns,
     storage::StorageScene,
     uplinks, wait_for,
@@ -88,40 +88,14 @@ struct Copied {
     passes: f64,
 }
 
-#[derive(Serialize)]
-struct Output {
-    cases: BTreeMap<String, Case>,
-}
-
 fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
-    let chosen = |name: &str| cli.only.as_ref().is_none_or(|text| name.contains(text.as_str()));
-    let mut cases = BTreeMap::new();
-    let mut failed = Vec::new();
-    for (name, subject) in CASES.iter().filter(|(name, _)| chosen(name)) {
-        println!("{name}");
-        let case = match subject {
-            Subject::Storage { mb } => storage(*mb, cli.runs),
-            Subject::Cores { threads } => cores(*threads, cli.runs),
-            Subject::Uplink { connections } => uplink(*connections, cli.runs),
-        };
-        match case {
-            Ok(case) => drop(cases.insert((*name).to_owned(), case)),
-            Err(error) => {
-                println!("  FAILED: {error:#}");
-                failed.push(*name);
-            }
-        }
-    }
-    println!("{}", table(&cases));
-    if let Some(directory) = cli.output.parent() {
-        fs::create_dir_all(directory).context("cannot make the output's directory")?;
-    }
-    fs::write(&cli.output, serde_json::to_vec_pretty(&Output { cases })?)
-        .context("cannot write the output")?;
-    println!("written to {}", cli.output.display());
-    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
-    Ok(())
+    let Cli { runs, only, output } = Cli::parse();
+    let measured = |subject| match subject {
+        Subject::Storage { mb } => storage(mb, runs),
+        Subject::Cores { threads } => cores(threads, runs),
+        Subject::Uplink { connections } => uplink(connections, runs),
+    };
+    cases::measure(CASES, only.as_deref(), &output, measured, table)
 }
 
 /// What one swap came to.
