@@ -88,6 +88,7 @@ fn requirements() -> Vec<u8> {
         memory_files_bytes: 1 << 16,
         resident_bytes: 1 << 20,
         huge_pages: 0,
+        controllers: vec!["pids".to_owned()],
     };
     postcard::to_stdvec(&requirements).expect("plain data")
 }

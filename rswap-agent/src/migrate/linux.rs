@@ -32,6 +32,7 @@ use crate::{
     },
     sys::{clock::Clocks, packet::Holder},
     tracee::{
+        cgroups,
         files::Places,
         mounts::{self, Memory},
         tree,
@@ -210,6 +211,10 @@ impl Reception for HostReception<'_> {
             let directory = self.place.volumes.display();
             found.push(Objection::new("volumes", format!("no room: {text} at {directory}")));
         }
+        let mount = cgroup::mount_point()?;
+        let lacking =
+            cgroups::lacking(&mount, &mount.join(&self.place.cgroup_parent), &requirements.controllers);
+        found.extend(lacking.into_iter().map(|(item, reason)| Objection::new(item, reason)));
         Ok(found)
     }
 

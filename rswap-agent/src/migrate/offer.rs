@@ -14,7 +14,7 @@ use crate::{
     instance::Instance,
     sys::{clock::Clocks, cpuid::Processor},
     tracee::{
-        TraceeError, advice,
+        TraceeError, advice, cgroups,
         descriptors::{self, Around},
         files::{self, Place, Places},
         layout::{self, Mapping},
@@ -52,6 +52,8 @@ pub struct Requirements {
     pub resident_bytes: u64,
     /// Huge pages, of the usual size, that its mappings have claimed.
     pub huge_pages: u64,
+    /// Controllers by which its own cgroups have limits.
+    pub controllers: Vec<String>,
 }
 
 /// What must be the same on both hosts.
@@ -152,6 +154,7 @@ impl Requirements {
             memory_files_bytes: volumes.memory_need()?,
             resident_bytes: resident_kib * 1024,
             huge_pages: huge_bytes.div_ceil(advice::USUAL_HUGE_PAGE),
+            controllers: cgroups::controllers(&instance.cgroup)?,
         })
     }
 
@@ -337,6 +340,7 @@ pub(super) mod tests {
             memory_files_bytes: 0,
             resident_bytes: 4096,
             huge_pages: 0,
+            controllers: Vec::new(),
         }
     }
 
@@ -406,7 +410,8 @@ pub(super) mod tests {
         while !pids.iter().all(|pid| asleep(*pid)) && std::time::Instant::now() < deadline {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
-        let instance = modest().instance;
+        let cgroup = tempfile::tempdir().expect("a temporary directory");
+        let instance = Instance { cgroup: cgroup.path().to_owned(), ..modest().instance };
         let volumes = SourceVolumes::default();
         let found = Requirements::of(&instance, &members, &mut FileDigests::default(), &volumes);
         let resident: u64 = pids.iter().map(|pid| kib(*pid) * 1024).sum();

@@ -92,6 +92,41 @@ impl Subtree {
     }
 }
 
+/// The controllers by which the cgroups below `top` have limits: the destination's must have them, too.
+pub fn controllers(top: &Path) -> io::Result<Vec<String>> {
+    if below(top)?.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(read_trimmed(&top.join(SUBTREE))?.split_whitespace().map(str::to_owned).collect())
+}
+
+/// Which of the controllers `wanted` an instance's cgroup in `parent` would lack, each with why, and what to do. `mount` is
+/// where the hierarchy is mounted.
+pub fn lacking(mount: &Path, parent: &Path, wanted: &[String]) -> Vec<(String, String)> {
+    // Who can't be read gives none: it may not be there yet.
+    let words = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+    explain(wanted, &words(&mount.join("cgroup.controllers")), &words(&parent.join(SUBTREE)), parent)
+}
+
+/// As [`lacking`]: `there` are the controllers of this host, `given` those that cgroups in `parent` have.
+fn explain(wanted: &[String], there: &str, given: &str, parent: &Path) -> Vec<(String, String)> {
+    let has = |words: &str, name: &str| words.split_whitespace().any(|word| word == name);
+    let missing = wanted.iter().filter(|name| !has(given, name));
+    let reason = |name: &String| {
+        match has(there, name) {
+        true => format!(
+            "the instance's own cgroups have limits by it, and instances have it not here: echo +{name} > {SUBTREE} of {} \
+             and of the cgroups above it",
+            parent.display()
+        ),
+        false => "the instance's own cgroups have limits by it, and this host's cgroup v2 hasn't got it: cgroup v1 has it, or \
+                  the kernel none (cgroup_no_v1=all on its command line)"
+            .to_owned(),
+    }
+    };
+    missing.map(|name| (format!("cgroup controller {name}"), reason(name))).collect()
+}
+
 /// Why what is below `top` can't be carried.
 pub fn obstacle(top: &Path) -> io::Result<Option<String>> {
     for path in below(top)? {
@@ -169,4 +204,21 @@ fn write(path: &Path, value: &str) -> io::Result<()> {
 
 fn read_trimmed(path: &Path) -> io::Result<String> {
     fs::read_to_string(path).map(|text| text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_controller_that_is_not_there_is_named_with_what_to_do() {
+        let wanted = ["hugetlb", "pids", "memory"].map(str::to_owned);
+        let found = explain(&wanted, "cpu hugetlb pids", "cpu pids", Path::new("/cgroups/rswap"));
+        let items: Vec<&str> = found.iter().map(|(item, _)| item.as_str()).collect();
+        assert_eq!(items, ["cgroup controller hugetlb", "cgroup controller memory"]);
+        assert!(found[0].1.contains("echo +hugetlb > cgroup.subtree_control of /cgroups/rswap"), "{found:?}");
+        assert!(found[1].1.contains("cgroup_no_v1=all"), "{found:?}");
+        assert_eq!(explain(&[], "", "", Path::new("/")), []);
+        assert_eq!(explain(&wanted, "cpu", "pids memory hugetlb", Path::new("/")), []);
+    }
 }
