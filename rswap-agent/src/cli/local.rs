@@ -193,8 +193,12 @@ pub(super) fn doctor(output: Output) -> anyhow::Result<ExitCode> {
     let mut rows = table(&["FEATURE", "", "FOUND", "WITHOUT IT"]);
     for feature in &found {
         let mark = if feature.present { "yes" } else { "no" };
-        let lack = if feature.present { "" } else { feature.cost_of_lack.as_str() };
-        rows.add_row([feature.name.as_str(), mark, feature.detail.as_str(), lack]);
+        let lack = match (feature.present, feature.remedy.as_str()) {
+            (true, _) => String::new(),
+            (false, "") => feature.cost_of_lack.clone(),
+            (false, remedy) => format!("{}: {remedy} is needed", feature.cost_of_lack),
+        };
+        rows.add_row([feature.name.as_str(), mark, feature.detail.as_str(), &lack]);
     }
     println!("{rows}");
     Ok(ExitCode::SUCCESS)

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     instance::{Instance, Origin, arrival::Arrival, cgroup},
+    profile::doctor,
     sys::clock::Clocks,
     tracee::{
         TraceeError,
@@ -22,6 +23,7 @@ use crate::{
         layout::{InstanceLayout, ProcessLayout},
         link::Link,
         mounts::{self, Memory, Mounts},
+        needs::{self, Case},
         objects::{BuiltObject, FIRST_SPACE},
         rebuild::{self, Parked, Rebuilt},
         space::{SharedMemory, Space},
@@ -108,6 +110,12 @@ impl<R: Reception> LinuxDestination<R> {
     fn all_objections(&self, requirements: &Requirements) -> Result<Vec<Objection>, TaskError> {
         let mut found = self.reception.objections(requirements)?;
         found.extend(requirements.objections()?);
+        let case = Case {
+            own_address: requirements.instance.network.is_some(),
+            other_clocks: clock_offsets(requirements)?.is_some(),
+        };
+        let lacking = needs::lacking(&doctor::migration_features(), case);
+        found.extend(lacking.into_iter().map(|(item, reason)| Objection::new(item, reason)));
         Ok(found)
     }
 

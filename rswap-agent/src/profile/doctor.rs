@@ -24,6 +24,24 @@ pub struct Feature {
     pub detail: String,
     /// What does not work without it.
     pub cost_of_lack: String,
+    /// Who can't do without it.
+    pub needed_by: Needed,
+    /// How it is had, where somebody can't do without it.
+    pub remedy: String,
+}
+
+/// Who can't do without a feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Needed {
+    /// Nobody: less is seen, or it is done otherwise.
+    Never,
+    /// A migration, at both ends.
+    ByMigrations,
+    /// A migration of an instance that has an address of its own, at both ends.
+    ByAddresses,
+    /// An arrival from a host that was started at another time.
+    ByOtherClocks,
 }
 
 /// What was found, or how it was missed.
@@ -34,7 +52,8 @@ fn feature(name: &str, finding: Finding, cost_of_lack: &str) -> Feature {
         Ok(detail) => (true, detail),
         Err(detail) => (false, detail),
     };
-    Feature { name: name.to_owned(), present, detail, cost_of_lack: cost_of_lack.to_owned() }
+    let (name, cost_of_lack) = (name.to_owned(), cost_of_lack.to_owned());
+    Feature { name, present, detail, cost_of_lack, needed_by: Needed::Never, remedy: String::new() }
 }
 
 /// Looks for everything that rswap uses of the kernel. Needs root, as the agent does.
@@ -111,36 +130,79 @@ fn control_group_features() -> Vec<Feature> {
     ]
 }
 
-fn migration_features() -> Vec<Feature> {
+/// What migrations need of the kernel, or some of them. Cheap enough to be asked before each.
+pub fn migration_features() -> Vec<Feature> {
     let scan = pagemap_scan();
     // Both came with the same version of Linux (6.7), and userfaultfd shows this file since 5.2.
     let uffd = match &scan {
         Ok(_) if Path::new("/proc/sys/vm/unprivileged_userfaultfd").exists() => {
             Ok("userfaultfd, and a kernel new enough for asynchronous write protection".to_owned())
         }
-        Ok(_) => Err("no userfaultfd (CONFIG_USERFAULTFD)".to_owned()),
-        Err(_) => Err("asynchronous write protection came with PAGEMAP_SCAN (Linux 6.7)".to_owned()),
+        Ok(_) => Err("no userfaultfd".to_owned()),
+        Err(_) => Err("asynchronous write protection came with PAGEMAP_SCAN".to_owned()),
     };
-    let namespace = |kind: &str, setting: &str| {
-        let path = format!("/proc/self/ns/{kind}");
-        if Path::new(&path).exists() { Ok(path) } else { Err(format!("no {path} ({setting})")) }
+    let there = |path: &str| {
+        if Path::new(path).exists() { Ok(path.to_owned()) } else { Err(format!("no {path}")) }
+    };
+    let namespace = |kind: &str| there(&format!("/proc/self/ns/{kind}"));
+    let own = std::process::id() as i32;
+    let kcmp = match sys::process::has_in_common(own, own, sys::process::Common::Descriptors) {
+        Ok(_) => Ok("answers".to_owned()),
+        Err(error) => Err(format!("kcmp: {error}")),
     };
     let no_tracking = "instances can't be migrated while they run: writes can't be tracked";
-    vec![
-        feature("userfaultfd, asynchronous write protection", uffd, no_tracking),
-        feature("PAGEMAP_SCAN", scan, no_tracking),
-        feature(
-            "PID namespaces",
-            namespace("pid", "CONFIG_PID_NS"),
-            "instances can't be migrated: their pids could be taken at the destination",
+    let no_restore = "instances can't be migrated: what they are can't all be seen, nor made again";
+    let no_namespaces =
+        "instances can't be migrated: their pids, names and SysV objects could be taken at the destination";
+    let of_namespaces = "a kernel with CONFIG_PID_NS, CONFIG_UTS_NS, CONFIG_IPC_NS and CONFIG_NET_NS";
+    use Needed::{ByAddresses, ByMigrations, ByOtherClocks};
+    [
+        (
+            feature("userfaultfd, asynchronous write protection", uffd, no_tracking),
+            ByMigrations,
+            "Linux 6.7 or later with CONFIG_USERFAULTFD",
         ),
-        feature(
-            "time namespaces",
-            namespace("time", "CONFIG_TIME_NS"),
-            "instances can't be taken from hosts that were started at another time: their clocks would jump",
+        (
+            feature("PAGEMAP_SCAN", scan, no_tracking),
+            ByMigrations,
+            "Linux 6.7 or later with CONFIG_PROC_PAGE_MONITOR",
         ),
-        feature("TCP_REPAIR", tcp_repair(), "established connections can't go along with a migration"),
+        (
+            // It has come with the other things of this setting, of which some have nothing to be seen by.
+            feature("checkpoint and restore", there("/proc/self/timers"), no_restore),
+            ByMigrations,
+            "a kernel with CONFIG_CHECKPOINT_RESTORE and CONFIG_POSIX_TIMERS",
+        ),
+        (feature("kcmp", kcmp, no_restore), ByMigrations, "a kernel with CONFIG_KCMP"),
+        (feature("PID namespaces", namespace("pid"), no_namespaces), ByMigrations, of_namespaces),
+        (feature("UTS namespaces", namespace("uts"), no_namespaces), ByMigrations, of_namespaces),
+        (feature("IPC namespaces", namespace("ipc"), no_namespaces), ByMigrations, of_namespaces),
+        (
+            feature(
+                "network namespaces",
+                namespace("net"),
+                "instances get no address of their own, which could go with them",
+            ),
+            ByAddresses,
+            of_namespaces,
+        ),
+        (
+            feature(
+                "time namespaces",
+                namespace("time"),
+                "instances can't be taken from hosts that were started at another time: their clocks would jump",
+            ),
+            ByOtherClocks,
+            "Linux 5.6 or later with CONFIG_TIME_NS",
+        ),
+        (
+            feature("TCP_REPAIR", tcp_repair(), "established connections can't go along with a migration"),
+            ByAddresses,
+            "an agent that runs as root with CAP_NET_ADMIN",
+        ),
     ]
+    .map(|(feature, needed_by, remedy)| Feature { needed_by, remedy: remedy.to_owned(), ..feature })
+    .into()
 }
 
 fn pagemap_scan() -> Finding {
@@ -191,6 +253,7 @@ mod tests {
         for feature in &features {
             println!("{} {}: {}", if feature.present { "+" } else { "-" }, feature.name, feature.detail);
             assert!(!feature.detail.is_empty() && !feature.cost_of_lack.is_empty(), "{feature:?}");
+            assert_eq!(feature.needed_by == Needed::Never, feature.remedy.is_empty(), "{feature:?}");
         }
         assert!(features.len() >= 15);
     }

@@ -17,11 +17,13 @@ use super::{
     image::{Descriptor, DescriptorKind, SocketState},
     layout::{self, Mapping},
     mounts,
+    needs::{self, Case},
     remote::Remote,
     sysv, tables, tree,
 };
 use crate::{
     instance::Instance,
+    profile::doctor,
     sys::process::{Common, has_in_common},
 };
 
@@ -84,6 +86,10 @@ fn look(instance: &Instance, places: &Places) -> Result<Vec<Finding>, TraceeErro
     let listed = tree::listed(instance)?;
     if listed.is_empty() {
         findings.refuse("no process", "it has ended");
+    }
+    let case = Case { own_address: instance.network.is_some(), ..Case::default() };
+    for (item, reason) in needs::lacking(&doctor::migration_features(), case) {
+        findings.refuse(&item, &reason);
     }
     whole_tree(&mut findings, instance, &listed)?;
     let around = Around::of(&listed);

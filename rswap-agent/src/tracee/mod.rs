@@ -35,6 +35,7 @@ pub mod link;
 mod memberships;
 pub mod mounts;
 pub mod names;
+pub mod needs;
 pub mod netlink;
 pub mod objects;
 pub mod posix_timers;
