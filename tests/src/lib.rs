@@ -21,6 +21,7 @@ pub mod load;
 pub mod loop_device;
 pub mod mangle;
 pub mod matrix;
+pub mod mangle_image;
 pub mod migration;
 pub mod moves;
 pub mod netns;

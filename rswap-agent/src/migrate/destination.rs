@@ -1,6 +1,9 @@
 //! The side at which an instance arrives.
 
-use std::io::{Read, Write};
+use std::{
+    io::{Read, Write},
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use super::{
     MigrateError, codec,
@@ -102,7 +105,12 @@ pub fn run<S: Read + Write, T: DestinationTask>(
         prepared: false,
         verified: false,
     };
-    if let Err(error) = destination.until_commit(ledger, id, requirements) {
+    // What a peer sends may find a defect of ours: it must leave as little as any other failure.
+    let attempt = AssertUnwindSafe(|| destination.until_commit(ledger, id, requirements));
+    let ended = catch_unwind(attempt).unwrap_or_else(|_| {
+        Err(destination.talk.broken("a defect of the destination's agent, whose log says more".into()))
+    });
+    if let Err(error) = ended {
         destination.roll_back(ledger, id, &error);
         return Err(error);
     }

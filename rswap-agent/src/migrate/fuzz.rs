@@ -1,6 +1,8 @@
 //! Random and damaged input for every decoder of what a peer sends or a disk holds: none may panic, and none may take
 //! more memory than what came. 256 cases each in the suite; `cargo xtask fuzz` tries many more.
 
+mod image;
+
 use std::{
     collections::BTreeMap,
     io::{self, Cursor, Read, Write},

@@ -373,6 +373,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
 
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
         let image: InstanceImage = postcard::from_bytes(image)?;
+        image.require_sound()?;
         self.make_mounts()?;
         self.restore_terminals(&image)?;
         let parts = self.settle_tables(&image)?;

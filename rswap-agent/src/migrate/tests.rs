@@ -145,6 +145,8 @@ pub(super) struct Copy {
     stuck: u32,
     /// What of the digest of its volumes is another than the source's.
     damage: u128,
+    /// It panics at the image.
+    defect: bool,
 }
 
 impl Copy {
@@ -189,6 +191,7 @@ impl DestinationTask for Copy {
         Ok(7 ^ self.damage)
     }
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
+        assert!(!self.defect, "a defect that the test has made");
         self.image = Some(image.to_vec());
         Ok(())
     }
@@ -476,6 +479,17 @@ fn volumes_that_arrive_otherwise_than_they_left_are_found() {
         Hosts::new().migrate_by(&config(), &mut program, Fault::None, Copy { damage: 1, ..Copy::default() });
     assert!(matches!(result, Err(MigrateError::Digest { .. })), "{result:?}");
     assert!(program.thawed && !program.destroyed && !copy.running && copy.abandoned);
+}
+
+#[test]
+fn a_defect_of_the_destination_leaves_nothing_there() {
+    let (hosts, mut program) = (Hosts::new(), Program::new(11, 50, 0));
+    let copy = Copy { defect: true, ..Copy::default() };
+    let (result, copy) = hosts.migrate(&mut program, Fault::None, copy);
+    let error = result.expect_err("it arrived all the same").to_string();
+    assert!(error.contains("a defect of the destination's agent"), "{error}");
+    assert!(program.thawed && !program.destroyed && !copy.running && copy.abandoned && copy.is_empty());
+    assert_eq!(hosts.journals().1, []);
 }
 
 #[test]

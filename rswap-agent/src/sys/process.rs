@@ -157,7 +157,10 @@ pub fn sched_getattr(tid: i32) -> io::Result<SchedAttr> {
 
 /// Sets the scheduling of thread `tid`.
 pub fn sched_setattr(tid: i32, attr: &SchedAttr) -> io::Result<()> {
-    // SAFETY: the kernel only reads the struct, whose first field says its size.
+    let mut attr = *attr;
+    // What it says of its own size may come from another host.
+    attr[..4].copy_from_slice(&(size_of::<SchedAttr>() as u32).to_ne_bytes());
+    // SAFETY: the kernel only reads the struct, whose first field is its size.
     super::check(unsafe { libc::syscall(libc::SYS_sched_setattr, tid, attr.as_ptr(), 0) }).map(|_| ())
 }
 

@@ -78,6 +78,11 @@ pub struct Part {
 }
 
 /// What is asked of the memory of process `pid`, which stands still, but for [`Advice::locks_later`].
+/// Whether `advice` (`MADV_*`) is one of those that are carried: others do things.
+pub(super) fn is_carried(advice: i32) -> bool {
+    ADVICE.iter().any(|(_, known)| *known == advice)
+}
+
 fn read(pid: i32) -> Result<Advice, TraceeError> {
     let smaps = read_proc(&format!("/proc/{pid}/smaps"))?;
     let areas = parse(&smaps);

@@ -49,6 +49,7 @@ pub mod segment;
 pub mod settle;
 pub mod snapshot;
 mod sockets;
+mod sound;
 pub mod space;
 pub mod stopped;
 pub mod sysv;

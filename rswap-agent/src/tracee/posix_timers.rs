@@ -173,10 +173,10 @@ pub fn arm_with_overruns(
 /// When a timer must have been due first, so that it was missed as often as it was by `now`, and is due next when it is.
 /// `None` when it was due meanwhile, which counts anew, or that is before the clock began.
 fn first_due_ns(timer: &PosixTimer, now_ns: i64, frozen_ns: i64) -> Option<i64> {
-    let due = now_ns - frozen_ns + timer.left_ns;
+    let due = now_ns.saturating_sub(frozen_ns).saturating_add(timer.left_ns);
     let missed = timer.interval_ns.checked_mul(i64::from(timer.overruns) + 1)?;
-    let soon = due - now_ns < DUE_SOON_NS || timer.interval_ns == 0 || timer.left_ns == 0;
-    (!soon).then(|| due - missed).filter(|first| *first > 0)
+    let soon = due.saturating_sub(now_ns) < DUE_SOON_NS || timer.interval_ns == 0 || timer.left_ns == 0;
+    (!soon).then(|| due.saturating_sub(missed)).filter(|first| *first > 0)
 }
 
 /// Arms the timers, `frozen_ns` after they were looked at, but for those in `done`.
@@ -189,7 +189,8 @@ pub fn arm(
     for timer in timers.iter().filter(|timer| timer.left_ns > 0 && !done.contains(&timer.id)) {
         if timer.counts_freezes() {
             // What was missed in the freeze is missed as it would have been anywhere.
-            let due = clock_ns(leader, timer.clock)? - frozen_ns + timer.left_ns;
+            let now = clock_ns(leader, timer.clock)?;
+            let due = now.saturating_sub(frozen_ns).saturating_add(timer.left_ns);
             settime(leader, timer.id, libc::TIMER_ABSTIME, timer.interval_ns, due.max(1))?;
         } else {
             settime(leader, timer.id, 0, timer.interval_ns, timer.left_ns)?;
@@ -216,7 +217,7 @@ pub fn expire(leader: &mut Remote, timer: &PosixTimer, frozen_ns: i64) -> Result
         return settime(leader, timer.id, 0, timer.interval_ns, 1);
     }
     let now = clock_ns(leader, timer.clock)?;
-    let last = now - frozen_ns + timer.left_ns - timer.interval_ns;
+    let last = now.saturating_sub(frozen_ns).saturating_add(timer.left_ns).saturating_sub(timer.interval_ns);
     settime(leader, timer.id, libc::TIMER_ABSTIME, timer.interval_ns, last.max(1))
 }
 

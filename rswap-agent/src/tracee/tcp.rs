@@ -361,7 +361,10 @@ fn dump(ours: &OwnedFd, connection: &mut Connection) -> io::Result<Result<(), St
 
 /// Bytes as one piece: serde's way for a `Vec<u8>` goes byte by byte. The format is the same.
 pub(crate) mod bytes {
-    use serde::{Deserializer, Serializer, de::Visitor};
+    use serde::{
+        Deserializer, Serializer,
+        de::{SeqAccess, Visitor},
+    };
 
     pub(crate) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(bytes)
@@ -370,7 +373,7 @@ pub(crate) mod bytes {
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         struct Bytes;
 
-        impl Visitor<'_> for Bytes {
+        impl<'de> Visitor<'de> for Bytes {
             type Value = Vec<u8>;
 
             fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -379,6 +382,15 @@ pub(crate) mod bytes {
 
             fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
                 Ok(bytes.to_vec())
+            }
+
+            // Formats for people have none but lists.
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<u8>, A::Error> {
+                let mut bytes = Vec::new();
+                while let Some(byte) = list.next_element()? {
+                    bytes.push(byte);
+                }
+                Ok(bytes)
             }
         }
 

@@ -45,9 +45,20 @@ pub(super) fn contents(pipe: &OwnedFd, flags: i32, look: &Look<'_>) -> Result<(i
     Ok((capacity, queued))
 }
 
-/// Fills an empty pipe through its write end.
+/// Fills an empty pipe through its write end, without waiting for room: nobody would make any.
 pub(super) fn fill(writer: BorrowedFd<'_>, queued: &[u8]) -> Result<(), TraceeError> {
-    nix::unistd::write(writer, queued)
+    use nix::fcntl::{
+        FcntlArg::{F_GETFL, F_SETFL},
+        OFlag, fcntl,
+    };
+    let write = || {
+        let flags = OFlag::from_bits_retain(fcntl(writer, F_GETFL)?);
+        fcntl(writer, F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let written = nix::unistd::write(writer, queued);
+        fcntl(writer, F_SETFL(flags))?;
+        written
+    };
+    write()
         .ok()
         .filter(|written| *written == queued.len())
         .map(|_| ())
