@@ -14,9 +14,10 @@ import threading
 import time
 
 libc = ctypes.CDLL(None, use_errno=True)
-PRCTL = {"pdeathsig": 1, "get pdeathsig": 2, "name": 15, "subreaper": 36, "thp": 41, "get thp": 42, "keepcaps": 8, "timerslack": 29, "nnp": 38, "ambient": 47, "securebits": 28, "mdwe": 65}
+PRCTL = {"pdeathsig": 1, "get dumpable": 3, "dumpable": 4, "get pdeathsig": 2, "name": 15, "subreaper": 36, "thp": 41, "get thp": 42, "keepcaps": 8, "timerslack": 29, "nnp": 38, "ambient": 47, "securebits": 28, "mdwe": 65}
 NET_BIND_SERVICE = 10
 GET_ROBUST_LIST = 274
+RT_SIGACTION = 13
 GETPPID, CAPSET, IOPRIO_SET, IOPRIO_GET, SECCOMP = 110, 126, 251, 252, 317
 FORBIDDEN = 42
 
@@ -69,13 +70,161 @@ def credentials(log):
     call(CAPSET, header, struct.pack("<6I", mine, mine, mine, 0, 0, 0))
     prctl(PRCTL["nnp"], 1)
     names = ["Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs"]
-    keep(log, "credentials", lambda: (status(names), prctl(27)))
+    keep(log, "credentials", lambda: (status(names), prctl(27), prctl(PRCTL["get dumpable"])))
+
+
+def secret(log):
+    """It may not be dumped, nor looked into by its like: as it has chosen."""
+    prctl(PRCTL["dumpable"], 0)
+    keep(log, "secret", lambda: (prctl(PRCTL["get dumpable"]), os.stat("/proc/self/maps").st_uid))
+
+
+def public(log):
+    """It may be dumped, though its user has changed: as it has chosen."""
+    os.setresgid(1234, 1234, 1234)
+    os.setresuid(1001, 1001, 1001)
+    prctl(PRCTL["dumpable"], 1)
+    keep(log, "public", lambda: (prctl(PRCTL["get dumpable"]), os.stat("/proc/self/maps").st_uid))
+
+
+def dispositions(log):
+    """What is to be done at each signal, to the last flag."""
+    ignored, handled = [signal.SIGHUP, signal.SIGRTMIN + 7], [signal.SIGUSR2, signal.SIGRTMIN + 8]
+    actions = {number: ctypes.create_string_buffer(32) for number in range(1, 65)}
+
+    def look():
+        for number, action in actions.items():
+            call(RT_SIGACTION, number, None, action, 8)
+        return [action.raw for action in actions.values()]
+
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    for at, number in enumerate(handled):
+        # Handler, flags, restorer, mask: one that is only told, never called.
+        flags = 0x04000000 | (0x08000000 | 0x4 if at else 0x40000000 | 0x80000000 | 0x10000000)
+        action = struct.pack("<4Q", 0x1000 + at, flags, 0x2000 + at, 1 << (number - 1) | 0x4200 << at)
+        call(RT_SIGACTION, number, action, None, 8)
+    # The default, but for stops that nobody wants to hear of, and children that leave no zombie.
+    call(RT_SIGACTION, signal.SIGCHLD, struct.pack("<4Q", 0, 1 | 2, 0, 0), None, 8)
+    keep(log, "dispositions", look)
+
+
+def thread_rights(log):
+    """Threads that each have given up something of their own: the kernel knows no rights of processes."""
+    names = ["Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs"]
+    header = struct.pack("<II", 0x20080522, 0)
+    ids = {"setgroups": 116, "setresuid": 117, "setresgid": 119, "setfsuid": 122, "setfsgid": 123}
+
+    def groups(*numbers):
+        call(ids["setgroups"], len(numbers), struct.pack(f"<{len(numbers)}I", *numbers))
+
+    # By raw system calls: those of the C library change all threads.
+    def user():
+        groups(11, 12)
+        call(ids["setresgid"], 1234, 1235, 1236)
+        call(ids["setresuid"], 1001, 1002, 1003)
+
+    def files():
+        libc.syscall(ids["setfsgid"], 77)
+        libc.syscall(ids["setfsuid"], 78)
+
+    def capabilities():
+        prctl(24, NET_BIND_SERVICE + 1)
+        mine = 1 << NET_BIND_SERVICE | 1 << 3
+        call(CAPSET, header, struct.pack("<6I", 1 << 3, mine, 1 << 3, 0, 0, 0))
+
+    def ambient():
+        everything = int(status(["CapPrm"])[0].split()[1], 16)
+        low, high = everything & 0xFFFFFFFF, everything >> 32
+        call(CAPSET, header, struct.pack("<6I", low, low, 1 << NET_BIND_SERVICE, high, high, 0))
+        prctl(PRCTL["ambient"], 2, NET_BIND_SERVICE)
+
+    groups(5, 6)
+    changes = [
+        lambda: None, user, files, capabilities, ambient,
+        lambda: groups(*range(30, 50)),
+        lambda: groups(),
+        lambda: prctl(PRCTL["nnp"], 1),
+        lambda: prctl(PRCTL["securebits"], 1 << 2 | 1 << 3),
+    ]
+    in_threads(log, "thread rights", changes, lambda: (status(names), prctl(27)))
+
+
+def thread_habits(log):
+    """Threads that have each set something else for themselves: the kernel knows most of it only of threads."""
+    stacks = []
+
+    def stack():
+        memory = ctypes.create_string_buffer(64 << 10)
+        stacks.append(memory)
+        libc.sigaltstack(struct.pack("<QixxxxQ", ctypes.addressof(memory), 0, len(memory)), None)
+
+    changes = [
+        lambda: None,
+        stack,
+        lambda: libc.prctl(PRCTL["name"], b"renamed too"),
+        lambda: os.setpriority(os.PRIO_PROCESS, 0, 7),
+        lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)),
+        lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
+        lambda: call(IOPRIO_SET, 1, 0, 3 << 13),
+        lambda: prctl(PRCTL["timerslack"], 88888),
+        lambda: libc.personality(0x0040000),
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGRTMIN + 3}),
+    ]
+
+    def look():
+        now = ctypes.create_string_buffer(24)
+        libc.sigaltstack(None, now)
+        with open("/proc/thread-self/comm") as file:
+            name = file.read()
+        return (
+            name,
+            os.getpriority(os.PRIO_PROCESS, 0),
+            os.sched_getscheduler(0),
+            sorted(os.sched_getaffinity(0)),
+            call(IOPRIO_GET, 1, 0),
+            prctl(30),
+            libc.personality(0xFFFFFFFF),
+            sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+            now.raw[:8] if stacks and int.from_bytes(now.raw[:8], "little") == ctypes.addressof(stacks[0]) else None,
+        )
+
+    in_threads(log, "thread habits", changes, look)
+
+
+def in_threads(log, name, changes, look):
+    """A thread for each change, which makes it, and compares what `look` sees from then on. No two see the same."""
+    firsts = [None] * len(changes)
+    wrong = []
+
+    def live(at, change):
+        change()
+        firsts[at] = look()
+        while firsts[at] == (now := look()):
+            time.sleep(0.02)
+        wrong.append(f"{firsts[at]} became {now}")
+
+    threads = [threading.Thread(target=live, args=pair, daemon=True) for pair in enumerate(changes)]
+    for thread in threads:
+        thread.start()
+    while None in firsts:
+        time.sleep(0.01)
+    if len(set(map(str, firsts))) != len(changes):
+        log.write(f"MISMATCH threads have the same {name}: {firsts}\n")
+    keep(log, name, lambda: (list(wrong), [thread.is_alive() for thread in threads]))
 
 
 def habits(log):
     """What is neither rights nor memory."""
     os.umask(0o37)
     os.nice(3)
+    limits = range(resource.RLIM_NLIMITS) if hasattr(resource, "RLIM_NLIMITS") else range(16)
+    for limit in limits:
+        # Each below what it was, so that nobody needs a privilege, and none so low that it is in the way.
+        soft, hard = resource.getrlimit(limit)
+        lowered = min([value for value in (soft, hard) if value >= 0] + [1 << 40])
+        if lowered > 1000:
+            resource.setrlimit(limit, (lowered - 100 - limit, lowered - 50))
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("120")
@@ -91,7 +240,7 @@ def habits(log):
         return (
             status(["Umask"]),
             os.nice(0),
-            resource.getrlimit(resource.RLIMIT_NOFILE),
+            [resource.getrlimit(limit) for limit in limits],
             open("/proc/self/oom_score_adj").read(),
             open("/proc/self/coredump_filter").read(),
             libc.personality(0xFFFFFFFF),
@@ -235,7 +384,7 @@ def strict(log):
 
 def main():
     log = open(sys.argv[1], "a", buffering=1)
-    for work in (credentials, habits, identity, family, filtered, strict):
+    for work in (credentials, secret, public, dispositions, thread_rights, thread_habits, habits, identity, family, filtered, strict):
         if os.fork() == 0:
             work(log)
     if os.fork() == 0:

@@ -96,14 +96,22 @@ class Idle(Held):
         self.raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
         self.raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
         self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self.netlink.bind((0, 0))
+        # With a group that nobody sends anything to (RTMGRP_TC).
+        self.netlink.bind((0, 8))
         self.name = self.netlink.getsockname()
+        # Events of devices, and questions about sockets.
+        self.others = [socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) for protocol in (15, 4)]
+        for one in self.others:
+            one.bind((0, 0))
+        self.names = [one.getsockname() for one in self.others]
 
     def check(self):
         for sock, family in zip(self.plain, LOOPBACK):
             expect(sock.getsockname()[:2], (ANY[family], 0), "the name of an unbound socket")
         expect(self.raw.getsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL), 1, "IP_HDRINCL")
-        expect(self.netlink.getsockname(), self.name, "the netlink socket's name")
+        expect(self.netlink.getsockname(), self.name, "the netlink socket's name and group")
+        expect([one.getsockname() for one in self.others], self.names, "the names of the other netlink sockets")
+        expect([one.getsockopt(socket.SOL_SOCKET, 38) for one in self.others], [15, 4], "their protocols")
         # RTM_GETLINK, all of them: header, then `struct ifinfomsg`.
         self.netlink.send(struct.pack("IHHII16x", 32, 18, 0x301, 1, 0))
         done = False
@@ -181,16 +189,22 @@ class Listening(Held):
 
 
 class Routes(Held):
-    """What goes elsewhere is sent to a gateway."""
+    """What goes elsewhere is sent to a gateway, of either family."""
 
     def __init__(self):
         self.routes = self.look()
-        expect(any(line[:2] == ["eth0", "00000000"] for line in self.routes), True, "that there is a default route")
+        default = ("eth0", "00000000", "00000000"), ("eth0", "0" * 32, "00")
+        expect([any(line[:3] == wanted for line in self.routes) for wanted in default], [True, True], f"two default routes in {self.routes}")
 
     def look(self):
-        # Interface, destination, gateway, flags, and the mask; the rest counts.
+        found = []
+        # Interface, destination, mask, gateway, flags; the rest counts.
         with open("/proc/net/route") as file:
-            return sorted([*line.split()[:4], line.split()[7]] for line in file)
+            found += [tuple(words[at] for at in (0, 1, 7, 2, 3)) for words in map(str.split, file)]
+        # Interface, destination, length, gateway, metric: those that lead on, as the others come with the address.
+        with open("/proc/net/ipv6_route") as file:
+            found += [tuple(words[at] for at in (9, 0, 1, 4, 5)) for words in map(str.split, file) if int(words[4], 16)]
+        return sorted(found)
 
     def check(self):
         expect(self.look(), self.routes, "the routes")

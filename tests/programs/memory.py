@@ -41,16 +41,27 @@ def anonymous(length, flags=0, sharing=mmap.MAP_PRIVATE):
     return at
 
 
-def flags():
-    """What the kernel tells of each mapping, by its address; what it notes by itself is left out."""
+def flags(wanted=()):
+    """What the kernel tells of each mapping, by its address; what it notes by itself is left out.
+
+    The kernel gives the file piece by piece, and what is mapped in between shifts what comes: a mapping may be told twice, or
+    not at all. So it is read again until all that are `wanted` are told.
+    """
+    for _ in range(20):
+        found = flags_as_told()
+        if all(at in found for at in wanted):
+            break
+    return found
+
+
+def flags_as_told():
     found, at = {}, None
     for line in open("/proc/self/smaps"):
         words = line.split()
         if "-" in words[0] and not words[0].endswith(":"):
             at = int(words[0].split("-")[0], 16)
-            # One was listed twice once: the kernel gives the file piece by piece.
             found[at] = []
-        elif words[0] in ("VmFlags:", "ProtectionKey:"):
+        elif words[0] == "VmFlags:":
             found[at].extend(word for word in words[1:] if word not in ("sd", "um", "uw", "ui", "gu", "ac", "nr"))
     return found
 
@@ -75,6 +86,51 @@ class Area:
                 raise ValueError(f"{self.name}: page {page} has {found} in turn {self.turn}")
         if self.writable:
             self.write()
+
+
+class Forbidden(Area):
+    """Memory that has contents, and may not be touched but for the moment in which they are checked."""
+
+    def __init__(self, name, at, pages, protection):
+        super().__init__(name, at, pages)
+        self.protection = protection
+        self.protect(protection)
+
+    def protect(self, protection):
+        checked(libc.mprotect(ctypes.c_void_p(self.at), self.pages * PAGE, protection), "mprotect")
+
+    def check(self):
+        self.protect(3)
+        super().check()
+        self.protect(self.protection)
+
+
+class Sparse:
+    """A private mapping of a file with holes, of which one page was written, and one is given back."""
+
+    def __init__(self, path):
+        self.name, self.turn = "a file with holes", 0
+        with open(path, "wb") as file:
+            file.write(b"data" * 1024)
+            file.truncate(5 * PAGE)
+        descriptor = os.open(path, os.O_RDONLY)
+        self.at = libc.mmap(None, 5 * PAGE, 3, mmap.MAP_PRIVATE, descriptor, 0)
+        os.close(descriptor)
+        for page in (0, 2, 3):
+            ctypes.memset(self.at + page * PAGE, 1, PAGE)
+        checked(libc.madvise(ctypes.c_void_p(self.at), PAGE, mmap.MADV_DONTNEED), "MADV_DONTNEED")
+        checked(libc.madvise(ctypes.c_void_p(self.at + 3 * PAGE), PAGE, mmap.MADV_DONTNEED), "MADV_DONTNEED")
+        self.write()
+
+    def write(self):
+        self.turn += 1
+        ctypes.memset(self.at + 2 * PAGE, self.turn % 251, PAGE)
+
+    def check(self):
+        wanted = b"data" * 1024 + bytes(PAGE) + bytes([self.turn % 251]) * PAGE + bytes(2 * PAGE)
+        if ctypes.string_at(self.at, 5 * PAGE) != wanted:
+            raise ValueError(f"{self.name} in turn {self.turn}")
+        self.write()
 
 
 def can_be_read(at):
@@ -126,11 +182,12 @@ def main():
     checked(libc.madvise(ctypes.c_void_p(guarded), 2 * PAGE, GUARD_INSTALL), "guard pages")
     areas.append(Area("behind guards", guarded + 2 * PAGE, PAGES - 2))
 
-    if libc.pkey_alloc(0, 0) == 1:
+    for name, protection in (("forbidden", 0), ("only read", 1), ("only executed", 4)):
         at = anonymous(PAGES * PAGE)
-        areas.append(Area("key", at, PAGES))
-        checked(libc.pkey_mprotect(ctypes.c_void_p(at), PAGES * PAGE, 3, 1), "pkey_mprotect")
-        watched.append(at)
+        areas.append(Forbidden(name, at, PAGES, protection))
+        # What may not be touched at all is told together with the gap beside it.
+        watched += [at] if protection else []
+    areas.append(Sparse(file_name + ".sparse"))
 
     if huge_pages:
         at = anonymous(huge_pages * HUGE, mmap.MAP_ANONYMOUS | 0x40000)
@@ -177,7 +234,7 @@ def main():
     depth, sys_limit = 100, 3000
     sys.setrecursionlimit(4 * sys_limit)
 
-    first = flags()
+    first = flags(watched)
     child = os.fork()
     if child == 0:
         # Locked as a whole, with all that comes later.
@@ -185,8 +242,9 @@ def main():
         while os.getppid() != 1:
             late = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             start = ctypes.addressof(ctypes.c_char.from_buffer(late))
-            begins = [at for at in flags() if at <= start]
-            if "lo" not in flags()[max(begins)]:
+            told = flags()
+            begins = [at for at in told if at <= start]
+            if "lo" not in told[max(begins)]:
                 log.write("MISMATCH what is mapped now is not locked\n")
             log.write("locked=1\n")
             if counter is not None:
@@ -200,7 +258,7 @@ def main():
             except ValueError as error:
                 log.write(f"MISMATCH {error}\n")
                 os._exit(1)
-        now = flags()
+        now = flags(watched)
         for at in watched:
             if now.get(at) != first[at]:
                 log.write(f"MISMATCH {at:#x} was {first[at]} and is {now.get(at)}\n")

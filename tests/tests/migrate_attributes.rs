@@ -20,8 +20,10 @@ fn rights_and_restrictions_are_the_same_everywhere() -> anyhow::Result<()> {
     fs::create_dir(&directory)?;
     scene.python("attributes", &[], &[&directory.to_string_lossy()])?;
     let goes_on = |log: &std::path::Path| {
-        let names = ["credentials", "habits", "identity", "family", "root", "filter", "strict"];
-        names.iter().try_for_each(|name| further(log, name, 3))
+        let of_processes =
+            ["credentials", "secret", "public", "dispositions", "habits", "identity", "family", "root"];
+        let of_threads = ["thread rights", "thread habits", "filter", "strict"];
+        of_processes.iter().chain(&of_threads).try_for_each(|name| further(log, name, 3))
     };
     goes_on(&scene.log)?;
     scene.three_moves("attributes", goes_on)
@@ -45,6 +47,27 @@ fn what_is_asked_of_memory_holds_everywhere() -> anyhow::Result<()> {
     };
     goes_on(&scene.log)?;
     scene.three_moves("memory", goes_on)
+}
+
+#[test]
+fn protection_keys_stay_with_memory_and_threads() -> anyhow::Result<()> {
+    const TEST: &str = "protection_keys_stay_with_memory_and_threads";
+    if reason_to_skip(TEST).is_some() {
+        return Ok(());
+    }
+    // The kernel lists this one where it lets programs use them.
+    let processor = fs::read_to_string("/proc/cpuinfo")?;
+    if !processor.split_whitespace().any(|word| word == "ospke") {
+        skip(TEST, "this processor has no protection keys (pku), or the kernel does not use them");
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    scene.python("keys", &[], &[])?;
+    let goes_on = |log: &Path| {
+        ["keys", "thread0", "thread1", "thread2"].iter().try_for_each(|word| further(log, word, 3))
+    };
+    goes_on(&scene.log)?;
+    scene.three_moves("keys", goes_on)
 }
 
 #[test]
@@ -144,6 +167,42 @@ fn memory_policies_are_refused_until_they_are_left() -> anyhow::Result<()> {
         fs::write(&enough, "")?;
         said("left")?;
         scene.moved("policy", &scene.a, &scene.b)?;
+    }
+    Ok(())
+}
+
+/// Maps memory that grows by itself (`MAP_GROWSDOWN`), or a page with other rights in the middle of its stack.
+const GROWS: &str = "
+import ctypes, mmap, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+if sys.argv[1] == 'mapping':
+    kept = mmap.mmap(-1, 1 << 16, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100)
+else:
+    here = next(line.split('-') for line in open('/proc/self/maps') if line.endswith('[stack]\\n'))
+    page = int(here[0], 16) + 4 * 4096
+    if libc.mprotect(ctypes.c_void_p(page), 4096, 1): sys.exit(1)
+print('mapped', flush=True)
+while True: time.sleep(0.1)
+";
+
+#[test]
+fn memory_that_grows_by_itself_is_refused_and_the_program_runs_on() -> anyhow::Result<()> {
+    if reason_to_skip("memory_that_grows_by_itself_is_refused_and_the_program_runs_on").is_some() {
+        return Ok(());
+    }
+    for what in ["mapping", "stack"] {
+        let scene = Scene::set()?;
+        scene.run("grows", &[], &["python3", "-c", GROWS, what])?;
+        let log = scene.fleet.scratch().join("a/grows.log");
+        wait_for("the mapping", LIMIT, || {
+            Ok(fs::read_to_string(&log).unwrap_or_default().contains("mapped").then_some(()))
+        })?;
+        let Err(reason) = scene.a.migrate("grows", &scene.b.migrate_address())?.end()? else {
+            anyhow::bail!("it was moved, and a {what} no longer grows");
+        };
+        anyhow::ensure!(reason.contains("MAP_GROWSDOWN"), "{reason}");
+        anyhow::ensure!(scene.a.has_instance("grows")? && scene.a.has_processes()?, "it does not run on");
+        wait_for("nothing to be left", LIMIT, || Ok((!scene.b.has_processes()?).then_some(())))?;
     }
     Ok(())
 }

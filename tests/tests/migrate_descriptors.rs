@@ -52,7 +52,7 @@ fn unix_sockets_of_all_kinds_are_carried() -> anyhow::Result<()> {
 
 #[test]
 fn internet_sockets_without_a_stream_are_carried() -> anyhow::Result<()> {
-    let options = ["--net", "10.88.0.10/24,gw=10.88.0.1"];
+    let options = ["--net", "10.88.0.10/24,gw=10.88.0.1", "--net", "fd88::10/64,gw=fd88::1"];
     held_through_three_moves("internet_sockets_without_a_stream_are_carried", "internet", &options)
 }
 

@@ -46,6 +46,7 @@ const ADVICE: [(&str, i32); 8] = [
 const LOCKED: &str = "lo";
 const LOCKED_ON_FAULT: &str = "lf";
 const SEALED: &str = "sl";
+const GROWS_DOWN: &str = "gd";
 /// There may be guard pages (Linux 6.19 and kernels that have it from there).
 const MAY_GUARD: &str = "gu";
 
@@ -77,16 +78,27 @@ pub struct Part {
     pub key: Option<(i32, i32)>,
 }
 
-/// What is asked of the memory of process `pid`, which stands still, but for [`Advice::locks_later`].
 /// Whether `advice` (`MADV_*`) is one of those that are carried: others do things.
 pub(super) fn is_carried(advice: i32) -> bool {
     ADVICE.iter().any(|(_, known)| *known == advice)
 }
 
+/// What is asked of the memory of process `pid`, which stands still, but for [`Advice::locks_later`].
 fn read(pid: i32) -> Result<Advice, TraceeError> {
     let smaps = read_proc(&format!("/proc/{pid}/smaps"))?;
     let areas = parse(&smaps);
+    if let Some(at) = grows_by_itself(&areas) {
+        let text = format!(
+            "process {pid}: memory at {at:#x} grows by itself (MAP_GROWSDOWN), or is a part of a stack"
+        );
+        return Err(TraceeError::Unsupported(format!("{text} that mprotect(2) has cut off: map it without")));
+    }
     Ok(Advice { parts: parts(&areas), guards: guards(pid, &areas)?, locks_later: 0 })
+}
+
+/// Where memory besides the stack grows by itself: neither `/proc/PID/maps` tells it, nor can it be asked for afterwards.
+fn grows_by_itself(areas: &[Area<'_>]) -> Option<u64> {
+    areas.iter().find(|area| area.has(GROWS_DOWN) && !area.stack).map(|area| area.start)
 }
 
 /// Completes what was read of the process behind `leader`: what is mapped later shows in what is mapped now.
@@ -273,6 +285,7 @@ struct Area<'a> {
     start: u64,
     end: u64,
     kernels_own: bool,
+    stack: bool,
     flags: &'a str,
     protection: i32,
     key: i32,
@@ -345,6 +358,7 @@ fn parse_head(line: &str) -> Option<Area<'_>> {
         start: mapping.start,
         end: mapping.end,
         kernels_own: mapping.is_kernels_own(),
+        stack: mapping.name == "[stack]",
         flags: "",
         protection: mapping.protection,
         key: 0,
@@ -383,6 +397,14 @@ VmFlags: rd ex mr mw me de
         );
         assert_eq!((&found[1].advice[..], found[1].sealed), (&[libc::MADV_HUGEPAGE][..], true));
         assert_eq!(found[1].key, Some((2, libc::PROT_READ | libc::PROT_WRITE)));
+    }
+
+    #[test]
+    fn only_the_stack_may_grow_by_itself() {
+        let smaps = "7f0000000000-7f0000002000 rw-p 00000000 00:00 0\nVmFlags: rd wr mr mw me gd ac\n\
+                     7ffc00000000-7ffc00002000 rw-p 00000000 00:00 0          [stack]\nVmFlags: rd wr mr gd ac\n";
+        assert_eq!(grows_by_itself(&parse(smaps)), Some(0x7f00_0000_0000));
+        assert_eq!(grows_by_itself(&parse(&smaps.replacen(" gd", "", 1))), None);
     }
 
     proptest! {

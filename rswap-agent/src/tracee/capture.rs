@@ -225,6 +225,11 @@ impl Status {
         self.radix(name, 10)
     }
 
+    /// The signals that are ignored or have a handler, bit n-1 for signal n; all if that isn't told.
+    pub(super) fn acted_on(&self) -> u64 {
+        self.radix("SigIgn:", 16).unwrap_or(!0) | self.radix("SigCgt:", 16).unwrap_or(!0)
+    }
+
     fn ids<const N: usize>(&self, name: &str) -> [u32; N] {
         let mut ids = [0; N];
         for (id, word) in ids.iter_mut().zip(self.text(name).split_whitespace()) {
@@ -291,12 +296,16 @@ fn memory_map(pid: i32, brk: u64) -> Result<MemoryMap, TraceeError> {
 }
 
 fn signal_actions(remote: &mut Remote, status: &Status) -> Result<Vec<(i32, [u8; 32])>, TraceeError> {
-    let set = status.radix("SigIgn:", 16).unwrap_or(!0) | status.radix("SigCgt:", 16).unwrap_or(!0);
+    let set = status.acted_on();
     let mut actions = Vec::new();
-    for signal in (1..=64).filter(|signal| set & (1 << (signal - 1)) != 0) {
+    // The flags of SIGCHLD mean something at its default, too: SA_NOCLDWAIT, SA_NOCLDSTOP.
+    for signal in (1..=64).filter(|signal| set & (1 << (signal - 1)) != 0 || *signal == libc::SIGCHLD) {
         let at = remote.put(0, &[0; 32])?;
         remote.call("rt_sigaction", libc::SYS_rt_sigaction, [signal as u64, 0, at, 8, 0, 0])?;
-        actions.push((signal, remote.get(0)?));
+        let action = remote.get(0)?;
+        if action != [0; 32] {
+            actions.push((signal, action));
+        }
     }
     Ok(actions)
 }

@@ -52,6 +52,8 @@ pub fn restore(remote: &mut Remote, wanted: &Credentials) -> Result<(), TraceeEr
         if files != effective {
             remote.call("setfsuid", libc::SYS_setfsuid, [files, 0, 0, 0, 0, 0])?;
         }
+        // One of its bits, and only for the change of users.
+        remote.call("prctl", libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u64, 0, 0, 0, 0, 0])?;
     }
     let all = Status::read(remote.tid())?.credentials().capabilities[1];
     if ambient != 0 || bits_here != wanted.secure_bits {
@@ -67,8 +69,8 @@ pub fn restore(remote: &mut Remote, wanted: &Credentials) -> Result<(), TraceeEr
     if Status::read(remote.tid())?.credentials().capabilities[..3] != wanted.capabilities[..3] {
         set_capabilities(remote, inheritable, permitted, effective)?;
     }
-    let made = Status::read(remote.tid())?.credentials();
-    if made != (Credentials { secure_bits: made.secure_bits, ..wanted.clone() }) {
+    let made = Credentials { secure_bits: secure_bits(remote)?, ..Status::read(remote.tid())?.credentials() };
+    if made != *wanted {
         let text = format!("thread {} would be {made:?} and was {wanted:?}", remote.tid());
         return Err(TraceeError::Unsupported(text));
     }

@@ -6,7 +6,7 @@
 use super::{
     TraceeError, advice, attributes,
     batch::{Arg, Batch},
-    capture::{instance_clock_ns, limits, registers_from_bytes},
+    capture::{Status, instance_clock_ns, limits, registers_from_bytes},
     descriptors::{Finals, Restorer},
     image::{TaskImage, ThreadImage},
     posix_timers, privileges,
@@ -113,7 +113,14 @@ pub fn rebuild(
         reconnected.push(connections);
         end = Some(link_end);
     }
+    let acted_on = Status::read(pid)?.acted_on();
     let mut batch = leader.batch();
+    // A stub has handlers of the agent's, whose code is not there any more.
+    let has = |signal: i32| image.signal_actions.iter().any(|(wanted, _)| *wanted == signal);
+    for signal in (1..=64).filter(|signal| acted_on >> (signal - 1) & 1 == 1 && !has(*signal)) {
+        let args = [signal.into(), Arg::Data(&[0; 32]), 0.into(), 8.into()];
+        batch.call("rt_sigaction", libc::SYS_rt_sigaction, &args)?;
+    }
     for (signal, action) in &image.signal_actions {
         // SIGKILL and SIGSTOP can't be set, and nobody could have set them.
         let args = [(*signal).into(), Arg::Data(action), 0.into(), 8.into()];

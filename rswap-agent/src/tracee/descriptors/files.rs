@@ -162,7 +162,11 @@ fn open_or_make(remote: &mut Remote, path: &str, flags: i32, make: bool) -> Resu
     let args = [libc::AT_FDCWD as u64, at, flags as u64, 0o640, 0, 0];
     match remote.call("openat", libc::SYS_openat, args) {
         Err(TraceeError::Remote { source, .. }) => {
-            Err(TraceeError::Unsupported(format!("{path} can't be opened at the destination: {source}")))
+            // Descriptors come before threads. Nobody keeps such a file open for long.
+            let of_thread = path.starts_with("/proc/") && path.contains("/task/");
+            let remedy = if of_thread { ": try again when the thread's file is closed" } else { "" };
+            let text = format!("{path} can't be opened at the destination: {source}{remedy}");
+            Err(TraceeError::Unsupported(text))
         }
         made => made.map(|made| made as RawFd),
     }
