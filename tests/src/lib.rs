@@ -14,6 +14,7 @@ pub mod bench;
 pub mod client;
 pub mod converse;
 pub mod fleet;
+pub mod foreign;
 pub mod heartbeat;
 pub mod host;
 pub mod huge_pages;

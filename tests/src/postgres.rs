@@ -1,18 +1,68 @@
-//! A PostgreSQL client that keeps its connections: the simple query protocol, version 3, and no more of it.
+//! A PostgreSQL server, and a client that keeps its connections: the simple query protocol, version 3, and no more of it.
 
-use std::io::{Read, Write};
+use std::{
+    fs,
+    io::{BufReader, Read, Write},
+    net::{Ipv4Addr, TcpStream},
+    path::Path,
+};
 
 use anyhow::{Context, bail, ensure};
 
-use crate::converse::Connection;
+use crate::{converse::Connection, moves::START_LIMIT, netns::Netns, wait_for};
+
+/// Where the server listens.
+pub const PORT: u16 = 5432;
+
+/// Makes a cluster in a directory, and becomes the server.
+const START: &str = r#"
+set -e
+as_postgres="setpriv --reuid postgres --regid postgres --init-groups"
+chown postgres:postgres "$DATA"
+chmod 700 "$DATA"
+$as_postgres "$BIN/initdb" -D "$DATA" -A trust --locale=C --no-sync > /dev/null
+echo "host all all 0.0.0.0/0 trust" >> "$DATA/pg_hba.conf"
+cd /
+exec $as_postgres "$BIN/postgres" -D "$DATA" -c listen_addresses=0.0.0.0 -c unix_socket_directories= \
+    -c huge_pages="$HUGE" -c shared_buffers=16MB -c max_connections=20 -c max_wal_size=64MB -c dynamic_shared_memory_type=mmap
+"#;
+
+/// The command line of a server with its cluster in `data`; `huge_pages` is `on` or `off`.
+pub fn command(data: &Path, huge_pages: &str) -> anyhow::Result<Vec<String>> {
+    let settings =
+        [format!("DATA={}", data.display()), format!("BIN={}", binaries()?), format!("HUGE={huge_pages}")];
+    let words = ["env"].into_iter().chain(settings.iter().map(String::as_str)).chain(["sh", "-c", START]);
+    Ok(words.map(str::to_owned).collect())
+}
+
+/// The newest of Debian's directories with the server's programs.
+fn binaries() -> anyhow::Result<String> {
+    let mut found: Vec<_> = fs::read_dir("/usr/lib/postgresql")
+        .context("PostgreSQL is not installed")?
+        .flatten()
+        .map(|entry| entry.path().join("bin"))
+        .filter(|path| path.join("postgres").exists())
+        .collect();
+    found.sort();
+    Ok(found.pop().context("PostgreSQL is not installed")?.to_string_lossy().into_owned())
+}
+
+/// Waits until the server answers, and makes the tables.
+pub fn make_tables(client: &Netns, server: Ipv4Addr) -> anyhow::Result<()> {
+    let prepared = client.spawn("prepare", move || {
+        // It listens before it is ready.
+        let prepare = || prepare(&mut BufReader::new(TcpStream::connect((server, PORT))?));
+        wait_for("the tables", START_LIMIT, || Ok(prepare().ok()))
+    })?;
+    prepared.join().map_err(|_| anyhow::anyhow!("the preparation panicked"))?
+}
 
 /// Accounts between which money goes.
 pub const ACCOUNTS: u64 = 100;
 /// What is in each at the beginning.
 pub const BALANCE: u64 = 1000;
 
-/// Makes the tables.
-pub fn prepare(connection: &mut Connection) -> anyhow::Result<()> {
+fn prepare(connection: &mut Connection) -> anyhow::Result<()> {
     start(connection)?;
     query(
         connection,

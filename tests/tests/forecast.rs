@@ -1,21 +1,14 @@
 //! What real programs do with disk and network is forecast, like CPU and memory; what was learnt outlives the agent, and goes from one
 //! instance to the next of its class.
 
-use std::{
-    fs,
-    io::Write as _,
-    path::Path,
-    process::{Child, Command},
-    time::Duration,
-};
+use std::{fs, io::Write as _, path::Path, time::Duration};
 
 use nix::sys::signal::Signal;
 use rswap_agent::{
     forecast::{DemandPoint, Evidence, Kin, Resource},
-    instance::cgroup,
     status::InstanceView,
 };
-use rswap_tests::{Fleet, Host, HostOptions, reason_to_skip, sweep, wait_for};
+use rswap_tests::{Fleet, Host, HostOptions, foreign::Foreign, reason_to_skip, wait_for};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -305,32 +298,6 @@ fn the_first_band_of_a_newcomer_holds_what_its_class_uses_though_half_of_it_idle
     })?;
     assert!(bytes.iter().all(|point| then <= 1.4 * point.need.p99), "{bytes:?}, then {then}");
     Ok(())
-}
-
-/// A cgroup with a program in it that rswap did not start. Both go when it is dropped.
-struct Foreign {
-    path: std::path::PathBuf,
-    child: Child,
-}
-
-impl Foreign {
-    fn start(command: &[&str]) -> anyhow::Result<Self> {
-        let path = cgroup::mount_point()?.join(sweep::own_name("foreign"));
-        fs::create_dir(&path)?;
-        let child = Command::new(command[0]).args(&command[1..]).spawn()?;
-        fs::write(path.join("cgroup.procs"), child.id().to_string())?;
-        Ok(Self { path, child })
-    }
-}
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if let Err(error) = sweep::remove_cgroup(&self.path) {
-            eprintln!("{error:#}");
-        }
-    }
 }
 
 #[test]

@@ -1,64 +1,27 @@
 //! PostgreSQL moves with its data directory while money goes to and fro: the sum holds, and nothing acknowledged is lost.
 
-use std::{fs, io::BufReader, net::Ipv4Addr, path::Path};
+use std::{fs, net::Ipv4Addr};
 
-use anyhow::Context;
 use rswap_tests::{
     Host,
     converse::converse,
     huge_pages::HugePages,
     moves::{LIMIT, Pair, finish},
-    postgres, reason_to_skip, skip, wait_for,
+    postgres, reason_to_skip, skip,
 };
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
-const PORT: u16 = 5432;
-
-/// Makes a cluster in the volume, and becomes the server.
-const START: &str = r#"
-set -e
-as_postgres="setpriv --reuid postgres --regid postgres --init-groups"
-chown postgres:postgres "$DATA"
-chmod 700 "$DATA"
-$as_postgres "$BIN/initdb" -D "$DATA" -A trust --locale=C --no-sync > /dev/null
-echo "host all all 0.0.0.0/0 trust" >> "$DATA/pg_hba.conf"
-cd /
-exec $as_postgres "$BIN/postgres" -D "$DATA" -c listen_addresses=0.0.0.0 -c unix_socket_directories= \
-    -c huge_pages="$HUGE" -c shared_buffers=16MB -c max_connections=20 -c max_wal_size=64MB -c dynamic_shared_memory_type=mmap
-"#;
-
-/// The newest of Debian's directories with the server's programs.
-fn binaries() -> anyhow::Result<String> {
-    let mut found: Vec<_> = fs::read_dir("/usr/lib/postgresql")
-        .context("PostgreSQL is not installed")?
-        .flatten()
-        .map(|entry| entry.path().join("bin"))
-        .filter(|path| path.join("postgres").exists())
-        .collect();
-    found.sort();
-    Ok(found.pop().context("PostgreSQL is not installed")?.to_string_lossy().into_owned())
-}
-
 /// Moves a server three times while money goes to and fro.
 fn the_sum_holds(huge_pages: &str) -> anyhow::Result<()> {
     let pair = Pair::new()?;
     let mounted = pair.fleet.scratch().join("pgdata");
-    let mounted = mounted.to_string_lossy();
-    let volume = format!("data:{mounted}");
-    let (data, bin) = (format!("DATA={mounted}"), format!("BIN={}", binaries()?));
-    let huge = format!("HUGE={huge_pages}");
+    let volume = format!("data:{}", mounted.display());
     let net = format!("{SERVER}/24");
-    let options = ["--net", &net, "--volume", &volume];
-    pair.a.run("postgres", &options, &["env", &data, &bin, &huge, "sh", "-c", START])?;
-    pair.wait_for_port(SERVER, PORT)?;
-    let prepared = pair.fleet.client.spawn("prepare", || {
-        // It listens before it is ready.
-        let prepare =
-            || postgres::prepare(&mut BufReader::new(std::net::TcpStream::connect((SERVER, PORT))?));
-        wait_for("the tables", LIMIT, || Ok(prepare().ok()))
-    })?;
-    prepared.join().map_err(|_| anyhow::anyhow!("the preparation panicked"))??;
-    let client = converse(&pair.fleet.client, (SERVER, PORT).into(), 4, postgres::transfer)?;
+    let command = postgres::command(&mounted, huge_pages)?;
+    let words: Vec<&str> = command.iter().map(String::as_str).collect();
+    pair.a.run("postgres", &["--net", &net, "--volume", &volume], &words)?;
+    postgres::make_tables(&pair.fleet.client, SERVER)?;
+    let client = converse(&pair.fleet.client, (SERVER, postgres::PORT).into(), 4, postgres::transfer)?;
     client.wait_for(50, LIMIT)?;
     let moved = pair.three_moves_and("postgres", || {
         client.wait_for(50, LIMIT)?;
@@ -70,7 +33,7 @@ fn the_sum_holds(huge_pages: &str) -> anyhow::Result<()> {
     });
     let talked = finish("postgres", client);
     moved.and(talked)?;
-    assert!(!Path::new(&pair.fleet.scratch().join("a/volumes/postgres")).exists());
+    assert!(!pair.fleet.scratch().join("a/volumes/postgres").exists());
     Ok(())
 }
 

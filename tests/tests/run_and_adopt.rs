@@ -3,8 +3,7 @@
 use std::{
     fs,
     io::Write as _,
-    path::PathBuf,
-    process::{Child, Command, Output, Stdio},
+    process::{Command, Output, Stdio},
     time::Duration,
 };
 
@@ -14,11 +13,11 @@ use nix::{
     unistd::Pid,
 };
 use rswap_agent::{
-    instance::{Instance, Origin, cgroup},
-    pool::{CpuSet, cpu_list},
+    instance::{Instance, Origin},
+    pool::CpuSet,
     status::InstanceView,
 };
-use rswap_tests::{Fleet, Host, HostOptions, reason_to_skip, sweep, wait_for};
+use rswap_tests::{Fleet, Host, HostOptions, foreign::Foreign, reason_to_skip, wait_for};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -112,38 +111,6 @@ fn has_trap(host: &Host) -> bool {
     })
 }
 
-/// A cgroup with a program in it that rswap did not start. Both go when it is dropped.
-struct Foreign {
-    path: PathBuf,
-    child: Child,
-}
-
-impl Foreign {
-    fn start() -> anyhow::Result<Self> {
-        let path = cgroup::mount_point()?.join(sweep::own_name("foreign"));
-        fs::create_dir(&path)?;
-        let child = Command::new("sleep").arg("60").spawn()?;
-        fs::write(path.join("cgroup.procs"), child.id().to_string())?;
-        Ok(Self { path, child })
-    }
-
-    fn cpus(&self) -> anyhow::Result<CpuSet> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-        Ok(cpu_list::parse(line.context("no affinity in the status")?)?)
-    }
-}
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if let Err(error) = sweep::remove_cgroup(&self.path) {
-            eprintln!("{error:#}");
-        }
-    }
-}
-
 #[test]
 fn a_running_cgroup_is_adopted_moved_between_cores_and_never_migrated() -> anyhow::Result<()> {
     if reason_to_skip("a_running_cgroup_is_adopted_moved_between_cores_and_never_migrated").is_some() {
@@ -152,7 +119,7 @@ fn a_running_cgroup_is_adopted_moved_between_cores_and_never_migrated() -> anyho
     let mut fleet = Fleet::new()?;
     let more = "[[pool]]\nname = \"first\"\ncpus = \"0\"\n".to_owned();
     let mut host = fleet.host("a", &HostOptions { more, ..HostOptions::default() })?;
-    let foreign = Foreign::start()?;
+    let foreign = Foreign::start(&["sleep", "60"])?;
     let path = foreign.path.to_string_lossy().into_owned();
 
     let missing = host.call(&["adopt", "/no/such/cgroup", "--name", "x"]).expect_err("it adopted nothing");

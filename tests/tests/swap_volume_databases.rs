@@ -1,8 +1,8 @@
 //! Databases whose directories move between disks while clients write: nothing acknowledged is lost, and no connection breaks.
 
-use std::{fs, io::BufReader, net::Ipv4Addr};
+use std::{fs, net::Ipv4Addr};
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use rswap_tests::{
     client::VerifyingClient,
     converse::converse,
@@ -16,27 +16,6 @@ const MIB: u64 = 1 << 20;
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
 /// There and back, five times each.
 const SWAPS: usize = 10;
-
-/// Makes a cluster in the volume, and becomes the server.
-const START: &str = r#"
-set -e
-as_postgres="setpriv --reuid postgres --regid postgres --init-groups"
-chown postgres:postgres "$DATA"
-chmod 700 "$DATA"
-$as_postgres "$BIN/initdb" -D "$DATA" -A trust --locale=C --no-sync > /dev/null
-echo "host all all 0.0.0.0/0 trust" >> "$DATA/pg_hba.conf"
-cd /
-exec $as_postgres "$BIN/postgres" -D "$DATA" -c listen_addresses=0.0.0.0 -c unix_socket_directories= \
-    -c huge_pages=off -c shared_buffers=16MB -c max_connections=20 -c max_wal_size=64MB -c dynamic_shared_memory_type=mmap
-"#;
-
-fn binaries() -> anyhow::Result<String> {
-    let found = fs::read_dir("/usr/lib/postgresql").context("PostgreSQL is not installed")?.flatten();
-    let mut found: Vec<_> =
-        found.map(|entry| entry.path().join("bin")).filter(|path| path.join("postgres").exists()).collect();
-    found.sort();
-    Ok(found.pop().context("PostgreSQL is not installed")?.to_string_lossy().into_owned())
-}
 
 /// Moves the volume [`SWAPS`] times; `goes_on` must succeed after each.
 fn there_and_back(
@@ -61,19 +40,12 @@ fn the_sum_holds_through_ten_swaps() -> anyhow::Result<()> {
     if reason_to_skip("the_sum_holds_through_ten_swaps").is_some() {
         return Ok(());
     }
-    const PORT: u16 = 5432;
     let scene = StorageScene::set([512 * MIB, 512 * MIB])?;
-    let (data, bin) = (format!("DATA={}", scene.path.display()), format!("BIN={}", binaries()?));
-    let net = format!("{SERVER}/24");
-    scene.run_with(&["--net", &net], &["env", &data, &bin, "sh", "-c", START])?;
-    let prepared = scene.fleet.client.spawn("prepare", || {
-        // It listens before it is ready.
-        let prepare =
-            || postgres::prepare(&mut BufReader::new(std::net::TcpStream::connect((SERVER, PORT))?));
-        wait_for("the tables", START_LIMIT, || Ok(prepare().ok()))
-    })?;
-    prepared.join().map_err(|_| anyhow::anyhow!("the preparation panicked"))??;
-    let client = converse(&scene.fleet.client, (SERVER, PORT).into(), 4, postgres::transfer)?;
+    let command = postgres::command(&scene.path, "off")?;
+    let words: Vec<&str> = command.iter().map(String::as_str).collect();
+    scene.run_with(&["--net", &format!("{SERVER}/24")], &words)?;
+    postgres::make_tables(&scene.fleet.client, SERVER)?;
+    let client = converse(&scene.fleet.client, (SERVER, postgres::PORT).into(), 4, postgres::transfer)?;
     client.wait_for(50, LIMIT)?;
     let moved = there_and_back(&scene, || client.wait_for(50, LIMIT));
     let talked = finish("postgres", client);
