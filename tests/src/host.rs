@@ -339,7 +339,8 @@ impl Host {
         destination: &str,
         options: &[&str],
     ) -> anyhow::Result<Migration> {
-        Migration::start(self.rswap(&[&["migrate", "--json", instance, destination], options].concat())?)
+        let command = self.rswap(&[&["migrate", "--json", instance, destination], options].concat())?;
+        Migration::start(instance, command)
     }
 
     /// All that the agent has said.

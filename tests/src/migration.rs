@@ -11,15 +11,18 @@ use rswap_agent::{
     status::{MigrationProgress, MigrationReport},
 };
 
+use crate::pauses;
+
 /// A running `rswap migrate --json`.
 #[derive(Debug)]
 pub struct Migration {
+    instance: String,
     child: Child,
     lines: BufReader<ChildStdout>,
 }
 
 impl Migration {
-    pub(crate) fn start(mut command: Command) -> anyhow::Result<Self> {
+    pub(crate) fn start(instance: &str, mut command: Command) -> anyhow::Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -27,7 +30,7 @@ impl Migration {
             .spawn()
             .context("cannot start rswap migrate")?;
         let stdout = child.stdout.take().context("rswap migrate has no output")?;
-        Ok(Self { child, lines: BufReader::new(stdout) })
+        Ok(Self { instance: instance.to_owned(), child, lines: BufReader::new(stdout) })
     }
 
     /// The next event; `None` when there are no more.
@@ -61,7 +64,10 @@ impl Migration {
         loop {
             match self.next_event()? {
                 Some(MigrateEvent::Progress(_)) => {}
-                Some(MigrateEvent::Done(report)) => return Ok(Ok(report)),
+                Some(MigrateEvent::Done(report)) => {
+                    pauses::frozen(&self.instance, report.unavailability_ms);
+                    return Ok(Ok(report));
+                }
                 Some(MigrateEvent::Failed(error) | MigrateEvent::InDoubt(error)) => {
                     return Ok(Err(error.to_string()));
                 }

@@ -13,6 +13,7 @@ use rswap_agent::status::MigrationReport;
 use crate::{
     Fleet, Host, HostOptions,
     migration::Migration,
+    pauses,
     persistent::Running,
     proxy::{Fault, Proxy},
     wait_for,
@@ -120,6 +121,7 @@ impl Pair {
 pub fn finish(name: &str, client: Running) -> anyhow::Result<()> {
     let answers = client.count();
     let gap = client.finish()?;
+    pauses::waited(name, gap.as_secs_f64() * 1e3);
     println!("{name}: {answers} answers, the longest wait {} ms", gap.as_millis());
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, time::Duration};
 use rswap_tests::{
     Fleet, HostOptions,
     client::{DataSet, REDIS, VerifyingClient},
-    reason_to_skip,
+    pauses, reason_to_skip,
 };
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
@@ -37,6 +37,7 @@ fn no_acknowledged_write_is_lost_there_and_back() -> anyhow::Result<()> {
 
     let seen = client.finish(&fleet.client)?;
     println!("{seen:?}");
+    pauses::waited("redis", seen.largest_gap_ms);
     assert_eq!(seen.lost_writes, 0);
     assert_eq!(data.wrong_keys(&fleet.client)?, 0);
     Ok(())

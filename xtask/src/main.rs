@@ -8,6 +8,7 @@ mod compile;
 mod daemon;
 mod ebpf;
 mod long;
+mod pauses;
 mod rerun;
 mod setup;
 mod suite;

@@ -21,7 +21,7 @@ use nix::{
 use serde::Deserialize;
 use xshell::{Shell, cmd};
 
-use crate::{compile, project_root, rerun, setup, step};
+use crate::{compile, pauses, project_root, rerun, setup, step};
 
 /// No test binary runs longer than this; a migration that hangs must not hang the build.
 const BINARY_DEADLINE: Duration = Duration::from_secs(600);
@@ -39,6 +39,9 @@ pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
     if only.is_none() {
         checks(&shell, &mut failures);
     }
+    let pause_log = pause_log();
+    // Those of the last run; there may be none.
+    let _ = fs::remove_file(&pause_log);
     step("Building the tests");
     let binaries = test_binaries()?;
     let mut total = Counts::default();
@@ -76,6 +79,9 @@ pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
     times.sort_unstable_by(|a, b| b.cmp(a));
     let slowest: Vec<String> =
         times.iter().take(SLOWEST).map(|(seconds, name)| format!("{name} {seconds} s")).collect();
+    let results = compile::target_dir().join("rswap");
+    fs::create_dir_all(&results).with_context(|| format!("cannot make {}", results.display()))?;
+    pauses::report(&pause_log, &results.join("pauses.json"))?;
     println!("\nslowest: {}", slowest.join(", "));
     // Once more at the end: what shows a long log may leave out the middle.
     for account in &accounts {
@@ -91,6 +97,11 @@ pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
     println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
     ensure!(failures.is_empty(), "{} of the steps failed", failures.len());
     Ok(())
+}
+
+/// Where scenarios note how long their programs stood still.
+fn pause_log() -> PathBuf {
+    compile::target_dir().join("pauses.log")
 }
 
 /// Formatting, lints and licences. All are run, so that one run says everything that is wrong.
@@ -241,6 +252,7 @@ fn run_binary(binary: &TestBinary, bin_dir: &Path, only: Option<&str>) -> anyhow
         .env("RSWAP_BIN_DIR", bin_dir)
         // A test that finds that it cannot run here writes a line to this file.
         .env("RSWAP_SKIP_LOG", &skip_log)
+        .env("RSWAP_PAUSE_LOG", pause_log())
         .stdout(Stdio::piped())
         .process_group(0);
     if binary.scenario {
