@@ -47,8 +47,8 @@ pub(super) fn run(
     copy: Copy,
 ) -> Result<StorageReport, StorageError> {
     let StorageOrder { instance, volume, .. } = order;
-    let mut steps = Steps::begin();
     let readiness = hold::Readiness::begin();
+    let mut steps = Steps::begin();
     let stopped = Stopped::all(instance)?;
     steps.step("stop");
     let pids = stopped.pids();

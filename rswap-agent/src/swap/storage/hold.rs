@@ -105,7 +105,11 @@ pub(super) struct Readiness {
 }
 
 impl Readiness {
+    /// Waits for the first one: nothing need stand still meanwhile.
     pub(super) fn begin() -> Self {
+        if let Some(own) = own_cgroup() {
+            let _ = fs::write(own.join("cgroup.procs"), "0");
+        }
         let over = Arc::new(AtomicBool::new(false));
         let is_over = over.clone();
         let thread = thread::spawn(move || {
