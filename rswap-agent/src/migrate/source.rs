@@ -171,61 +171,73 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
             Budget { unavailability_ms: self.config.max_unavailability_ms, rounds: self.config.max_rounds };
         let mut last_look = Instant::now();
         let mut bytes_per_s = 0.0;
+        let mut round_ms = f64::INFINITY;
         let mut least_expected_ms: Option<f64> = None;
         let mut fruitless_rounds = 0;
         for round in 0.. {
             self.check_deadline()?;
             let volumes_ms = self.copy_volumes(false)?;
+            // Before it: what is written while it goes on may not be found by it.
+            let look = Instant::now();
             let written = self.task.written().map_err(self.task_failed())?;
-            let since_last_look = last_look.elapsed();
-            last_look = Instant::now();
+            let since_last_look = look - std::mem::replace(&mut last_look, look);
+            let looked = look.elapsed();
             let bytes = written.populated_pages() * PAGE_SIZE as u64;
             self.progress.round = round;
             if round > 0 {
                 self.count_dirtied(&written, since_last_look);
-                let observed = Observed {
-                    rounds: round,
-                    bytes_per_s,
-                    dirty_bytes: bytes as f64,
-                    dirty_bytes_per_s: self.progress.dirty_bytes_per_s,
-                    fixed_ms: FIXED_FREEZE_MS + volumes_ms,
-                    least_expected_ms,
-                    fruitless_rounds,
-                };
-                let expected = converge::expected_ms(&observed);
-                fruitless_rounds = if converge::is_shorter(&observed) { 0 } else { fruitless_rounds + 1 };
-                least_expected_ms = Some(least_expected_ms.map_or(expected, |least| least.min(expected)));
-                self.progress.expected_unavailability_ms = expected;
-                match converge::decide(&observed, &budget) {
-                    Step::Continue => {}
-                    // Sent in this last round, so that the freeze finds only what is written meanwhile.
-                    Step::Freeze => {
-                        self.send_round(&written, true)?;
-                        self.report.rounds = round + 1;
-                        return Ok(());
-                    }
-                    Step::GiveUp => {
-                        let allowed_ms = budget.unavailability_ms;
-                        let rounds = round;
-                        return Err(MigrateError::NotConverging {
-                            rounds,
-                            expected_ms: expected,
-                            allowed_ms,
-                        });
-                    }
-                }
             }
             let began = Instant::now();
             self.send_round(&written, true)?;
+            let sending = began.elapsed();
             // A round of few pages is all latency: it says nothing of the bandwidth.
             if bytes > 1 << 20 || bytes_per_s == 0.0 {
-                bytes_per_s = bytes.max(1) as f64 / began.elapsed().as_secs_f64().max(1e-6);
+                bytes_per_s = bytes.max(1) as f64 / sending.as_secs_f64().max(1e-6);
             }
             if round == 0 {
                 self.report.memory_bytes_per_s = bytes_per_s;
             }
             self.progress.bytes_per_s = bytes_per_s;
             (self.on_progress)(&self.progress);
+            if round == 0 {
+                continue;
+            }
+            round_ms = milliseconds(looked).min(round_ms);
+            let observed = Observed {
+                rounds: round + 1,
+                bytes_per_s,
+                since_look_ms: milliseconds(look.elapsed()),
+                round_ms,
+                dirty_bytes_per_s: self.progress.dirty_bytes_per_s,
+                fixed_ms: FIXED_FREEZE_MS + volumes_ms,
+                least_expected_ms,
+                fruitless_rounds,
+            };
+            let expected = converge::expected_ms(&observed);
+            let step = converge::decide(&observed, &budget);
+            tracing::debug!(
+                round,
+                pages = written.populated_pages(),
+                ?looked,
+                ?sending,
+                expected,
+                ?step,
+                "round"
+            );
+            fruitless_rounds = if converge::is_shorter(&observed) { 0 } else { fruitless_rounds + 1 };
+            least_expected_ms = Some(least_expected_ms.map_or(expected, |least| least.min(expected)));
+            self.progress.expected_unavailability_ms = expected;
+            match step {
+                Step::Continue => {}
+                Step::Freeze => {
+                    self.report.rounds = round + 1;
+                    return Ok(());
+                }
+                Step::GiveUp => {
+                    let (rounds, allowed_ms) = (round + 1, budget.unavailability_ms);
+                    return Err(MigrateError::NotConverging { rounds, expected_ms: expected, allowed_ms });
+                }
+            }
         }
         Ok(())
     }
