@@ -12,7 +12,7 @@ use super::{
     ledger::Ledger,
     probe,
     traits::{DestinationTask, PAGE_SIZE, TaskError},
-    wire::{self, Frame, Hello, Tag, WireError},
+    wire::{self, Frame, Hello, PageRecord, Tag, WireError},
 };
 
 /// How often a copy that was committed and can't be let run is tried again.
@@ -190,23 +190,43 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
 
     fn take_pages(&mut self, payload: &[u8]) -> Result<(), MigrateError> {
         let records = wire::parse_pages(payload).map_err(|error| self.talk.wire(error))?;
-        // Neighbours are written together: a call per page costs more than its bytes.
-        for run in records.chunk_by(|a, b| b.space == a.space && b.addr == a.addr + PAGE_SIZE as u64) {
-            let (space, addr) = (run[0].space, run[0].addr);
-            self.memory.resize(self.memory.len().max(run.len() * PAGE_SIZE), 0);
-            let memory = &mut self.memory[..run.len() * PAGE_SIZE];
-            if run.iter().any(|record| record.encoding == codec::Encoding::Delta) {
-                self.task.read(space, addr, memory).map_err(task_failed(self.talk.doing))?;
+        // Many are written together, neighbours as one run: a call per page costs more than its bytes. No page is twice among
+        // them, as one may be the base of the other.
+        for records in records.chunk_by(|a, b| b.space == a.space && b.addr > a.addr) {
+            let (space, doing) = (records[0].space, self.talk.doing);
+            self.memory.resize(self.memory.len().max(records.len() * PAGE_SIZE), 0);
+            let mut memory = &mut self.memory[..records.len() * PAGE_SIZE];
+            let mut runs = Vec::new();
+            for records in records.chunk_by(|a, b| b.addr == a.addr + PAGE_SIZE as u64) {
+                let (pages, rest) = memory.split_at_mut(records.len() * PAGE_SIZE);
+                runs.push((records, pages));
+                memory = rest;
             }
-            for (record, page) in run.iter().zip(memory.chunks_exact_mut(PAGE_SIZE)) {
-                codec::decode(record.encoding, record.data, page)
-                    .map_err(|error| self.talk.broken(error.to_string()))?;
+            let has_base = |records: &[PageRecord<'_>]| {
+                records.iter().any(|record| record.encoding == codec::Encoding::Delta)
+            };
+            let with_base = runs.iter_mut().filter(|(records, _)| has_base(records));
+            let mut bases: Vec<_> =
+                with_base.map(|(records, pages)| (records[0].addr, &mut **pages)).collect();
+            if !bases.is_empty() {
+                self.task.read_runs(space, &mut bases).map_err(task_failed(doing))?;
             }
-            self.task.write(space, addr, memory).map_err(task_failed(self.talk.doing))?;
-            // Read from where it was written to: the digest is of what is really there.
-            self.task.read(space, addr, memory).map_err(task_failed(self.talk.doing))?;
-            for (page, addr) in memory.chunks_exact(PAGE_SIZE).zip((addr..).step_by(PAGE_SIZE)) {
-                self.digest.set(space, addr, page);
+            for (records, pages) in &mut runs {
+                for (record, page) in records.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)) {
+                    codec::decode(record.encoding, record.data, page)
+                        .map_err(|error| self.talk.broken(error.to_string()))?;
+                }
+            }
+            let decoded: Vec<_> = runs.iter().map(|(records, pages)| (records[0].addr, &**pages)).collect();
+            self.task.write_runs(space, &decoded).map_err(task_failed(doing))?;
+            // Read from where they were written to: the digest is of what is really there.
+            let mut there: Vec<_> =
+                runs.iter_mut().map(|(records, pages)| (records[0].addr, &mut **pages)).collect();
+            self.task.read_runs(space, &mut there).map_err(task_failed(doing))?;
+            for (addr, pages) in there {
+                for (page, addr) in pages.chunks_exact(PAGE_SIZE).zip((addr..).step_by(PAGE_SIZE)) {
+                    self.digest.set(space, addr, page);
+                }
             }
         }
         Ok(())

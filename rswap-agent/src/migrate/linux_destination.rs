@@ -371,6 +371,20 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         Ok(self.space(space)?.read(addr, buf)?)
     }
 
+    fn write_runs(&mut self, space: u32, runs: &[(u64, &[u8])]) -> Result<(), TaskError> {
+        if space >= FIRST_SPACE {
+            return runs.iter().try_for_each(|(addr, data)| self.write(space, *addr, data));
+        }
+        Ok(self.space(space)?.write_runs(runs)?)
+    }
+
+    fn read_runs(&mut self, space: u32, runs: &mut [(u64, &mut [u8])]) -> Result<(), TaskError> {
+        if space >= FIRST_SPACE {
+            return runs.iter_mut().try_for_each(|(addr, buf)| self.read(space, *addr, buf));
+        }
+        Ok(self.space(space)?.read_runs(runs)?)
+    }
+
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError> {
         let image: InstanceImage = postcard::from_bytes(image)?;
         image.require_sound()?;

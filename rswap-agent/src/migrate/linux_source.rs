@@ -447,6 +447,19 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         }
     }
 
+    fn read_runs(&mut self, space: u32, runs: &mut [(u64, &mut [u8])]) -> Result<usize, TaskError> {
+        let Some(pid) = self.process(space).map(SourceProcess::pid) else {
+            // Shared memory, or gone: one run at a time.
+            let [(addr, buf), ..] = runs else { return Ok(0) };
+            return self.read(space, *addr, buf);
+        };
+        let mut pieces: Vec<_> = runs.iter_mut().map(|(addr, buf)| (RemoteAddr(*addr), &mut **buf)).collect();
+        match mem::read_pieces(pid, &mut pieces) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(0),
+            got => got.map(|got| got - got % PAGE_SIZE).map_err(Into::into),
+        }
+    }
+
     fn settle(&mut self) -> Result<(), TaskError> {
         self.uplink.prepare();
         self.crew.get_or_insert_with(Crew::start);

@@ -36,6 +36,7 @@ pub mod progress;
 pub mod recovery;
 pub mod resolve;
 pub mod rules;
+mod runs;
 pub mod source;
 pub mod source_process;
 pub mod traits;

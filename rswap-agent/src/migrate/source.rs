@@ -14,6 +14,7 @@ use super::{
     journal::{Journal, MigrationId},
     progress::{Phase, Progress, Report},
     rules::{self, Fate, SourceState, Verdict},
+    runs::runs_at_once,
     traits::{PAGE_SIZE, PageRange, SourceTask, TaskError, Written},
     wire::{self, Hello, Tag, WireError},
 };
@@ -351,8 +352,8 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         self.progress.round_pages = written.populated_pages();
         let mut batch = Batch::default();
         let mut memory = vec![0; READ_BYTES];
-        for range in &written.populated {
-            self.send_range(range, &mut memory, &mut batch)?;
+        for runs in runs_at_once(&written.populated) {
+            self.send_runs(&runs, &mut memory, &mut batch)?;
         }
         self.flush_batch(&mut batch)?;
         if acknowledged {
@@ -402,6 +403,40 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         copied.map_err(self.task_failed())?;
         // The destination reads back what it has written, and walks once more: about the same again.
         Ok(2.0 * milliseconds(began.elapsed()))
+    }
+
+    /// Sends runs of one address space that are read at once: most are of a page or two, and a call for each costs more than
+    /// its bytes.
+    fn send_runs(
+        &mut self,
+        runs: &[PageRange],
+        memory: &mut [u8],
+        batch: &mut Batch,
+    ) -> Result<(), MigrateError> {
+        let Some(&PageRange { space, .. }) = runs.first() else { return Ok(()) };
+        let mut rest = &mut *memory;
+        let mut places = Vec::with_capacity(runs.len());
+        for run in runs {
+            let (place, behind) = std::mem::take(&mut rest).split_at_mut(run.pages as usize * PAGE_SIZE);
+            places.push((run.start, place));
+            rest = behind;
+        }
+        let mut got = self.task.read_runs(space, &mut places).map_err(self.task_failed())?;
+        let mut alone = Vec::new();
+        for (run, (_, read)) in runs.iter().zip(places) {
+            let valid = got.min(read.len());
+            got -= valid;
+            for (page, at) in read[..valid].chunks_exact(PAGE_SIZE).zip((run.start..).step_by(PAGE_SIZE)) {
+                self.send_page(space, at, page, batch)?;
+            }
+            let pages = (valid / PAGE_SIZE) as u64;
+            if pages < run.pages {
+                alone.resize(READ_BYTES, 0);
+                let start = run.start + valid as u64;
+                self.send_range(&PageRange { space, start, pages: run.pages - pages }, &mut alone, batch)?;
+            }
+        }
+        Ok(())
     }
 
     fn send_range(
@@ -457,7 +492,8 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
 
     fn flush_batch(&mut self, batch: &mut Batch) -> Result<(), MigrateError> {
         if batch.pages > 0 {
-            self.put(Tag::Pages, &batch.payload)?;
+            // Sent off: the destination takes them while the next ones are read.
+            self.send(Tag::Pages, &batch.payload)?;
             batch.payload.clear();
             batch.pages = 0;
         }

@@ -86,6 +86,20 @@ pub trait SourceTask {
     /// dropped. While the task is frozen nothing can be gone, and the engine takes it as an error.
     fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<usize, TaskError>;
 
+    /// The same for several runs of an address space. What it returns is counted from the first run on; of what follows, nothing
+    /// is said.
+    fn read_runs(&mut self, space: u32, runs: &mut [(u64, &mut [u8])]) -> Result<usize, TaskError> {
+        let mut all = 0;
+        for (addr, buf) in runs {
+            let got = self.read(space, *addr, buf)?;
+            all += got;
+            if got < buf.len() {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
     /// Right before the freeze, the task still running: lets what can't be carried come to its end. When it fails, the
     /// engine calls `thaw`.
     fn settle(&mut self) -> Result<(), TaskError> {
@@ -152,11 +166,21 @@ pub trait DestinationTask {
     /// Writes whole pages, inside the last layout, whatever the protection of their mapping.
     fn write(&mut self, space: u32, addr: u64, data: &[u8]) -> Result<(), TaskError>;
 
+    /// The same for several runs of an address space.
+    fn write_runs(&mut self, space: u32, runs: &[(u64, &[u8])]) -> Result<(), TaskError> {
+        runs.iter().try_for_each(|(addr, data)| self.write(space, *addr, data))
+    }
+
     /// Makes pages unpopulated. Those outside the layout (already unmapped by it) are no error.
     fn discard(&mut self, range: &PageRange) -> Result<(), TaskError>;
 
     /// Reads back whole pages that were written: for the digest, and as the base of a delta.
     fn read(&mut self, space: u32, addr: u64, buf: &mut [u8]) -> Result<(), TaskError>;
+
+    /// The same for several runs of an address space.
+    fn read_runs(&mut self, space: u32, runs: &mut [(u64, &mut [u8])]) -> Result<(), TaskError> {
+        runs.iter_mut().try_for_each(|(addr, buf)| self.read(space, *addr, buf))
+    }
 
     /// Restores everything but running. Afterwards the task stands still by itself, whatever becomes of this process.
     fn restore(&mut self, image: &[u8]) -> Result<(), TaskError>;

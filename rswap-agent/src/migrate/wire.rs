@@ -209,8 +209,8 @@ pub fn read_frame(stream: &mut impl Read) -> Result<Frame, WireError> {
     if len > limit {
         return Err(WireError::TooLong { tag, len, limit });
     }
-    // Grows with what really comes: an announced length alone costs nothing.
-    let mut payload = Vec::new();
+    // Grows with what really comes: an announced length alone costs next to nothing.
+    let mut payload = Vec::with_capacity(len.min(64 * KIB));
     let got = stream.by_ref().take(len as u64).read_to_end(&mut payload)?;
     if got < len {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());

@@ -63,6 +63,49 @@ pub fn write(pid: i32, addr: RemoteAddr, data: &[u8]) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::WriteZero, text))
 }
 
+/// What a call takes of each side at most (`UIO_MAXIOV`, include/uapi/linux/uio.h).
+const PIECES: usize = 1024;
+
+/// Reads several pieces of process `pid` by one call, and returns how many bytes were readable, counted from the first piece on:
+/// what follows a page that isn't is not read.
+pub fn read_pieces(pid: i32, pieces: &mut [(RemoteAddr, &mut [u8])]) -> io::Result<usize> {
+    let count = pieces.len().min(PIECES);
+    let (mut local, mut remote) = (Vec::with_capacity(count), Vec::with_capacity(count));
+    for (addr, buf) in pieces.iter_mut().take(count) {
+        local.push(libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() });
+        remote.push(libc::iovec { iov_base: addr.0 as *mut libc::c_void, iov_len: buf.len() });
+    }
+    let count = count as libc::c_ulong;
+    // SAFETY: there is no safe wrapper that takes foreign addresses as numbers. `local` describes the pieces' buffers, which are
+    // borrowed for writing and outlive the call; the kernel checks `remote` against the other process.
+    let got = unsafe { libc::process_vm_readv(pid, local.as_ptr(), count, remote.as_ptr(), count, 0) };
+    match super::check(got as libc::c_long) {
+        Ok(got) => Ok(got as usize),
+        Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(0),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes several pieces of process `pid` by one call, all of them into writable memory.
+pub fn write_pieces(pid: i32, pieces: &[(RemoteAddr, &[u8])]) -> io::Result<()> {
+    for pieces in pieces.chunks(PIECES) {
+        let vector = |at: *const u8, len| libc::iovec { iov_base: at.cast_mut().cast(), iov_len: len };
+        let local: Vec<_> = pieces.iter().map(|(_, data)| vector(data.as_ptr(), data.len())).collect();
+        let remote: Vec<_> = pieces.iter().map(|(at, data)| vector(at.0 as *const u8, data.len())).collect();
+        let bytes: usize = pieces.iter().map(|(_, data)| data.len()).sum();
+        let count = pieces.len() as libc::c_ulong;
+        // SAFETY: no safe wrapper takes foreign addresses as numbers. The kernel only reads `local`, which describes the pieces'
+        // data; it checks `remote` against the other process.
+        let put = unsafe { libc::process_vm_writev(pid, local.as_ptr(), count, remote.as_ptr(), count, 0) };
+        let put = super::check(put as libc::c_long)? as usize;
+        if put != bytes {
+            let text = format!("only {put} of {bytes} bytes of process {pid} are writable");
+            return Err(io::Error::new(io::ErrorKind::WriteZero, text));
+        }
+    }
+    Ok(())
+}
+
 /// A tracee's memory through `/proc/PID/mem`: writes reach private mappings whatever their protection,
 /// which is how the contents of read-only mappings are restored.
 #[derive(Debug)]

@@ -344,6 +344,25 @@ impl Space {
         self.memory.read_exact(RemoteAddr(at), buf).map_err(TraceeError::call("reading memory", self.pid))
     }
 
+    /// Writes runs of pages into mappings, whatever their protection.
+    pub fn write_runs(&self, runs: &[(u64, &[u8])]) -> Result<(), TraceeError> {
+        let pieces: Vec<_> = runs.iter().map(|(at, data)| (RemoteAddr(*at), *data)).collect();
+        match mem::write_pieces(self.pid, &pieces) {
+            Ok(()) => Ok(()),
+            Err(_) => runs.iter().try_for_each(|(at, data)| self.write(*at, data)),
+        }
+    }
+
+    /// Reads runs of pages from mappings, whatever their protection.
+    pub fn read_runs(&self, runs: &mut [(u64, &mut [u8])]) -> Result<(), TraceeError> {
+        let bytes: usize = runs.iter().map(|(_, buf)| buf.len()).sum();
+        let mut pieces: Vec<_> = runs.iter_mut().map(|(at, buf)| (RemoteAddr(*at), &mut **buf)).collect();
+        match mem::read_pieces(self.pid, &mut pieces) {
+            Ok(got) if got == bytes => Ok(()),
+            _ => runs.iter_mut().try_for_each(|(at, buf)| self.read(*at, buf)),
+        }
+    }
+
     /// Drops the private contents of the mapped part of `start..end`.
     pub fn discard(&mut self, start: u64, end: u64) -> Result<(), TraceeError> {
         let inside: Vec<(u64, u64)> = self
