@@ -1,10 +1,11 @@
 //! An instance, a tree of Linux processes, that is being built as the destination of a migration.
 
+mod side_by_side;
 mod tree;
 
 use std::{collections::BTreeMap, os::fd::AsFd, time::Instant};
 
-use self::tree::make_beside_or_below;
+use self::{side_by_side::Job, tree::make_beside_or_below};
 use super::{
     offer::{self, HostTraits, Objection, Requirements},
     recovery::Particulars,
@@ -25,7 +26,7 @@ use crate::{
         mounts::{self, Memory, Mounts},
         needs::{self, Case},
         objects::{BuiltObject, FIRST_SPACE},
-        rebuild::{self, Parked, Rebuilt},
+        rebuild::Parked,
         space::{SharedMemory, Space},
         sysv,
         tables::Tables,
@@ -124,8 +125,8 @@ impl<R: Reception> LinuxDestination<R> {
         found.map(|process| &mut process.space).ok_or_else(|| format!("there is no process {number}").into())
     }
 
-    fn object(&self, number: u32) -> Result<&BuiltObject, TaskError> {
-        let found = self.objects.values().find(|object| object.object.space == number);
+    fn object(&mut self, number: u32) -> Result<&mut BuiltObject, TaskError> {
+        let found = self.objects.values_mut().find(|object| object.object.space == number);
         found.ok_or_else(|| format!("there is no shared memory {number}").into())
     }
 
@@ -411,25 +412,31 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         let mut remotes: BTreeMap<_, _> =
             self.processes.iter_mut().map(|process| (process.node.pid, process.space.remote())).collect();
         restorer.prepare(&image, &mut remotes)?;
-        let mut rebuilt = Rebuilt::default();
-        for (described, parts) in image.processes.iter().zip(parts) {
-            let process = self.processes.iter_mut().find(|process| process.number == described.space);
-            let process = process.ok_or_else(|| format!("there is no process {}", described.space))?;
-            rebuilt.add(rebuild::rebuild(&mut process.space, &described.task, parts, &mut restorer)?);
-        }
-        self.objects.values().try_for_each(|object| object.finish(arrival.stub_pid))?;
-        let pid_of =
-            |inner: i32| if inner == INIT { arrival.instance().init_pid } else { stubs.get(&inner).copied() };
-        image
-            .cgroups
-            .make(&arrival.instance().cgroup, pid_of)
-            .map_err(TraceeError::call("making the cgroups", arrival.stub_pid))?;
         if image.processes.len() != self.processes.len() {
             return Err(refuse("the image has fewer processes than the layout".into()));
         }
-        rebuilt.leave(restorer.finish()?);
-        let cgroup = &self.arrival.as_ref().ok_or("nothing has been prepared")?.instance().cgroup;
-        self.parked = Some(rebuilt.park(|| cgroup::freeze(cgroup, true).map_err(TaskError::from))?);
+        let mut spaces: BTreeMap<u32, &mut Space> =
+            self.processes.iter_mut().map(|process| (process.number, &mut process.space)).collect();
+        let jobs = image.processes.iter().zip(parts).enumerate().map(|(number, (described, parts))| {
+            let space = spaces.remove(&described.space);
+            let space = space.ok_or_else(|| format!("there is no process {}", described.space))?;
+            Ok(Job { number, space, task: &described.task, parts })
+        });
+        let jobs = jobs.collect::<Result<Vec<_>, TaskError>>()?;
+        let pid_of =
+            |inner: i32| if inner == INIT { arrival.instance().init_pid } else { stubs.get(&inner).copied() };
+        let finish = |restorer: Restorer<'_>| {
+            objects.values().try_for_each(|object| object.finish(arrival.stub_pid))?;
+            let cgroup = &arrival.instance().cgroup;
+            image
+                .cgroups
+                .make(cgroup, pid_of)
+                .map_err(TraceeError::call("making the cgroups", arrival.stub_pid))?;
+            let finals = restorer.finish()?;
+            cgroup::freeze(cgroup, true)?;
+            Ok(finals)
+        };
+        self.parked = Some(side_by_side::rebuild(&image.processes, jobs, restorer, finish)?);
         Ok(())
     }
 

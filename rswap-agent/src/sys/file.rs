@@ -134,6 +134,8 @@ pub struct MappedFile {
 
 // SAFETY: the mapping is this value's own until it is dropped, and its addresses mean the same to every thread.
 unsafe impl Send for MappedFile {}
+// SAFETY: through a shared reference it is neither read nor written.
+unsafe impl Sync for MappedFile {}
 
 impl MappedFile {
     /// Maps the first `bytes` of `file`, all of which are there from then on.
@@ -155,7 +157,7 @@ impl MappedFile {
     }
 
     /// Writes `data` at `at`. Nobody may shorten the file meanwhile.
-    pub fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
+    pub fn write(&mut self, at: u64, data: &[u8]) -> io::Result<()> {
         let start = self.inside(&(at..at.saturating_add(data.len() as u64)))?;
         // SAFETY: inside of the mapping, which no reference of ours points to.
         unsafe {
@@ -165,7 +167,7 @@ impl MappedFile {
     }
 
     /// Writes zeros. Nobody may shorten the file meanwhile.
-    pub fn clear(&self, range: Range<u64>) -> io::Result<()> {
+    pub fn clear(&mut self, range: Range<u64>) -> io::Result<()> {
         let start = self.inside(&range)?;
         // SAFETY: as in `write`.
         unsafe { self.at.cast::<u8>().add(start).write_bytes(0, (range.end - range.start) as usize) };
@@ -203,7 +205,7 @@ mod tests {
     fn what_is_written_through_a_mapping_is_in_the_file_and_nothing_goes_past_its_end() {
         let file = sealable_memory(c"mapped", false).expect("make");
         file.set_len(8192).expect("resize");
-        let mapped = MappedFile::of(&file, 8192).expect("map");
+        let mut mapped = MappedFile::of(&file, 8192).expect("map");
         mapped.write(4000, &[7; 200]).expect("write");
         mapped.clear(4100..4150).expect("clear");
         let mut found = [1; 8192];

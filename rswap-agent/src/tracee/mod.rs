@@ -59,6 +59,7 @@ pub mod terminals;
 mod threads;
 pub mod tracker;
 pub mod tree;
+pub mod turns;
 pub mod unix;
 pub mod waits;
 
@@ -101,6 +102,9 @@ pub enum TraceeError {
     /// Something that is not carried.
     #[error("{0}")]
     Unsupported(String),
+    /// It was not done, because something failed that was done beside it.
+    #[error("something failed that was done beside it")]
+    Beside,
 }
 
 impl TraceeError {

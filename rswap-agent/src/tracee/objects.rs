@@ -224,9 +224,9 @@ impl BuiltObject {
     }
 
     /// Writes whole pages.
-    pub fn write(&self, at: u64, data: &[u8]) -> std::io::Result<()> {
+    pub fn write(&mut self, at: u64, data: &[u8]) -> std::io::Result<()> {
         self.inside(at, data.len() as u64)?;
-        match &self.mapped {
+        match &mut self.mapped {
             Some(mapped) => mapped.write(at, data),
             None => self.file.write_all_at(data, at),
         }
@@ -239,9 +239,9 @@ impl BuiltObject {
     }
 
     /// Gives pages back: they read as zeros.
-    pub fn discard(&self, start: u64, end: u64) -> std::io::Result<()> {
+    pub fn discard(&mut self, start: u64, end: u64) -> std::io::Result<()> {
         let end = end.min(self.object.bytes);
-        if let Some(mapped) = &self.mapped {
+        if let Some(mapped) = &mut self.mapped {
             // Given back, they might not be there when they are written to again.
             return mapped.clear(start..end.max(start));
         }

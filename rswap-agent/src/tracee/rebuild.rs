@@ -12,9 +12,11 @@ use super::{
     posix_timers, privileges,
     reconnect::Reconnected,
     remote::Remote,
-    seccomp,
+    seccomp::{self, Seccomp},
     space::Space,
-    threads, waits,
+    threads,
+    turns::Turns,
+    waits,
 };
 use crate::sys::{process, ptrace, ptrace::Registers};
 
@@ -28,7 +30,6 @@ pub struct Rebuilt {
     tids: Vec<i32>,
     /// Each process's connections.
     reconnected: Vec<Reconnected>,
-    finals: Finals,
 }
 
 /// Processes that are ready to run, and held still by their cgroup: they no longer die with their tracer.
@@ -41,20 +42,29 @@ pub struct Parked {
 }
 
 impl Rebuilt {
-    /// Lets the threads go by ptrace; `hold` sees to it that they run no further.
-    pub fn park<E: From<TraceeError>>(self, hold: impl FnOnce() -> Result<(), E>) -> Result<Parked, E> {
-        hold()?;
+    /// Lets the threads go by ptrace, by the thread of ours that holds them. Their cgroup sees to it that they run no further.
+    pub fn park(self) -> Result<Parked, TraceeError> {
         for &tid in &self.tids {
             ptrace::clear_options(tid).map_err(TraceeError::call("PTRACE_SETOPTIONS", tid))?;
         }
         for &tid in &self.tids {
             ptrace::detach(tid, 0).map_err(TraceeError::call("PTRACE_DETACH", tid))?;
         }
-        Ok(Parked { reconnected: self.reconnected, finals: self.finals, resumed: false })
+        Ok(Parked { reconnected: self.reconnected, finals: Finals::default(), resumed: false })
     }
 }
 
 impl Parked {
+    /// Takes in other processes.
+    pub fn add(&mut self, other: Self) {
+        self.reconnected.extend(other.reconnected);
+    }
+
+    /// Leaves something to be done when the source is committed.
+    pub fn leave(&mut self, finals: Finals) {
+        self.finals = finals;
+    }
+
     /// Does what had to wait for the commit, and lets the connections go on; the port is up. A second call does nothing.
     pub fn resume(&mut self) {
         if std::mem::replace(&mut self.resumed, true) {
@@ -79,11 +89,6 @@ impl Rebuilt {
         self.tids.extend(other.tids);
         self.reconnected.extend(other.reconnected);
     }
-
-    /// Leaves something to be done when the source is committed.
-    pub fn leave(&mut self, finals: Finals) {
-        self.finals = finals;
-    }
 }
 
 /// What of a process's tables is to be set: one that several have is set with one of them.
@@ -95,12 +100,13 @@ pub struct Parts {
     pub directories: bool,
 }
 
-/// Puts `image` into `space`, whose layout and contents are complete.
+/// Puts `image` into `space`, whose layout and contents are complete. Others may be rebuilt beside it; its descriptors are made
+/// in turn `number`.
 pub fn rebuild(
     space: &mut Space,
     image: &TaskImage,
     parts: Parts,
-    descriptors: &mut Restorer<'_>,
+    (descriptors, number): (&Turns<Restorer<'_>>, usize),
 ) -> Result<Rebuilt, TraceeError> {
     let pid = space.pid();
     let leader = &mut space.remote;
@@ -108,36 +114,22 @@ pub fn rebuild(
     advice::restore(leader, &image.advice)?;
     let mut reconnected = Vec::new();
     let mut end = None;
-    if parts.descriptors {
-        let (connections, link_end) = descriptors.restore(leader, &image.descriptors)?;
-        reconnected.push(connections);
-        end = Some(link_end);
-    }
-    let acted_on = Status::read(pid)?.acted_on();
-    let mut batch = leader.batch();
-    // A stub has handlers of the agent's, whose code is not there any more.
-    let has = |signal: i32| image.signal_actions.iter().any(|(wanted, _)| *wanted == signal);
-    for signal in (1..=64).filter(|signal| acted_on >> (signal - 1) & 1 == 1 && !has(*signal)) {
-        let args = [signal.into(), Arg::Data(&[0; 32]), 0.into(), 8.into()];
-        batch.call("rt_sigaction", libc::SYS_rt_sigaction, &args)?;
-    }
-    for (signal, action) in &image.signal_actions {
-        // SIGKILL and SIGSTOP can't be set, and nobody could have set them.
-        let args = [(*signal).into(), Arg::Data(action), 0.into(), 8.into()];
-        batch.call("rt_sigaction", libc::SYS_rt_sigaction, &args)?;
-    }
-    if image.child_subreaper {
-        batch.call("prctl", libc::SYS_prctl, &[libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()])?;
-    }
-    set_limits(&mut batch, image, &limits(pid)?)?;
-    batch.run()?;
-    attributes::restore_process(leader, &image.attributes)?;
-    // Threads that have the same filters have them in common.
-    let filters = image.threads.first().map(|leader| &leader.seccomp);
-    let in_common = filters.filter(|f| !f.strict && image.threads.iter().all(|thread| thread.seccomp == **f));
-    in_common.map_or(Ok(()), |filters| seccomp::install(leader, filters))?;
-    let tids = threads::make(leader, image)?;
-    reconnected.extend(threads::restore_tables(leader, image, &tids, end, descriptors)?);
+    let mut tids = None;
+    descriptors.take(number, |descriptors| {
+        if parts.descriptors {
+            let (connections, link_end) = descriptors.restore(leader, &image.descriptors)?;
+            reconnected.push(connections);
+            end = Some(link_end);
+        }
+        // What later processes have in common with a thread has to be there.
+        if threads::have_own_descriptors(image) {
+            let tids = tids.insert(make_threads(leader, image)?);
+            reconnected.extend(threads::restore_descriptors(leader, image, tids, end, descriptors)?);
+        }
+        Ok(())
+    })?;
+    let tids = tids.map_or_else(|| make_threads(leader, image), Ok)?;
+    threads::restore_directories(leader, image, &tids)?;
     if let Some(end) = end {
         Restorer::close_link(leader, end)?;
     }
@@ -146,6 +138,7 @@ pub fn rebuild(
     }
 
     let mut threads = Vec::with_capacity(tids.len());
+    let in_common = filters_in_common(image);
     for (&tid, thread) in tids.iter().zip(&image.threads) {
         let mut remote = leader.for_thread(tid)?;
         restore_thread(&mut remote, pid, thread)?;
@@ -188,7 +181,39 @@ pub fn rebuild(
     for ((remote, thread), registers) in threads.iter_mut().zip(&image.threads).zip(&registers) {
         set_going(remote, thread, registers)?;
     }
-    Ok(Rebuilt { tids, reconnected, finals: Finals::default() })
+    Ok(Rebuilt { tids, reconnected })
+}
+
+/// Sets what a process's threads have in common, and makes them; returns their ids as the agent sees them.
+fn make_threads(leader: &mut Remote, image: &TaskImage) -> Result<Vec<i32>, TraceeError> {
+    let here = limits(leader.tid())?;
+    let acted_on = Status::read(leader.tid())?.acted_on();
+    let mut batch = leader.batch();
+    // A stub has handlers of the agent's, whose code is not there any more.
+    let has = |signal: i32| image.signal_actions.iter().any(|(wanted, _)| *wanted == signal);
+    for signal in (1..=64).filter(|signal| acted_on >> (signal - 1) & 1 == 1 && !has(*signal)) {
+        let args = [signal.into(), Arg::Data(&[0; 32]), 0.into(), 8.into()];
+        batch.call("rt_sigaction", libc::SYS_rt_sigaction, &args)?;
+    }
+    for (signal, action) in &image.signal_actions {
+        // SIGKILL and SIGSTOP can't be set, and nobody could have set them.
+        let args = [(*signal).into(), Arg::Data(action), 0.into(), 8.into()];
+        batch.call("rt_sigaction", libc::SYS_rt_sigaction, &args)?;
+    }
+    if image.child_subreaper {
+        batch.call("prctl", libc::SYS_prctl, &[libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()])?;
+    }
+    set_limits(&mut batch, image, &here)?;
+    batch.run()?;
+    attributes::restore_process(leader, &image.attributes)?;
+    filters_in_common(image).map_or(Ok(()), |filters| seccomp::install(leader, filters))?;
+    threads::make(leader, image)
+}
+
+/// Threads that have the same filters have them in common.
+fn filters_in_common(image: &TaskImage) -> Option<&Seccomp> {
+    let filters = image.threads.first().map(|leader| &leader.seccomp);
+    filters.filter(|f| !f.strict && image.threads.iter().all(|thread| thread.seccomp == **f))
 }
 
 fn memory_map(leader: &mut Remote, image: &TaskImage) -> Result<(), TraceeError> {

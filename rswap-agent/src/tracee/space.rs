@@ -61,6 +61,23 @@ impl Space {
         ptrace::seize_stub(pid).map_err(TraceeError::call("PTRACE_SEIZE", pid))
     }
 
+    /// Lets go of it, for another thread of ours to [take it up](Self::take_up): it waits. If the agent is killed in between, it
+    /// goes on waiting, and is removed with its cgroup.
+    pub fn hand_over(&mut self) -> Result<(), TraceeError> {
+        self.remote.set_call(libc::SYS_pause, [0; 6])?;
+        ptrace::detach(self.pid, 0).map_err(TraceeError::call("PTRACE_DETACH", self.pid))
+    }
+
+    /// Takes it over from the thread that has [handed it over](Self::hand_over).
+    pub fn take_up(&mut self) -> Result<(), TraceeError> {
+        Self::hold(self.pid)?;
+        ptrace::interrupt(self.pid).map_err(TraceeError::call("PTRACE_INTERRUPT", self.pid))?;
+        match ptrace::wait_stop(self.pid).map_err(TraceeError::call("waiting for the stop", self.pid))? {
+            Stop::Gone => Err(TraceeError::Gone(self.pid)),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes over process `pid` (as the agent sees it), which is [held](Self::hold) and waits in pause(2), empties it and moves the
     /// kernel's own mappings to where the source has them.
     pub fn take(pid: i32, kernel_mappings: &[Mapping]) -> Result<Self, TraceeError> {

@@ -107,9 +107,14 @@ fn make_one(maker: &mut Remote, inner: i32, known: &BTreeSet<i32>) -> Result<i32
     }
 }
 
-/// Puts into the threads' own tables what belongs there. `tids`: all threads, in the image's order; `end`: the process's end of
-/// the link. Returns their connections.
-pub(super) fn restore_tables(
+/// Whether a thread besides the leader has descriptors of its own.
+pub(super) fn have_own_descriptors(image: &TaskImage) -> bool {
+    image.threads.iter().skip(1).any(|thread| matches!(thread.tables.descriptors, Table::Own(_)))
+}
+
+/// Puts into the threads' own tables the descriptors that belong there. `tids`: all threads, in the image's order; `end`: the
+/// process's end of the link. Returns their connections.
+pub(super) fn restore_descriptors(
     leader: &mut Remote,
     image: &TaskImage,
     tids: &[i32],
@@ -128,7 +133,16 @@ pub(super) fn restore_tables(
             reconnected.push(descriptors.restore_of_thread(&mut remote, thread.tid, end, own)?);
         }
     }
-    // No path is opened any more that begins at the root.
+    Ok(reconnected)
+}
+
+/// Has threads enter the directories that only they are in, and compares what they have in common with what they had. No path
+/// is opened any more that begins at the root.
+pub(super) fn restore_directories(
+    leader: &mut Remote,
+    image: &TaskImage,
+    tids: &[i32],
+) -> Result<(), TraceeError> {
     for (&tid, thread) in tids.iter().zip(&image.threads).skip(1) {
         if let Table::Own(own) = &thread.tables.directories {
             own.enter(&mut leader.for_thread(tid)?)?;
@@ -148,5 +162,5 @@ pub(super) fn restore_tables(
             return Err(TraceeError::Unsupported(text));
         }
     }
-    Ok(reconnected)
+    Ok(())
 }
