@@ -57,6 +57,23 @@ fn internet_sockets_without_a_stream_are_carried() -> anyhow::Result<()> {
 }
 
 #[test]
+fn empty_datagrams_that_nobody_reads_are_carried_again_and_again() -> anyhow::Result<()> {
+    if reason_to_skip("empty_datagrams_that_nobody_reads_are_carried_again_and_again").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let options = ["--net", "10.88.0.10/24,gw=10.88.0.1", "--net", "fd88::10/64,gw=fd88::1"];
+    scene.python("internet", &options, &["fd88::10"])?;
+    holds_everything(&scene.log)?;
+    // The kernel shows them once: to a move that fails, or to the look at what was made of them.
+    for _ in 0..2 {
+        scene.moved("internet", &scene.a, &scene.b)?;
+        scene.moved("internet", &scene.b, &scene.a)?;
+    }
+    holds_everything(&scene.log)
+}
+
+#[test]
 fn pseudo_terminals_are_carried() -> anyhow::Result<()> {
     held_through_three_moves("pseudo_terminals_are_carried", "terminals", &[])
 }

@@ -3,6 +3,8 @@
 //! What waits was received: at the destination it is received again, as packets that are put in locally in the senders' names
 //! (the port is down), and compared before the socket counts as made.
 
+mod queue;
+
 use std::{
     io,
     net::{IpAddr, SocketAddr},
@@ -10,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use queue::Readers;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -21,7 +24,7 @@ use super::{
     segment::{self, socket_address},
     sockets, tcp,
 };
-use crate::sys::{datagram, filter, packet, socket};
+use crate::sys::{filter, packet, socket};
 
 /// Bytes that are carried of one queue.
 const QUEUE_LIMIT: usize = 16 << 20;
@@ -188,7 +191,7 @@ pub fn describe(
     let mut queued = Vec::new();
     if contents {
         queued = match is_udp {
-            true => match peek(ours, domain).map_err(failed)? {
+            true => match queue::peek(ours, domain, Readers::Some).map_err(failed)? {
                 Ok(queued) => queued,
                 Err(refusal) => return Ok(Err(refusal)),
             },
@@ -245,48 +248,6 @@ fn is_hosts(name: &[u8]) -> bool {
     socket_address(name).is_some_and(|address| {
         !address.ip().is_unspecified() && !address.ip().is_loopback() && !address.ip().is_multicast()
     })
-}
-
-type Peeked = Result<Vec<Datagram>, (String, &'static str)>;
-
-/// Copies what is queued, and leaves it there.
-fn peek(ours: &OwnedFd, domain: i32) -> io::Result<Peeked> {
-    let destination = match domain {
-        libc::AF_INET => (libc::IPPROTO_IP, libc::IP_PKTINFO),
-        _ => (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
-    };
-    let temporary = [(libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0), (destination.0, destination.1, 1)];
-    let mut before = Vec::new();
-    for (level, name, value) in temporary {
-        before.push((level, name, socket::option(ours, level, name)?));
-        socket::set_option(ours, level, name, value)?;
-    }
-    let peeked = peek_from_the_start(ours);
-    for (level, name, value) in before {
-        socket::set_option(ours, level, name, value)?;
-    }
-    peeked
-}
-
-fn peek_from_the_start(ours: &OwnedFd) -> io::Result<Peeked> {
-    let refuse = |what: &str| Ok(Err((what.to_owned(), "try again when the program has read from it")));
-    let mut queued = Vec::new();
-    let mut total = 0;
-    while let Some(datagram::Peeked { data, from, to }) = datagram::peek(ours)? {
-        total += data.len();
-        let (Some(from), Some(to)) = (from, to) else {
-            return refuse("a UDP socket with a datagram from nowhere");
-        };
-        let broadcast = matches!(to, IpAddr::V4(to) if to.is_broadcast());
-        if to.is_multicast() || broadcast {
-            return refuse("a UDP socket with datagrams to a group to be read");
-        }
-        if total > QUEUE_LIMIT {
-            return refuse("a UDP socket with a very long queue");
-        }
-        queued.push(Datagram { from, to, data });
-    }
-    Ok(Ok(queued))
 }
 
 /// Refuses what no source sends: options outside the lists could do anything to this host.
@@ -380,7 +341,7 @@ fn compare(ours: &OwnedFd, image: &DatagramImage) -> io::Result<()> {
     }
     let deadline = Instant::now() + LOCAL;
     loop {
-        let here = peek(ours, image.domain)?.unwrap_or_default();
+        let here = queue::peek(ours, image.domain, Readers::None)?.unwrap_or_default();
         if here == image.queued {
             return Ok(());
         }
