@@ -29,7 +29,10 @@ mod wiring;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use incoming::Incoming;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    signal::{SigSet, Signal},
+};
 use tokio::{
     net::{TcpListener, TcpStream},
     signal::unix::{SignalKind, signal},
@@ -128,6 +131,7 @@ pub fn run(config: Config) -> Result<(), AgentError> {
     stops.add(Signal::SIGTERM);
     stops.add(Signal::SIGINT);
     stops.thread_unblock().map_err(|errno| failed("unblock SIGTERM and SIGINT")(errno.into()))?;
+    open_as_many_as_allowed().map_err(failed("raise the limit of open files"))?;
     // Two threads serve; the windows' work is done on this one.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -135,6 +139,13 @@ pub fn run(config: Config) -> Result<(), AgentError> {
         .build()
         .map_err(failed("start the runtime"))?;
     runtime.block_on(serve(config))
+}
+
+/// A migration opens what it looks at: hundreds of files. The usual limit of a service is low for the sake of select(2), which
+/// nobody here calls (systemd.exec(5), LimitNOFILE).
+fn open_as_many_as_allowed() -> io::Result<()> {
+    let (_, allowed) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, allowed, allowed)?)
 }
 
 async fn serve(config: Config) -> Result<(), AgentError> {

@@ -1,6 +1,8 @@
 //! An instance's own network: a veth pair between its namespace and the host's bridge.
 
+mod listed;
 mod rate;
+pub mod settings;
 mod uplink;
 
 use std::{
@@ -84,42 +86,7 @@ impl Port {
         })
         .map_err(self.failed("making the veth pair"))?;
         let limits = Limits::read();
-        let configure = || {
-            limits.set().map_err(InstanceError::io("setting the limits of TCP"))?;
-            if self.identity.ipv6.is_some() {
-                have_no_other_ipv6_addresses(inner).map_err(InstanceError::io("configuring IPv6"))?;
-            }
-            run(|handle| async move {
-                let lo = index_of(&handle, "lo").await?;
-                handle.link().change(LinkUnspec::new_with_index(lo).up().build()).execute().await?;
-                let index = index_of(&handle, inner).await?;
-                let message =
-                    LinkUnspec::new_with_index(index).name(INNER.into()).address(self.identity.mac.to_vec());
-                handle.link().change(message.build()).execute().await?;
-                let (address, prefix) = (self.identity.address.into(), self.identity.prefix_len);
-                handle.address().add(index, address, prefix).execute().await?;
-                handle.link().change(LinkUnspec::new_with_index(index).up().build()).execute().await?;
-                if let Some(gateway) = self.identity.gateway {
-                    let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(gateway).build();
-                    handle.route().add(route).execute().await?;
-                }
-                if let Some(ipv6) = &self.identity.ipv6 {
-                    // Without a search for others that have it: it is used before it could end, and while the other host
-                    // has it still.
-                    let mut add = handle.address().add(index, ipv6.address.into(), ipv6.prefix_len);
-                    add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
-                    add.execute().await?;
-                    if let Some(gateway) = ipv6.gateway {
-                        let route =
-                            RouteMessageBuilder::<Ipv6Addr>::new().gateway(gateway).output_interface(index);
-                        handle.route().add(route.build()).execute().await?;
-                    }
-                }
-                Ok(())
-            })
-            .map_err(self.failed("configuring the inner interface"))
-        };
-        self.inside(configure)
+        self.inside(|| configure(&self.identity, inner, &limits))
     }
 
     /// Lets traffic through and tells the neighbours where the address is now.
@@ -212,6 +179,43 @@ impl Port {
         let what = format!("{what} ({} on {})", self.interface, self.bridge);
         move |source| InstanceError::Network { what, source: Box::new(source) }
     }
+}
+
+/// Configures interface `name` of the calling thread's network namespace, which is a new one, as an instance's.
+fn configure(identity: &NetworkIdentity, name: &str, limits: &Limits) -> Result<(), InstanceError> {
+    limits.set().map_err(InstanceError::io("setting the limits of TCP"))?;
+    if identity.ipv6.is_some() {
+        have_no_other_ipv6_addresses(name).map_err(InstanceError::io("configuring IPv6"))?;
+    }
+    let configured = run(|handle| async move {
+        let lo = index_of(&handle, "lo").await?;
+        handle.link().change(LinkUnspec::new_with_index(lo).up().build()).execute().await?;
+        let index = index_of(&handle, name).await?;
+        let message = LinkUnspec::new_with_index(index).name(INNER.into()).address(identity.mac.to_vec());
+        handle.link().change(message.build()).execute().await?;
+        handle.address().add(index, identity.address.into(), identity.prefix_len).execute().await?;
+        handle.link().change(LinkUnspec::new_with_index(index).up().build()).execute().await?;
+        if let Some(gateway) = identity.gateway {
+            let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(gateway).build();
+            handle.route().add(route).execute().await?;
+        }
+        if let Some(ipv6) = &identity.ipv6 {
+            // Without a search for others that have it: it is used before it could end, and while the other host
+            // has it still.
+            let mut add = handle.address().add(index, ipv6.address.into(), ipv6.prefix_len);
+            add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+            add.execute().await?;
+            if let Some(gateway) = ipv6.gateway {
+                let route = RouteMessageBuilder::<Ipv6Addr>::new().gateway(gateway).output_interface(index);
+                handle.route().add(route.build()).execute().await?;
+            }
+        }
+        Ok(())
+    });
+    configured.map_err(|source| InstanceError::Network {
+        what: format!("configuring the interface of {}", identity.address),
+        source: Box::new(source),
+    })
 }
 
 /// Takes the calling thread into a network namespace.

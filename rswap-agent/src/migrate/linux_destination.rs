@@ -398,6 +398,8 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         sysv::make_queues(arrival.stub_pid, &image.queues)
             .map_err(TraceeError::call("making SysV objects", arrival.stub_pid))?;
         image.names.give(arrival.stub_pid).map_err(TraceeError::call("naming the host", arrival.stub_pid))?;
+        let set = TraceeError::call("setting the sysctls of its network", arrival.stub_pid);
+        image.sysctls.give(arrival.stub_pid).map_err(set)?;
         let stubs: BTreeMap<i32, i32> =
             self.processes.iter().map(|process| (process.node.pid, process.space.pid())).collect();
         let link: &Link = &self.arrival.as_ref().ok_or("nothing has been prepared")?.link;

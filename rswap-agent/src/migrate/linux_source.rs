@@ -16,7 +16,10 @@ use super::{
     volumes::SourceVolumes,
 };
 use crate::{
-    instance::{Instance, cgroup},
+    instance::{
+        Instance, cgroup,
+        network::settings::{Looking, Settings},
+    },
     sys::mem::{self, RemoteAddr},
     tracee::{
         TraceeError,
@@ -77,6 +80,9 @@ pub struct LinuxSource<U> {
     /// Reads what is asked of the memory of those that are stopped.
     advice: Option<Reader>,
     held: Held,
+    /// What it has changed in its own network namespace, and who looks for that in the freeze.
+    settings: Option<Settings>,
+    looking: Option<Looking>,
     /// Locks on files, by pid and descriptor.
     locks: Vec<(i32, i32, Lock)>,
     frozen: bool,
@@ -121,6 +127,8 @@ impl<U: Uplink> LinuxSource<U> {
             settling: Vec::new(),
             advice: None,
             held: Held::default(),
+            settings: None,
+            looking: None,
             locks: Vec::new(),
             frozen: false,
             detached: false,
@@ -318,7 +326,11 @@ impl<U: Uplink> LinuxSource<U> {
         for (process, frozen) in self.processes.iter_mut().zip(frozen) {
             process.stopped = Some(frozen.threads);
         }
-        Ok(image?)
+        let mut image = image?;
+        if let Some(looking) = self.looking.take() {
+            image.sysctls = looking.end()?;
+        }
+        Ok(image)
     }
 
     /// Lets go of those that are stopped.
@@ -384,6 +396,9 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
 
     fn start_tracking(&mut self) -> Result<(), TaskError> {
         // Each process is tracked from its first look on: `written` finds those too that are made later.
+        if let (Some(init), Some(identity)) = (self.instance.init_pid, &self.instance.network) {
+            self.settings = Some(Settings::of(init, identity)?);
+        }
         Ok(())
     }
 
@@ -487,6 +502,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
             self.look()?;
             if self.processes.iter().all(|process| process.stopped.is_some()) {
                 self.advice = Some(reader);
+                self.looking = self.settings.take().map(Settings::look);
                 self.detached = true;
                 self.uplink.detach()?;
                 let living = |settling: &&Settling| self.processes.iter().any(|p| p.pid() == settling.pid());
@@ -548,6 +564,7 @@ impl<U: Uplink> SourceTask for LinuxSource<U> {
         self.locks.clear();
         self.settling.clear();
         self.advice = None;
+        (self.settings, self.looking) = (None, None);
         self.let_go();
         self.processes.iter_mut().for_each(SourceProcess::release);
         self.frozen = false;

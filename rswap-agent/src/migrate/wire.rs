@@ -17,7 +17,7 @@ use super::{
 /// First bytes of a [`Hello`].
 pub const MAGIC: u32 = u32::from_le_bytes(*b"RSWP");
 /// The newest version that this build speaks, which is also the oldest.
-pub const VERSION: u16 = 9;
+pub const VERSION: u16 = 10;
 /// Pages of a batch at most.
 pub const BATCH_PAGES: usize = 64;
 

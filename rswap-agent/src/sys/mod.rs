@@ -15,6 +15,7 @@ pub mod mem;
 pub mod mempolicy;
 pub mod namespace;
 pub mod neighbour;
+pub mod netlink;
 pub mod packet;
 pub mod pagemap;
 pub mod priority;

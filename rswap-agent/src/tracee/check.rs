@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Read as _,
+    io::{self, Read as _},
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,10 @@ use super::{
     sysv, tables, tree,
 };
 use crate::{
-    instance::Instance,
+    instance::{
+        Instance,
+        network::settings::{self, Settings},
+    },
     profile::doctor,
     sys::process::{Common, has_in_common},
 };
@@ -126,6 +129,14 @@ fn whole_tree(findings: &mut Findings, instance: &Instance, listed: &[i32]) -> R
     }
     if instance.init_pid.is_none() {
         return Ok(());
+    }
+    if let (Some(init), Some(identity)) = (instance.init_pid, &instance.network) {
+        let changes = Settings::of(init, identity).and_then(|settings| settings.changes());
+        let failed = TraceeError::call("comparing the network namespace", init);
+        let changes = changes.map_err(|error| failed(io::Error::other(error)))?;
+        for item in &changes.others {
+            findings.refuse(&format!("network namespace: {item}"), settings::REMEDY);
+        }
     }
     if instance.init_pid.is_some_and(|init| sysv::has_posix_queues(init).unwrap_or(false)) {
         findings

@@ -23,7 +23,7 @@ use super::{
     unix::UnixImage,
     waits::TimedWait,
 };
-use crate::sys::ptrace::RseqConfiguration;
+use crate::{instance::network::settings::Sysctls, sys::ptrace::RseqConfiguration};
 
 /// A frozen instance.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -34,6 +34,8 @@ pub struct InstanceImage {
     pub zombies: Vec<Node>,
     /// By which names it knows its host.
     pub names: HostNames,
+    /// What it has changed in its network namespace.
+    pub sysctls: Sysctls,
     /// The cgroups below its own.
     pub cgroups: Subtree,
     /// Its SysV semaphores and messages.

@@ -21,7 +21,7 @@ use super::{
     terminals,
     tree::{self, Member, Node},
 };
-use crate::sys::process::Common;
+use crate::{instance::network::settings::Sysctls, sys::process::Common};
 
 /// A living process of a frozen instance.
 #[derive(Debug)]
@@ -76,7 +76,8 @@ pub fn capture_instance(
         let queues = sysv::queues(init).map_err(TraceeError::call("reading SysV objects", init))?;
         let cgroups =
             Subtree::read(cgroup, init, &members).map_err(TraceeError::call("reading the cgroups", init))?;
-        Ok(InstanceImage { processes, zombies, names, cgroups, queues })
+        // Sysctls are looked for meanwhile by who has the network namespace.
+        Ok(InstanceImage { processes, zombies, names, sysctls: Sysctls::default(), cgroups, queues })
     });
     (frozen, image)
 }

@@ -50,7 +50,10 @@ impl InstanceImage {
                 return Err(at("the ids of its threads"));
             }
         }
-        Ok(())
+        match self.sysctls.unsound() {
+            Some(name) => Err(unsound(&format!("the sysctl {name} is none of a network namespace"))),
+            None => Ok(()),
+        }
     }
 }
 

@@ -206,6 +206,7 @@ fn image() -> InstanceImage {
         processes: vec![ProcessImage { space, node: node(2, 1, None), terminal, tables, task }],
         zombies: vec![node(4, 2, Some(9))],
         names: HostNames { host: "one".to_owned(), domain: "none".to_owned() },
+        sysctls: [("net/core/somaxconn".to_owned(), "99\n".to_owned())].into_iter().collect(),
         cgroups: Subtree {
             groups: vec![group],
             members: vec![(2, "work".to_owned())],

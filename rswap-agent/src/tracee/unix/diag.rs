@@ -9,17 +9,15 @@ use std::{
     thread,
 };
 
-use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla as _,
-};
+use netlink_packet_core::{Emitable as _, Nla as _, Parseable as _};
 use netlink_packet_sock_diag::{
-    SockDiagMessage,
+    SOCK_DIAG_BY_FAMILY,
     unix::{ShowFlags, StateFlags, UnixRequest, UnixResponse, nlas::Nla},
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 use nix::sched::{CloneFlags, setns};
 
 use super::super::TraceeError;
+use crate::sys::netlink::{self, Message};
 
 const TCP_LISTEN: u8 = 10;
 
@@ -111,11 +109,6 @@ fn list(pid: i32) -> io::Result<BTreeMap<u64, Known>> {
 }
 
 fn dump() -> io::Result<BTreeMap<u64, Known>> {
-    let mut netlink = Socket::new(NETLINK_SOCK_DIAG)?;
-    netlink.bind_auto()?;
-    netlink.connect(&SocketAddr::new(0, 0))?;
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let request = UnixRequest {
         // Those that are not connected, too: their state (TCP_CLOSE) has no name there.
         state_flags: StateFlags::from_bits_retain(u32::MAX),
@@ -123,31 +116,14 @@ fn dump() -> io::Result<BTreeMap<u64, Known>> {
         show_flags: ShowFlags::PEER | ShowFlags::VFS | ShowFlags::ICONS | ShowFlags::RQLEN,
         cookie: [0xff; 8],
     };
-    let mut message = NetlinkMessage::new(header, SockDiagMessage::UnixRequest(request).into());
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    netlink.send(&bytes, 0)?;
-
+    let mut body = vec![0; request.buffer_len()];
+    request.emit(&mut body);
     let mut peers = BTreeMap::new();
-    loop {
-        let (datagram, _) = netlink.recv_from_full()?;
-        let mut rest = datagram.as_slice();
-        while !rest.is_empty() {
-            let message = <NetlinkMessage<SockDiagMessage>>::deserialize(rest)
-                .map_err(|error| io::Error::other(error.to_string()))?;
-            match message.payload {
-                NetlinkPayload::InnerMessage(SockDiagMessage::UnixResponse(response)) => {
-                    peers.insert(u64::from(response.header.inode), known(&response));
-                }
-                NetlinkPayload::Done(_) => return Ok(peers),
-                NetlinkPayload::Error(error) => return Err(error.to_io()),
-                _ => {}
-            }
-            let length = (message.header.length as usize).next_multiple_of(4).clamp(4, rest.len());
-            rest = &rest[length..];
-        }
+    for message in netlink::dump(libc::NETLINK_SOCK_DIAG, Message { kind: SOCK_DIAG_BY_FAMILY, body })? {
+        let response = UnixResponse::parse(&message.body).map_err(io::Error::other)?;
+        peers.insert(u64::from(response.header.inode), known(&response));
     }
+    Ok(peers)
 }
 
 fn known(response: &UnixResponse) -> Known {
