@@ -14,10 +14,11 @@ import threading
 import time
 
 libc = ctypes.CDLL(None, use_errno=True)
-PRCTL = {"pdeathsig": 1, "get dumpable": 3, "dumpable": 4, "get pdeathsig": 2, "name": 15, "subreaper": 36, "thp": 41, "get thp": 42, "keepcaps": 8, "timerslack": 29, "nnp": 38, "ambient": 47, "securebits": 28, "mdwe": 65}
+PRCTL = {"pdeathsig": 1, "get dumpable": 3, "dumpable": 4, "get pdeathsig": 2, "name": 15, "subreaper": 36, "thp": 41, "get thp": 42, "keepcaps": 8, "timerslack": 29, "nnp": 38, "ambient": 47, "securebits": 28, "mdwe": 65, "merge": 67, "get merge": 68, "machine checks": 33, "get machine checks": 34}
 NET_BIND_SERVICE = 10
 GET_ROBUST_LIST = 274
 RT_SIGACTION = 13
+TIMERFD_CREATE, TIMERFD_SETTIME, TIMERFD_GETTIME, MEMBARRIER = 283, 286, 287, 324
 GETPPID, CAPSET, IOPRIO_SET, IOPRIO_GET, SECCOMP = 110, 126, 251, 252, 317
 FORBIDDEN = 42
 
@@ -168,6 +169,7 @@ def thread_habits(log):
         lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
         lambda: call(IOPRIO_SET, 1, 0, 3 << 13),
         lambda: prctl(PRCTL["timerslack"], 88888),
+        lambda: prctl(PRCTL["machine checks"], 1, 1),
         lambda: libc.personality(0x0040000),
         lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGRTMIN + 3}),
     ]
@@ -184,6 +186,7 @@ def thread_habits(log):
             sorted(os.sched_getaffinity(0)),
             call(IOPRIO_GET, 1, 0),
             prctl(30),
+            prctl(PRCTL["get machine checks"]),
             libc.personality(0xFFFFFFFF),
             sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
             now.raw[:8] if stacks and int.from_bytes(now.raw[:8], "little") == ctypes.addressof(stacks[0]) else None,
@@ -287,6 +290,34 @@ def identity(log):
     keep(log, "identity", look)
 
 
+def barriers(log):
+    """It has registered with membarrier(2), and lets its memory be merged."""
+    private, registrations = 1 << 3, 1 << 9
+    call(MEMBARRIER, 1 << 4, 0, 0)
+    prctl(PRCTL["merge"], 1)
+    keep(log, "barriers", lambda: (call(MEMBARRIER, private, 0, 0), call(MEMBARRIER, registrations, 0, 0), prctl(PRCTL["get merge"])))
+
+
+def alarm(log):
+    """A timer at a time of the clock, which ends when somebody sets that."""
+    at = int(time.time()) + 100_000
+    timer = call(TIMERFD_CREATE, 0, 0)
+    call(TIMERFD_SETTIME, timer, 1 | 2, struct.pack("<4q", 0, 0, at, 0), None)
+
+    def look():
+        now = ctypes.create_string_buffer(32)
+        call(TIMERFD_GETTIME, timer, now)
+        *_, seconds, nanoseconds = struct.unpack("<4q", now.raw)
+        expires = time.time() + seconds + nanoseconds / 1e9
+        with open(f"/proc/self/fdinfo/{timer}") as file:
+            flags = [line for line in file.read().splitlines() if line.startswith("settime flags")]
+        # Neither early, nor much later; the clock is looked at a moment after the timer.
+        return flags, -0.001 < expires - at < 5
+
+    assert look()[1]
+    keep(log, "alarm", look)
+
+
 def family(log):
     """A child that dies with its parent, and orphans that come to this process."""
     prctl(PRCTL["subreaper"], 1)
@@ -384,7 +415,7 @@ def strict(log):
 
 def main():
     log = open(sys.argv[1], "a", buffering=1)
-    for work in (credentials, secret, public, dispositions, thread_rights, thread_habits, habits, identity, family, filtered, strict):
+    for work in (credentials, secret, public, dispositions, thread_rights, thread_habits, habits, identity, barriers, alarm, family, filtered, strict):
         if os.fork() == 0:
             work(log)
     if os.fork() == 0:

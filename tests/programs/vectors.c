@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 static int log_fd;
@@ -54,9 +55,13 @@ static void hold(uint64_t seed, unsigned long round) {
     if (control_out != control) die("the x87 control word", round);
 }
 
+// In a thread that may not read the time stamp counter.
 static void *hold_forever(void *seed) {
+    prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0);
     for (unsigned long round = 0;; round++) {
         hold((uint64_t)seed + round, round);
+        int counter = 0;
+        if (prctl(PR_GET_TSC, &counter, 0, 0, 0) || counter != PR_TSC_SIGSEGV) die("PR_GET_TSC", round);
         usleep(100);
     }
 }

@@ -22,8 +22,13 @@ fn rights_and_restrictions_are_the_same_everywhere() -> anyhow::Result<()> {
     let goes_on = |log: &std::path::Path| {
         let of_processes =
             ["credentials", "secret", "public", "dispositions", "habits", "identity", "family", "root"];
+        let of_memory_and_time = ["barriers", "alarm"];
         let of_threads = ["thread rights", "thread habits", "filter", "strict"];
-        of_processes.iter().chain(&of_threads).try_for_each(|name| further(log, name, 3))
+        of_processes
+            .iter()
+            .chain(&of_memory_and_time)
+            .chain(&of_threads)
+            .try_for_each(|name| further(log, name, 3))
     };
     goes_on(&scene.log)?;
     scene.three_moves("attributes", goes_on)

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use rswap_tests::{
     reason_to_skip,
-    scene::{Scene, lines},
+    scene::{Scene, further, lines},
     wait_for,
 };
 use serde_json::Value;
@@ -76,11 +76,15 @@ fn namespaces_of_its_own_are_refused_by_their_kinds() -> anyhow::Result<()> {
 }
 
 /// What `programs/refused_processes.py` has, by the names of its processes: a part of the item, and of what to do.
-const OF_PROCESSES: [(&str, &str, &str); 4] = [
+const OF_PROCESSES: [(&str, &str, &str); 8] = [
     ("trap", "SIGTRAP ignored", "let it have its default"),
     ("segment", "/SYSV", "only whole SysV segments are carried"),
     ("written", "/mapped", "put it into a volume"),
     ("replaced", "a deleted program file", "restart it"),
+    ("rings", "requests by io_setup(2)", "switch the program to threads"),
+    ("secret", "secret memory", "use another kind"),
+    ("watcher", "(F_NOTIFY)", "use inotify(7)"),
+    ("teller", "another signal than SIGCHLD", "let it be made by fork(2)"),
 ];
 const OUTSIDER: &str = "a process from outside";
 
@@ -153,4 +157,43 @@ fn a_process_that_is_traced_is_refused_until_it_is_not() -> anyhow::Result<()> {
     std::fs::write(&enough, "")?;
     wait_for("the traced one to be gone", LIMIT, || Ok(refused(&scene, "traced")?.is_empty().then_some(())))?;
     scene.moved("traced", &scene.a, &scene.b)
+}
+
+/// What only a look inside shows, by what the program does first.
+const INSIDE: [(&str, &str, &str); 2] = [
+    // `PR_SET_SYSCALL_USER_DISPATCH`, with a byte that allows all calls at the moment.
+    (
+        "dispatch",
+        "allow = ctypes.create_string_buffer(1)\n\
+         assert libc.prctl(59, 1, ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(ctypes.addressof(allow))) == 0",
+        "PR_SET_SYSCALL_USER_DISPATCH",
+    ),
+    // `struct user_desc` of a data segment.
+    (
+        "segments",
+        "assert libc.syscall(154, 1, struct.pack('=IIII', 0, 0x1000, 0xfff, 0x51), 16) == 0",
+        "modify_ldt",
+    ),
+];
+
+#[test]
+fn what_only_a_look_inside_shows_ends_a_move_and_not_the_program() -> anyhow::Result<()> {
+    if reason_to_skip("what_only_a_look_inside_shows_ends_a_move_and_not_the_program").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    for (name, first, said) in INSIDE {
+        let log = scene.fleet.scratch().join(name);
+        let program = format!(
+            "import ctypes, struct, sys, time\nlibc = ctypes.CDLL(None, use_errno=True)\n{first}\n\
+             while True:\n    open(sys.argv[1], 'a').write('line=1\\n')\n    time.sleep(0.02)"
+        );
+        scene.run(name, &[], &["python3", "-c", &program, &log.to_string_lossy()])?;
+        further(&log, "line", 2)?;
+        for _ in 0..2 {
+            stays(&scene, name, &[said.to_owned()])?;
+            further(&log, "line", 3)?;
+        }
+    }
+    Ok(())
 }

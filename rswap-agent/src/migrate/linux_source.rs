@@ -183,6 +183,10 @@ impl<U: Uplink> LinuxSource<U> {
         let mut present = BTreeMap::new();
         for process in &self.processes {
             for mapping in process.mappings.iter().filter(|m| m.is_object() && !m.is_sysv()) {
+                if let Some((what, remedy)) = mapping.obstacle() {
+                    let text = format!("process {}: {what}: {remedy}", process.pid());
+                    return Err(TraceeError::Unsupported(text));
+                }
                 let (_, known) =
                     present.entry(mapping.inode).or_insert_with(|| (process.pid(), mapping.clone()));
                 if known.name != mapping.name {

@@ -27,6 +27,13 @@ pub struct Processor {
     pub components: Vec<(u32, u32, u32)>,
 }
 
+/// Whether the processor has registers that a program must ask for (AMX, CPUID.(7,0):EDX bit 24; `arch_prctl(2)`,
+/// `ARCH_REQ_XCOMP_PERM`).
+pub fn has_registers_on_demand() -> bool {
+    const AMX_TILE: u32 = 1 << 24;
+    exists(7) && ask(7, 0)[3] & AMX_TILE != 0
+}
+
 impl Processor {
     /// The one that this thread runs on.
     pub fn here() -> Self {

@@ -18,6 +18,7 @@ const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
 const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
 const PTRACE_SECCOMP_GET_METADATA: libc::c_uint = 0x420d;
 const PTRACE_O_SUSPEND_SECCOMP: i32 = 1 << 21;
 /// Options of a stub: its threads and children are traced as well, and die as well.
@@ -106,6 +107,18 @@ pub fn seccomp_flags(tid: i32, index: u64) -> io::Result<u64> {
     let size = size_of_val(&metadata);
     request(PTRACE_SECCOMP_GET_METADATA, tid, size, metadata.as_mut_ptr() as usize)?;
     Ok(metadata[1])
+}
+
+/// Whether system calls of a stopped thread may be handed to the program itself (`PR_SET_SYSCALL_USER_DISPATCH`). Kernels
+/// before Linux 6.4 don't tell.
+pub fn dispatches_calls(tid: i32) -> io::Result<bool> {
+    // `struct ptrace_sud_config`: mode (0 for off), selector, offset, length.
+    let mut config = [0_u64; 4];
+    let size = size_of_val(&config);
+    match request(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, size, config.as_mut_ptr() as usize) {
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(false),
+        told => told.map(|_| config[0] != 0),
+    }
 }
 
 /// Replaces the options of a stub by none: the tracee outlives its tracer.

@@ -5,6 +5,10 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
+use nix::time::{ClockId, clock_gettime};
+
+const NS_PER_S: i64 = 1_000_000_000;
+
 /// `struct itimerspec`: interval and time left, in seconds and nanoseconds.
 pub type TimerSpec = [i64; 4];
 
@@ -21,6 +25,18 @@ pub fn remaining(timer: &OwnedFd) -> io::Result<TimerSpec> {
     // SAFETY: the kernel writes one `itimerspec` to the local.
     super::check(unsafe { libc::timerfd_gettime(timer.as_raw_fd(), &mut spec) }.into())?;
     Ok([spec.it_interval.tv_sec, spec.it_interval.tv_nsec, spec.it_value.tv_sec, spec.it_value.tv_nsec])
+}
+
+/// What [`remaining`] told just now, as a time on CLOCK_REALTIME: never before the timer's own. One that is not armed stays so.
+pub fn at_a_time(left: TimerSpec) -> io::Result<TimerSpec> {
+    let [every, every_ns, seconds, nanoseconds] = left;
+    if (seconds, nanoseconds) == (0, 0) {
+        return Ok(left);
+    }
+    let now = clock_gettime(ClockId::CLOCK_REALTIME)?;
+    let ns = nanoseconds + now.tv_nsec();
+    let whole = seconds.saturating_add(now.tv_sec()).saturating_add(ns / NS_PER_S);
+    Ok([every, every_ns, whole, ns % NS_PER_S])
 }
 
 /// Sets the number of expirations that the next read will return.

@@ -20,6 +20,10 @@ use crate::sys::{
     ptrace::{self, Registers},
 };
 
+/// What a process has that was made by clone(2) in an unusual way.
+pub(super) const OTHER_EXIT_SIGNAL: &str =
+    "another signal than SIGCHLD by which its parent is told of its end";
+
 /// Takes the image of `process`, whose instance may use the processors `usual`, by the thread that holds it.
 pub(super) fn capture(process: &Frozen, usual: &[usize]) -> Result<TaskImage, TraceeError> {
     let stopped = &process.threads;
@@ -116,7 +120,7 @@ fn thread(
         credentials: privileges::capture(remote, status)?,
         seccomp: seccomp::capture(tid, status)?,
         tables: ThreadTables::default(),
-        attributes: attributes::of_thread(remote, usual)?,
+        attributes: attributes::of_thread(remote, status, usual)?,
     })
 }
 
@@ -291,6 +295,9 @@ fn memory_map(pid: i32, brk: u64) -> Result<MemoryMap, TraceeError> {
             field(51)?,
         ])
     };
+    if field(38) != Some(libc::SIGCHLD as u64) {
+        return Err(TraceeError::Unsupported(format!("process {pid} has {OTHER_EXIT_SIGNAL}")));
+    }
     let bounds = bounds().ok_or_else(|| TraceeError::Proc { path, problem: "too few fields".into() })?;
     Ok(MemoryMap { bounds })
 }

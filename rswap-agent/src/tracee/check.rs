@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     TraceeError, advice,
-    capture::{Status, link},
+    capture::{OTHER_EXIT_SIGNAL, Status, link},
     cgroups,
     descriptors::{self, Around},
     files::{self, Place, Places},
@@ -243,6 +243,13 @@ fn process(
     if !status.text("x86_Thread_features:").is_empty() {
         findings.refuse("a shadow stack", "it isn't carried in this version: start the program without it");
     }
+    if !matches!(status.text("untag_mask:"), "" | "0xffffffffffffffff") {
+        let reason = "not carried in this version: start the program without it";
+        findings.refuse("addresses with tags (ARCH_ENABLE_TAGGED_ADDR)", reason);
+    }
+    if tree::exit_signal(pid)? != libc::SIGCHLD && !tree::has_ended(pid) {
+        findings.refuse(OTHER_EXIT_SIGNAL, "not carried in this version: let it be made by fork(2)");
+    }
     if is_32_bit(pid) {
         findings.refuse("a 32-bit program", "not carried: run its 64-bit build");
     } else if let Err(error) = way_back(pid) {
@@ -360,6 +367,8 @@ fn memory(findings: &mut Findings, places: &Places) -> Result<(), TraceeError> {
         }
         if mapping.is_sysv() && mapping.offset != 0 {
             findings.refuse(&item, "only whole SysV segments are carried: part of this one was unmapped");
+        } else if let Some((what, remedy)) = mapping.obstacle() {
+            findings.refuse(&format!("{item}: {what}"), remedy);
         } else if mapping.is_object() {
             // Goes along as a whole.
         } else if mapping.shared

@@ -278,8 +278,10 @@ pub enum DescriptorKind {
     Timer {
         /// Its clock.
         clock: i32,
-        /// Interval and time left: each seconds, then nanoseconds.
+        /// Interval and time left: each seconds, then nanoseconds. The time at which it expires, if `flags` say so.
         spec: [i64; 4],
+        /// `TFD_TIMER_ABSTIME` and `TFD_TIMER_CANCEL_ON_SET`, for clocks that can be set.
+        flags: i32,
         /// Expirations that were not read yet.
         ticks: u64,
     },

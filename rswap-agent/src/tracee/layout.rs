@@ -62,6 +62,19 @@ impl Mapping {
         self.shared && self.inode != 0 && nameless
     }
 
+    /// What the kernel keeps behind it, and nobody can take from there; and what would help.
+    pub fn obstacle(&self) -> Option<(&'static str, &'static str)> {
+        match self.name.trim_end_matches(" (deleted)") {
+            // A ring is memory to look at, and more than that to the kernel.
+            "/[aio]" => Some((
+                "requests by io_setup(2)",
+                "what the kernel works on for it can't be taken: switch the program to threads",
+            )),
+            "/secretmem" => Some(("secret memory", "nobody but the program can read it: use another kind")),
+            _ => None,
+        }
+    }
+
     /// A file without a name, whose contents have to go along: shared memory, or a file that was deleted.
     pub fn is_object(&self) -> bool {
         self.is_shared_memory() || self.is_file() && self.name.ends_with(" (deleted)")

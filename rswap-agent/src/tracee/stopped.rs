@@ -67,6 +67,15 @@ impl StoppedProcess {
                 known.insert(tid);
                 let sleep = now.look(tid);
                 let Some(stop) = stop_thread(tid)? else { continue };
+                // Before any call is made in it, which would be handed to the program.
+                if ptrace::dispatches_calls(tid)
+                    .map_err(TraceeError::call("PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG", tid))?
+                {
+                    return Err(TraceeError::Unsupported(format!(
+                        "thread {tid} of process {pid} takes system calls itself (PR_SET_SYSCALL_USER_DISPATCH, Wine): \
+                         not carried in this version"
+                    )));
+                }
                 let registers = waits::registers(tid)?;
                 if let Stop::Group(signal) = stop {
                     stopped.stop_signal = Some(signal);

@@ -199,13 +199,23 @@ pub fn tracer(pid: i32) -> Option<i32> {
     status.text("TracerPid:").trim().parse().ok().filter(|tracer| *tracer != 0)
 }
 
-/// Field 52 of `/proc/PID/stat` (proc_pid_stat(5)).
+/// How it ended.
 fn exit_status(pid: i32) -> Result<i32, TraceeError> {
+    stat_field(pid, 52)
+}
+
+/// By which signal its parent will be told of its end; only clone(2) can choose another than SIGCHLD, and execve(2) takes that back.
+pub fn exit_signal(pid: i32) -> Result<i32, TraceeError> {
+    stat_field(pid, 38)
+}
+
+/// A field of `/proc/PID/stat` behind the name (proc_pid_stat(5)).
+fn stat_field(pid: i32, number: usize) -> Result<i32, TraceeError> {
     let path = format!("/proc/{pid}/stat");
     let text = read_proc(&path)?;
     let after_name = text.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
-    let status = after_name.split_whitespace().nth(52 - 3).and_then(|word| word.parse().ok());
-    status.ok_or(TraceeError::Proc { path, problem: "no exit status in it".into() })
+    let value = after_name.split_whitespace().nth(number - 3).and_then(|word| word.parse().ok());
+    value.ok_or(TraceeError::Proc { path, problem: format!("no field {number} in it") })
 }
 
 /// The groups among `nodes` whose leaders have ended, each with its session.

@@ -117,7 +117,7 @@ fn descriptors() -> Vec<Descriptor> {
         DescriptorKind::Fifo(Fifo { path: path(), inode: 3, capacity: 4096, queued: b"fifo".to_vec() }),
         DescriptorKind::Shared { pid: 2, number: 4 },
         DescriptorKind::Pipe { inode: 5, queued: b"pipe".to_vec(), capacity: 4096 },
-        DescriptorKind::Timer { clock: 1, spec: [1, 2, 3, 4], ticks: 5 },
+        DescriptorKind::Timer { clock: 1, spec: [1, 2, 3, 4], flags: 0, ticks: 5 },
         DescriptorKind::Signal { mask: 6 },
         DescriptorKind::Slave { number: 1 },
         DescriptorKind::Epoll { watched: vec![Watched { number: 4, now: 4, events: 1, data: 2 }] },

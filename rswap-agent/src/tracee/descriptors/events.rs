@@ -9,6 +9,10 @@ use super::{
 };
 use crate::sys::timer::{self, TimerSpec};
 
+const TFD_TIMER_ABSTIME: i32 = 1;
+/// Clocks that somebody may set, so that a time on them is not a time from now.
+const SETTABLE: [i32; 2] = [libc::CLOCK_REALTIME, libc::CLOCK_REALTIME_ALARM];
+
 /// eventfd(2).
 pub(super) fn describe_event(info: &Info) -> Kind {
     match info.number("eventfd-count:", 16) {
@@ -29,12 +33,19 @@ pub(super) fn describe_signal(info: &Info) -> Kind {
 
 /// timerfd_create(2).
 pub(super) fn describe_timer(info: &Info, look: &Look<'_>) -> Result<Kind, TraceeError> {
-    let spec = timer::remaining(&look.ours()?).map_err(TraceeError::call("timerfd_gettime", look.pid))?;
+    let left = timer::remaining(&look.ours()?).map_err(TraceeError::call("timerfd_gettime", look.pid))?;
     // Asking may have counted expirations: what the kernel tells of them is read afterwards.
-    let told = Info::read(look.pid, look.fd)?
-        .and_then(|now| Some((now.number("clockid:", 10)? as i32, now.number("ticks:", 10)?)));
+    let now = Info::read(look.pid, look.fd)?;
+    let told = now.and_then(|now| {
+        let flags = now.number("settime flags:", 8)? as i32;
+        Some((now.number("clockid:", 10)? as i32, flags, now.number("ticks:", 10)?))
+    });
     Ok(match told {
-        Some((clock, ticks)) => Ok(DescriptorKind::Timer { clock, spec, ticks }),
+        Some((clock, flags, ticks)) if SETTABLE.contains(&clock) && flags & TFD_TIMER_ABSTIME != 0 => {
+            let spec = timer::at_a_time(left).map_err(TraceeError::call("clock_gettime", look.pid))?;
+            Ok(DescriptorKind::Timer { clock, spec, flags, ticks })
+        }
+        Some((clock, _, ticks)) => Ok(DescriptorKind::Timer { clock, spec: left, flags: 0, ticks }),
         None => Err((info.target.clone(), "the kernel doesn't tell its clock")),
     })
 }
@@ -63,12 +74,12 @@ pub(super) fn make_signal(remote: &mut Remote, mask: u64) -> Result<RawFd, Trace
 pub(super) fn make_timer(
     remote: &mut Remote,
     clock: i32,
-    spec: &TimerSpec,
+    (spec, flags): (&TimerSpec, i32),
     ticks: u64,
 ) -> Result<RawFd, TraceeError> {
     let made = remote.call("timerfd_create", libc::SYS_timerfd_create, [clock as u64, 0, 0, 0, 0, 0])?;
     let at = remote.put(0, &spec.map(i64::to_ne_bytes).concat())?;
-    remote.call("timerfd_settime", libc::SYS_timerfd_settime, [made, 0, at, 0, 0, 0])?;
+    remote.call("timerfd_settime", libc::SYS_timerfd_settime, [made, flags as u64, at, 0, 0, 0])?;
     if ticks > 0 {
         let what = "setting a timer's expirations (CONFIG_CHECKPOINT_RESTORE)";
         timer::set_ticks(&remote.share_descriptor(made as RawFd)?, ticks)

@@ -14,6 +14,7 @@ use super::{
     super::{TraceeError, files as contents, image::DescriptorKind, remote::Remote, terminals},
     Look, deleted, fifos,
     info::{Info, Kind},
+    signals,
 };
 
 /// Character devices without state: (major, minor).
@@ -74,6 +75,10 @@ pub(super) fn describe(info: &Info, look: &Look<'_>) -> Result<Kind, TraceeError
     }
     if file_type.is_fifo() {
         return fifos::describe(info, look, metadata.ino());
+    }
+    if file_type.is_dir() && signals::describe(&look.ours()?, look.pid)?.is_some() {
+        let remedy = "the kernel doesn't tell what F_NOTIFY watches, if it does: use inotify(7)";
+        return Ok(Err((format!("directory {path} that sends signals (F_NOTIFY)"), remedy)));
     }
     if file_type.is_dir() && info.position != 0 {
         let place = Place { inode: (metadata.dev(), metadata.ino()) };

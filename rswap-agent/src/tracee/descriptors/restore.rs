@@ -332,7 +332,9 @@ impl<'a> Restorer<'a> {
                 self.around.link.give(remote, end, made)?
             }
             DescriptorKind::Event { count, semaphore } => events::make_event(remote, *count, *semaphore)?,
-            DescriptorKind::Timer { clock, spec, ticks } => events::make_timer(remote, *clock, spec, *ticks)?,
+            DescriptorKind::Timer { clock, spec, flags, ticks } => {
+                events::make_timer(remote, *clock, (spec, *flags), *ticks)?
+            }
             DescriptorKind::Master { number, .. } => {
                 let missing = || TraceeError::Unsupported(format!("there is no pseudo-terminal {number}"));
                 let master = self.around.terminals.master(*number).ok_or_else(missing)?;
