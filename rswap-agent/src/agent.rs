@@ -46,10 +46,11 @@ use crate::{
     config::{Config, Mode},
     control::{self, ControlError},
     instance::{InstanceError, launch::Place, registry::Registry},
-    migrate::{ledger::Ledger, linux, recovery::Recovery},
+    migrate::{journal, ledger::Ledger, linux, recovery::Recovery},
     pool::{Pool, PoolKind},
     status::{self, Board, BoardState, StatusError},
     swap::storage,
+    tracee::datagrams,
     units::UnixMillis,
 };
 
@@ -171,6 +172,9 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     };
     let (sender, mut commands) = mpsc::channel(COMMANDS_WAITING);
     let (ended_sender, mut ended) = mpsc::unbounded_channel();
+    let boot = journal::boot_id().map_err(failed("read which run of the kernel this is"))?;
+    datagrams::keep_in(&config.agent.state_dir.join("datagrams"), &boot)
+        .map_err(failed("open what was seen of datagrams"))?;
     let ledger = Arc::new(Ledger::new(config.migrate.journal_dir.clone()));
     let mut recovery = Recovery::new(place(&config), config.migrate.journal_dir.clone());
     // Before anything else: what an agent that was killed has left standing still goes on.

@@ -61,14 +61,21 @@ fn empty_datagrams_that_nobody_reads_are_carried_again_and_again() -> anyhow::Re
     if reason_to_skip("empty_datagrams_that_nobody_reads_are_carried_again_and_again").is_some() {
         return Ok(());
     }
-    let scene = Scene::set()?;
+    let mut scene = Scene::set()?;
     let options = ["--net", "10.88.0.10/24,gw=10.88.0.1", "--net", "fd88::10/64,gw=fd88::1"];
     scene.python("internet", &options, &["fd88::10"])?;
     holds_everything(&scene.log)?;
-    // The kernel shows them once: to a move that fails, or to the look at what was made of them.
+    // The kernel shows them once: to a move that fails, or to the look at what was made of them, and to agents that are
+    // gone by the next move.
     for _ in 0..2 {
         scene.moved("internet", &scene.a, &scene.b)?;
+        scene.b.kill_agent()?;
+        scene.b.start_agent()?;
+        scene.b.wait_for_instance("internet")?;
         scene.moved("internet", &scene.b, &scene.a)?;
+        scene.a.kill_agent()?;
+        scene.a.start_agent()?;
+        scene.a.wait_for_instance("internet")?;
     }
     holds_everything(&scene.log)
 }

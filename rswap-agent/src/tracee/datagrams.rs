@@ -4,6 +4,7 @@
 //! (the port is down), and compared before the socket counts as made.
 
 mod queue;
+mod seen;
 
 use std::{
     io,
@@ -13,6 +14,7 @@ use std::{
 };
 
 use queue::Readers;
+pub use queue::keep_in;
 use serde::{Deserialize, Serialize};
 
 use super::{

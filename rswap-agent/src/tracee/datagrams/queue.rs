@@ -4,18 +4,18 @@
 //! (`__skb_try_recv_from_queue`). So what was found is kept, for the next look after a move that did not happen.
 
 use std::{
-    collections::BTreeMap,
     io,
     net::IpAddr,
     os::fd::OwnedFd,
-    sync::{Mutex, PoisonError},
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Datagram, QUEUE_LIMIT};
+use super::{
+    Datagram, QUEUE_LIMIT,
+    seen::{Seen, Store},
+};
 use crate::sys::{datagram, socket};
-
-/// Queues that are kept at most: those of the oldest sockets are forgotten first.
-const KEPT: usize = 10_000;
 
 /// What waits, or what stands against it and what would help.
 pub(super) type Peeked = Result<Vec<Datagram>, (String, &'static str)>;
@@ -27,16 +27,17 @@ pub(super) enum Readers {
     None,
 }
 
-/// A queue with an empty datagram in it, as it was found.
-#[derive(Clone, Debug)]
-struct Seen {
-    queue: Vec<Datagram>,
-    /// Memory that the kernel counts for it, in bytes.
-    memory_bytes: u32,
+static SEEN: Mutex<Store> = Mutex::new(Store::new());
+
+fn seen() -> MutexGuard<'static, Store> {
+    SEEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// By the sockets' cookies.
-static SEEN: Mutex<BTreeMap<u64, Seen>> = Mutex::new(BTreeMap::new());
+/// Keeps what was found in files below `directory`, for agents to come; `boot` tells this run of the kernel from others.
+pub fn keep_in(directory: &Path, boot: &str) -> io::Result<()> {
+    *seen() = Store::open(directory, boot)?;
+    Ok(())
+}
 
 /// Copies what is queued, and leaves it there.
 pub(super) fn peek(ours: &OwnedFd, domain: i32, readers: Readers) -> io::Result<Peeked> {
@@ -59,45 +60,61 @@ pub(super) fn peek(ours: &OwnedFd, domain: i32, readers: Readers) -> io::Result<
 
 fn all(ours: &OwnedFd, readers: Readers) -> io::Result<Peeked> {
     let refuse = |what: &str| Ok(Err((what.to_owned(), "try again when the program has read from it")));
+    let cookie = socket::option_bytes(ours, libc::SOL_SOCKET, libc::SO_COOKIE, 8)?;
+    let cookie = cookie.first_chunk().map_or(0, |cookie| u64::from_ne_bytes(*cookie));
+    let memory_bytes = || -> io::Result<u32> {
+        let memory = socket::option_bytes(ours, libc::SOL_SOCKET, libc::SO_MEMINFO, 64)?;
+        Ok(memory.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes)))
+    };
+    if memory_bytes()? == 0 {
+        seen().is_empty_now(cookie)?;
+        return Ok(Ok(Vec::new()));
+    }
+    let Some(before) = seen().begin(cookie)? else {
+        return refuse("a UDP socket with empty datagrams whose places were lost");
+    };
     let mut shown = Vec::new();
+    let stands_against = match look(ours, &mut shown)? {
+        Ok(first) => {
+            let memory_bytes = memory_bytes()?;
+            let unchanged = before.as_ref().is_some_and(|seen| seen.memory_bytes == memory_bytes);
+            let queue = before.as_ref().map_or(&[][..], |seen| &seen.queue);
+            match resolve(queue, shown.clone(), first, unchanged, readers) {
+                Some(queue) => {
+                    let kept = Seen { queue: queue.clone(), memory_bytes };
+                    seen().finish(cookie, Some(kept).filter(|kept| kept.queue.iter().any(is_empty)))?;
+                    return Ok(Ok(queue));
+                }
+                None => "a UDP socket with empty datagrams that were looked at before",
+            }
+        }
+        Err(what) => what,
+    };
+    // Empty ones that were shown now won't be again, and where they are among others may change before the next look.
+    if !shown.iter().any(is_empty) {
+        seen().finish(cookie, before)?;
+    }
+    refuse(stands_against)
+}
+
+/// Adds all datagrams that are shown to `shown`, and returns the first one, which is always shown, if it is looked for without
+/// an offset; or why they can't be carried.
+fn look(ours: &OwnedFd, shown: &mut Vec<Datagram>) -> io::Result<Result<Option<Datagram>, &'static str>> {
     let mut total = 0;
     loop {
         let datagram = match next(ours)? {
             Ok(Some(datagram)) => datagram,
             Ok(None) => break,
-            Err(what) => return refuse(what),
+            Err(what) => return Ok(Err(what)),
         };
         total += datagram.data.len();
-        if total > QUEUE_LIMIT {
-            return refuse("a UDP socket with a very long queue");
-        }
         shown.push(datagram);
+        if total > QUEUE_LIMIT {
+            return Ok(Err("a UDP socket with a very long queue"));
+        }
     }
-    // The first one is shown always, if it is looked for without an offset.
     socket::set_option(ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, -1)?;
-    let first = match next(ours)? {
-        Ok(first) => first,
-        Err(what) => return refuse(what),
-    };
-    let cookie = socket::option_bytes(ours, libc::SOL_SOCKET, libc::SO_COOKIE, 8)?;
-    let cookie = cookie.first_chunk().map_or(0, |cookie| u64::from_ne_bytes(*cookie));
-    let memory = socket::option_bytes(ours, libc::SOL_SOCKET, libc::SO_MEMINFO, 64)?;
-    let memory_bytes = memory.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
-    let mut kept = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
-    let seen = kept.remove(&cookie);
-    let unchanged = seen.as_ref().is_some_and(|seen| seen.memory_bytes == memory_bytes);
-    let before = seen.as_ref().map_or(&[][..], |seen| &seen.queue);
-    let Some(queue) = resolve(before, shown, first, unchanged, readers) else {
-        kept.extend(seen.map(|seen| (cookie, seen)));
-        return refuse("a UDP socket with empty datagrams that were looked at before");
-    };
-    if queue.iter().any(is_empty) {
-        kept.insert(cookie, Seen { queue: queue.clone(), memory_bytes });
-    }
-    if kept.len() > KEPT {
-        kept.pop_first();
-    }
-    Ok(Ok(queue))
+    next(ours)
 }
 
 /// What the next look shows, or why it can't be carried.
