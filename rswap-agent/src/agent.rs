@@ -13,6 +13,7 @@
 //! On SIGTERM or SIGINT it takes no more work, waits for the moves under way up to [`DRAIN_WITHIN`], and ends.
 //! Instances keep running; the next agent finds them in the registry.
 
+mod cold;
 mod commands;
 mod drain;
 mod endings;

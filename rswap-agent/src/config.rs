@@ -11,8 +11,10 @@ use std::{
 use rswap_types::bounds::{non_negative, optional_positive, positive, positive_integer, positive_u32, share};
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
+mod memory;
 mod pools;
 
+pub use memory::MemoryConfig;
 pub use pools::{PoolConfig, PoolKindConfig, settings, volume_directory};
 
 use crate::profile::ProfileConfig;
@@ -65,6 +67,8 @@ pub struct Config {
     pub learnt: LearntConfig,
     /// Live migration.
     pub migrate: MigrateConfig,
+    /// Instances whose cold pages are in swap.
+    pub memory: MemoryConfig,
     /// What this host costs, as a whole.
     pub this_host: ThisHostConfig,
     /// The profiler.

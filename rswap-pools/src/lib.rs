@@ -29,3 +29,4 @@ pub use follow::{GONE_KEPT_MS, follow};
 pub use inventory::{Inventory, Known, LocalKind, LocalPool, Measure, Source, State};
 pub use root::{Room, Root, room_of};
 pub use settings::{Member, Settings, Wanted};
+pub use swap::{SwapArea, swap_areas};

@@ -10,14 +10,31 @@ use crate::{
 
 const SWAPS: &str = "/proc/swaps";
 
-/// One line of /proc/swaps. `procfs` does not read this file.
+/// A swap area in use: one line of /proc/swaps. `procfs` does not read this file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Line {
-    path: PathBuf,
-    file: bool,
-    bytes: u64,
-    used_bytes: u64,
-    priority: i32,
+pub struct SwapArea {
+    /// The file or device.
+    pub path: PathBuf,
+    /// It is a file.
+    pub file: bool,
+    /// All of it, in bytes.
+    pub bytes: u64,
+    /// What of that holds pages, in bytes.
+    pub used_bytes: u64,
+    /// Higher is used first.
+    pub priority: i32,
+}
+
+impl SwapArea {
+    /// What there is room for, in bytes.
+    pub fn free_bytes(&self) -> u64 {
+        self.bytes.saturating_sub(self.used_bytes)
+    }
+}
+
+/// All swap areas in use, without what [`Inventory`](crate::Inventory) knows of them besides.
+pub fn swap_areas(root: &Root<'_>) -> Vec<SwapArea> {
+    lines(&root.text(SWAPS).unwrap_or_default())
 }
 
 /// A swap area as it was found.
@@ -32,13 +49,10 @@ pub(crate) struct Area {
 
 /// All areas in use.
 pub(crate) fn areas(root: &Root<'_>, full_below: f64) -> Vec<Area> {
-    lines(&root.text(SWAPS).unwrap_or_default())
-        .into_iter()
-        .map(|line| area(root, line, full_below))
-        .collect()
+    swap_areas(root).into_iter().map(|line| area(root, line, full_below)).collect()
 }
 
-fn area(root: &Root<'_>, line: Line, full_below: f64) -> Area {
+fn area(root: &Root<'_>, line: SwapArea, full_below: f64) -> Area {
     let name = line.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let zram = numbered(name, "zram").map(|_| format!("/sys/block/{name}"));
     let what = match (&zram, line.file) {
@@ -50,7 +64,7 @@ fn area(root: &Root<'_>, line: Line, full_below: f64) -> Area {
     let stat = zram.as_ref().and_then(|dir| root.text(&format!("{dir}/mm_stat")));
     let memory_bytes = stat.and_then(|text| text.split_ascii_whitespace().nth(2)?.parse().ok());
     let compression = zram.and_then(|dir| chosen(&root.text(&format!("{dir}/comp_algorithm"))?));
-    let free = line.bytes.saturating_sub(line.used_bytes);
+    let free = line.free_bytes();
     let share = free as f64 / line.bytes.max(1) as f64;
     let state = if share < full_below {
         State::Full {
@@ -77,7 +91,7 @@ fn area(root: &Root<'_>, line: Line, full_below: f64) -> Area {
     }
 }
 
-fn lines(text: &str) -> Vec<Line> {
+fn lines(text: &str) -> Vec<SwapArea> {
     let line = |line: &str| {
         // From the right: a deleted file's name has a space in it.
         let mut words = line.split_ascii_whitespace().rev();
@@ -88,7 +102,7 @@ fn lines(text: &str) -> Vec<Line> {
         let path = unescape(line.split_ascii_whitespace().next()?);
         // The columns are in KiB.
         let (bytes, used_bytes) = (size.checked_mul(1024)?, used.checked_mul(1024)?);
-        Some(Line { path: path.into(), file, bytes, used_bytes, priority })
+        Some(SwapArea { path: path.into(), file, bytes, used_bytes, priority })
     };
     text.lines().filter_map(line).collect()
 }
@@ -119,7 +133,7 @@ mod tests {
         #[test]
         fn what_is_written_is_read(size in 0u64..1 << 50, used in 0u64..1 << 50, priority in any::<i32>()) {
             let found = lines(&format!("/dev/sda2   partition\t{size}\t\t{used}\t\t{priority}\n"));
-            let expected = Line {
+            let expected = SwapArea {
                 path: "/dev/sda2".into(), file: false, bytes: size * 1024, used_bytes: used * 1024, priority,
             };
             prop_assert_eq!(found, vec![expected]);

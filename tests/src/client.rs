@@ -22,8 +22,8 @@ use crate::netns::Netns;
 /// A client that finds its server again at once doesn't wait for TCP's own timers.
 const CLIENT_TIMEOUT: Duration = Duration::from_millis(20);
 /// For loading and checking, where nothing is measured.
-const PATIENT_TIMEOUT: Duration = Duration::from_secs(20);
-const VALUE_BYTES: usize = 1024;
+pub(crate) const PATIENT_TIMEOUT: Duration = Duration::from_secs(20);
+pub(crate) const VALUE_BYTES: usize = 1024;
 const BATCH: u64 = 500;
 
 /// What a run of the client saw.
@@ -189,7 +189,7 @@ fn write_until(
     Ok((acks, connections.saturating_sub(1)))
 }
 
-fn connect(server: Ipv4Addr, timeout: Duration) -> RedisResult<Connection> {
+pub(crate) fn connect(server: Ipv4Addr, timeout: Duration) -> RedisResult<Connection> {
     let client = redis::Client::open(format!("redis://{server}:6379/"))?;
     let connection = client.get_connection_with_timeout(timeout)?;
     connection.set_read_timeout(Some(timeout))?;
@@ -197,12 +197,12 @@ fn connect(server: Ipv4Addr, timeout: Duration) -> RedisResult<Connection> {
     Ok(connection)
 }
 
-fn key(kind: &str, number: u64) -> String {
+pub(crate) fn key(kind: &str, number: u64) -> String {
     format!("{kind}:{number}")
 }
 
 /// Contents that follow from the key, differ between keys, and don't compress to nothing.
-fn value(kind: &str, number: u64, bytes: usize) -> Vec<u8> {
+pub(crate) fn value(kind: &str, number: u64, bytes: usize) -> Vec<u8> {
     let mut value = Vec::with_capacity(bytes + 8);
     let mut word = xxh3_64(key(kind, number).as_bytes());
     while value.len() < bytes {
@@ -261,6 +261,16 @@ impl DataSet {
         })?;
         load.join().map_err(|_| anyhow::anyhow!("the loading thread panicked"))??;
         Ok(set)
+    }
+
+    /// How many there are.
+    pub fn keys(&self) -> u64 {
+        self.keys
+    }
+
+    /// Where they are.
+    pub fn server(&self) -> Ipv4Addr {
+        self.server
     }
 
     /// How many keys are missing or wrong.

@@ -12,11 +12,13 @@
 
 pub mod bench;
 pub mod client;
+pub mod cold;
 pub mod converse;
 pub mod fleet;
 pub mod foreign;
 pub mod heartbeat;
 pub mod host;
+pub mod hot;
 pub mod huge_pages;
 pub mod load;
 pub mod loop_device;
@@ -36,6 +38,7 @@ pub mod steps;
 pub mod storage;
 pub mod stream;
 pub mod subjects;
+pub mod swap_device;
 pub mod sweep;
 pub mod traces;
 pub mod uplinks;

@@ -21,6 +21,9 @@ pub fn stale() -> anyhow::Result<()> {
         let name = path.file_name().unwrap_or_default();
         Command::new("ip").args(["netns", "del"]).arg(name).status()?;
     }
+    for path in entries(Path::new("/run")).filter(|path| owner_is_gone(path)) {
+        crate::swap_device::remove_stale(&path)?;
+    }
     Ok(())
 }
 

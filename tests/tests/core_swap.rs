@@ -87,6 +87,7 @@ impl Running {
             volumes: Vec::new(),
             pool: None,
             uplink: None,
+            memory: None,
             since: UnixMillis::now(),
         }
     }

@@ -66,6 +66,7 @@ impl Wiring {
             volumes: Vec::new(),
             pool: None,
             uplink: None,
+            memory: None,
             since: UnixMillis::now(),
         };
         self.registry.put(&instance).map_err(|error| refused("keep the instance", &error))?;

@@ -59,6 +59,17 @@ impl Wiring {
                 };
                 self.swap_ended(instance, to, result, took, reply, note);
             }
+            Stake::Memory(reply) => {
+                let result = match result {
+                    Ok(Moved::Memory(report, held)) => {
+                        held.into_iter().for_each(|held| self.cold.learn(*held));
+                        Ok(Moved::Memory(report, None))
+                    }
+                    result => result,
+                };
+                let note = |instance: &mut Instance, pool| instance.memory = Some(pool);
+                self.swap_ended(instance, to, result, took, Some(reply), note);
+            }
             Stake::Migration { id, events } => self.migration_ended(id, result, events, now),
             Stake::Volume(events) => self.volume_ended(result, events),
         }

@@ -54,6 +54,7 @@ mod tests {
             volumes: Vec::new(),
             pool: None,
             uplink: None,
+            memory: None,
             since: Default::default(),
         }
     }

@@ -11,7 +11,7 @@ use std::{
 use axum::http::StatusCode;
 use tokio::sync::mpsc::{Sender, UnboundedSender};
 
-use super::wiring::refused;
+use super::{cold, wiring::refused};
 use crate::{
     config::{Config, MigrateConfig},
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
@@ -23,6 +23,7 @@ use crate::{
     status::{ApiError, Board, MigrationProgress, MigrationReport, MigrationState},
     swap::{
         self,
+        memory::{Held, MemoryReport, Target},
         storage::{self, StorageOrder, StorageProgress, StorageReport},
     },
 };
@@ -34,6 +35,7 @@ const VOLUME_LIMIT: Duration = Duration::from_secs(24 * 3600);
 pub(super) enum Order {
     Swap { instance: Instance, cpus: CpuSet },
     Uplink { instance: Instance, uplink: Uplink },
+    Memory { instance: Instance, to: Target },
     Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
     Volume { instance: Instance, volume: Volume, pool: PathBuf, events: Sender<SwapVolumeEvent> },
 }
@@ -43,6 +45,7 @@ impl Order {
         match self {
             Self::Swap { instance, .. }
             | Self::Uplink { instance, .. }
+            | Self::Memory { instance, .. }
             | Self::Migration { instance, .. }
             | Self::Volume { instance, .. } => instance,
         }
@@ -54,6 +57,7 @@ pub(super) enum Stake {
     Swap(Option<Reply<SwapDone>>),
     /// By whom the registry is told, too; nobody, when it names the link already.
     Uplink(Option<Reply<SwapDone>>),
+    Memory(Reply<SwapDone>),
     Migration {
         id: u64,
         events: Option<Sender<MigrateEvent>>,
@@ -62,12 +66,12 @@ pub(super) enum Stake {
 }
 
 impl Stake {
-    /// As what plans see it; they see nothing of volumes and uplinks.
+    /// As what plans see it; they see nothing of volumes, uplinks and memory.
     pub(super) fn kind(&self) -> Option<MoveKind> {
         match self {
             Self::Swap(_) => Some(MoveKind::Cpu),
             Self::Migration { .. } => Some(MoveKind::Host),
-            Self::Volume(_) | Self::Uplink(_) => None,
+            Self::Volume(_) | Self::Uplink(_) | Self::Memory(_) => None,
         }
     }
 }
@@ -84,6 +88,8 @@ pub(super) struct Uplink {
 /// What a move came to.
 pub(super) enum Moved {
     Swap(serde_json::Value),
+    /// With what was learnt of its pages, if it is on a swap pool now.
+    Memory(MemoryReport, Option<Box<Held>>),
     Migration(MigrationReport),
     Volume(StorageReport),
 }
@@ -92,13 +98,14 @@ impl Moved {
     pub(super) fn into_detail(self) -> serde_json::Value {
         match self {
             Self::Swap(detail) => detail,
+            Self::Memory(report, _) => serde_json::to_value(report).unwrap_or_default(),
             Self::Migration(_) | Self::Volume(_) => serde_json::Value::Null,
         }
     }
 
     pub(super) fn into_report(self) -> MigrationReport {
         match self {
-            Self::Swap(_) | Self::Volume(_) => MigrationReport::default(),
+            Self::Swap(_) | Self::Memory(..) | Self::Volume(_) => MigrationReport::default(),
             Self::Migration(report) => report,
         }
     }
@@ -139,6 +146,10 @@ pub(super) fn spawn(
             Order::Swap { instance, cpus } => cpu_swap(&instance, &cpus).map_err(Stayed::Here),
             Order::Uplink { instance, uplink } => {
                 uplink_swap(&recovery.place, &instance, &uplink).map_err(Stayed::Here)
+            }
+            Order::Memory { instance, to } => {
+                let swapped = cold::swap(&instance, &to, &config.memory);
+                swapped.map(|(report, held)| Moved::Memory(report, held.map(Box::new))).map_err(Stayed::Here)
             }
             Order::Migration { instance, address, stop_and_copy, mut progress } => {
                 let migrate_config = MigrateConfig { stop_and_copy, ..config.migrate.clone() };

@@ -1,10 +1,11 @@
 //! Swaps on this host: which pool is meant, and whether it may begin.
 
 use axum::http::StatusCode;
-use rswap_pools::{LocalKind, State};
+use rswap_pools::{LocalKind, LocalPool, Source, State, cpu_list};
 use tokio::sync::mpsc;
 
 use super::{
+    cold::OnSwap,
     moves::{Order, Stake, Uplink},
     wiring::{Wiring, refused},
 };
@@ -17,8 +18,10 @@ use crate::{
         network::{Attachment, Bridge},
     },
     migrate::linux,
-    pool::Pool,
+    plan::InstanceView,
+    pool::{CpuSet, Pool},
     status::ApiError,
+    swap::memory::{Area, MemoryError, Target, Wish},
 };
 
 impl Wiring {
@@ -31,7 +34,10 @@ impl Wiring {
         let found = self.pools.iter().find(|pool| pool.name == request.pool).and_then(Pool::cpus).cloned();
         let ready = self.free_instance(&request.instance).and_then(|instance| {
             found.map(|cpus| (instance, cpus)).ok_or_else(|| {
-                let error = format!("there is no set of cores and no link {:?} on this host", request.pool);
+                let error = format!(
+                    "there is no set of cores, no memory, swap or link {:?} on this host",
+                    request.pool
+                );
                 ApiError::new(
                     StatusCode::NOT_FOUND,
                     error,
@@ -67,6 +73,16 @@ impl Wiring {
         Ok(())
     }
 
+    /// What a pool of this host is besides a core set.
+    pub(super) fn local_of(&self, pool: &str) -> Option<Local> {
+        let found = self.watch.latest();
+        let found = found.pool(pool)?;
+        match &found.kind {
+            LocalKind::Swap { .. } | LocalKind::Memory { .. } => Some(Local::Memory(Box::new(found.clone()))),
+            _ => self.link_of(pool).map(Local::Link),
+        }
+    }
+
     /// The link that a pool of this host is, if it is one.
     pub(super) fn link_of(&self, pool: &str) -> Option<Uplink> {
         match &self.watch.latest().pool(pool)?.kind {
@@ -96,6 +112,81 @@ impl Wiring {
             // A caller that went away doesn't need its answer.
             Err(error) => drop(reply.send(Err(error))),
         }
+    }
+
+    pub(super) fn start_memory_swap(
+        &mut self,
+        request: SwapRequest,
+        pool: &LocalPool,
+        reply: Reply<SwapDone>,
+    ) {
+        let ready = self.free_instance(&request.instance).and_then(|instance| {
+            let refused = |text: &dyn std::fmt::Display| {
+                let text = format!("cannot move the memory of {} to {}: {text}", request.instance, pool.name);
+                Err(ApiError::new(
+                    StatusCode::CONFLICT,
+                    text,
+                    "see `rswap pools`, and docs/pools.md, Cold pages",
+                ))
+            };
+            if let Some(reason) = pool.state.reason() {
+                return refused(&reason);
+            }
+            let to = match &pool.kind {
+                LocalKind::Memory { nodes, .. } => {
+                    let all = self.memory_nodes();
+                    if all.len() > 1 && *nodes != all {
+                        return refused(&MemoryError::Nodes {
+                            nodes: all.len(),
+                            all: cpu_list::format(&all),
+                        });
+                    }
+                    let is_in_swap_pool =
+                        instance.memory.as_ref().is_some_and(|name| self.area_of(name).is_some());
+                    Target::Memory { nodes: all.len(), is_in_swap_pool }
+                }
+                _ => match area(pool) {
+                    Some(area) => Target::Swap(area),
+                    None => return refused(&"it is neither memory nor swap"),
+                },
+            };
+            Ok((instance, to))
+        });
+        match ready {
+            Ok((instance, to)) => {
+                self.begin(Order::Memory { instance, to }, request.pool, Stake::Memory(reply));
+            }
+            // A caller that went away doesn't need its answer.
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    fn memory_nodes(&self) -> CpuSet {
+        let found = self.watch.latest();
+        let nodes = found.pools.iter().filter_map(|pool| match &pool.kind {
+            LocalKind::Memory { nodes, .. } => Some(nodes),
+            _ => None,
+        });
+        nodes.flatten().copied().collect()
+    }
+
+    fn area_of(&self, pool: &str) -> Option<Area> {
+        area(self.watch.latest().pool(pool)?)
+    }
+
+    /// Has the instances that are on swap pools looked at.
+    pub(super) fn follow_cold(&self, _views: &[InstanceView]) {
+        let found = self.watch.latest();
+        let is_memory =
+            |name: &str| found.pool(name).is_some_and(|pool| matches!(pool.kind, LocalKind::Memory { .. }));
+        let stays = |name| !self.moving.contains_key(name) && !self.in_doubt.contains_key(name);
+        let on_swap = self.known.values().filter(|instance| stays(&instance.name)).filter_map(|instance| {
+            let pool = instance.memory.clone().filter(|pool| !is_memory(pool))?;
+            let area = found.pool(&pool).and_then(area);
+            let on = OnSwap { instance: instance.clone(), pool, area, wish: Wish::Out };
+            Some((instance.name.clone(), on))
+        });
+        self.cold.want(on_swap.collect());
     }
 
     /// Brings an instance that is seen for the first time to the uplink that the registry names: an agent that was killed
@@ -135,6 +226,20 @@ impl Wiring {
             Err(_) => tracing::error!(instance = %name, "looking at its port panicked"),
         }
     }
+}
+
+/// What a pool of this host is.
+pub(super) enum Local {
+    Link(Uplink),
+    /// Memory or swap.
+    Memory(Box<LocalPool>),
+}
+
+/// The swap area that a pool is.
+fn area(pool: &LocalPool) -> Option<Area> {
+    let LocalKind::Swap { path, .. } = &pool.kind else { return None };
+    let limit = pool.capacity.as_ref().filter(|known| matches!(known.source, Source::Configured { .. }));
+    Some(Area { path: path.clone(), limit_bytes: limit.map(|known| known.value as u64) })
 }
 
 /// Whether an instance's port is on a bridge, and not on that of `wanted`, or has another rate.

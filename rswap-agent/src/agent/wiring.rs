@@ -6,11 +6,14 @@ use axum::http::StatusCode;
 use tokio::sync::mpsc::{self, UnboundedSender};
 
 use super::{
+    cold::Cold,
     kin,
     learnt::Keeper,
     moves::{self, Ended, Order, Stake},
     record::Recorder,
-    remembered, usage,
+    remembered,
+    swaps::Local,
+    usage,
 };
 use crate::{
     config::{Config, Mode},
@@ -39,6 +42,7 @@ pub(super) struct Wiring {
     pub(super) registry: Registry,
     pub(super) board: Board,
     pub(super) ended: UnboundedSender<Ended>,
+    pub(super) cold: Cold,
     profiler: Arc<Profiler>,
     recorder: Option<Recorder>,
     forecaster: Forecaster,
@@ -71,12 +75,14 @@ impl Wiring {
         let forecaster = keeper.forecaster(&config);
         let planner = remembered::planner(&config, &registry);
         let recorder = Recorder::new(&config.record);
+        let cold = Cold::start(&config.memory);
         let (known, moving, in_doubt) = Default::default();
         Self {
             config,
             registry,
             board,
             ended,
+            cold,
             profiler,
             recorder,
             forecaster,
@@ -121,6 +127,7 @@ impl Wiring {
         let pools = pool::with_usage(self.pools.clone(), &seen);
         let views: Vec<InstanceView> =
             profiles.iter().filter_map(|profile| self.view(profile, now)).collect();
+        self.follow_cold(&views);
         let plan = self.planner.plan(now, &views, &pools);
         if self.config.agent.mode == Mode::Act {
             self.act(&plan, now);
@@ -306,6 +313,7 @@ impl Wiring {
         began: Instant,
     ) {
         let programs = self.profiler.program_costs();
+        let mut in_swap = self.cold.shown();
         let kin =
             |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
         self.board.write(|board| {
@@ -314,6 +322,9 @@ impl Wiring {
                     view.kin = kin(&profile.instance);
                     view.profile = Some(profile);
                 }
+            }
+            for (name, view) in &mut board.instances {
+                view.in_swap = in_swap.remove(name);
             }
             for InstanceView { instance, demand, .. } in views {
                 if let Some(view) = board.instances.get_mut(&instance) {
@@ -337,8 +348,9 @@ impl Wiring {
             Command::Learn(lessons, reply) => drop(reply.send(self.learn(&lessons))),
             Command::Drain(request, reply) => drop(reply.send(self.drain(request))),
             Command::Recover(request, reply) => self.recover(request, reply),
-            Command::Swap(request, reply) => match self.link_of(&request.pool) {
-                Some(uplink) => self.start_uplink_swap(request, uplink, reply),
+            Command::Swap(request, reply) => match self.local_of(&request.pool) {
+                Some(Local::Link(uplink)) => self.start_uplink_swap(request, uplink, reply),
+                Some(Local::Memory(kind)) => self.start_memory_swap(request, &kind, reply),
                 None => {
                     if let Err((error, Stake::Swap(Some(reply)))) = self.start_swap(request, Some(reply)) {
                         drop(reply.send(Err(error)));
@@ -411,6 +423,7 @@ impl Wiring {
         if stake.kind().is_some() {
             self.planner.started(&name, &to);
         }
+        self.cold.leave(&name);
         self.moving.insert(name, to.clone());
         moves::spawn(order, to, stake, self.recovery.clone(), &self.config, self.ended.clone());
     }

@@ -6,10 +6,11 @@ use super::{
 };
 use crate::{
     control::client::Client,
-    instance::NetworkIdentity,
+    instance::{InstanceName, NetworkIdentity},
     plan::{self, Decision, Plan},
     profile::Profile,
     status::InstanceView,
+    swap::memory::InSwap,
 };
 
 pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
@@ -61,6 +62,10 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
             println!("volume {volume} of {}: {}", view.instance.name, directory.display());
         }
     }
+    for (name, in_swap) in views.iter().filter_map(|view| Some((&view.instance.name, view.in_swap.as_ref()?)))
+    {
+        println!("{}", swapped(name, in_swap));
+    }
     for (view, peer) in views.iter().filter_map(|view| Some((view, view.in_doubt.as_ref()?))) {
         println!(
             "{0} is IN DOUBT: it is frozen here, and may run at {peer}, which is asked until it answers. If that host is \
@@ -69,6 +74,22 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// How much of an instance is in swap, and what the agent does about it.
+fn swapped(name: &InstanceName, of: &InSwap) -> String {
+    let size = |size: u64| bytes(size as f64);
+    let reason = of.reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"));
+    format!(
+        "memory of {name} on {}: {} in swap, {} in memory; {} went, {} came back by use; it waits {:.2} % of the time; {}{reason}",
+        of.pool,
+        size(of.swapped_bytes),
+        size(of.present_bytes),
+        size(of.out_bytes),
+        size(of.returned_bytes),
+        of.pressure.share * 100.0,
+        of.doing,
+    )
 }
 
 /// The command, short enough for a table.

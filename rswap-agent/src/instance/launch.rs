@@ -225,6 +225,7 @@ pub(super) fn start(
             volumes: spec.volumes.iter().map(|(volume, _)| volume.clone()).collect(),
             pool: spec.pool.as_ref().map(|(name, _)| name.clone()),
             uplink: None,
+            memory: None,
             since: UnixMillis::now(),
         },
         init_pid,

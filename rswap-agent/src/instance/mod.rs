@@ -88,6 +88,9 @@ pub struct Instance {
     /// The link pool that it was last moved to. Nothing: it is on the bridge of the configuration, as fast as that is.
     #[serde(default)]
     pub uplink: Option<String>,
+    /// The memory or swap pool that it was last moved to. Nothing: all of it is in memory.
+    #[serde(default)]
+    pub memory: Option<String>,
     /// When it was started, adopted or activated here.
     pub since: UnixMillis,
 }

@@ -99,6 +99,7 @@ mod tests {
             volumes: Vec::new(),
             pool: None,
             uplink: None,
+            memory: None,
             since: Default::default(),
         };
         registry.put(&instance).expect("put");

@@ -47,6 +47,7 @@ fn instance() -> Instance {
         volumes: Vec::new(),
         pool: Some("fast".to_owned()),
         uplink: Some("line".to_owned()),
+        memory: None,
         since: Default::default(),
     }
 }

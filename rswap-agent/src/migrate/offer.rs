@@ -325,6 +325,7 @@ pub(super) mod tests {
             volumes: Vec::new(),
             pool: None,
             uplink: None,
+            memory: None,
             since: UnixMillis::default(),
         };
         Requirements {

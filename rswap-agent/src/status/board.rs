@@ -14,6 +14,7 @@ use crate::{
     plan::{Decision, Plan},
     pool::{Inventory, Pool},
     profile::{ProbeStatus, Profile, ProgramCost},
+    swap::memory::InSwap,
     units::UnixMillis,
 };
 
@@ -42,6 +43,9 @@ pub struct InstanceView {
     /// Where each of its volumes is on this host, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub volume_directories: BTreeMap<InstanceName, PathBuf>,
+    /// How it fares on a swap pool, if it is on one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_swap: Option<InSwap>,
 }
 
 /// An instance that is present, where its volumes are, and whom it was committed to, if that did not answer yet.
@@ -202,8 +206,8 @@ impl BoardState {
             let view = match before.remove(&name) {
                 Some(view) => InstanceView { instance, in_doubt, volume_directories, ..view },
                 None => {
-                    let (profile, demand, kin) = Default::default();
-                    InstanceView { instance, profile, demand, kin, in_doubt, volume_directories }
+                    let (profile, demand, kin, in_swap) = Default::default();
+                    InstanceView { instance, profile, demand, kin, in_doubt, volume_directories, in_swap }
                 }
             };
             self.instances.insert(name, view);

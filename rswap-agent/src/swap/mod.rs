@@ -3,6 +3,7 @@
 
 mod affinity;
 pub mod cpu;
+pub mod memory;
 pub mod network;
 pub mod storage;
 mod threads;

@@ -21,6 +21,7 @@ pub mod pagemap;
 pub mod priority;
 pub mod process;
 pub mod ptrace;
+pub mod reclaim;
 pub mod shared_word;
 pub mod socket;
 pub mod spawn;

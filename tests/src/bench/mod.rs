@@ -1,6 +1,7 @@
 //! What the benchmarks measure with: clients that note every answer's time, and medians.
 
 pub mod cases;
+pub mod cold;
 pub mod many;
 pub mod paced;
 

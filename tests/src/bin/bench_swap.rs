@@ -2,7 +2,8 @@
 //!
 //! Volumes move there and back between two file systems on loop devices, next to `cp -a` of the same volume between the same
 //! two, while a client has the program make 1000 writes a second; a program of 1000 threads goes from one core set to the
-//! other; a program with connections goes from one uplink to the other. Figures are medians. Loop devices are files in the temporary directory (`TMPDIR`): its disk is what is measured.
+//! other; a program with connections goes from one uplink to the other; a Redis of which a
+//! tenth is in use goes to compressed memory and comes back. Figures are medians. Loop devices are files in the temporary directory (`TMPDIR`): its disk is what is measured.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +22,12 @@ use comfy_table::Table;
 use rswap_agent::control::SwapDone;
 use rswap_tests::{
     Fleet, Host, HostOptions,
-    bench::{AFTER, BEFORE, Seen, cases, many::Many, median},
+    bench::{
+        AFTER, BEFORE, Seen, cases,
+        cold::{self, ColdCase},
+        many::Many,
+        median,
+    },
     netns::Netns,
     storage::StorageScene,
     uplinks, wait_for,
@@ -53,6 +59,7 @@ enum Subject {
     Storage { mb: u64 },
     Cores { threads: usize },
     Uplink { connections: usize },
+    Cold { mb: u64 },
 }
 
 const CASES: &[(&str, Subject)] = &[
@@ -60,6 +67,7 @@ const CASES: &[(&str, Subject)] = &[
     ("storage-1000mb", Subject::Storage { mb: 1000 }),
     ("cores-1000-threads", Subject::Cores { threads: 1000 }),
     ("network-10-connections", Subject::Uplink { connections: 10 }),
+    ("memory-cold-200mb", Subject::Cold { mb: 200 }),
 ];
 
 /// Medians of a case.
@@ -71,6 +79,8 @@ struct Case {
     total_ms: f64,
     #[serde(flatten)]
     copied: Option<Copied>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cold: Option<ColdCase>,
     pauses_ms: Vec<f64>,
 }
 
@@ -94,6 +104,7 @@ fn main() -> anyhow::Result<()> {
         Subject::Storage { mb } => storage(mb, runs),
         Subject::Cores { threads } => cores(threads, runs),
         Subject::Uplink { connections } => uplink(connections, runs),
+        Subject::Cold { mb } => cold(mb, runs),
     };
     cases::measure(CASES, only.as_deref(), &output, measured, table)
 }
@@ -224,6 +235,13 @@ fn many(fleet: &Fleet, host: &Host, threads: usize, pools: [&str; 2], runs: usiz
     Ok(case(&swaps))
 }
 
+/// Pages that are not used go to swap, and come back.
+fn cold(mb: u64, runs: usize) -> anyhow::Result<Case> {
+    let (cold, pauses_ms) = cold::measure(mb, runs)?;
+    let (pause_ms, total_ms) = (cold.pause_ms, cold.out_ms);
+    Ok(Case { pause_ms, total_ms, copied: None, cold: Some(cold), pauses_ms })
+}
+
 fn case(swaps: &[Swap]) -> Case {
     let of = |figure: &dyn Fn(&Swap) -> f64| median(swaps.iter().map(figure).collect());
     let pause_ms = |swap: &Swap| swap.seen.gap.as_secs_f64() * 1e3;
@@ -231,6 +249,7 @@ fn case(swaps: &[Swap]) -> Case {
         pause_ms: of(&pause_ms),
         total_ms: of(&|swap| swap.total.as_secs_f64() * 1e3),
         copied: None,
+        cold: None,
         pauses_ms: swaps.iter().map(pause_ms).collect(),
     }
 }
@@ -264,6 +283,11 @@ fn table(cases: &BTreeMap<String, Case>) -> Table {
     table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
     table.set_header(["case", "pause ms", "still ms", "total ms", "MB/s", "cp -a MB/s", "slower %"]);
     for (name, case) in cases {
+        let slower = case.cold.as_ref().map(|cold| format!("{:.1}", cold.slowdown_out_pct));
+        let out = case
+            .cold
+            .as_ref()
+            .map(|cold| format!("{:.0} out, {:.0} back", cold.out_mb_per_s, cold.back_mb_per_s));
         let copied = |figure: fn(&Copied) -> f64, digits: usize| {
             case.copied
                 .as_ref()
@@ -274,9 +298,9 @@ fn table(cases: &BTreeMap<String, Case>) -> Table {
             format!("{:.1}", case.pause_ms),
             copied(|copied| copied.still_ms, 1),
             format!("{:.0}", case.total_ms),
-            copied(|copied| copied.mb_per_s, 0),
+            out.unwrap_or_else(|| copied(|copied| copied.mb_per_s, 0)),
             copied(|copied| copied.cp_mb_per_s, 0),
-            copied(|copied| copied.slowdown_pct, 1),
+            slower.unwrap_or_else(|| copied(|copied| copied.slowdown_pct, 1)),
         ]);
     }
     table

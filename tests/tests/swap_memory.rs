@@ -1,0 +1,269 @@
+//! Cold pages of a Redis go to swap and come back while it answers; whatever goes wrong, its data is right and the next try succeeds.
+
+use std::{
+    process::{Child, Stdio},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use rswap_agent::{config::MemoryConfig, status::InstanceView};
+use rswap_tests::{
+    cold::{self, ColdScene, Plan},
+    hot::HotReader,
+    reason_to_skip, skip, swap_device, wait_for,
+};
+
+const LIMIT: Duration = Duration::from_secs(40);
+const MIB: u64 = 1 << 20;
+/// The tenth that is read all the time is read in whole within less than a second.
+const HOT_SHARE: f64 = 0.1;
+const PAUSE: Duration = Duration::from_millis(1);
+
+fn skipped(test: &str) -> bool {
+    if reason_to_skip(test).is_some() {
+        return true;
+    }
+    let reason = swap_device::reason_to_skip();
+    reason.inspect(|reason| skip(test, reason)).is_some()
+}
+
+#[test]
+fn what_is_cold_goes_what_is_hot_stays_and_all_comes_back() -> anyhow::Result<()> {
+    if skipped("what_is_cold_goes_what_is_hot_stays_and_all_comes_back") {
+        return Ok(());
+    }
+    let scene = ColdScene::set(&Plan { data_bytes: 200 * MIB, ..Plan::default() })?;
+    let hot = HotReader::start(&scene.fleet.client, scene.set, HOT_SHARE, PAUSE)?;
+    wait_for("the hot keys to be read", LIMIT, || Ok((hot.rounds() >= 2).then_some(())))?;
+    let before = scene.resident()?;
+    let report = scene.swap("zram")?;
+    let swapped = scene.swapped()?;
+    println!("{} MiB of {} MiB went", swapped / MIB, before / MIB);
+    ensure!(swapped > before * 7 / 10, "only {swapped} of {before} bytes are in swap");
+    ensure!(scene.resident()? < before * 3 / 10, "{} bytes stayed", scene.resident()?);
+    ensure!(
+        report.swapped_bytes.abs_diff(swapped) < 2 * MIB,
+        "the report says something else than the kernel: {report:?}"
+    );
+    // Those that are used are not written out to be fetched again, now or by the looks that follow.
+    let (rounds, faults) = (hot.rounds(), scene.faults()?);
+    wait_for("the hot keys to be read", LIMIT, || Ok((hot.rounds() >= rounds + 5).then_some(())))?;
+    let faults = scene.faults()? - faults;
+    println!("{faults} faults while the hot keys were read five times");
+    let hot_pages = (before as f64 * HOT_SHARE) as u64 / 4096;
+    ensure!(faults < hot_pages / 2, "{faults} faults with {hot_pages} hot pages");
+    let shown = scene.wait_for_word("the agent to look on", |shown| shown.doing == "out")?;
+    ensure!(shown.pool == "zram" && shown.swapped_bytes > before / 2, "{shown:?}");
+    let listed = scene.host.call(&["ps"])?;
+    ensure!(listed.contains("memory of redis on zram: "), "{listed}");
+
+    let back = scene.swap(&scene.memory_pool()?)?;
+    ensure!(scene.swapped()? == 0 && back.moved_bytes > before / 2, "{back:?}, {} in swap", scene.swapped()?);
+    ensure!(scene.resident()? > before * 9 / 10, "{} of {before} bytes are back", scene.resident()?);
+    // Nobody pages anything out any more.
+    wait_for("the agent to let go", LIMIT, || Ok(scene.shown()?.is_none().then_some(())))?;
+    thread::sleep(Duration::from_secs(3));
+    ensure!(scene.swapped()? == 0, "{} bytes went again", scene.swapped()?);
+    hot.finish()?;
+    scene.check()
+}
+
+/// A swap that is under way.
+fn begin(scene: &ColdScene, pool: &str) -> anyhow::Result<Child> {
+    let mut call = scene.host.rswap(&["swap", "redis", pool])?;
+    call.stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot start rswap")
+}
+
+#[test]
+fn killed_agents_lose_nothing_at_any_step() -> anyhow::Result<()> {
+    if skipped("killed_agents_lose_nothing_at_any_step") {
+        return Ok(());
+    }
+    let mut scene = ColdScene::set(&Plan::default())?;
+    let memory = scene.memory_pool()?;
+    // Before the first probe, among the probes, while pages go, and when all have gone and the call has not returned perhaps.
+    for from in [0, 1, 20 * MIB, 80 * MIB] {
+        let mut call = begin(&scene, "zram")?;
+        wait_for("pages to go", LIMIT, || Ok((scene.swapped()? >= from).then_some(())))?;
+        scene.host.kill_agent()?;
+        call.wait()?;
+        println!("killed with {} MiB in swap", scene.swapped()? / MIB);
+        scene.check()?;
+        scene.host.start_agent()?;
+        scene.host.wait_for_instance("redis")?;
+        scene.swap("zram")?;
+        ensure!(scene.swapped()? > 60 * MIB, "the next try moved {} bytes", scene.swapped()?);
+        // On the pool, and on the way back.
+        scene.host.kill_agent()?;
+        scene.host.start_agent()?;
+        let shown = scene.wait_for_word("the next agent to go on", |shown| shown.doing == "out")?;
+        ensure!(shown.swapped_bytes > 60 * MIB, "{shown:?}");
+        let mut call = begin(&scene, &memory)?;
+        let before = scene.swapped()?;
+        wait_for("pages to come back", LIMIT, || Ok((scene.swapped()? < before).then_some(())))?;
+        scene.host.kill_agent()?;
+        call.wait()?;
+        scene.host.start_agent()?;
+        scene.host.wait_for_instance("redis")?;
+        scene.check()?;
+        // What was on its way is what the registry says, or is brought there by asking again.
+        if let Err(error) = scene.swap(&memory) {
+            ensure!(error.to_string().contains("nothing of it is in swap"), "{error:#}");
+        }
+        ensure!(scene.swapped()? == 0, "{} bytes are in swap", scene.swapped()?);
+    }
+    scene.check()
+}
+
+#[test]
+fn a_pool_that_is_taken_away_gives_all_back() -> anyhow::Result<()> {
+    if skipped("a_pool_that_is_taken_away_gives_all_back") {
+        return Ok(());
+    }
+    let scene = ColdScene::set(&Plan::default())?;
+    let call = begin(&scene, "zram")?;
+    wait_for("pages to go", LIMIT, || Ok((scene.swapped()? >= 10 * MIB).then_some(())))?;
+    scene.device.off()?;
+    let ended = call.wait_with_output()?;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    println!("{said}");
+    ensure!(!ended.status.success() && said.contains("is not in /proc/swaps"), "{said}");
+    ensure!(scene.swapped()? == 0, "{} bytes are in swap that is not there", scene.swapped()?);
+    scene.check()?;
+    scene.device.on(100)?;
+    wait_for("the pool", LIMIT, || Ok(pool_is(&scene, "online")?.then_some(())))?;
+    scene.swap("zram")?;
+    ensure!(scene.swapped()? > 60 * MIB, "the next try moved {} bytes", scene.swapped()?);
+    // While it sits there.
+    scene.device.off()?;
+    let shown = scene.wait_for_word("the agent to notice", |shown| shown.doing == "hold")?;
+    let reason = shown.reason.as_deref().unwrap_or_default();
+    ensure!(reason.contains("is not in /proc/swaps") && scene.swapped()? == 0, "{shown:?}");
+    scene.check()?;
+    ensure!(pool_is(&scene, "gone")?, "{}", scene.host.call(&["pools"])?);
+    // It is still its pool.
+    scene.device.on(100)?;
+    wait_for("its cold pages to go again", LIMIT, || Ok((scene.swapped()? > 60 * MIB).then_some(())))?;
+    scene.check()
+}
+
+fn pool_is(scene: &ColdScene, state: &str) -> anyhow::Result<bool> {
+    let pools = scene.host.call(&["pools"])?;
+    Ok(pools.lines().any(|line| line.contains("zram") && line.contains(state)))
+}
+
+#[test]
+fn without_room_all_stays_and_the_next_try_succeeds() -> anyhow::Result<()> {
+    if skipped("without_room_all_stays_and_the_next_try_succeeds") {
+        return Ok(());
+    }
+    let scene = ColdScene::set(&Plan { swap_bytes: 24 * MIB, ..Plan::default() })?;
+    let before = scene.resident()?;
+    let said = scene.refused("zram")?;
+    ensure!(said.contains("has no room for what is cold"), "{said}");
+    ensure!(
+        scene.swapped()? == 0 && scene.resident()? > before * 9 / 10,
+        "{} bytes are in swap",
+        scene.swapped()?
+    );
+    scene.check()?;
+    scene.device.off()?;
+    scene.device.resize(512 * MIB)?;
+    scene.device.on(100)?;
+    wait_for("the pool", LIMIT, || Ok(pool_is(&scene, "online")?.then_some(())))?;
+    scene.swap("zram")?;
+    ensure!(scene.swapped()? > 60 * MIB, "the next try moved {} bytes", scene.swapped()?);
+    scene.check()
+}
+
+#[test]
+fn what_can_t_be_done_is_refused_by_name_before_anything_is_touched() -> anyhow::Result<()> {
+    if skipped("what_can_t_be_done_is_refused_by_name_before_anything_is_touched") {
+        return Ok(());
+    }
+    let scene = ColdScene::set(&Plan { data_bytes: 10 * MIB, ..Plan::default() })?;
+    let said = scene.refused(&scene.memory_pool()?)?;
+    ensure!(said.contains("nothing of it is in swap, and this host has one memory node"), "{said}");
+    let said = scene.refused("nowhere")?;
+    ensure!(said.contains("no set of cores, no memory, swap or link"), "{said}");
+    let other = swap_device::SwapDevice::make(64 * MIB)?;
+    for priority in [100, 101] {
+        other.on(priority)?;
+        let said = scene.refused("zram")?;
+        let named = format!("pages would go to {} (priority {priority})", other.path().display());
+        ensure!(said.contains(&named), "{said}");
+        other.off()?;
+    }
+    scene.device.off()?;
+    let said = scene.refused("zram")?;
+    ensure!(said.contains("is not in /proc/swaps"), "{said}");
+    ensure!(scene.swapped()? == 0, "{} bytes are in swap", scene.swapped()?);
+    scene.check()
+}
+
+#[test]
+fn what_is_in_swap_goes_along_to_another_host() -> anyhow::Result<()> {
+    if skipped("what_is_in_swap_goes_along_to_another_host") {
+        return Ok(());
+    }
+    let plan = Plan::default();
+    let mut scene = ColdScene::set(&plan)?;
+    let other = scene.fleet.host("b", &cold::options(&plan, &scene.device))?;
+    scene.swap("zram")?;
+    let swapped = scene.swapped()?;
+    ensure!(swapped > 60 * MIB, "{swapped} bytes are in swap");
+    let said = scene.host.call(&["migrate", "redis", &other.migrate_address()])?;
+    println!("{said}");
+    other.wait_for_instance("redis")?;
+    ensure!(!scene.host.has_instance("redis")?, "it is on both hosts");
+    scene.check()?;
+    // On no swap pool there: nobody has put it on one.
+    let views: Vec<InstanceView> = other.get("/v1/profiles")?;
+    ensure!(views.iter().all(|view| view.in_swap.is_none() && view.instance.memory.is_none()), "{views:?}");
+    Ok(())
+}
+
+/// Whoever waits for its memory is left alone, and says why.
+#[test]
+fn nothing_goes_while_the_program_waits_for_its_memory() -> anyhow::Result<()> {
+    if skipped("nothing_goes_while_the_program_waits_for_its_memory") {
+        return Ok(());
+    }
+    // A fault of a hundred microseconds in a second is more than is allowed.
+    let usual = Plan::default();
+    let scene = ColdScene::set(&Plan {
+        memory: MemoryConfig { pressure_limit: 0.0001, ..usual.memory.clone() },
+        ..usual
+    })?;
+    scene.swap("zram")?;
+    ensure!(scene.swapped()? > 60 * MIB, "{} bytes are in swap", scene.swapped()?);
+    // Now all of it is wanted, a bit at a time, for longer than pages need to become cold again.
+    let reader = HotReader::start(&scene.fleet.client, scene.set, 1.0, Duration::from_millis(3))?;
+    let shown = scene.wait_for_word("the agent to hold", |shown| shown.doing == "hold")?;
+    ensure!(
+        shown.reason.as_ref().is_some_and(|reason| reason.contains("it waits for its memory")),
+        "{shown:?}"
+    );
+    let mut went = None;
+    let done = wait_for("all to be read", LIMIT, || {
+        let shown = scene.shown()?.context("it is on no swap pool")?;
+        let before = *went.get_or_insert(shown.out_bytes);
+        ensure!(
+            shown.out_bytes == before || shown.doing == "out",
+            "{} bytes went: {shown:?}",
+            shown.out_bytes - before
+        );
+        went = Some(shown.out_bytes);
+        Ok((reader.rounds() >= 1).then_some(()))
+    });
+    reader.finish()?;
+    done?;
+    // And when it waits no longer, it goes on.
+    scene.wait_for_word("the agent to go on", |shown| shown.doing == "out")?;
+    scene.check()
+}
