@@ -327,6 +327,27 @@ fn an_agent_that_is_killed_leaves_it_on_the_uplink_that_is_listed() -> anyhow::R
 }
 
 #[test]
+fn a_rate_that_was_left_at_one_end_is_lifted_by_the_next_agent() -> anyhow::Result<()> {
+    if reason_to_skip("a_rate_that_was_left_at_one_end_is_lifted_by_the_next_agent").is_some() {
+        return Ok(());
+    }
+    let mut scene = Scene::set()?;
+    scene.swap("first")?;
+    // As an agent leaves it that is killed between the two ends.
+    let pid = scene.host.pids("redis")?.first().copied().context("no process")?.to_string();
+    let rate = ["rate", "40mbit", "burst", "64kb", "latency", "50ms"];
+    let limit = ["-t", &pid, "-n", "tc", "qdisc", "add", "dev", "eth0", "root", "tbf"];
+    let limited = Command::new("nsenter").args(limit).args(rate).output()?;
+    ensure!(limited.status.success(), "{}", String::from_utf8_lossy(&limited.stderr));
+    scene.host.kill_agent()?;
+    scene.host.start_agent()?;
+    wait_for("the rate to be lifted", LIMIT, || Ok((!scene.qdiscs()?.contains("tbf")).then_some(())))?;
+    scene.go_on()?;
+    scene.host.show_log = false;
+    scene.finish().map(drop)
+}
+
+#[test]
 fn from_its_second_uplink_an_instance_goes_to_another_host() -> anyhow::Result<()> {
     if reason_to_skip("from_its_second_uplink_an_instance_goes_to_another_host").is_some() {
         return Ok(());

@@ -242,10 +242,11 @@ fn area(pool: &LocalPool) -> Option<Area> {
     Some(Area { path: path.clone(), limit_bytes: limit.map(|known| known.value as u64) })
 }
 
-/// Whether an instance's port is on a bridge, and not on that of `wanted`, or has another rate.
+/// Whether an instance's port is on a bridge, and not on that of `wanted`, or has another rate at either end.
 fn is_astray(place: &Place, instance: &Instance, wanted: &Uplink) -> Result<bool, InstanceError> {
     let Some(port) = linux::port(place, instance) else { return Ok(false) };
     let Some(found) = port.attachment()? else { return Ok(false) };
     let Some(bridge) = Bridge::of(&wanted.link)? else { return Ok(false) };
-    Ok(found != Attachment { bridge: bridge.name, bytes_per_s: wanted.bytes_per_s })
+    Ok(found != Attachment { bridge: bridge.name, bytes_per_s: wanted.bytes_per_s }
+        || port.outgoing()? != wanted.bytes_per_s)
 }

@@ -154,18 +154,15 @@ impl Port {
 
     /// Lets so much in, and out; nothing: as much as comes.
     pub(crate) fn limit(&self, bytes_per_s: Option<u64>) -> Result<(), InstanceError> {
-        let set = |interface: &'static str| {
-            move |handle: Handle| async move {
+        let set = |interface: &str, what: &str| {
+            run(|handle| async move {
                 let index = index_of(&handle, interface).await?;
                 set_rate(&handle, index, bytes_per_s).await
-            }
+            })
+            .map_err(self.failed(what))
         };
-        run(|handle| async move {
-            let index = index_of(&handle, &self.interface).await?;
-            set_rate(&handle, index, bytes_per_s).await
-        })
-        .map_err(self.failed("setting the rate of what comes in"))?;
-        self.inside(|| run(set(INNER)).map_err(self.failed("setting the rate of what goes out")))
+        set(&self.interface, "setting the rate of what comes in")?;
+        self.inside(|| set(INNER, "setting the rate of what goes out"))
     }
 
     /// The rate of what goes out, in bytes per second.
