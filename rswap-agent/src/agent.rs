@@ -21,6 +21,7 @@ mod incoming;
 mod kin;
 pub(crate) mod learnt;
 mod moves;
+mod parts;
 mod record;
 mod remembered;
 mod swaps;
@@ -117,7 +118,7 @@ pub fn place(config: &Config) -> Place {
 pub fn host_address(pools: &[Pool], host: &str) -> Result<SocketAddr, AgentError> {
     let address = |pool: &Pool| match pool.kind {
         PoolKind::Host { address } => Some(address),
-        PoolKind::Cpu { .. } | PoolKind::ThisHost => None,
+        PoolKind::Cpu { .. } | PoolKind::ThisHost | PoolKind::Storage { .. } | PoolKind::Link { .. } => None,
     };
     let named = pools.iter().find(|pool| pool.name == host).and_then(address);
     named.or_else(|| host.parse().ok()).ok_or_else(|| {

@@ -25,12 +25,31 @@ pub enum Resource {
     /// Memory that was written, in bytes per second: distinct pages x their size.
     #[serde(rename = "written_bytes_per_s")]
     Written,
+    /// Block I/O on the devices of its volumes, both ways, in requests per second.
+    #[serde(rename = "volume_operations_per_s")]
+    VolumeOperations,
+    /// The same in bytes per second.
+    #[serde(rename = "volume_bytes_per_s")]
+    VolumeBytes,
+    /// What went through its network port, headers included, in bytes per second of the fuller direction.
+    #[serde(rename = "port_bytes_per_s")]
+    Port,
 }
 
 impl Resource {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Self; 7] =
-        [Self::Cpu, Self::Memory, Self::Io, Self::IoLatency, Self::NetIn, Self::NetOut, Self::Written];
+    pub const ALL: [Self; 10] = [
+        Self::Cpu,
+        Self::Memory,
+        Self::Io,
+        Self::IoLatency,
+        Self::NetIn,
+        Self::NetOut,
+        Self::Written,
+        Self::VolumeOperations,
+        Self::VolumeBytes,
+        Self::Port,
+    ];
 
     /// Its name, as it is written in JSON: with its unit, but for `cpu` (reference cores) and `memory` (bytes).
     pub fn name(self) -> &'static str {
@@ -42,6 +61,9 @@ impl Resource {
             Self::NetIn => "net_in_bytes_per_s",
             Self::NetOut => "net_out_bytes_per_s",
             Self::Written => "written_bytes_per_s",
+            Self::VolumeOperations => "volume_operations_per_s",
+            Self::VolumeBytes => "volume_bytes_per_s",
+            Self::Port => "port_bytes_per_s",
         }
     }
 }
@@ -64,6 +86,12 @@ pub struct Usage {
     pub net_out_bytes_per_s: Option<f64>,
     /// Memory written.
     pub written_bytes_per_s: Option<f64>,
+    /// Requests on the devices of its volumes; `None` also where it has none.
+    pub volume_operations_per_s: Option<f64>,
+    /// The same in bytes.
+    pub volume_bytes_per_s: Option<f64>,
+    /// What went through its port, in the fuller direction; `None` also where it has none.
+    pub port_bytes_per_s: Option<f64>,
 }
 
 impl Usage {
@@ -77,6 +105,9 @@ impl Usage {
             Resource::NetIn => self.net_in_bytes_per_s,
             Resource::NetOut => self.net_out_bytes_per_s,
             Resource::Written => self.written_bytes_per_s,
+            Resource::VolumeOperations => self.volume_operations_per_s,
+            Resource::VolumeBytes => self.volume_bytes_per_s,
+            Resource::Port => self.port_bytes_per_s,
         }
     }
 }

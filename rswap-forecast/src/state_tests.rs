@@ -35,6 +35,9 @@ fn show(forecaster: &mut Forecaster, instance: &str, window: u64) {
             net_in_bytes_per_s: Some(busy(1e3, 2e6)),
             net_out_bytes_per_s: Some(busy(1e4, 1e7)),
             written_bytes_per_s: None,
+            volume_operations_per_s: Some(busy(20.0, 900.0)),
+            volume_bytes_per_s: Some(busy(1e5, 9e6)),
+            port_bytes_per_s: Some(busy(1e4, 1e7)),
         },
     });
 }

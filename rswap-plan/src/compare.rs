@@ -45,6 +45,8 @@ impl Round<'_, '_> {
         let own = match kind {
             MoveKind::Cpu => view.cpu_pool.as_deref().and_then(|name| self.by_name.get(name).copied()),
             MoveKind::Host => None,
+            // Plans of their own.
+            MoveKind::Storage | MoveKind::Link => return None,
         };
         own.filter(|&index| self.pools[index].cpus().is_some()).or(self.this_host)
     }
@@ -102,6 +104,7 @@ impl Round<'_, '_> {
             // Whoever may use every core sits on the host as a whole.
             MoveKind::Cpu => pool.state == PoolState::Ready || pool.kind == PoolKind::ThisHost,
             MoveKind::Host => pool.state == PoolState::Ready && self.has_budget(index, traffic),
+            MoveKind::Storage | MoveKind::Link => false,
         }
     }
 
@@ -146,6 +149,7 @@ impl Compared {
             pool: pools[self.index].name.clone(),
             score: self.score,
             terms: self.terms,
+            flow: None,
             move_price: self.move_price,
             total: self.total,
             dropped: self.dropped,
@@ -162,5 +166,7 @@ pub(super) fn is_candidate(pool: &Pool, kind: MoveKind) -> bool {
     match kind {
         MoveKind::Cpu => matches!(pool.kind, PoolKind::Cpu { .. }),
         MoveKind::Host => matches!(pool.kind, PoolKind::Host { .. }),
+        MoveKind::Storage => matches!(pool.kind, PoolKind::Storage { .. }),
+        MoveKind::Link => matches!(pool.kind, PoolKind::Link { .. }),
     }
 }

@@ -43,6 +43,19 @@ pub struct PlanConfig {
     /// What an hour in which a reference core that is needed is not there costs, in money.
     #[serde(deserialize_with = "non_negative")]
     pub violation_cost_per_core_hour: f64,
+    /// The optimization weight of storage: what 1000 requests per second on the host's fastest storage are worth, in money per hour.
+    #[serde(deserialize_with = "non_negative")]
+    pub io_weight: f64,
+    /// What an hour costs in which nothing of a volume's I/O, or of an instance's traffic, could be done that is needed, in money; a
+    /// part of it costs its share.
+    #[serde(deserialize_with = "non_negative")]
+    pub io_violation_cost_per_hour: f64,
+    /// What a GiB copied between storage pools costs, in money.
+    #[serde(deserialize_with = "non_negative")]
+    pub cost_per_gib_copied: f64,
+    /// Volumes that may be on their way to one storage pool at once.
+    #[serde(deserialize_with = "positive_u32")]
+    pub volume_moves_per_pool: u32,
     /// Moves that may be on their way to one host at once.
     #[serde(deserialize_with = "positive_u32")]
     pub moves_per_host: u32,
@@ -72,6 +85,10 @@ impl Default for PlanConfig {
             unavailability_cost_per_hour: 10.0,
             cost_per_gib_sent: 0.0005,
             violation_cost_per_core_hour: 0.4,
+            io_weight: 0.0005,
+            io_violation_cost_per_hour: 0.4,
+            cost_per_gib_copied: 0.0001,
+            volume_moves_per_pool: 1,
             moves_per_host: 4,
             moves_per_link: 6,
             moves_per_hour: 120,

@@ -136,7 +136,7 @@ impl Planner {
         let wait_ms = round.config.cool_down_ms;
         let rested =
             |at: Option<UnixMillis>, wait_ms: u64| at.is_none_or(|at| round.now.since(at) >= wait_ms);
-        memory.in_flight.is_none()
+        !memory.is_in_flight()
             && memory.last_failure.is_none()
             && rested(memory.last_move, wait_ms)
             && rested(memory.left(kind, &round.pools[to].name), self.return_ms())
@@ -146,6 +146,6 @@ impl Planner {
 impl Dropped {
     /// Whether it is the room that is missing, and nothing else.
     pub fn is_for_want_of_room(&self) -> bool {
-        matches!(self, Self::Cores { .. } | Self::Memory { .. })
+        matches!(self, Self::Cores { .. } | Self::Memory { .. } | Self::Flow { .. } | Self::Space { .. })
     }
 }

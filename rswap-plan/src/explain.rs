@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use comfy_table::{Table, presets::UTF8_BORDERS_ONLY};
 
+mod flow;
+
 use super::{Candidate, Decision, MoveKind, Outcome, StayReason, TimedBy, Timing};
 
 /// The whole decision: the need it rests on, every pool with its numbers, the result and why.
@@ -11,6 +13,12 @@ pub fn explain(decision: &Decision) -> String {
     let kind = match decision.kind {
         MoveKind::Cpu => "core pool",
         MoveKind::Host => "host",
+        MoveKind::Storage => "storage pool",
+        MoveKind::Link => "link",
+    };
+    let kind = match &decision.volume {
+        Some(volume) => format!("{kind} of its volume {volume}"),
+        None => kind.to_owned(),
     };
     let result = match &decision.outcome {
         Outcome::Stay { reason } => format!("stays: {reason}"),
@@ -33,6 +41,12 @@ pub fn explain(decision: &Decision) -> String {
             need.quantile,
         );
     }
+    if let Some(need) = &decision.flow {
+        let _ = writeln!(text, "{}", flow::need(decision.kind, need));
+    }
+    if !decision.steps.is_empty() {
+        let _ = writeln!(text, "{}", flow::steps(&decision.steps));
+    }
     if let Some(writing) = &decision.writing {
         let (now, quiet) = (writing.bytes_per_s / 1e6, writing.quiet_bytes_per_s / 1e6);
         let word = if writing.is_quiet() { "a quiet time" } else { "it waits for that while it can" };
@@ -48,7 +62,7 @@ pub fn explain(decision: &Decision) -> String {
         Some(ms) => {
             let _ = writeln!(text, "the need exceeds the present pool in {ms} ms");
         }
-        None if decision.need.is_some() => {
+        None if decision.need.is_some() || decision.flow.is_some() && decision.current.is_some() => {
             let _ = writeln!(text, "the need stays within the present pool over the horizon");
         }
         None => {}
@@ -59,7 +73,7 @@ pub fn explain(decision: &Decision) -> String {
         table.load_preset(UTF8_BORDERS_ONLY);
         table.set_header([
             "pool",
-            "needs/has cores",
+            if decision.flow.is_some() { flow::HEADER } else { "needs/has cores" },
             "demand x cost /h",
             "performance x weight /h",
             "violations /h",
@@ -134,6 +148,9 @@ fn what_would_change(decision: &Decision) -> Option<String> {
             if let Some(dropped) = here.dropped.as_ref().filter(|dropped| !dropped.is_for_want_of_room()) {
                 return Some(format!("if this did not hold of {}: {dropped}", here.pool));
             }
+            if let Some(terms) = &here.flow {
+                return Some(flow::would_stay(terms));
+            }
             let (needed, has) = (here.terms.limit_cores, here.terms.available_cores);
             format!("if it needed {has:.2} cores or less here instead of {needed:.2}, or had {needed:.2}")
         }
@@ -168,7 +185,12 @@ fn what_would_change(decision: &Decision) -> Option<String> {
             format!("without its label {}", crate::rules::STAY)
         }
         Outcome::Stay { reason: StayReason::JustLeft { .. } } => "if the need forced it".to_owned(),
-        Outcome::Stay { reason: StayReason::InFlight | StayReason::OtherMoveFirst } => return None,
+        Outcome::Stay { reason: StayReason::Unmeasured { .. } } => "if that were known".to_owned(),
+        Outcome::Stay {
+            reason: StayReason::InFlight | StayReason::OtherMoveFirst | StayReason::OnNoPool,
+        } => {
+            return None;
+        }
     })
 }
 
@@ -193,7 +215,10 @@ fn row(candidate: &Candidate) -> Vec<String> {
     };
     vec![
         candidate.pool.clone(),
-        format!("{:.2} / {:.2}", terms.limit_cores, terms.available_cores),
+        match &candidate.flow {
+            Some(flow) => flow::needs_and_has(flow),
+            None => format!("{:.2} / {:.2}", terms.limit_cores, terms.available_cores),
+        },
         format!("{:.5}", terms.cost_per_hour),
         format!("{:.3} x {:.4} = {:.5}", terms.performance, terms.weight, terms.performance * terms.weight),
         format!("{:.5}", terms.violation_per_hour),

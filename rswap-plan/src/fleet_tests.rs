@@ -41,6 +41,8 @@ fn on(name: &str, host: &str, need: f64) -> InstanceView {
         dirty_bytes_per_s: Some(1e6),
         movable: vec![MoveKind::Host],
         labels: BTreeMap::new(),
+        volumes: Vec::new(),
+        port: None,
     }
 }
 

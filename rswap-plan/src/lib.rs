@@ -14,9 +14,11 @@ mod config;
 pub mod consolidate;
 mod exchange;
 mod explain;
+pub mod flow;
 mod ledger;
 mod memory;
 mod need;
+pub mod order;
 mod planner;
 mod price;
 mod rank;
@@ -33,6 +35,8 @@ use serde::{Deserialize, Serialize};
 
 pub use config::PlanConfig;
 pub use explain::explain;
+pub use flow::{FlowNeed, FlowTerms, PortView, VolumeView};
+pub use order::Step;
 pub use planner::Planner;
 pub use price::{MovePrice, price_of_move};
 pub use reason::{Dropped, StayReason};
@@ -60,6 +64,10 @@ pub enum MoveKind {
     Cpu,
     /// Another host.
     Host,
+    /// Another storage pool of this host, for one volume.
+    Storage,
+    /// Another link of this host.
+    Link,
 }
 
 /// What the planner needs to know about one instance.
@@ -85,6 +93,12 @@ pub struct InstanceView {
     /// Its labels: some of them are [`rules`].
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Its volumes, where plans can move them.
+    #[serde(default)]
+    pub volumes: Vec<VolumeView>,
+    /// Its port, where plans can move it.
+    #[serde(default)]
+    pub port: Option<PortView>,
 }
 
 /// The need that a decision rests on, in reference cores and bytes.
@@ -114,6 +128,9 @@ pub struct Candidate {
     pub score: f64,
     /// What the score is made of.
     pub terms: Terms,
+    /// Of storage pools and links, what flows there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flow: Option<FlowTerms>,
     /// What it costs to get there; `None` for the pool that it sits on.
     pub move_price: Option<MovePrice>,
     /// Score + the price of the move spread over the planning horizon, in money per hour: candidates are ranked by it.
@@ -129,10 +146,16 @@ pub struct Decision {
     pub instance: InstanceName,
     /// About which kind of pool.
     pub kind: MoveKind,
+    /// Which volume; `None` unless it is about storage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<String>,
     /// When.
     pub at: UnixMillis,
-    /// The need that it rests on; `None` if the forecast has seen too little.
+    /// The need that it rests on; `None` if the forecast has seen too little, and for volumes and ports.
     pub need: Option<NeedUsed>,
+    /// The same of a volume or a port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flow: Option<FlowNeed>,
     /// Milliseconds until the need exceeds what the present pool can give; `None` if it doesn't within the horizon.
     pub crossing_in_ms: Option<u64>,
     /// The present pool.
@@ -149,6 +172,10 @@ pub struct Decision {
     /// Whom it changes places with, where neither fits next to the other.
     #[serde(default)]
     pub exchange: Option<InstanceName>,
+    /// All moves that this round decided for the instance, in their order, where there are several: the first begins, and the others
+    /// are decided anew when it has ended.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<Step>,
     /// How much memory it writes, and how little that is at times, where a migration has been decided and this is known.
     #[serde(default)]
     pub writing: Option<Writing>,
@@ -160,6 +187,28 @@ pub struct Decision {
 }
 
 impl Decision {
+    fn undecided(view: &InstanceView, kind: MoveKind, at: UnixMillis, config: &PlanConfig) -> Self {
+        Self {
+            instance: view.instance.clone(),
+            kind,
+            volume: None,
+            at,
+            need: None,
+            flow: None,
+            crossing_in_ms: None,
+            current: None,
+            candidates: Vec::new(),
+            left_out: 0,
+            threshold: config.threshold,
+            hysteresis: config.hysteresis,
+            exchange: None,
+            steps: Vec::new(),
+            writing: None,
+            timing: None,
+            outcome: Outcome::Stay { reason: StayReason::NoPoolFits },
+        }
+    }
+
     /// Whether it moves.
     pub fn moves(&self) -> bool {
         matches!(self.outcome, Outcome::Move { .. })

@@ -18,8 +18,14 @@ pub(super) struct Memory {
     pub(super) last_move: Option<UnixMillis>,
     pub(super) last_failure: Option<UnixMillis>,
     pub(super) failures: u32,
+    /// Why the last one failed.
+    #[serde(default)]
+    pub(super) last_error: Option<String>,
     #[serde(skip)]
     pub(super) in_flight: Option<String>,
+    /// Which part of it is on its way by itself, and to which pool.
+    #[serde(skip)]
+    pub(super) part_in_flight: Option<(String, String)>,
     /// Where it was in the last round, per kind.
     on: Vec<(MoveKind, String)>,
     /// What it left, and when; newest last.
@@ -38,15 +44,21 @@ impl Memory {
         self.in_flight = Some(to.to_owned());
     }
 
+    /// Whether it, or a part of it, is on its way: one move of an instance at a time.
+    pub(super) fn is_in_flight(&self) -> bool {
+        self.in_flight.is_some() || self.part_in_flight.is_some()
+    }
+
     /// It is done: what was remembered of failures is over.
     pub(super) fn moved(&mut self, now: UnixMillis) {
         self.last_move = Some(now);
         (self.in_flight, self.last_failure, self.failures, self.wanted) = (None, None, 0, None);
+        self.last_error = None;
     }
 
     /// It has failed.
     pub(super) fn failed(&mut self, now: UnixMillis) {
-        self.in_flight = None;
+        (self.in_flight, self.last_error) = (None, None);
         self.failures = self.failures.saturating_add(1);
         self.last_failure = Some(now);
     }

@@ -23,11 +23,11 @@ pub(crate) fn need(view: &InstanceView, config: &PlanConfig) -> Result<NeedUsed,
     })
 }
 
-struct OverHorizon {
+pub(crate) struct OverHorizon {
     /// Mean of the medians.
-    expected: f64,
+    pub(crate) expected: f64,
     /// The highest of each quantile.
-    most: Quantiles,
+    pub(crate) most: Quantiles,
 }
 
 fn points<'v>(
@@ -40,7 +40,7 @@ fn points<'v>(
 }
 
 /// Of the points that can be believed.
-fn over_horizon(
+pub(crate) fn over_horizon(
     view: &InstanceView,
     resource: Resource,
     config: &PlanConfig,
@@ -87,26 +87,34 @@ pub(crate) fn crossing(
     config: &PlanConfig,
 ) -> Option<u64> {
     let speed = pool.performance.max(1e-6);
-    let first = |resource, now: f64, limit: f64| {
-        let mut points: Vec<_> = points(view, resource, config)
-            .filter(|point| matches!(point.evidence, Evidence::Enough { .. }))
-            .map(|point| (point.horizon_ms as f64, point.need.at(config.quantile)))
-            .collect();
-        points.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let (mut at, mut value) = (0.0, now);
-        for (next_at, next) in points {
-            if next > limit {
-                let share = if value < limit { (limit - value) / (next - value) } else { 0.0 };
-                return Some((at + (next_at - at) * share) as u64);
-            }
-            (at, value) = (next_at, next);
-        }
-        None
-    };
-    let cpu = first(Resource::Cpu, view.cores * speed, cores * speed);
+    let cpu = first(view, Resource::Cpu, view.cores * speed, cores * speed, config);
     let memory = match kind {
-        MoveKind::Host => first(Resource::Memory, view.resident_bytes as f64, bytes as f64),
-        MoveKind::Cpu => None,
+        MoveKind::Host => first(view, Resource::Memory, view.resident_bytes as f64, bytes as f64, config),
+        MoveKind::Cpu | MoveKind::Storage | MoveKind::Link => None,
     };
     cpu.into_iter().chain(memory).min()
+}
+
+/// When the need for a resource, which is `now`, first exceeds `limit`, in milliseconds.
+pub(crate) fn first(
+    view: &InstanceView,
+    resource: Resource,
+    now: f64,
+    limit: f64,
+    config: &PlanConfig,
+) -> Option<u64> {
+    let mut points: Vec<_> = points(view, resource, config)
+        .filter(|point| matches!(point.evidence, Evidence::Enough { .. }))
+        .map(|point| (point.horizon_ms as f64, point.need.at(config.quantile)))
+        .collect();
+    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (mut at, mut value) = (0.0, now);
+    for (next_at, next) in points {
+        if next > limit {
+            let share = if value < limit { (limit - value) / (next - value) } else { 0.0 };
+            return Some((at + (next_at - at) * share) as u64);
+        }
+        (at, value) = (next_at, next);
+    }
+    None
 }

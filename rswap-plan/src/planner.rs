@@ -2,23 +2,22 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use rswap_forecast::{Moments, Resource};
+use rswap_forecast::Moments;
 use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
 
 use crate::{
-    Candidate, Decision, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason, TimedBy,
+    Candidate, Decision, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason,
     compare::Round,
     ledger::{Ledger, Promise, Seen},
     memory::Memory,
-    need,
+    need, order,
     rank::{self, Rank, Ranking},
     rules::{self, Groups},
-    timing,
     urgency::Urgency,
 };
 
 /// A move starts so much earlier than its expected duration asks for: estimates err.
-const SAFETY: f64 = 1.5;
+pub(crate) const SAFETY: f64 = 1.5;
 /// Shortest wait after a failure, in milliseconds.
 const MIN_BACK_OFF_MS: u64 = 1_000;
 
@@ -31,8 +30,10 @@ const HOUR_MS: u64 = 3_600_000;
 /// Decides. Time, instances and pools come in; nothing else is looked at.
 #[derive(Clone, Debug)]
 pub struct Planner {
-    config: PlanConfig,
+    pub(crate) config: PlanConfig,
     pub(crate) memory: BTreeMap<InstanceName, Memory>,
+    /// What is remembered of parts that move by themselves, by [`crate::flow::key`].
+    pub(crate) parts: BTreeMap<InstanceName, BTreeMap<String, Memory>>,
     /// Bytes of memory per second to a host, by the host pool's name, as the last migration there found it.
     pub(crate) links: BTreeMap<String, f64>,
     /// When moves to and from a host ended, by the host pool's name; newest last.
@@ -42,7 +43,8 @@ pub struct Planner {
 impl Planner {
     /// A planner that remembers nothing yet.
     pub fn new(config: PlanConfig) -> Self {
-        Self { config, memory: BTreeMap::new(), links: BTreeMap::new(), hours: BTreeMap::new() }
+        let (memory, parts, links, hours) = Default::default();
+        Self { config, memory, parts, links, hours }
     }
 
     /// A move has begun: until [`Planner::moved`] or [`Planner::failed`] the instance is left alone, and its place at
@@ -90,6 +92,7 @@ impl Planner {
     /// The instance is gone.
     pub fn forget(&mut self, instance: &InstanceName) {
         self.memory.remove(instance);
+        self.parts.remove(instance);
     }
 
     /// Decides about every instance. Who is forced to move chooses first, then who gains most; the decisions are in the
@@ -108,6 +111,14 @@ impl Planner {
     ) -> Plan {
         let mut views: Vec<&InstanceView> = views.iter().collect();
         views.sort_by(|a, b| a.instance.cmp(&b.instance));
+        let flows = self.plan_flows(now, &views, pools);
+        let spots: Vec<Pool>;
+        let pools = if pools.iter().any(|pool| pool.kind.is_for_flows()) {
+            spots = pools.iter().filter(|pool| !pool.kind.is_for_flows()).cloned().collect();
+            &spots
+        } else {
+            pools
+        };
         let by_name: BTreeMap<&str, usize> =
             pools.iter().enumerate().rev().map(|(index, pool)| (pool.name.as_str(), index)).collect();
         let link = |pool: &Pool| self.links.get(&pool.name).copied().unwrap_or(self.config.link_bytes_per_s);
@@ -195,7 +206,12 @@ impl Planner {
                 memory.wanted = if decision.moves() { memory.wanted.or(Some(now)) } else { None };
             }
         }
-        Plan { at: now, decisions: decided.into_iter().flatten().collect() }
+        let all = decided.into_iter().zip(flows).map(|(mut decisions, flows)| {
+            decisions.extend(flows);
+            order::put_in_order(&mut decisions, now);
+            decisions
+        });
+        Plan { at: now, decisions: all.flatten().collect() }
     }
 
     fn decide_all(&self, view: &InstanceView, round: &Round<'_, '_>, ledger: &Ledger<'_>) -> Vec<Decision> {
@@ -232,22 +248,7 @@ impl Planner {
         cpu_outcome: Option<&Outcome>,
     ) -> Decision {
         let pools = round.pools;
-        let mut decision = Decision {
-            instance: view.instance.clone(),
-            kind,
-            at: round.now,
-            need: None,
-            crossing_in_ms: None,
-            current: None,
-            candidates: Vec::new(),
-            left_out: 0,
-            threshold: self.config.threshold,
-            hysteresis: self.config.hysteresis,
-            exchange: None,
-            writing: None,
-            timing: None,
-            outcome: Outcome::Stay { reason: StayReason::NoPoolFits },
-        };
+        let mut decision = Decision::undecided(view, kind, round.now, &self.config);
         let need = match need::need(view, &self.config) {
             Ok(need) => need,
             Err(reason) => {
@@ -289,7 +290,9 @@ impl Planner {
         } else if matches!(cpu_outcome, Some(Outcome::Move { .. })) {
             Outcome::Stay { reason: StayReason::OtherMoveFirst }
         } else {
-            self.outcome(round.now, &decision, forced)
+            let unknown = Memory::default();
+            let memory = self.memory.get(&view.instance).unwrap_or(&unknown);
+            self.outcome(round.now, &decision, forced, memory, memory.is_in_flight())
         };
         if kind == MoveKind::Host && decision.moves() {
             decision.writing = self.memory.get(&view.instance).and_then(Memory::writing);
@@ -298,11 +301,17 @@ impl Planner {
         decision
     }
 
-    fn outcome(&self, now: UnixMillis, decision: &Decision, forced: bool) -> Outcome {
+    /// What follows from the numbers, for what has moved and failed as `memory` says.
+    pub(crate) fn outcome(
+        &self,
+        now: UnixMillis,
+        decision: &Decision,
+        forced: bool,
+        memory: &Memory,
+        in_flight: bool,
+    ) -> Outcome {
         let stay = |reason| Outcome::Stay { reason };
-        let unknown = Memory::default();
-        let memory = self.memory.get(&decision.instance).unwrap_or(&unknown);
-        if memory.in_flight.is_some() {
+        if in_flight {
             return stay(StayReason::InFlight);
         }
         let score = decision.current.as_ref().map(|current| current.score);
@@ -327,7 +336,8 @@ impl Planner {
             let wait = self.config.cool_down_ms.max(MIN_BACK_OFF_MS) << memory.failures.clamp(1, 7) >> 1;
             let left_ms = wait.saturating_sub(now.since(failed_at));
             if left_ms > 0 {
-                return stay(StayReason::BackOff { failures: memory.failures, left_ms });
+                let (failures, error) = (memory.failures, memory.last_error.clone());
+                return stay(StayReason::BackOff { failures, left_ms, error });
             }
         }
         if !forced {
@@ -350,48 +360,5 @@ impl Planner {
             _ => 0,
         };
         Outcome::Move { to: best.pool.clone(), start_by: UnixMillis(now.0.saturating_add(wait_ms)), forced }
-    }
-
-    /// A migration begins when little memory is written: by the forecast of that, where there is one; else at once in a time that is
-    /// quieter than most, where it is known what it usually writes; else, where writes are not tracked, by the forecast of its CPU use.
-    /// It waits no longer than it can, and, where nothing forces it, no longer than a planning horizon.
-    fn time(&self, view: &InstanceView, round: &Round<'_, '_>, decision: &mut Decision) {
-        let now = decision.at;
-        let wanted = self.memory.get(&decision.instance).and_then(|memory| memory.wanted).unwrap_or(now);
-        let Outcome::Move { to, start_by, forced } = &decision.outcome else { return };
-        let latest = match forced {
-            true => *start_by,
-            false => now.max(UnixMillis(wanted.0.saturating_add(self.config.horizon_ms))),
-        };
-        let price =
-            decision.candidates.iter().find(|candidate| candidate.pool == *to).and_then(|to| to.move_price);
-        let takes_ms = price.map_or(0, |price| (price.seconds * 1000.0) as u64);
-        let by = |by, resource, here: Option<f64>| {
-            let mut expected = need::expected(view, resource, &self.config);
-            let here = here.or(expected.first().map(|(_, amount)| *amount))?;
-            expected.insert(0, (0, here.max(0.0)));
-            let known = expected.len() > 1 && here.is_finite();
-            known.then(|| timing::choose(by, &expected, takes_ms, latest.since(now), start_by.since(now)))
-        };
-        let mut timing = by(TimedBy::Written, Resource::Written, view.dirty_bytes_per_s);
-        let chosen = match (&timing, decision.writing) {
-            (Some(timing), _) => timing.chosen_ms,
-            (None, Some(writing)) if writing.is_quiet() => 0,
-            (None, Some(_)) => latest.since(now),
-            (None, None) => {
-                let on = round.current(view, MoveKind::Cpu).or_else(|| round.current(view, MoveKind::Host));
-                let speed = on.map_or(1.0, |index| round.pools[index].performance);
-                timing = view
-                    .dirty_bytes_per_s
-                    .is_none()
-                    .then(|| by(TimedBy::Cpu, Resource::Cpu, Some(view.cores * speed)))
-                    .flatten();
-                timing.as_ref().map_or(start_by.since(now), |timing| timing.chosen_ms)
-            }
-        };
-        decision.timing = timing;
-        if let Outcome::Move { start_by, .. } = &mut decision.outcome {
-            *start_by = UnixMillis(now.0.saturating_add(chosen));
-        }
     }
 }

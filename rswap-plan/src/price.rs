@@ -74,7 +74,8 @@ impl Way {
     /// `link` is the speed of the way to another host, in bytes of memory per second.
     pub(super) fn new(kind: MoveKind, view: &InstanceView, link: f64, config: &PlanConfig) -> Self {
         let (seconds, bytes, unavailable_s, hopeless) = match kind {
-            MoveKind::Cpu => (CPU_MOVE_S, 0.0, 0.0, None),
+            // Volumes and ports have prices of their own.
+            MoveKind::Cpu | MoveKind::Storage | MoveKind::Link => (CPU_MOVE_S, 0.0, 0.0, None),
             MoveKind::Host => {
                 // Untracked writes are unknown, not absent: a tenth of the link is assumed.
                 let dirty =

@@ -94,6 +94,8 @@ fn view(number: usize, described: &Described, pools: &[Pool]) -> InstanceView {
         dirty_bytes_per_s: dirty,
         movable: if fleet { vec![MoveKind::Host] } else { vec![MoveKind::Cpu, MoveKind::Host] },
         labels: labels.into_iter().map(|(label, value)| (label.to_owned(), value.to_owned())).collect(),
+        volumes: Vec::new(),
+        port: None,
     }
 }
 

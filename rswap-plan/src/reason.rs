@@ -2,8 +2,11 @@
 
 use std::fmt;
 
-use rswap_types::InstanceName;
+use rswap_types::{Flow, InstanceName};
 use serde::{Deserialize, Serialize};
+
+/// What to do about it.
+const UNMEASURED: &str = "run `rswap calibrate` for it, or configure what it gives";
 
 /// Why an instance stays where it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +48,9 @@ pub enum StayReason {
         failures: u32,
         /// Milliseconds left.
         left_ms: u64,
+        /// Why, as far as whoever made the move said it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
     },
     /// A move of it is under way.
     InFlight,
@@ -52,6 +58,13 @@ pub enum StayReason {
     OtherMoveFirst,
     /// Its labels say that it is not to be moved.
     ToldToStay,
+    /// What is to be decided about lies on no pool that plans know.
+    OnNoPool,
+    /// Nobody knows what the present pool gives.
+    Unmeasured {
+        /// Which.
+        pool: String,
+    },
 }
 
 impl fmt::Display for StayReason {
@@ -75,12 +88,15 @@ impl fmt::Display for StayReason {
             Self::JustLeft { pool, left_ms } => {
                 write!(f, "it left {pool} a short while ago, and may return in {left_ms} ms")
             }
-            Self::BackOff { failures, left_ms } => {
-                write!(f, "waiting after {failures} failed move(s): {left_ms} ms left")
+            Self::BackOff { failures, left_ms, error } => {
+                let error = error.as_deref().map_or_else(String::new, |error| format!(" ({error})"));
+                write!(f, "waiting after {failures} failed move(s){error}: {left_ms} ms left")
             }
             Self::InFlight => write!(f, "a move is under way"),
             Self::OtherMoveFirst => write!(f, "another kind of move comes first"),
             Self::ToldToStay => write!(f, "its label {} says so", crate::rules::STAY),
+            Self::OnNoPool => write!(f, "it is on no pool that plans use: a person can move it to one"),
+            Self::Unmeasured { pool } => write!(f, "what {pool} gives is not known: {UNMEASURED}"),
         }
     }
 }
@@ -148,6 +164,22 @@ pub enum Dropped {
         /// Its first member.
         with: InstanceName,
     },
+    /// It cannot give the requests or bytes per second.
+    Flow {
+        /// Needed there.
+        needed: Flow,
+        /// Left there.
+        available: Flow,
+    },
+    /// It has no room for the volume.
+    Space {
+        /// Needed there, in bytes.
+        needed_bytes: u64,
+        /// Left there, in bytes.
+        available_bytes: u64,
+    },
+    /// Nobody knows what it gives.
+    Unmeasured,
     /// Memory is written faster than the link can send it.
     WillNotConverge {
         /// Written, in bytes per second.
@@ -174,6 +206,18 @@ impl fmt::Display for Dropped {
             Self::Pinned { to } => write!(f, "the instance is pinned to {to}"),
             Self::Apart { group, with } => write!(f, "{with} is there, and {group} is to be apart"),
             Self::Together { group, with } => write!(f, "{with} is elsewhere, and {group} is to be together"),
+            Self::Flow { needed, available } => write!(
+                f,
+                "needs {:.0} requests/s and {:.2} MB/s, has {:.0} and {:.2}",
+                needed.operations_per_s,
+                needed.bytes_per_s / 1e6,
+                available.operations_per_s,
+                available.bytes_per_s / 1e6
+            ),
+            Self::Space { needed_bytes, available_bytes } => {
+                write!(f, "needs {} MiB of room, has {} MiB", needed_bytes >> 20, available_bytes >> 20)
+            }
+            Self::Unmeasured => write!(f, "what it gives is not known: {UNMEASURED}"),
             Self::WillNotConverge { dirty_bytes_per_s, link_bytes_per_s } => write!(
                 f,
                 "writes {:.1} MB/s, the link sends {:.1} MB/s",

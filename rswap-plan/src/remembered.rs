@@ -14,12 +14,19 @@ pub struct Remembered {
     memory: BTreeMap<InstanceName, Memory>,
     links: BTreeMap<String, f64>,
     hours: BTreeMap<String, VecDeque<UnixMillis>>,
+    #[serde(default)]
+    parts: BTreeMap<InstanceName, BTreeMap<String, Memory>>,
 }
 
 impl Planner {
     /// All that it remembers.
     pub fn remembered(&self) -> Remembered {
-        Remembered { memory: self.memory.clone(), links: self.links.clone(), hours: self.hours.clone() }
+        Remembered {
+            memory: self.memory.clone(),
+            links: self.links.clone(),
+            hours: self.hours.clone(),
+            parts: self.parts.clone(),
+        }
     }
 
     /// A planner that goes on from what another one remembered, of the instances that are `present`. What was on its way then is not
@@ -32,6 +39,8 @@ impl Planner {
         let mut new = Self::new(config);
         new.memory = remembered.memory;
         new.memory.retain(|name, _| present(name));
+        new.parts = remembered.parts;
+        new.parts.retain(|name, _| present(name));
         new.hours = remembered.hours;
         for (host, bytes_per_s) in remembered.links {
             new.link_measured(&host, bytes_per_s);

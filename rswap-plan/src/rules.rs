@@ -29,6 +29,18 @@ pub(crate) fn stays(view: &InstanceView) -> bool {
     view.labels.get(STAY).is_some_and(|value| value == "true")
 }
 
+/// Why it must not be on `pool`, if its label names others of the same kind.
+pub(crate) fn pinned<'p>(
+    view: &InstanceView,
+    pool: &str,
+    of_kind: impl FnOnce() -> Vec<&'p str>,
+) -> Option<Dropped> {
+    let pin = view.labels.get(PIN)?;
+    let named = |name: &str| pin.split(',').any(|pool| pool.trim() == name);
+    let concerned = !named(pool) && of_kind().into_iter().any(named);
+    concerned.then(|| Dropped::Pinned { to: pin.clone() })
+}
+
 /// Who of each group is on which host, or on its way there: (is apart, group) -> members by name.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Groups<'v>(BTreeMap<(bool, &'v str), BTreeMap<&'v InstanceName, usize>>);

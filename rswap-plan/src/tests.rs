@@ -46,6 +46,8 @@ fn view(name: &str, cpu_pool: &str, needs: &[(u64, f64)], evidence: Evidence) ->
         dirty_bytes_per_s: Some(1e6),
         movable: vec![MoveKind::Cpu, MoveKind::Host],
         labels: BTreeMap::new(),
+        volumes: Vec::new(),
+        port: None,
     }
 }
 

@@ -1,6 +1,10 @@
 //! When a migration begins: in the time, between now and the latest start, in which least is expected to be written.
 
+use rswap_forecast::Resource;
+use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
+
+use crate::{Decision, InstanceView, MoveKind, Outcome, Planner, compare::Round, need};
 
 /// A time must be quieter by this share to be moved to: forecasts waver.
 const CLEARLY: f64 = 0.2;
@@ -79,6 +83,51 @@ impl Timing {
     /// The latest start, in milliseconds from now.
     pub fn latest_ms(&self) -> u64 {
         self.starts.last().map_or(0, |(start, _)| *start)
+    }
+}
+
+impl Planner {
+    /// A migration begins when little memory is written: by the forecast of that, where there is one; else at once in a time that is
+    /// quieter than most, where it is known what it usually writes; else, where writes are not tracked, by the forecast of its CPU use.
+    /// It waits no longer than it can, and, where nothing forces it, no longer than a planning horizon.
+    pub(crate) fn time(&self, view: &InstanceView, round: &Round<'_, '_>, decision: &mut Decision) {
+        let now = decision.at;
+        let wanted = self.memory.get(&decision.instance).and_then(|memory| memory.wanted).unwrap_or(now);
+        let Outcome::Move { to, start_by, forced } = &decision.outcome else { return };
+        let latest = match forced {
+            true => *start_by,
+            false => now.max(UnixMillis(wanted.0.saturating_add(self.config.horizon_ms))),
+        };
+        let price =
+            decision.candidates.iter().find(|candidate| candidate.pool == *to).and_then(|to| to.move_price);
+        let takes_ms = price.map_or(0, |price| (price.seconds * 1000.0) as u64);
+        let by = |by, resource, here: Option<f64>| {
+            let mut expected = need::expected(view, resource, &self.config);
+            let here = here.or(expected.first().map(|(_, amount)| *amount))?;
+            expected.insert(0, (0, here.max(0.0)));
+            let known = expected.len() > 1 && here.is_finite();
+            known.then(|| choose(by, &expected, takes_ms, latest.since(now), start_by.since(now)))
+        };
+        let mut timing = by(TimedBy::Written, Resource::Written, view.dirty_bytes_per_s);
+        let chosen = match (&timing, decision.writing) {
+            (Some(timing), _) => timing.chosen_ms,
+            (None, Some(writing)) if writing.is_quiet() => 0,
+            (None, Some(_)) => latest.since(now),
+            (None, None) => {
+                let on = round.current(view, MoveKind::Cpu).or_else(|| round.current(view, MoveKind::Host));
+                let speed = on.map_or(1.0, |index| round.pools[index].performance);
+                timing = view
+                    .dirty_bytes_per_s
+                    .is_none()
+                    .then(|| by(TimedBy::Cpu, Resource::Cpu, Some(view.cores * speed)))
+                    .flatten();
+                timing.as_ref().map_or(start_by.since(now), |timing| timing.chosen_ms)
+            }
+        };
+        decision.timing = timing;
+        if let Outcome::Move { start_by, .. } = &mut decision.outcome {
+            *start_by = UnixMillis(now.0.saturating_add(chosen));
+        }
     }
 }
 

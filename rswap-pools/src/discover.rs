@@ -10,6 +10,9 @@ use crate::{
 
 /// Name of the measure that plans use: speed of one core, relative to the reference core.
 pub(crate) const RELATIVE_SPEED: &str = "relative_speed";
+/// Names of what the configuration says of storage.
+pub(crate) const OPERATIONS_PER_S: &str = "operations_per_s";
+pub(crate) const BYTES_PER_S: &str = "bytes_per_s";
 
 /// All that is below `root`, and what `settings` name, at `now`. Rates, and what is gone, come by [`crate::follow`].
 pub fn discover(root: &Root<'_>, settings: &Settings, now: UnixMillis) -> Inventory {
@@ -218,10 +221,24 @@ fn storage_pools(file_systems: Vec<storage::FileSystem>, settings: &Settings) ->
                 pool.state = found.state.clone();
             }
             pool.cost_per_hour = cost(wanted, "cost_per_gib_hour");
+            pool.performance.extend(wanted.iter().flat_map(|wanted| what_it_gives(wanted)));
             pools.push(pool);
         }
     }
     pools
+}
+
+/// What the configuration says that storage gives.
+fn what_it_gives(wanted: &Wanted) -> impl Iterator<Item = Measure> + use<> {
+    let said = [
+        (OPERATIONS_PER_S, wanted.operations_per_s, "operations_per_s"),
+        (BYTES_PER_S, wanted.bytes_per_s, "mbyte_per_s"),
+        (RELATIVE_SPEED, wanted.performance, "performance"),
+    ];
+    let measures = said.map(|(what, value, key)| {
+        Some(Measure { what: what.to_owned(), known: configured(value?, wanted, key) })
+    });
+    measures.into_iter().flatten()
 }
 
 fn link_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {

@@ -2,10 +2,13 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use rswap_types::{CpuSet, UnixMillis};
+use rswap_types::{CpuSet, Flow, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::{Core, Device, discover::RELATIVE_SPEED};
+use crate::{
+    Core, Device,
+    discover::{BYTES_PER_S, OPERATIONS_PER_S, RELATIVE_SPEED},
+};
 
 /// Where a number comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,12 +97,41 @@ pub struct LocalPool {
 }
 
 impl LocalPool {
-    /// Cores: speed of one, relative to the reference core.
+    /// Cores: speed of one, relative to the reference core. Storage: relative to the host's fastest, where that is configured.
     pub fn relative_speed(&self) -> Option<f64> {
-        self.performance
-            .iter()
-            .find(|measure| measure.what == RELATIVE_SPEED)
-            .map(|measure| measure.known.value)
+        self.measured(RELATIVE_SPEED)
+    }
+
+    fn measured(&self, what: &str) -> Option<f64> {
+        self.performance.iter().find(|measure| measure.what == what).map(|measure| measure.known.value)
+    }
+
+    /// Storage and links: what they give, as configured, else as measured. Storage is measured by requests that are made eight at once
+    /// (reading) and one at a time (writing); of both rates the lower one is what a program can count on.
+    pub fn gives(&self) -> Option<Flow> {
+        match &self.kind {
+            LocalKind::Storage { .. } => {
+                let reads = self.measured("read_iops");
+                let writes = self.measured("write_latency_p50_us").map(|us| 1e6 / us.max(1e-3));
+                let measured = reads.zip(writes).map(|(reads, writes)| reads.min(writes));
+                Some(Flow {
+                    operations_per_s: self.measured(OPERATIONS_PER_S).or(measured)?,
+                    bytes_per_s: self.measured(BYTES_PER_S).or(self.measured("write_bytes_per_s"))?,
+                })
+            }
+            LocalKind::Link { .. } => {
+                let bits = self.capacity.as_ref().map(|capacity| capacity.value);
+                let bits = bits.or(self.measured("send_bits_per_s"))?;
+                Some(Flow { operations_per_s: 0.0, bytes_per_s: bits / 8.0 })
+            }
+            _ => None,
+        }
+    }
+
+    /// Storage: how long a request takes, in microseconds, where that was measured: the mean of reading's and writing's medians.
+    pub fn latency_us(&self) -> Option<f64> {
+        let medians = self.measured("read_latency_p50_us").zip(self.measured("write_latency_p50_us"));
+        medians.map(|(read, write)| (read + write) / 2.0)
     }
 }
 

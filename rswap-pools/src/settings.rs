@@ -36,8 +36,12 @@ pub struct Wanted {
     pub capacity: Option<f64>,
     /// Money per hour and core, GiB, or Gbit/s.
     pub cost_per_hour: Option<f64>,
-    /// Cores: speed of one, relative to the reference core.
+    /// Cores: speed of one, relative to the reference core. Storage: relative to the host's fastest.
     pub performance: Option<f64>,
+    /// Storage: requests per second that it gives.
+    pub operations_per_s: Option<f64>,
+    /// Storage: bytes per second that it gives.
+    pub bytes_per_s: Option<f64>,
     /// Links: what one instance may send, and receive, in bits per second.
     pub instance_rate: Option<f64>,
 }

@@ -6,5 +6,5 @@ mod pool;
 mod units;
 
 pub use instance::{InstanceName, NameError};
-pub use pool::{Capacity, CpuSet, Pool, PoolKind, PoolState, THIS_HOST, overlap};
+pub use pool::{Capacity, CpuSet, Flow, Pool, PoolKind, PoolState, THIS_HOST, overlap};
 pub use units::UnixMillis;

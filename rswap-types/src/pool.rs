@@ -47,6 +47,73 @@ pub enum PoolKind {
     },
     /// This host as a whole: the pool that an instance leaves when it migrates.
     ThisHost,
+    /// A file system of this host that volumes can be put on.
+    Storage {
+        /// Its size, in bytes.
+        size_bytes: u64,
+        /// What can still be put there, in bytes.
+        free_bytes: u64,
+        /// What it gives; `None` while nobody has measured or configured that.
+        gives: Option<Flow>,
+    },
+    /// A link of this host that instances can be on.
+    Link {
+        /// What it gives in each direction; `None` while nobody has measured or configured that.
+        gives: Option<Flow>,
+        /// What one instance can have of it at most, in bytes per second of each direction.
+        instance_bytes_per_s: Option<f64>,
+        /// What is used of it by others than instances, in the fuller direction.
+        foreign: Flow,
+        /// Money per Gbit/s and hour.
+        cost_per_gbit_hour: f64,
+    },
+}
+
+/// What flows in a second: requests and bytes of block I/O, or bytes over a link, which has no requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Flow {
+    /// Requests per second.
+    pub operations_per_s: f64,
+    /// Bytes per second.
+    pub bytes_per_s: f64,
+}
+
+impl Flow {
+    /// Both together.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            operations_per_s: self.operations_per_s + other.operations_per_s,
+            bytes_per_s: self.bytes_per_s + other.bytes_per_s,
+        }
+    }
+
+    /// What is left of it without `other`, not less than nothing.
+    pub fn less(self, other: Self) -> Self {
+        Self {
+            operations_per_s: (self.operations_per_s - other.operations_per_s).max(0.0),
+            bytes_per_s: (self.bytes_per_s - other.bytes_per_s).max(0.0),
+        }
+    }
+
+    /// So many times as much.
+    pub fn times(self, factor: f64) -> Self {
+        Self { operations_per_s: self.operations_per_s * factor, bytes_per_s: self.bytes_per_s * factor }
+    }
+
+    /// The larger one of each.
+    pub fn most(self, other: Self) -> Self {
+        Self {
+            operations_per_s: self.operations_per_s.max(other.operations_per_s),
+            bytes_per_s: self.bytes_per_s.max(other.bytes_per_s),
+        }
+    }
+}
+
+impl PoolKind {
+    /// Whether what is put there is a part of an instance by itself (a volume, its port), and not the instance.
+    pub fn is_for_flows(&self) -> bool {
+        matches!(self, Self::Storage { .. } | Self::Link { .. })
+    }
 }
 
 /// An amount of what a pool offers.
@@ -78,7 +145,19 @@ impl Pool {
     pub fn cpus(&self) -> Option<&CpuSet> {
         match &self.kind {
             PoolKind::Cpu { cpus } => Some(cpus),
-            PoolKind::Host { .. } | PoolKind::ThisHost => None,
+            PoolKind::Host { .. } | PoolKind::ThisHost | PoolKind::Storage { .. } | PoolKind::Link { .. } => {
+                None
+            }
+        }
+    }
+}
+
+impl Pool {
+    /// What a storage pool or a link gives, if that is known.
+    pub fn gives(&self) -> Option<Flow> {
+        match self.kind {
+            PoolKind::Storage { gives, .. } | PoolKind::Link { gives, .. } => gives,
+            PoolKind::Cpu { .. } | PoolKind::Host { .. } | PoolKind::ThisHost => None,
         }
     }
 }
@@ -88,7 +167,7 @@ impl Pool {
 pub fn overlap(pools: &[Pool], sits_on: Option<&str>, pool: &Pool) -> f64 {
     let there = match &pool.kind {
         PoolKind::ThisHost => return 1.0,
-        PoolKind::Host { .. } => return 0.0,
+        PoolKind::Host { .. } | PoolKind::Storage { .. } | PoolKind::Link { .. } => return 0.0,
         PoolKind::Cpu { cpus } => cpus,
     };
     let own = sits_on.and_then(|name| pools.iter().find(|pool| pool.name == name)).and_then(Pool::cpus);

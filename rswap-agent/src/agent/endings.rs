@@ -13,8 +13,18 @@ use crate::{
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
     instance::{Instance, InstanceName},
     status::{ApiError, MigrationState},
+    swap::storage::StorageReport,
     units::UnixMillis,
 };
+
+/// Copies of less than this say more about what comes before and after them than about the disks.
+const TELLING_BYTES: u64 = 16 << 20;
+
+/// How fast a volume was copied, in bytes per second, if that can be told.
+fn copy_rate(report: &StorageReport) -> Option<f64> {
+    let seconds = (report.duration_ms - report.unavailability_ms) / 1e3;
+    (report.bytes_copied >= TELLING_BYTES && seconds > 0.0).then(|| report.bytes_copied as f64 / seconds)
+}
 
 impl Wiring {
     /// Takes note of a move's end, and answers whoever asked for it.
@@ -28,14 +38,20 @@ impl Wiring {
                 if let Moved::Migration(report) = moved {
                     self.planner.link_measured(&to, report.memory_bytes_per_s);
                 }
+                if let Moved::Volume(report) = moved
+                    && let Some(rate) = copy_rate(report)
+                {
+                    self.planner.copy_measured(&to, rate);
+                }
                 if let Some(kind) = stake.kind() {
-                    self.planner.moved(&instance, kind, now);
+                    self.planner.part_moved(&instance, kind, stake.volume(), now);
                 }
             }
             Err(Stayed::Here(error)) => {
                 tracing::warn!(%instance, to, %error, "not moved: it runs where it ran");
                 if let Some(kind) = stake.kind() {
-                    self.planner.failed(&instance, kind, now);
+                    let error = error.to_string();
+                    self.planner.part_failed(&instance, kind, stake.volume(), &error, now);
                 }
             }
             Err(Stayed::InDoubt(error)) => {
@@ -49,9 +65,8 @@ impl Wiring {
                 let note = |instance: &mut Instance, pool| instance.pool = Some(pool);
                 self.swap_ended(instance, to, result, took, reply, note);
             }
-            Stake::Uplink(reply) => {
+            Stake::Uplink { reply, asked } => {
                 // What nobody asked for only brought about what the registry says.
-                let asked = reply.is_some();
                 let note = |instance: &mut Instance, pool| {
                     if asked {
                         instance.uplink = Some(pool);
@@ -71,11 +86,11 @@ impl Wiring {
                 self.swap_ended(instance, to, result, took, Some(reply), note);
             }
             Stake::Migration { id, events } => self.migration_ended(id, result, events, now),
-            Stake::Volume(events) => self.volume_ended(result, events),
+            Stake::Volume { events, .. } => self.volume_ended(result, events),
         }
     }
 
-    fn volume_ended(&mut self, result: Result<Moved, Stayed>, events: mpsc::Sender<SwapVolumeEvent>) {
+    fn volume_ended(&mut self, result: Result<Moved, Stayed>, events: Option<mpsc::Sender<SwapVolumeEvent>>) {
         self.board.write(|board| match &result {
             Ok(_) => board.swaps_done += 1,
             Err(_) => board.swaps_failed += 1,
@@ -86,8 +101,10 @@ impl Wiring {
             Ok(_) => return,
             Err(Stayed::Here(error) | Stayed::InDoubt(error)) => SwapVolumeEvent::Failed(error),
         };
-        // A slow reader gets it all the same, without holding up the windows.
-        tokio::spawn(async move { drop(events.send(last).await) });
+        if let Some(events) = events {
+            // A slow reader gets it all the same, without holding up the windows.
+            tokio::spawn(async move { drop(events.send(last).await) });
+        }
     }
 
     fn swap_ended(

@@ -37,7 +37,7 @@ pub(super) enum Order {
     Uplink { instance: Instance, uplink: Uplink },
     Memory { instance: Instance, to: Target },
     Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
-    Volume { instance: Instance, volume: Volume, pool: PathBuf, events: Sender<SwapVolumeEvent> },
+    Volume { instance: Instance, volume: Volume, pool: PathBuf, events: Option<Sender<SwapVolumeEvent>> },
 }
 
 impl Order {
@@ -55,23 +55,39 @@ impl Order {
 /// Who waits for the end.
 pub(super) enum Stake {
     Swap(Option<Reply<SwapDone>>),
-    /// By whom the registry is told, too; nobody, when it names the link already.
-    Uplink(Option<Reply<SwapDone>>),
+    /// Unless somebody or a plan `asked` for it, the registry names the link already.
+    Uplink {
+        reply: Option<Reply<SwapDone>>,
+        asked: bool,
+    },
     Memory(Reply<SwapDone>),
     Migration {
         id: u64,
         events: Option<Sender<MigrateEvent>>,
     },
-    Volume(Sender<SwapVolumeEvent>),
+    Volume {
+        volume: InstanceName,
+        events: Option<Sender<SwapVolumeEvent>>,
+    },
 }
 
 impl Stake {
-    /// As what plans see it; they see nothing of volumes, uplinks and memory.
+    /// As what plans see it; they see nothing of memory.
     pub(super) fn kind(&self) -> Option<MoveKind> {
         match self {
             Self::Swap(_) => Some(MoveKind::Cpu),
             Self::Migration { .. } => Some(MoveKind::Host),
-            Self::Volume(_) | Self::Uplink(_) | Self::Memory(_) => None,
+            Self::Volume { .. } => Some(MoveKind::Storage),
+            Self::Uplink { .. } => Some(MoveKind::Link),
+            Self::Memory(_) => None,
+        }
+    }
+
+    /// Of which volume.
+    pub(super) fn volume(&self) -> Option<&str> {
+        match self {
+            Self::Volume { volume, .. } => Some(volume.as_str()),
+            Self::Swap(_) | Self::Migration { .. } | Self::Uplink { .. } | Self::Memory(_) => None,
         }
     }
 }
@@ -165,7 +181,7 @@ pub(super) fn spawn(
                     allowed: Duration::from_millis(config.migrate.max_unavailability_ms),
                     limit: VOLUME_LIMIT,
                 };
-                volume_swap(&order, &config.migrate, &events).map_err(Stayed::Here)
+                volume_swap(&order, &config.migrate, events.as_ref()).map_err(Stayed::Here)
             }
         }));
         let result = result.unwrap_or_else(|_| {
@@ -174,7 +190,7 @@ pub(super) fn spawn(
             // It may have been past the commit point: only the other host knows.
             Err(match stake.kind() {
                 Some(MoveKind::Host) => Stayed::InDoubt(answer),
-                Some(MoveKind::Cpu) | None => Stayed::Here(answer),
+                Some(MoveKind::Cpu | MoveKind::Storage | MoveKind::Link) | None => Stayed::Here(answer),
             })
         });
         let end = Ended { instance, to, result, stake, took: began.elapsed() };
@@ -205,7 +221,7 @@ fn uplink_swap(place: &Place, instance: &Instance, to: &Uplink) -> Result<Moved,
 fn volume_swap(
     order: &StorageOrder,
     config: &MigrateConfig,
-    events: &Sender<SwapVolumeEvent>,
+    events: Option<&Sender<SwapVolumeEvent>>,
 ) -> Result<Moved, ApiError> {
     let StorageOrder { place, instance, volume, pool, .. } = order;
     let attempted = format!("move the volume {} of {} to {}", volume.name, instance.name, pool.display());
@@ -215,8 +231,11 @@ fn volume_swap(
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text, "see the agent's log")
     })?;
     // Dropped for a reader that is too slow or gone.
-    let mut tell =
-        |progress: &StorageProgress| drop(events.try_send(SwapVolumeEvent::Progress(progress.clone())));
+    let mut tell = |progress: &StorageProgress| {
+        if let Some(events) = events {
+            drop(events.try_send(SwapVolumeEvent::Progress(progress.clone())));
+        }
+    };
     let moved = storage::move_to(order, &guard, &mut tell);
     moved.map(Moved::Volume).map_err(|error| refused(&attempted, &error))
 }

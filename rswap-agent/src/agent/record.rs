@@ -182,7 +182,7 @@ mod tests {
     }
 
     fn record(recorder: &mut Recorder, profile: &Profile) {
-        recorder.window(profile, "a, b", &super::super::usage::of(profile, 1.0));
+        recorder.window(profile, "a, b", &super::super::usage::of(profile, 1.0, Default::default()));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::{
     config,
     control::{Reply, SwapDone, SwapRequest, SwapVolumeEvent, SwapVolumeRequest},
     instance::{
-        Instance, InstanceError,
+        Instance, InstanceError, InstanceName,
         launch::Place,
         network::{Attachment, Bridge},
     },
@@ -57,7 +57,7 @@ impl Wiring {
     pub(super) fn start_volume_swap(
         &mut self,
         request: &SwapVolumeRequest,
-        events: &mpsc::Sender<SwapVolumeEvent>,
+        events: Option<mpsc::Sender<SwapVolumeEvent>>,
     ) -> Result<(), ApiError> {
         let missing = |text: String, hint| ApiError::new(StatusCode::NOT_FOUND, text, hint);
         let instance = self.free_instance(&request.instance)?;
@@ -68,8 +68,8 @@ impl Wiring {
         })?;
         let pool = config::volume_directory(&self.config, &request.pool);
         let pool = pool.map_err(|error| missing(error, "see docs/pools.md, Volumes in storage pools"))?;
-        let order = Order::Volume { instance, volume, pool, events: events.clone() };
-        self.begin(order, request.pool.clone(), Stake::Volume(events.clone()));
+        let stake = Stake::Volume { volume: volume.name.clone(), events: events.clone() };
+        self.begin(Order::Volume { instance, volume, pool, events }, request.pool.clone(), stake);
         Ok(())
     }
 
@@ -83,6 +83,19 @@ impl Wiring {
         }
     }
 
+    /// A volume's move that a plan decided.
+    pub(super) fn start_planned_volume_swap(
+        &mut self,
+        instance: InstanceName,
+        volume: Option<&str>,
+        pool: &str,
+    ) -> Result<(), ApiError> {
+        let volume = volume.and_then(|name| name.parse().ok()).ok_or_else(|| {
+            ApiError::new(StatusCode::NOT_FOUND, "the plan names no volume".to_owned(), "see the agent's log")
+        })?;
+        self.start_volume_swap(&SwapVolumeRequest { instance, volume, pool: pool.to_owned() }, None)
+    }
+
     /// The link that a pool of this host is, if it is one.
     pub(super) fn link_of(&self, pool: &str) -> Option<Uplink> {
         match &self.watch.latest().pool(pool)?.kind {
@@ -94,8 +107,46 @@ impl Wiring {
         }
     }
 
-    pub(super) fn start_uplink_swap(&mut self, request: SwapRequest, uplink: Uplink, reply: Reply<SwapDone>) {
-        let ready = self.free_instance(&request.instance).and_then(|instance| {
+    /// The link pool that an instance is on: that which it was moved to, else one of the bridge that ports are put on, without a
+    /// limit of its own.
+    pub(super) fn link_under(&self, instance: &Instance) -> Option<String> {
+        instance.network.as_ref()?;
+        if let Some(pool) = &instance.uplink {
+            return Some(pool.clone());
+        }
+        let bridge = self.config.network.bridge.as_ref()?;
+        let inventory = self.watch.latest();
+        let of_bridge = inventory.pools.iter().find(|pool| match &pool.kind {
+            LocalKind::Link { interface, master, instance_rate: None, .. } => {
+                interface == bridge || master.as_ref() == Some(bridge)
+            }
+            _ => false,
+        });
+        of_bridge.map(|pool| pool.name.clone())
+    }
+
+    /// A move to another link that a plan decided.
+    pub(super) fn start_planned_uplink_swap(
+        &mut self,
+        instance: InstanceName,
+        pool: &str,
+    ) -> Result<(), ApiError> {
+        let request = SwapRequest { instance, pool: pool.to_owned() };
+        let uplink = self.link_of(pool).ok_or_else(|| {
+            let text = format!("{pool} is no link of this host any more");
+            ApiError::new(StatusCode::NOT_FOUND, text, "see `rswap pools`")
+        })?;
+        let instance = self.ready_for_uplink(&request)?;
+        self.begin(
+            Order::Uplink { instance, uplink },
+            request.pool,
+            Stake::Uplink { reply: None, asked: true },
+        );
+        Ok(())
+    }
+
+    fn ready_for_uplink(&mut self, request: &SwapRequest) -> Result<Instance, ApiError> {
+        self.free_instance(&request.instance).and_then(|instance| {
             let state = self.watch.latest().pool(&request.pool).map(|pool| pool.state.clone());
             match state.as_ref().and_then(State::reason) {
                 None => Ok(instance),
@@ -104,10 +155,17 @@ impl Wiring {
                     Err(ApiError::new(StatusCode::CONFLICT, text, "see `rswap pools`"))
                 }
             }
-        });
-        match ready {
+        })
+    }
+
+    pub(super) fn start_uplink_swap(&mut self, request: SwapRequest, uplink: Uplink, reply: Reply<SwapDone>) {
+        match self.ready_for_uplink(&request) {
             Ok(instance) => {
-                self.begin(Order::Uplink { instance, uplink }, request.pool, Stake::Uplink(Some(reply)));
+                self.begin(
+                    Order::Uplink { instance, uplink },
+                    request.pool,
+                    Stake::Uplink { reply: Some(reply), asked: true },
+                );
             }
             // A caller that went away doesn't need its answer.
             Err(error) => drop(reply.send(Err(error))),
@@ -216,7 +274,11 @@ impl Wiring {
         match looked {
             Ok(Ok(true)) => {
                 tracing::warn!(instance = %name, pool = to, "it is on another uplink than the registry says: it goes back");
-                self.begin(Order::Uplink { instance, uplink }, to, Stake::Uplink(None));
+                self.begin(
+                    Order::Uplink { instance, uplink },
+                    to,
+                    Stake::Uplink { reply: None, asked: false },
+                );
             }
             Ok(Ok(false)) => {}
             Ok(Err(error)) => {

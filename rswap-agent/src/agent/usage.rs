@@ -1,12 +1,13 @@
 //! A window's profile as what the forecast takes in.
 
+use super::parts::PartsUsage;
 use crate::{forecast::Usage, profile::Profile};
 
 /// The share of a window's requests whose latency is the window's.
 const LATENCY_OF: f64 = 0.99;
 
 /// What was used in a window, on cores of this speed.
-pub(super) fn of(profile: &Profile, speed: f64) -> Usage {
+pub(super) fn of(profile: &Profile, speed: f64, parts: PartsUsage) -> Usage {
     let net = profile.net_bytes_per_s();
     Usage {
         reference_cores: profile.cpu.cores * speed,
@@ -16,6 +17,9 @@ pub(super) fn of(profile: &Profile, speed: f64) -> Usage {
         net_in_bytes_per_s: net.map(|(bytes, _)| bytes),
         net_out_bytes_per_s: net.map(|(_, bytes)| bytes),
         written_bytes_per_s: profile.memory.dirty_bytes_per_s,
+        volume_operations_per_s: parts.volumes.map(|flow| flow.operations_per_s),
+        volume_bytes_per_s: parts.volumes.map(|flow| flow.bytes_per_s),
+        port_bytes_per_s: parts.port_bytes_per_s,
     }
 }
 
@@ -53,7 +57,7 @@ mod tests {
 
     #[test]
     fn a_window_is_told_per_second() {
-        let usage = of(&profile(true, &[1 << 20; 3]), 2.0);
+        let usage = of(&profile(true, &[1 << 20; 3]), 2.0, PartsUsage::default());
         assert_eq!((usage.reference_cores, usage.memory_bytes), (1.0, 7.0));
         assert_eq!(usage.io_bytes_per_s, Some(8_000.0));
         assert_eq!((usage.net_in_bytes_per_s, usage.net_out_bytes_per_s), (Some(20.0), Some(40.0)));
@@ -63,9 +67,9 @@ mod tests {
 
     #[test]
     fn no_request_is_no_latency_and_nothing_counted_is_nothing_known() {
-        let usage = of(&profile(true, &[]), 1.0);
+        let usage = of(&profile(true, &[]), 1.0, PartsUsage::default());
         assert_eq!((usage.io_bytes_per_s, usage.io_latency_ns), (Some(0.0), None));
-        let usage = of(&profile(false, &[5]), 1.0);
+        let usage = of(&profile(false, &[5]), 1.0, PartsUsage::default());
         assert_eq!(
             (usage.io_bytes_per_s, usage.net_in_bytes_per_s, usage.written_bytes_per_s),
             (None, None, None)

@@ -10,6 +10,7 @@ use super::{
     kin,
     learnt::Keeper,
     moves::{self, Ended, Order, Stake},
+    parts::{Parts, PartsUsage},
     record::Recorder,
     remembered,
     swaps::Local,
@@ -24,7 +25,7 @@ use crate::{
     },
     migrate::recovery::{self, Doubt, Recovery},
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
-    pool::{self, Pool, Watch},
+    pool::{self, Inventory, Pool, Watch},
     profile::{Profile, Profiler},
     status::{ApiError, Board},
     units::UnixMillis,
@@ -47,6 +48,7 @@ pub(super) struct Wiring {
     recorder: Option<Recorder>,
     forecaster: Forecaster,
     keeper: Keeper,
+    parts: Parts,
     windows: u64,
     pub(super) planner: Planner,
     pub(super) pools: Vec<Pool>,
@@ -87,6 +89,7 @@ impl Wiring {
             recorder,
             forecaster,
             keeper,
+            parts: Parts::new(),
             windows: 0,
             planner,
             pools,
@@ -111,8 +114,11 @@ impl Wiring {
         }
         self.look_at_pools();
         let profiles = self.profiler.sample(now);
+        self.parts.begin_window(|name| self.known.contains_key(name));
+        let (inventory, apart) = (self.watch.latest(), self.profiler.devices());
         for profile in &profiles {
-            let usage = usage::of(profile, self.performance_under(&profile.instance));
+            let parts = self.look_at_parts(profile, &apart, &inventory);
+            let usage = usage::of(profile, self.performance_under(&profile.instance), parts);
             self.look_at_kin(&profile.instance);
             if let Some(recorder) = &mut self.recorder {
                 let class = self.forecaster.kin(&profile.instance).map_or("", |kin| &kin.class);
@@ -124,7 +130,13 @@ impl Wiring {
         self.keeper.window(&self.forecaster, now);
         let seen: Vec<_> =
             profiles.iter().map(|profile| (profile, self.pool_of(&profile.instance))).collect();
-        let pools = pool::with_usage(self.pools.clone(), &seen);
+        let mut pools = pool::with_usage(self.pools.clone(), &seen);
+        let on_links: Vec<_> = self
+            .known
+            .values()
+            .filter_map(|instance| Some((instance.name.clone(), self.link_under(instance)?)))
+            .collect();
+        self.parts.leave_others(&mut pools, &on_links);
         let views: Vec<InstanceView> =
             profiles.iter().filter_map(|profile| self.view(profile, now)).collect();
         self.follow_cold(&views);
@@ -133,6 +145,14 @@ impl Wiring {
             self.act(&plan, now);
         }
         self.show(profiles, views, pools, plan, began);
+    }
+
+    /// What its volumes and its port did.
+    fn look_at_parts(&mut self, profile: &Profile, apart: &[String], inventory: &Inventory) -> PartsUsage {
+        let Some(instance) = self.known.get(&profile.instance) else { return PartsUsage::default() };
+        let directories = volume_directories(&self.recovery.place, instance);
+        let has_port = instance.network.is_some();
+        self.parts.window(profile, &directories, has_port, apart, &self.config, inventory)
     }
 
     /// Tells the forecaster whom an instance is like, when it is new and now and then.
@@ -264,8 +284,9 @@ impl Wiring {
         let instance = self.known.get(&profile.instance)?;
         let demand = self.forecaster.demand(&profile.instance, now)?;
         // Only what has a PID namespace of its own can be rebuilt elsewhere.
+        // The same of the mount namespace in which a volume is replaced.
         let movable = match instance.init_pid {
-            Some(_) => vec![MoveKind::Cpu, MoveKind::Host],
+            Some(_) => vec![MoveKind::Cpu, MoveKind::Host, MoveKind::Storage],
             None => vec![MoveKind::Cpu],
         };
         Some(InstanceView {
@@ -278,6 +299,8 @@ impl Wiring {
             dirty_bytes_per_s: profile.memory.dirty_bytes_per_s,
             movable,
             labels: instance.labels.clone(),
+            volumes: self.parts.volumes(&instance.name),
+            port: self.parts.port(&instance.name, self.link_under(instance)),
         })
     }
 
@@ -290,16 +313,23 @@ impl Wiring {
                 continue;
             }
             let instance = decision.instance.clone();
+            let volume = decision.volume.as_deref();
             let started = match decision.kind {
-                MoveKind::Cpu => self.start_swap(SwapRequest { instance, pool: to.clone() }, None),
-                MoveKind::Host => self.start_migration(
-                    MigrateRequest { instance, host: to.clone(), stop_and_copy: false },
-                    None,
-                ),
+                MoveKind::Cpu => {
+                    let started = self.start_swap(SwapRequest { instance, pool: to.clone() }, None);
+                    started.map_err(|(error, _)| error)
+                }
+                MoveKind::Host => {
+                    let request = MigrateRequest { instance, host: to.clone(), stop_and_copy: false };
+                    self.start_migration(request, None).map_err(|(error, _)| error)
+                }
+                MoveKind::Storage => self.start_planned_volume_swap(instance, volume, to),
+                MoveKind::Link => self.start_planned_uplink_swap(instance, to),
             };
-            if let Err((error, _)) = started {
+            if let Err(error) = started {
                 tracing::warn!(instance = %decision.instance, to, %error, "a planned move did not start");
-                self.planner.failed(&decision.instance, decision.kind, now);
+                let error = error.to_string();
+                self.planner.part_failed(&decision.instance, decision.kind, volume, &error, now);
             }
         }
     }
@@ -326,9 +356,9 @@ impl Wiring {
             for (name, view) in &mut board.instances {
                 view.in_swap = in_swap.remove(name);
             }
-            for InstanceView { instance, demand, .. } in views {
+            for InstanceView { instance, demand, volumes, .. } in views {
                 if let Some(view) = board.instances.get_mut(&instance) {
-                    view.demand = Some(demand);
+                    (view.demand, view.volume_use) = (Some(demand), volumes);
                 }
             }
             for decision in &plan.decisions {
@@ -358,7 +388,7 @@ impl Wiring {
                 }
             },
             Command::SwapVolume(request, events) => {
-                if let Err(error) = self.start_volume_swap(&request, &events) {
+                if let Err(error) = self.start_volume_swap(&request, Some(events.clone())) {
                     drop(events.try_send(SwapVolumeEvent::Failed(error)));
                 }
             }
@@ -420,8 +450,8 @@ impl Wiring {
     pub(super) fn begin(&mut self, order: Order, to: String, stake: Stake) {
         let name = order.instance().name.clone();
         tracing::info!(instance = %name, to, kind = ?stake.kind(), "moving");
-        if stake.kind().is_some() {
-            self.planner.started(&name, &to);
+        if let Some(kind) = stake.kind() {
+            self.planner.part_started(&name, kind, stake.volume(), &to);
         }
         self.cold.leave(&name);
         self.moving.insert(name, to.clone());

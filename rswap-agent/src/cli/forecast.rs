@@ -133,8 +133,13 @@ fn amount(resource: Resource, value: f64) -> String {
     match resource {
         Resource::Cpu => format!("{value:.3}"),
         Resource::IoLatency => nanoseconds(value),
-        Resource::Memory | Resource::Io | Resource::NetIn | Resource::NetOut | Resource::Written => {
-            bytes(value)
-        }
+        Resource::VolumeOperations => format!("{value:.1}"),
+        Resource::Memory
+        | Resource::Io
+        | Resource::NetIn
+        | Resource::NetOut
+        | Resource::Written
+        | Resource::VolumeBytes
+        | Resource::Port => bytes(value),
     }
 }

@@ -58,7 +58,7 @@ pub(super) async fn pools(client: &Client, arguments: PoolsArguments) -> anyhow:
             },
         ]);
     }
-    for pool in planned.iter().filter(|pool| pool.cpus().is_none()) {
+    for pool in planned.iter().filter(|pool| pool.cpus().is_none() && !pool.kind.is_for_flows()) {
         rows.add_row(host_row(pool));
     }
     println!("{rows}");

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     control::client::Client,
     instance::{InstanceName, NetworkIdentity},
-    plan::{self, Decision, Plan},
+    plan::{self, Decision, Plan, VolumeView},
     profile::Profile,
     status::InstanceView,
     swap::memory::InSwap,
@@ -59,7 +59,8 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
     println!("{rows}");
     for view in &views {
         for (volume, directory) in &view.volume_directories {
-            println!("volume {volume} of {}: {}", view.instance.name, directory.display());
+            let seen = view.volume_use.iter().find(|seen| seen.name == volume.as_str());
+            println!("volume {volume} of {}: {}{}", view.instance.name, directory.display(), on_pool(seen));
         }
     }
     for (name, in_swap) in views.iter().filter_map(|view| Some((&view.instance.name, view.in_swap.as_ref()?)))
@@ -90,6 +91,14 @@ fn swapped(name: &InstanceName, of: &InSwap) -> String {
         of.pressure.share * 100.0,
         of.doing,
     )
+}
+
+/// What plans know of a volume.
+fn on_pool(seen: Option<&VolumeView>) -> String {
+    let Some(seen) = seen else { return String::new() };
+    let pool = seen.pool.as_deref().map_or_else(|| "on no pool".to_owned(), |pool| format!("pool {pool}"));
+    let (now, size) = (seen.now, bytes(seen.size_bytes as f64));
+    format!(" ({pool}, {size}, {:.0} requests/s, {}/s)", now.operations_per_s, bytes(now.bytes_per_s))
 }
 
 /// The command, short enough for a table.

@@ -39,8 +39,14 @@ pub enum PoolKindConfig {
         capacity: Option<f64>,
         /// Money per hour and core, GiB, or Gbit/s.
         cost_per_hour: Option<f64>,
-        /// Cores: speed of one, relative to the reference core.
+        /// Cores: speed of one, relative to the reference core. Storage: relative to the host's fastest.
         performance: Option<f64>,
+        /// Storage: requests and bytes per second that it gives.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        operations_per_s: Option<f64>,
+        /// See there.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bytes_per_s: Option<f64>,
         /// Storage: the directory that volumes of instances are put into.
         #[serde(skip_serializing_if = "Option::is_none")]
         volumes: Option<PathBuf>,
@@ -100,6 +106,10 @@ struct RawPool {
     #[serde(default, deserialize_with = "optional_positive")]
     instance_mbit_per_s: Option<f64>,
     #[serde(default, deserialize_with = "optional_positive")]
+    operations_per_s: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
+    mbyte_per_s: Option<f64>,
+    #[serde(default, deserialize_with = "optional_positive")]
     cores: Option<f64>,
     #[serde(default, deserialize_with = "optional_positive")]
     memory_gib: Option<f64>,
@@ -144,6 +154,8 @@ impl RawPool {
             ("capacity_gib", self.capacity_gib.is_some()),
             ("capacity_gbit_per_s", self.capacity_gbit_per_s.is_some()),
             ("instance_mbit_per_s", self.instance_mbit_per_s.is_some()),
+            ("operations_per_s", self.operations_per_s.is_some()),
+            ("mbyte_per_s", self.mbyte_per_s.is_some()),
             ("cores", self.cores.is_some()),
             ("memory_gib", self.memory_gib.is_some()),
             ("volumes", self.volumes.is_some()),
@@ -162,7 +174,15 @@ fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
             (raw.capacity_cores, raw.cost_per_core_hour)
         }
         Member::Storage(at) => {
-            raw.only("storage", &["cost_per_gib_hour", "capacity_gib", "volumes"])?;
+            let keys = [
+                "cost_per_gib_hour",
+                "capacity_gib",
+                "volumes",
+                "performance",
+                "operations_per_s",
+                "mbyte_per_s",
+            ];
+            raw.only("storage", &keys)?;
             if let Some(volumes) = raw.volumes.as_ref().filter(|volumes| !volumes.starts_with(at)) {
                 let (volumes, at) = (volumes.display(), at.display());
                 return Err(format!(
@@ -183,7 +203,17 @@ fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
     };
     let (performance, volumes) = (raw.performance, raw.volumes.clone());
     let instance_rate = raw.instance_mbit_per_s.map(|mbit| mbit * MBIT);
-    Ok(PoolKindConfig::Local { member, capacity, cost_per_hour, performance, volumes, instance_rate })
+    let (operations_per_s, bytes_per_s) = (raw.operations_per_s, raw.mbyte_per_s.map(|mb| mb * 1e6));
+    Ok(PoolKindConfig::Local {
+        member,
+        capacity,
+        cost_per_hour,
+        performance,
+        operations_per_s,
+        bytes_per_s,
+        volumes,
+        instance_rate,
+    })
 }
 
 fn another_host(raw: &RawPool, host: SocketAddr) -> Result<PoolKindConfig, String> {
@@ -268,17 +298,26 @@ pub fn settings(config: &Config) -> Settings {
     };
     let wanted = config.pools.iter().enumerate().filter_map(|(index, pool)| match &pool.kind {
         PoolKindConfig::Host { .. } => None,
-        PoolKindConfig::Local { member, capacity, cost_per_hour, performance, instance_rate, .. } => {
-            Some(Wanted {
-                name: pool.name.clone(),
-                key: format!("pool[{index}]"),
-                member: member.clone(),
-                capacity: *capacity,
-                cost_per_hour: *cost_per_hour,
-                performance: *performance,
-                instance_rate: *instance_rate,
-            })
-        }
+        PoolKindConfig::Local {
+            member,
+            capacity,
+            cost_per_hour,
+            performance,
+            operations_per_s,
+            bytes_per_s,
+            instance_rate,
+            ..
+        } => Some(Wanted {
+            name: pool.name.clone(),
+            key: format!("pool[{index}]"),
+            member: member.clone(),
+            capacity: *capacity,
+            cost_per_hour: *cost_per_hour,
+            performance: *performance,
+            operations_per_s: *operations_per_s,
+            bytes_per_s: *bytes_per_s,
+            instance_rate: *instance_rate,
+        }),
     });
     Settings {
         pools: wanted.collect(),

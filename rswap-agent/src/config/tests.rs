@@ -59,6 +59,8 @@ fn a_whole_file() {
             capacity: None,
             cost_per_hour: Some(0.01),
             performance: Some(0.5),
+            operations_per_s: None,
+            bytes_per_s: None,
             volumes: None,
             instance_rate: None,
         }

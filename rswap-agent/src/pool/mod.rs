@@ -7,6 +7,6 @@ mod watch;
 
 pub use planned::{discover, planned};
 pub use rswap_pools::{Inventory, Known, LocalKind, LocalPool, Source, State, cpu_list};
-pub use rswap_types::{Capacity, CpuSet, Pool, PoolKind, PoolState, THIS_HOST, overlap};
+pub use rswap_types::{Capacity, CpuSet, Flow, Pool, PoolKind, PoolState, THIS_HOST, overlap};
 pub use usage::with_usage;
 pub use watch::{Watch, calibrations, kernel_release, look};

@@ -2,7 +2,9 @@
 
 use procfs::{Current, Meminfo};
 
-use super::{Capacity, Inventory, LocalPool, Pool, PoolKind, PoolState, State, THIS_HOST};
+use super::{
+    Capacity, Flow, Inventory, Known, LocalKind, LocalPool, Pool, PoolKind, PoolState, State, THIS_HOST,
+};
 use crate::config::{Config, PoolConfig, PoolKindConfig};
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -37,7 +39,72 @@ fn planned_with(config: &Config, found: &Inventory, memory_bytes: u64) -> Vec<Po
         state: PoolState::Ready,
     };
     let others = config.pools.iter().filter_map(another_host);
-    std::iter::once(this_host).chain(core_sets).chain(others).collect()
+    let parts = flows(config, found);
+    std::iter::once(this_host).chain(core_sets).chain(others).chain(parts).collect()
+}
+
+/// What volumes and ports can be put on by plans: storage with a directory for volumes, and links that the configuration names.
+fn flows(config: &Config, found: &Inventory) -> Vec<Pool> {
+    let storage = |pool: &&LocalPool| matches!(pool.kind, LocalKind::Storage { .. });
+    let fastest_us = found.pools.iter().filter(storage).filter_map(LocalPool::latency_us).reduce(f64::min);
+    let named = config.pools.iter().filter_map(|wanted| {
+        let PoolKindConfig::Local { volumes, .. } = &wanted.kind else { return None };
+        let pool = found.pool(&wanted.name)?;
+        match &pool.kind {
+            LocalKind::Storage { .. } => volumes.as_ref().map(|_| storage_pool(pool, fastest_us)),
+            LocalKind::Link { instance_rate, .. } => Some(link_pool(pool, instance_rate.as_ref())),
+            _ => None,
+        }
+    });
+    named.collect()
+}
+
+/// Its speed is that of its requests, relative to the fastest one's.
+fn storage_pool(pool: &LocalPool, fastest_us: Option<f64>) -> Pool {
+    let bytes = |known: &Option<Known>| known.as_ref().map_or(0, |known| known.value as u64);
+    let measured = fastest_us.zip(pool.latency_us()).map(|(fastest, own)| fastest / own.max(1e-9));
+    Pool {
+        cost_per_gib_hour: pool.cost_per_hour.as_ref().map_or(0.0, |cost| cost.value),
+        performance: pool.relative_speed().or(measured).unwrap_or(1.0),
+        ..part(
+            pool,
+            PoolKind::Storage {
+                size_bytes: bytes(&pool.capacity),
+                free_bytes: bytes(&pool.free),
+                gives: pool.gives(),
+            },
+        )
+    }
+}
+
+/// What others use of it is known only next to what instances do: see [`super::with_usage`].
+fn link_pool(pool: &LocalPool, instance_rate: Option<&Known>) -> Pool {
+    let used = pool.used.as_ref().map_or(0.0, |used| used.value / 8.0);
+    part(
+        pool,
+        PoolKind::Link {
+            gives: pool.gives(),
+            instance_bytes_per_s: instance_rate.map(|rate| rate.value / 8.0),
+            foreign: Flow { operations_per_s: 0.0, bytes_per_s: used },
+            cost_per_gbit_hour: pool.cost_per_hour.as_ref().map_or(0.0, |cost| cost.value),
+        },
+    )
+}
+
+fn part(pool: &LocalPool, kind: PoolKind) -> Pool {
+    Pool {
+        name: pool.name.clone(),
+        kind,
+        capacity: Capacity::default(),
+        used: Capacity::default(),
+        cost_per_core_hour: 0.0,
+        cost_per_gib_hour: 0.0,
+        performance: 1.0,
+        state: match pool.state.reason() {
+            None => PoolState::Ready,
+            Some(reason) => PoolState::Unavailable { reason: reason.to_owned() },
+        },
+    }
 }
 
 /// A set of cores as plans see it: what is not online they leave alone.

@@ -8,7 +8,10 @@ use crate::profile::Profile;
 /// What a host pool has in use is known to that host alone, and is left as it is.
 pub fn with_usage(mut pools: Vec<Pool>, seen: &[(&Profile, Option<&str>)]) -> Vec<Pool> {
     let sets: Vec<Pool> = pools.clone();
-    for pool in pools.iter_mut().filter(|pool| !matches!(pool.kind, PoolKind::Host { .. })) {
+    for pool in pools
+        .iter_mut()
+        .filter(|pool| !matches!(pool.kind, PoolKind::Host { .. }) && !pool.kind.is_for_flows())
+    {
         pool.used = Capacity::default();
         for (profile, sits_on) in seen {
             let cores = if profile.cpu.cores.is_finite() { profile.cpu.cores.max(0.0) } else { 0.0 };

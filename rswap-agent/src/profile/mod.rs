@@ -34,6 +34,9 @@ pub use cgroup::unified_mount;
 pub use probes::{ProbeState, ProbeStatus, ProgramCost};
 pub use profiler::{ProfileConfig, Profiler};
 
+/// What devices are called that are not told apart.
+pub const OTHER_DEVICE: &str = "other";
+
 /// Why something could not be profiled.
 #[derive(Debug, thiserror::Error)]
 pub enum ProfileError {

@@ -152,6 +152,11 @@ impl Profiler {
         names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots)).collect()
     }
 
+    /// Block devices that are told apart, as `major:minor`.
+    pub fn devices(&self) -> Vec<String> {
+        self.lock().devices.names()
+    }
+
     /// What each program has cost since [`Self::start`]; empty unless
     /// [`ProfileConfig::measure_program_cost`] is on.
     pub fn program_costs(&self) -> Vec<ProgramCost> {

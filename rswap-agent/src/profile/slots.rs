@@ -148,10 +148,15 @@ impl Devices {
         table
     }
 
+    /// Those that are told apart, as `major:minor`.
+    pub(super) fn names(&self) -> Vec<String> {
+        (0..self.found.len() as u32).map(|place| self.name(place)).collect()
+    }
+
     fn name(&self, place: u32) -> String {
         match self.found.get(place as usize) {
             Some((major, minor)) => format!("{major}:{minor}"),
-            None => "other".to_owned(),
+            None => super::OTHER_DEVICE.to_owned(),
         }
     }
 }

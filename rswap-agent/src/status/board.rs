@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     forecast::{Demand, Kin},
     instance::{Instance, InstanceName},
-    plan::{Decision, Plan},
+    plan::{Decision, Plan, VolumeView},
     pool::{Inventory, Pool},
     profile::{ProbeStatus, Profile, ProgramCost},
     swap::memory::InSwap,
@@ -46,6 +46,9 @@ pub struct InstanceView {
     /// How it fares on a swap pool, if it is on one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_swap: Option<InSwap>,
+    /// On which pool each of them is, how large it is, and what it did in the last window, as plans see it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volume_use: Vec<VolumeView>,
 }
 
 /// An instance that is present, where its volumes are, and whom it was committed to, if that did not answer yet.
@@ -206,8 +209,17 @@ impl BoardState {
             let view = match before.remove(&name) {
                 Some(view) => InstanceView { instance, in_doubt, volume_directories, ..view },
                 None => {
-                    let (profile, demand, kin, in_swap) = Default::default();
-                    InstanceView { instance, profile, demand, kin, in_doubt, volume_directories, in_swap }
+                    let (profile, demand, kin, in_swap, volume_use) = Default::default();
+                    InstanceView {
+                        instance,
+                        profile,
+                        demand,
+                        kin,
+                        in_doubt,
+                        volume_directories,
+                        in_swap,
+                        volume_use,
+                    }
                 }
             };
             self.instances.insert(name, view);

@@ -175,7 +175,7 @@ fn instances(registry: &mut Registry, board: &BoardState) {
 fn pools(registry: &mut Registry, board: &BoardState) {
     let capacity = Family::<Named, FloatGauge>::default();
     let used = Family::<Named, FloatGauge>::default();
-    for pool in &board.pools {
+    for pool in board.pools.iter().filter(|pool| !pool.kind.is_for_flows()) {
         capacity.get_or_create(&named(&pool.name)).set(pool.capacity.cores);
         used.get_or_create(&named(&pool.name)).set(pool.used.cores);
     }

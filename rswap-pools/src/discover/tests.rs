@@ -71,6 +71,8 @@ pub(crate) fn wanted(name: &str, member: Member) -> Wanted {
         capacity: None,
         cost_per_hour: None,
         performance: None,
+        operations_per_s: None,
+        bytes_per_s: None,
         instance_rate: None,
     }
 }

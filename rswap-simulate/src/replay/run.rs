@@ -202,6 +202,8 @@ pub(super) fn view_of(scenario: &Scenario, instance: usize, at: usize) -> Instan
         dirty_bytes_per_s: Some(workload.memory_bytes as f64 * scenario.moves.written_per_s),
         movable: vec![scenario.kind],
         labels: Default::default(),
+        volumes: Vec::new(),
+        port: None,
     }
 }
 

@@ -135,6 +135,8 @@ fn fleet(instances: usize, hosts: usize) -> anyhow::Result<(Vec<Pool>, Vec<Insta
             dirty_bytes_per_s: Some(1e6),
             movable: vec![MoveKind::Host],
             labels: Default::default(),
+            volumes: Vec::new(),
+            port: None,
         });
     }
     Ok((pools, views))
