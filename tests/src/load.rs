@@ -99,7 +99,28 @@ impl Load {
         let stopped = stop.clone();
         let started = Instant::now();
         let per_s = move |at| pattern.cores_at(at) / cost.as_secs_f64();
-        let thread = netns.spawn("load", move || offer(&stopped, server, per_s, started))?;
+        let thread = netns.spawn("load", move || offer(&stopped, server, per_s, started, query))?;
+        Ok(Self { stop, thread, started })
+    }
+
+    /// Starts the first day of a load of writes: so many values of `bytes` per second as the pattern has cores, to a hundred keys.
+    pub fn start_writes(
+        netns: &Netns,
+        server: Ipv4Addr,
+        pattern: Pattern,
+        bytes: usize,
+    ) -> anyhow::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let started = Instant::now();
+        let value = vec![b'v'; bytes];
+        let mut number = 0_u64;
+        let write = move |connection: &mut redis::Connection| {
+            number += 1;
+            redis::cmd("SET").arg(format!("load:{}", number % 100)).arg(&value[..]).query::<()>(connection)
+        };
+        let per_s = move |at| pattern.cores_at(at);
+        let thread = netns.spawn("writes", move || offer(&stopped, server, per_s, started, write))?;
         Ok(Self { stop, thread, started })
     }
 
@@ -116,6 +137,7 @@ fn offer(
     server: Ipv4Addr,
     per_s: impl Fn(Duration) -> f64,
     started: Instant,
+    mut query: impl FnMut(&mut redis::Connection) -> redis::RedisResult<()>,
 ) -> anyhow::Result<u64> {
     let client = redis::Client::open(format!("redis://{server}:6379/"))?;
     let mut connection = None;

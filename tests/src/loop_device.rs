@@ -75,6 +75,12 @@ impl LoopDevice {
         &self.mount_point
     }
 
+    /// The configuration of a storage pool on it, with further lines.
+    pub fn pool(&self, name: &str, lines: &str) -> String {
+        let at = &self.mount_point;
+        format!("[[pool]]\nname = {name:?}\nstorage = {at:?}\nvolumes = {:?}\n{lines}\n\n", at.join("rswap"))
+    }
+
     /// Mounts it.
     pub fn mount(&self) -> anyhow::Result<()> {
         call("mount", &[&self.device, &self.mount_point.to_string_lossy()]).map(drop)

@@ -54,23 +54,28 @@ impl StorageScene {
 
     /// Starts a host whose pools are on such disks. Instances may stand still for so many milliseconds.
     pub fn set_on(of_pools: [Disk; 2], max_unavailability_ms: u64) -> anyhow::Result<Self> {
+        let options = HostOptions { max_unavailability_ms, ..HostOptions::default() };
+        Self::set_with(of_pools, ["", ""], options)
+    }
+
+    /// The same with further lines of both pools' configuration, and further options.
+    pub fn set_with(of_pools: [Disk; 2], lines: [&str; 2], options: HostOptions) -> anyhow::Result<Self> {
         let mut fleet = Fleet::new()?;
         let scratch = fleet.scratch().to_owned();
-        let (mut disks, mut more) = (Vec::new(), String::new());
-        for (name, Disk { bytes, can_fail }) in ["one", "two"].into_iter().zip(of_pools) {
+        let (mut disks, mut more) = (Vec::new(), options.more.clone());
+        for (name, (Disk { bytes, can_fail }, lines)) in
+            ["one", "two"].into_iter().zip(of_pools.into_iter().zip(lines))
+        {
             let directory = scratch.join(name);
             fs::create_dir(&directory)?;
             let disk = match can_fail {
                 true => LoopDevice::create_that_can_fail(&directory, bytes)?,
                 false => LoopDevice::create(&directory, bytes)?,
             };
-            let at = disk.mount_point();
-            more +=
-                &format!("[[pool]]\nname = {name:?}\nstorage = {at:?}\nvolumes = {:?}\n\n", at.join("rswap"));
+            more += &disk.pool(name, lines);
             disks.push(disk);
         }
-        let options = HostOptions { more, max_unavailability_ms, ..HostOptions::default() };
-        let host = fleet.host("a", &options)?;
+        let host = fleet.host("a", &HostOptions { more, ..options })?;
         Ok(Self { host, log: scratch.join("program.log"), path: scratch.join("mounted"), disks, fleet })
     }
 
