@@ -231,6 +231,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
         }
     }
     tracing::info!("stopping: instances keep running");
+    wiring.stop_waiting();
     drop(arrivals);
     // Nobody is left to ask when the receiver is gone, and the servers end with their last answers.
     drop(commands);

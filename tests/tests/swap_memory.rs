@@ -1,17 +1,24 @@
 //! Cold pages of a Redis go to swap and come back while it answers; whatever goes wrong, its data is right and the next try succeeds.
 
 use std::{
+    collections::BTreeSet,
+    fs,
     process::{Child, Stdio},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context, ensure};
+use nix::sys::signal::Signal;
 use rswap_agent::{config::MemoryConfig, status::InstanceView};
 use rswap_tests::{
+    Fleet,
     cold::{self, ColdScene, Plan},
     hot::HotReader,
-    reason_to_skip, skip, swap_device, wait_for,
+    moves::program,
+    reason_to_skip, skip,
+    swap_device::{self, SwapDevice},
+    wait_for,
 };
 
 const LIMIT: Duration = Duration::from_secs(40);
@@ -121,6 +128,24 @@ fn killed_agents_lose_nothing_at_any_step() -> anyhow::Result<()> {
 }
 
 #[test]
+fn an_agent_that_is_stopped_within_a_swap_brings_all_back() -> anyhow::Result<()> {
+    if skipped("an_agent_that_is_stopped_within_a_swap_brings_all_back") {
+        return Ok(());
+    }
+    let usual = Plan::default();
+    let memory = MemoryConfig { cold_after_s: 40, ..usual.memory.clone() };
+    let mut scene = ColdScene::set(&Plan { memory, ..usual })?;
+    let call = begin(&scene, "zram")?;
+    wait_for("the probes", LIMIT, || Ok((scene.swapped()? >= MIB).then_some(())))?;
+    scene.host.signal_agent(Signal::SIGTERM)?;
+    scene.host.wait_for_agent(Duration::from_secs(10))?;
+    let said = call.wait_with_output()?;
+    ensure!(!said.status.success(), "it was moved");
+    ensure!(scene.swapped()? == 0, "{} bytes are in swap", scene.swapped()?);
+    scene.check()
+}
+
+#[test]
 fn a_pool_that_is_taken_away_gives_all_back() -> anyhow::Result<()> {
     if skipped("a_pool_that_is_taken_away_gives_all_back") {
         return Ok(());
@@ -153,8 +178,12 @@ fn a_pool_that_is_taken_away_gives_all_back() -> anyhow::Result<()> {
 }
 
 fn pool_is(scene: &ColdScene, state: &str) -> anyhow::Result<bool> {
+    is(scene, "zram ", state)
+}
+
+fn is(scene: &ColdScene, pool: &str, state: &str) -> anyhow::Result<bool> {
     let pools = scene.host.call(&["pools"])?;
-    Ok(pools.lines().any(|line| line.contains("zram") && line.contains(state)))
+    Ok(pools.lines().any(|line| line.contains(pool) && line.contains(state)))
 }
 
 #[test]
@@ -199,6 +228,15 @@ fn what_can_t_be_done_is_refused_by_name_before_anything_is_touched() -> anyhow:
         ensure!(said.contains(&named), "{said}");
         other.off()?;
     }
+    // From one swap pool to another.
+    scene.swap("zram")?;
+    other.on(101)?;
+    let pool = format!("swap:{}", other.path().display());
+    wait_for("the other area", LIMIT, || Ok(is(&scene, &pool, "online")?.then_some(())))?;
+    let said = scene.refused(&pool)?;
+    ensure!(said.contains("it is on zram: bring it back"), "{said}");
+    other.off()?;
+    scene.swap(&scene.memory_pool()?)?;
     scene.device.off()?;
     let said = scene.refused("zram")?;
     ensure!(said.contains("is not in /proc/swaps"), "{said}");
@@ -266,4 +304,59 @@ fn nothing_goes_while_the_program_waits_for_its_memory() -> anyhow::Result<()> {
     // And when it waits no longer, it goes on.
     scene.wait_for_word("the agent to go on", |shown| shown.doing == "out")?;
     scene.check()
+}
+
+/// A program of which a part is used at the end of each day only: that is in swap for most of the day, and back before it is used.
+#[test]
+fn what_will_be_needed_is_back_before() -> anyhow::Result<()> {
+    if skipped("what_will_be_needed_is_back_before") {
+        return Ok(());
+    }
+    const BLOCK: u64 = 64 * MIB;
+    let device = SwapDevice::make(512 * MIB)?;
+    device.on(100)?;
+    let plan = Plan::default();
+    let plan = Plan { memory: MemoryConfig { cold_after_s: 1, ..plan.memory.clone() }, ..plan };
+    let mut options = cold::options(&plan, &device);
+    // Two days of fifty windows.
+    options.more += "[forecast]\nhorizons_ms = [1000, 2000]\nmin_seen = 100\n";
+    let mut fleet = Fleet::new()?;
+    let host = fleet.host("a", &options)?;
+    let log = fleet.scratch().join("days");
+    let program = program("daily.py");
+    let words = [&program, &log].map(|path| path.to_string_lossy().into_owned());
+    host.run("daily", &[], &["python3", &words[0], &words[1], "10", "2", &(BLOCK / MIB).to_string()])?;
+    host.wait_for_instance("daily")?;
+    host.call(&["swap", "daily", "zram"])?;
+    let pages = BLOCK / 4096;
+    let (mut cold_peaks, mut reasons) = (0, BTreeSet::new());
+    // Of the day under way.
+    let mut most_swapped = 0;
+    let mut days = 0;
+    wait_for("a day on which the block was back in time", Duration::from_secs(240), || {
+        let views: Vec<InstanceView> = host.get("/v1/profiles")?;
+        let in_swap = views.first().and_then(|view| view.in_swap.clone());
+        if let Some(shown) = in_swap {
+            most_swapped = most_swapped.max(shown.swapped_bytes);
+            if shown.doing == "back" {
+                reasons.insert(shown.reason.unwrap_or_default());
+            }
+        }
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        let Some((day, faults)) = text.lines().nth(days).and_then(|line| line.split_once(' ')) else {
+            return Ok(None);
+        };
+        days += 1;
+        let faults: u64 = faults.parse()?;
+        println!(
+            "day {day}: {} MiB were in swap, {faults} of {pages} pages had to be fetched",
+            most_swapped / MIB
+        );
+        let was_out = std::mem::take(&mut most_swapped) > BLOCK * 7 / 10;
+        cold_peaks += u64::from(was_out && faults > pages * 7 / 10);
+        Ok((cold_peaks > 0 && was_out && faults < pages / 10).then_some(()))
+    })?;
+    println!("brought back because {reasons:?}");
+    ensure!(reasons.iter().any(|reason| reason.contains("by the forecast")), "{reasons:?}");
+    Ok(())
 }

@@ -2,16 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
 use super::wiring::refused;
 use crate::{
     config::MemoryConfig,
+    forecast::Demand,
     instance::{Instance, InstanceName},
     status::ApiError,
-    swap::memory::{self, Area, Held, InSwap, Looked, MemoryError, MemoryReport, Target, Wish},
+    swap::memory::{self, Area, Held, InSwap, Lately, Looked, MemoryError, MemoryReport, Target, Wish},
     units::UnixMillis,
 };
 
@@ -28,12 +29,16 @@ pub(super) struct OnSwap {
     pub(super) wish: Wish,
 }
 
+/// What an instance did in a window, in reference cores, and what is forecast of it.
+pub(super) type Outlook<'a> = (f64, &'a Demand);
+
 #[derive(Debug, Default)]
 struct Shared {
     wanted: BTreeMap<InstanceName, OnSwap>,
     /// What a swap has learnt, until the thread takes it.
     learnt: BTreeMap<InstanceName, Held>,
     shown: BTreeMap<InstanceName, InSwap>,
+    lately: BTreeMap<InstanceName, Lately>,
 }
 
 /// The thread's way to the wiring.
@@ -55,10 +60,23 @@ impl Cold {
         cold
     }
 
-    /// From now on these, and no others.
-    pub(super) fn want(&self, wanted: BTreeMap<InstanceName, OnSwap>) {
+    /// From now on these, and no others. Once per window.
+    pub(super) fn want(
+        &self,
+        mut wanted: BTreeMap<InstanceName, OnSwap>,
+        outlook: &BTreeMap<&InstanceName, Outlook<'_>>,
+    ) {
         let mut shared = self.lock();
         shared.shown.retain(|name, _| wanted.contains_key(name));
+        shared.lately.retain(|name, _| outlook.contains_key(name));
+        for (name, (cores, demand)) in outlook {
+            let shared = &mut *shared;
+            let lately = shared.lately.entry((*name).clone()).or_default();
+            lately.note(*cores);
+            if let (Some(on), Some(shown)) = (wanted.get_mut(*name), shared.shown.get(*name)) {
+                on.wish = memory::wish(lately, demand, shown.swapped_bytes);
+            }
+        }
         shared.wanted = wanted;
     }
 
@@ -182,11 +200,12 @@ pub(super) fn swap(
     instance: &Instance,
     to: &Target,
     config: &MemoryConfig,
+    stopping: &AtomicBool,
 ) -> Result<(MemoryReport, Option<Held>), ApiError> {
     let (attempted, done) = match to {
         Target::Swap(area) => (
             format!("move cold pages of {} to {}", instance.name, area.path.display()),
-            memory::move_out(instance, area, config).map(|(report, held)| (report, Some(held))),
+            memory::move_out(instance, area, config, stopping).map(|(report, held)| (report, Some(held))),
         ),
         Target::Memory { nodes, is_in_swap_pool } => (
             format!("move {} back into memory", instance.name),

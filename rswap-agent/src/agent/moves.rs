@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     panic::{self, AssertUnwindSafe},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -35,7 +35,7 @@ const VOLUME_LIMIT: Duration = Duration::from_secs(24 * 3600);
 pub(super) enum Order {
     Swap { instance: Instance, cpus: CpuSet },
     Uplink { instance: Instance, uplink: Uplink },
-    Memory { instance: Instance, to: Target },
+    Memory { instance: Instance, to: Target, stopping: Arc<AtomicBool> },
     Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
     Volume { instance: Instance, volume: Volume, pool: PathBuf, events: Option<Sender<SwapVolumeEvent>> },
 }
@@ -163,8 +163,8 @@ pub(super) fn spawn(
             Order::Uplink { instance, uplink } => {
                 uplink_swap(&recovery.place, &instance, &uplink).map_err(Stayed::Here)
             }
-            Order::Memory { instance, to } => {
-                let swapped = cold::swap(&instance, &to, &config.memory);
+            Order::Memory { instance, to, stopping } => {
+                let swapped = cold::swap(&instance, &to, &config.memory, &stopping);
                 swapped.map(|(report, held)| Moved::Memory(report, held.map(Box::new))).map_err(Stayed::Here)
             }
             Order::Migration { instance, address, stop_and_copy, mut progress } => {

@@ -190,6 +190,8 @@ impl Wiring {
             if let Some(reason) = pool.state.reason() {
                 return refused(&reason);
             }
+            let elsewhere =
+                instance.memory.clone().filter(|on| *on != pool.name && self.area_of(on).is_some());
             let to = match &pool.kind {
                 LocalKind::Memory { nodes, .. } => {
                     let all = self.memory_nodes();
@@ -203,16 +205,20 @@ impl Wiring {
                         instance.memory.as_ref().is_some_and(|name| self.area_of(name).is_some());
                     Target::Memory { nodes: all.len(), is_in_swap_pool }
                 }
-                _ => match area(pool) {
-                    Some(area) => Target::Swap(area),
-                    None => return refused(&"it is neither memory nor swap"),
+                _ => match (elsewhere, area(pool)) {
+                    (Some(other), _) => {
+                        return refused(&format!("it is on {other}: bring it back into memory first"));
+                    }
+                    (None, Some(area)) => Target::Swap(area),
+                    (None, None) => return refused(&"it is neither memory nor swap"),
                 },
             };
             Ok((instance, to))
         });
         match ready {
             Ok((instance, to)) => {
-                self.begin(Order::Memory { instance, to }, request.pool, Stake::Memory(reply));
+                let stopping = self.stopping.clone();
+                self.begin(Order::Memory { instance, to, stopping }, request.pool, Stake::Memory(reply));
             }
             // A caller that went away doesn't need its answer.
             Err(error) => drop(reply.send(Err(error))),
@@ -233,7 +239,7 @@ impl Wiring {
     }
 
     /// Has the instances that are on swap pools looked at.
-    pub(super) fn follow_cold(&self, _views: &[InstanceView]) {
+    pub(super) fn follow_cold(&self, views: &[InstanceView]) {
         let found = self.watch.latest();
         let is_memory =
             |name: &str| found.pool(name).is_some_and(|pool| matches!(pool.kind, LocalKind::Memory { .. }));
@@ -244,7 +250,11 @@ impl Wiring {
             let on = OnSwap { instance: instance.clone(), pool, area, wish: Wish::Out };
             Some((instance.name.clone(), on))
         });
-        self.cold.want(on_swap.collect());
+        let outlook = views.iter().map(|view| {
+            let cores = view.cores * self.performance_under(&view.instance);
+            (&view.instance, (cores, &view.demand))
+        });
+        self.cold.want(on_swap.collect(), &outlook.collect());
     }
 
     /// Brings an instance that is seen for the first time to the uplink that the registry names: an agent that was killed

@@ -1,6 +1,14 @@
 //! What is connected, and one window's way through it.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
 
 use axum::http::StatusCode;
 use tokio::sync::mpsc::{self, UnboundedSender};
@@ -44,6 +52,8 @@ pub(super) struct Wiring {
     pub(super) board: Board,
     pub(super) ended: UnboundedSender<Ended>,
     pub(super) cold: Cold,
+    /// Of the agent.
+    pub(super) stopping: Arc<AtomicBool>,
     profiler: Arc<Profiler>,
     recorder: Option<Recorder>,
     forecaster: Forecaster,
@@ -78,13 +88,14 @@ impl Wiring {
         let planner = remembered::planner(&config, &registry);
         let recorder = Recorder::new(&config.record);
         let cold = Cold::start(&config.memory);
-        let (known, moving, in_doubt) = Default::default();
+        let (known, moving, in_doubt, stopping) = Default::default();
         Self {
             config,
             registry,
             board,
             ended,
             cold,
+            stopping,
             profiler,
             recorder,
             forecaster,
@@ -168,6 +179,11 @@ impl Wiring {
         if !known || !kin.class.is_empty() {
             self.forecaster.introduce(name, kin, instance.since.0);
         }
+    }
+
+    /// Ends swaps that only wait for pages to become cold: what is out comes back.
+    pub(super) fn stop_waiting(&self) {
+        self.stopping.store(true, Ordering::Release);
     }
 
     /// The last word of this agent.
@@ -274,7 +290,7 @@ impl Wiring {
     }
 
     /// Speed of the cores that the instance runs on.
-    fn performance_under(&self, name: &InstanceName) -> f64 {
+    pub(super) fn performance_under(&self, name: &InstanceName) -> f64 {
         let sits_on = self.pool_of(name);
         let pool = self.pools.iter().find(|pool| Some(pool.name.as_str()) == sits_on);
         pool.map_or(self.config.this_host.performance, |pool| pool.performance)

@@ -31,7 +31,7 @@ impl Default for MemoryConfig {
             cold_after_s: 60,
             pressure_limit: 0.01,
             out_mib_per_s: 64.0,
-            cpu_share: 0.02,
+            cpu_share: 0.05,
         }
     }
 }

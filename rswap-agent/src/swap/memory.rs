@@ -18,6 +18,7 @@ mod wish;
 use std::{
     fs,
     path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -27,12 +28,14 @@ use serde::{Deserialize, Serialize};
 pub use error::MemoryError;
 pub use held::{Held, Looked};
 pub use pressure::Pressure;
-pub use wish::Wish;
+pub use wish::{Lately, Wish, wish};
 
 use crate::{config::MemoryConfig, instance::Instance, units::UnixMillis};
 
 /// How long the swap of a person waits for pages to become cold at most; what is cold later, goes later.
 const TRANSFER_LIMIT: Duration = Duration::from_secs(100);
+/// How long a stop of the agent goes unnoticed.
+const SHORT: Duration = Duration::from_millis(100);
 /// Of a swap area so much is left to others.
 const LEFT_SHARE: f64 = 0.02;
 /// What must be available besides what comes back into memory.
@@ -107,11 +110,12 @@ pub struct InSwap {
 /// Moves what is cold of an instance to a swap area. The answer has what has been learnt of its pages, too.
 ///
 /// # Errors
-/// It may not, or could not; what had gone is in memory again, unless the error says so.
+/// It may not, or could not, or the agent is `stopping`; what had gone is in memory again, unless the error says so.
 pub fn move_out(
     instance: &Instance,
     area: &Area,
     config: &MemoryConfig,
+    stopping: &AtomicBool,
 ) -> Result<(MemoryReport, Held), MemoryError> {
     let began = Instant::now();
     // Snapshot: nothing is changed.
@@ -119,7 +123,7 @@ pub fn move_out(
     let mut held = Held::new(instance, config);
     // Transfer.
     let mut report = MemoryReport::default();
-    let transferred = transfer(&mut held, area, config, began, &mut report);
+    let transferred = transfer(&mut held, area, config, stopping, &mut report);
     // Verify: the area must still be the one that is used, and say how much is there.
     let verified = transferred.and_then(|()| {
         room_in(area)?;
@@ -138,9 +142,10 @@ fn transfer(
     held: &mut Held,
     area: &Area,
     config: &MemoryConfig,
-    began: Instant,
+    stopping: &AtomicBool,
     report: &mut MemoryReport,
 ) -> Result<(), MemoryError> {
+    let began = Instant::now();
     loop {
         let room = room_in(area)?;
         let looked = held.look(UnixMillis::now(), room)?;
@@ -153,7 +158,13 @@ fn transfer(
             return Ok(());
         }
         some_room_in(area, looked.swapped_bytes)?;
-        std::thread::sleep(pause(config, looked.took));
+        let due = Instant::now() + pause(config, looked.took);
+        while Instant::now() < due {
+            if stopping.load(Ordering::Acquire) {
+                return Err(MemoryError::Stopping);
+            }
+            std::thread::sleep(SHORT.min(due.saturating_duration_since(Instant::now())));
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use anyhow::ensure;
 use rswap_agent::config::MemoryConfig;
 use serde::Serialize;
 
-use super::{AFTER, BEFORE, Timeline, median};
+use super::{AFTER, BEFORE, median};
 use crate::{
     cold::{ColdScene, Plan},
     hot::HotReader,
@@ -27,7 +27,7 @@ pub struct ColdCase {
     pub out_ms: f64,
     /// The same on the way back.
     pub back_ms: f64,
-    /// The longest time without an answer, on either way, less the longest one in the second before it.
+    /// The longest time without an answer, on either way, less the longest one in as long a time without a swap.
     pub pause_ms: f64,
     /// What went, in MB.
     pub out_mb: f64,
@@ -80,17 +80,22 @@ fn once(mb: u64) -> anyhow::Result<ColdCase> {
     thread::sleep(BEFORE);
     let back = timed(|| scene.swap(&memory))?;
     thread::sleep(AFTER);
+    // As long again, without a swap: in half a minute anybody waits for the processor once.
+    let usual_from = Instant::now();
+    thread::sleep(out.1 - out.0);
+    let usual_to = Instant::now();
     ensure!(scene.swapped()? == 0, "not all is back");
     let times = hot.finish()?;
     scene.check()?;
     let ms = |(from, to, _): &(Instant, Instant, _)| (*to - *from).as_secs_f64() * 1e3;
+    let gap_ms = |from, to| times.largest_gap(from, to).map_or(0.0, |(gap, _)| gap.as_secs_f64() * 1e3);
     let usual = times.rate(out.0 - BEFORE, out.0);
     let slower = |from, to| (1.0 - times.rate(from, to) / usual.max(1e-9)) * 100.0;
     let mb_per_s = |bytes: u64, ms: f64| bytes as f64 / 1e3 / ms.max(1e-9);
     let case = ColdCase {
         out_ms: ms(&out),
         back_ms: ms(&back),
-        pause_ms: pause_ms(&times, out.0, out.1).max(pause_ms(&times, back.0, back.1)),
+        pause_ms: gap_ms(out.0, out.1).max(gap_ms(back.0, back.1)) - gap_ms(usual_from, usual_to),
         out_mb: out.2.swapped_bytes as f64 / 1e6,
         out_mb_per_s: mb_per_s(out.2.moved_bytes, out.2.moving_ms),
         back_mb_per_s: mb_per_s(back.2.moved_bytes, back.2.moving_ms),
@@ -106,10 +111,4 @@ fn timed<T>(work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<(Instant
     let began = Instant::now();
     let done = work()?;
     Ok((began, Instant::now(), done))
-}
-
-/// By how much the longest time without an answer was longer than in the second before.
-fn pause_ms(times: &Timeline, from: Instant, to: Instant) -> f64 {
-    let gap = |from, to| times.largest_gap(from, to).map_or(Duration::ZERO, |(gap, _)| gap);
-    gap(from, to).saturating_sub(gap(from - BEFORE, from)).as_secs_f64() * 1e3
 }

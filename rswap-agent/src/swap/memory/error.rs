@@ -40,6 +40,9 @@ pub enum MemoryError {
         /// What could be used.
         room_kib: u64,
     },
+    /// The agent ends.
+    #[error("the agent is stopping; all of it is in memory")]
+    Stopping,
     /// Memory is full.
     #[error(
         "{needed_mib} MiB of it are in swap, and {available_mib} MiB of memory are available ({kept_mib} MiB of which are left \
