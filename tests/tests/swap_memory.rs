@@ -306,6 +306,43 @@ fn nothing_goes_while_the_program_waits_for_its_memory() -> anyhow::Result<()> {
     scene.check()
 }
 
+/// Of two blocks in huge pages the one that is used stays, in huge pages; the other goes.
+#[test]
+fn huge_pages_that_are_used_stay_huge() -> anyhow::Result<()> {
+    if skipped("huge_pages_that_are_used_stay_huge") {
+        return Ok(());
+    }
+    const BLOCK: u64 = 32 * MIB;
+    let device = SwapDevice::make(256 * MIB)?;
+    device.on(100)?;
+    let mut fleet = Fleet::new()?;
+    let host = fleet.host("a", &cold::options(&Plan::default(), &device))?;
+    let program = program("huge.py").to_string_lossy().into_owned();
+    host.run("huge", &[], &["python3", &program, &(BLOCK / MIB).to_string()])?;
+    host.wait_for_instance("huge")?;
+    let huge = || -> anyhow::Result<(u64, u64)> {
+        let pid = host.pids("huge")?.first().copied().context("no process")?;
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        let kib = |what| text.lines().find_map(|line| line.strip_prefix(what)?.trim().strip_suffix(" kB"));
+        let bytes = |what| anyhow::Ok(kib(what).context("not in smaps_rollup")?.trim().parse::<u64>()? << 10);
+        Ok((bytes("AnonHugePages:")?, bytes("Swap:")?))
+    };
+    if wait_for("both blocks in huge pages", LIMIT, || Ok((huge()?.0 >= 2 * BLOCK).then_some(()))).is_err() {
+        skip("huge_pages_that_are_used_stay_huge", "this machine has no transparent huge pages to give");
+        return Ok(());
+    }
+    host.call(&["swap", "huge", "zram"])?;
+    let found = wait_for("the one to go, and the other to be whole again", LIMIT, || {
+        let found = huge()?;
+        Ok((found.1 >= BLOCK * 9 / 10 && found.0 >= BLOCK * 9 / 10).then_some(found))
+    });
+    println!("in huge pages, in swap: {:?} MiB", huge().map(|(huge, swapped)| (huge / MIB, swapped / MIB))?);
+    found?;
+    // The program looks at all it reads, and ends where that is wrong.
+    ensure!(host.has_instance("huge")?, "it has ended");
+    Ok(())
+}
+
 /// A program of which a part is used at the end of each day only: that is in swap for most of the day, and back before it is used.
 #[test]
 fn what_will_be_needed_is_back_before() -> anyhow::Result<()> {

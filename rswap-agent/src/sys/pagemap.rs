@@ -24,6 +24,8 @@ pub mod category {
     pub const SWAPPED: u64 = 1 << 4;
     /// The shared zero page.
     pub const PFNZERO: u64 = 1 << 5;
+    /// Of a huge page that is mapped as one.
+    pub const HUGE: u64 = 1 << 6;
     /// A page that nobody may touch (Linux 6.15).
     pub const GUARD: u64 = 1 << 8;
 }

@@ -4,6 +4,8 @@ use std::{io, ops::Range, os::fd::AsRawFd, os::fd::OwnedFd};
 
 /// What a call takes at most (`UIO_MAXIOV`, include/uapi/linux/uio.h).
 const RANGES: usize = 1024;
+/// include/uapi/asm-generic/mman-common.h
+const MADV_COLLAPSE: i32 = 25;
 
 /// Has the kernel write the pages of `ranges` to swap and free them, whether they were used of late or not, and answers
 /// how many bytes it has looked at, counted from the first range on. Pages that several processes map, that are pinned, or
@@ -34,6 +36,22 @@ pub fn page_out(process: &OwnedFd, ranges: &[Range<u64>]) -> io::Result<u64> {
         )
     };
     super::check(advised).map(|bytes| bytes as u64)
+}
+
+/// Puts the pages of `range`, which is as long and as aligned as a huge page, together to one, whatever is in swap of them (Linux 6.1). The
+/// process waits for that if it uses them meanwhile.
+///
+/// # Errors
+/// `EINVAL` where it can't be one, `EAGAIN` and `ENOMEM` where it could not now; `ESRCH` when the process has ended.
+pub fn collapse(process: &OwnedFd, range: &Range<u64>) -> io::Result<()> {
+    let length = (range.end - range.start) as usize;
+    let vector = libc::iovec { iov_base: range.start as *mut libc::c_void, iov_len: length };
+    // SAFETY: the call has no safe wrapper. `vector` outlives it and is only read; its addresses are the other process's, and
+    // the kernel checks them against that. The advice changes how pages are mapped, never what they hold.
+    let advised = unsafe {
+        libc::syscall(libc::SYS_process_madvise, process.as_raw_fd(), &vector, 1, MADV_COLLAPSE, 0)
+    };
+    super::check(advised).map(drop)
 }
 
 #[cfg(test)]

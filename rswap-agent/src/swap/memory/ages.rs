@@ -11,10 +11,13 @@
 //!                        '-------- came back ------'--> used: left alone for cold_after * 2^n <-'
 //! ```
 //!
+//! A huge page is split by its first probe. So one region of it speaks for all eight: the others are asked once that one is cold, and a huge page whose probe
+//! comes back is to be put together again.
+//!
 //! A page that came back once is judged for itself from then on: its region's probes have said otherwise. After the time of
 //! grace one of these pages is a probe for all of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{sys::mem::PAGE_SIZE, units::UnixMillis};
 
@@ -22,9 +25,13 @@ use crate::{sys::mem::PAGE_SIZE, units::UnixMillis};
 pub const REGION_PAGES: u64 = 64;
 /// A region's length, in bytes.
 pub const REGION_BYTES: u64 = REGION_PAGES * PAGE_SIZE;
+/// What a huge page takes, in bytes.
+pub const HUGE_BYTES: u64 = 2 << 20;
 /// Pages that must have stayed out before a region counts as cold. Where a tenth of the pages are in use, four probes see
 /// it with a probability of one third, twelve of 0.7; each wrong page costs one fault.
 const PROBES: u32 = 4;
+/// Huge pages that are put together in one look: each takes about half a millisecond.
+const MENDED_AT_ONCE: usize = 64;
 /// Times of grace double so often at most.
 const MOST_DOUBLINGS: u32 = 6;
 
@@ -35,6 +42,8 @@ pub struct Residency {
     pub present: u64,
     /// In swap.
     pub swapped: u64,
+    /// It is a part of a huge page.
+    pub huge: bool,
 }
 
 /// What is known of one region.
@@ -97,19 +106,32 @@ pub struct Pages {
 pub struct Ages {
     cold_after_ms: u64,
     regions: BTreeMap<u64, Region>,
+    /// What was a huge page when it was seen, by first byte.
+    huge: BTreeSet<u64>,
+    /// Of those, what was split for nothing.
+    to_mend: BTreeSet<u64>,
     random: u64,
 }
 
 impl Ages {
     /// Knows nothing yet. `seed` makes the choice of probes another one.
     pub fn new(cold_after_ms: u64, seed: u64) -> Self {
-        Self { cold_after_ms, regions: BTreeMap::new(), random: seed | 1 }
+        Self {
+            cold_after_ms,
+            regions: BTreeMap::new(),
+            huge: BTreeSet::new(),
+            to_mend: BTreeSet::new(),
+            random: seed | 1,
+        }
     }
 
     /// Takes in which pages are where, by the first byte of their region. Regions that are not there any more are forgotten.
     pub fn see(&mut self, now: UnixMillis, residency: &BTreeMap<u64, Residency>) -> Seen {
         let mut seen = Seen::default();
         self.regions.retain(|start, _| residency.contains_key(start));
+        self.huge.retain(|start| residency.range(*start..start + HUGE_BYTES).next().is_some());
+        self.huge.extend(residency.iter().filter(|(_, here)| here.huge).map(|(start, _)| huge_page(*start)));
+        let mut used = BTreeSet::new();
         for (start, here) in residency {
             let region = self.regions.entry(*start).or_insert_with(|| Region {
                 // What is in swap already is as good a probe as any.
@@ -123,12 +145,32 @@ impl Ages {
             region.returned = (region.returned | returned) & here.present;
             if returned != 0 {
                 region.used(now, self.cold_after_ms);
+                used.insert(huge_page(*start));
             }
             seen.present += u64::from(here.present.count_ones());
             seen.swapped += u64::from(here.swapped.count_ones());
             seen.returned += u64::from(returned.count_ones());
         }
+        // Of what has been cold as a whole, a page that is used is no reason to bring back all.
+        let swapped = |start: u64| -> u32 {
+            let regions = self.regions.range(start..start + HUGE_BYTES);
+            regions.map(|(_, region)| region.now.swapped.count_ones()).sum()
+        };
+        let mend = used.intersection(&self.huge).filter(|start| swapped(**start) <= PROBES);
+        let mend: Vec<u64> = mend.copied().collect();
+        self.to_mend.extend(mend);
         seen
+    }
+
+    /// What is to be made one huge page again, by first byte. Whether it can be done or not, the pages that come back by that have
+    /// not been used.
+    pub fn take_to_mend(&mut self) -> Vec<u64> {
+        let to_mend: Vec<u64> = self.to_mend.iter().take(MENDED_AT_ONCE).copied().collect();
+        for start in &to_mend {
+            self.to_mend.remove(start);
+            self.regions.range_mut(start..&(start + HUGE_BYTES)).for_each(|(_, region)| region.out = 0);
+        }
+        to_mend
     }
 
     /// What is to be paged out now, at most `most` pages: regions that are cold, those first that have been for longest, and
@@ -150,9 +192,13 @@ impl Ages {
                 chosen.push(Pages { start, pages });
             }
         }
+        let silent = self.silent(now);
         for (start, region) in &mut self.regions {
             if left == 0 {
                 break;
+            }
+            if silent.contains(start) {
+                continue;
             }
             let out = region.now.swapped.count_ones();
             if now < region.grace_until {
@@ -199,7 +245,29 @@ impl Ages {
 
     /// Whether nothing has to be waited for: every region is out, or has been used.
     pub fn is_settled(&self) -> bool {
-        self.regions.values().all(|region| region.unknown() == 0 || region.doublings > 0)
+        let known = |region: &Region| region.unknown() == 0 || region.doublings > 0;
+        self.regions.iter().all(|(start, region)| {
+            let speaker = self.speaker(*start).and_then(|speaker| self.regions.get(&speaker));
+            known(region) || speaker.is_some_and(|speaker| speaker.doublings > 0)
+        })
+    }
+
+    /// The region that speaks for the huge page that `start` is in, if it is in one: another one for each, but always the same.
+    fn speaker(&self, start: u64) -> Option<u64> {
+        let page = huge_page(start);
+        let number = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        self.huge.contains(&page).then(|| page + number % (HUGE_BYTES / REGION_BYTES) * REGION_BYTES)
+    }
+
+    /// Regions that are not asked: another one of their huge page is, and is not cold yet.
+    fn silent(&self, now: UnixMillis) -> BTreeSet<u64> {
+        let is_silent = |start: &&u64| {
+            let speaker = self.speaker(**start).filter(|speaker| speaker != *start);
+            let speaker = speaker.and_then(|speaker| self.regions.get(&speaker));
+            // What is out as a whole was cold.
+            speaker.is_some_and(|speaker| speaker.unknown() != 0 && !self.is_cold(speaker, now))
+        };
+        self.regions.keys().filter(is_silent).copied().collect()
     }
 
     fn is_cold(&self, region: &Region, now: UnixMillis) -> bool {
@@ -208,6 +276,11 @@ impl Ages {
             && region.now.swapped.count_ones() >= region.probes_needed()
             && now.since(region.untouched_since) >= self.cold_after_ms
     }
+}
+
+/// The first byte of the huge page that an address would be in.
+fn huge_page(address: u64) -> u64 {
+    address / HUGE_BYTES * HUGE_BYTES
 }
 
 /// The lowest `most` of some pages.

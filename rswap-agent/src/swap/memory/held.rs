@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     MemoryError,
-    ages::{Ages, Pages, REGION_BYTES, REGION_PAGES, Residency},
+    ages::{Ages, HUGE_BYTES, Pages, REGION_BYTES, REGION_PAGES, Residency},
     pages::{add, fault_time, has_ended, residency, swapped, touch},
     pressure::{self, Pressure, Reading},
 };
@@ -187,6 +187,12 @@ impl Process {
             Err(error) => return Err(failed(error)),
         };
         let seen = self.ages.see(now, &residency);
+        for start in self.ages.take_to_mend() {
+            // It stays split where there is no huge page to be had.
+            if let Err(error) = reclaim::collapse(&self.pidfd, &(start..start + HUGE_BYTES)) {
+                tracing::debug!(pid, start, %error, "a huge page stays split");
+            }
+        }
         let mut out = 0;
         let chosen = self.ages.choose(now, most);
         for some in in_calls(&chosen) {

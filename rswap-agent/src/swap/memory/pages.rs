@@ -62,7 +62,10 @@ pub(super) fn add(
             let bit = 1 << ((page - start) / PAGE_SIZE);
             let here = to.entry(start).or_default();
             match region.categories & category::PRESENT != 0 {
-                true => here.present |= bit,
+                true => {
+                    here.present |= bit;
+                    here.huge |= region.categories & category::HUGE != 0;
+                }
                 false => here.swapped |= bit,
             }
         }
@@ -74,7 +77,7 @@ pub(super) fn add(
 fn scan(pagemap: &mut Pagemap, span: Range<u64>, found: &mut Vec<Region>) -> io::Result<()> {
     let where_ = category::PRESENT | category::SWAPPED;
     let not = category::FILE | category::PFNZERO | category::TRACKED;
-    let query = |not| Query { inverted: not, all_of: not, any_of: where_, report: where_ };
+    let query = |not| Query { inverted: not, all_of: not, any_of: where_, report: where_ | category::HUGE };
     match pagemap.scan(span.start, span.end, query(not | category::GUARD), found) {
         // Before Linux 6.15 there was no such category, and before 6.13 no such page.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {

@@ -13,11 +13,12 @@ struct Memory {
     /// Pages that can't be paged out.
     stuck: u64,
     faults: u64,
+    mended: u64,
 }
 
 impl Memory {
     fn of(regions: u64) -> Self {
-        let all = Residency { present: u64::MAX, swapped: 0 };
+        let all = Residency { present: u64::MAX, ..Residency::default() };
         Self {
             ages: Ages::new(COLD_AFTER_MS, 7),
             regions: (0..regions).map(|n| (n * REGION_BYTES, all)).collect(),
@@ -25,6 +26,7 @@ impl Memory {
             used: BTreeMap::new(),
             stuck: 0,
             faults: 0,
+            mended: 0,
         }
     }
 
@@ -35,20 +37,36 @@ impl Memory {
             let region = self.regions.get_mut(start).unwrap();
             let back = region.swapped & used;
             self.faults += u64::from(back.count_ones());
-            *region = Residency { present: region.present | back, swapped: region.swapped & !back };
+            *region =
+                Residency { present: region.present | back, swapped: region.swapped & !back, ..*region };
         }
         self.ages.see(self.now, &self.regions);
+        for start in self.ages.take_to_mend() {
+            self.mended += 1;
+            for (_, region) in self.regions.range_mut(start..start + HUGE_BYTES) {
+                *region = Residency { present: u64::MAX, swapped: 0, huge: true };
+            }
+        }
         let chosen = self.ages.choose(self.now, most);
         let mut out = 0;
         for pages in chosen {
-            let region = self.regions.get_mut(&pages.start).unwrap();
+            let region = &self.regions[&pages.start];
             assert_eq!(pages.pages & !region.present, 0, "only what is in memory can go");
             let gone = pages.pages & !self.stuck;
-            *region = Residency { present: region.present & !gone, swapped: region.swapped | gone };
+            self.split(huge_page(pages.start));
+            let region = self.regions.get_mut(&pages.start).unwrap();
+            *region =
+                Residency { present: region.present & !gone, swapped: region.swapped | gone, ..*region };
             out += u64::from(pages.pages.count_ones());
             self.ages.went(self.now, pages, *region);
         }
         out
+    }
+
+    fn split(&mut self, huge: u64) {
+        for (_, region) in self.regions.range_mut(huge..huge + HUGE_BYTES) {
+            region.huge = false;
+        }
     }
 
     fn looks(&mut self, number: u64) {
@@ -132,7 +150,7 @@ fn what_can_t_go_is_not_asked_again_and_again() {
 #[test]
 fn pages_that_are_in_swap_already_are_probes_too() {
     let mut memory = Memory::of(1);
-    memory.regions.insert(0, Residency { present: u64::MAX << 32, swapped: u64::MAX >> 32 });
+    memory.regions.insert(0, Residency { present: u64::MAX << 32, swapped: u64::MAX >> 32, huge: false });
     memory.looks(COLD_AFTER_MS / LOOK_MS);
     assert_eq!(memory.out(0), 32, "the agent has just begun to look");
     memory.looks(2);
@@ -159,4 +177,26 @@ fn some_pages_are_as_many_as_asked_for_and_of_those_given() {
     }
     assert_eq!(first(0b1011_0000, 2), 0b0011_0000);
     assert_eq!(first(u64::MAX, u64::MAX), u64::MAX);
+}
+
+/// Of four huge pages one is used, and one in a single page.
+#[test]
+fn huge_pages_in_use_are_put_together_again_and_cold_ones_go() {
+    let per_page = HUGE_BYTES / REGION_BYTES;
+    let mut memory = Memory::of(4 * per_page);
+    memory.regions.values_mut().for_each(|region| region.huge = true);
+    for region in 0..per_page {
+        memory.used.insert(region * REGION_BYTES, u64::MAX);
+    }
+    memory.used.insert((per_page + 3) * REGION_BYTES, 1 << 9);
+    memory.looks(200);
+    let out =
+        |memory: &Memory, page: u64| -> u32 { (0..per_page).map(|n| memory.out(page * per_page + n)).sum() };
+    assert!(memory.ages.is_settled());
+    assert_eq!((out(&memory, 2), out(&memory, 3)), (512, 512));
+    assert_eq!(out(&memory, 0), 0);
+    assert!((0..per_page).all(|n| memory.regions[&(n * REGION_BYTES)].huge), "it was split and left so");
+    // What is cold but for a page is not brought back for that.
+    assert_eq!(out(&memory, 1), 511);
+    assert!((1..=5).contains(&memory.mended), "{} times in 200 s", memory.mended);
 }
