@@ -14,6 +14,7 @@ mod pools;
 mod show;
 mod simulate;
 mod table;
+mod top;
 mod volume;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -54,6 +55,8 @@ enum Command {
     Adopt(AdoptArguments),
     /// List the instances, with their last window
     Ps(Output),
+    /// Watch the instances: a live view of how they fare, with what each waits for
+    Top(top::TopArguments),
     /// List the pools: what there is, what is used and left of it, what it costs, and how well it works
     Pools(PoolsArguments),
     /// Measure a pool of this host: a short benchmark, bounded in time and bytes; asks before it loads a busy pool
@@ -311,6 +314,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Ps(output) => show::ps(&session.client, output).await?,
+        Command::Top(arguments) => top::top(&session.client, arguments).await?,
         Command::Pools(arguments) => pools::pools(&session.client, arguments).await?,
         Command::Plan(output) => show::plan(&session.client, output).await?,
         Command::Explain(arguments) => show::explain(&session.client, &arguments).await?,
