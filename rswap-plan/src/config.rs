@@ -53,6 +53,9 @@ pub struct PlanConfig {
     /// What a GiB copied between storage pools costs, in money.
     #[serde(deserialize_with = "non_negative")]
     pub cost_per_gib_copied: f64,
+    /// How fast a volume is copied to another storage pool, in bytes per second, until it has been measured.
+    #[serde(deserialize_with = "positive")]
+    pub copy_bytes_per_s: f64,
     /// Volumes that may be on their way to one storage pool at once.
     #[serde(deserialize_with = "positive_u32")]
     pub volume_moves_per_pool: u32,
@@ -88,6 +91,7 @@ impl Default for PlanConfig {
             io_weight: 0.0005,
             io_violation_cost_per_hour: 0.4,
             cost_per_gib_copied: 0.0001,
+            copy_bytes_per_s: 50e6,
             volume_moves_per_pool: 1,
             moves_per_host: 4,
             moves_per_link: 6,

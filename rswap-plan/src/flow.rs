@@ -15,7 +15,6 @@ use rswap_types::{Flow, InstanceName, Pool, PoolKind, PoolState, UnixMillis};
 use serde::{Deserialize, Serialize};
 
 pub use compare::shortfall_share;
-pub use price::copy_rate;
 
 use self::{compare::Place, ledger::Ledger};
 use crate::{
@@ -316,8 +315,7 @@ impl Planner {
         let others = (0..round.pools.len()).filter(|&to| to != index && round.is_of_kind(to, lane.kind));
         let mut candidates: Vec<Candidate> = others
             .map(|to| {
-                let place =
-                    Place { index: to, room: ledger.available(to, number), coming: Some((index, ledger)) };
+                let place = Place { index: to, room: ledger.available(to, number), coming: Some(ledger) };
                 compare::candidate(lane, &need, &place, round)
             })
             .collect();

@@ -82,7 +82,9 @@ impl Way {
                     view.dirty_bytes_per_s.filter(|rate| rate.is_finite()).unwrap_or(link / 10.0).max(0.0);
                 // A round can't write more than the instance has: a small one always ends.
                 let ratio = dirty / link;
-                let resident = view.resident_bytes as f64;
+                // Volumes go along.
+                let files = view.volumes.iter().map(|volume| volume.size_bytes).fold(0, u64::saturating_add);
+                let resident = view.resident_bytes.saturating_add(files) as f64;
                 let hopeless = (ratio >= CONVERGES_BELOW)
                     .then_some(Dropped::WillNotConverge { dirty_bytes_per_s: dirty, link_bytes_per_s: link });
                 // Each round sends what was written during the one before: a geometric series.

@@ -30,6 +30,13 @@ impl LoopDevice {
         Self::create_of(directory, &image, None)
     }
 
+    /// The same in a directory of this name, which is made.
+    pub fn create_below(parent: &Path, name: &str, bytes: u64) -> anyhow::Result<Self> {
+        let directory = parent.join(name);
+        std::fs::create_dir(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        Self::create(&directory, bytes)
+    }
+
     /// The same in memory. It can be made to [fail](Self::fail).
     pub fn create_that_can_fail(directory: &Path, bytes: u64) -> anyhow::Result<Self> {
         let (memory, image) = memory(bytes)?;

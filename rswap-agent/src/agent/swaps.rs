@@ -116,13 +116,13 @@ impl Wiring {
         }
         let bridge = self.config.network.bridge.as_ref()?;
         let inventory = self.watch.latest();
-        let of_bridge = inventory.pools.iter().find(|pool| match &pool.kind {
-            LocalKind::Link { interface, master, instance_rate: None, .. } => {
+        let of_bridge = |name: &&String| match inventory.pool(name).map(|pool| &pool.kind) {
+            Some(LocalKind::Link { interface, master, instance_rate: None, .. }) => {
                 interface == bridge || master.as_ref() == Some(bridge)
             }
             _ => false,
-        });
-        of_bridge.map(|pool| pool.name.clone())
+        };
+        self.pools.iter().map(|pool| &pool.name).find(of_bridge).cloned()
     }
 
     /// A move to another link that a plan decided.

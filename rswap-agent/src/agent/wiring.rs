@@ -301,10 +301,13 @@ impl Wiring {
         let demand = self.forecaster.demand(&profile.instance, now)?;
         // Only what has a PID namespace of its own can be rebuilt elsewhere.
         // The same of the mount namespace in which a volume is replaced.
-        let movable = match instance.init_pid {
+        let mut movable = match instance.init_pid {
             Some(_) => vec![MoveKind::Cpu, MoveKind::Host, MoveKind::Storage],
             None => vec![MoveKind::Cpu],
         };
+        if instance.network.is_some() {
+            movable.push(MoveKind::Link);
+        }
         Some(InstanceView {
             instance: instance.name.clone(),
             host: None,

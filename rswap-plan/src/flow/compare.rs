@@ -14,11 +14,11 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// Bytes per second of a Gbit/s.
 const GBIT: f64 = 1e9 / 8.0;
 
-/// A pool, what is left of it, and for who would come: from where, and who else is coming.
+/// A pool, what is left of it, and for who would come: who else is coming.
 pub(super) struct Place<'l> {
     pub(super) index: usize,
     pub(super) room: Room,
-    pub(super) coming: Option<(usize, &'l Ledger<'l>)>,
+    pub(super) coming: Option<&'l Ledger<'l>>,
 }
 
 /// Which part of the need is expected to be missing, of requests or of bytes, whichever is more: the expected shortfall as a share
@@ -59,13 +59,11 @@ pub(super) fn candidate(lane: &Lane<'_>, need: &FlowNeed, place: &Place<'_>, rou
     let (pool, config) = (round.pools[place.index], round.config);
     let terms = terms(need, place, round);
     let Room { available, free_bytes } = place.room;
-    let move_price = place
-        .coming
-        .map(|(from, _)| price::price(lane, need, round.pools[from], pool, terms.cost_per_hour, round));
+    let move_price = place.coming.map(|_| price::price(lane, need, pool, terms.cost_per_hour, round));
     let limit = need.limit;
     let is_short =
         limit.operations_per_s > available.operations_per_s || limit.bytes_per_s > available.bytes_per_s;
-    let coming = place.coming.map_or(0, |(_, ledger)| ledger.coming(place.index));
+    let coming = place.coming.map_or(0, |ledger| ledger.coming(place.index));
     let no_space = place.coming.is_some() && lane.kind == MoveKind::Storage && need.size_bytes > free_bytes;
     let dropped = match &pool.state {
         PoolState::Unavailable { reason } => Some(Dropped::Unavailable { reason: reason.clone() }),

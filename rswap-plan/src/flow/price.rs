@@ -1,12 +1,10 @@
 //! What moving a volume or a port costs.
 
-use rswap_types::{Flow, Pool};
+use rswap_types::Pool;
 
 use super::{FlowNeed, Lane, Round};
 use crate::{MoveKind, MovePrice};
 
-/// Of what both pools give, a copy is taken to get this share, until one was measured: it gives way to the program.
-const COPY_SHARE: f64 = 0.5;
 /// Looking, freezing and verifying, next to copying, in seconds.
 const FIXED_S: f64 = 0.5;
 /// Standing still next to what is copied then, in seconds.
@@ -19,26 +17,17 @@ const CONVERGES_BELOW: f64 = 0.8;
 const PORT_S: f64 = 0.3;
 const PORT_STILL_S: f64 = 0.001;
 
-/// Bytes per second of a copy between two pools that give so much.
-pub fn copy_rate(from: Option<Flow>, to: Option<Flow>) -> f64 {
-    let bytes = |flow: Option<Flow>| flow.map(|flow| flow.bytes_per_s);
-    let least = bytes(from).into_iter().chain(bytes(to)).fold(f64::INFINITY, f64::min);
-    // Nobody knows: as a slow disk.
-    if least.is_finite() { (least * COPY_SHARE).max(1.0) } else { 20e6 }
-}
-
 /// The price of a move to a pool that costs `cost_per_hour` for it; while it goes on, both are paid for.
 pub(super) fn price(
     lane: &Lane<'_>,
     need: &FlowNeed,
-    from: &Pool,
     to: &Pool,
     cost_per_hour: f64,
     round: &Round<'_>,
 ) -> MovePrice {
     let config = round.config;
     let (seconds, bytes, still_s) = if lane.kind == MoveKind::Storage {
-        let rate = round.copied.get(&to.name).copied().unwrap_or_else(|| copy_rate(from.gives(), to.gives()));
+        let rate = round.copied.get(&to.name).copied().unwrap_or(config.copy_bytes_per_s);
         // What of its I/O is writing, and what is written again and again, is not known: the copy itself gives up, before it has
         // touched anything, on one that it can't follow.
         let shrink = (lane.now.bytes_per_s / rate).min(CONVERGES_BELOW);

@@ -107,9 +107,9 @@ fn a_rise_is_met_before_it_comes() {
     assert_eq!((to.as_str(), *forced, decision.volume.as_deref()), ("fast", true, Some("data")));
     // 190 of 200 requests are given to who is there: that is crossed at 5 s + (190 - 20) / 880 of 10 s.
     assert_eq!(decision.crossing_in_ms, Some(6_931));
-    // Half of 20 MB/s for 512 MiB: it has to begin at once.
+    // 512 MiB at 50 MB/s: it has to begin at once.
     let price = decision.candidates[0].move_price.unwrap();
-    assert!(price.seconds > 50.0 && price.bytes >= 512 << 20, "{price:?}");
+    assert!(price.seconds > 11.0 && price.bytes >= 512 << 20, "{price:?}");
     assert_eq!(*start_by, AT);
     let text = explain(&decision);
     assert!(text.contains("(storage pool of its volume data) moves to fast in 0 ms"), "{text}");
