@@ -298,6 +298,33 @@ def barriers(log):
     keep(log, "barriers", lambda: (call(MEMBARRIER, private, 0, 0), call(MEMBARRIER, registrations, 0, 0), prctl(PRCTL["get merge"])))
 
 
+def joined(log):
+    """Threads of the C library that end and are waited for: the kernel says so where the thread has told it to."""
+    routine = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+    reader, writer = os.pipe()
+
+    @routine
+    def until_told(_):
+        os.read(reader, 1)
+
+    def start():
+        thread = ctypes.c_ulong()
+        assert libc.pthread_create(ctypes.byref(thread), None, until_told, None) == 0
+        return thread
+
+    waiting = start()
+
+    def look():
+        nonlocal waiting
+        os.write(writer, b"x")
+        until = struct.pack("<2q", int(time.time()) + 10, 0)
+        ended = libc.pthread_timedjoin_np(waiting, None, until)
+        waiting = start()
+        return ended
+
+    keep(log, "joined", look)
+
+
 def alarm(log):
     """A timer at a time of the clock, which ends when somebody sets that."""
     at = int(time.time()) + 100_000
@@ -415,7 +442,7 @@ def strict(log):
 
 def main():
     log = open(sys.argv[1], "a", buffering=1)
-    for work in (credentials, secret, public, dispositions, thread_rights, thread_habits, habits, identity, barriers, alarm, family, filtered, strict):
+    for work in (credentials, secret, public, dispositions, thread_rights, thread_habits, habits, identity, barriers, joined, alarm, family, filtered, strict):
         if os.fork() == 0:
             work(log)
     if os.fork() == 0:

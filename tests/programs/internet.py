@@ -188,6 +188,34 @@ class Listening(Held):
         expect(self.tell()[1], self.BACKLOG, "the backlog")
 
 
+class Buffers(Held):
+    """A connection whose buffers have the sizes that the program chose, and one whose have not."""
+
+    BOTH = (socket.SO_SNDBUF, socket.SO_RCVBUF)
+
+    def __init__(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.idle = socket.socket()
+            self.chosen = [self.idle]
+            for _ in range(2):
+                self.chosen += [socket.create_connection(server.getsockname()), server.accept()[0]]
+        self.left_alone = [self.chosen.pop(), self.chosen.pop()]
+        for number, one in enumerate(self.chosen):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 70_000 + 1000 * number)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 90_000 + 1000 * number)
+        self.sizes = self.look()
+
+    def look(self):
+        return [[one.getsockopt(socket.SOL_SOCKET, which) for which in self.BOTH] for one in self.chosen]
+
+    def check(self):
+        expect(self.look(), self.sizes, "the sizes of buffers that were chosen")
+        expect(self.sizes[0], [140_000, 180_000], "the kernel doubles them")
+        for one in self.left_alone:
+            # The kernel goes on to choose: SO_BUF_LOCK.
+            expect(one.getsockopt(socket.SOL_SOCKET, 72), 0, "buffers that nobody chose")
+
+
 class Routes(Held):
     """What goes elsewhere is sent to a gateway, of either family."""
 
@@ -211,7 +239,7 @@ class Routes(Held):
 
 
 def main():
-    held = [Routes(), Listening(), Ended(), Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
+    held = [Routes(), Listening(), Buffers(), Ended(), Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
     run(held)
 
 

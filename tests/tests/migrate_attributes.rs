@@ -22,7 +22,7 @@ fn rights_and_restrictions_are_the_same_everywhere() -> anyhow::Result<()> {
     let goes_on = |log: &std::path::Path| {
         let of_processes =
             ["credentials", "secret", "public", "dispositions", "habits", "identity", "family", "root"];
-        let of_memory_and_time = ["barriers", "alarm"];
+        let of_memory_and_time = ["barriers", "joined", "alarm"];
         let of_threads = ["thread rights", "thread habits", "filter", "strict"];
         of_processes
             .iter()
