@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context, ensure};
 use fastrand::Rng;
 use nix::{
+    errno::Errno,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -40,6 +41,14 @@ fn number(name: &str, usual: u64) -> anyhow::Result<u64> {
 /// The processes of an instance that are not stopped: held still, so that its files stay as an image tells them.
 struct Held(Vec<Pid>);
 
+/// One that has ended is no error: those that go on before it may end it.
+fn signal(pid: Pid, signal: Signal) -> anyhow::Result<()> {
+    match kill(pid, signal) {
+        Err(Errno::ESRCH) => Ok(()),
+        sent => Ok(sent?),
+    }
+}
+
 impl Held {
     fn still(host: &Host, name: &str) -> anyhow::Result<Self> {
         let runs = |pid: &i32| {
@@ -49,13 +58,13 @@ impl Held {
         };
         let pids: Vec<Pid> = host.pids(name)?.into_iter().filter(runs).map(Pid::from_raw).collect();
         for &pid in &pids {
-            kill(pid, Signal::SIGSTOP)?;
+            signal(pid, Signal::SIGSTOP)?;
         }
         Ok(Self(pids))
     }
 
     fn go_on(self) -> anyhow::Result<()> {
-        Ok(self.0.into_iter().try_for_each(|pid| kill(pid, Signal::SIGCONT))?)
+        self.0.into_iter().try_for_each(|pid| signal(pid, Signal::SIGCONT))
     }
 }
 
