@@ -20,7 +20,8 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    TraceeError, capture::Status, layout, link::Link, remote::Remote, stopped::StoppedProcess, tree,
+    TraceeError, capture::Status, layout, leftovers, link::Link, remote::Remote, stopped::StoppedProcess,
+    tree,
 };
 use crate::sys::ptrace::{self, Stop};
 
@@ -84,6 +85,8 @@ impl Hand {
         let ours = self.remote.take_descriptor(number(4))?;
         // Whether there is room for one more descriptor is known before anything is changed.
         let trial = self.remote.share_descriptor(self.task.end)?;
+        // From here on a descriptor may wait in it, and if we are killed, it is found by its name.
+        leftovers::name_socket(&trial).map_err(TraceeError::call("naming a socket", self.task.process))?;
         self.link = Some(Link::of(ours));
         let given = self.give(&trial)?;
         self.close(given)

@@ -1,9 +1,15 @@
 //! What an agent that was killed has left in a running program, apart from a thread on its way back: a userfaultfd that was not
-//! taken out yet, and a scratch mapping. Neither does anything there, but nobody else would remove them.
+//! taken out yet, a scratch mapping, and the end of a socket. None does anything there, but nobody else would remove them.
 //!
 //! What was write-protected for an agent that is gone is so no more: the kernel has closed its userfaultfd.
 
-use std::{fs, os::fd::RawFd, time::Duration};
+use std::{
+    fs, io,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    time::Duration,
+};
+
+use nix::sys::socket::{UnixAddr, bind};
 
 use super::{
     TraceeError,
@@ -14,7 +20,7 @@ use super::{
 };
 use crate::sys::{
     mem::{self, PAGE_SIZE, RemoteAddr},
-    uffd,
+    socket, uffd,
 };
 
 /// A scratch mapping: a page for what calls point to, and a thread's frame.
@@ -25,6 +31,8 @@ const STEP: u64 = 0x1_0000;
 const PLACES: u64 = 60;
 /// What a scratch mapping ends with.
 const MARK: [u8; 16] = *b"rswap scratch\x00\x00\x01";
+/// What the names of sockets begin with, in the abstract namespace (unix(7)).
+const SOCKET: &str = "rswap-hand-";
 /// A program that has just made a userfaultfd for itself will have set it up by then.
 const PATIENCE: Duration = Duration::from_millis(50);
 
@@ -47,7 +55,7 @@ fn mark_of(at: u64) -> RemoteAddr {
 /// Removes what a killed agent has left in process `pid`, which runs.
 pub fn remove(pid: i32) -> Result<(), TraceeError> {
     let before = userfaultfds(pid);
-    if before.is_empty() && scratch_mappings(pid)?.is_empty() {
+    if before.is_empty() && scratch_mappings(pid)?.is_empty() && sockets(pid).is_empty() {
         return Ok(());
     }
     std::thread::sleep(PATIENCE);
@@ -57,11 +65,43 @@ pub fn remove(pid: i32) -> Result<(), TraceeError> {
         tracing::warn!(pid, fd, "closing a userfaultfd that an earlier agent has left");
         remote.call("close", libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0])?;
     }
+    for fd in sockets(pid) {
+        tracing::warn!(pid, fd, "closing a socket that an earlier agent has left");
+        remote.call("close", libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0])?;
+    }
     for mapping in scratch_mappings(pid)? {
         tracing::warn!(pid, at = mapping.start, "removing a scratch mapping that an earlier agent has left");
         remote.call("munmap", libc::SYS_munmap, [mapping.start, mapping.len(), 0, 0, 0, 0])?;
     }
     Ok(())
+}
+
+/// Names a socket of ours in a program, by which it is found if we are killed. Names are one for each network namespace.
+pub(super) fn name_socket(socket: &OwnedFd) -> io::Result<()> {
+    let cookie = socket::option_bytes(socket, libc::SOL_SOCKET, libc::SO_COOKIE, 8)?;
+    let cookie = cookie.first_chunk().map_or(0, |cookie| u64::from_ne_bytes(*cookie));
+    let name = UnixAddr::new_abstract(format!("{SOCKET}{cookie:x}").as_bytes())?;
+    Ok(bind(socket.as_raw_fd(), &name)?)
+}
+
+/// Descriptors of `pid` that are such sockets.
+fn sockets(pid: i32) -> Vec<RawFd> {
+    let listed = fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap_or_default();
+    // The last two words of a line are the inode and the name, in which '@' begins an abstract one.
+    let inode = |line: &str| {
+        let (before, _) = line.split_once(&format!(" @{SOCKET}"))?;
+        Some(format!("socket:[{}]", before.split_whitespace().last()?))
+    };
+    let ours: Vec<String> = listed.lines().filter_map(inode).collect();
+    if ours.is_empty() {
+        return Vec::new();
+    }
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let is_ours = |entry: &fs::DirEntry| {
+        fs::read_link(entry.path()).is_ok_and(|to| ours.iter().any(|ours| to.as_os_str() == ours.as_str()))
+    };
+    let numbers = entries.filter(is_ours).filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.collect()
 }
 
 fn scratch_mappings(pid: i32) -> Result<Vec<Mapping>, TraceeError> {
