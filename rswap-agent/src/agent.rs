@@ -52,6 +52,7 @@ use crate::{
     pool::{Pool, PoolKind},
     status::{self, Board, BoardState, StatusError},
     swap::storage,
+    sys::heap,
     tracee::datagrams,
     units::UnixMillis,
 };
@@ -135,6 +136,7 @@ pub fn run(config: Config) -> Result<(), AgentError> {
     stops.add(Signal::SIGINT);
     stops.thread_unblock().map_err(|errno| failed("unblock SIGTERM and SIGINT")(errno.into()))?;
     open_as_many_as_allowed().map_err(failed("raise the limit of open files"))?;
+    heap::limit_arenas().map_err(failed("limit the arenas of the heap"))?;
     // Two threads serve; the windows' work is done on this one.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

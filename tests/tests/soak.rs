@@ -16,10 +16,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 const MOVES: usize = 20;
 /// After so many moves an agent has all that it needs for one.
 const WARM_UP: usize = 6;
-/// What an agent may grow by afterwards, and a little for each move: it remembers some, and its allocator's caches come and
-/// go with threads.
+/// What an agent may grow by afterwards, and a little for each move: it remembers the last ones.
 const GROWTH_KIB: u64 = 2 << 10;
-const GROWTH_PER_MOVE_KIB: u64 = 32;
+const GROWTH_PER_MOVE_KIB: u64 = 4;
 /// Moves over whose sizes the middle one is taken.
 const LOOKS: usize = 5;
 

@@ -11,6 +11,7 @@ use super::wiring::refused;
 use crate::{
     instance::{Instance, launch::Place},
     migrate::{ledger::Ledger, linux},
+    sys::heap,
 };
 
 const ATTEMPTED: &str = "take in a migration";
@@ -57,6 +58,7 @@ impl Incoming {
         let (place, ledger, deadline_s) = (self.place.clone(), self.ledger.clone(), self.deadline_s);
         let (free, arrived) = (self.free.clone(), self.arrived.clone());
         std::thread::spawn(move || {
+            let _at_the_end = heap::GiveBack;
             let _connection: OwnedSemaphorePermit = connection;
             let served = stream.into_std().and_then(|stream| {
                 stream.set_nonblocking(false)?;

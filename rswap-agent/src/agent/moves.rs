@@ -26,6 +26,7 @@ use crate::{
         memory::{Held, MemoryReport, Target},
         storage::{self, StorageOrder, StorageProgress, StorageReport},
     },
+    sys::heap,
 };
 
 /// How long copying a volume may take in all.
@@ -155,6 +156,7 @@ pub(super) fn spawn(
 ) {
     let config = config.clone();
     std::thread::spawn(move || {
+        let _at_the_end = heap::GiveBack;
         let began = Instant::now();
         let instance = order.instance().name.clone();
         // An instance whose move panicked must not count as moving for ever.

@@ -10,6 +10,7 @@ pub mod datagram;
 pub mod file;
 pub mod filter;
 pub mod handle;
+pub mod heap;
 pub mod lock;
 pub mod mem;
 pub mod mempolicy;
