@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use rswap_types::{InstanceName, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::{Demand, DemandPoint, ForecastConfig, Lessons, Prior, Priors, Resource, Usage, series::Series};
+use crate::{
+    Demand, DemandPoint, ForecastConfig, Lessons, Prior, Priors, Resource, StateError, Usage, series::Series,
+};
 
 /// Without a new window for so many windows there is no forecast any more.
 const STALE_WINDOWS: u64 = 10;
@@ -44,6 +46,10 @@ pub struct Forecaster {
     pub(crate) instances: BTreeMap<InstanceName, Watched>,
     /// What instances that are gone have taught, and what others have.
     pub(crate) learnt: Lessons,
+    /// What other hosts of the fleet have taught: replaced as a whole, never handed on as this one's.
+    fleet: Option<Lessons>,
+    /// `learnt` and `fleet` together, where there is a fleet.
+    known: Option<Lessons>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,7 +68,34 @@ impl Forecaster {
     pub fn new(config: ForecastConfig, window_ms: u64) -> Self {
         let window_ms = window_ms.max(1);
         let learnt = Lessons::new(window_ms, config.horizons_ms.clone());
-        Self { config, window_ms, instances: BTreeMap::new(), learnt }
+        Self { config, window_ms, instances: BTreeMap::new(), learnt, fleet: None, known: None }
+    }
+
+    /// Takes over what the other hosts of a fleet have taught, in place of what they had taught before. It is kept apart from what
+    /// was learnt here: [`Forecaster::lessons`] and [`Forecaster::state`] don't have it, so that nothing comes back as another's.
+    ///
+    /// # Errors
+    ///
+    /// As [`Lessons::merge`]; what was known before stays then.
+    pub fn learn_from_fleet(&mut self, fleet: Lessons) -> Result<(), StateError> {
+        let mut known = self.learnt.clone();
+        known.merge(&fleet)?;
+        (self.fleet, self.known) = (Some(fleet), Some(known));
+        Ok(())
+    }
+
+    /// No lessons yet, for the same windows and horizons.
+    pub fn no_lessons(&self) -> Lessons {
+        Lessons::new(self.window_ms, self.config.horizons_ms.clone())
+    }
+
+    /// After a change of what was learnt here.
+    pub(crate) fn know(&mut self) {
+        let Some(fleet) = &self.fleet else { return };
+        let mut known = self.learnt.clone();
+        if known.merge(fleet).is_ok() {
+            self.known = Some(known);
+        }
     }
 
     /// Says whom an instance is like, which may become clearer while it runs, and which of its lives this is: the same name with
@@ -133,7 +166,7 @@ impl Forecaster {
 
     fn priors(&self, resource: Resource) -> &Priors {
         static NONE: Priors = Priors::none();
-        self.learnt.priors.get(&resource).unwrap_or(&NONE)
+        self.known.as_ref().unwrap_or(&self.learnt).priors.get(&resource).unwrap_or(&NONE)
     }
 
     /// What others of the class have taught that still run.
@@ -165,6 +198,7 @@ impl Forecaster {
         if let Some(gone) = self.instances.remove(instance) {
             gone.teach(&mut self.learnt);
             self.learnt.bound(REMEMBERED);
+            self.know();
         }
     }
 

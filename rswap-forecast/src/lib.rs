@@ -25,6 +25,7 @@ mod level;
 mod mixture;
 mod moments;
 mod numeric;
+mod part;
 mod prior;
 mod priors;
 mod profile;
@@ -40,6 +41,7 @@ use serde::{Deserialize, Serialize};
 pub use config::ForecastConfig;
 pub use forecaster::{Forecaster, Kin, Observation};
 pub use moments::Moments;
+pub use part::Part;
 pub use prior::{Prior, PriorError};
 pub use priors::Priors;
 pub use resource::{Resource, Usage};
@@ -133,6 +135,8 @@ pub struct Demand {
 
 #[cfg(test)]
 mod level_tests;
+#[cfg(test)]
+mod part_tests;
 #[cfg(test)]
 mod prior_tests;
 #[cfg(test)]

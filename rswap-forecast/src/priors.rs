@@ -58,6 +58,29 @@ impl Priors {
         self.identities.keys().map(String::as_str)
     }
 
+    /// Of which classes something is known.
+    pub(crate) fn classes(&self) -> impl Iterator<Item = &str> {
+        self.classes.keys().map(String::as_str)
+    }
+
+    /// What is known of one class, and nothing else.
+    pub(crate) fn only_class(&self, class: &str) -> Option<Self> {
+        let (name, prior) = self.classes.get_key_value(class)?;
+        Some(Self { classes: BTreeMap::from([(name.clone(), prior.clone())]), ..Self::none() })
+    }
+
+    /// What is known of all together and of each kind of profile, and of no class or identity.
+    pub(crate) fn only_general(&self) -> Option<Self> {
+        let all = self.all.clone()?;
+        Some(Self { all: Some(all), kinds: self.kinds.clone(), ..Self::none() })
+    }
+
+    /// Series that it comes from: of all, or of the only class that it knows.
+    pub(crate) fn series(&self) -> f64 {
+        let all = self.all.as_ref().map_or(0.0, Prior::series);
+        self.classes.values().map(Prior::series).fold(all, f64::max)
+    }
+
     /// Whether a series with so many leads can start from any of them.
     ///
     /// # Errors

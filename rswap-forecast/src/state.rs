@@ -48,9 +48,9 @@ pub enum StateError {
 pub struct Lessons {
     version: u32,
     /// Windows that it was learnt in, in milliseconds.
-    window_ms: u64,
+    pub(crate) window_ms: u64,
     /// Horizons that it was learnt for, in milliseconds.
-    horizons_ms: Vec<u64>,
+    pub(crate) horizons_ms: Vec<u64>,
     pub(crate) priors: BTreeMap<Resource, Priors>,
 }
 
@@ -153,7 +153,9 @@ impl Forecaster {
     ///
     /// As [`Lessons::merge`].
     pub fn learn(&mut self, lessons: &Lessons) -> Result<(), StateError> {
-        self.learnt.merge(lessons)
+        self.learnt.merge(lessons)?;
+        self.know();
+        Ok(())
     }
 }
 

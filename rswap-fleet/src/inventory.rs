@@ -1,0 +1,279 @@
+//! Which hosts there are, what they have to sit on, and what runs where.
+//!
+//! Names of instances are unique on a host. In the fleet, the first that claims a name has it; another one is called `NAME.2`, and so
+//! on. Whether an instance that appears on a host is one that came from another, or a twin, is known when that other host has
+//! reported again; until then it is in no plan.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use rswap_plan::InstanceView;
+use rswap_types::{InstanceName, Pool, THIS_HOST, UnixMillis};
+use serde::{Deserialize, Serialize};
+
+use crate::{HostName, InstanceReport, Report};
+
+/// An instance that is gone is remembered for so long, in milliseconds: it may appear on another host.
+pub const GONE_MS: u64 = 5 * 60_000;
+/// A host that has not reported for so many intervals is away.
+pub const AWAY_INTERVALS: u64 = 3;
+
+/// One host, as it was when it last reported.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Host {
+    /// When it was heard, by the controller's clock.
+    pub heard: UnixMillis,
+    /// When it made that report, by its own.
+    pub at: UnixMillis,
+    /// Whether its agent carries out what it is told.
+    pub acts: bool,
+    /// Where it takes migrations.
+    pub address: Option<SocketAddr>,
+    /// Its own pools.
+    pub pools: Vec<Pool>,
+    /// What runs there, by its name there.
+    pub instances: BTreeMap<InstanceName, InstanceReport>,
+    /// Bytes per second that migrations from here to other addresses had.
+    pub links: BTreeMap<SocketAddr, f64>,
+}
+
+impl Host {
+    /// The pool that stands for it as a whole.
+    pub fn whole(&self) -> Option<&Pool> {
+        self.pools.iter().find(|pool| pool.name == THIS_HOST)
+    }
+}
+
+/// Where an instance of the fleet is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placed {
+    /// On which host.
+    pub host: HostName,
+    /// Its name there.
+    pub local: InstanceName,
+    /// What it was last seen to be: its identity does not change when it moves.
+    identity: String,
+    /// Since when that host no longer has it; `None`: it has.
+    gone: Option<UnixMillis>,
+}
+
+/// A change of where an instance is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Which, by its name in the fleet.
+    pub instance: InstanceName,
+    /// Where it was.
+    pub from: Option<HostName>,
+    /// Where it is; `None`: it is gone.
+    pub to: Option<HostName>,
+}
+
+/// The fleet.
+#[derive(Clone, Debug, Default)]
+pub struct Inventory {
+    hosts: BTreeMap<HostName, Host>,
+    placed: BTreeMap<InstanceName, Placed>,
+    /// Names in the fleet, by where they are and their name there.
+    names: BTreeMap<(HostName, InstanceName), InstanceName>,
+    /// Appeared, and may be the one named here, which its host had in its last report; since when.
+    unclear: BTreeMap<(HostName, InstanceName), (InstanceName, UnixMillis)>,
+}
+
+impl Inventory {
+    /// An inventory that knows where instances were when it was last kept.
+    pub fn with_owners(
+        owners: impl IntoIterator<Item = (InstanceName, HostName, InstanceName)>,
+        now: UnixMillis,
+    ) -> Self {
+        let mut new = Self::default();
+        for (name, host, local) in owners {
+            new.names.insert((host.clone(), local.clone()), name.clone());
+            // Gone until its host says that it is there.
+            let placed = Placed { host, local, identity: String::new(), gone: Some(now) };
+            new.placed.insert(name, placed);
+        }
+        new
+    }
+
+    /// Takes in a report that is newer than all others of its host.
+    pub fn take(&mut self, report: &Report, heard: UnixMillis) -> Vec<Change> {
+        let mut links = self.hosts.remove(&report.host).map_or_else(BTreeMap::new, |host| host.links);
+        links.extend(report.links.iter().map(|link| (link.to, link.bytes_per_s)));
+        let instances = report.instances.iter().map(|one| {
+            // What was used is history, not how it is.
+            let one = InstanceReport { used: BTreeMap::new(), ..one.clone() };
+            (one.view.instance.clone(), one)
+        });
+        let host = Host {
+            heard,
+            at: report.at,
+            acts: report.acts,
+            address: report.address,
+            pools: report.pools.clone(),
+            instances: instances.collect(),
+            links,
+        };
+        let mut changes = Vec::new();
+        let present: Vec<_> =
+            host.instances.iter().map(|(name, one)| (name.clone(), one.kin.identity.clone())).collect();
+        self.hosts.insert(report.host.clone(), host);
+        for (name, placed) in self.placed.iter_mut().filter(|(_, placed)| placed.host == report.host) {
+            let there = present.iter().find(|(local, _)| *local == placed.local);
+            match there {
+                Some((_, identity)) => {
+                    if placed.gone.take().is_some() {
+                        let to = Some(report.host.clone());
+                        changes.push(Change { instance: name.clone(), from: None, to });
+                    }
+                    placed.identity.clone_from(identity);
+                }
+                None if placed.gone.is_none() => {
+                    placed.gone = Some(heard);
+                    changes.push(Change {
+                        instance: name.clone(),
+                        from: Some(report.host.clone()),
+                        to: None,
+                    });
+                }
+                None => {}
+            }
+        }
+        self.unclear
+            .retain(|(at, local), _| *at != report.host || present.iter().any(|(name, _)| name == local));
+        for (local, identity) in present {
+            let key = (report.host.clone(), local);
+            if !self.names.contains_key(&key) && !self.unclear.contains_key(&key) {
+                changes.extend(self.appeared(key, identity, heard));
+            }
+        }
+        changes.extend(self.tick(heard));
+        changes
+    }
+
+    /// An instance that no report named there before.
+    fn appeared(
+        &mut self,
+        key: (HostName, InstanceName),
+        identity: String,
+        now: UnixMillis,
+    ) -> Option<Change> {
+        let same = |placed: &&Placed| {
+            placed.local == key.1 && (placed.identity == identity || placed.identity.is_empty())
+        };
+        let mut alike = self.placed.iter().filter(|(_, placed)| same(placed));
+        let gone = alike.clone().find(|(_, placed)| placed.gone.is_some()).map(|(name, _)| name.clone());
+        if let Some(name) = gone {
+            return Some(self.came(&name, key, identity));
+        }
+        match alike.next().map(|(name, _)| name.clone()) {
+            Some(name) => {
+                self.unclear.insert(key, (name, now));
+                None
+            }
+            None => Some(self.new_one(key, identity)),
+        }
+    }
+
+    fn came(&mut self, name: &InstanceName, key: (HostName, InstanceName), identity: String) -> Change {
+        let (host, local) = key.clone();
+        let placed = Placed { host: host.clone(), local, identity, gone: None };
+        let before = self.placed.insert(name.clone(), placed);
+        let from = before.map(|before| {
+            self.names.remove(&(before.host.clone(), before.local));
+            before.host
+        });
+        self.names.insert(key, name.clone());
+        Change { instance: name.clone(), from, to: Some(host) }
+    }
+
+    fn new_one(&mut self, key: (HostName, InstanceName), identity: String) -> Change {
+        let name = self.free_name(&key.1);
+        self.came(&name, key, identity)
+    }
+
+    fn free_name(&self, local: &InstanceName) -> InstanceName {
+        let mut name = local.clone();
+        for number in 2u64.. {
+            if !self.placed.contains_key(&name) {
+                break;
+            }
+            let end = format!(".{number}");
+            let kept = local.as_str().len().min(63 - end.len());
+            // Names are ASCII.
+            name = format!("{}{end}", &local.as_str()[..kept]).parse().unwrap_or(name);
+        }
+        name
+    }
+
+    /// What time alone makes clear.
+    pub fn tick(&mut self, now: UnixMillis) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for (key, (name, since)) in std::mem::take(&mut self.unclear) {
+            let identity = self.hosts.get(&key.0).and_then(|host| host.instances.get(&key.1));
+            let identity = identity.map(|one| one.kin.identity.clone()).unwrap_or_default();
+            let before = self.placed.get(&name);
+            let reported = before.and_then(|before| self.hosts.get(&before.host)).map(|host| host.heard);
+            let gone = before.is_none_or(|before| before.gone.is_some());
+            if gone && before.is_some() {
+                changes.push(self.came(&name, key, identity));
+            } else if gone || reported.is_some_and(|at| at > since) || now.since(since) >= GONE_MS {
+                changes.push(self.new_one(key, identity));
+            } else {
+                self.unclear.insert(key, (name, since));
+            }
+        }
+        let over = |placed: &Placed| placed.gone.is_some_and(|at| now.since(at) >= GONE_MS);
+        let forgotten: Vec<_> =
+            self.placed.iter().filter(|(_, placed)| over(placed)).map(|(name, _)| name.clone()).collect();
+        for name in forgotten {
+            if let Some(placed) = self.placed.remove(&name) {
+                self.names.remove(&(placed.host.clone(), placed.local));
+                changes.push(Change { instance: name, from: Some(placed.host), to: None });
+            }
+        }
+        changes
+    }
+
+    /// All hosts.
+    pub fn hosts(&self) -> &BTreeMap<HostName, Host> {
+        &self.hosts
+    }
+
+    /// Takes a host out: it has left the fleet. What ran there is gone.
+    pub fn forget_host(&mut self, host: &HostName, now: UnixMillis) {
+        self.hosts.remove(host);
+        for placed in self.placed.values_mut().filter(|placed| placed.host == *host) {
+            placed.gone.get_or_insert(now);
+        }
+    }
+
+    /// What runs, by its name in the fleet; without what is gone.
+    pub fn instances(&self) -> impl Iterator<Item = (&InstanceName, &Placed)> {
+        self.placed.iter().filter(|(_, placed)| placed.gone.is_none())
+    }
+
+    /// Where an instance is.
+    pub fn placed(&self, name: &InstanceName) -> Option<&Placed> {
+        self.placed.get(name).filter(|placed| placed.gone.is_none())
+    }
+
+    /// An instance's last report.
+    pub fn report(&self, placed: &Placed) -> Option<&InstanceReport> {
+        self.hosts.get(&placed.host)?.instances.get(&placed.local)
+    }
+
+    /// An instance as a plan of the fleet sees it.
+    pub fn view(&self, name: &InstanceName, placed: &Placed) -> Option<InstanceView> {
+        let mut view = self.report(placed)?.view.clone();
+        view.instance = name.clone();
+        view.demand.instance = name.clone();
+        view.host = Some(placed.host.to_string());
+        view.cpu_pool = None;
+        view.movable.retain(|kind| *kind == rswap_plan::MoveKind::Host);
+        Some(view)
+    }
+
+    /// Whether a host has not reported for long.
+    pub fn is_away(&self, host: &HostName, interval_ms: u64, now: UnixMillis) -> bool {
+        self.hosts.get(host).is_none_or(|host| now.since(host.heard) > interval_ms * AWAY_INTERVALS)
+    }
+}

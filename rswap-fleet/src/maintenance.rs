@@ -1,0 +1,224 @@
+//! Rolling maintenance: host after host is emptied, worked on, and used again.
+//!
+//! ```text
+//! Waiting -> Draining -> Empty -> (somebody works on it, and says so) -> Back -> Done
+//!               |                                                         |
+//!               +--- too long, or the host is away --> Stuck <------------+ it does not come back in time
+//! ```
+//!
+//! At most `at_once` hosts are between Waiting and Done. One that is stuck stays drained and stops the roll: no further host is begun
+//! until somebody has decided ([`Roll::retry`], [`Roll::skip`]). It is a pure function of what is seen: after a new start of the controller
+//! it goes on from what was kept.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rswap_types::UnixMillis;
+use serde::{Deserialize, Serialize};
+
+use crate::HostName;
+
+/// Where a host is in a roll.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "stage")]
+pub enum Stage {
+    /// Its turn has not come.
+    Waiting,
+    /// It is being emptied.
+    Draining {
+        /// Since when.
+        since: UnixMillis,
+    },
+    /// Nothing runs there: it can be worked on.
+    Empty {
+        /// Since when.
+        since: UnixMillis,
+    },
+    /// It has been worked on, and is to report and be used again.
+    Back {
+        /// Since when.
+        since: UnixMillis,
+    },
+    /// It has not got on in time: somebody has to look.
+    Stuck {
+        /// Since when.
+        since: UnixMillis,
+        /// Why.
+        reason: String,
+    },
+    /// It is used again.
+    Done,
+    /// Left out by decision.
+    Skipped,
+}
+
+/// What is seen of a host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// It reports.
+    pub present: bool,
+    /// Instances that are there, on their way away included.
+    pub instances: usize,
+    /// It made its last report so long ago, in terms of the controller's clock.
+    pub heard: UnixMillis,
+}
+
+/// A roll over some hosts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roll {
+    /// Hosts that are emptied or worked on at once.
+    at_once: usize,
+    /// How long a host may take to be emptied, and to come back, in milliseconds.
+    limit_ms: u64,
+    order: Vec<HostName>,
+    stages: BTreeMap<HostName, Stage>,
+}
+
+/// Why a roll can't do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RollError {
+    /// It is not in it.
+    #[error("host {0} is not in this roll")]
+    Unknown(HostName),
+    /// It is somewhere else.
+    #[error("host {host} is {stage}")]
+    Stage {
+        /// Which.
+        host: HostName,
+        /// Where it is.
+        stage: &'static str,
+    },
+}
+
+impl Roll {
+    /// A roll over these hosts, in this order; each once.
+    pub fn new(hosts: impl IntoIterator<Item = HostName>, at_once: usize, limit_ms: u64) -> Self {
+        let mut stages = BTreeMap::new();
+        let mut order = Vec::new();
+        for host in hosts {
+            if stages.insert(host.clone(), Stage::Waiting).is_none() {
+                order.push(host);
+            }
+        }
+        Self { at_once: at_once.max(1), limit_ms, order, stages }
+    }
+
+    /// One round: what is seen moves hosts on, and the next ones begin where there is room.
+    pub fn round(&mut self, seen: &BTreeMap<HostName, Seen>, now: UnixMillis) {
+        for (host, stage) in &mut self.stages {
+            let seen = seen.get(host).copied().unwrap_or_default();
+            let limit_ms = self.limit_ms;
+            let late = |since: UnixMillis| now.since(since) >= limit_ms;
+            let stuck = |reason: String| Stage::Stuck { since: now, reason };
+            let next = match &*stage {
+                Stage::Draining { .. } if seen.present && seen.instances == 0 => {
+                    Some(Stage::Empty { since: now })
+                }
+                Stage::Draining { since } if late(*since) => Some(match seen.present {
+                    true => stuck(format!("{} instances have not left it", seen.instances)),
+                    false => stuck("it does not report while it is emptied".to_owned()),
+                }),
+                // Somebody has started something there.
+                Stage::Empty { .. } if seen.present && seen.instances > 0 => {
+                    Some(Stage::Draining { since: now })
+                }
+                Stage::Back { since } if seen.present && seen.heard > *since => Some(Stage::Done),
+                Stage::Back { since } if late(*since) => Some(stuck("it has not come back".to_owned())),
+                _ => None,
+            };
+            if let Some(next) = next {
+                *stage = next;
+            }
+        }
+        if self.stages.values().any(|stage| matches!(stage, Stage::Stuck { .. })) {
+            return;
+        }
+        let mut busy = self.stages.values().filter(|stage| is_busy(stage)).count();
+        for host in &self.order {
+            if busy >= self.at_once {
+                break;
+            }
+            if let Some(stage @ Stage::Waiting) = self.stages.get_mut(host) {
+                *stage = Stage::Draining { since: now };
+                busy += 1;
+            }
+        }
+    }
+
+    /// Hosts that are to be left by all, and entered by nobody.
+    pub fn drained(&self) -> BTreeSet<HostName> {
+        let drained = |stage: &Stage| {
+            matches!(stage, Stage::Draining { .. } | Stage::Empty { .. } | Stage::Stuck { .. })
+        };
+        self.stages.iter().filter(|(_, stage)| drained(stage)).map(|(host, _)| host.clone()).collect()
+    }
+
+    /// An empty host has been worked on.
+    ///
+    /// # Errors
+    ///
+    /// If it is not empty.
+    pub fn worked_on(&mut self, host: &HostName, now: UnixMillis) -> Result<(), RollError> {
+        self.step(host, |stage| matches!(stage, Stage::Empty { .. }), Stage::Back { since: now })
+    }
+
+    /// A stuck host is tried again.
+    ///
+    /// # Errors
+    ///
+    /// If it is not stuck.
+    pub fn retry(&mut self, host: &HostName, now: UnixMillis) -> Result<(), RollError> {
+        self.step(host, |stage| matches!(stage, Stage::Stuck { .. }), Stage::Draining { since: now })
+    }
+
+    /// A host is left out: one that waits or is stuck.
+    ///
+    /// # Errors
+    ///
+    /// If it is being emptied or worked on, or done.
+    pub fn skip(&mut self, host: &HostName) -> Result<(), RollError> {
+        self.step(host, |stage| matches!(stage, Stage::Waiting | Stage::Stuck { .. }), Stage::Skipped)
+    }
+
+    fn step(&mut self, host: &HostName, from: impl Fn(&Stage) -> bool, to: Stage) -> Result<(), RollError> {
+        match self.stages.get_mut(host) {
+            None => Err(RollError::Unknown(host.clone())),
+            Some(stage) if from(stage) => {
+                *stage = to;
+                Ok(())
+            }
+            Some(stage) => Err(RollError::Stage { host: host.clone(), stage: stage.name() }),
+        }
+    }
+
+    /// Where each host is, in the order of the roll.
+    pub fn stages(&self) -> impl Iterator<Item = (&HostName, &Stage)> {
+        self.order.iter().filter_map(|host| Some((host, self.stages.get(host)?)))
+    }
+
+    /// Whether nothing is left to be done.
+    pub fn is_over(&self) -> bool {
+        self.stages.values().all(|stage| matches!(stage, Stage::Done | Stage::Skipped))
+    }
+}
+
+fn is_busy(stage: &Stage) -> bool {
+    matches!(stage, Stage::Draining { .. } | Stage::Empty { .. } | Stage::Back { .. } | Stage::Stuck { .. })
+}
+
+impl Stage {
+    /// For people.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Draining { .. } => "being emptied",
+            Self::Empty { .. } => "empty",
+            Self::Back { .. } => "to come back",
+            Self::Stuck { .. } => "stuck",
+            Self::Done => "done",
+            Self::Skipped => "left out",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,143 @@
+//! The fleet's plan: hosts are its pools, and the planner is that of a host.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rswap_plan::{InstanceView, MoveKind, Outcome, Plan, PlanConfig, Planner};
+use rswap_types::{InstanceName, Pool, PoolKind, PoolState, UnixMillis};
+
+use crate::{
+    Action, HostName, Inventory, Order, OrderOutcome,
+    inventory::Host,
+    orders::{Book, OrderResult},
+};
+
+/// A migration's order may be begun within so long, in milliseconds: after that, it rests on an old plan.
+pub const BEGIN_WITHIN_MS: u64 = 2 * 60_000;
+/// A migration that was ordered longer ago, and of which nobody has said what became of it, counts as failed, in milliseconds.
+pub const MOVES_WITHIN_MS: u64 = 30 * 60_000;
+
+/// Plans a fleet, and gives the orders.
+#[derive(Debug)]
+pub struct FleetPlanner {
+    planner: Planner,
+    interval_ms: u64,
+    /// What was ordered and has not ended, by the name in the fleet.
+    moving: BTreeMap<InstanceName, Moving>,
+}
+
+#[derive(Clone, Debug)]
+struct Moving {
+    from: HostName,
+    /// Its name there.
+    local: InstanceName,
+    until: UnixMillis,
+}
+
+impl FleetPlanner {
+    /// Reports come every `interval_ms` milliseconds.
+    pub fn new(config: PlanConfig, interval_ms: u64) -> Self {
+        Self { planner: Planner::new(config), interval_ms, moving: BTreeMap::new() }
+    }
+
+    /// One round. Hosts that are `drained` are to be left.
+    pub fn plan(&mut self, fleet: &Inventory, drained: &BTreeSet<HostName>, now: UnixMillis) -> Plan {
+        self.follow(fleet, now);
+        let by_address: BTreeMap<_, _> =
+            fleet.hosts().iter().filter_map(|(name, host)| Some((host.address?, name))).collect();
+        for (address, bytes_per_s) in fleet.hosts().values().flat_map(|host| &host.links) {
+            if let Some(name) = by_address.get(address) {
+                self.planner.link_measured(name.as_str(), *bytes_per_s);
+            }
+        }
+        let pools: Vec<Pool> = fleet
+            .hosts()
+            .iter()
+            .filter_map(|(name, host)| {
+                let away = fleet.is_away(name, self.interval_ms, now);
+                pool(name, host, drained.contains(name), away)
+            })
+            .collect();
+        let present = |host: &HostName| !fleet.is_away(host, self.interval_ms, now);
+        let views: Vec<InstanceView> = fleet
+            .instances()
+            .filter(|(_, placed)| present(&placed.host))
+            .filter_map(|(name, placed)| fleet.view(name, placed))
+            .collect();
+        self.planner.plan(now, &views, &pools)
+    }
+
+    /// Gives the orders for what a plan decided and would be late if it waited for the round after the next.
+    pub fn order(&mut self, plan: &Plan, fleet: &Inventory, book: &mut Book, now: UnixMillis) {
+        let soon = UnixMillis(now.0.saturating_add(2 * self.interval_ms));
+        for decision in plan.decisions.iter().filter(|decision| decision.kind == MoveKind::Host) {
+            let Outcome::Move { to, start_by, .. } = &decision.outcome else { continue };
+            let (Ok(to), Some(placed)) = (to.parse::<HostName>(), fleet.placed(&decision.instance)) else {
+                continue;
+            };
+            let address = fleet.hosts().get(&to).and_then(|host| host.address);
+            let acts = fleet.hosts().get(&placed.host).is_some_and(|host| host.acts);
+            let Some(address) = address.filter(|_| acts && *start_by <= soon) else { continue };
+            self.planner.started(&decision.instance, to.as_str());
+            let until = UnixMillis(now.0.saturating_add(MOVES_WITHIN_MS));
+            let moving = Moving { from: placed.host.clone(), local: placed.local.clone(), until };
+            let action = Action::Migrate { instance: placed.local.clone(), to, address };
+            book.give(&placed.host, action, BEGIN_WITHIN_MS, now);
+            self.moving.insert(decision.instance.clone(), moving);
+        }
+    }
+
+    /// Takes in what became of an order; `None` if nobody began it in time.
+    pub fn ended(&mut self, order: &Order, outcome: Option<&OrderOutcome>, now: UnixMillis) {
+        let Action::Migrate { instance, .. } = &order.action else { return };
+        // What is done is seen where it is then.
+        if outcome.is_some_and(|outcome| outcome.result == OrderResult::Done) {
+            return;
+        }
+        let is_it = |moving: &Moving| moving.from == order.host && moving.local == *instance;
+        let name = self.moving.iter().find(|(_, moving)| is_it(moving)).map(|(name, _)| name.clone());
+        if let Some(name) = name {
+            self.moving.remove(&name);
+            self.planner.failed(&name, MoveKind::Host, now);
+        }
+    }
+
+    /// Who has arrived, and who should have long ago.
+    fn follow(&mut self, fleet: &Inventory, now: UnixMillis) {
+        let planner = &mut self.planner;
+        self.moving.retain(|name, moving| {
+            if fleet.placed(name).is_some_and(|placed| placed.host != moving.from) {
+                planner.moved(name, MoveKind::Host, now);
+                false
+            } else if moving.until < now {
+                planner.failed(name, MoveKind::Host, now);
+                false
+            } else {
+                true
+            }
+        });
+    }
+
+    /// An instance that is gone for good.
+    pub fn forget(&mut self, name: &InstanceName) {
+        self.moving.remove(name);
+        self.planner.forget(name);
+    }
+
+    /// What is on its way: the name in the fleet, and from where.
+    pub fn moving(&self) -> impl Iterator<Item = (&InstanceName, &HostName)> {
+        self.moving.iter().map(|(name, moving)| (name, &moving.from))
+    }
+}
+
+/// A host as a pool of the fleet's plan; `None` if it has not said what it has.
+pub fn pool(name: &HostName, host: &Host, drained: bool, away: bool) -> Option<Pool> {
+    let whole = host.whole()?;
+    let state = match &whole.state {
+        _ if away => PoolState::Unavailable { reason: "it does not report".to_owned() },
+        PoolState::Ready if drained => PoolState::Draining,
+        state => state.clone(),
+    };
+    // Where nobody can go, those who are there may stay.
+    let kind = host.address.map_or(PoolKind::ThisHost, |address| PoolKind::Host { address });
+    Some(Pool { name: name.to_string(), kind, state, ..whole.clone() })
+}
