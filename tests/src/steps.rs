@@ -1,5 +1,5 @@
-//! Follows the agent as a debugger does, and strikes between two of its ptrace requests: so every step of what it does to a
-//! running program can be chosen.
+//! Follows the agent as a debugger does, and strikes between two of its ptrace requests, or before it moves a thread: so every step of
+//! what it does to a running program can be chosen.
 
 use std::{
     collections::BTreeMap,
@@ -41,6 +41,8 @@ pub enum Place {
     BeforeMaskBack,
     /// The signal mask is put back, and the registers not yet.
     BeforeRegistersBack,
+    /// Before the `nth` thread is given other processors (sched_setaffinity(2)), from 0.
+    Affinity(usize),
 }
 
 /// Requests that tell where the agent is (include/uapi/linux/ptrace.h).
@@ -104,7 +106,7 @@ fn seize(agent: Pid) -> anyhow::Result<()> {
 fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow::Result<bool> {
     // Each of the agent's threads makes its calls in a program of its own.
     let mut threads: BTreeMap<i32, Progress> = BTreeMap::new();
-    let mut requests = 0..;
+    let (mut requests, mut placed) = (0.., 0..);
     while !over.load(Ordering::Acquire) {
         // Not for the children of the test's other threads.
         let stop = match waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD)) {
@@ -117,8 +119,14 @@ fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow
                 if let Ok(registers) = ptrace::getregs(tid)
                     // At its entry a call has this for a result.
                     && registers.rax as i64 == -i64::from(libc::ENOSYS)
-                    && registers.orig_rax as i64 == libc::SYS_ptrace
-                    && threads.entry(tid.as_raw()).or_default().reaches(place, registers.rdi, requests.next())
+                    && match registers.orig_rax as i64 {
+                        libc::SYS_ptrace => {
+                            let progress = threads.entry(tid.as_raw()).or_default();
+                            progress.reaches(place, registers.rdi, requests.next())
+                        }
+                        libc::SYS_sched_setaffinity => placed.next().map(Place::Affinity) == Some(place),
+                        _ => false,
+                    }
                 {
                     kill(agent, signal).context("cannot strike")?;
                     return Ok(true);
@@ -158,6 +166,7 @@ impl Progress {
             Place::Exit(nth) => request == GET_REGISTERS && self.half == 2 && self.calls == nth + 1,
             Place::BeforeMaskBack => request == SET_MASK && self.masked == 1,
             Place::BeforeRegistersBack => request == SET_REGISTERS && self.masked == 2,
+            Place::Affinity(_) => false,
         };
         match request {
             TO_CALL if self.half == 1 => self.half = 2,

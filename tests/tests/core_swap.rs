@@ -14,7 +14,7 @@ use std::{
 };
 
 use rswap_agent::{
-    instance::{Instance, Origin, cgroup},
+    instance::{Instance, Origin, cgroup, registry::Registry},
     pool::{CpuSet, cpu_list},
     swap::{SwapError, cpu},
     units::UnixMillis,
@@ -116,6 +116,12 @@ impl Drop for Running {
     }
 }
 
+fn registry() -> (tempfile::TempDir, Registry) {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = Registry::open(directory.path()).unwrap();
+    (directory, registry)
+}
+
 /// The online CPUs, if the test can run here.
 fn usable(test: &str) -> Option<CpuSet> {
     reason_to_skip(test).is_none().then_some(())?;
@@ -131,9 +137,13 @@ fn usable(test: &str) -> Option<CpuSet> {
 fn every_thread_is_moved_and_moved_back() {
     let Some(online) = usable("every_thread_is_moved_and_moved_back") else { return };
     let running = Running::start("swap");
+    let (_directory, registry) = registry();
+    let mut from = None;
     for &cpu in online.iter().take(2) {
         let target = CpuSet::from([cpu]);
-        let report = cpu::move_to(&running.instance(), &target).unwrap();
+        let to = Some(target.clone());
+        let report = cpu::move_to(&registry, &running.instance(), &from, &to).unwrap();
+        from = to;
         assert!(report.threads_moved >= 2 && report.passes >= 2, "{report:?}");
         // Generations come and go: all of them must stay inside.
         for _ in 0..10 {
@@ -151,11 +161,13 @@ fn a_refused_swap_changes_nothing() {
     let running = Running::start("refused");
     let before: BTreeSet<CpuSet> = running.allowed().into_iter().collect();
     let offline = online.iter().max().unwrap() + 1;
-    let error = cpu::move_to(&running.instance(), &CpuSet::from([0, offline])).unwrap_err();
+    let (_directory, registry) = registry();
+    let move_to = |cpus: CpuSet| cpu::move_to(&registry, &running.instance(), &None, &Some(cpus));
+    let error = move_to(CpuSet::from([0, offline])).unwrap_err();
     assert!(matches!(&error, SwapError::NotOnline { cpus } if *cpus == CpuSet::from([offline])), "{error}");
     let after: BTreeSet<CpuSet> = running.allowed().into_iter().collect();
     assert_eq!(before, after);
     // And it can still be moved.
-    cpu::move_to(&running.instance(), &CpuSet::from([0])).unwrap();
+    move_to(CpuSet::from([0])).unwrap();
     assert!(running.allowed().iter().all(|cpus| *cpus == CpuSet::from([0])));
 }

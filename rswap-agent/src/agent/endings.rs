@@ -61,12 +61,17 @@ impl Wiring {
         }
         remembered::keep(&self.config, &self.planner);
         match stake {
-            Stake::Swap(reply) => {
-                let note = |instance: &mut Instance, pool| instance.pool = Some(pool);
+            Stake::Swap { reply, asked } => {
+                // What nobody asked for only brought about what the registry says.
+                let note = |instance: &mut Instance, pool| {
+                    if asked {
+                        instance.pool = Some(pool);
+                    }
+                };
                 self.swap_ended(instance, to, result, took, reply, note);
             }
             Stake::Uplink { reply, asked } => {
-                // What nobody asked for only brought about what the registry says.
+                // As above.
                 let note = |instance: &mut Instance, pool| {
                     if asked {
                         instance.uplink = Some(pool);

@@ -15,14 +15,15 @@ use super::{cold, wiring::refused};
 use crate::{
     config::{Config, MigrateConfig},
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
-    instance::{Instance, InstanceName, launch::Place, volume::Volume},
+    instance::{Instance, InstanceName, launch::Place, registry::Registry, volume::Volume},
     migrate::{MigrateError, Progress, Report, guard::Guard, linux, recovery::Recovery},
     plan::MoveKind,
-    pool::CpuSet,
+    pool::cpu_list,
     profile::Profiler,
     status::{ApiError, Board, MigrationProgress, MigrationReport, MigrationState},
     swap::{
         self,
+        cpu::Cpus,
         memory::{Held, MemoryReport, Target},
         storage::{self, StorageOrder, StorageProgress, StorageReport},
     },
@@ -34,7 +35,7 @@ const VOLUME_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// What is to be done.
 pub(super) enum Order {
-    Swap { instance: Instance, cpus: CpuSet },
+    Swap { instance: Instance, from: Cpus, to: Cpus },
     Uplink { instance: Instance, uplink: Uplink },
     Memory { instance: Instance, to: Target, stopping: Arc<AtomicBool> },
     Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
@@ -55,7 +56,11 @@ impl Order {
 
 /// Who waits for the end.
 pub(super) enum Stake {
-    Swap(Option<Reply<SwapDone>>),
+    /// Unless somebody or a plan `asked` for it, the registry names the pool already.
+    Swap {
+        reply: Option<Reply<SwapDone>>,
+        asked: bool,
+    },
     /// Unless somebody or a plan `asked` for it, the registry names the link already.
     Uplink {
         reply: Option<Reply<SwapDone>>,
@@ -73,14 +78,14 @@ pub(super) enum Stake {
 }
 
 impl Stake {
-    /// As what plans see it; they see nothing of memory.
+    /// As what plans see it; they see nothing of memory, nor of what only brings about what the registry says.
     pub(super) fn kind(&self) -> Option<MoveKind> {
         match self {
-            Self::Swap(_) => Some(MoveKind::Cpu),
+            Self::Swap { asked: true, .. } => Some(MoveKind::Cpu),
             Self::Migration { .. } => Some(MoveKind::Host),
             Self::Volume { .. } => Some(MoveKind::Storage),
-            Self::Uplink { .. } => Some(MoveKind::Link),
-            Self::Memory(_) => None,
+            Self::Uplink { asked: true, .. } => Some(MoveKind::Link),
+            Self::Swap { .. } | Self::Uplink { .. } | Self::Memory(_) => None,
         }
     }
 
@@ -88,7 +93,7 @@ impl Stake {
     pub(super) fn volume(&self) -> Option<&str> {
         match self {
             Self::Volume { volume, .. } => Some(volume.as_str()),
-            Self::Swap(_) | Self::Migration { .. } | Self::Uplink { .. } | Self::Memory(_) => None,
+            Self::Swap { .. } | Self::Migration { .. } | Self::Uplink { .. } | Self::Memory(_) => None,
         }
     }
 }
@@ -161,7 +166,9 @@ pub(super) fn spawn(
         let instance = order.instance().name.clone();
         // An instance whose move panicked must not count as moving for ever.
         let result = panic::catch_unwind(AssertUnwindSafe(|| match order {
-            Order::Swap { instance, cpus } => cpu_swap(&instance, &cpus).map_err(Stayed::Here),
+            Order::Swap { instance, from, to } => {
+                cpu_swap(&recovery.place, &instance, &from, &to).map_err(Stayed::Here)
+            }
             Order::Uplink { instance, uplink } => {
                 uplink_swap(&recovery.place, &instance, &uplink).map_err(Stayed::Here)
             }
@@ -201,9 +208,12 @@ pub(super) fn spawn(
     });
 }
 
-fn cpu_swap(instance: &Instance, cpus: &CpuSet) -> Result<Moved, ApiError> {
-    let attempted = format!("move {} to CPUs {cpus:?}", instance.name);
-    let report = swap::cpu::move_to(instance, cpus).map_err(|error| refused(&attempted, &error))?;
+fn cpu_swap(place: &Place, instance: &Instance, from: &Cpus, to: &Cpus) -> Result<Moved, ApiError> {
+    let to_which = to.as_ref().map_or_else(|| "all".to_owned(), |cpus| cpu_list::format(cpus));
+    let attempted = format!("move {} to CPUs {to_which}", instance.name);
+    let registry = Registry::open(&place.state_dir).map_err(|error| refused(&attempted, &error))?;
+    let moved = swap::cpu::move_to(&registry, instance, from, to);
+    let report = moved.map_err(|error| refused(&attempted, &error))?;
     let detail = serde_json::to_value(report).map_err(|error| refused("report the swap", &error))?;
     Ok(Moved::Swap(detail))
 }

@@ -19,9 +19,12 @@ use crate::{
     },
     migrate::linux,
     plan::InstanceView,
-    pool::{CpuSet, Pool},
+    pool::{CpuSet, Pool, PoolState},
     status::ApiError,
-    swap::memory::{Area, MemoryError, Target, Wish},
+    swap::{
+        cpu::{self, Cpus},
+        memory::{Area, MemoryError, Target, Wish},
+    },
 };
 
 impl Wiring {
@@ -30,7 +33,7 @@ impl Wiring {
         request: SwapRequest,
         reply: Option<Reply<SwapDone>>,
     ) -> Result<(), (ApiError, Stake)> {
-        let stake = Stake::Swap(reply);
+        let stake = Stake::Swap { reply, asked: true };
         let found = self.pools.iter().find(|pool| pool.name == request.pool).and_then(Pool::cpus).cloned();
         let ready = self.free_instance(&request.instance).and_then(|instance| {
             found.map(|cpus| (instance, cpus)).ok_or_else(|| {
@@ -47,7 +50,8 @@ impl Wiring {
         });
         match ready {
             Ok((instance, cpus)) => {
-                self.begin(Order::Swap { instance, cpus }, request.pool, stake);
+                let from = self.cores_under(&instance);
+                self.begin(Order::Swap { instance, from, to: Some(cpus) }, request.pool, stake);
                 Ok(())
             }
             Err(error) => Err((error, stake)),
@@ -255,6 +259,46 @@ impl Wiring {
             (&view.instance, (cores, &view.demand))
         });
         self.cold.want(on_swap.collect(), &outlook.collect());
+    }
+
+    /// The processors of the pool that the registry names.
+    fn cores_under(&self, instance: &Instance) -> Cpus {
+        self.core_pool_of(instance).and_then(Pool::cpus).cloned()
+    }
+
+    fn core_pool_of(&self, instance: &Instance) -> Option<&Pool> {
+        let name = instance.pool.as_ref()?;
+        self.pools.iter().find(|pool| pool.name == *name)
+    }
+
+    /// Brings instances to the cores that the registry names: an agent that was killed within a swap has left threads on others, and
+    /// a program may have chosen others for its threads.
+    pub(super) fn settle_cores(&mut self) {
+        let is_free = |name| !self.moving.contains_key(name) && !self.in_doubt.contains_key(name);
+        // What is no pool of this host any more, or has lost cores, can't be brought about.
+        let can_be = |instance: &&Instance| {
+            let pool = self.core_pool_of(instance);
+            instance.pool.is_none()
+                || pool.is_some_and(|pool| !matches!(pool.state, PoolState::Unavailable { .. }))
+        };
+        let all = self.known.values().filter(|instance| is_free(&instance.name)).filter(can_be);
+        let astray: Vec<(Instance, Cpus)> = all
+            .filter_map(|instance| {
+                let to = self.cores_under(instance);
+                let astray = cpu::is_astray(&self.registry, instance, &to).unwrap_or_else(|error| {
+                    let error = refused("look at its threads", &error);
+                    tracing::debug!(instance = %instance.name, %error, "its cores are unknown");
+                    false
+                });
+                astray.then(|| (instance.clone(), to))
+            })
+            .collect();
+        for (instance, to) in astray {
+            let pool = instance.pool.clone().unwrap_or_else(|| "all cores".to_owned());
+            tracing::info!(instance = %instance.name, pool, "threads are on other cores than the registry says: they go back");
+            let order = Order::Swap { instance, from: to.clone(), to };
+            self.begin(order, pool, Stake::Swap { reply: None, asked: false });
+        }
     }
 
     /// Brings an instance that is seen for the first time to the uplink that the registry names: an agent that was killed

@@ -42,6 +42,8 @@ use crate::{
 const IN_DOUBT_HINT: &str = "the agent asks the other host until it answers; if that host is gone for good, decide with \
                              `rswap recover NAME --here` or `--there`";
 
+/// Every so many windows it is looked whether threads are where they belong: a system call for each.
+const CORES_EVERY_WINDOWS: u64 = 8;
 /// Whom an instance is like is looked up again every so many windows: programs change their user, and what they run.
 const KIN_EVERY_WINDOWS: u64 = 32;
 
@@ -138,6 +140,9 @@ impl Wiring {
             self.forecaster.observe(&Observation { instance: &profile.instance, at: profile.at, usage });
         }
         self.windows += 1;
+        if self.windows.is_multiple_of(CORES_EVERY_WINDOWS) {
+            self.settle_cores();
+        }
         self.keeper.window(&self.forecaster, now);
         let seen: Vec<_> =
             profiles.iter().map(|profile| (profile, self.pool_of(&profile.instance))).collect();
@@ -237,8 +242,13 @@ impl Wiring {
         // Also those that only the agent before knew.
         self.forecaster.forget_others(|name| self.known.contains_key(name));
         self.look_for_doubts();
+        let found_some = !new.is_empty();
         for instance in new {
             self.settle_uplink(instance);
+        }
+        if found_some {
+            // One whose uplink comes first has its turn later.
+            self.settle_cores();
         }
         let doubts = &self.in_doubt;
         let shown = self.known.values().map(|instance| {
@@ -401,7 +411,9 @@ impl Wiring {
                 Some(Local::Link(uplink)) => self.start_uplink_swap(request, uplink, reply),
                 Some(Local::Memory(kind)) => self.start_memory_swap(request, &kind, reply),
                 None => {
-                    if let Err((error, Stake::Swap(Some(reply)))) = self.start_swap(request, Some(reply)) {
+                    if let Err((error, Stake::Swap { reply: Some(reply), .. })) =
+                        self.start_swap(request, Some(reply))
+                    {
                         drop(reply.send(Err(error)));
                     }
                 }

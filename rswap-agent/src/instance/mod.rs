@@ -1,5 +1,6 @@
 //! What runs: process trees in a cgroup v2, started with `rswap run` or adopted.
 
+pub mod affinity;
 pub mod arrival;
 pub mod cgroup;
 pub mod init;

@@ -5,7 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Instance, InstanceError, InstanceName, cgroup};
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::{Instance, InstanceError, InstanceName, affinity::Choices, cgroup};
 
 /// The instances of a host.
 #[derive(Clone, Debug)]
@@ -29,7 +31,7 @@ impl Registry {
         for entry in fs::read_dir(&self.directory).map_err(InstanceError::io(what()))? {
             let path = entry.map_err(InstanceError::io(what()))?.path();
             if path.extension().is_some_and(|extension| extension == "json") {
-                match read(&path) {
+                match read::<Instance>(&path) {
                     Ok(instance) if cgroup::is_populated(&instance.cgroup) => instances.push(instance),
                     Ok(_) => {}
                     Err(error) => tracing::warn!(path = %path.display(), %error, "not an instance's file"),
@@ -42,7 +44,7 @@ impl Registry {
 
     /// The living instance `name`.
     pub fn get(&self, name: &InstanceName) -> Result<Option<Instance>, InstanceError> {
-        match read(&self.path(name)) {
+        match read::<Instance>(&self.path(name)) {
             Ok(instance) => Ok(Some(instance).filter(|instance| cgroup::is_populated(&instance.cgroup))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(InstanceError::io(format!("reading {}", self.path(name).display()))(error)),
@@ -51,23 +53,39 @@ impl Registry {
 
     /// Writes an instance's file, whole or not at all.
     pub fn put(&self, instance: &Instance) -> Result<(), InstanceError> {
-        let path = self.path(&instance.name);
-        let what = || format!("writing {}", path.display());
-        let text = serde_json::to_vec_pretty(instance)
-            .map_err(|error| InstanceError::io(what())(io::Error::other(error)))?;
-        let temporary = path.with_extension("new");
-        fs::write(&temporary, text).map_err(InstanceError::io(what()))?;
-        fs::rename(&temporary, &path).map_err(InstanceError::io(what()))
+        put(&self.path(&instance.name), instance)
     }
 
     /// Forgets an instance; one that isn't there is no error.
     pub fn remove(&self, name: &InstanceName) -> Result<(), InstanceError> {
-        match fs::remove_file(self.path(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(InstanceError::io(format!("removing {}", self.path(name).display()))(error))
+        for path in [self.choices_path(name), self.path(name)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(InstanceError::io(format!("removing {}", path.display()))(error));
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
+    }
+
+    /// Which processors the threads of an instance chose for themselves, if it was moved between sets of cores.
+    pub fn choices(&self, instance: &Instance) -> Result<Option<Choices>, InstanceError> {
+        let path = self.choices_path(&instance.name);
+        match read::<Choices>(&path) {
+            Ok(choices) => Ok(Some(choices).filter(|choices| choices.cgroup_id == instance.cgroup_id)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(InstanceError::io(format!("reading {}", path.display()))(error)),
+        }
+    }
+
+    /// Writes them, whole or not at all.
+    pub fn put_choices(&self, name: &InstanceName, choices: &Choices) -> Result<(), InstanceError> {
+        put(&self.choices_path(name), choices)
+    }
+
+    fn choices_path(&self, name: &InstanceName) -> PathBuf {
+        self.directory.join(format!("{name}.affinity"))
     }
 
     fn path(&self, name: &InstanceName) -> PathBuf {
@@ -75,8 +93,18 @@ impl Registry {
     }
 }
 
-fn read(path: &Path) -> io::Result<Instance> {
+fn read<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     serde_json::from_slice(&fs::read(path)?).map_err(io::Error::other)
+}
+
+fn put(path: &Path, content: &impl Serialize) -> Result<(), InstanceError> {
+    let what = || format!("writing {}", path.display());
+    let text = serde_json::to_vec_pretty(content)
+        .map_err(|error| InstanceError::io(what())(io::Error::other(error)))?;
+    let mut temporary = path.to_owned().into_os_string();
+    temporary.push(".new");
+    fs::write(&temporary, text).map_err(InstanceError::io(what()))?;
+    fs::rename(&temporary, path).map_err(InstanceError::io(what()))
 }
 
 #[cfg(test)]

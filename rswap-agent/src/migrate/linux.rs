@@ -24,11 +24,13 @@ use super::{
 use crate::{
     config::MigrateConfig,
     instance::{
-        Instance,
+        Instance, InstanceError,
+        affinity::{Choices, Processors},
         arrival::{self, Arrival},
         cgroup,
         launch::Place,
         network::Port,
+        registry::Registry,
     },
     sys::{clock::Clocks, packet::Holder},
     tracee::{
@@ -72,7 +74,9 @@ pub fn send(
     let uplink = HostPort { port: port(place, instance), held: None };
     let end = recovery.end_of(instance.clone());
     let (places, volumes) = files_of(place, instance).map_err(failed)?;
-    let mut task = LinuxSource::new(instance.clone(), uplink, places, volumes, end).map_err(failed)?;
+    let chosen = chosen(place, instance).map_err(|error| failed(error.into()))?;
+    let mut task =
+        LinuxSource::new(instance.clone(), uplink, places, chosen, volumes, end).map_err(failed)?;
     let deadline = Instant::now() + Duration::from_secs(config.deadline_s);
     let mut stream = Link::connect(host, deadline.min(Instant::now() + SILENCE)).map_err(link)?;
     stream.set_deadline(deadline);
@@ -114,6 +118,12 @@ pub fn receive<P>(
     };
     stream.set_deadline(Instant::now() + Duration::from_secs(deadline_s) + SILENCE);
     destination::run(&mut stream, &mut task, ledger, id, &requirements)
+}
+
+/// Which processors the threads of an instance chose, if it was moved between sets of cores.
+fn chosen(place: &Place, instance: &Instance) -> Result<Option<(Choices, Processors)>, InstanceError> {
+    let choices = Registry::open(&place.state_dir)?.choices(instance)?;
+    choices.map(|choices| Ok((choices, Processors::of_host()?))).transpose()
 }
 
 /// The port of `instance`, if it has one, on the bridge that it is on.

@@ -17,7 +17,9 @@ use super::{
 };
 use crate::{
     instance::{
-        Instance, cgroup,
+        Instance,
+        affinity::{Choices, Processors},
+        cgroup,
         network::settings::{Looking, Settings},
     },
     sys::mem::{self, RemoteAddr},
@@ -74,6 +76,8 @@ pub struct LinuxSource<U> {
     objects: BTreeMap<u64, SourceObject>,
     files: FileDigests,
     places: Places,
+    /// Which processors its threads chose, if a pool of this host limited them.
+    chosen: Option<(Choices, Processors)>,
     volumes: SourceVolumes,
     next_space: u32,
     settling: Vec<Settling>,
@@ -103,6 +107,7 @@ impl<U: Uplink> LinuxSource<U> {
         instance: Instance,
         uplink: U,
         places: Places,
+        chosen: Option<(Choices, Processors)>,
         volumes: SourceVolumes,
         end: Box<dyn FnMut() -> Result<(), TaskError>>,
     ) -> Result<Self, TaskError> {
@@ -122,6 +127,7 @@ impl<U: Uplink> LinuxSource<U> {
             objects: BTreeMap::new(),
             files: FileDigests::new(places.clone()),
             places,
+            chosen,
             volumes,
             next_space: 0,
             settling: Vec::new(),
@@ -326,7 +332,8 @@ impl<U: Uplink> LinuxSource<U> {
             frozen.push(Frozen { space, member, threads, hand, mappings, kernel_mappings, advice });
         }
         let (cgroup, zombies) = (&self.instance.cgroup, self.zombies.clone());
-        let (frozen, image) = snapshot::capture_instance(crew, cgroup, frozen, zombies, &self.places);
+        let chosen = self.chosen.clone();
+        let (frozen, image) = snapshot::capture_instance(crew, cgroup, frozen, zombies, &self.places, chosen);
         for (process, frozen) in self.processes.iter_mut().zip(frozen) {
             process.stopped = Some(frozen.threads);
         }

@@ -1,10 +1,13 @@
 //! Moving threads by their affinity. A new thread inherits the affinity of the one that made it, so passes over all
 //! threads end: once a full pass finds none outside of the target, and none was just being made, none can appear there.
-
-use std::collections::BTreeMap;
+//!
+//! What threads chose for themselves holds within the target, and is remembered (`instance::affinity`).
 
 use super::{SwapError, threads::Threads};
-use crate::pool::CpuSet;
+use crate::{
+    instance::affinity::{Choice, Choices, Processors},
+    pool::CpuSet,
+};
 
 /// Passes before it is given up: threads are then made faster than they are found.
 const MAX_PASSES: u32 = 1000;
@@ -12,114 +15,146 @@ const MAX_PASSES: u32 = 1000;
 /// listed at its end: one that is not listed yet may still come outside of the target.
 const EMPTY_PASSES: u32 = 3;
 
-/// What the threads had before, to restore it.
-#[derive(Debug, Default)]
-pub(super) struct Snapshot {
-    before: BTreeMap<i32, CpuSet>,
+/// What threads chose, as far as it is known, and the processors of the host.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) choices: Choices,
+    pub(super) host: Processors,
 }
 
-/// Step 1: every thread's affinity as it is.
-pub(super) fn snapshot(threads: &mut impl Threads) -> Result<Snapshot, SwapError> {
-    let mut before = BTreeMap::new();
-    for tid in threads.list()? {
-        if let Some(cpus) = threads.affinity(tid)? {
-            before.insert(tid, cpus);
-        }
-    }
-    Ok(Snapshot { before })
-}
-
-/// Moves every thread that is outside of the target now; returns how many there were.
-pub(super) fn pass(
-    threads: &mut impl Threads,
-    target: &CpuSet,
-    snapshot: &mut Snapshot,
-) -> Result<u64, SwapError> {
-    let mut moved = 0;
-    for tid in threads.list()? {
-        let Some(cpus) = threads.affinity(tid)? else { continue };
-        if cpus == *target {
-            continue;
-        }
-        snapshot.before.entry(tid).or_insert(cpus);
-        moved += u64::from(threads.set_affinity(tid, target)?);
-    }
-    Ok(moved)
-}
-
-/// Step 3: repeats until a full pass finds no thread missed. Returns (threads moved, passes).
-pub(super) fn settle(
-    threads: &mut impl Threads,
-    target: &CpuSet,
-    snapshot: &mut Snapshot,
-) -> Result<(u64, u32), SwapError> {
-    let mut total = 0;
-    let mut empty = 0;
-    for passes in 1..=MAX_PASSES {
-        match pass(threads, target, snapshot)? {
-            0 if empty + 1 == EMPTY_PASSES => return Ok((total, passes)),
-            0 => {
-                empty += 1;
-                threads.let_them_appear();
-            }
-            moved => {
-                empty = 0;
-                total += moved;
-            }
-        }
-    }
-    Err(SwapError::Unsettled { passes: MAX_PASSES })
-}
-
-/// Step 4: reads every thread's affinity back.
-pub(super) fn verify(threads: &mut impl Threads, target: &CpuSet) -> Result<(), SwapError> {
-    for tid in threads.list()? {
-        match threads.affinity(tid)? {
-            Some(found) if found != *target => {
-                return Err(SwapError::Misplaced { tid, found, wanted: target.clone() });
-            }
-            Some(_) | None => {}
-        }
-    }
-    Ok(())
-}
-
-/// The way back. A thread that was made meanwhile gets everything that the old ones had. One thread's failure does
-/// not keep the others from being restored.
-pub(super) fn restore(
-    threads: &mut impl Threads,
-    target: &CpuSet,
-    snapshot: &Snapshot,
-) -> Result<(), SwapError> {
-    let fallback: CpuSet = snapshot.before.values().flatten().copied().collect();
-    for _ in 0..MAX_PASSES {
-        let (mut changed, mut failure) = (false, None);
-        for tid in threads.list()? {
-            let wanted = snapshot.before.get(&tid);
-            let result = threads.affinity(tid).and_then(|found| match (found, wanted) {
-                (Some(found), Some(wanted)) if found != *wanted => threads.set_affinity(tid, wanted),
-                (Some(found), None) if found == *target && found != fallback => {
-                    threads.set_affinity(tid, &fallback)
+impl Known {
+    /// What thread `tid`, which is found with `found`, is given in `pool`. Its own choice is noted.
+    fn given(
+        &mut self,
+        threads: &mut impl Threads,
+        tid: i32,
+        found: &CpuSet,
+        pool: Option<&CpuSet>,
+    ) -> CpuSet {
+        let own = self.choices.of(tid, found, &self.host, || threads.started_ticks(tid));
+        match &own {
+            None => drop(self.choices.own.remove(&tid)),
+            Some(cpus) if self.choices.own.get(&tid).is_some_and(|choice| choice.cpus == *cpus) => {}
+            Some(cpus) => {
+                // One that has ended has no choice.
+                if let Some(started_ticks) = threads.started_ticks(tid) {
+                    self.choices.own.insert(tid, Choice { started_ticks, cpus: cpus.clone() });
                 }
-                _ => Ok(false),
-            });
-            match result {
-                Ok(set) => changed |= set,
-                Err(error) => failure = Some(error),
             }
         }
-        match failure {
-            Some(error) => return Err(error),
-            None if !changed => return Ok(()),
-            None => {}
-        }
+        self.host.given(own.as_ref(), pool)
     }
-    Err(SwapError::Unsettled { passes: MAX_PASSES })
+
+    /// Step 1: notes what every thread chose.
+    pub(super) fn learn(&mut self, threads: &mut impl Threads) -> Result<(), SwapError> {
+        let tids = threads.list()?;
+        self.choices.own.retain(|tid, _| tids.contains(tid));
+        for tid in tids {
+            if let Some(found) = threads.affinity(tid)? {
+                self.given(threads, tid, &found, None);
+            }
+        }
+        Ok(())
+    }
+
+    fn place(
+        &mut self,
+        threads: &mut impl Threads,
+        tid: i32,
+        target: Option<&CpuSet>,
+    ) -> Result<bool, SwapError> {
+        let Some(found) = threads.affinity(tid)? else { return Ok(false) };
+        let wanted = self.given(threads, tid, &found, target);
+        if self.host.is_listed(&wanted, &found) {
+            return Ok(false);
+        }
+        threads.set_affinity(tid, &wanted)
+    }
+
+    /// Moves every thread that is outside of the target (`None`: all processors) now; returns how many there were.
+    pub(super) fn pass(
+        &mut self,
+        threads: &mut impl Threads,
+        target: Option<&CpuSet>,
+    ) -> Result<u64, SwapError> {
+        let mut moved = 0;
+        for tid in threads.list()? {
+            moved += u64::from(self.place(threads, tid, target)?);
+        }
+        Ok(moved)
+    }
+
+    /// Step 3: repeats until a full pass finds no thread missed. Returns (threads moved, passes).
+    pub(super) fn settle(
+        &mut self,
+        threads: &mut impl Threads,
+        target: Option<&CpuSet>,
+    ) -> Result<(u64, u32), SwapError> {
+        let mut total = 0;
+        let mut empty = 0;
+        for passes in 1..=MAX_PASSES {
+            match self.pass(threads, target)? {
+                0 if empty + 1 == EMPTY_PASSES => return Ok((total, passes)),
+                0 => {
+                    empty += 1;
+                    threads.let_them_appear();
+                }
+                moved => {
+                    empty = 0;
+                    total += moved;
+                }
+            }
+        }
+        Err(SwapError::Unsettled { passes: MAX_PASSES })
+    }
+
+    /// Step 4: reads every thread's affinity back. A thread may have chosen anew meanwhile, within the target.
+    ///
+    /// # Errors
+    /// The first that is not where it belongs.
+    pub(super) fn verify(
+        &mut self,
+        threads: &mut impl Threads,
+        target: Option<&CpuSet>,
+    ) -> Result<(), SwapError> {
+        for tid in threads.list()? {
+            let Some(found) = threads.affinity(tid)? else { continue };
+            let wanted = self.given(threads, tid, &found, target);
+            let within = target.is_some_and(|target| found.is_subset(target));
+            if !within && !self.host.is_listed(&wanted, &found) {
+                return Err(SwapError::Misplaced { tid, found, wanted });
+            }
+        }
+        Ok(())
+    }
+
+    /// The way back to `before`. One thread's failure does not keep the others from being restored.
+    pub(super) fn restore(
+        &mut self,
+        threads: &mut impl Threads,
+        before: Option<&CpuSet>,
+    ) -> Result<(), SwapError> {
+        for _ in 0..MAX_PASSES {
+            let (mut changed, mut failure) = (false, None);
+            for tid in threads.list()? {
+                match self.place(threads, tid, before) {
+                    Ok(set) => changed |= set,
+                    Err(error) => failure = Some(error),
+                }
+            }
+            match failure {
+                Some(error) => return Err(error),
+                None if !changed => return Ok(()),
+                None => {}
+            }
+        }
+        Err(SwapError::Unsettled { passes: MAX_PASSES })
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
 
@@ -156,6 +191,10 @@ mod tests {
             Ok(self.affinity.insert(tid, cpus.clone()).is_some())
         }
 
+        fn started_ticks(&mut self, tid: i32) -> Option<u64> {
+            self.affinity.contains_key(&tid).then_some(7)
+        }
+
         fn let_them_appear(&mut self) {
             // Its maker has been moved since.
             if let Some(cpus) = self.late.take() {
@@ -170,12 +209,21 @@ mod tests {
         Model { affinity, spawning, refuses, late: None }
     }
 
+    /// Three threads on a host of three processors, of which one is not running: two that chose, and one that did not.
+    fn known(target: &CpuSet) -> Known {
+        let host = Processors { possible: CpuSet::from([0, 1, 2]), online: CpuSet::from([0, 1]) };
+        let mut choices = Choices::new(1, None);
+        choices.places.insert(Some(target.clone()));
+        Known { choices, host }
+    }
+
     #[test]
     fn no_thread_is_missed_however_late_it_was_made() {
         let (mut threads, target) = (model(9, None), CpuSet::from([1]));
-        let mut before = snapshot(&mut threads).unwrap();
-        let (moved, passes) = settle(&mut threads, &target, &mut before).unwrap();
-        verify(&mut threads, &target).unwrap();
+        let mut known = known(&target);
+        known.learn(&mut threads).unwrap();
+        let (moved, passes) = known.settle(&mut threads, Some(&target)).unwrap();
+        known.verify(&mut threads, Some(&target)).unwrap();
         assert!(threads.affinity.values().all(|cpus| *cpus == target));
         assert!(moved >= 4 && passes > 1, "{moved} in {passes}");
     }
@@ -184,27 +232,48 @@ mod tests {
     fn a_thread_that_appears_after_its_maker_was_moved_is_moved_too() {
         let (mut threads, target) = (model(0, None), CpuSet::from([1]));
         threads.late = Some(CpuSet::from([0]));
-        let mut before = snapshot(&mut threads).unwrap();
-        settle(&mut threads, &target, &mut before).unwrap();
-        verify(&mut threads, &target).unwrap();
+        let mut known = known(&target);
+        known.settle(&mut threads, Some(&target)).unwrap();
+        known.verify(&mut threads, Some(&target)).unwrap();
         assert!(threads.affinity.contains_key(&1000));
     }
 
     #[test]
     fn what_never_settles_is_given_up() {
         let (mut threads, target) = (model(10_000, None), CpuSet::from([1]));
-        let mut before = snapshot(&mut threads).unwrap();
-        assert!(matches!(settle(&mut threads, &target, &mut before), Err(SwapError::Unsettled { .. })));
+        let settled = known(&target).settle(&mut threads, Some(&target));
+        assert!(matches!(settled, Err(SwapError::Unsettled { .. })));
     }
 
     #[test]
     fn a_failure_half_way_is_undone() {
         let (mut threads, target) = (model(0, Some(30)), CpuSet::from([1]));
         let old = threads.affinity.clone();
-        let mut before = snapshot(&mut threads).unwrap();
-        assert!(matches!(settle(&mut threads, &target, &mut before), Err(SwapError::Thread { tid: 30, .. })));
+        let mut known = known(&target);
+        known.learn(&mut threads).unwrap();
+        let settled = known.settle(&mut threads, Some(&target));
+        assert!(matches!(settled, Err(SwapError::Thread { tid: 30, .. })));
         assert_ne!(threads.affinity, old);
-        restore(&mut threads, &target, &before).unwrap();
-        assert_eq!(threads.affinity, old);
+        known.restore(&mut threads, None).unwrap();
+        let all = CpuSet::from([0, 1, 2]);
+        assert_eq!(
+            threads.affinity,
+            BTreeMap::from([(20, all), (10, old[&10].clone()), (30, old[&30].clone())])
+        );
+    }
+
+    #[test]
+    fn what_is_not_where_it_belongs_is_found() {
+        let (mut threads, target) = (model(0, None), CpuSet::from([1]));
+        let mut known = known(&target);
+        known.settle(&mut threads, Some(&target)).unwrap();
+        // Within the target is right, whoever chose it; on the way to all processors it is not.
+        known.verify(&mut threads, Some(&target)).unwrap();
+        assert!(matches!(known.verify(&mut threads, None), Err(SwapError::Misplaced { .. })));
+        threads.affinity.insert(20, CpuSet::from([0]));
+        assert!(matches!(
+            known.verify(&mut threads, Some(&target)),
+            Err(SwapError::Misplaced { tid: 20, .. })
+        ));
     }
 }

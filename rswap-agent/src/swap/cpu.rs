@@ -1,9 +1,10 @@
 //! Moving an instance to other cores of this host: by the cpuset controller of cgroup v2 where the instance's cgroup
 //! has it, else by the affinity of every thread.
 //!
-//! An affinity that the program set for its own threads is replaced by the pool: keeping it would leave threads outside.
+//! An affinity that the program set for its own threads holds within the pool, and in full where the pool allows it again.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     time::Instant,
@@ -11,23 +12,37 @@ use std::{
 
 use super::{
     Method, SwapError, SwapReport,
-    affinity::{self, Snapshot},
+    affinity::Known,
     threads::{CgroupThreads, Threads as _},
 };
 use crate::{
-    instance::Instance,
+    instance::{
+        Instance,
+        affinity::{Choices, Processors},
+        registry::Registry,
+    },
     pool::{CpuSet, cpu_list},
     sys::priority::Hurry,
 };
 
-const ONLINE: &str = "/sys/devices/system/cpu/online";
+/// The processors of an instance: of a pool, or all.
+pub type Cpus = Option<CpuSet>;
 
-/// Moves all threads of `instance` to `cpus`. On an error they are where they were, unless the error says otherwise.
-pub fn move_to(instance: &Instance, cpus: &CpuSet) -> Result<SwapReport, SwapError> {
+/// Moves all threads of `instance` to `to`. On an error they are on `from` (where the registry says that it is), unless the error
+/// says otherwise. What threads chose for themselves is kept in the registry, before anything is changed: so an agent after this one can go on.
+///
+/// # Errors
+/// See [`SwapError`].
+pub fn move_to(
+    registry: &Registry,
+    instance: &Instance,
+    from: &Cpus,
+    to: &Cpus,
+) -> Result<SwapReport, SwapError> {
     let started = Instant::now();
     // On a busy machine threads would otherwise be made faster than they are found.
     let _hurry = Hurry::begin().inspect_err(|error| tracing::debug!(%error, "moving cores without hurry"));
-    let mut swap = CpuSwap::snapshot(&instance.cgroup, cpus)?;
+    let mut swap = CpuSwap::snapshot(registry, instance, from, to)?;
     match swap.transfer().and_then(|()| swap.activate()).and_then(|()| swap.verify()) {
         Ok(()) => Ok(swap.deactivate(started)),
         Err(cause) => match swap.roll_back() {
@@ -37,10 +52,35 @@ pub fn move_to(instance: &Instance, cpus: &CpuSet) -> Result<SwapReport, SwapErr
     }
 }
 
+/// Whether a thread of `instance` is elsewhere than on `cpus`: a program can change its threads' affinity, and an agent that is killed
+/// leaves threads where they are.
+///
+/// # Errors
+/// It could not be looked at.
+pub fn is_astray(registry: &Registry, instance: &Instance, cpus: &Cpus) -> Result<bool, SwapError> {
+    let known = registry.choices(instance)?;
+    if known.as_ref().is_some_and(|choices| choices.places != BTreeSet::from([cpus.clone()])) {
+        return Ok(true);
+    }
+    if known.is_none() && cpus.is_none() {
+        return Ok(false);
+    }
+    let choices = known.unwrap_or_else(|| Choices::new(instance.cgroup_id, cpus.clone()));
+    let mut known = Known { choices, host: Processors::of_host()? };
+    let mut threads = CgroupThreads { cgroup: instance.cgroup.clone() };
+    match known.verify(&mut threads, cpus.as_ref()) {
+        Err(SwapError::Misplaced { .. }) => Ok(true),
+        looked => looked.map(|()| false),
+    }
+}
+
 struct CpuSwap<'a> {
+    registry: &'a Registry,
+    instance: &'a Instance,
     threads: CgroupThreads,
-    target: &'a CpuSet,
-    before: Snapshot,
+    from: &'a Cpus,
+    to: &'a Cpus,
+    known: Known,
     /// The controller's file and what stood in it, where there is one.
     cpuset: Option<(PathBuf, String)>,
     moved: u64,
@@ -49,38 +89,52 @@ struct CpuSwap<'a> {
 
 impl<'a> CpuSwap<'a> {
     /// Checks the target, and keeps what is there now. Nothing is changed.
-    fn snapshot(cgroup: &Path, target: &'a CpuSet) -> Result<Self, SwapError> {
-        if target.is_empty() {
-            return Err(SwapError::NoCpus);
+    fn snapshot(
+        registry: &'a Registry,
+        instance: &'a Instance,
+        from: &'a Cpus,
+        to: &'a Cpus,
+    ) -> Result<Self, SwapError> {
+        let host = Processors::of_host()?;
+        if let Some(target) = to {
+            if target.is_empty() {
+                return Err(SwapError::NoCpus);
+            }
+            let missing: CpuSet = target.difference(&host.online).copied().collect();
+            if !missing.is_empty() {
+                return Err(SwapError::NotOnline { cpus: missing });
+            }
         }
-        let online = cpu_list::parse(&read(Path::new(ONLINE))?).unwrap_or_default();
-        let missing: CpuSet = target.difference(&online).copied().collect();
-        if !missing.is_empty() {
-            return Err(SwapError::NotOnline { cpus: missing });
-        }
-        let mut threads = CgroupThreads { cgroup: cgroup.to_owned() };
+        let cgroup = &instance.cgroup;
+        let mut threads = CgroupThreads { cgroup: cgroup.clone() };
         if threads.list()?.is_empty() {
-            return Err(SwapError::NoThreads { cgroup: cgroup.to_owned() });
+            return Err(SwapError::NoThreads { cgroup: cgroup.clone() });
         }
-        let before = affinity::snapshot(&mut threads)?;
         let file = cgroup.join("cpuset.cpus");
         let cpuset = if file.exists() { Some((file.clone(), read(&file)?)) } else { None };
-        Ok(Self { threads, target, before, cpuset, moved: 0, passes: 0 })
+        let choices = registry.choices(instance)?;
+        let choices = choices.unwrap_or_else(|| Choices::new(instance.cgroup_id, from.clone()));
+        let mut known = Known { choices, host };
+        known.learn(&mut threads)?;
+        known.choices.places.insert(to.clone());
+        registry.put_choices(&instance.name, &known.choices)?;
+        Ok(Self { registry, instance, threads, from, to, known, cpuset, moved: 0, passes: 0 })
     }
 
     /// Moves what runs now. By the controller it is one write, and the kernel moves every thread.
     fn transfer(&mut self) -> Result<(), SwapError> {
         if let Some((file, _)) = &self.cpuset {
-            write(file, &cpu_list::format(self.target))?;
+            // Empty: what the cgroup above has.
+            write(file, &self.to.as_ref().map(cpu_list::format).unwrap_or_default())?;
         }
-        self.moved += affinity::pass(&mut self.threads, self.target, &mut self.before)?;
+        self.moved += self.known.pass(&mut self.threads, self.to.as_ref())?;
         self.passes += 1;
         Ok(())
     }
 
     /// Repeats until no thread was missed, those included that were made meanwhile.
     fn activate(&mut self) -> Result<(), SwapError> {
-        let (moved, passes) = affinity::settle(&mut self.threads, self.target, &mut self.before)?;
+        let (moved, passes) = self.known.settle(&mut self.threads, self.to.as_ref())?;
         self.moved += moved;
         self.passes += passes;
         Ok(())
@@ -88,11 +142,12 @@ impl<'a> CpuSwap<'a> {
 
     /// Reads every thread's placement back.
     fn verify(&mut self) -> Result<(), SwapError> {
-        affinity::verify(&mut self.threads, self.target)
+        self.known.verify(&mut self.threads, self.to.as_ref())
     }
 
-    /// Gives up the old placement: nothing of it is left but this report.
-    fn deactivate(self, started: Instant) -> SwapReport {
+    /// Gives up the old placement.
+    fn deactivate(mut self, started: Instant) -> SwapReport {
+        self.settled_on(self.to);
         SwapReport {
             method: if self.cpuset.is_some() { Method::Cpuset } else { Method::Affinity },
             threads_moved: self.moved,
@@ -106,7 +161,17 @@ impl<'a> CpuSwap<'a> {
             // First, or the old affinities would be outside of what the controller allows.
             write(file, before)?;
         }
-        affinity::restore(&mut self.threads, self.target, &self.before)
+        self.known.restore(&mut self.threads, self.from.as_ref())?;
+        self.settled_on(self.from);
+        Ok(())
+    }
+
+    fn settled_on(&mut self, cpus: &Cpus) {
+        self.known.choices.places = BTreeSet::from([cpus.clone()]);
+        if let Err(error) = self.registry.put_choices(&self.instance.name, &self.known.choices) {
+            // What is kept says that they may be on either pool, which is right, too.
+            tracing::warn!(instance = %self.instance.name, %error, "what its threads chose is not up to date");
+        }
     }
 }
 

@@ -12,7 +12,10 @@ use std::{io, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::pool::{CpuSet, cpu_list};
+use crate::{
+    instance::InstanceError,
+    pool::{CpuSet, cpu_list},
+};
 
 /// Why a swap did not happen. Unless it says so, the instance is as it was before.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +76,9 @@ pub enum SwapError {
         /// Where it should.
         wanted: CpuSet,
     },
+    /// The processors could not be read, or what threads chose for themselves not be kept.
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
     /// It failed, and so did the way back: some threads may be left on the target.
     #[error("the swap failed ({cause}), and the old placement could not be restored: try `rswap swap` again")]
     NotRestored {

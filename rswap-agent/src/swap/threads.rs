@@ -26,6 +26,8 @@ pub(super) trait Threads {
     fn affinity(&mut self, tid: i32) -> Result<Option<CpuSet>, SwapError>;
     /// `false` if the thread has ended.
     fn set_affinity(&mut self, tid: i32, cpus: &CpuSet) -> Result<bool, SwapError>;
+    /// When it was started, in clock ticks after the kernel's start; `None` if it has ended.
+    fn started_ticks(&mut self, tid: i32) -> Option<u64>;
     /// Waits until those that are just being made are listed.
     fn let_them_appear(&mut self);
 }
@@ -64,6 +66,11 @@ impl Threads for CgroupThreads {
             Err(Errno::ESRCH) => Ok(false),
             Err(errno) => Err(failed(errno)),
         }
+    }
+
+    fn started_ticks(&mut self, tid: i32) -> Option<u64> {
+        // /proc/TID is there for every thread, though it is not listed.
+        procfs::process::Process::new(tid).and_then(|thread| thread.stat()).ok().map(|stat| stat.starttime)
     }
 
     fn let_them_appear(&mut self) {

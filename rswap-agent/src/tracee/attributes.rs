@@ -6,6 +6,7 @@ use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     unistd::Pid,
 };
+use procfs::process::Process;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -15,7 +16,10 @@ use super::{
     read_proc,
     remote::Remote,
 };
-use crate::sys::{cpuid, process};
+use crate::{
+    instance::affinity::{Choices, Processors},
+    sys::{cpuid, process},
+};
 
 /// Memory may not become executable that was writable (`PR_SET_MDWE`, since Linux 6.3).
 const PR_SET_MDWE: u64 = 65;
@@ -129,11 +133,37 @@ fn require_no_segments(leader: &mut Remote) -> Result<(), TraceeError> {
     Err(TraceeError::Unsupported(text))
 }
 
-/// Those of the stopped thread behind `remote`, in an instance that may use `usual` processors; `status` is its own.
+/// The processors of an instance, while its image is taken.
+#[derive(Debug)]
+pub struct InstanceProcessors {
+    /// Those that it may use.
+    pub usual: Vec<usize>,
+    /// What its threads chose before a pool limited them, if it was moved between pools here.
+    pub chosen: Option<(Choices, Processors)>,
+}
+
+impl InstanceProcessors {
+    /// What thread `tid` chose for itself that is found with `found`; nothing if it did not choose.
+    fn chosen_by(&self, tid: i32, found: Vec<usize>) -> Vec<usize> {
+        let own = self.chosen.as_ref().map(|(choices, host)| {
+            let started =
+                || Process::new(tid).and_then(|thread| thread.stat()).ok().map(|stat| stat.starttime);
+            choices.of(tid, &found.iter().copied().collect(), host, started)
+        });
+        match own {
+            Some(None) => Vec::new(),
+            Some(Some(own)) => own.into_iter().collect(),
+            None if found == self.usual => Vec::new(),
+            None => found,
+        }
+    }
+}
+
+/// Those of the stopped thread behind `remote`, in an instance that has `home`; `status` is its own.
 pub(super) fn of_thread(
     remote: &mut Remote,
     status: &Status,
-    usual: &[usize],
+    home: &InstanceProcessors,
 ) -> Result<ThreadAttributes, TraceeError> {
     let tid = remote.tid();
     let path = format!("/proc/{tid}/personality");
@@ -150,7 +180,7 @@ pub(super) fn of_thread(
         personality,
         timer_slack_ns: slack,
         io_priority: process::io_priority(tid).map_err(TraceeError::call("ioprio_get", tid))?,
-        processors: if processors == usual { Vec::new() } else { processors },
+        processors: home.chosen_by(tid, processors),
         time_stamps,
         machine_checks,
         speculation: speculation(status),

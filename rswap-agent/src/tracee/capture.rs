@@ -3,7 +3,8 @@
 use std::fs;
 
 use super::{
-    TraceeError, advice, attributes,
+    TraceeError, advice,
+    attributes::{self, InstanceProcessors},
     image::{Credentials, MemoryMap, StopImage, TaskImage, ThreadImage},
     layout::Layout,
     posix_timers, privileges, read_proc,
@@ -24,8 +25,8 @@ use crate::sys::{
 pub(super) const OTHER_EXIT_SIGNAL: &str =
     "another signal than SIGCHLD by which its parent is told of its end";
 
-/// Takes the image of `process`, whose instance may use the processors `usual`, by the thread that holds it.
-pub(super) fn capture(process: &Frozen, usual: &[usize]) -> Result<TaskImage, TraceeError> {
+/// Takes the image of `process`, whose instance has the processors `home`, by the thread that holds it.
+pub(super) fn capture(process: &Frozen, home: &InstanceProcessors) -> Result<TaskImage, TraceeError> {
     let stopped = &process.threads;
     let (pid, mappings) = (stopped.pid(), process.mappings.clone());
     let status = Status::read(pid)?;
@@ -55,14 +56,14 @@ pub(super) fn capture(process: &Frozen, usual: &[usize]) -> Result<TaskImage, Tr
         descriptors: Vec::new(),
         threads: Vec::new(),
     };
-    let mut threads = vec![thread(stopped, pid, &mut leader, &status, usual)?];
+    let mut threads = vec![thread(stopped, pid, &mut leader, &status, home)?];
     let tids = stopped.tids();
     let descriptors = tables::owners(&tids, Common::Descriptors)?;
     let directories = tables::owners(&tids, Common::Directories)?;
     for (&tid, owners) in tids.iter().zip(descriptors.into_iter().zip(directories)).skip(1) {
         let status = Status::read(tid)?;
         let mut remote = leader.thread_of_program(stopped, tid)?;
-        let mut described = thread(stopped, tid, &mut remote, &status, usual)?;
+        let mut described = thread(stopped, tid, &mut remote, &status, home)?;
         drop(remote);
         let inner = |tid: i32| Ok(Status::read(tid)?.last_number("NSpid:").unwrap_or(tid));
         described.tables = ThreadTables {
@@ -88,7 +89,7 @@ fn thread(
     tid: i32,
     remote: &mut Remote,
     status: &Status,
-    usual: &[usize],
+    home: &InstanceProcessors,
 ) -> Result<ThreadImage, TraceeError> {
     let (pid, call) = (stopped.pid(), TraceeError::call);
     let wait = stopped.wait(tid);
@@ -120,7 +121,7 @@ fn thread(
         credentials: privileges::capture(remote, status)?,
         seccomp: seccomp::capture(tid, status)?,
         tables: ThreadTables::default(),
-        attributes: attributes::of_thread(remote, status, usual)?,
+        attributes: attributes::of_thread(remote, status, home)?,
     })
 }
 

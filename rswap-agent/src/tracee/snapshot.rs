@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use super::{
     TraceeError,
     advice::Advice,
-    attributes,
+    attributes::{self, InstanceProcessors},
     capture::{Status, capture},
     cgroups::Subtree,
     crew::{Crew, Hand},
@@ -21,7 +21,13 @@ use super::{
     terminals,
     tree::{self, Member, Node},
 };
-use crate::{instance::network::settings::Sysctls, sys::process::Common};
+use crate::{
+    instance::{
+        affinity::{Choices, Processors},
+        network::settings::Sysctls,
+    },
+    sys::process::Common,
+};
 
 /// A living process of a frozen instance.
 #[derive(Debug)]
@@ -50,6 +56,7 @@ pub fn capture_instance(
     frozen: Vec<Frozen>,
     zombies: Vec<Node>,
     places: &Places,
+    chosen: Option<(Choices, Processors)>,
 ) -> (Vec<Frozen>, Result<InstanceImage, TraceeError>) {
     // The init, which the main process comes from, has the processors that the instance may use.
     let init = frozen.first().map_or(Ok(0), |main| tree::parent(main.member.pid));
@@ -60,7 +67,8 @@ pub fn capture_instance(
     let members: Vec<Member> = frozen.iter().map(|process| process.member).collect();
     let spaces: Vec<u32> = frozen.iter().map(|process| process.space).collect();
     let items = frozen.into_iter().map(|process| (process.hand, process)).collect();
-    let tasks = crew.begin(items, move |process| capture(process, &usual));
+    let home = InstanceProcessors { usual, chosen };
+    let tasks = crew.begin(items, move |process| capture(process, &home));
     // Descriptors need no ptrace: they are looked at here meanwhile.
     let described = Described::of(&members, &spaces, places);
     let (frozen, tasks) = crew.finish(tasks);
