@@ -15,7 +15,7 @@ mod memory;
 mod pools;
 
 pub use memory::MemoryConfig;
-pub use pools::{PoolConfig, PoolKindConfig, settings, volume_directory};
+pub use pools::{PoolConfig, PoolKindConfig, VolumePool, settings, volume_pool};
 
 use crate::profile::ProfileConfig;
 pub use crate::{forecast::ForecastConfig, plan::PlanConfig};

@@ -34,6 +34,7 @@ pub mod postgres;
 pub mod proxy;
 pub mod rounds;
 pub mod scene;
+pub mod served_disk;
 pub mod steps;
 pub mod storage;
 pub mod stream;

@@ -1,74 +1,126 @@
 //! A disk that is a file: a loop device with a file system, mounted. All of it goes when it is dropped.
 
 use std::{
-    fs::File,
-    os::fd::AsRawFd,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context, bail};
-use nix::{
-    fcntl::{FcntlArg, SealFlag, fcntl},
-    sys::memfd::{MFdFlags, memfd_create},
-};
 
-/// A mounted ext4 on a loop device of its own.
+use crate::served_disk::{ServedDisk, Speed};
+
+/// What is on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FileSystem {
+    /// ext4, without blocks that only root may use.
+    #[default]
+    Ext4,
+    /// XFS; it needs 300 MiB.
+    Xfs,
+    /// btrfs; it needs 110 MiB.
+    Btrfs,
+}
+
+impl FileSystem {
+    fn make(self, device: &str) -> anyhow::Result<()> {
+        // Nothing is discarded: it is empty.
+        let (program, arguments) = match self {
+            Self::Ext4 => ("mkfs.ext4", ["-q", "-m", "0", "-E", "nodiscard"].as_slice()),
+            Self::Xfs => ("mkfs.xfs", ["-q", "-f", "-K"].as_slice()),
+            Self::Btrfs => ("mkfs.btrfs", ["-q", "-f", "--nodiscard"].as_slice()),
+        };
+        call(program, &[arguments, &[device]].concat()).map(drop)
+    }
+}
+
+/// A mounted file system on a loop device of its own.
 #[derive(Debug)]
 pub struct LoopDevice {
     device: String,
     mount_point: PathBuf,
-    /// The memory that its image is, if it can fail.
-    memory: Option<File>,
+    file_system: FileSystem,
+    bytes: u64,
+    /// Who serves its image, if it can be made slow and fail. Dropped last: the others need it.
+    served: Option<ServedDisk>,
 }
 
 impl LoopDevice {
-    /// Makes an image of `bytes` in `directory`, and mounts it on `directory/mounted`.
+    /// Makes an image of `bytes` in `directory`, and mounts it, as ext4, on `directory/mounted`.
     pub fn create(directory: &Path, bytes: u64) -> anyhow::Result<Self> {
-        let image = directory.join("image");
-        File::create(&image)?.set_len(bytes)?;
-        Self::create_of(directory, &image, None)
+        Self::create_as(directory, bytes, FileSystem::Ext4)
     }
 
     /// The same in a directory of this name, which is made.
     pub fn create_below(parent: &Path, name: &str, bytes: u64) -> anyhow::Result<Self> {
         let directory = parent.join(name);
-        std::fs::create_dir(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        fs::create_dir(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
         Self::create(&directory, bytes)
     }
 
-    /// The same in memory. It can be made to [fail](Self::fail).
-    pub fn create_that_can_fail(directory: &Path, bytes: u64) -> anyhow::Result<Self> {
-        let (memory, image) = memory(bytes)?;
-        Self::create_of(directory, &image, Some(memory))
+    /// The same with another file system.
+    pub fn create_as(directory: &Path, bytes: u64, file_system: FileSystem) -> anyhow::Result<Self> {
+        let image = directory.join("image");
+        File::create(&image)?.set_len(bytes)?;
+        Self::create_of(directory, attach(&image)?, bytes, file_system, None)
     }
 
-    fn create_of(directory: &Path, image: &Path, memory: Option<File>) -> anyhow::Result<Self> {
-        let mount_point = directory.join("mounted");
-        std::fs::create_dir(&mount_point)?;
-        let made = Self { device: attach(image)?, mount_point, memory };
+    /// The same in memory that this process serves: it can be made [slow](Self::set_speed), to [fail](Self::fail_after), and to
+    /// [vanish](Self::vanish).
+    pub fn create_served(directory: &Path, bytes: u64, file_system: FileSystem) -> anyhow::Result<Self> {
+        let (served, device) = serve(directory, bytes)?;
+        Self::create_of(directory, device, bytes, file_system, Some(served))
+    }
+
+    fn create_of(
+        directory: &Path,
+        device: String,
+        bytes: u64,
+        file_system: FileSystem,
+        served: Option<ServedDisk>,
+    ) -> anyhow::Result<Self> {
         // From here on the device is given back, whatever fails.
-        call("mkfs.ext4", &["-q", "-m", "0", &made.device])?;
+        let made = Self { device, mount_point: directory.join("mounted"), file_system, bytes, served };
+        fs::create_dir(&made.mount_point)?;
+        file_system.make(&made.device)?;
         made.mount()?;
         Ok(made)
     }
 
-    /// From here on whatever is written to it fails (EIO).
-    pub fn fail(&self) -> anyhow::Result<()> {
-        let memory = self.memory.as_ref().context("it can't fail")?;
-        fcntl(memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).context("sealing its image")?;
+    /// From here on it is so slow.
+    pub fn set_speed(&self, speed: Speed) -> anyhow::Result<()> {
+        self.served()?.set_speed(speed);
         Ok(())
     }
 
-    /// Puts an empty one in the place of one that failed.
+    /// Requests that it has had: reads, writes and flushes.
+    pub fn requests(&self) -> anyhow::Result<u64> {
+        Ok(self.served()?.requests())
+    }
+
+    /// After so many further requests all fail (EIO): whatever is read from it, written, or flushed.
+    pub fn fail_after(&self, requests: u64) -> anyhow::Result<()> {
+        self.served()?.fail_after(requests);
+        Ok(())
+    }
+
+    /// It is pulled out while it is in use: no request is answered any more, and its file system is not mounted any more.
+    pub fn vanish(&self) -> anyhow::Result<()> {
+        self.served()?.vanish()?;
+        call("umount", &["--lazy", &self.mount_point.to_string_lossy()]).map(drop)
+    }
+
+    /// Puts an empty one in the place of one that failed or vanished.
     pub fn replace(&mut self) -> anyhow::Result<()> {
-        let bytes = self.memory.as_ref().context("it can't fail")?.metadata()?.len();
-        self.unmount()?;
+        let directory = self.mount_point.parent().context("no directory")?.to_owned();
+        self.served()?;
+        // What still uses it keeps it, or what is left of it.
+        let _ = call("umount", &["--lazy", &self.mount_point.to_string_lossy()]);
         call("losetup", &["--detach", &self.device])?;
-        let (memory, image) = memory(bytes)?;
-        self.device = attach(&image)?;
-        self.memory = Some(memory);
-        call("mkfs.ext4", &["-q", "-m", "0", &self.device])?;
+        drop(self.served.take());
+        let (served, device) = serve(&directory, self.bytes)?;
+        (self.served, self.device) = (Some(served), device);
+        self.file_system.make(&self.device)?;
         self.mount()
     }
 
@@ -97,10 +149,17 @@ impl LoopDevice {
     pub fn unmount(&self) -> anyhow::Result<()> {
         call("umount", &[&self.mount_point.to_string_lossy()]).map(drop)
     }
+
+    fn served(&self) -> anyhow::Result<&ServedDisk> {
+        self.served.as_ref().context("this disk is a plain file")
+    }
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        if let Some(served) = &self.served {
+            served.set_speed(Speed::default());
+        }
         // It may be unmounted already.
         let _ = call("umount", &["--lazy", &self.mount_point.to_string_lossy()]);
         if let Err(error) = call("losetup", &["--detach", &self.device]) {
@@ -109,13 +168,13 @@ impl Drop for LoopDevice {
     }
 }
 
-/// Memory that is a disk's image, and its path.
-fn memory(bytes: u64) -> anyhow::Result<(File, PathBuf)> {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let memory = File::from(memfd_create(c"disk", flags)?);
-    memory.set_len(bytes)?;
-    let image = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()));
-    Ok((memory, image))
+/// A disk that this process serves, and the loop device of it.
+fn serve(directory: &Path, bytes: u64) -> anyhow::Result<(ServedDisk, String)> {
+    let at = (0..).map(|number| directory.join(format!("served-{number}"))).find(|path| !path.exists());
+    let served = ServedDisk::serve(&at.context("no name is free")?, bytes)?;
+    let device = attach(served.image())?;
+    served.hide()?;
+    Ok((served, device))
 }
 
 /// A loop device of `image`: its name.

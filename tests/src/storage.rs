@@ -1,11 +1,23 @@
-//! A host with two storage pools, each a file system on a loop device of its own, and a program in a volume.
+//! A host with storage pools, each a file system on a loop device of its own, and a program in a volume.
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context, ensure};
 use rswap_agent::{control::SwapVolumeEvent, swap::storage::StorageReport};
 
-use crate::{Fleet, Host, HostOptions, loop_device::LoopDevice, moves::program, rounds, wait_for};
+use crate::{
+    Fleet, Host, HostOptions,
+    loop_device::{FileSystem, LoopDevice},
+    moves::program,
+    rounds,
+    served_disk::Speed,
+    wait_for,
+};
 
 /// How long a program may take for what a scenario waits for.
 const LIMIT: Duration = Duration::from_secs(40);
@@ -15,21 +27,45 @@ const LIMIT: Duration = Duration::from_secs(40);
 pub struct Disk {
     /// How many bytes it has.
     pub bytes: u64,
-    /// It can be made to fail.
-    pub can_fail: bool,
+    /// What is on it.
+    pub file_system: FileSystem,
+    /// It is served by this process, so fast: it can be made slower, to fail, and to vanish.
+    pub served: Option<Speed>,
 }
 
 impl Disk {
-    /// A file.
+    /// A file, with an ext4.
     pub fn of(bytes: u64) -> Self {
-        Self { bytes, can_fail: false }
+        Self { bytes, file_system: FileSystem::Ext4, served: None }
     }
 
-    /// One that can be made to fail.
+    /// A file, with another file system.
+    pub fn with(file_system: FileSystem, bytes: u64) -> Self {
+        Self { file_system, ..Self::of(bytes) }
+    }
+
+    /// One that can be made slow, and to fail. Until then it is as fast as memory.
     pub fn that_can_fail(bytes: u64) -> Self {
-        Self { bytes, can_fail: true }
+        Self::slow(bytes, Speed::default())
+    }
+
+    /// One that is slow.
+    pub fn slow(bytes: u64, speed: Speed) -> Self {
+        Self { served: Some(speed), ..Self::of(bytes) }
+    }
+
+    fn make(&self, directory: &Path) -> anyhow::Result<LoopDevice> {
+        let Some(speed) = self.served else {
+            return LoopDevice::create_as(directory, self.bytes, self.file_system);
+        };
+        let disk = LoopDevice::create_served(directory, self.bytes, self.file_system)?;
+        disk.set_speed(speed)?;
+        Ok(disk)
     }
 }
+
+/// The pools.
+const NAMES: [&str; 4] = ["one", "two", "three", "four"];
 
 /// The scene. Dropped in this order: the instance uses the disks.
 #[derive(Debug)]
@@ -40,7 +76,7 @@ pub struct StorageScene {
     pub log: PathBuf,
     /// Where the program sees its volume.
     pub path: PathBuf,
-    /// The disks: of the pools `one`, `two`.
+    /// The disks: of the pools `one`, `two`, and so on.
     pub disks: Vec<LoopDevice>,
     /// The network; the last to go, with the host's logs.
     pub fleet: Fleet,
@@ -48,30 +84,29 @@ pub struct StorageScene {
 
 impl StorageScene {
     /// Starts a host whose pools have so many bytes each.
-    pub fn set(bytes: [u64; 2]) -> anyhow::Result<Self> {
+    pub fn set<const N: usize>(bytes: [u64; N]) -> anyhow::Result<Self> {
         Self::set_on(bytes.map(Disk::of), 3000)
     }
 
     /// Starts a host whose pools are on such disks. Instances may stand still for so many milliseconds.
-    pub fn set_on(of_pools: [Disk; 2], max_unavailability_ms: u64) -> anyhow::Result<Self> {
+    pub fn set_on<const N: usize>(of_pools: [Disk; N], max_unavailability_ms: u64) -> anyhow::Result<Self> {
         let options = HostOptions { max_unavailability_ms, ..HostOptions::default() };
-        Self::set_with(of_pools, ["", ""], options)
+        Self::set_with(of_pools, [""; N], options)
     }
 
-    /// The same with further lines of both pools' configuration, and further options.
-    pub fn set_with(of_pools: [Disk; 2], lines: [&str; 2], options: HostOptions) -> anyhow::Result<Self> {
+    /// The same with further lines of each pool's configuration, and further options.
+    pub fn set_with<const N: usize>(
+        of_pools: [Disk; N],
+        lines: [&str; N],
+        options: HostOptions,
+    ) -> anyhow::Result<Self> {
         let mut fleet = Fleet::new()?;
         let scratch = fleet.scratch().to_owned();
         let (mut disks, mut more) = (Vec::new(), options.more.clone());
-        for (name, (Disk { bytes, can_fail }, lines)) in
-            ["one", "two"].into_iter().zip(of_pools.into_iter().zip(lines))
-        {
+        for (name, (disk, lines)) in NAMES.into_iter().zip(of_pools.into_iter().zip(lines)) {
             let directory = scratch.join(name);
             fs::create_dir(&directory)?;
-            let disk = match can_fail {
-                true => LoopDevice::create_that_can_fail(&directory, bytes)?,
-                false => LoopDevice::create(&directory, bytes)?,
-            };
+            let disk = disk.make(&directory)?;
             more += &disk.pool(name, lines);
             disks.push(disk);
         }
@@ -155,7 +190,7 @@ impl StorageScene {
         let mut found = Vec::new();
         let gone = wait_for("the other copies to go", LIMIT / 4, || {
             found.clear();
-            for disk in ["one", "two"] {
+            for disk in &NAMES[..self.disks.len()] {
                 let pool = at(disk).join("rswap/worker");
                 found.extend(fs::read_dir(pool).into_iter().flatten().flatten().map(|entry| entry.path()));
                 let unfinished = fs::read_dir(at(disk).join("rswap")).into_iter().flatten().flatten();

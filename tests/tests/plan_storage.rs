@@ -1,7 +1,11 @@
 //! Plans move volumes between disks: to the fast one before a load that repeats needs it, and back where it is cheap; off a pool that
 //! is drained; and not where it does not fit or fails, which is said and tried again.
 
-use std::{fs, net::Ipv4Addr, time::Duration};
+use std::{
+    fs,
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, ensure};
 use rswap_agent::{
@@ -11,10 +15,10 @@ use rswap_agent::{
 };
 use rswap_tests::{
     Host, HostOptions,
-    client::VerifyingClient,
-    load::{Load, Pattern},
-    moves::START_LIMIT,
+    load::Pattern,
+    moves::program,
     reason_to_skip,
+    served_disk::Speed,
     storage::{Disk, StorageScene},
     wait_for,
 };
@@ -22,19 +26,25 @@ use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(30);
-const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
-/// Writes of 8 KiB per second, each of which the server syncs: few, then more than the slow pool is configured to give.
+/// The days of `programs/direct_writes.py`.
 const PATTERN: Pattern = Pattern {
     day: Duration::from_secs(12),
-    cores: &[(0.0, 2.0), (0.45, 2.0), (0.57, 80.0), (0.90, 80.0), (0.95, 2.0)],
+    cores: &[(0.0, LOW), (0.45, LOW), (0.57, PEAK), (0.90, PEAK), (0.95, LOW)],
     peak_from: 0.57,
     peak_to: 0.90,
 };
+/// Writes per second, each of which the program waits for: few, then more than the slow disk can do.
+const LOW: f64 = 4.0;
+const PEAK: f64 = 200.0;
+/// What a request takes on the slow disk: no more than 125 per second.
+const SLOW_REQUEST: Duration = Duration::from_millis(8);
 /// The days after which it has failed, if the volume has not moved.
 const DAYS: u32 = 6;
 const SLOW: &str = "operations_per_s = 60\nmbyte_per_s = 100\ncost_per_gib_hour = 1.0";
 const FAST: &str = "operations_per_s = 5000\nmbyte_per_s = 500\ncost_per_gib_hour = 60.0";
-const PLANS: &str = "[forecast]\nhorizons_ms = [250, 500, 1000, 2000, 3000]\nmin_seen = 96\n\n\
+const CHEAP: &str = "cost_per_gib_hour = 1.0";
+const DEAR: &str = "cost_per_gib_hour = 60.0";
+const PLANS: &str = "[pools]\nlook_every_ms = 250\n\n[forecast]\nhorizons_ms = [250, 500, 1000, 2000, 3000]\nmin_seen = 96\n\n\
                      [plan]\nhorizon_ms = 3000\ncool_down_ms = 300\nunavailability_cost_per_hour = 0.1\n\n";
 /// Idle; for what has to move at once.
 const SOON: &str = "[forecast]\nhorizons_ms = [400, 1200]\nmin_seen = 10\n\n\
@@ -66,30 +76,37 @@ fn decided(host: &Host) -> anyhow::Result<Option<Decision>> {
     Ok(plan.decisions.into_iter().find(|decision| decision.kind == MoveKind::Storage))
 }
 
-fn start_redis(scene: &StorageScene) -> anyhow::Result<()> {
-    let path = scene.path.to_string_lossy().into_owned();
-    let server = ["redis-server", "--dir", &path, "--appendonly", "yes", "--appendfsync", "always"];
-    let options = [
-        "--save",
-        "",
-        "--protected-mode",
-        "no",
-        "--auto-aof-rewrite-percentage",
-        "0",
-        "--loglevel",
-        "warning",
-    ];
-    scene.run_with(&["--net", &format!("{SERVER}/24")], &[&server[..], &options[..]].concat())?;
-    let knock = || {
-        let limit = Duration::from_secs(1);
-        wait_for("Redis", START_LIMIT, || {
-            Ok(std::net::TcpStream::connect_timeout(&(SERVER, 6379).into(), limit).ok().map(drop))
-        })
-    };
-    let knocking = scene.fleet.client.spawn("knock", knock)?;
-    knocking.join().map_err(|_| anyhow::anyhow!("the one who knocked panicked"))?
+/// Both pools are measured; what they give, in requests per second.
+fn calibrate(host: &Host) -> anyhow::Result<[f64; 2]> {
+    for pool in ["one", "two"] {
+        host.call(&["calibrate", pool, "--yes"])?;
+    }
+    wait_for("the agent to use what was measured", LIMIT, || {
+        let pools: Vec<Pool> = host.get("/v1/pools")?;
+        let gives = |name: &str| {
+            let pool = pools.iter().find(|pool| pool.name == name)?;
+            pool.gives().map(|flow| flow.operations_per_s)
+        };
+        Ok(gives("one").zip(gives("two")).map(|(one, two)| [one, two]))
+    })
 }
 
+/// The median of how long the program waited for its writes that began within `times`.
+fn median_wait(scene: &StorageScene, times: Range<Duration>) -> anyhow::Result<Duration> {
+    let text = fs::read_to_string(&scene.log)?;
+    ensure!(!text.contains("WRONG"), "{}", text.lines().last().unwrap_or_default());
+    let mut waits = Vec::new();
+    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+        let (at, wait_us) = line.split_once(' ').with_context(|| format!("{line:?} in the log"))?;
+        if times.contains(&Duration::from_secs_f64(at.parse()?)) {
+            waits.push(Duration::from_micros(wait_us.parse()?));
+        }
+    }
+    waits.sort();
+    waits.get(waits.len() / 2).copied().context("nothing was written")
+}
+
+/// The two disks differ in nothing but how long a request takes, and nobody has told the agent.
 #[test]
 fn a_volume_is_on_the_fast_disk_when_the_load_comes_and_on_the_cheap_one_otherwise() -> anyhow::Result<()> {
     if reason_to_skip("a_volume_is_on_the_fast_disk_when_the_load_comes_and_on_the_cheap_one_otherwise")
@@ -97,30 +114,40 @@ fn a_volume_is_on_the_fast_disk_when_the_load_comes_and_on_the_cheap_one_otherwi
     {
         return Ok(());
     }
-    let disks = [Disk::of(256 * MIB), Disk::of(256 * MIB)];
-    let scene = StorageScene::set_with(disks, [SLOW, FAST], options(250, PLANS))?;
-    start_redis(&scene)?;
+    let disks = [Disk::slow(256 * MIB, Speed::of(SLOW_REQUEST)), Disk::slow(256 * MIB, Speed::default())];
+    let scene = StorageScene::set_with(disks, [CHEAP, DEAR], options(250, PLANS))?;
+    let [slow, fast] = calibrate(&scene.host)?;
+    println!("measured: {slow:.0} and {fast:.0} requests per second");
+    ensure!(slow > LOW && slow <= 1.0 / SLOW_REQUEST.as_secs_f64() && fast > PEAK * 2.0, "{slow} and {fast}");
+    let program = program("direct_writes.py").to_string_lossy().into_owned();
+    let [log, path] = [&scene.log, &scene.path].map(|path| path.to_string_lossy().into_owned());
+    let day_s = PATTERN.day.as_secs().to_string();
+    scene.run(&["python3", &program, &log, &path, &day_s, &LOW.to_string(), &PEAK.to_string()])?;
+    wait_for("the first write", LIMIT, || {
+        Ok(fs::read_to_string(&scene.log).is_ok_and(|text| text.contains('\n')).then_some(()))
+    })?;
+    // Some milliseconds after the program's own clock.
+    let started = Instant::now();
     scene.moved("one")?.map_err(anyhow::Error::msg)?;
-    let client = VerifyingClient::start(&scene.fleet.client, SERVER, Duration::from_millis(200))?;
-    let load = Load::start_writes(&scene.fleet.client, SERVER, PATTERN, 8 << 10)?;
 
     let on = |pool: &str| Ok((pool_of(&scene.host)?.as_deref() == Some(pool)).then_some(()));
+    wait_for("the volume to be on the cheap disk", LIMIT, || on("one"))?;
+    let on_slow = started.elapsed();
     wait_for("the volume to be on the fast disk", PATTERN.day * DAYS, || on("two"))?;
-    let at = load.started.elapsed();
-    let peak = PATTERN.peak_start(PATTERN.day_at(at));
-    println!("on the fast disk after {at:?}, the peak is at {peak:?}");
+    // Perhaps late: few days were seen, and the slow disk lets nobody see more of a peak than it can do.
+    let at = started.elapsed();
+    println!("on the fast disk after {at:?}");
     let explained = scene.host.call(&["explain", "worker", "-n", "400"])?;
     wait_for("the volume to be on the cheap disk again", PATTERN.day, || on("one"))?;
-    println!("on the cheap disk again after {:?}", load.started.elapsed());
+    println!("on the cheap disk again after {:?}", started.elapsed());
     wait_for("the volume to be on the fast disk once more", PATTERN.day * 2, || on("two"))?;
-    let again = load.started.elapsed();
+    let again = started.elapsed();
     let again_peak = PATTERN.peak_start(PATTERN.day_at(again));
     println!("on the fast disk after {again:?}, the peak is at {again_peak:?}");
+    ensure!(again < again_peak, "it came after the load");
+    let into_peak = again_peak + Duration::from_secs(1);
+    std::thread::sleep(into_peak.saturating_sub(started.elapsed()));
 
-    load.finish()?;
-    let seen = client.finish(&scene.fleet.client)?;
-    println!("{} writes acknowledged, {} lost", seen.acked_writes, seen.lost_writes);
-    ensure!(seen.lost_writes == 0, "{} writes are lost", seen.lost_writes);
     scene.nothing_is_left()?;
     let status: Value = scene.host.get("/v1/status")?;
     println!("swaps: {} done, {} failed", status["swaps_done"], status["swaps_failed"]);
@@ -129,7 +156,12 @@ fn a_volume_is_on_the_fast_disk_when_the_load_comes_and_on_the_cheap_one_otherwi
     println!("{why}");
     ensure!(why.contains("worker (storage pool of its volume data) moves to two in"), "{why}");
     ensure!(why.contains("the present one can't meet the need") && why.contains("requests/s and"), "{why}");
-    ensure!(at < peak && again < again_peak, "it came after the load");
+    let (slow_wait, fast_wait) =
+        (median_wait(&scene, on_slow..at)?, median_wait(&scene, again_peak..into_peak)?);
+    println!(
+        "the program waited {slow_wait:?} for a write on the slow disk, {fast_wait:?} in the peak on the fast one"
+    );
+    ensure!(slow_wait >= SLOW_REQUEST && fast_wait < SLOW_REQUEST / 2, "{slow_wait:?} and {fast_wait:?}");
     Ok(())
 }
 
@@ -172,7 +204,7 @@ fn a_drained_disk_is_left_and_what_does_not_fit_or_fails_stays_and_is_tried_agai
     fs::remove_file(&filler)?;
 
     // It fails.
-    scene.disks[1].fail()?;
+    scene.disks[1].fail_after(0)?;
     scene.host.call(&["drain", "one"])?;
     let waits = |decision: &Decision| {
         matches!(decision.outcome, Outcome::Stay { reason: StayReason::BackOff { .. } })

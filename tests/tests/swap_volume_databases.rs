@@ -1,6 +1,7 @@
-//! Databases whose directories move between disks while clients write: nothing acknowledged is lost, and no connection breaks.
+//! Databases whose directories move between a fast disk and a slow one while clients write: nothing acknowledged is lost, and no
+//! connection breaks.
 
-use std::{fs, net::Ipv4Addr};
+use std::{fs, net::Ipv4Addr, time::Duration};
 
 use anyhow::ensure;
 use rswap_tests::{
@@ -8,7 +9,8 @@ use rswap_tests::{
     converse::converse,
     moves::{LIMIT, START_LIMIT, finish},
     postgres, reason_to_skip,
-    storage::StorageScene,
+    served_disk::Speed,
+    storage::{Disk, StorageScene},
     wait_for,
 };
 
@@ -16,6 +18,13 @@ const MIB: u64 = 1 << 20;
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
 /// There and back, five times each.
 const SWAPS: usize = 10;
+/// What each request takes on the disk of pool `two`: contents, journal and flushes.
+const SLOW: Duration = Duration::from_millis(4);
+
+/// A file on the disk of this machine, and a disk that is slow.
+fn disks(bytes: u64) -> [Disk; 2] {
+    [Disk::of(bytes), Disk::slow(bytes, Speed::of(SLOW))]
+}
 
 /// Moves the volume [`SWAPS`] times; `goes_on` must succeed after each.
 fn there_and_back(
@@ -32,7 +41,20 @@ fn there_and_back(
         scene.is_on(Some(pool))?;
         scene.nothing_is_left()?;
     }
+    let requests = scene.disks[1].requests()?;
+    println!("{requests} requests on the slow disk");
+    ensure!(requests > 100, "the slow disk was hardly used");
     Ok(())
+}
+
+#[test]
+fn sqlite_in_wal_mode_loses_nothing() -> anyhow::Result<()> {
+    if reason_to_skip("sqlite_in_wal_mode_loses_nothing").is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set_on(disks(256 * MIB), 3000)?;
+    scene.python("sqlite_wal", &["0.002"])?;
+    there_and_back(&scene, || scene.goes_on())
 }
 
 #[test]
@@ -40,7 +62,7 @@ fn the_sum_holds_through_ten_swaps() -> anyhow::Result<()> {
     if reason_to_skip("the_sum_holds_through_ten_swaps").is_some() {
         return Ok(());
     }
-    let scene = StorageScene::set([512 * MIB, 512 * MIB])?;
+    let scene = StorageScene::set_on(disks(512 * MIB), 3000)?;
     let command = postgres::command(&scene.path, "off")?;
     let words: Vec<&str> = command.iter().map(String::as_str).collect();
     scene.run_with(&["--net", &format!("{SERVER}/24")], &words)?;
@@ -57,21 +79,21 @@ fn redis_loses_no_acknowledged_write_with_an_append_only_file() -> anyhow::Resul
     if reason_to_skip("redis_loses_no_acknowledged_write_with_an_append_only_file").is_some() {
         return Ok(());
     }
-    let scene = StorageScene::set([256 * MIB, 256 * MIB])?;
+    let scene = StorageScene::set_on(disks(256 * MIB), 3000)?;
     let (path, net) = (scene.path.to_string_lossy().into_owned(), format!("{SERVER}/24"));
     let server = ["redis-server", "--dir", &path, "--appendonly", "yes", "--appendfsync", "everysec"];
     let options = ["--save", "", "--protected-mode", "no"];
     scene.run_with(&["--net", &net], &[&server[..], &options[..]].concat())?;
     let knock = || {
         let address = (SERVER, 6379).into();
-        let limit = std::time::Duration::from_secs(1);
+        let limit = Duration::from_secs(1);
         wait_for("Redis", START_LIMIT, || {
             Ok(std::net::TcpStream::connect_timeout(&address, limit).ok().map(drop))
         })
     };
     let knocking = scene.fleet.client.spawn("knock", knock)?;
     knocking.join().map_err(|_| anyhow::anyhow!("the one who knocked panicked"))??;
-    let client = VerifyingClient::start(&scene.fleet.client, SERVER, std::time::Duration::from_millis(1))?;
+    let client = VerifyingClient::start(&scene.fleet.client, SERVER, Duration::from_millis(1))?;
     client.wait_for_acks(200, LIMIT)?;
     there_and_back(&scene, || client.wait_for_acks(200, LIMIT))?;
     let seen = client.finish(&scene.fleet.client)?;

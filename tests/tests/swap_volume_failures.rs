@@ -13,7 +13,9 @@ use nix::{
     unistd::Pid,
 };
 use rswap_tests::{
-    reason_to_skip,
+    loop_device::LoopDevice,
+    moves::program,
+    reason_to_skip, rounds,
     steps::{Follower, Place},
     storage::{Disk, StorageScene},
     wait_for,
@@ -21,36 +23,111 @@ use rswap_tests::{
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(30);
+/// A step in the freeze at which threads are being stopped, and nothing was copied there yet.
+const STEP_BEFORE_LAST_DELTA: usize = 2;
 /// A step in the freeze at which the plan is not yet written, and one at which the instance is held by its cgroup.
 const STEPS_IN_FREEZE: [usize; 2] = [40, 120];
 
-/// It fails in the middle of the copy, and for good.
+/// What happens to a disk.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// Every request fails, reads as well, from one on that is so many behind this moment.
+    Fails(u64),
+    /// It is pulled out, and unmounted.
+    Vanishes,
+}
+
+impl End {
+    fn strike(self, disk: &LoopDevice) -> anyhow::Result<()> {
+        match self {
+            Self::Fails(after) => disk.fail_after(after),
+            Self::Vanishes => disk.vanish(),
+        }
+    }
+}
+
+/// In the middle of the copy, and when the instance stands still already.
 #[test]
-fn a_disk_that_fails_leaves_the_volume_where_it_was() -> anyhow::Result<()> {
-    if reason_to_skip("a_disk_that_fails_leaves_the_volume_where_it_was").is_some() {
+fn a_disk_that_fails_or_vanishes_leaves_the_volume_where_it_was() -> anyhow::Result<()> {
+    if reason_to_skip("a_disk_that_fails_or_vanishes_leaves_the_volume_where_it_was").is_some() {
         return Ok(());
     }
     let mut scene = StorageScene::set_on([Disk::of(256 * MIB), Disk::that_can_fail(256 * MIB)], 3000)?;
-    scene.python("volume", &["0.005", "60000000"])?;
+    scene.python("volume", &["0.005", "30000000"])?;
     scene.moves("one")?;
-    let swap = begin(&scene, "two")?;
-    wait_for_copy(&scene, "two")?;
-    scene.disks[1].fail()?;
-    let output = swap.wait_with_output()?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    println!("{said}");
-    ensure!(!output.status.success() && said.contains("Input/output error"), "{said}");
-    scene.goes_on()?;
-    // What is on the broken disk can't be removed.
-    scene.is_in("one")?;
-    scene.nothing_is_left()?;
-    // As it is, and with another in its place.
-    ensure!(scene.moved("two")?.is_err(), "the disk is broken");
-    scene.goes_on()?;
-    scene.is_in("one")?;
-    scene.disks[1].replace()?;
+    for end in [End::Fails(0), End::Fails(20), End::Vanishes] {
+        for in_freeze in [false, true] {
+            let swap = if in_freeze {
+                let swap = stopped_at(&scene, "two", STEP_BEFORE_LAST_DELTA)?;
+                end.strike(&scene.disks[1])?;
+                signal(&scene, Signal::SIGCONT)?;
+                swap
+            } else {
+                let swap = begin(&scene, "two")?;
+                wait_for_copy(&scene, "two")?;
+                end.strike(&scene.disks[1])?;
+                swap
+            };
+            let output = swap.wait_with_output()?;
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            println!("{end:?}, in the freeze: {in_freeze}: {}", said.lines().last().unwrap_or_default());
+            ensure!(!output.status.success() && said.contains("cannot move the volume"), "{said}");
+            scene.goes_on()?;
+            // What is on the broken disk can't be removed.
+            scene.is_in("one")?;
+            scene.nothing_is_left()?;
+            // As it is, and with another in its place.
+            let again = scene.moved("two")?.expect_err("the disk is broken");
+            println!("and then: {again}");
+            ensure!(
+                matches!(end, End::Fails(_)) || again.contains("no file system is mounted there"),
+                "{again}"
+            );
+            scene.goes_on()?;
+            scene.is_in("one")?;
+            scene.disks[1].replace()?;
+        }
+    }
     scene.moves("two")?;
     scene.moves("one").map(drop)
+}
+
+/// What is on it is lost; nothing else is.
+#[test]
+fn a_disk_that_fails_with_the_volume_on_it_stops_nobody_else() -> anyhow::Result<()> {
+    if reason_to_skip("a_disk_that_fails_with_the_volume_on_it_stops_nobody_else").is_some() {
+        return Ok(());
+    }
+    let mut scene = StorageScene::set_on([Disk::of(256 * MIB), Disk::that_can_fail(256 * MIB)], 3000)?;
+    scene.python("volume", &["0.005", "30000000"])?;
+    scene.moves("two")?;
+    let swap = begin(&scene, "one")?;
+    wait_for_copy(&scene, "one")?;
+    End::Fails(0).strike(&scene.disks[1])?;
+    let (told, tells) = std::sync::mpsc::channel();
+    std::thread::spawn(move || told.send(swap.wait_with_output()));
+    let output = tells.recv_timeout(LIMIT).context("the swap hangs")??;
+    println!("{}", String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default());
+    scene.disks[1].vanish()?;
+    // Whether the program outlives that is its own affair; nobody waits for it.
+    for pid in scene.host.pids("worker")? {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    wait_for("the instance to be gone", LIMIT, || Ok((!scene.host.has_instance("worker")?).then_some(())))?;
+    // The agent and its other disk serve the next one.
+    let log = scene.host.log()?;
+    ensure!(!log.contains("panicked"), "{log}");
+    scene.disks[1].replace()?;
+    let next = ["log", "next"].map(|name| scene.fleet.scratch().join(name).to_string_lossy().into_owned());
+    let program = program("volume.py").to_string_lossy().into_owned();
+    let command = ["python3", &program, &next[0], &next[1], "0.005", "1000000"];
+    scene.host.run("next", &["--volume", &format!("data:{}", next[1])], &command)?;
+    scene.host.wait_for_instance("next")?;
+    for pool in ["one", "two"] {
+        scene.host.call(&["swap", "next", pool, "--volume", "data"])?;
+        rounds::wait_for_more(next[0].as_ref(), 50, LIMIT)?;
+    }
+    Ok(())
 }
 
 #[test]
@@ -133,6 +210,13 @@ fn wait_for_copy(scene: &StorageScene, pool: &str) -> anyhow::Result<()> {
 
 /// A swap whose agent stands still at `step`, and whose guard is gone.
 fn in_freeze(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Child> {
+    let swap = stopped_at(scene, pool, step)?;
+    kill_guard(scene)?;
+    Ok(swap)
+}
+
+/// A swap whose agent stands still at `step`.
+fn stopped_at(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Child> {
     let agent = scene.host.agent_pid().context("no agent")?;
     let follower = Follower::start(agent, Place::Step(step), Signal::SIGSTOP)?;
     let swap = begin(scene, pool)?;
@@ -141,7 +225,6 @@ fn in_freeze(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Ch
         Ok(stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")).then_some(()))
     })?;
     ensure!(follower.has_struck()?, "it has no step {step}");
-    kill_guard(scene)?;
     Ok(swap)
 }
 

@@ -3,7 +3,6 @@
 use std::{
     net::SocketAddr,
     panic::{self, AssertUnwindSafe},
-    path::PathBuf,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
@@ -13,7 +12,7 @@ use tokio::sync::mpsc::{Sender, UnboundedSender};
 
 use super::{cold, wiring::refused};
 use crate::{
-    config::{Config, MigrateConfig},
+    config::{Config, MigrateConfig, VolumePool},
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
     instance::{Instance, InstanceName, launch::Place, registry::Registry, volume::Volume},
     migrate::{MigrateError, Progress, Report, guard::Guard, linux, recovery::Recovery},
@@ -39,7 +38,7 @@ pub(super) enum Order {
     Uplink { instance: Instance, uplink: Uplink },
     Memory { instance: Instance, to: Target, stopping: Arc<AtomicBool> },
     Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
-    Volume { instance: Instance, volume: Volume, pool: PathBuf, events: Option<Sender<SwapVolumeEvent>> },
+    Volume { instance: Instance, volume: Volume, pool: VolumePool, events: Option<Sender<SwapVolumeEvent>> },
 }
 
 impl Order {
@@ -236,7 +235,8 @@ fn volume_swap(
     events: Option<&Sender<SwapVolumeEvent>>,
 ) -> Result<Moved, ApiError> {
     let StorageOrder { place, instance, volume, pool, .. } = order;
-    let attempted = format!("move the volume {} of {} to {}", volume.name, instance.name, pool.display());
+    let attempted =
+        format!("move the volume {} of {} to {}", volume.name, instance.name, pool.directory.display());
     let guard = Guard::start_for_volume(place, instance, storage::record_path(order), config.freeze_limit());
     let guard = guard.map_err(|error| {
         let text = format!("cannot {attempted}: {error}");

@@ -70,7 +70,7 @@ impl Wiring {
             let text = format!("{} has no volume {}", request.instance, request.volume);
             missing(text, "see `rswap ps --json` for its volumes")
         })?;
-        let pool = config::volume_directory(&self.config, &request.pool);
+        let pool = config::volume_pool(&self.config, &request.pool);
         let pool = pool.map_err(|error| missing(error, "see docs/pools.md, Volumes in storage pools"))?;
         let stake = Stake::Volume { volume: volume.name.clone(), events: events.clone() };
         self.begin(Order::Volume { instance, volume, pool, events }, request.pool.clone(), stake);

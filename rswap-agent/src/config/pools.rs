@@ -261,22 +261,34 @@ pub(super) fn pools<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PoolConfig
     }
 }
 
-/// The directory for volumes of the storage pool `name`, or why there is none.
-pub fn volume_directory(config: &Config, name: &str) -> Result<PathBuf, String> {
+/// Where volumes may be put.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumePool {
+    /// Where the pool's file system is mounted.
+    pub mount_point: PathBuf,
+    /// The directory for volumes, at or below it.
+    pub directory: PathBuf,
+}
+
+/// The storage pool `name`, or why volumes can't be put there.
+pub fn volume_pool(config: &Config, name: &str) -> Result<VolumePool, String> {
     let storage = config.pools.iter().filter_map(|pool| match &pool.kind {
-        PoolKindConfig::Local { member: Member::Storage(_), volumes, .. } => {
-            Some((pool.name.as_str(), volumes))
+        PoolKindConfig::Local { member: Member::Storage(at), volumes, .. } => {
+            Some((pool.name.as_str(), at, volumes))
         }
         _ => None,
     });
-    let all: Vec<(&str, &Option<PathBuf>)> = storage.collect();
-    match all.iter().find(|(pool, _)| *pool == name) {
-        Some((_, Some(directory))) => Ok(directory.clone()),
-        Some((_, None)) => {
+    let all: Vec<_> = storage.collect();
+    match all.iter().find(|(pool, ..)| *pool == name) {
+        Some((_, at, Some(directory))) => {
+            Ok(VolumePool { mount_point: at.into(), directory: directory.clone() })
+        }
+        Some((_, _, None)) => {
             Err(format!("the pool {name:?} has no directory for volumes (`volumes = \"/...\"`)"))
         }
         None => {
-            let known: Vec<&str> = all.iter().filter(|(_, to)| to.is_some()).map(|(name, _)| *name).collect();
+            let known: Vec<&str> =
+                all.iter().filter(|(.., to)| to.is_some()).map(|(name, ..)| *name).collect();
             Err(format!(
                 "there is no storage pool {name:?} in the configuration: for volumes there are {known:?}"
             ))

@@ -152,10 +152,10 @@ proptest::proptest! {
 fn volumes_go_to_storage_pools_that_name_a_directory_in_them() {
     let pool = |rest: &str| format!("[[pool]]\nname='ssd'\n{rest}\n");
     let config = Config::parse(&pool("storage='/srv'\nvolumes='/srv/rswap'"), Path::new("t")).unwrap();
-    assert_eq!(super::volume_directory(&config, "ssd"), Ok("/srv/rswap".into()));
-    assert!(super::volume_directory(&config, "hdd").unwrap_err().contains("no storage pool"));
+    assert_eq!(super::volume_pool(&config, "ssd").map(|pool| pool.directory), Ok("/srv/rswap".into()));
+    assert!(super::volume_pool(&config, "hdd").unwrap_err().contains("no storage pool"));
     let without = Config::parse(&pool("storage='/srv'"), Path::new("t")).unwrap();
-    assert!(super::volume_directory(&without, "ssd").unwrap_err().contains("no directory for volumes"));
+    assert!(super::volume_pool(&without, "ssd").unwrap_err().contains("no directory for volumes"));
     assert!(error(&pool("storage='/srv'\nvolumes='/elsewhere'")).contains("does not lie in its storage"));
     assert!(error(&pool("cpus='0'\nvolumes='/srv/rswap'")).contains("does not belong"));
 }

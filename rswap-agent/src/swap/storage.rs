@@ -36,6 +36,7 @@ pub use self::{
     recover::{recover, recover_all},
 };
 use crate::{
+    config::VolumePool,
     instance::{Instance, cgroup, launch::Place, volume::Volume},
     tracee::{
         rehome::survey::{self, Refused, Subject},
@@ -69,8 +70,8 @@ pub struct StorageOrder {
     pub instance: Instance,
     /// Which volume.
     pub volume: Volume,
-    /// The directory of the pool.
-    pub pool: PathBuf,
+    /// Where to.
+    pub pool: VolumePool,
     /// How long the instance may stand still for copying.
     pub allowed: Duration,
     /// How long copying may take in all.
@@ -131,9 +132,10 @@ pub fn move_to(
         recover(&path)?;
     }
     let lock = record::lock(&path).map_err(StorageError::io(format!("locking {}", path.display())))?;
-    let switch = Switch::plan(&place.volumes, name, volume_name, pool)?;
-    place::make(pool)?;
-    let built = place::arriving(pool)?;
+    place::require_mounted(&pool.mount_point)?;
+    let switch = Switch::plan(&place.volumes, name, volume_name, &pool.directory)?;
+    place::make(&pool.directory)?;
+    let built = place::arriving(&pool.directory)?;
     require_rehomable(order, switch.old())?;
     let mut record = Record {
         instance: instance.clone(),

@@ -53,7 +53,7 @@ pub fn data_of(file: &File, ranges: impl Iterator<Item = Range<u64>>) -> io::Res
     Ok(found)
 }
 
-/// Has `len` bytes at `at` written back: none of the pages that were dirty when it is called is so by that when it returns.
+/// Has `len` bytes at `at` (0: all behind it) written back: none of the pages that were dirty when it is called is so by that when it returns.
 pub fn write_back(file: &File, at: u64, len: u64) -> io::Result<()> {
     let all =
         libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;

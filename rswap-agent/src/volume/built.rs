@@ -213,6 +213,12 @@ impl BuiltVolume {
     /// The same; what it was built in goes when this is dropped.
     pub fn put(&self, place: &Path) -> Result<(), VolumeError> {
         let failed = || VolumeError::host("putting a volume to", place);
+        // The disk may have been taken away: what the names lead to then is on another one.
+        let here = rustix::fs::fstat(&self.root).map_err(VolumeError::host("looking at", place))?;
+        let there = rustix::fs::stat(self.root()).map_err(VolumeError::host("looking for", place))?;
+        if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino) {
+            return Err(VolumeError::Damaged("its names lead to another disk by now"));
+        }
         if let Some(parent) = place.parent() {
             fs::create_dir_all(parent).map_err(failed())?;
         }
@@ -276,7 +282,7 @@ impl BuiltVolume {
         Ok(())
     }
 
-    /// Reads what came from where it was written to, and has it written through.
+    /// Reads what came from where it was written to, and has it written to the disk.
     fn read_back(&mut self) -> Result<(), VolumeError> {
         let Some((inode, file)) = self.open.as_ref().filter(|_| !self.fresh.is_empty()) else {
             return Ok(());
@@ -298,7 +304,9 @@ impl BuiltVolume {
         if self.deferred {
             return Ok(());
         }
-        file.sync_data().map_err(VolumeError::io("writing through", b"a file"))
+        // Waited for, so that the copy is no faster than the disk. For a file by file fsync(2) the journal would be written once per
+        // file: that is done once, at the end of the pass.
+        file::write_back(file, 0, 0).map_err(VolumeError::io("writing", b"a file"))
     }
 
     fn forget(&mut self, inode: u64) -> Result<(), VolumeError> {

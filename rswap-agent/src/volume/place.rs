@@ -10,7 +10,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use rustix::fs::{CWD, RenameFlags, StatVfs};
+use rustix::fs::{AtFlags, CWD, RenameFlags, StatVfs, StatxAttributes, StatxFlags};
 use serde::{Deserialize, Serialize};
 
 use super::VolumeError;
@@ -112,6 +112,17 @@ pub fn make(directory: &Path) -> Result<(), VolumeError> {
     use std::os::unix::fs::DirBuilderExt;
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
     made.map_err(VolumeError::host("making", directory))
+}
+
+/// A pool whose disk was taken away leaves an empty directory of another disk: nothing may be put there.
+pub fn require_mounted(mount_point: &Path) -> Result<(), VolumeError> {
+    let found = rustix::fs::statx(CWD, mount_point, AtFlags::empty(), StatxFlags::BASIC_STATS)
+        .map_err(VolumeError::host("looking at", mount_point))?;
+    if found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+        return Ok(());
+    }
+    let none = std::io::Error::new(std::io::ErrorKind::NotFound, "no file system is mounted there");
+    Err(VolumeError::host("looking for the disk of", mount_point)(none))
 }
 
 fn unused(directory: &Path, prefix: &str) -> PathBuf {
@@ -221,6 +232,14 @@ mod tests {
             assert_eq!(fs::read_to_string(of(&home, "db", "data").join("file")).expect("read"), "old");
             assert_eq!((names(&home.join("db")), names(&pool)), (vec!["data".to_owned()], vec![]));
         }
+    }
+
+    #[test]
+    fn a_directory_in_which_nothing_is_mounted_is_no_disk() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let error = require_mounted(directory.path()).expect_err("nothing is mounted there");
+        assert!(error.to_string().contains("the disk of"), "{error}");
+        require_mounted(Path::new("/proc")).expect("it is mounted");
     }
 
     #[test]
