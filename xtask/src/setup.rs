@@ -18,6 +18,8 @@ const SYSTEM_PACKAGES: &[&str] = &[
     "procps",
     "util-linux",
     "e2fsprogs",
+    "xfsprogs",
+    "btrfs-progs",
 ];
 /// Programs that the scenarios move.
 const MOVED_PACKAGES: &[&str] = &["memcached", "nginx-light", "nodejs", "default-jdk-headless", "golang-go"];
