@@ -256,6 +256,11 @@ impl Inventory {
         self.placed.get(name).filter(|placed| placed.gone.is_none())
     }
 
+    /// Whether an instance is there, or was a short while ago.
+    pub fn is_known(&self, name: &InstanceName) -> bool {
+        self.placed.contains_key(name)
+    }
+
     /// An instance's last report.
     pub fn report(&self, placed: &Placed) -> Option<&InstanceReport> {
         self.hosts.get(&placed.host)?.instances.get(&placed.local)

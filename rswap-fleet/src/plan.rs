@@ -16,6 +16,17 @@ pub const BEGIN_WITHIN_MS: u64 = 2 * 60_000;
 /// A migration that was ordered longer ago, and of which nobody has said what became of it, counts as failed, in milliseconds.
 pub const MOVES_WITHIN_MS: u64 = 30 * 60_000;
 
+/// What a round looks at.
+#[derive(Clone, Debug)]
+pub struct Scene {
+    /// When.
+    pub at: UnixMillis,
+    /// The hosts, as pools.
+    pub pools: Vec<Pool>,
+    /// What runs, by names in the fleet; without what is on hosts that are away.
+    pub views: Vec<InstanceView>,
+}
+
 /// Plans a fleet, and gives the orders.
 #[derive(Debug)]
 pub struct FleetPlanner {
@@ -41,6 +52,12 @@ impl FleetPlanner {
 
     /// One round. Hosts that are `drained` are to be left.
     pub fn plan(&mut self, fleet: &Inventory, drained: &BTreeSet<HostName>, now: UnixMillis) -> Plan {
+        let scene = self.look(fleet, drained, now);
+        self.decide(&scene)
+    }
+
+    /// The first half of a round: all that it looks at, so that the fleet may go on while it is decided.
+    pub fn look(&mut self, fleet: &Inventory, drained: &BTreeSet<HostName>, now: UnixMillis) -> Scene {
         self.follow(fleet, now);
         let by_address: BTreeMap<_, _> =
             fleet.hosts().iter().filter_map(|(name, host)| Some((host.address?, name))).collect();
@@ -49,21 +66,17 @@ impl FleetPlanner {
                 self.planner.link_measured(name.as_str(), *bytes_per_s);
             }
         }
-        let pools: Vec<Pool> = fleet
-            .hosts()
-            .iter()
-            .filter_map(|(name, host)| {
-                let away = fleet.is_away(name, self.interval_ms, now);
-                pool(name, host, drained.contains(name), away)
-            })
-            .collect();
-        let present = |host: &HostName| !fleet.is_away(host, self.interval_ms, now);
-        let views: Vec<InstanceView> = fleet
-            .instances()
-            .filter(|(_, placed)| present(&placed.host))
-            .filter_map(|(name, placed)| fleet.view(name, placed))
-            .collect();
-        self.planner.plan(now, &views, &pools)
+        let is_away = |host: &HostName| fleet.is_away(host, self.interval_ms, now);
+        let pools = fleet.hosts().iter();
+        let pools = pools.filter_map(|(name, host)| pool(name, host, drained.contains(name), is_away(name)));
+        let views = fleet.instances().filter(|(_, placed)| !is_away(&placed.host));
+        let views = views.filter_map(|(name, placed)| fleet.view(name, placed));
+        Scene { at: now, pools: pools.collect(), views: views.collect() }
+    }
+
+    /// The second half.
+    pub fn decide(&mut self, scene: &Scene) -> Plan {
+        self.planner.plan(scene.at, &scene.views, &scene.pools)
     }
 
     /// Gives the orders for what a plan decided and would be late if it waited for the round after the next.

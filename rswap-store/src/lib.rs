@@ -105,6 +105,8 @@ pub struct Member {
     pub joined: UnixMillis,
     /// It is to be left by all instances, and entered by none.
     pub drained: bool,
+    /// It was, and its agent is still to be told that it may be used again.
+    pub undo: bool,
 }
 
 /// Which hosts belong to the fleet.
@@ -123,12 +125,12 @@ pub trait Membership: Send + Sync {
     /// If the store fails.
     fn members(&self) -> Result<BTreeMap<HostName, Member>, StoreError>;
 
-    /// Adds a member, or changes what is wanted of it.
+    /// Adds members, or changes what is wanted of them; all or none.
     ///
     /// # Errors
     ///
     /// If the store fails.
-    fn put_member(&self, host: &HostName, member: &Member) -> Result<(), StoreError>;
+    fn put_members(&self, members: &[(HostName, Member)]) -> Result<(), StoreError>;
 
     /// Takes a member out. What it has taught, and its history, stay.
     ///
@@ -170,18 +172,27 @@ pub trait Ownership: Send + Sync {
     /// If the store fails.
     fn owners(&self) -> Result<BTreeMap<InstanceName, Owner>, StoreError>;
 
-    /// Sets the owner to `new` if it is `expected` now, and says whether it was. `None` is nobody.
+    /// Makes each change whose instance has the expected owner, and says of each whether it had.
     ///
     /// # Errors
     ///
-    /// If the store fails.
-    fn compare_and_set(
-        &self,
-        instance: &InstanceName,
-        expected: Option<&Owner>,
-        new: Option<&Owner>,
-    ) -> Result<bool, StoreError>;
+    /// If the store fails; none is made then.
+    fn compare_and_set(&self, changes: &[OwnerChange]) -> Result<Vec<bool>, StoreError>;
 }
+
+/// A change of who owns an instance; `None` is nobody.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnerChange {
+    /// Which, by its name in the fleet.
+    pub instance: InstanceName,
+    /// Who owns it now, as far as is known.
+    pub expected: Option<Owner>,
+    /// Who is to own it.
+    pub new: Option<Owner>,
+}
+
+/// What a host has taught.
+pub type Taught = (HostName, Vec<(Part, Lessons)>);
 
 /// What hosts have taught.
 pub trait Knowledge: Send + Sync {
@@ -192,12 +203,12 @@ pub trait Knowledge: Send + Sync {
     /// If the store fails.
     fn lessons(&self) -> Result<Vec<(HostName, Part, Lessons)>, StoreError>;
 
-    /// Keeps what a host has taught of these parts, in place of what it had taught of them before.
+    /// Keeps what hosts have taught of these parts, in place of what it had taught of them before.
     ///
     /// # Errors
     ///
     /// If the store fails.
-    fn put_lessons(&self, host: &HostName, lessons: &[(Part, Lessons)]) -> Result<(), StoreError>;
+    fn put_lessons(&self, taught: &[Taught]) -> Result<(), StoreError>;
 }
 
 /// The tiers of a store that nobody has configured: reports for an hour, minutes for two days, hours for half a year.

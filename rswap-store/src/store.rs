@@ -8,7 +8,9 @@ use rswap_forecast::{Lessons, Part};
 use rswap_types::InstanceName;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{Knowledge, Member, Membership, Owner, Ownership, StoreError, error::failed};
+use crate::{
+    Knowledge, Member, Membership, Owner, OwnerChange, Ownership, StoreError, Taught, error::failed,
+};
 
 /// Version of what is in the file.
 const VERSION: u64 = 1;
@@ -101,13 +103,15 @@ impl Membership for Store {
         Ok(named(self.all(MEMBERS, "a member")?))
     }
 
-    fn put_member(&self, host: &HostName, member: &Member) -> Result<(), StoreError> {
+    fn put_members(&self, members: &[(HostName, Member)]) -> Result<(), StoreError> {
         let attempted = "keep a member";
         let write = self.database.begin_write().map_err(failed(attempted))?;
         {
             let mut table = write.open_table(MEMBERS).map_err(failed(attempted))?;
-            let member = encode(member, "a member")?;
-            table.insert(host.as_str(), member.as_slice()).map_err(failed(attempted))?;
+            for (host, member) in members {
+                let member = encode(member, "a member")?;
+                table.insert(host.as_str(), member.as_slice()).map_err(failed(attempted))?;
+            }
         }
         write.commit().map_err(failed(attempted))
     }
@@ -140,38 +144,33 @@ impl Ownership for Store {
         Ok(named(self.all(OWNERS, "an owner")?))
     }
 
-    fn compare_and_set(
-        &self,
-        instance: &InstanceName,
-        expected: Option<&Owner>,
-        new: Option<&Owner>,
-    ) -> Result<bool, StoreError> {
-        let attempted = "set an owner";
+    fn compare_and_set(&self, changes: &[OwnerChange]) -> Result<Vec<bool>, StoreError> {
+        let attempted = "set owners";
         let write = self.database.begin_write().map_err(failed(attempted))?;
-        let is_expected = {
+        let mut made = Vec::with_capacity(changes.len());
+        {
             let mut table = write.open_table(OWNERS).map_err(failed(attempted))?;
-            let found: Option<Owner> = {
-                let found = table.get(instance.as_str()).map_err(failed(attempted))?;
-                found.map(|found| decode(found.value(), "an owner")).transpose()?
-            };
-            let is_expected = found.as_ref() == expected;
-            match new {
-                Some(new) if is_expected => {
-                    let new = encode(new, "an owner")?;
-                    table.insert(instance.as_str(), new.as_slice()).map_err(failed(attempted))?;
+            for OwnerChange { instance, expected, new } in changes {
+                let found: Option<Owner> = {
+                    let found = table.get(instance.as_str()).map_err(failed(attempted))?;
+                    found.map(|found| decode(found.value(), "an owner")).transpose()?
+                };
+                let is_expected = found == *expected;
+                made.push(is_expected);
+                if !is_expected {
+                    continue;
                 }
-                None if is_expected => {
-                    table.remove(instance.as_str()).map_err(failed(attempted))?;
+                match new {
+                    Some(new) => {
+                        let new = encode(new, "an owner")?;
+                        table.insert(instance.as_str(), new.as_slice()).map_err(failed(attempted))?;
+                    }
+                    None => drop(table.remove(instance.as_str()).map_err(failed(attempted))?),
                 }
-                _ => {}
             }
-            is_expected
-        };
-        match is_expected {
-            true => write.commit().map_err(failed(attempted))?,
-            false => write.abort().map_err(failed(attempted))?,
         }
-        Ok(is_expected)
+        write.commit().map_err(failed(attempted))?;
+        Ok(made)
     }
 }
 
@@ -197,14 +196,16 @@ impl Knowledge for Store {
         Ok(found)
     }
 
-    fn put_lessons(&self, host: &HostName, lessons: &[(Part, Lessons)]) -> Result<(), StoreError> {
+    fn put_lessons(&self, taught: &[Taught]) -> Result<(), StoreError> {
         let attempted = "keep what was taught";
         let mut write = self.database.begin_write().map_err(failed(attempted))?;
         // On the disk with the next append: what is lost until then is taught again.
         write.set_durability(Durability::None).map_err(failed(attempted))?;
         {
             let mut table = write.open_table(LESSONS).map_err(failed(attempted))?;
-            for (part, lessons) in lessons {
+            for (host, part, lessons) in
+                taught.iter().flat_map(|(host, of)| of.iter().map(move |(p, l)| (host, p, l)))
+            {
                 let (part, lessons) = (encode(part, "a part")?, encode(lessons, "lessons")?);
                 table
                     .insert((host.as_str(), part.as_slice()), lessons.as_slice())

@@ -1,6 +1,8 @@
 //! What the store promises: exact sums on every tier, retention, compare-and-set, and that a killed process loses nothing that it has
 //! acknowledged.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on is to fail")]
+
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader},
@@ -16,7 +18,9 @@ use rswap_fleet::{
     amounts::{Sum, Tier},
 };
 use rswap_forecast::Resource;
-use rswap_store::{Entry, History, Member, Membership, Owner, Ownership, Query, Store, StoreError, TIERS};
+use rswap_store::{
+    Entry, History, Member, Membership, Owner, OwnerChange, Ownership, Query, Store, StoreError, TIERS,
+};
 use rswap_types::{InstanceName, UnixMillis};
 
 fn host(name: &str) -> HostName {
@@ -124,14 +128,15 @@ fn members_owners_and_lives_are_kept() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path(), &TIERS);
     assert_eq!((store.new_life().unwrap(), store.new_life().unwrap()), (1, 2));
-    let member = Member { joined: UnixMillis(7), drained: true };
-    store.put_member(&host("a"), &member).unwrap();
-    store.put_member(&host("b"), &Member::default()).unwrap();
+    let member = Member { joined: UnixMillis(7), drained: true, undo: false };
+    store.put_members(&[(host("a"), member), (host("b"), Member::default())]).unwrap();
     store.remove_member(&host("b")).unwrap();
     let on =
         |at: &str| Owner { host: host(at), local: instance("web"), since: UnixMillis(1), before: Vec::new() };
     let set = |store: &Store, expected: Option<&Owner>, new: Option<&Owner>| {
-        store.compare_and_set(&instance("web"), expected, new).unwrap()
+        let (expected, new) = (expected.cloned(), new.cloned());
+        let change = OwnerChange { instance: instance("web"), expected, new };
+        store.compare_and_set(&[change]).unwrap() == [true]
     };
     assert!(set(&store, None, Some(&on("a"))));
     assert!(!set(&store, None, Some(&on("b"))), "it is a's");

@@ -1,0 +1,151 @@
+//! The agent's end of a connection: HTTP/1.1 over whatever stream a [`Connect`] gives.
+
+use std::{future::Future, io, pin::Pin, time::Duration};
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Request, body::Bytes, client::conn::http1, header};
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, de::DeserializeOwned};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpStream, UnixStream},
+    time::timeout,
+};
+
+use crate::Address;
+
+/// How long connecting may take.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// How long an answer may take.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+/// An answer that is longer is none of a controller.
+const LONGEST_ANSWER_BYTES: usize = 64 << 20;
+
+/// Both ways.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A stream that is being made.
+pub type Connecting<'a> = Pin<Box<dyn Future<Output = io::Result<Box<dyn Stream>>> + Send + 'a>>;
+
+/// Makes streams to the controller: plain ones on this host, or those of a transport that knows both ends.
+pub trait Connect: Send + Sync + 'static {
+    /// A new stream.
+    fn connect(&self) -> Connecting<'_>;
+
+    /// Where it goes, for people.
+    fn to(&self) -> String;
+}
+
+impl Connect for Address {
+    fn connect(&self) -> Connecting<'_> {
+        Box::pin(async move {
+            let stream: Box<dyn Stream> = match self {
+                Self::Loopback(address) => Box::new(TcpStream::connect(address).await?),
+                Self::Socket(path) => Box::new(UnixStream::connect(path).await?),
+            };
+            Ok(stream)
+        })
+    }
+
+    fn to(&self) -> String {
+        self.to_string()
+    }
+}
+
+/// Why a call had no result.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody is there.
+    #[error(
+        "cannot reach the controller at {to}: start it with `rswap controller`, or correct controller.address"
+    )]
+    Connect {
+        /// Where it was looked for.
+        to: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke, or what came was no HTTP.
+    #[error("the call {path} to the controller broke off")]
+    Http {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: hyper::Error,
+    },
+    /// No answer came in time.
+    #[error("the controller did not answer {0} in time")]
+    Late(String),
+    /// The controller refused.
+    #[error("the controller refused {path} ({status}): {error}")]
+    Refused {
+        /// Which.
+        path: String,
+        /// The HTTP status.
+        status: u16,
+        /// What it said.
+        error: String,
+    },
+    /// What it answered can't be read.
+    #[error(
+        "cannot read the controller's answer to {path}: use an agent and a controller of the same version ({problem})"
+    )]
+    Answer {
+        /// Which.
+        path: String,
+        /// Why.
+        problem: String,
+    },
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    error: String,
+    hint: String,
+}
+
+/// GET, or POST where there is a `body`; JSON both ways.
+///
+/// # Errors
+///
+/// If nobody answers, or what is answered is no success.
+pub async fn call<T: DeserializeOwned>(
+    connect: &dyn Connect,
+    path: &str,
+    body: Option<Vec<u8>>,
+) -> Result<T, LinkError> {
+    let late = || io::Error::from(io::ErrorKind::TimedOut);
+    let stream = timeout(CONNECT_WITHIN, connect.connect()).await.unwrap_or_else(|_| Err(late()));
+    let stream = stream.map_err(|source| LinkError::Connect { to: connect.to(), source })?;
+    let exchange = async {
+        let http = |source| LinkError::Http { path: path.to_owned(), source };
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
+        // Its error is the request's error too.
+        let connection = tokio::spawn(async move { drop(connection.await) });
+        let request = Request::builder()
+            .method(if body.is_some() { "POST" } else { "GET" })
+            .uri(path)
+            .header(header::HOST, "rswap")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body.unwrap_or_default())));
+        let answer = |problem: String| LinkError::Answer { path: path.to_owned(), problem };
+        let request = request.map_err(|error| answer(error.to_string()))?;
+        let response = sender.send_request(request).await.map_err(http)?;
+        let status = response.status();
+        let bytes = Limited::new(response.into_body(), LONGEST_ANSWER_BYTES).collect().await;
+        let bytes = bytes.map_err(|error| answer(error.to_string()))?.to_bytes();
+        connection.abort();
+        if !status.is_success() {
+            let error = match serde_json::from_slice(&bytes) {
+                Ok(Refusal { error, hint }) => format!("{error}: {hint}"),
+                Err(_) => String::from_utf8_lossy(&bytes[..bytes.len().min(200)]).into_owned(),
+            };
+            return Err(LinkError::Refused { path: path.to_owned(), status: status.as_u16(), error });
+        }
+        serde_json::from_slice(&bytes).map_err(|error| answer(error.to_string()))
+    };
+    timeout(ANSWER_WITHIN, exchange).await.unwrap_or_else(|_| Err(LinkError::Late(path.to_owned())))
+}

@@ -1,0 +1,256 @@
+//! The agent's side: reports go out from a thread of their own, and what is answered comes back.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    thread,
+};
+
+use rswap_fleet::{
+    Action, HostName, Order, OrderOutcome, Report, Token,
+    model::Revision,
+    orders::{Ledger, OrderResult, Refusal},
+    report::{Answer, Envelope},
+};
+use rswap_forecast::{Lessons, Part};
+use rswap_types::{InstanceName, UnixMillis};
+use tokio::sync::mpsc;
+
+use crate::{
+    link::{self, Connect, LinkError},
+    spool::{self, Spool},
+};
+
+/// Reports that are sent at once.
+const BATCH: usize = 32;
+/// Bytes of them.
+const BATCH_BYTES: u64 = 4 << 20;
+/// What a controller answers to a report that it can never take.
+const NEVER: u16 = 422;
+
+/// What is to be told.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// The report; its epoch and its numbers are the spool's to give.
+    pub report: Report,
+    /// What was taught, of parts that are due.
+    pub lessons: Vec<(Part, Lessons)>,
+    /// Up to where it is known what others have taught.
+    pub knows: Revision,
+    /// Windows and horizons of lessons that can be used.
+    pub leads: (u64, Vec<u64>),
+}
+
+/// What came back.
+#[derive(Debug)]
+pub struct Answered {
+    /// The controller's answer.
+    pub answer: Answer,
+    /// What it has of what was taught.
+    pub told: Vec<(Part, Lessons)>,
+}
+
+/// The way to the thread that reports. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Reporter {
+    outgoing: std::sync::mpsc::SyncSender<Outgoing>,
+}
+
+impl Reporter {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// If the spool can't be opened.
+    pub fn start(
+        connect: Box<dyn Connect>,
+        directory: &Path,
+        most_bytes: u64,
+        answered: mpsc::UnboundedSender<Answered>,
+    ) -> io::Result<Self> {
+        let mut sender =
+            Sender { connect, spool: Spool::open(directory, most_bytes)?, answered, reached: true };
+        // One may wait while another is being sent.
+        let (outgoing, incoming) = std::sync::mpsc::sync_channel::<Outgoing>(1);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        thread::spawn(move || {
+            while let Ok(next) = incoming.recv() {
+                runtime.block_on(sender.send(next));
+            }
+        });
+        Ok(Self { outgoing })
+    }
+
+    /// Hands over a report, unless the thread is busy: then what it has would have to wait, and the caller keeps it for later.
+    ///
+    /// # Errors
+    ///
+    /// What was handed over, if it was not taken.
+    pub fn report(&self, next: Outgoing) -> Result<(), Box<Outgoing>> {
+        self.outgoing.try_send(next).map_err(|error| match error {
+            std::sync::mpsc::TrySendError::Full(next) | std::sync::mpsc::TrySendError::Disconnected(next) => {
+                Box::new(next)
+            }
+        })
+    }
+}
+
+struct Sender {
+    connect: Box<dyn Connect>,
+    spool: Spool,
+    answered: mpsc::UnboundedSender<Answered>,
+    /// The last call had an answer.
+    reached: bool,
+}
+
+impl Sender {
+    async fn send(&mut self, next: Outgoing) {
+        let Outgoing { report, lessons, knows, leads } = next;
+        if let Err(error) = self.spool.push(report) {
+            tracing::error!(%error, "a report could not be kept (controller.spool): it is lost");
+        }
+        let mut batch = BATCH;
+        while !self.spool.is_empty() {
+            let reports = self.spool.oldest(batch, BATCH_BYTES);
+            // What is not kept goes with the latest.
+            let last = reports.len() == self.spool.len();
+            let lessons = if last { lessons.clone() } else { Vec::new() };
+            let envelope = Envelope { reports, lessons, knows, leads: leads.clone() };
+            let body = match serde_json::to_vec(&envelope) {
+                Ok(body) => body,
+                Err(error) => {
+                    tracing::error!(%error, "a report could not be written as JSON");
+                    return;
+                }
+            };
+            match link::call::<Answer>(&*self.connect, "/v1/report", Some(body)).await {
+                Ok(answer) => {
+                    if !self.reached {
+                        tracing::info!(
+                            to = self.connect.to(),
+                            waiting = self.spool.len(),
+                            "the controller answers again"
+                        );
+                    }
+                    self.reached = true;
+                    if let Err(error) = self.spool.acknowledge(&envelope.reports, answer.stored) {
+                        tracing::warn!(%error, "a report that the controller has could not be removed");
+                        return;
+                    }
+                    // Nobody asks any more when the agent ends.
+                    drop(self.answered.send(Answered { answer, told: envelope.lessons }));
+                }
+                // One of them is it: which is known when each is sent alone.
+                Err(LinkError::Refused { status: NEVER, .. }) if envelope.reports.len() > 1 => batch = 1,
+                Err(LinkError::Refused { status: NEVER, error, .. }) => {
+                    tracing::error!(error, "the controller does not take a report");
+                    match envelope.reports.first() {
+                        Some(report) => self.spool.set_aside(report.sequence),
+                        None => return,
+                    }
+                }
+                Err(error) => {
+                    if self.reached {
+                        tracing::warn!(
+                            error = crate::writer::chain(&error),
+                            "going on alone; reports are kept"
+                        );
+                    }
+                    self.reached = false;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Orders on the agent's side: which are taken, and what became of them.
+#[derive(Debug)]
+pub struct Orders {
+    ledger: Ledger,
+    path: PathBuf,
+    /// Migrations that were ordered and go on.
+    going: BTreeMap<InstanceName, Token>,
+    outcomes: Vec<OrderOutcome>,
+}
+
+impl Orders {
+    /// Goes on with what was taken before, as kept in this file.
+    ///
+    /// # Errors
+    ///
+    /// If it is there and can't be read: an order might be carried out twice.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let ledger = match fs::read(path) {
+            Ok(text) => serde_json::from_slice(&text)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ledger::default(),
+            Err(error) => return Err(error),
+        };
+        let (going, outcomes) = Default::default();
+        Ok(Self { ledger, path: path.to_owned(), going, outcomes })
+    }
+
+    /// What is to be done for an order: nothing if it came before, too late, or was overtaken, or where the agent only observes.
+    pub fn take(
+        &mut self,
+        order: Order,
+        host: &HostName,
+        acts: bool,
+        now: UnixMillis,
+    ) -> Option<(Token, Action)> {
+        let refused = |error: String| Some(OrderResult::Refused { error });
+        let result = if !acts {
+            refused("this agent observes only (agent.mode)".to_owned())
+        } else {
+            match self.ledger.take(&order, host, now) {
+                // What was taken is known before it is begun: else it might be begun again.
+                Ok(()) => {
+                    match serde_json::to_vec(&self.ledger).map(|text| spool::write(&self.path, &text)) {
+                        Ok(Ok(())) => None,
+                        Ok(Err(error)) => {
+                            refused(format!("it can't be noted in {}: {error}", self.path.display()))
+                        }
+                        Err(error) => refused(format!("it can't be noted: {error}")),
+                    }
+                }
+                // Its outcome is on its way already.
+                Err(Refusal::Repeated) => return None,
+                Err(refusal) => refused(refusal.to_string()),
+            }
+        };
+        match result {
+            Some(result) => {
+                tracing::info!(?order, ?result, "an order is not carried out");
+                self.outcomes.push(OrderOutcome { token: order.token, result });
+                None
+            }
+            None => {
+                tracing::info!(?order, "an order is taken");
+                Some((order.token, order.action))
+            }
+        }
+    }
+
+    /// A migration was begun for an order: [`Orders::moved`] says how it ended.
+    pub fn going(&mut self, instance: InstanceName, token: Token) {
+        self.going.insert(instance, token);
+    }
+
+    /// A migration has ended, whoever wanted it.
+    pub fn moved(&mut self, instance: &InstanceName, error: Option<String>) {
+        if let Some(token) = self.going.remove(instance) {
+            self.ended(token, error.map_or(OrderResult::Done, |error| OrderResult::Failed { error }));
+        }
+    }
+
+    /// What became of an order.
+    pub fn ended(&mut self, token: Token, result: OrderResult) {
+        self.outcomes.push(OrderOutcome { token, result });
+    }
+
+    /// Takes out what the next report has to say.
+    pub fn outcomes(&mut self) -> Vec<OrderOutcome> {
+        std::mem::take(&mut self.outcomes)
+    }
+}

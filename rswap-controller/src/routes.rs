@@ -1,0 +1,314 @@
+//! The controller's HTTP.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{ConnectInfo, DefaultBodyLimit, Query, State, rejection::QueryRejection},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use rswap_fleet::{
+    HostName,
+    report::{self, Answer, Envelope, ReportError},
+};
+use rswap_store::{Member, StoreError};
+use rswap_types::{InstanceName, UnixMillis};
+use serde::Deserialize;
+use serde_json::json;
+use tokio::sync::oneshot;
+
+use crate::{
+    Peer,
+    server::Controller,
+    writer::{Handed, Writer, chain},
+};
+
+/// Reports that were kept while the controller was away come many at once.
+const BODY_LIMIT_BYTES: usize = 32 << 20;
+/// Parts of what others taught in one answer.
+const PARTS_TOLD: usize = 16;
+
+#[derive(Clone)]
+struct Shared {
+    controller: Arc<Controller>,
+    writer: Writer,
+}
+
+/// How every error is answered, as by an agent.
+struct Refusal {
+    status: StatusCode,
+    error: String,
+    hint: &'static str,
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.status, Json(json!({ "error": self.error, "hint": self.hint }))).into_response()
+    }
+}
+
+impl Refusal {
+    fn new(status: StatusCode, error: impl Into<String>, hint: &'static str) -> Self {
+        Self { status, error: error.into(), hint }
+    }
+
+    fn store(error: &StoreError) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, chain(error), "see the controller's log")
+    }
+}
+
+/// The routes; reports go to `writer`.
+pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/hosts", get(hosts))
+        .route("/v1/instances", get(instances))
+        .route("/v1/plan", get(plan))
+        .route("/v1/orders", get(orders))
+        .route("/v1/model", get(model))
+        .route("/v1/history", get(history))
+        .route("/v1/drain", post(drain))
+        .route("/v1/report", post(take_report))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+        .fallback(|| async {
+            Refusal::new(
+                StatusCode::NOT_FOUND,
+                "there is no such route",
+                "the routes are listed in docs/api.md",
+            )
+        })
+        .with_state(Shared { controller, writer })
+}
+
+async fn take_report(
+    State(Shared { controller, writer }): State<Shared>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    body: Bytes,
+) -> Result<Json<Answer>, Refusal> {
+    // What can't be taken now can't be taken later: the agent sets it aside.
+    let never = |error: String| {
+        Refusal::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            error,
+            "use an agent and a controller of the same version",
+        )
+    };
+    let envelope: Envelope =
+        serde_json::from_slice(&body).map_err(|error| never(format!("the report can't be read: {error}")))?;
+    drop(body);
+    let host = check(&envelope, &peer).map_err(|error| never(error.to_string()))?;
+    let Envelope { reports, lessons, knows, leads } = envelope;
+    let last = reports.last().map_or(0, |report| report.sequence);
+    let (stored, answer) = oneshot::channel();
+    let gone = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the controller is ending", "send it again");
+    let handed = Handed { reports, lessons, host: host.clone(), stored };
+    writer.send(handed).await.map_err(|_| gone())?;
+    answer.await.map_err(|_| gone())?.map_err(|error| {
+        Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error, "see the controller's log; send it again")
+    })?;
+    Ok(Json(controller.with_state(|state| {
+        let (lessons, knows) = state.model.for_host(&host, (leads.0, &leads.1), knows, PARTS_TOLD);
+        let orders = if controller.settings.acts { state.book.of(&host) } else { Vec::new() };
+        Answer { stored: last, lessons, knows, orders, places: controller.settings.acts }
+    })))
+}
+
+/// Whose envelope it is, if it is one.
+fn check(envelope: &Envelope, peer: &Peer) -> Result<HostName, ReportError> {
+    let first = envelope.reports.first().ok_or(ReportError::Number("first report"))?;
+    if envelope.lessons.len() > report::MOST_PARTS {
+        return Err(ReportError::Many(envelope.lessons.len(), "parts", report::MOST_PARTS));
+    }
+    let mut before = 0;
+    for report in &envelope.reports {
+        report.check()?;
+        if report.host != first.host || report.epoch != first.epoch || report.sequence <= before {
+            return Err(ReportError::Number("order"));
+        }
+        before = report.sequence;
+    }
+    match &peer.host {
+        Some(vouched) if *vouched != first.host => {
+            Err(ReportError::Foreign(first.host.clone(), vouched.to_string()))
+        }
+        _ => Ok(first.host.clone()),
+    }
+}
+
+async fn status(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
+    let now = UnixMillis::now();
+    let interval_ms = controller.settings.interval_ms;
+    Json(controller.with_state(|state| {
+        let away =
+            state.inventory.hosts().keys().filter(|host| state.inventory.is_away(host, interval_ms, now));
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "life": controller.life,
+            "mode": if controller.settings.acts { "act" } else { "observe" },
+            "at": now,
+            "uptime_ms": now.since(controller.started),
+            "interval_ms": interval_ms,
+            "members": state.members.len(),
+            "hosts": state.inventory.hosts().len(),
+            "hosts_away": away.count(),
+            "instances": state.inventory.instances().count(),
+            "orders_waiting": state.book.waiting().count(),
+            "counts": state.counts,
+        })
+    }))
+}
+
+async fn hosts(State(Shared { controller, .. }): State<Shared>) -> Result<Json<serde_json::Value>, Refusal> {
+    let now = UnixMillis::now();
+    let mut shown = controller.with_state(|state| {
+        let host = |(name, member): (&HostName, &Member)| {
+            let known = state.inventory.hosts().get(name);
+            let value = json!({
+                "host": name,
+                "joined": member.joined,
+                "drained": member.drained,
+                "away": state.inventory.is_away(name, controller.settings.interval_ms, now),
+                "heard": known.map(|host| host.heard),
+                "acts": known.map(|host| host.acts),
+                "address": known.and_then(|host| host.address),
+                "instances": known.map_or(0, |host| host.instances.len()),
+                "whole": known.and_then(rswap_fleet::inventory::Host::whole),
+                "links": known.map(|host| &host.links),
+            });
+            (name.clone(), value)
+        };
+        state.members.iter().map(host).collect::<Vec<_>>()
+    });
+    for (name, value) in &mut shown {
+        let received = controller.stores.history.received(name).map_err(|error| Refusal::store(&error))?;
+        value["reports"] = json!({
+            "taken": received.taken, "skipped": received.skipped, "repeated": received.repeated,
+        });
+    }
+    Ok(Json(shown.into_iter().map(|(_, value)| value).collect()))
+}
+
+async fn instances(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
+    Json(controller.with_state(|state| {
+        let instance = |(name, placed)| {
+            let report = state.inventory.report(placed);
+            json!({
+                "instance": name,
+                "host": placed.host,
+                "local": placed.local,
+                "since": state.owners.get(name).map(|owner| owner.since),
+                "kin": report.map(|report| &report.kin),
+                "labels": report.map(|report| &report.view.labels),
+                "cores": report.map(|report| report.view.cores),
+                "resident_bytes": report.map(|report| report.view.resident_bytes),
+                "demand": report.map(|report| &report.view.demand),
+            })
+        };
+        state.inventory.instances().map(instance).collect()
+    }))
+}
+
+async fn plan(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
+    Json(controller.with_state(|state| json!(state.plan)))
+}
+
+async fn orders(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
+    Json(controller.with_state(
+        |state| json!({ "waiting": state.book.waiting().collect::<Vec<_>>(), "ended": state.outcomes }),
+    ))
+}
+
+async fn model(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
+    Json(controller.with_state(|state| {
+        let known = state.model.known();
+        known.map(|(part, hosts, series)| json!({ "part": part, "hosts": hosts, "series": series })).collect()
+    }))
+}
+
+#[derive(Deserialize)]
+struct HistoryOf {
+    instance: InstanceName,
+    #[serde(default)]
+    from: u64,
+    to: Option<u64>,
+    #[serde(default)]
+    tier: usize,
+}
+
+async fn history(
+    State(Shared { controller, .. }): State<Shared>,
+    query: Result<Query<HistoryOf>, QueryRejection>,
+) -> Result<Json<serde_json::Value>, Refusal> {
+    let Query(HistoryOf { instance, from, to, tier }) = query.map_err(|rejection| {
+        let error = format!("cannot read the query: {}", rejection.body_text());
+        Refusal::new(StatusCode::BAD_REQUEST, error, "ask for /v1/history?instance=NAME&from=MS&to=MS&tier=0")
+    })?;
+    let owner = controller.stores.ownership.owner(&instance).map_err(|error| Refusal::store(&error))?;
+    let owner = owner.ok_or_else(|| {
+        let error = format!("there is no instance {instance} in the fleet");
+        Refusal::new(StatusCode::NOT_FOUND, error, "see /v1/instances")
+    })?;
+    let mut on: Vec<_> = owner.before.clone();
+    on.push((owner.host, owner.local));
+    on.sort();
+    on.dedup();
+    let mut rows = Vec::new();
+    for (host, local) in on {
+        let to = UnixMillis(to.unwrap_or(u64::MAX));
+        let query =
+            rswap_store::Query { host: host.clone(), instance: local, from: UnixMillis(from), to, tier };
+        let found = controller.stores.history.read(&query).map_err(|error| match error {
+            StoreError::Tier(..) => {
+                Refusal::new(StatusCode::BAD_REQUEST, error.to_string(), "the finest is tier 0")
+            }
+            error => Refusal::store(&error),
+        })?;
+        rows.extend(found.into_iter().map(|(at, used)| (at, host.clone(), used)));
+    }
+    rows.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+    let rows = rows.into_iter().map(|(at, host, used)| {
+        let used = used.iter().map(|(resource, sum)| {
+            let value = json!({ "windows": sum.count, "mean": sum.mean(*resource),
+                "most": sum.most as f64 / rswap_fleet::amounts::unit(*resource) });
+            (resource.name().to_owned(), value)
+        });
+        json!({ "at": at, "host": host, "used": used.collect::<serde_json::Map<_, _>>() })
+    });
+    Ok(Json(rows.collect()))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DrainRequest {
+    host: HostName,
+    #[serde(default)]
+    undo: bool,
+}
+
+async fn drain(
+    State(Shared { controller, .. }): State<Shared>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    body: Bytes,
+) -> Result<Json<serde_json::Value>, Refusal> {
+    if !peer.operator {
+        let error = format!("{} may not say what is wanted of the fleet", peer.from);
+        return Err(Refusal::new(StatusCode::FORBIDDEN, error, "ask as an operator"));
+    }
+    let DrainRequest { host, undo } = serde_json::from_slice(&body).map_err(|error| {
+        let error = format!("cannot read the request: {error}");
+        Refusal::new(StatusCode::BAD_REQUEST, error, "send {\"host\": NAME, \"undo\": false}")
+    })?;
+    let known = controller.with_state(|state| state.members.get(&host).copied());
+    let known = known.ok_or_else(|| {
+        Refusal::new(StatusCode::NOT_FOUND, format!("there is no host {host} in the fleet"), "see /v1/hosts")
+    })?;
+    let member = Member { drained: !undo, undo: undo && (known.drained || known.undo), ..known };
+    // Stored before it is answered, and before it is acted upon.
+    let kept = controller.stores.membership.put_members(&[(host.clone(), member)]);
+    kept.map_err(|error| Refusal::store(&error))?;
+    controller.with_state(|state| state.members.insert(host.clone(), member));
+    Ok(Json(json!({ "host": host, "draining": !undo, "acts": controller.settings.acts })))
+}

@@ -1,0 +1,349 @@
+//! The process: what it is made of, where it listens, and its rounds.
+
+use std::{
+    fmt,
+    future::Future,
+    io,
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use axum::serve::Listener;
+use rswap_fleet::{Inventory, Model, orders::Book, plan::FleetPlanner};
+use rswap_plan::PlanConfig;
+use rswap_store::{History, Knowledge, Membership, Ownership, Store, StoreError};
+use rswap_types::UnixMillis;
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+
+use crate::{
+    Peer,
+    peer::{Known, OverSocket},
+    routes,
+    state::{Counts, State},
+    writer::{self, Writer},
+};
+
+/// How often old history is dropped.
+const TRIM_EVERY: Duration = Duration::from_secs(60);
+/// How often the plan's thread looks whether it is to end.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Where a controller listens without a transport that vouches for its peers: where only this host's processes come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Address {
+    /// TCP on loopback.
+    Loopback(SocketAddr),
+    /// A unix socket, mode 0600.
+    Socket(PathBuf),
+}
+
+/// The text names no place for a controller.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddressError {
+    /// It is none.
+    #[error("{0:?} is no address of a controller: use 127.0.0.1:PORT, [::1]:PORT or unix:/PATH")]
+    None(String),
+    /// Others could come.
+    #[error(
+        "{0} can be reached from other hosts, and the connection would be neither encrypted nor authenticated: use \
+         127.0.0.1:PORT, [::1]:PORT or unix:/PATH"
+    )]
+    NotLoopback(SocketAddr),
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if let Some(path) = text.strip_prefix("unix:").filter(|path| path.starts_with('/')) {
+            return Ok(Self::Socket(path.into()));
+        }
+        let address: SocketAddr = text.parse().map_err(|_| AddressError::None(text.to_owned()))?;
+        match address.ip().is_loopback() {
+            true => Ok(Self::Loopback(address)),
+            false => Err(AddressError::NotLoopback(address)),
+        }
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = AddressError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> Self {
+        address.to_string()
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Loopback(address) => address.fmt(f),
+            Self::Socket(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// How a controller works.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Whether plans and wishes become orders, or are only shown.
+    pub acts: bool,
+    /// How often agents report, in milliseconds.
+    pub interval_ms: u64,
+    /// How often it plans, in milliseconds.
+    pub plan_every_ms: u64,
+    /// The planner's.
+    pub plan: PlanConfig,
+}
+
+/// What it keeps, and where.
+#[derive(Clone)]
+pub struct Stores {
+    /// What instances used.
+    pub history: Arc<dyn History>,
+    /// Who belongs to the fleet.
+    pub membership: Arc<dyn Membership>,
+    /// Who is where.
+    pub ownership: Arc<dyn Ownership>,
+    /// What was taught.
+    pub knowledge: Arc<dyn Knowledge>,
+}
+
+impl From<Store> for Stores {
+    fn from(store: Store) -> Self {
+        let store = Arc::new(store);
+        Self { history: store.clone(), membership: store.clone(), ownership: store.clone(), knowledge: store }
+    }
+}
+
+/// Why a controller could not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ControllerError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The place.
+    #[error("cannot listen on {address} for agents: choose another fleet.listen")]
+    Listen {
+        /// Where.
+        address: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Serving ended badly.
+    #[error("cannot serve agents any longer")]
+    Serve(#[source] io::Error),
+}
+
+/// A controller.
+pub struct Controller {
+    pub(crate) life: u64,
+    pub(crate) started: UnixMillis,
+    pub(crate) settings: Settings,
+    pub(crate) stores: Stores,
+    state: Mutex<State>,
+    stopping: AtomicBool,
+}
+
+impl fmt::Debug for Controller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Controller").field("life", &self.life).finish_non_exhaustive()
+    }
+}
+
+impl Controller {
+    /// Goes on with what is stored.
+    ///
+    /// # Errors
+    ///
+    /// If the store fails.
+    pub fn new(stores: Stores, settings: Settings) -> Result<Arc<Self>, ControllerError> {
+        let now = UnixMillis::now();
+        let life = stores.membership.new_life()?;
+        let owners = stores.ownership.owners()?;
+        let places =
+            owners.iter().map(|(name, owner)| (name.clone(), owner.host.clone(), owner.local.clone()));
+        let inventory = Inventory::with_owners(places, now);
+        let mut model = Model::new(life);
+        for (host, part, lessons) in stores.knowledge.lessons()? {
+            if let Err(error) = model.teach(&host, &part, &lessons, now) {
+                tracing::warn!(%host, ?part, %error, "what was taught before is of no use");
+            }
+        }
+        let state = State {
+            inventory,
+            model,
+            book: Book::new(life),
+            members: stores.membership.members()?,
+            owners,
+            plan: Default::default(),
+            ended: Vec::new(),
+            outcomes: Default::default(),
+            counts: Counts::default(),
+        };
+        let (state, stopping) = (Mutex::new(state), AtomicBool::new(false));
+        Ok(Arc::new(Self { life, started: now, settings, stores, state, stopping }))
+    }
+
+    /// Looks at the state, or changes it. Briefly: everybody else waits.
+    pub(crate) fn with_state<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
+        // A panic elsewhere must not take the controller with it: every change leaves a state that can be gone on with.
+        look(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Plans and trims until it is told to stop.
+    fn rounds(&self) {
+        let mut planner = FleetPlanner::new(self.settings.plan.clone(), self.settings.interval_ms);
+        let (mut planned, mut trimmed) = (Instant::now(), Instant::now());
+        let every = Duration::from_millis(self.settings.plan_every_ms);
+        while !self.stopping.load(Ordering::Acquire) {
+            thread::sleep(LOOK_EVERY.min(every));
+            if planned.elapsed() >= every {
+                planned = Instant::now();
+                self.round(&mut planner, UnixMillis::now());
+            }
+            if trimmed.elapsed() >= TRIM_EVERY {
+                trimmed = Instant::now();
+                match self.stores.history.trim(UnixMillis::now()) {
+                    Ok(rows) => tracing::debug!(rows, "old history is dropped"),
+                    Err(error) => tracing::warn!(error = writer::chain(&error), "old history stays"),
+                }
+            }
+        }
+    }
+
+    fn round(&self, planner: &mut FleetPlanner, now: UnixMillis) {
+        let scene = self.with_state(|state| {
+            for order in state.book.expired(now) {
+                state.end(order, None, now);
+            }
+            for ended in std::mem::take(&mut state.ended) {
+                planner.ended(&ended.order, ended.outcome.as_ref(), now);
+            }
+            let drained = state.drained();
+            planner.look(&state.inventory, &drained, now)
+        });
+        // The longest part: reports go on meanwhile.
+        let plan = planner.decide(&scene);
+        self.with_state(|state| {
+            if self.settings.acts {
+                planner.order(&plan, &state.inventory, &mut state.book, now);
+            }
+            state.plan = plan;
+        });
+    }
+}
+
+/// Serves a controller on whatever a listener accepts, until `stop` resolves: what was acknowledged is stored then.
+///
+/// # Errors
+///
+/// If serving ends badly.
+pub async fn serve<L>(
+    controller: Arc<Controller>,
+    listener: L,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ControllerError>
+where
+    L: Listener,
+    L::Addr: Into<Peer>,
+{
+    let (writer, handed): (Writer, _) = writer::channel();
+    let writing = writer::start(controller.clone(), handed);
+    let planning = {
+        let controller = controller.clone();
+        thread::spawn(move || controller.rounds())
+    };
+    let service = routes::router(controller.clone(), writer).into_make_service_with_connect_info::<Peer>();
+    let served = axum::serve(Known(listener), service).with_graceful_shutdown(stop).await;
+    controller.stopping.store(true, Ordering::Release);
+    // Both end by themselves now; a plan may take a while.
+    let joined = tokio::task::spawn_blocking(move || (writing.join(), planning.join())).await;
+    if !matches!(joined, Ok((Ok(()), Ok(())))) {
+        tracing::error!("a thread of the controller panicked");
+    }
+    served.map_err(ControllerError::Serve)
+}
+
+/// [`serve`] on an address of this host.
+///
+/// # Errors
+///
+/// If it can't be listened to, or serving ends badly.
+pub async fn serve_at(
+    controller: Arc<Controller>,
+    address: &Address,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ControllerError> {
+    let listen = |source| ControllerError::Listen { address: address.to_string(), source };
+    match address {
+        Address::Loopback(address) => {
+            let listener = TcpListener::bind(address).await.map_err(listen)?;
+            serve(controller, listener, stop).await
+        }
+        Address::Socket(path) => {
+            let socket = bind(path).await.map_err(listen)?;
+            serve(controller, Socket(socket), stop).await
+        }
+    }
+}
+
+/// A socket that only its owner can open, in place of one that nobody serves any more.
+async fn bind(path: &Path) -> io::Result<UnixListener> {
+    if let Ok(found) = std::fs::metadata(path) {
+        if !found.file_type().is_socket() {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is something that is no socket"));
+        }
+        if UnixStream::connect(path).await.is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another controller serves it"));
+        }
+        std::fs::remove_file(path)?;
+    }
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// axum's own has an address that can't be copied.
+struct Socket(UnixListener);
+
+impl Listener for Socket {
+    type Io = UnixStream;
+    type Addr = OverSocket;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            match self.0.accept().await {
+                Ok((stream, _)) => return (stream, OverSocket),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        Ok(OverSocket)
+    }
+}

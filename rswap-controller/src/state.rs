@@ -1,0 +1,196 @@
+//! What the controller knows at the moment, and how reports change it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rswap_fleet::{
+    Action, HostName, Inventory, Model, Order, OrderOutcome, Report, inventory::Change, orders::Book,
+};
+use rswap_forecast::{Lessons, Part};
+use rswap_plan::Plan;
+use rswap_store::{MOST_BEFORE, Member, Owner, OwnerChange, StoreError};
+use rswap_types::{InstanceName, PoolState, THIS_HOST, UnixMillis};
+use serde::Serialize;
+
+use crate::server::Controller;
+
+/// An order to drain may be begun within so long, in milliseconds; it is given again as long as it is wanted.
+const DRAIN_WITHIN_MS: u64 = 5 * 60_000;
+/// Outcomes that are shown.
+const OUTCOMES_SHOWN: usize = 200;
+
+/// Everything but what is stored.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) inventory: Inventory,
+    pub(crate) model: Model,
+    pub(crate) book: Book,
+    pub(crate) members: BTreeMap<HostName, Member>,
+    pub(crate) owners: BTreeMap<InstanceName, Owner>,
+    pub(crate) plan: Plan,
+    /// Ended orders, for the planner and for people, the latest last.
+    pub(crate) ended: Vec<Ended>,
+    pub(crate) outcomes: std::collections::VecDeque<Ended>,
+    pub(crate) counts: Counts,
+}
+
+/// What came of an order.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Ended {
+    pub(crate) order: Order,
+    /// `None`: nobody began it in time.
+    pub(crate) outcome: Option<OrderOutcome>,
+    pub(crate) at: UnixMillis,
+}
+
+/// Since the controller's start.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct Counts {
+    pub(crate) reports_taken: u64,
+    pub(crate) lessons_taken: u64,
+    pub(crate) lessons_refused: u64,
+}
+
+/// Of one envelope, the reports that are new, and the lessons.
+pub(crate) struct Taken<'a> {
+    pub(crate) host: &'a HostName,
+    pub(crate) reports: Vec<&'a Report>,
+    pub(crate) lessons: &'a [(Part, Lessons)],
+}
+
+impl State {
+    /// Hosts that are to be left.
+    pub(crate) fn drained(&self) -> BTreeSet<HostName> {
+        self.members.iter().filter(|(_, member)| member.drained).map(|(host, _)| host.clone()).collect()
+    }
+
+    pub(crate) fn end(&mut self, order: Order, outcome: Option<OrderOutcome>, at: UnixMillis) {
+        let ended = Ended { order, outcome, at };
+        self.ended.push(ended.clone());
+        self.outcomes.push_back(ended);
+        while self.outcomes.len() > OUTCOMES_SHOWN {
+            self.outcomes.pop_front();
+        }
+    }
+
+    /// What is to become of owners by these changes.
+    fn owner_changes(&self, changes: &[Change], now: UnixMillis) -> Vec<OwnerChange> {
+        let mut owners = Vec::new();
+        for change in changes {
+            let name = &change.instance;
+            let before = self.owners.get(name);
+            let new = match &change.to {
+                // What is gone for good has no owner; what is gone for a while still has.
+                None if self.inventory.is_known(name) => continue,
+                None => None,
+                Some(host) => {
+                    let Some(placed) = self.inventory.placed(name) else { continue };
+                    if before.is_some_and(|owner| owner.host == *host && owner.local == placed.local) {
+                        continue;
+                    }
+                    let mut earlier = before.map_or_else(Vec::new, |owner| owner.before.clone());
+                    earlier.extend(before.map(|owner| (owner.host.clone(), owner.local.clone())));
+                    let from = earlier.len().saturating_sub(MOST_BEFORE);
+                    Some(Owner {
+                        host: host.clone(),
+                        local: placed.local.clone(),
+                        since: now,
+                        before: earlier.split_off(from),
+                    })
+                }
+            };
+            owners.push(OwnerChange { instance: name.clone(), expected: before.cloned(), new });
+        }
+        owners
+    }
+
+    /// A host that may be used again, and says that it is.
+    fn undone(&mut self, host: &HostName) -> Option<Member> {
+        let ready = self.inventory.hosts().get(host)?.whole()?.state == PoolState::Ready;
+        let member = self.members.get_mut(host).filter(|member| ready && member.undo)?;
+        member.undo = false;
+        Some(*member)
+    }
+
+    /// Whether the host's own pool differs from what is wanted: then that is ordered.
+    fn drain_wish(&mut self, host: &HostName, now: UnixMillis) {
+        let Some(member) = self.members.get(host) else { return };
+        let Some(known) = self.inventory.hosts().get(host) else { return };
+        let Some(whole) = known.whole().filter(|_| known.acts) else { return };
+        let differs = match whole.state {
+            PoolState::Ready => member.drained,
+            // A person at the host may have drained it: only what this controller has asked for is undone by it.
+            PoolState::Draining => !member.drained && member.undo,
+            PoolState::Unavailable { .. } => false,
+        };
+        if differs {
+            let action = Action::Drain { pool: THIS_HOST.to_owned(), undo: !member.drained };
+            self.book.give(host, action, DRAIN_WITHIN_MS, now);
+        }
+    }
+}
+
+impl Controller {
+    /// Takes in what is new of a batch; what has to be kept of it is kept when this returns.
+    pub(crate) fn take(&self, taken: &[Taken<'_>], now: UnixMillis) -> Result<(), StoreError> {
+        let (mut joined, mut owners, mut taught) = (Vec::new(), Vec::new(), Vec::new());
+        self.with_state(|state| {
+            for of in taken {
+                for report in &of.reports {
+                    state.counts.reports_taken += 1;
+                    if !state.members.contains_key(of.host) {
+                        let member = Member { joined: now, ..Member::default() };
+                        state.members.insert(of.host.clone(), member);
+                        joined.push((of.host.clone(), member));
+                    }
+                    for outcome in &report.outcomes {
+                        if let Some(order) = state.book.ended(of.host, outcome) {
+                            state.end(order, Some(outcome.clone()), now);
+                        }
+                    }
+                    let changes = state.inventory.take(report, now);
+                    let changes = state.owner_changes(&changes, now);
+                    for change in &changes {
+                        match &change.new {
+                            Some(new) => drop(state.owners.insert(change.instance.clone(), new.clone())),
+                            None => drop(state.owners.remove(&change.instance)),
+                        }
+                    }
+                    owners.extend(changes);
+                }
+                if let Some(member) = state.undone(of.host) {
+                    joined.push((of.host.clone(), member));
+                }
+                if self.settings.acts {
+                    state.drain_wish(of.host, now);
+                }
+                let mut good = Vec::new();
+                for (part, lessons) in of.lessons {
+                    match state.model.teach(of.host, part, lessons, now) {
+                        Ok(()) => good.push((part.clone(), lessons.clone())),
+                        Err(error) => {
+                            tracing::warn!(host = %of.host, ?part, %error, "lessons are of no use");
+                            state.counts.lessons_refused += 1;
+                        }
+                    }
+                }
+                state.counts.lessons_taken += good.len() as u64;
+                if !good.is_empty() {
+                    taught.push((of.host.clone(), good));
+                }
+            }
+        });
+        if !taught.is_empty() {
+            self.stores.knowledge.put_lessons(&taught)?;
+        }
+        if !joined.is_empty() {
+            self.stores.membership.put_members(&joined)?;
+        }
+        if !owners.is_empty() {
+            let set = self.stores.ownership.compare_and_set(&owners)?;
+            for (change, _) in owners.iter().zip(set).filter(|(_, set)| !set) {
+                tracing::warn!(instance = %change.instance, "its owner was changed by somebody else");
+            }
+        }
+        Ok(())
+    }
+}
