@@ -48,7 +48,13 @@ use crate::{
     config::{Config, Mode},
     control::{self, ControlError},
     instance::{InstanceError, launch::Place, registry::Registry},
-    migrate::{journal, ledger::Ledger, linux, recovery::Recovery},
+    migrate::{
+        journal,
+        ledger::Ledger,
+        links::{Links, LinksError},
+        linux,
+        recovery::Recovery,
+    },
     pool::{Pool, PoolKind},
     status::{self, Board, BoardState, StatusError},
     swap::storage,
@@ -90,6 +96,9 @@ pub enum AgentError {
     /// The instance room.
     #[error(transparent)]
     Instance(#[from] InstanceError),
+    /// The links to other hosts.
+    #[error(transparent)]
+    Links(#[from] LinksError),
     /// No such host.
     #[error("{host:?} is neither a host pool nor ADDRESS:PORT: the host pools are: {known}")]
     NoHost {
@@ -156,6 +165,9 @@ fn open_as_many_as_allowed() -> io::Result<()> {
 async fn serve(config: Config) -> Result<(), AgentError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("watch for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("watch for SIGINT"))?;
+    let links = Links::open(&config)?;
+    // Before anything is changed on this host.
+    config.migrate.listen.map_or(Ok(()), |address| links.may_listen(address))?;
     let registry = Registry::open(&config.agent.state_dir)?;
     let board = Board::new(BoardState {
         host: config.agent.host.clone(),
@@ -180,7 +192,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     datagrams::keep_in(&config.agent.state_dir.join("datagrams"), &boot)
         .map_err(failed("open what was seen of datagrams"))?;
     let ledger = Arc::new(Ledger::new(config.migrate.journal_dir.clone()));
-    let mut recovery = Recovery::new(place(&config), config.migrate.journal_dir.clone());
+    let mut recovery = Recovery::new(place(&config), links.clone(), config.migrate.journal_dir.clone());
     // Before anything else: what an agent that was killed has left standing still goes on.
     // On a thread of its own: it talks to the kernel by a runtime of its own.
     let recovery = std::thread::scope(|scope| {
@@ -209,7 +221,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     );
 
     let (arrived_sender, mut arrived) = mpsc::unbounded_channel();
-    let incoming = Incoming::new(place(&config), ledger, config.migrate.deadline_s, arrived_sender);
+    let incoming = Incoming::new(place(&config), links, ledger, config.migrate.deadline_s, arrived_sender);
     let arrivals = listen(config.migrate.listen).await?;
     let window = Duration::from_millis(config.agent.window_ms);
     let mut windows = time::interval(window);
@@ -277,7 +289,7 @@ async fn listen(address: Option<SocketAddr>) -> Result<Option<TcpListener>, Agen
     let Some(address) = address else { return Ok(None) };
     let listener =
         TcpListener::bind(address).await.map_err(failed("listen on migrate.listen for migrations"))?;
-    tracing::warn!(%address, "taking migrations: whoever reaches this address can start programs here");
+    tracing::info!(%address, "taking migrations");
     Ok(Some(listener))
 }
 

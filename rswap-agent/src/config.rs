@@ -13,9 +13,11 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 mod memory;
 mod pools;
+mod tls;
 
 pub use memory::MemoryConfig;
 pub use pools::{PoolConfig, PoolKindConfig, VolumePool, settings, volume_pool};
+pub use tls::TlsConfig;
 
 use crate::profile::ProfileConfig;
 pub use crate::{forecast::ForecastConfig, plan::PlanConfig};
@@ -67,6 +69,8 @@ pub struct Config {
     pub learnt: LearntConfig,
     /// Live migration.
     pub migrate: MigrateConfig,
+    /// Links to other hosts.
+    pub tls: TlsConfig,
     /// Instances whose cold pages are in swap.
     pub memory: MemoryConfig,
     /// What this host costs, as a whole.

@@ -1,10 +1,16 @@
 //! Some hosts and a client, joined by a switch.
 
-use std::net::Ipv4Addr;
+use std::{
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
+use rswap_trust::Files;
 
 use crate::{
+    binary,
     host::{Host, HostOptions},
     netns::{Netns, cable},
     sweep,
@@ -35,7 +41,10 @@ impl Fleet {
         cable((&client, "eth0"), (&switch, "client"))?;
         switch.ip(&["link", "set", "client", "master", "sw0"])?;
         client.ip(&["addr", "add", "10.88.0.100/24", "dev", "eth0"])?;
-        Ok(Self { client, switch, scratch, hosts: 0 })
+        let fleet = Self { client, switch, scratch, hosts: 0 };
+        let authority = fleet.authority();
+        pki(&["init", &authority.to_string_lossy()])?;
+        Ok(fleet)
     }
 
     /// Adds a host and starts its agent. The first one is 10.88.0.1, the next 10.88.0.2.
@@ -53,7 +62,8 @@ impl Fleet {
         self.switch.ip(&["link", "set", &port, "master", "sw0"])?;
         netns.ip(&["link", "set", "up0", "master", "br0"])?;
         netns.ip(&["addr", "add", &format!("{address}/24"), "dev", "br0"])?;
-        Host::start(name, address, netns, &self.scratch.path().join(name), options)
+        let files = self.issue(name, &[])?;
+        Host::start(name, address, netns, &self.scratch.path().join(name), files, options)
     }
 
     /// Gives `host` a further bridge, `br1`, with an uplink of its own to the switch.
@@ -76,8 +86,37 @@ impl Fleet {
         Ok(())
     }
 
+    /// Where its certificates come from.
+    pub fn authority(&self) -> PathBuf {
+        self.scratch.path().join("authority")
+    }
+
+    /// Issues a certificate for `name`; an agent's, unless the options say otherwise.
+    pub fn issue(&self, name: &str, options: &[&str]) -> anyhow::Result<Files> {
+        let (authority, to) = (self.authority(), self.scratch.path().join("tls").join(name));
+        let words = ["issue", &authority.to_string_lossy(), name, "--again", "--to", &to.to_string_lossy()];
+        pki(&[&words, options].concat())?;
+        Ok(files_in(&to))
+    }
+
     /// A directory that goes with the fleet.
     pub fn scratch(&self) -> &std::path::Path {
         self.scratch.path()
     }
+}
+
+/// What `rswap pki issue` has put into a directory.
+pub fn files_in(directory: &Path) -> Files {
+    let file = |name: &str| directory.join(name);
+    Files { ca: file("ca.pem"), certificate: file("certificate.pem"), key: file("key.pem") }
+}
+
+/// Calls `rswap pki`.
+pub fn pki(arguments: &[&str]) -> anyhow::Result<()> {
+    let mut command = Command::new(binary("rswap")?);
+    let output =
+        command.arg("pki").args(arguments).stdin(Stdio::null()).output().context("cannot start rswap")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "rswap pki {}: {}", arguments.join(" "), said.trim());
+    Ok(())
 }

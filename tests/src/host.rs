@@ -18,6 +18,7 @@ use rswap_agent::{
     instance::cgroup,
     status::InstanceView,
 };
+use rswap_trust::Files;
 use serde::de::DeserializeOwned;
 
 use crate::{binary, fleet::MIGRATE_PORT, migration::Migration, netns::Netns, sweep, wait_for};
@@ -70,6 +71,7 @@ pub struct Host {
     cgroup_parent: String,
     mounts: Vec<(PathBuf, PathBuf)>,
     own_links: bool,
+    files: Files,
     agent: Option<Child>,
     /// Whether the end of the agent's log is printed at the end.
     pub show_log: bool,
@@ -81,6 +83,7 @@ impl Host {
         address: Ipv4Addr,
         netns: Netns,
         dir: &Path,
+        files: Files,
         options: &HostOptions,
     ) -> anyhow::Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -93,6 +96,7 @@ impl Host {
             cgroup_parent,
             mounts: options.mounts.clone(),
             own_links: options.own_links,
+            files,
             agent: None,
             show_log: true,
         };
@@ -106,12 +110,18 @@ impl Host {
     fn configuration(&self, options: &HostOptions) -> String {
         // The hosts of a fleet are namespaces of one machine: every file is there on each of them.
         let shared = if options.more.contains("[files]") { "" } else { "[files]\nshared = [\"/\"]\n\n" };
+        let Files { ca, certificate, key } = &self.files;
+        let tls = if options.more.contains("[tls]") {
+            String::new()
+        } else {
+            format!("[tls]\nca = {ca:?}\ncertificate = {certificate:?}\nkey = {key:?}\n\n")
+        };
         format!(
             "[agent]\nhost = {:?}\nstate_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
              mode = {:?}\nwindow_ms = {}\ncgroup_parent = {:?}\n\n\
              [network]\nbridge = \"br0\"\nuplink = \"up0\"\n\n\
              [learnt]\nfile = {:?}\n\n\
-             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\nfreeze_limit_ms = {}\njournal_dir = {:?}\n\n{shared}{}",
+             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\nfreeze_limit_ms = {}\njournal_dir = {:?}\n\n{tls}{shared}{}",
             self.name,
             self.dir,
             self.socket(),
@@ -125,6 +135,11 @@ impl Host {
             self.dir.join("migrations"),
             options.more
         )
+    }
+
+    /// Its certificate, its key, and whom it trusts.
+    pub fn files(&self) -> &Files {
+        &self.files
     }
 
     fn config_path(&self) -> PathBuf {

@@ -41,6 +41,7 @@ pub mod stream;
 pub mod subjects;
 pub mod swap_device;
 pub mod sweep;
+pub mod tls;
 pub mod traces;
 pub mod uplinks;
 pub mod wire;

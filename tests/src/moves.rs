@@ -50,7 +50,7 @@ pub fn moved(name: &str, from: &Host, to: &Host) -> anyhow::Result<MigrationRepo
 /// A migration that stands still where the fault says. One that is put off before is begun anew.
 pub fn held(name: &str, from: &Host, to: &Host, fault: Fault) -> anyhow::Result<(Proxy, Migration)> {
     for _ in 0..TRIES {
-        let proxy = Proxy::start(from.netns(), to.migrate_address().parse()?, fault)?;
+        let proxy = Proxy::start(from, to, fault)?;
         let migration = from.migrate(name, &proxy.address())?;
         let Err(error) = proxy.wait_for_fault() else { return Ok((proxy, migration)) };
         match migration.end()? {

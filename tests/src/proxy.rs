@@ -1,5 +1,5 @@
 //! A TCP proxy between two agents that does damage at a chosen frame of a migration; the conversations after that one
-//! it passes on as they are.
+//! it passes on as they are. It has the keys of both hosts: to each it is the other.
 
 use std::{
     io::Write as _,
@@ -16,7 +16,7 @@ use std::{
 use anyhow::Context;
 use rswap_agent::migrate::wire::{Frame, Tag, parse_pages, read_frame, write_frame};
 
-use crate::{mangle::Mangler, netns::Netns};
+use crate::{Host, mangle::Mangler, tls::Secured};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -59,15 +59,17 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Listens on loopback in the namespace of the source, for migrations to `destination`.
-    pub fn start(netns: &Netns, destination: SocketAddr, fault: Fault) -> anyhow::Result<Self> {
+    /// Listens on loopback in the namespace of `from`, for migrations to `to`.
+    pub fn start(from: &Host, to: &Host, fault: Fault) -> anyhow::Result<Self> {
+        let destination: SocketAddr = to.migrate_address().parse()?;
+        let (as_source, as_destination) = (from.files().clone(), to.files().clone());
         let streams = Arc::new(Mutex::new(Vec::new()));
         let down = Arc::new(AtomicBool::new(false));
         let goes_on = Arc::new(AtomicBool::new(false));
         let (opened, is_down, go) = (streams.clone(), down.clone(), goes_on.clone());
         let (happens, happened) = mpsc::channel();
         let (sender, receiver) = mpsc::channel();
-        netns.spawn("proxy", move || -> anyhow::Result<()> {
+        from.netns().spawn("proxy", move || -> anyhow::Result<()> {
             let listener = TcpListener::bind(("127.0.0.1", 0)).context("the proxy cannot listen")?;
             sender.send(listener.local_addr()?).context("nobody waits for the proxy")?;
             let mut fault = fault;
@@ -79,13 +81,19 @@ impl Proxy {
                 // A destination that is down, its caller finds out by the closed connection.
                 let Ok(onward) = TcpStream::connect(destination) else { continue };
                 let fault = std::mem::replace(&mut fault, Fault::None);
-                let (back_from, back_to) = (onward.try_clone()?, source.try_clone()?);
                 let all = [source.try_clone()?, onward.try_clone()?];
                 opened.lock().unwrap_or_else(PoisonError::into_inner).extend(all);
                 let (forth_happens, back_happens) = (happens.clone(), happens.clone());
                 let (forth_go, back_go) = (go.clone(), go.clone());
-                thread::spawn(move || pass(back_from, back_to, fault, &back_happens, &back_go));
-                thread::spawn(move || pass(source, onward, fault, &forth_happens, &forth_go));
+                let (as_source, as_destination) = (as_source.clone(), as_destination.clone());
+                thread::spawn(move || {
+                    // One of both is gone: the other finds out by the closed connection.
+                    let Ok(onward) = Secured::dialled(onward, &as_source) else { return };
+                    let Ok(source) = Secured::accepted(source, &as_destination) else { return };
+                    let (back_from, back_to) = (onward.other_hand(), source.other_hand());
+                    thread::spawn(move || pass(back_from, back_to, fault, &back_happens, &back_go));
+                    pass(source, onward, fault, &forth_happens, &forth_go);
+                });
             }
         })?;
         let address = receiver.recv_timeout(PATIENCE).context("the proxy did not start")?;
@@ -129,7 +137,7 @@ impl Proxy {
 }
 
 /// Passes frame by frame until either side ends, which ends the other side too.
-fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<()>, goes_on: &AtomicBool) {
+fn pass(mut from: Secured, mut to: Secured, fault: Fault, happens: &Sender<()>, goes_on: &AtomicBool) {
     let mut seen = 0;
     let mut mangler = match fault {
         Fault::Mangle(seed) => Some(Mangler::new(seed)),
@@ -199,7 +207,7 @@ fn pass(mut from: TcpStream, mut to: TcpStream, fault: Fault, happens: &Sender<(
             break;
         }
     }
-    let _ = to.shutdown(Shutdown::Write);
+    to.end();
 }
 
 /// Changes the last byte of a page's contents: the frame stays well-formed, and of a compressed page it is a literal,

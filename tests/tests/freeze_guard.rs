@@ -127,7 +127,7 @@ impl Scene {
     }
 
     fn proxy(&self, fault: Fault) -> anyhow::Result<Proxy> {
-        Proxy::start(self.a.netns(), self.b.migrate_address().parse()?, fault)
+        Proxy::start(&self.a, &self.b, fault)
     }
 
     /// The next try succeeds, and the one after it. Under load it may take some.

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener},
     os::unix::fs::PermissionsExt as _,
     time::{Duration, Instant},
 };
@@ -24,8 +24,10 @@ use rswap_tests::{
     mangle_image::damaged,
     reason_to_skip,
     scene::{LIMIT, Scene, further},
+    tls::Secured,
     wait_for,
 };
+use rswap_trust::Files;
 
 /// Damaged images of each program; `RSWAP_IMAGE_CASES` makes it more, `RSWAP_IMAGE_SEED` begins elsewhere.
 const CASES: u64 = 10;
@@ -71,11 +73,12 @@ impl Held {
 /// What a source says of instance `name`, from the Hello to the image. The instance stands still from that moment on.
 fn recorded(scene: &Scene, name: &str) -> anyhow::Result<(Vec<Frame>, Held)> {
     let (sender, receiver) = std::sync::mpsc::channel();
+    let files = scene.b.files().clone();
     let listening = scene.a.netns().spawn("recorder", move || {
         let listener = TcpListener::bind(("127.0.0.1", 0))?;
         sender.send(listener.local_addr()?)?;
-        let (mut stream, _) = listener.accept()?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut stream = Secured::accepted(listener.accept()?.0, &files)?;
+        stream.stream().set_read_timeout(Some(PATIENCE))?;
         let mut frames = vec![read_frame(&mut stream)?];
         write_frame(&mut stream, Tag::Hello, &frames[0].payload)?;
         loop {
@@ -115,14 +118,15 @@ fn recorded(scene: &Scene, name: &str) -> anyhow::Result<(Vec<Frame>, Held)> {
 /// Says all of `frames` to the destination, the image being `image`, and breaks off; what it said to that.
 fn said_to(
     destination: SocketAddr,
+    files: &Files,
     frames: &[Frame],
     image: &[u8],
     random: &mut Rng,
 ) -> anyhow::Result<Result<(), String>> {
-    let mut stream = TcpStream::connect(destination)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut stream = Secured::dial(destination, files)?;
+    stream.stream().set_read_timeout(Some(PATIENCE))?;
     let id = random.u128(..);
-    let expect = |stream: &mut TcpStream, tag: Tag| -> anyhow::Result<Result<(), String>> {
+    let expect = |stream: &mut Secured, tag: Tag| -> anyhow::Result<Result<(), String>> {
         let frame = read_frame(stream)?;
         match frame.tag {
             found if found == tag => Ok(Ok(())),
@@ -163,8 +167,8 @@ fn replayed(
     image: &[u8],
     mut random: Rng,
 ) -> anyhow::Result<Result<(), String>> {
-    let (frames, image) = (frames.to_vec(), image.to_vec());
-    let replay = move || said_to(destination, &frames, &image, &mut random);
+    let (frames, image, files) = (frames.to_vec(), image.to_vec(), scene.a.files().clone());
+    let replay = move || said_to(destination, &files, &frames, &image, &mut random);
     let said = scene.fleet.client.spawn("replay", replay)?;
     said.join().map_err(|_| anyhow::anyhow!("the replay panicked"))?
 }

@@ -1,8 +1,9 @@
-//! Peers that lie, mangle, dawdle and drip: they cost time, and neither memory nor the instance.
+//! Peers that have the key of a host, and lie, mangle, dawdle and drip: they cost time, and neither memory nor the instance.
+//! (Those that have none: `links.rs`.)
 
 use std::{
     io::{Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     time::Duration,
 };
 
@@ -14,8 +15,11 @@ use rswap_tests::{
     client::{DataSet, REDIS, VerifyingClient},
     mangle::bytes,
     proxy::{Fault, Proxy},
-    reason_to_skip, wait_for,
+    reason_to_skip,
+    tls::Secured,
+    wait_for,
 };
+use rswap_trust::Files;
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 10);
 const DATA_BYTES: u64 = 2 << 20;
@@ -31,8 +35,7 @@ fn mangled_frames_never_harm_the_instance() -> anyhow::Result<()> {
     let scene = Scene::set(2)?;
     let mut proxies = Vec::new();
     for seed in 1..=8 {
-        let proxy =
-            Proxy::start(scene.a.netns(), scene.b()?.migrate_address().parse()?, Fault::Mangle(seed))?;
+        let proxy = Proxy::start(&scene.a, scene.b()?, Fault::Mangle(seed))?;
         let ended = scene.a.migrate("redis", &proxy.address())?.end()?;
         println!("seed {seed}: {ended:?}");
         proxies.push(proxy);
@@ -73,15 +76,17 @@ fn sources_that_lie_and_drip_cost_little() -> anyhow::Result<()> {
     let scene = Scene::set(2)?;
     let destination: SocketAddr = scene.b()?.migrate_address().parse()?;
     let before = resident_kib(scene.b()?)?;
+    let files = scene.a.files().clone();
     let hostile = scene.fleet.client.spawn("hostile sources", move || {
         for seed in 0..300 {
             // What the peer thinks of it is its own matter: it closes early.
-            let _ = send_nonsense(destination, seed);
+            let _ = send_nonsense(destination, &files, seed);
         }
         // More than are served at a time, each saying that much will come.
         let mut slow = Vec::new();
         for _ in 0..40 {
-            let mut stream = TcpStream::connect(destination).context("connecting")?;
+            // Some are turned away before the handshake is over.
+            let Ok(mut stream) = Secured::dial(destination, &files) else { continue };
             let _ = greet(&mut stream).and_then(|()| announce(&mut stream, Tag::Offer, 4 << 20));
             slow.push(stream);
         }
@@ -98,7 +103,8 @@ fn sources_that_lie_and_drip_cost_little() -> anyhow::Result<()> {
         most = most.max(resident_kib(scene.b()?)?);
         std::thread::sleep(Duration::from_millis(20));
     }
-    hostile.join().map_err(|_| anyhow::anyhow!("the hostile sources panicked"))??;
+    let slow = hostile.join().map_err(|_| anyhow::anyhow!("the hostile sources panicked"))??;
+    assert!(slow >= 20, "only {slow} were taken: that is no crowd");
     println!("resident: {before} KiB before, {most} KiB at most");
     assert!(most < before + MEMORY_KIB, "hostile sources cost {} KiB", most - before);
     assert!(!scene.b()?.has_processes()?, "a hostile source left processes");
@@ -106,11 +112,11 @@ fn sources_that_lie_and_drip_cost_little() -> anyhow::Result<()> {
 }
 
 /// Frames that are none, in an order that is none.
-fn send_nonsense(destination: SocketAddr, seed: u64) -> anyhow::Result<()> {
+fn send_nonsense(destination: SocketAddr, files: &Files, seed: u64) -> anyhow::Result<()> {
     let mut random = Rng::with_seed(seed);
-    let mut stream = TcpStream::connect(destination)?;
-    stream.set_read_timeout(Some(Duration::from_millis(200)))?;
-    stream.set_write_timeout(Some(Duration::from_secs(2)))?;
+    let mut stream = Secured::dial(destination, files)?;
+    stream.stream().set_read_timeout(Some(Duration::from_millis(200)))?;
+    stream.stream().set_write_timeout(Some(Duration::from_secs(2)))?;
     if random.u32(..4) > 0 {
         greet(&mut stream)?;
     }
@@ -124,12 +130,12 @@ fn send_nonsense(destination: SocketAddr, seed: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn greet(stream: &mut TcpStream) -> anyhow::Result<()> {
+fn greet(stream: &mut Secured) -> anyhow::Result<()> {
     write_frame(stream, Tag::Hello, &hello())?;
     Ok(())
 }
 
-fn announce(stream: &mut TcpStream, tag: Tag, len: u32) -> anyhow::Result<()> {
+fn announce(stream: &mut Secured, tag: Tag, len: u32) -> anyhow::Result<()> {
     Ok(stream.write_all(&[&[tag as u8][..], &len.to_le_bytes()].concat())?)
 }
 
@@ -161,8 +167,8 @@ enum Lie {
     Drips,
 }
 
-fn lie_to(mut stream: TcpStream, lie: Lie) -> anyhow::Result<()> {
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+fn lie_to(mut stream: Secured, lie: Lie) -> anyhow::Result<()> {
+    stream.stream().set_read_timeout(Some(Duration::from_secs(20)))?;
     read_frame(&mut stream)?;
     greet(&mut stream)?;
     let offer = read_frame(&mut stream)?;
@@ -240,12 +246,13 @@ impl Scene {
     /// A destination that lies to one source; where it is.
     fn liar(&self, lie: Lie) -> anyhow::Result<SocketAddr> {
         let (sender, receiver) = std::sync::mpsc::channel();
+        let files = self.b()?.files().clone();
         self.a.netns().spawn("liar", move || {
             let listener = TcpListener::bind(("127.0.0.1", 0))?;
             sender.send(listener.local_addr()?)?;
             let (stream, _) = listener.accept()?;
             // The source ends the conversation when it has heard enough.
-            drop(lie_to(stream, lie));
+            drop(Secured::accepted(stream, &files).and_then(|stream| lie_to(stream, lie)));
             Ok(())
         })?;
         Ok(receiver.recv_timeout(LIMIT)?)

@@ -68,7 +68,7 @@ fn a_migration_broken_in_the_freeze_leaves_the_connections_at_the_source() -> an
     let (fleet, a, b) = hosts()?;
     let clients = RedisClients::start(&fleet, &a)?;
     for tag in [Tag::Image, Tag::Verified] {
-        let proxy = Proxy::start(a.netns(), b.migrate_address().parse()?, Fault::HoldAt { tag, nth: 0 })?;
+        let proxy = Proxy::start(&a, &b, Fault::HoldAt { tag, nth: 0 })?;
         let migration = a.migrate("redis", &proxy.address())?;
         proxy.wait_for_fault()?;
         proxy.cut();

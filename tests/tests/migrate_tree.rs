@@ -46,7 +46,7 @@ fn a_tree_whose_copy_is_lost_goes_on_and_moves_at_the_second_try() -> anyhow::Re
     ring(&scene, "3", "0.002")?;
     for fault in [Fault::HoldAt { tag: Tag::RoundEnd, nth: 1 }, Fault::HoldAt { tag: Tag::Verified, nth: 0 }]
     {
-        let proxy = Proxy::start(scene.a.netns(), scene.b.migrate_address().parse()?, fault)?;
+        let proxy = Proxy::start(&scene.a, &scene.b, fault)?;
         let migration = scene.a.migrate("tree", &proxy.address())?;
         proxy.wait_for_fault()?;
         proxy.cut();

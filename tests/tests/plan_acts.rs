@@ -139,7 +139,7 @@ fn an_agent_that_is_told_to_stop_ends_its_migration_first() -> anyhow::Result<()
     // One that can't go on is rolled back when its link is cut, and the agent ends.
     a.run("memcheck", &[], &command)?;
     let held = Fault::HoldAt { tag: Tag::RoundEnd, nth: 0 };
-    let proxy = Proxy::start(a.netns(), b.migrate_address().parse()?, held)?;
+    let proxy = Proxy::start(&a, &b, held)?;
     let migration = a.migrate("memcheck", &proxy.address())?;
     proxy.wait_for_fault()?;
     terminate(&a)?;

@@ -77,7 +77,7 @@ impl Scene {
         a.run("redis", &["--net", &format!("{SERVER}/24")], REDIS)?;
         let client = VerifyingClient::start(&fleet.client, SERVER, Duration::from_millis(1))?;
         client.wait_for_acks(50, LIMIT)?;
-        let proxy = Proxy::start(a.netns(), b.migrate_address().parse()?, Fault::HoldAt { tag, nth: 0 })?;
+        let proxy = Proxy::start(&a, &b, Fault::HoldAt { tag, nth: 0 })?;
         let migration = a.migrate("redis", &proxy.address())?;
         proxy.wait_for_fault()?;
         proxy.break_down();

@@ -19,7 +19,7 @@ pub(crate) enum Bench {
     },
     /// What a migration costs, with and without pre-copy: Redis, threads, processes
     Migrate {
-        /// Passed on to the benchmark: `--runs N`, `--only TEXT`
+        /// Passed on to the benchmark: `--runs N`, `--only TEXT`, `--clear-text`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },

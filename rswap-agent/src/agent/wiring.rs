@@ -31,7 +31,10 @@ use crate::{
     instance::{
         Instance, InstanceName, launch::Place, main_process::MainProcess, registry::Registry, volume::Volume,
     },
-    migrate::recovery::{self, Doubt, Recovery},
+    migrate::{
+        links::LinksView,
+        recovery::{self, Doubt, Recovery},
+    },
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
     pool::{self, Inventory, Pool, Watch},
     profile::{Profile, Profiler},
@@ -375,7 +378,9 @@ impl Wiring {
         let mut in_swap = self.cold.shown();
         let kin =
             |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
+        let links = self.look_at_links();
         self.board.write(|board| {
+            board.links = Some(links);
             for profile in profiles {
                 if let Some(view) = board.instances.get_mut(&profile.instance) {
                     view.kin = kin(&profile.instance);
@@ -397,6 +402,17 @@ impl Wiring {
             board.windows += 1;
             board.last_window_work_us = began.elapsed().as_micros() as u64;
         });
+    }
+
+    /// How links are secured now: certificates are exchanged, and expire, while the agent runs.
+    fn look_at_links(&self) -> LinksView {
+        let now = self.recovery.links.view(UnixMillis::now());
+        let before = self.board.read().links.as_ref().and_then(|links| links.problem().map(str::to_owned));
+        match now.problem() {
+            Some(problem) if before.as_deref() != Some(problem) => tracing::warn!("{problem}"),
+            _ => {}
+        }
+        now
     }
 
     pub(super) fn command(&mut self, command: Command) {

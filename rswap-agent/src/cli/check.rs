@@ -9,7 +9,7 @@ use super::{CheckArguments, Session, print_json, table::table};
 use crate::{
     agent,
     instance::{Instance, registry::Registry},
-    migrate::linux,
+    migrate::{links::Links, linux},
     pool,
     tracee::{
         check::{self, Finding, Severity},
@@ -54,7 +54,8 @@ pub(super) fn check(session: &Session, arguments: &CheckArguments) -> anyhow::Re
 /// Sends the offer as a question to the agent at `host`.
 fn refused_by(session: &Session, instance: &Instance, host: &str) -> anyhow::Result<Vec<Row>> {
     let address = agent::host_address(&pool::discover(&session.config), host)?;
-    let asked = linux::ask(&agent::place(&session.config), instance, address);
+    let links = Links::open(&session.config)?;
+    let asked = linux::ask(&agent::place(&session.config), &links, instance, address);
     let objections = asked.with_context(|| {
         format!("cannot ask {host} at {address}: is migrate.listen set there, and an agent up?")
     })?;

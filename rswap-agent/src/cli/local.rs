@@ -21,10 +21,14 @@ use crate::{
         network::mac_for,
         volume::Volume,
     },
-    migrate::guard,
+    migrate::{
+        guard,
+        links::{Links, LinksView},
+    },
     pool::{self, PoolKind},
     profile::doctor as features,
     sys::clock::Clocks,
+    units::UnixMillis,
 };
 
 /// `--net ADDRESS/PREFIX[,gw=ADDRESS]`: the gateway is of the address's family.
@@ -184,8 +188,24 @@ fn cpu_pool(config: &Config, name: String) -> anyhow::Result<(String, pool::CpuS
     }
 }
 
-pub(super) fn doctor(output: Output) -> anyhow::Result<ExitCode> {
-    let found = features::features();
+/// Whether links to other hosts are safe, as a feature of this host.
+fn links(config: &Config) -> features::Feature {
+    let finding = match Links::open(config) {
+        Err(error) => Err(format!("{:#}", anyhow::Error::new(error))),
+        Ok(links) => match links.view(UnixMillis::now()) {
+            LinksView::LoopbackOnly => Err("[tls] is not set".to_owned()),
+            view => match (view.problem(), &view) {
+                (None, LinksView::Tls { identity, .. }) => Ok(format!("TLS, as {identity}")),
+                (problem, _) => Err(problem.unwrap_or_default().to_owned()),
+            },
+        },
+    };
+    features::feature("links to other hosts ([tls])", finding, "no other host is spoken to, or not safely")
+}
+
+pub(super) fn doctor(session: &Session, output: Output) -> anyhow::Result<ExitCode> {
+    let mut found = features::features();
+    found.push(links(&session.config));
     if output.json {
         print_json(&found)?;
         return Ok(ExitCode::SUCCESS);

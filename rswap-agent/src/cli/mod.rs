@@ -10,6 +10,7 @@ mod forecast;
 mod labels;
 mod local;
 mod migrate;
+mod pki;
 mod pools;
 mod show;
 mod simulate;
@@ -79,6 +80,8 @@ enum Command {
     Check(CheckArguments),
     /// Play recorded demand on described pools: what would have been done, and what it would have cost
     Simulate(simulate::SimulateArguments),
+    /// Make an authority and certificates for the links between hosts
+    Pki(pki::PkiArguments),
     /// Show which kernel features are there, and what each lack costs
     Doctor(Output),
     /// The first process of an instance's PID namespace
@@ -295,6 +298,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Init(arguments) => return local::init(arguments),
         Command::Guard(GuardArguments { word, life }) => return local::guard(word, life),
+        Command::Pki(arguments) => return pki::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Simulate(arguments) => return simulate::run(&arguments).map(|()| ExitCode::SUCCESS),
         _ => {}
     }
@@ -306,7 +310,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Run(arguments) => local::run(&session, arguments),
         Command::Check(arguments) => check::check(&session, &arguments),
         Command::Calibrate(arguments) => calibrate::calibrate(&session, &arguments),
-        Command::Doctor(output) => local::doctor(output),
+        Command::Doctor(output) => local::doctor(&session, output),
         other => runtime()?.block_on(ask(&session, other)),
     }
 }
@@ -332,6 +336,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         | Command::Check(_)
         | Command::Calibrate(_)
         | Command::Simulate(_)
+        | Command::Pki(_)
         | Command::Doctor(_)
         | Command::Init(_)
         | Command::Guard(_) => unreachable!("handled without the agent"),

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use rswap_pools::{Known, Member, Settings, Source, Wanted, cpu_list};
+use rswap_trust::Name;
 use rswap_types::{
     CpuSet,
     bounds::{optional_non_negative, optional_positive},
@@ -58,6 +59,9 @@ pub enum PoolKindConfig {
     Host {
         /// Where it takes migrations.
         host: SocketAddr,
+        /// The name that its certificate must have; not set: the pool's.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        certificate_name: Option<Name>,
         /// Money per core and hour.
         cost_per_core_hour: f64,
         /// Money per GiB of memory and hour.
@@ -89,6 +93,7 @@ struct RawPool {
     #[serde(default, deserialize_with = "absolute")]
     volumes: Option<PathBuf>,
     host: Option<SocketAddr>,
+    certificate_name: Option<Name>,
     #[serde(default, deserialize_with = "optional_non_negative")]
     cost_per_core_hour: Option<f64>,
     #[serde(default, deserialize_with = "optional_non_negative")]
@@ -159,6 +164,7 @@ impl RawPool {
             ("cores", self.cores.is_some()),
             ("memory_gib", self.memory_gib.is_some()),
             ("volumes", self.volumes.is_some()),
+            ("certificate_name", self.certificate_name.is_some()),
         ];
         match keys.iter().find(|(key, present)| *present && !allowed.contains(key)) {
             Some((key, _)) => Err(format!("pool {:?}: `{key}` does not belong to {what}", self.name)),
@@ -219,7 +225,14 @@ fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
 fn another_host(raw: &RawPool, host: SocketAddr) -> Result<PoolKindConfig, String> {
     raw.only(
         "another host",
-        &["cost_per_core_hour", "cost_per_gib_hour", "performance", "cores", "memory_gib"],
+        &[
+            "cost_per_core_hour",
+            "cost_per_gib_hour",
+            "performance",
+            "cores",
+            "memory_gib",
+            "certificate_name",
+        ],
     )?;
     let needed = |key: &str, value: Option<f64>| {
         value.ok_or_else(|| format!("pool {:?}: a host pool needs `{key}`: what the host offers", raw.name))
@@ -227,6 +240,7 @@ fn another_host(raw: &RawPool, host: SocketAddr) -> Result<PoolKindConfig, Strin
     let default = ThisHostConfig::default();
     Ok(PoolKindConfig::Host {
         host,
+        certificate_name: raw.certificate_name.clone(),
         cost_per_core_hour: raw.cost_per_core_hour.unwrap_or(default.cost_per_core_hour),
         cost_per_gib_hour: raw.cost_per_gib_hour.unwrap_or(default.cost_per_gib_hour),
         cores: needed("cores", raw.cores)?,

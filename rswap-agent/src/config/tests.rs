@@ -159,3 +159,37 @@ fn volumes_go_to_storage_pools_that_name_a_directory_in_them() {
     assert!(error(&pool("storage='/srv'\nvolumes='/elsewhere'")).contains("does not lie in its storage"));
     assert!(error(&pool("cpus='0'\nvolumes='/srv/rswap'")).contains("does not belong"));
 }
+
+#[test]
+fn links_are_secured_or_in_the_clear_and_never_half() {
+    let files = "ca = \"/c\"\ncertificate = \"/d\"\nkey = \"/k\"\n";
+    assert_eq!(parse("").unwrap().tls, TlsConfig::None);
+    assert_eq!(parse("[tls]\n").unwrap().tls, TlsConfig::None);
+    assert_eq!(parse("[tls]\ninsecure_clear_text = false\n").unwrap().tls, TlsConfig::None);
+    assert_eq!(parse("[tls]\ninsecure_clear_text = true\n").unwrap().tls, TlsConfig::ClearText);
+    let (ca, certificate, key) = ("/c".into(), "/d".into(), "/k".into());
+    let allow = Some(["a", "b"].map(|name| name.parse().unwrap()).into());
+    let secured = parse(&format!("[tls]\n{files}allow = [\"b\", \"a\"]\n")).unwrap().tls;
+    assert_eq!(secured, TlsConfig::Files { ca, certificate, key, allow });
+    for wrong in [
+        "ca = \"/c\"\n",
+        "ca = \"/c\"\ncertificate = \"/d\"\n",
+        "allow = [\"a\"]\n",
+        &format!("{files}insecure_clear_text = true\n"),
+        &format!("{files}allow = [\"no name\"]\n"),
+        &format!("{files}allowed = [\"a\"]\n"),
+        "allow = []\ninsecure_clear_text = true\n",
+    ] {
+        assert!(error(&format!("[tls]\n{wrong}")).contains("tls"), "{wrong}");
+    }
+}
+
+#[test]
+fn only_other_hosts_have_a_certificate_name() {
+    let host = "[[pool]]\nname = \"b\"\nhost = \"10.0.0.2:7791\"\ncores = 4\nmemory_gib = 8\n";
+    let named = parse(&format!("{host}certificate_name = \"b.example.org\"\n")).unwrap();
+    let PoolKindConfig::Host { certificate_name, .. } = &named.pools[0].kind else { panic!("no host") };
+    assert_eq!(certificate_name.as_ref().map(|name| name.as_str()), Some("b.example.org"));
+    let slow = "[[pool]]\nname = \"slow\"\ncpus = \"0\"\ncertificate_name = \"b\"\n";
+    assert!(error(slow).contains("`certificate_name` does not belong to"), "{}", error(slow));
+}

@@ -266,8 +266,12 @@ proptest! {
 
 fn journal_file() -> Vec<u8> {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    let particulars =
-        Particulars { instance: instance(), peer: Some(([10, 0, 0, 1], 7791).into()), volumes: Vec::new() };
+    let particulars = Particulars {
+        instance: instance(),
+        peer: Some(([10, 0, 0, 1], 7791).into()),
+        peer_name: Some("b".parse().unwrap()),
+        volumes: Vec::new(),
+    };
     let particulars = particulars.to_bytes().expect("plain data");
     let journal = Journal::begin(directory.path(), MigrationId(1), SourceState::Begun, &particulars);
     std::fs::read(journal.expect("a journal").path()).expect("its file")

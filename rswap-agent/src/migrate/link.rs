@@ -2,22 +2,28 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
+
+use rswap_trust::Channel;
 
 /// A peer that says nothing for so long is taken for dead.
 pub const SILENCE: Duration = Duration::from_secs(10);
 
+/// How long, and how much, a caller that was refused may still send: what is closed with bytes that nobody has read is reset,
+/// and the reset would overtake the reason.
+const LINGER: (Duration, u64) = (Duration::from_millis(500), 64 << 10);
+
 /// A TCP connection on which no single wait is longer than [`SILENCE`], and none goes past a deadline.
 #[derive(Debug)]
-pub struct Link {
+pub struct Timed {
     stream: TcpStream,
     deadline: Instant,
 }
 
-impl Link {
-    /// Connects to the agent at `address`.
+impl Timed {
+    /// Connects to `address`.
     pub fn connect(address: SocketAddr, deadline: Instant) -> io::Result<Self> {
         let limit = left(deadline)?;
         Self::new(TcpStream::connect_timeout(&address, limit)?, deadline)
@@ -29,9 +35,67 @@ impl Link {
         Ok(Self { stream, deadline })
     }
 
+    /// Closes it so that the peer can read what was said last.
+    pub(super) fn linger(&mut self) {
+        let (limit, bytes) = LINGER;
+        self.deadline = Instant::now() + limit;
+        let _ = self.stream.shutdown(Shutdown::Write);
+        let _ = io::copy(&mut self.take(bytes), &mut io::sink());
+    }
+}
+
+/// A connection to another agent.
+#[derive(Debug)]
+pub enum Link {
+    /// As it is.
+    Clear(Timed),
+    /// With TLS.
+    Secure(Box<Channel<Timed>>),
+}
+
+impl Link {
     /// Nothing waits past this moment.
     pub fn set_deadline(&mut self, deadline: Instant) {
-        self.deadline = deadline;
+        match self {
+            Self::Clear(timed) => timed.deadline = deadline,
+            Self::Secure(channel) => channel.stream_mut().deadline = deadline,
+        }
+    }
+
+    /// Closes it so that the peer can read what was said last.
+    pub fn linger(&mut self) {
+        match self {
+            Self::Clear(timed) => timed.linger(),
+            Self::Secure(channel) => {
+                channel.close();
+                channel.stream_mut().linger();
+            }
+        }
+    }
+}
+
+impl Read for Link {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Clear(timed) => timed.read(buf),
+            Self::Secure(channel) => channel.read(buf),
+        }
+    }
+}
+
+impl Write for Link {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Clear(timed) => timed.write(data),
+            Self::Secure(channel) => channel.write(data),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Clear(timed) => timed.flush(),
+            Self::Secure(channel) => channel.flush(),
+        }
     }
 }
 
@@ -44,14 +108,14 @@ fn left(deadline: Instant) -> io::Result<Duration> {
     Ok(left.min(SILENCE))
 }
 
-impl Read for Link {
+impl Read for Timed {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.stream.set_read_timeout(Some(left(self.deadline)?))?;
         self.stream.read(buf)
     }
 }
 
-impl Write for Link {
+impl Write for Timed {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.stream.set_write_timeout(Some(left(self.deadline)?))?;
         self.stream.write(data)
@@ -78,7 +142,7 @@ mod tests {
             }
         });
         let began = Instant::now();
-        let mut link = Link::connect(address, began + Duration::from_millis(300)).expect("a connection");
+        let mut link = Timed::connect(address, began + Duration::from_millis(300)).expect("a connection");
         let error = link.read_exact(&mut [0; 4096]).expect_err("it waited for ever");
         assert!(matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{error}");
         assert!(began.elapsed() >= Duration::from_millis(300));

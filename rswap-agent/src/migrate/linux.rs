@@ -1,7 +1,7 @@
 //! Both ends of a migration on this host: over TCP, with real instances.
 
 use std::{
-    net::{SocketAddr, TcpStream},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -12,6 +12,7 @@ use super::{
     journal::{self, Journal, MigrationId},
     ledger::Ledger,
     link::{Link, SILENCE},
+    links::Links,
     linux_destination::{LinuxDestination, Reception},
     linux_source::{LinuxSource, Uplink},
     offer::{FileDigests, Objection, Requirements, available_memory_bytes},
@@ -78,46 +79,51 @@ pub fn send(
     let mut task =
         LinuxSource::new(instance.clone(), uplink, places, chosen, volumes, end).map_err(failed)?;
     let deadline = Instant::now() + Duration::from_secs(config.deadline_s);
-    let mut stream = Link::connect(host, deadline.min(Instant::now() + SILENCE)).map_err(link)?;
+    let links = &recovery.links;
+    let until = deadline.min(Instant::now() + SILENCE);
+    let (mut stream, peer) = links.dial(host, None, until).map_err(link)?;
     stream.set_deadline(deadline);
-    let particulars = Particulars { instance: instance.clone(), peer: Some(host), volumes: Vec::new() }
-        .to_bytes()
-        .map_err(failed)?;
+    let particulars = Particulars {
+        instance: instance.clone(),
+        peer: Some(host),
+        peer_name: peer.clone(),
+        volumes: Vec::new(),
+    };
+    let particulars = particulars.to_bytes().map_err(failed)?;
     let id = MigrationId::random()
         .map_err(|source| MigrateError::Journal { path: "/dev/urandom".into(), source })?;
     tracing::info!(%id, instance = %instance.name, %host, "migrating");
     let path = journal::path::<SourceState>(journals, id);
     task.guard_by(Guard::start(place, instance, path, config.freeze_limit()).map_err(failed)?);
     let mut journal = Journal::begin(journals, id, SourceState::Begun, &particulars)?;
-    let mut ask = |id| recovery::ask_within(host, id, ASK_AT_ONCE);
+    let mut ask = |id| recovery::ask_within(links, host, peer.as_ref(), id, ASK_AT_ONCE);
     let cache_bytes = config.cache_bytes.or_else(|| Some(available_memory_bytes().ok()? / CACHE_PART));
     let config = &MigrateConfig { cache_bytes, ..config.clone() };
     source::run(stream, &mut task, config, &mut journal, &mut ask, on_progress)
 }
 
-/// Serves whoever is at the other end of `stream`: takes the instance that it offers, or answers its question. Blocks.
+/// Serves the agent at the other end of `stream`: takes the instance that it offers, or answers its question. Blocks.
 ///
 /// `place_for` is asked for a place among the arrivals when an instance is offered; `arrived` is told when it runs.
 pub fn receive<P>(
     place: &Place,
     ledger: &Ledger,
-    stream: TcpStream,
+    stream: &mut Link,
     deadline_s: u64,
     place_for: impl FnOnce() -> Option<P>,
     arrived: &mut dyn FnMut(&Instance),
 ) -> Result<(), MigrateError> {
-    let taking = |source| MigrateError::Link { doing: "taking a connection", source };
-    let mut stream = Link::new(stream, Instant::now() + PROBING).map_err(taking)?;
+    stream.set_deadline(Instant::now() + PROBING);
     let mut task = LinuxDestination::new(HostReception { place: place.clone(), arrived });
-    let Opening::Offer { id, requirements } = destination::greet(&mut stream, &mut task, ledger)? else {
+    let Opening::Offer { id, requirements } = destination::greet(stream, &mut task, ledger)? else {
         return Ok(());
     };
     let Some(_place) = place_for() else {
-        destination::turn_away(&mut stream, "too many migrations arrive here at the moment: try again");
+        destination::turn_away(stream, "too many migrations arrive here at the moment: try again");
         return Err(MigrateError::Peer { doing: "offering", reason: "turned away: too many arrive".into() });
     };
     stream.set_deadline(Instant::now() + Duration::from_secs(deadline_s) + SILENCE);
-    destination::run(&mut stream, &mut task, ledger, id, &requirements)
+    destination::run(stream, &mut task, ledger, id, &requirements)
 }
 
 /// Which processors the threads of an instance chose, if it was moved between sets of cores.
@@ -145,7 +151,12 @@ fn files_of(place: &Place, instance: &Instance) -> Result<(Places, SourceVolumes
 }
 
 /// What the agent at `host` would refuse of `instance`. Nothing is made there, and nothing is touched here.
-pub fn ask(place: &Place, instance: &Instance, host: SocketAddr) -> Result<Vec<Objection>, MigrateError> {
+pub fn ask(
+    place: &Place,
+    links: &Links,
+    instance: &Instance,
+    host: SocketAddr,
+) -> Result<Vec<Objection>, MigrateError> {
     let failed = |source| MigrateError::Task { doing: "looking at the instance", source };
     let link = |source| MigrateError::Link { doing: "connecting to the destination", source };
     let members = tree::members(instance).map_err(|error| failed(error.into()))?;
@@ -154,7 +165,7 @@ pub fn ask(place: &Place, instance: &Instance, host: SocketAddr) -> Result<Vec<O
     let mut digests = FileDigests::new(places);
     let requirements = Requirements::of(instance, &living, &mut digests, &volumes).map_err(failed)?;
     let requirements = postcard::to_stdvec(&requirements).map_err(|error| failed(error.into()))?;
-    let stream = Link::connect(host, Instant::now() + PROBING).map_err(link)?;
+    let (stream, _) = links.dial(host, None, Instant::now() + PROBING).map_err(link)?;
     probe::ask(stream, &requirements)
 }
 

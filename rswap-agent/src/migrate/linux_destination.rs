@@ -282,7 +282,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         self.main_pid = requirements.main_pid;
         self.same_kernel = HostTraits::here()?.boot_id == requirements.host.boot_id;
         self.compared = requirements.files;
-        Particulars { instance, peer: None, volumes }.to_bytes()
+        Particulars { instance, peer: None, peer_name: None, volumes }.to_bytes()
     }
 
     fn begin(&mut self) -> Result<(), TaskError> {

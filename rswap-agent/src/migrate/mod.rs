@@ -27,6 +27,7 @@ pub mod guard;
 pub mod journal;
 pub mod ledger;
 pub mod link;
+pub mod links;
 pub mod linux;
 pub mod linux_destination;
 pub mod linux_source;

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rswap_trust::Name;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -20,6 +21,7 @@ use super::{
     journal::{self, Entry, Journal, MigrationId},
     ledger::Ledger,
     link::Link,
+    links::Links,
     linux,
     resolve::Inquiry,
     rules::{self, Arrears, DestinationState, Duty, Fate, SourceState, Verdict},
@@ -48,6 +50,9 @@ pub struct Particulars {
     pub instance: Instance,
     /// Where it goes to, in the source's journal.
     pub peer: Option<SocketAddr>,
+    /// Who was there: nobody else is asked. Not known of links in the clear.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_name: Option<Name>,
     /// Where its volumes were built and where they go, in the destination's.
     #[serde(default)]
     pub volumes: Vec<(PathBuf, PathBuf)>,
@@ -106,11 +111,17 @@ pub fn refuse_if_in_doubt(journals: &Path, name: &InstanceName) -> Result<(), Mi
 }
 
 /// Asks the agent at `peer` what became of `id`, again and again, `limit` at most.
-pub fn ask_within(peer: SocketAddr, id: MigrationId, limit: Duration) -> Result<Fate, MigrateError> {
+pub fn ask_within(
+    links: &Links,
+    peer: SocketAddr,
+    name: Option<&Name>,
+    id: MigrationId,
+    limit: Duration,
+) -> Result<Fate, MigrateError> {
     let deadline = Instant::now() + limit;
     let mut pause = Duration::from_millis(50);
     loop {
-        match converse(peer, |inquiry| inquiry.fate(id)) {
+        match converse(links, peer, name, |inquiry| inquiry.fate(id)) {
             Err(error) if Instant::now() + pause < deadline => {
                 tracing::debug!(%id, %error, "asked in vain");
                 std::thread::sleep(pause);
@@ -122,11 +133,13 @@ pub fn ask_within(peer: SocketAddr, id: MigrationId, limit: Duration) -> Result<
 }
 
 fn converse<T>(
+    links: &Links,
     peer: SocketAddr,
+    name: Option<&Name>,
     talk: impl FnOnce(&mut Inquiry<Link>) -> Result<T, MigrateError>,
 ) -> Result<T, MigrateError> {
     let link = |source| MigrateError::Link { doing: "connecting to the destination", source };
-    let stream = Link::connect(peer, Instant::now() + CONVERSATION).map_err(link)?;
+    let (stream, _) = links.dial(peer, name, Instant::now() + CONVERSATION).map_err(link)?;
     talk(&mut Inquiry::begin(stream)?)
 }
 
@@ -145,6 +158,8 @@ pub enum Decision {
 pub struct Recovery {
     /// Where the host's instances are.
     pub place: Place,
+    /// How other hosts are spoken to.
+    pub links: Links,
     directory: PathBuf,
     /// Arrivals that were committed and could not be let run yet.
     owed: Vec<Entry<DestinationState>>,
@@ -154,8 +169,8 @@ pub struct Recovery {
 
 impl Recovery {
     /// For `place`, by the journals in `directory`.
-    pub fn new(place: Place, directory: PathBuf) -> Self {
-        Self { place, directory, owed: Vec::new(), again: BTreeMap::new() }
+    pub fn new(place: Place, links: Links, directory: PathBuf) -> Self {
+        Self { place, links, directory, owed: Vec::new(), again: BTreeMap::new() }
     }
 
     /// Where the journals are.
@@ -256,13 +271,13 @@ impl Recovery {
     }
 
     fn duty(&self, journal: &mut Journal<SourceState>, particulars: &Particulars) -> Result<(), TaskError> {
-        let Particulars { instance, peer, .. } = particulars;
+        let Particulars { instance, peer, peer_name, .. } = particulars;
         let id = journal.id();
         match rules::source_duty(journal.state()) {
             Duty::Thaw => self.go_on(journal, particulars),
             Duty::Ask => {
                 let peer = peer.ok_or("the journal does not say whom to ask")?;
-                let fate = converse(peer, |inquiry| inquiry.fate(id))?;
+                let fate = converse(&self.links, peer, peer_name.as_ref(), |inquiry| inquiry.fate(id))?;
                 tracing::warn!(%id, instance = %instance.name, ?fate, "the destination has answered");
                 match rules::on_fate(fate) {
                     Verdict::Remove => self.remove(instance)?,
@@ -285,7 +300,8 @@ impl Recovery {
     fn tell(&self, journal: &mut Journal<SourceState>, particulars: &Particulars) -> Result<(), TaskError> {
         let id = journal.id();
         if let Some(peer) = particulars.peer {
-            converse(peer, |inquiry| inquiry.settle(id))?;
+            let name = particulars.peer_name.as_ref();
+            converse(&self.links, peer, name, |inquiry| inquiry.settle(id))?;
         }
         journal.finish();
         Ok(())

@@ -120,6 +120,19 @@ impl Tag {
     }
 }
 
+/// The first byte of a TLS record says what it is (RFC 8446, section 5.1); no tag of ours is one of these.
+const TLS_ALERT: u8 = 21;
+const TLS_HANDSHAKE: u8 = 22;
+
+fn speaks_tls(tag: u8) -> &'static str {
+    match tag {
+        TLS_ALERT | TLS_HANDSHAKE => {
+            ": it speaks TLS, and this host does not (set tls.ca, tls.certificate and tls.key)"
+        }
+        _ => "",
+    }
+}
+
 /// Why bytes are not a frame.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
@@ -127,7 +140,7 @@ pub enum WireError {
     #[error("the link")]
     Io(#[from] io::Error),
     /// There is no such tag.
-    #[error("unknown tag {0}")]
+    #[error("unknown tag {0}{hint}", hint = speaks_tls(*.0))]
     Tag(u8),
     /// The frame says that it is longer than its kind may be.
     #[error("a {tag:?} frame of {len} bytes, at most {limit} are allowed")]

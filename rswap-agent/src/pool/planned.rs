@@ -130,8 +130,15 @@ fn core_set(pool: &LocalPool, performance: f64) -> Option<Pool> {
 }
 
 fn another_host(pool: &PoolConfig) -> Option<Pool> {
-    let PoolKindConfig::Host { host, cost_per_core_hour, cost_per_gib_hour, cores, memory_gib, performance } =
-        &pool.kind
+    let PoolKindConfig::Host {
+        host,
+        cost_per_core_hour,
+        cost_per_gib_hour,
+        cores,
+        memory_gib,
+        performance,
+        ..
+    } = &pool.kind
     else {
         return None;
     };

@@ -47,7 +47,7 @@ pub enum Needed {
 /// What was found, or how it was missed.
 type Finding = Result<String, String>;
 
-fn feature(name: &str, finding: Finding, cost_of_lack: &str) -> Feature {
+pub(crate) fn feature(name: &str, finding: Finding, cost_of_lack: &str) -> Feature {
     let (present, detail) = match finding {
         Ok(detail) => (true, detail),
         Err(detail) => (false, detail),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     forecast::{Demand, Kin},
     instance::{Instance, InstanceName},
+    migrate::links::LinksView,
     plan::{Decision, Plan, VolumeView},
     pool::{Inventory, Pool},
     profile::{ProbeStatus, Profile, ProgramCost},
@@ -161,6 +162,8 @@ pub struct BoardState {
     pub windows: u64,
     /// How long the last window's work took the agent, in microseconds: its own cost.
     pub last_window_work_us: u64,
+    /// How links to other hosts are secured.
+    pub links: Option<LinksView>,
     /// The profiler's probes.
     pub probes: Vec<ProbeStatus>,
     /// What its programs cost.

@@ -93,6 +93,7 @@ async fn status(State(board): State<Board>) -> Response {
         "migrations_failed": board.migrations_failed,
         "swaps_done": board.swaps_done,
         "swaps_failed": board.swaps_failed,
+        "links": board.links,
         "probes": board.probes,
         "programs": board.programs,
     }))

@@ -40,6 +40,9 @@ struct Cli {
     /// Only the cases whose name contains this text
     #[arg(long)]
     only: Option<String>,
+    /// Without TLS between the hosts, to see what it costs
+    #[arg(long)]
+    clear_text: bool,
     /// Where the result goes
     #[arg(long, default_value = "target/rswap/bench-migrate.json")]
     output: PathBuf,
@@ -77,8 +80,8 @@ struct Case {
 }
 
 fn main() -> anyhow::Result<()> {
-    let Cli { runs, only, output } = Cli::parse();
-    cases::measure(CASES, only.as_deref(), &output, |program| run(program, runs), table)
+    let Cli { runs, only, clear_text, output } = Cli::parse();
+    cases::measure(CASES, only.as_deref(), &output, |program| run(program, runs, clear_text), table)
 }
 
 /// What one move came to.
@@ -87,10 +90,11 @@ struct Move {
     seen: Seen,
 }
 
-fn run(program: Program, runs: usize) -> anyhow::Result<Case> {
+fn run(program: Program, runs: usize, clear_text: bool) -> anyhow::Result<Case> {
     let mut fleet = Fleet::new()?;
     // A stop that is too long is a figure here, and no reason to give up.
-    let options = HostOptions { max_unavailability_ms: 2000, ..HostOptions::default() };
+    let more = if clear_text { "[tls]\ninsecure_clear_text = true\n" } else { "" }.to_owned();
+    let options = HostOptions { max_unavailability_ms: 2000, more, ..HostOptions::default() };
     let (a, b) = (fleet.host("a", &options)?, fleet.host("b", &options)?);
     let net = ["--net".to_owned(), format!("{SERVER}/24")];
     let net = [net[0].as_str(), net[1].as_str()];

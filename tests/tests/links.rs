@@ -1,0 +1,396 @@
+//! Links between agents: who is not an agent of the fleet, under the name that is expected, gets nothing and is told why, at both
+//! ends; whatever it does, the next right one succeeds. (Those that have a host's key, and lie: `hostile_peer.rs`.)
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context, ensure};
+use fastrand::Rng;
+use rswap_tests::{
+    Fleet, Host, HostOptions, binary,
+    fleet::{files_in, pki},
+    heartbeat,
+    mangle::bytes,
+    moves, reason_to_skip, wait_for,
+};
+use rswap_trust::{Authority, Files, Role, Validity};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(30);
+const HOUR: Duration = Duration::from_secs(3600);
+const NAME: &str = "memcheck";
+
+/// Two hosts, each of which knows the other by name, and a program that checks itself at the first.
+struct Scene {
+    // Dropped in this order: the hosts live in the fleet's network.
+    a: Host,
+    b: Host,
+    log: PathBuf,
+    fleet: Fleet,
+}
+
+impl Scene {
+    fn set() -> anyhow::Result<Self> {
+        let mut fleet = Fleet::new()?;
+        let known = |name: &str, number: u8, allow: &str| -> anyhow::Result<HostOptions> {
+            let own = if name == "a" { "b" } else { "a" };
+            let Files { ca, certificate, key } = fleet.issue(own, &[])?;
+            let more = format!(
+                "[tls]\nca = {ca:?}\ncertificate = {certificate:?}\nkey = {key:?}\nallow = {allow}\n\n\
+                 [[pool]]\nname = {name:?}\nhost = \"10.88.0.{number}:7791\"\ncores = 1\nmemory_gib = 1\n"
+            );
+            Ok(HostOptions { more, max_unavailability_ms: 10_000, ..HostOptions::default() })
+        };
+        let (for_a, for_b) = (known("b", 2, "[\"b\"]")?, known("a", 1, "[\"a\"]")?);
+        let (a, b) = (fleet.host("a", &for_a)?, fleet.host("b", &for_b)?);
+        let (memcheck, log) = (binary("memcheck")?, fleet.scratch().join("memcheck.log"));
+        let command = [&*memcheck.to_string_lossy(), &log.to_string_lossy(), "1", "8", "2"];
+        a.run(NAME, &[], &command)?;
+        a.wait_for_instance(NAME)?;
+        Ok(Self { a, b, log, fleet })
+    }
+
+    /// What `host` says since there were `before` bytes of its log.
+    fn said(host: &Host, before: usize, words: &str) -> anyhow::Result<()> {
+        wait_for(&format!("{words:?} in the log"), LIMIT, || {
+            Ok(host.log()?.get(before..).is_some_and(|log| log.contains(words)).then_some(()))
+        })
+    }
+
+    /// A try to move it to `to` that fails: the source says `here`, and the log of `at` says `there`.
+    fn is_refused(&self, to: &str, here: &str, at: &Host, there: &str) -> anyhow::Result<()> {
+        let before = at.log()?.len();
+        let reason = self.a.migrate(NAME, to)?.end()?;
+        let reason = reason.err().with_context(|| format!("it was moved, and {here:?} was due"))?;
+        println!("{reason}");
+        ensure!(reason.contains(here), "{here:?} was due, not {reason:?}");
+        Self::said(at, before, there)?;
+        self.nothing_was_touched()
+    }
+
+    fn nothing_was_touched(&self) -> anyhow::Result<()> {
+        ensure!(self.a.has_instance(NAME)?, "it is not listed at its host");
+        ensure!(!self.b.has_processes()?, "something of it is at the other host");
+        ensure!(!self.b.has_instance(NAME)?, "it is listed at the other host");
+        ensure!(self.b.open_journals()?.is_empty(), "{:?}", self.b.open_journals()?);
+        heartbeat::wait_for_more(&self.log, 2, 1)
+    }
+
+    /// There and back, by the names of the pools.
+    fn moves(&self) -> anyhow::Result<()> {
+        for (from, name, to) in [(&self.a, "b", &self.b), (&self.b, "a", &self.a)] {
+            from.migrate(NAME, name)?.succeed()?;
+            to.wait_for_instance(NAME)?;
+            ensure!(!from.has_processes()?, "two copies run");
+            heartbeat::wait_for_more(&self.log, 2, 1)?;
+        }
+        Ok(())
+    }
+
+    /// A certificate of this fleet's authority, or of another of the same trust domain.
+    fn certificate(&self, name: &str, role: Role, valid: Validity, other: bool) -> anyhow::Result<Files> {
+        let authority = match other {
+            false => Authority::open(&self.fleet.authority())?,
+            true => {
+                let at = self.fleet.scratch().join("other");
+                if !at.exists() {
+                    pki(&["init", &at.to_string_lossy()])?;
+                }
+                Authority::open(&at)?
+            }
+        };
+        let to = self.fleet.scratch().join("tls").join(format!("wrong-{name}"));
+        authority.issue(&name.parse()?, role, valid, &to, true)?;
+        Ok(files_in(&to))
+    }
+}
+
+/// From and until, in hours from now.
+fn hours(from: i32, until: i32) -> Validity {
+    let moment = |hours: i32| match u32::try_from(hours) {
+        Ok(later) => SystemTime::now() + HOUR * later,
+        Err(_) => SystemTime::now() - HOUR * hours.unsigned_abs(),
+    };
+    Validity { from: moment(from), until: moment(until) }
+}
+
+/// Puts a copy of `from` into the place of `to`, as a careful person does: whole, or not at all.
+fn put(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let unready = to.with_extension("unready");
+    fs::copy(from, &unready).with_context(|| format!("cannot copy {}", from.display()))?;
+    Ok(fs::rename(unready, to)?)
+}
+
+/// Gives `host` another certificate; what it trusts stays as it is.
+fn show(host: &Host, files: &Files) -> anyhow::Result<()> {
+    put(&files.key, &host.files().key)?;
+    put(&files.certificate, &host.files().certificate)
+}
+
+#[test]
+fn whoever_has_the_wrong_certificate_is_refused_at_both_ends_and_told_why() -> anyhow::Result<()> {
+    if reason_to_skip("whoever_has_the_wrong_certificate_is_refused_at_both_ends_and_told_why").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let right = scene.fleet.scratch().join("right");
+    fs::create_dir(&right)?;
+    let kept = |host: &Host, name: &str| -> anyhow::Result<Files> {
+        let at = right.join(name);
+        fs::create_dir(&at)?;
+        let (from, to) = (host.files(), files_in(&at));
+        for (from, to) in [(&from.ca, &to.ca), (&from.certificate, &to.certificate), (&from.key, &to.key)] {
+            put(from, to)?;
+        }
+        Ok(to)
+    };
+    let (right_a, right_b) = (kept(&scene.a, "a")?, kept(&scene.b, "b")?);
+    let now = || hours(-1, 1);
+    // What is wrong, what the end that shows it hears, and what the other says. Before anybody looks at a name, the chain has to
+    // be right.
+    let wrong = [
+        (
+            "c",
+            Role::Agent,
+            now(),
+            false,
+            "its role or its name is not allowed there",
+            "spiffe://fleet/agent/c, and not",
+        ),
+        (
+            "x",
+            Role::Operator,
+            now(),
+            false,
+            "its role or its name is not allowed there",
+            "its role is operator, and agent",
+        ),
+        ("x", Role::Controller, now(), false, "its role or its name", "its role is controller, and agent"),
+        (
+            "x",
+            Role::Agent,
+            now(),
+            true,
+            "not issued by an authority that is trusted there",
+            "was not issued by an authority",
+        ),
+        ("x", Role::Agent, hours(-3, -1), false, "it has expired there", "has expired"),
+        ("x", Role::Agent, hours(1, 3), false, "is not valid yet", "is not valid yet"),
+    ];
+    for (name, role, valid, other, shows, says) in wrong {
+        let files = scene.certificate(name, role, valid, other)?;
+        // Whoever calls.
+        show(&scene.a, &files)?;
+        scene.is_refused("b", shows, &scene.b, says)?;
+        show(&scene.a, &right_a)?;
+        // Whoever is called.
+        show(&scene.b, &files)?;
+        scene.is_refused("b", says, &scene.b, shows)?;
+        let asked = scene.a.call(&["check", NAME, "b"]).err().context("it was asked all the same")?;
+        ensure!(format!("{asked:#}").contains(says), "{asked:#}");
+        show(&scene.b, &right_b)?;
+    }
+    // The right name at another address than the one that it is known by is right; another host at this one is not.
+    scene.moves()
+}
+
+#[test]
+fn clear_text_goes_to_nobody_and_is_taken_from_nobody() -> anyhow::Result<()> {
+    if reason_to_skip("clear_text_goes_to_nobody_and_is_taken_from_nobody").is_some() {
+        return Ok(());
+    }
+    let mut scene = Scene::set()?;
+    // Without a word about TLS, an agent doesn't start where others could reach it.
+    let bare = HostOptions { more: "[tls]\n".into(), ..HostOptions::default() };
+    let error = scene.fleet.host("bare", &bare).err().context("it takes migrations in the clear")?;
+    let said = format!("{error:#}");
+    ensure!(said.contains("tls.certificate") && said.contains("tls.insecure_clear_text"), "{said}");
+
+    let open = HostOptions { more: "[tls]\ninsecure_clear_text = true\n".into(), ..HostOptions::default() };
+    let open = scene.fleet.host("open", &open)?;
+    // It says so wherever somebody looks.
+    Scene::said(&open, 0, "neither encrypted nor authenticated")?;
+    let status: Value = open.get("/v1/status")?;
+    ensure!(status["links"]["security"] == "clear_text", "{status}");
+    ensure!(open.call(&["doctor"])?.contains("neither encrypted nor authenticated"));
+    let status: Value = scene.a.get("/v1/status")?;
+    ensure!(status["links"]["security"] == "tls", "{status}");
+    ensure!(status["links"]["identity"] == "spiffe://fleet/agent/a", "{status}");
+    ensure!(scene.a.call(&["doctor"])?.contains("spiffe://fleet/agent/a"));
+
+    // From TLS to clear text.
+    scene.is_refused(
+        &open.migrate_address(),
+        "speaks no TLS",
+        &open,
+        "it speaks TLS, and this host does not",
+    )?;
+    ensure!(!open.has_processes()?, "something of it is at the host in the clear");
+    // From clear text to TLS.
+    open.run("other", &[], &["sleep", "1000"])?;
+    open.wait_for_instance("other")?;
+    let before = scene.b.log()?.len();
+    let reason = open.migrate("other", &scene.b.migrate_address())?.end()?;
+    let reason = reason.err().context("it was taken in the clear")?;
+    ensure!(reason.contains("it speaks TLS, and this host does not"), "{reason}");
+    Scene::said(&scene.b, before, "speaks no TLS")?;
+    scene.nothing_was_touched()?;
+    scene.moves()
+}
+
+/// Passes on what comes in `netns` of the source, and keeps what the source says.
+fn recorder(source: &Host, destination: SocketAddr) -> anyhow::Result<(String, Arc<Mutex<Vec<u8>>>)> {
+    let kept = Arc::new(Mutex::new(Vec::new()));
+    let keep = kept.clone();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    source.netns().spawn("recorder", move || {
+        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        sender.send(listener.local_addr()?.to_string())?;
+        let (mut from, _) = listener.accept()?;
+        let mut to = TcpStream::connect(destination)?;
+        let (mut back_from, mut back_to) = (to.try_clone()?, from.try_clone()?);
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut back_from, &mut back_to);
+            let _ = back_to.shutdown(std::net::Shutdown::Write);
+        });
+        let mut buffer = [0; 64 << 10];
+        loop {
+            let length = from.read(&mut buffer)?;
+            if length == 0 {
+                return Ok(());
+            }
+            keep.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..length]);
+            to.write_all(&buffer[..length])?;
+        }
+    })?;
+    Ok((receiver.recv_timeout(LIMIT)?, kept))
+}
+
+#[test]
+fn strangers_cost_time_and_keep_nobody_out() -> anyhow::Result<()> {
+    if reason_to_skip("strangers_cost_time_and_keep_nobody_out").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let destination: SocketAddr = scene.b.migrate_address().parse()?;
+
+    // A whole migration, recorded on the way, and said again.
+    let (address, kept) = recorder(&scene.a, destination)?;
+    scene.a.migrate(NAME, &address)?.succeed()?;
+    scene.b.migrate(NAME, "a")?.succeed()?;
+    let recorded = kept.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    ensure!(recorded.len() > 1 << 20, "little was recorded: {} bytes", recorded.len());
+    let before = scene.b.log()?.len();
+    let replay = scene.fleet.client.spawn("replay", move || {
+        let mut stream = TcpStream::connect(destination)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        // It may be cut off before it has said all.
+        let _ = stream.write_all(&recorded);
+        Ok(stream.read_to_end(&mut Vec::new()).is_ok())
+    })?;
+    drop(replay.join().map_err(|_| anyhow::anyhow!("the replay panicked"))?);
+    Scene::said(&scene.b, before, "can't be decrypted")?;
+    scene.nothing_was_touched()?;
+
+    // Garbage, and what is almost the beginning of a handshake.
+    let before = scene.b.log()?.len();
+    let garbage = scene.fleet.client.spawn("garbage", move || {
+        for seed in 0..60 {
+            let mut random = Rng::with_seed(seed);
+            let mut stream = TcpStream::connect(destination)?;
+            stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+            let length = random.usize(1..70_000);
+            let mut said = bytes(&mut random, length);
+            if seed % 2 == 0 {
+                // A handshake record, and in it a ClientHello that says that it is longer than any.
+                let head = [22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff, 3, 3];
+                let length = head.len().min(said.len());
+                said[..length].copy_from_slice(&head[..length]);
+            }
+            let _ = stream.write_all(&said);
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let _ = stream.read_to_end(&mut Vec::new());
+        }
+        Ok(())
+    })?;
+    garbage.join().map_err(|_| anyhow::anyhow!("the garbage panicked"))??;
+    Scene::said(&scene.b, before, "a caller was turned away")?;
+    scene.nothing_was_touched()?;
+
+    // Slow ones, more than are listened to: the right one comes through while they are at it.
+    let before = scene.b.log()?.len();
+    let slow = scene.fleet.client.spawn("slow handshakes", move || {
+        let began = Instant::now();
+        let mut streams = (0..40).map(|_| TcpStream::connect(destination)).collect::<Result<Vec<_>, _>>()?;
+        let mut drops =
+            [22_u8, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3].into_iter().chain(std::iter::repeat(0));
+        while began.elapsed() < Duration::from_secs(8) {
+            let next = drops.next().unwrap_or_default();
+            for stream in &mut streams {
+                let _ = stream.write_all(&[next]);
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(streams.len())
+    })?;
+    Scene::said(&scene.b, before, "too many have not shown who they are")?;
+    scene.moves()?;
+    Scene::said(&scene.b, before, "the TLS handshake was not done within 5 s")?;
+    slow.join().map_err(|_| anyhow::anyhow!("the slow ones panicked"))??;
+    scene.nothing_was_touched()?;
+    scene.moves()
+}
+
+#[test]
+fn certificates_are_rotated_while_an_instance_moves_there_and_back() -> anyhow::Result<()> {
+    if reason_to_skip("certificates_are_rotated_while_an_instance_moves_there_and_back").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let authority = scene.fleet.authority();
+    let at = authority.to_string_lossy().into_owned();
+    let agents = [scene.a.agent_pid(), scene.b.agent_pid()];
+    let of_the_old = scene.certificate("a", Role::Agent, hours(-1, 1), false)?;
+    let bring = |host: &Host| put(&authority.join("ca.pem"), &host.files().ca);
+    scene.moves()?;
+    pki(&["rotate", &at])?;
+    ensure!(pki(&["rotate", &at]).is_err(), "a second rotation began in the first");
+    // In each state in which a person may leave it.
+    for host in [&scene.a, &scene.b] {
+        bring(host)?;
+        scene.moves()?;
+    }
+    for name in ["a", "b"] {
+        scene.fleet.issue(name, &[])?;
+        scene.moves()?;
+    }
+    pki(&["rotate", &at, "--finish"])?;
+    for host in [&scene.a, &scene.b] {
+        bring(host)?;
+        scene.moves()?;
+    }
+    // What the old key has signed is worth nothing.
+    let right = scene.fleet.scratch().join("right");
+    fs::create_dir(&right)?;
+    let new = files_in(&right);
+    put(&scene.a.files().key, &new.key)?;
+    put(&scene.a.files().certificate, &new.certificate)?;
+    show(&scene.a, &of_the_old)?;
+    scene.is_refused(
+        "b",
+        "not issued by an authority that is trusted there",
+        &scene.b,
+        "was not issued by",
+    )?;
+    show(&scene.a, &new)?;
+    moves::moved(NAME, &scene.a, &scene.b)?;
+    heartbeat::wait_for_progress(&scene.log)?;
+    ensure!([scene.a.agent_pid(), scene.b.agent_pid()] == agents, "an agent was started anew");
+    Ok(())
+}
