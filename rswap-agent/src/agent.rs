@@ -46,7 +46,7 @@ use wiring::Wiring;
 
 use crate::{
     config::{Config, Mode},
-    control::{self, ControlError},
+    control::{self, Audit, ControlError, Gate},
     instance::{InstanceError, launch::Place, registry::Registry},
     migrate::{
         journal,
@@ -180,7 +180,12 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     });
 
     let listener = status::bind(config.agent.status_address).await?;
-    let socket = control::bind(&config.agent.control_socket).await?;
+    let audit_log = config.control.audit_log.clone();
+    let audit_log = audit_log.unwrap_or_else(|| config.agent.state_dir.join("audit.jsonl"));
+    let audit = Audit::open(audit_log, config.control.audit_kib << 10);
+    let audit = audit.map_err(failed("open control.audit_log"))?;
+    let gate = Gate::new(config.control.grants.clone(), audit);
+    let socket = control::bind(&config.agent.control_socket, gate.is_open()).await?;
     let (stop, stopped) = watch::channel(false);
     let stopping = |mut stopped: watch::Receiver<bool>| async move {
         // An error says that the sender is gone: that is the end as well.
@@ -211,7 +216,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     // Before anybody can ask: an empty answer would mean that nothing runs here.
     wiring.refresh();
     let serving_status = tokio::spawn(status::serve(listener, board.clone(), stopping(stopped.clone())));
-    let serving_control = tokio::spawn(control::serve(socket, board, sender, stopping(stopped)));
+    let serving_control = tokio::spawn(control::serve(socket, board, sender, gate, stopping(stopped)));
     tracing::info!(
         host = config.agent.host,
         mode = ?config.agent.mode,

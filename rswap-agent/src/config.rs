@@ -11,10 +11,12 @@ use std::{
 use rswap_types::bounds::{non_negative, optional_positive, positive, positive_integer, positive_u32, share};
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
+mod control;
 mod memory;
 mod pools;
 mod tls;
 
+pub use control::{ControlConfig, Grant, Right};
 pub use memory::MemoryConfig;
 pub use pools::{PoolConfig, PoolKindConfig, VolumePool, settings, volume_pool};
 pub use tls::TlsConfig;
@@ -59,6 +61,8 @@ pub enum ConfigError {
 pub struct Config {
     /// The agent itself.
     pub agent: AgentConfig,
+    /// Who may call the agent.
+    pub control: ControlConfig,
     /// Where instances are plugged in.
     pub network: NetworkConfig,
     /// Files of instances.

@@ -193,3 +193,23 @@ fn only_other_hosts_have_a_certificate_name() {
     let slow = "[[pool]]\nname = \"slow\"\ncpus = \"0\"\ncertificate_name = \"b\"\n";
     assert!(error(slow).contains("`certificate_name` does not belong to"), "{}", error(slow));
 }
+
+#[test]
+fn a_grant_is_of_a_user_or_of_a_group() {
+    let grant = |text: &str| format!("[[control.grant]]\n{text}");
+    let config =
+        parse(&(grant("uid = 7\nright = \"read\"\n") + &grant("gid = 8\nright = \"operate\"\n"))).unwrap();
+    let grants = [Grant::User { uid: 7, right: Right::Read }, Grant::Group { gid: 8, right: Right::Operate }];
+    assert_eq!(config.control.grants, grants);
+    for wrong in [
+        "right = \"read\"\n",
+        "uid = 7\n",
+        "uid = 7\ngid = 8\nright = \"read\"\n",
+        "uid = -1\nright = \"read\"\n",
+        "uid = 7\nright = \"all\"\n",
+        "uid = 7\nname = \"x\"\nright = \"read\"\n",
+    ] {
+        assert!(error(&grant(wrong)).contains("control.grant"), "{wrong}");
+    }
+    assert!(error("[control]\naudit_kib = 0\n").contains("control.audit_kib"));
+}

@@ -1,10 +1,13 @@
 //! The agent's mutating calls, over a unix socket, and the client that the command line uses.
 //!
-//! The socket is the authentication: its mode is 0600, so only its owner (root) can open it. Calls become
+//! The kernel says who calls: root, and those that the configuration names ([`Gate`]); without such, the socket's mode is 0600.
+//! Each changing call is written down ([`Audit`]). Calls become
 //! [`Command`]s for the wiring, each with a way to answer; a migration answers with a stream of
 //! [`MigrateEvent`]s, one JSON object per line. A caller that goes away doesn't stop a migration.
 
+mod audit;
 pub mod client;
+mod gate;
 mod routes;
 
 use std::{
@@ -29,6 +32,8 @@ use crate::{
     status::{ApiError, Board, MigrationProgress, MigrationReport},
     swap::storage::{StorageProgress, StorageReport},
 };
+pub use audit::Audit;
+pub use gate::Gate;
 pub use routes::router;
 
 /// Body of `POST /v1/swap`.
@@ -237,8 +242,8 @@ impl Drop for SocketFile {
     }
 }
 
-/// Makes the control socket, for its owner only. A socket that a dead agent left behind is replaced.
-pub async fn bind(path: &Path) -> Result<ControlSocket, ControlError> {
+/// Makes the control socket: for its owner only, or (`open`) for everybody, of whom a [`Gate`] takes some. A socket that a dead agent left behind is replaced.
+pub async fn bind(path: &Path, open: bool) -> Result<ControlSocket, ControlError> {
     let failed = |action| move |source| ControlError::Socket { action, path: path.to_owned(), source };
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).map_err(failed("create the directory"))?;
@@ -256,7 +261,8 @@ pub async fn bind(path: &Path) -> Result<ControlSocket, ControlError> {
     let unready = PathBuf::from(unready);
     let _ = std::fs::remove_file(&unready);
     let listener = UnixListener::bind(&unready).map_err(failed("listen"))?;
-    std::fs::set_permissions(&unready, Permissions::from_mode(0o600)).map_err(failed("set mode 0600"))?;
+    let mode = if open { 0o666 } else { 0o600 };
+    std::fs::set_permissions(&unready, Permissions::from_mode(mode)).map_err(failed("set the mode"))?;
     std::fs::rename(&unready, path).map_err(failed("put the socket in place"))?;
     Ok(ControlSocket { listener, file: SocketFile(path.to_owned()) })
 }
@@ -266,10 +272,12 @@ pub async fn serve(
     socket: ControlSocket,
     board: Board,
     commands: mpsc::Sender<Command>,
+    gate: Gate,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let ControlSocket { listener, file } = socket;
-    let served = axum::serve(listener, router(board, commands)).with_graceful_shutdown(stop).await;
+    let routes = gate.before(router(board, commands)).into_make_service_with_connect_info::<gate::Caller>();
+    let served = axum::serve(listener, routes).with_graceful_shutdown(stop).await;
     drop(file);
     served
 }

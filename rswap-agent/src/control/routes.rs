@@ -23,6 +23,8 @@ use crate::{
     status::{self, ApiError, Board},
 };
 
+const LEARN: &str = "/v1/learn";
+
 type Commands = mpsc::Sender<Command>;
 
 /// Requests are a few names; more is a mistake.
@@ -33,6 +35,11 @@ const LESSONS_LIMIT_BYTES: usize = 64 << 20;
 
 /// Progress events that wait for a slow reader; more are dropped by the wiring.
 const EVENTS_WAITING: usize = 64;
+
+/// How long the body of `call` may be.
+pub(super) fn body_limit(call: &str) -> usize {
+    if call == LEARN { LESSONS_LIMIT_BYTES } else { BODY_LIMIT_BYTES }
+}
 
 /// The read-only routes over `board`, and the mutating ones over `commands`.
 pub fn router(board: Board, commands: Commands) -> Router {
@@ -45,9 +52,7 @@ pub fn router(board: Board, commands: Commands) -> Router {
         .route("/v1/recover", post(recover))
         .route("/v1/drain", post(drain))
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
-        .merge(
-            Router::new().route("/v1/learn", post(learn)).layer(DefaultBodyLimit::max(LESSONS_LIMIT_BYTES)),
-        )
+        .merge(Router::new().route(LEARN, post(learn)).layer(DefaultBodyLimit::max(LESSONS_LIMIT_BYTES)))
         .with_state(commands);
     status::router(board).merge(mutating)
 }

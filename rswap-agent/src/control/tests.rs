@@ -15,8 +15,10 @@ async fn served() -> Served {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("run/control.sock");
     let (sender, commands) = mpsc::channel(4);
-    let socket = bind(&path).await.unwrap();
-    tokio::spawn(serve(socket, Board::default(), sender, std::future::pending()));
+    let socket = bind(&path, false).await.unwrap();
+    let audit = Audit::open(directory.path().join("audit.jsonl"), 1 << 20).unwrap();
+    let gate = Gate::new(Vec::new(), audit);
+    tokio::spawn(serve(socket, Board::default(), sender, gate, std::future::pending()));
     Served { client: Client::new(Target::Socket(path)), commands, directory }
 }
 
@@ -25,7 +27,7 @@ async fn the_socket_is_its_owners_only() {
     let served = served().await;
     let path = served.directory.path().join("run/control.sock");
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    assert!(matches!(bind(&path).await.unwrap_err(), ControlError::InUse(_)));
+    assert!(matches!(bind(&path, false).await.unwrap_err(), ControlError::InUse(_)));
     let status: serde_json::Value = served.client.get("/v1/status").await.unwrap();
     assert_eq!(status["instances"], 0);
 }
@@ -35,10 +37,10 @@ async fn replaces_a_dead_agents_socket_and_nothing_else() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    drop(bind(&path).await.unwrap());
+    drop(bind(&path, false).await.unwrap());
     assert!(!path.exists());
     std::fs::write(&path, "mine").unwrap();
-    assert!(matches!(bind(&path).await.unwrap_err(), ControlError::NotASocket(_)));
+    assert!(matches!(bind(&path, false).await.unwrap_err(), ControlError::NotASocket(_)));
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
 }
 

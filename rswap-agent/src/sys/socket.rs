@@ -114,6 +114,19 @@ pub fn peer_credentials(socket: &OwnedFd) -> io::Result<(i32, u32, u32)> {
     Ok((i32::from_ne_bytes(word(0)), u32::from_ne_bytes(word(4)), u32::from_ne_bytes(word(8))))
 }
 
+/// The supplementary groups of whoever is connected (SO_PEERGROUPS).
+///
+/// # Errors
+/// As getsockopt(2).
+pub fn peer_groups(socket: &OwnedFd) -> io::Result<Vec<u32>> {
+    // More than anybody is in; who is in more has none here.
+    let bytes = option_bytes(socket, libc::SOL_SOCKET, libc::SO_PEERGROUPS, 4096 * size_of::<u32>())?;
+    Ok(bytes
+        .chunks_exact(4)
+        .map(|bytes| u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+        .collect())
+}
+
 /// Of the next `bytes` bytes at the `SO_PEEK_OFF` of a unix stream, which end where something ends that was sent at once: how many
 /// come before that last piece. `SO_PEEK_OFF` moves on behind them.
 ///
