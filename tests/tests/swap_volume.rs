@@ -53,6 +53,29 @@ fn descriptors_locks_mappings_and_deleted_files_are_re_homed() -> anyhow::Result
     Ok(())
 }
 
+/// Its blocks are shared, not copied; what changes afterwards changes in one of both.
+#[test]
+fn a_volume_that_stays_on_its_file_system_shares_its_blocks() -> anyhow::Result<()> {
+    if reason_to_skip("a_volume_that_stays_on_its_file_system_shares_its_blocks").is_some() {
+        return Ok(());
+    }
+    let disks = [Disk::with(FileSystem::Btrfs, OTHER_BYTES), Disk::with(FileSystem::Xfs, OTHER_BYTES)];
+    let scene = StorageScene::set_on(disks, 3000)?;
+    let bytes = 16_000_000;
+    scene.python("volume", &["0.005", &bytes.to_string()])?;
+    for pool in ["one", "two"] {
+        let copied = scene.moves(pool)?;
+        ensure!(copied.bytes_shared == 0 && copied.bytes_copied > bytes, "{copied:?}");
+        for _ in 0..2 {
+            let shared = scene.moves(pool)?;
+            println!("{} bytes copied, {} shared", shared.bytes_copied, shared.bytes_shared);
+            ensure!(shared.bytes_shared > bytes * 9 / 10, "{shared:?}");
+            ensure!(shared.bytes_copied < copied.bytes_copied / 2, "{shared:?}");
+        }
+    }
+    scene.nothing_is_left()
+}
+
 /// Also with writes that no time tells of, and that no page of the cache shows; on ext4, where the kernel tells what is written, and
 /// where files are read whole instead.
 #[test]

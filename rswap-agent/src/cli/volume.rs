@@ -54,7 +54,7 @@ fn line(progress: &StorageProgress) -> String {
 
 fn summary(request: &SwapVolumeRequest, report: &StorageReport) -> String {
     format!(
-        "{} of {} is in {} now ({}): moved in {:.0} ms, unavailable {:.1} ms, {} passes, {} copied, {} open files and \
+        "{} of {} is in {} now ({}): moved in {:.0} ms, unavailable {:.1} ms, {} passes, {} copied, {} shared, {} open files and \
          mappings re-homed",
         request.volume,
         request.instance,
@@ -64,6 +64,7 @@ fn summary(request: &SwapVolumeRequest, report: &StorageReport) -> String {
         report.unavailability_ms,
         report.passes,
         bytes(report.bytes_copied as f64),
+        bytes(report.bytes_shared as f64),
         report.rehomed,
     )
 }

@@ -102,6 +102,9 @@ pub struct StorageReport {
     pub passes: u32,
     /// Bytes that were written to the copy.
     pub bytes_copied: u64,
+    /// Bytes that the copy shares with the volume as it was: both were on one file system.
+    #[serde(default)]
+    pub bytes_shared: u64,
     /// Descriptions and mappings that were re-homed.
     pub rehomed: usize,
     /// Where the unavailability went: (step, milliseconds).

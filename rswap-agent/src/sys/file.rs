@@ -94,6 +94,24 @@ pub fn read_at(file: &File, buf: &mut [u8], at: u64) -> io::Result<usize> {
     Ok(got)
 }
 
+/// Has `to` share the blocks of `from` in this range, which is written back before (`FICLONERANGE`). Both change apart from each other
+/// afterwards.
+///
+/// # Errors
+/// Other than for what any write may fail: `EXDEV` if they are on two file systems, `EOPNOTSUPP` if theirs can't, `EINVAL` if it can't for
+/// these two files, or the range is not one of whole blocks.
+pub fn share(from: &File, range: Range<u64>, to: &File) -> io::Result<()> {
+    let wanted = libc::file_clone_range {
+        src_fd: from.as_raw_fd().into(),
+        src_offset: range.start,
+        src_length: range.end - range.start,
+        dest_offset: range.start,
+    };
+    // SAFETY: the kernel only reads what it is given the address of, which is there until the call returns.
+    super::check(unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &raw const wanted) }.into())
+        .map(|_| ())
+}
+
 /// Frees `len` bytes at `at`: they read as zeros afterwards.
 pub fn punch_hole(file: &File, at: u64, len: u64) -> io::Result<()> {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

@@ -24,7 +24,7 @@ use super::{
     blocks::{self, BLOCK, Blocks},
     digest,
     memory::Tmpfs,
-    record::{self, Record},
+    record::{self, Record, Shared},
     tree::{self, Attributes, Kind, NAMES, Tree},
 };
 use crate::sys::file;
@@ -49,6 +49,8 @@ pub struct BuiltVolume {
     complete: bool,
     /// Writing through is left to the caller.
     deferred: bool,
+    /// No block can be shared with where they come from.
+    apart: bool,
 }
 
 /// Where it is built.
@@ -100,7 +102,18 @@ impl BuiltVolume {
 
     fn of(home: Home, root: OwnedFd, inodes: OwnedFd) -> Self {
         let (files, fresh) = (BTreeMap::new(), BTreeSet::new());
-        Self { home, root, inodes, files, open: None, fresh, names: 0, complete: false, deferred: false }
+        Self {
+            home,
+            root,
+            inodes,
+            files,
+            open: None,
+            fresh,
+            names: 0,
+            complete: false,
+            deferred: false,
+            apart: false,
+        }
     }
 
     /// Where it can be mounted from already; of a tmpfs nowhere.
@@ -169,6 +182,53 @@ impl BuiltVolume {
                 write_through(&self.root)
             }
         }
+    }
+
+    /// Shares block `number` of a file of this host, which was read with this `hash`, instead of taking its contents. The block is a whole one,
+    /// and the file known.
+    pub fn share(&mut self, inode: u64, from: &File, number: u64, hash: u128) -> Result<Shared, VolumeError> {
+        if self.apart {
+            return Ok(Shared::Never);
+        }
+        let range = number * BLOCK..(number + 1) * BLOCK;
+        self.inside(inode, range.start, BLOCK)?;
+        let mut contents = Vec::new();
+        let file = self.file(inode)?;
+        match file::share(from, range.clone(), file) {
+            Ok(()) => {}
+            // Of two file systems; of one that can't; of one that knows of no such thing.
+            Err(error)
+                if [Errno::XDEV, Errno::OPNOTSUPP, Errno::NOTTY, Errno::NOSYS]
+                    .map(|errno| Some(errno.raw_os_error()))
+                    .contains(&error.raw_os_error()) =>
+            {
+                self.apart = true;
+                return Ok(Shared::Never);
+            }
+            // These two files can't; or it is shorter by now.
+            Err(error)
+                if [Errno::INVAL, Errno::PERM, Errno::TXTBSY]
+                    .map(|errno| Some(errno.raw_os_error()))
+                    .contains(&error.raw_os_error()) =>
+            {
+                return Ok(Shared::No);
+            }
+            Err(error) => return Err(VolumeError::io("sharing a block of", b"a file")(error)),
+        }
+        blocks::read(file, number, range.end, &mut contents)
+            .map_err(VolumeError::io("reading back", b"a file"))?;
+        if blocks::hash(&contents) != hash {
+            // It was written in between: what was read is sent, and what it is now by the next pass.
+            return Ok(Shared::No);
+        }
+        if let Some(built) = self.files.get_mut(&inode) {
+            match blocks::is_zero(&contents) {
+                true => drop(built.blocks.remove(&number)),
+                false => drop(built.blocks.insert(number, hash)),
+            }
+        }
+        self.fresh.remove(&number);
+        Ok(Shared::Yes)
     }
 
     /// The digest of what is there, read back from the disk's side; only when it is [finished](Self::finish).

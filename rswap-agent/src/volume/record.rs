@@ -1,6 +1,9 @@
 //! What a pass sends: records, some to a frame. A frame is the volume's number (u16) and records one after the other.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs::File,
+    time::{Duration, Instant},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -87,6 +90,20 @@ pub enum Record<'a> {
 /// Sends a frame.
 pub type Sender<'a> = dyn FnMut(&[u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> + 'a;
 
+/// What became of a block that was to be [shared](Frames::share).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// The copy has it.
+    Yes,
+    /// It has to be sent.
+    No,
+    /// It has to be sent, and so has every other one.
+    Never,
+}
+
+/// Has the copy share a block of a file: the file's number, the file, the block's number and its hash.
+pub type Sharer<'a> = dyn FnMut(u64, &File, u64, u128) -> Result<Shared, VolumeError> + 'a;
+
 /// Puts records into frames.
 pub struct Frames<'a> {
     volume: u16,
@@ -95,18 +112,56 @@ pub struct Frames<'a> {
     packs: bool,
     /// Bytes of contents, unpacked, since the beginning.
     pub contents_bytes: u64,
+    /// Bytes of contents that are shared, since the beginning.
+    pub shared_bytes: u64,
     send: &'a mut Sender<'a>,
+    sharer: Option<&'a mut Sharer<'a>>,
 }
 
 impl<'a> Frames<'a> {
     /// For the volume with this number.
     pub fn new(volume: u16, send: &'a mut Sender<'a>) -> Self {
-        Self { volume, buffer: Vec::new(), sent_at: Instant::now(), packs: true, contents_bytes: 0, send }
+        Self {
+            volume,
+            buffer: Vec::new(),
+            sent_at: Instant::now(),
+            packs: true,
+            contents_bytes: 0,
+            shared_bytes: 0,
+            send,
+            sharer: None,
+        }
     }
 
     /// For a volume that stays on this host: nothing is packed.
     pub fn unpacked(send: &'a mut Sender<'a>) -> Self {
         Self { packs: false, ..Self::new(0, send) }
+    }
+
+    /// Blocks need not be sent where the copy can share them.
+    pub fn with_sharer(self, sharer: &'a mut Sharer<'a>) -> Self {
+        Self { sharer: Some(sharer), ..self }
+    }
+
+    /// Has the copy share block `number` of a file, which has this hash, instead of sending it. Says whether it does.
+    pub fn share(&mut self, inode: u64, file: &File, number: u64, hash: u128) -> Result<bool, VolumeError> {
+        if self.sharer.is_none() {
+            return Ok(false);
+        }
+        // What the copy must know of the file.
+        if !self.buffer.is_empty() {
+            self.flush()?;
+        }
+        let shared = match &mut self.sharer {
+            Some(sharer) => sharer(inode, file, number, hash)?,
+            None => Shared::Never,
+        };
+        match shared {
+            Shared::Yes => self.shared_bytes += BLOCK,
+            Shared::No => {}
+            Shared::Never => self.sharer = None,
+        }
+        Ok(shared == Shared::Yes)
     }
 
     /// Adds a record.

@@ -294,7 +294,9 @@ impl SourceVolume {
             }
             let hash = blocks::hash(&contents);
             let earlier = before.remove(&number);
-            if earlier != Some(hash) {
+            // In the freeze it would have to wait for the disk.
+            let may_share = !last && holes.is_empty() && range.end - range.start == BLOCK;
+            if earlier != Some(hash) && !(may_share && frames.share(inode, &file, number, hash)?) {
                 for hole in holes.iter().filter(|_| earlier.is_some()) {
                     let (offset, length) = (hole.start, hole.end - hole.start);
                     frames.put(&Record::Hole { inode, offset, length })?;

@@ -1,7 +1,9 @@
 //! A volume's copy: made in passes while the instance runs, completed while it stands still.
 
 use std::{
+    cell::RefCell,
     collections::BTreeSet,
+    fs::File,
     path::Path,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -33,6 +35,7 @@ pub(super) struct Copy {
     pub(super) built: BuiltVolume,
     pub(super) passes: u32,
     pub(super) bytes: u64,
+    pub(super) shared_bytes: u64,
     /// Begins to watch what is written.
     log: Option<JoinHandle<Result<Watched, String>>>,
 }
@@ -77,7 +80,7 @@ impl Copy {
                 free_inodes,
             });
         }
-        Ok(Self { source, built: BuiltVolume::make(built)?, passes: 0, bytes: 0, log })
+        Ok(Self { source, built: BuiltVolume::make(built)?, passes: 0, bytes: 0, shared_bytes: 0, log })
     }
 
     /// Passes, until one was short enough for the freeze.
@@ -150,15 +153,23 @@ impl Copy {
         on_frame: &mut dyn FnMut() -> Result<(), Box<dyn std::error::Error + Send + Sync>>,
     ) -> Result<(), StorageError> {
         let mapped = mapped(volume, pids);
-        let built = &mut self.built;
+        // Both write to it, one after the other.
+        let built = RefCell::new(&mut self.built);
+        let on_frame = RefCell::new(on_frame);
         let mut send = |frame: &[u8]| {
             let (_, records) = record::parse(frame)?;
-            records.into_iter().try_for_each(|record| built.take(record))?;
-            on_frame()
+            records.into_iter().try_for_each(|record| built.borrow_mut().take(record))?;
+            (*on_frame.borrow_mut())()
         };
-        let mut frames = Frames::unpacked(&mut send);
+        let mut share = |inode, file: &File, number, hash| {
+            let shared = built.borrow_mut().share(inode, file, number, hash)?;
+            (*on_frame.borrow_mut())().map_err(VolumeError::Send)?;
+            Ok(shared)
+        };
+        let mut frames = Frames::unpacked(&mut send).with_sharer(&mut share);
         self.source.pass(last, &mapped, &mut frames)?;
         self.bytes += frames.contents_bytes;
+        self.shared_bytes += frames.shared_bytes;
         self.passes += 1;
         Ok(())
     }

@@ -97,6 +97,7 @@ pub(super) fn run(
         unavailability_ms,
         passes: copy.passes,
         bytes_copied: copy.bytes,
+        bytes_shared: copy.shared_bytes,
         rehomed: plan.descriptions.len() + plan.mappings.len() + plan.working.len(),
         freeze_steps_ms: steps.list,
         digest: format!("{digest:032x}"),
