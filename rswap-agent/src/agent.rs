@@ -17,6 +17,7 @@ mod cold;
 mod commands;
 mod drain;
 mod endings;
+mod fleet;
 mod incoming;
 mod kin;
 pub(crate) mod learnt;
@@ -210,7 +211,10 @@ async fn serve(config: Config) -> Result<(), AgentError> {
         });
         started.join().map_err(|_| failed("recover")(io::Error::other("the recovery panicked")))
     })?;
-    let mut wiring = Wiring::new(config.clone(), registry, board.clone(), ended_sender, recovery.clone());
+    let (answered_sender, mut answered) = mpsc::unbounded_channel();
+    let wiring =
+        Wiring::new(config.clone(), registry, board.clone(), ended_sender, recovery.clone(), answered_sender);
+    let mut wiring = wiring.map_err(failed("open what is kept for the controller (controller.spool)"))?;
     let owing = ledger.clone();
     std::thread::spawn(move || recover_for_ever(recovery, &owing));
     // Before anybody can ask: an empty answer would mean that nothing runs here.
@@ -238,6 +242,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
             _ = windows.tick() => wiring.window(UnixMillis::now()),
             Some(command) = commands.recv() => wiring.command(command),
             Some(end) = ended.recv() => wiring.move_ended(end),
+            Some(answer) = answered.recv() => wiring.answered(answer),
             Some(_instance) = arrived.recv() => wiring.refresh(),
             connected = accept(arrivals.as_ref()) => match connected {
                 Ok((stream, from)) => incoming.accept(stream, from),

@@ -12,11 +12,13 @@ use rswap_types::bounds::{non_negative, optional_positive, positive, positive_in
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 mod control;
+mod fleet;
 mod memory;
 mod pools;
 mod tls;
 
 pub use control::{ControlConfig, Grant, Right};
+pub use fleet::{ControllerConfig, FleetConfig};
 pub use memory::MemoryConfig;
 pub use pools::{PoolConfig, PoolKindConfig, VolumePool, settings, volume_pool};
 pub use tls::TlsConfig;
@@ -71,6 +73,10 @@ pub struct Config {
     pub record: RecordConfig,
     /// What is learnt of instances, and from whom.
     pub learnt: LearntConfig,
+    /// The fleet's controller, and what is kept for it.
+    pub controller: ControllerConfig,
+    /// What `rswap controller` is.
+    pub fleet: FleetConfig,
     /// Live migration.
     pub migrate: MigrateConfig,
     /// Links to other hosts.

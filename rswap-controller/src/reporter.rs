@@ -54,7 +54,7 @@ pub struct Answered {
 /// The way to the thread that reports. It ends when this is dropped.
 #[derive(Debug)]
 pub struct Reporter {
-    outgoing: std::sync::mpsc::SyncSender<Outgoing>,
+    outgoing: std::sync::mpsc::Sender<Outgoing>,
 }
 
 impl Reporter {
@@ -71,28 +71,27 @@ impl Reporter {
     ) -> io::Result<Self> {
         let mut sender =
             Sender { connect, spool: Spool::open(directory, most_bytes)?, answered, reached: true };
-        // One may wait while another is being sent.
-        let (outgoing, incoming) = std::sync::mpsc::sync_channel::<Outgoing>(1);
+        let (outgoing, incoming) = std::sync::mpsc::channel::<Outgoing>();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         thread::spawn(move || {
-            while let Ok(next) = incoming.recv() {
+            while let Ok(mut next) = incoming.recv() {
+                // What came while a call took its time is kept before anything is sent.
+                sender.keep(next.report.clone());
+                while let Ok(later) = incoming.try_recv() {
+                    sender.keep(later.report.clone());
+                    next = later;
+                }
                 runtime.block_on(sender.send(next));
             }
         });
         Ok(Self { outgoing })
     }
 
-    /// Hands over a report, unless the thread is busy: then what it has would have to wait, and the caller keeps it for later.
-    ///
-    /// # Errors
-    ///
-    /// What was handed over, if it was not taken.
-    pub fn report(&self, next: Outgoing) -> Result<(), Box<Outgoing>> {
-        self.outgoing.try_send(next).map_err(|error| match error {
-            std::sync::mpsc::TrySendError::Full(next) | std::sync::mpsc::TrySendError::Disconnected(next) => {
-                Box::new(next)
-            }
-        })
+    /// Hands over a report; it is kept as soon as the thread gets to it.
+    pub fn report(&self, next: Outgoing) {
+        if self.outgoing.send(next).is_err() {
+            tracing::error!("the thread that reports has ended: see above");
+        }
     }
 }
 
@@ -105,11 +104,14 @@ struct Sender {
 }
 
 impl Sender {
-    async fn send(&mut self, next: Outgoing) {
-        let Outgoing { report, lessons, knows, leads } = next;
+    fn keep(&mut self, report: Report) {
         if let Err(error) = self.spool.push(report) {
             tracing::error!(%error, "a report could not be kept (controller.spool): it is lost");
         }
+    }
+
+    async fn send(&mut self, next: Outgoing) {
+        let Outgoing { report: _, lessons, knows, leads } = next;
         let mut batch = BATCH;
         while !self.spool.is_empty() {
             let reports = self.spool.oldest(batch, BATCH_BYTES);

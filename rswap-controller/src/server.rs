@@ -32,6 +32,8 @@ use crate::{
     writer::{self, Writer},
 };
 
+/// Hosts that a decision names at most.
+const MOST_CANDIDATES: u32 = 4;
 /// How often old history is dropped.
 const TRIM_EVERY: Duration = Duration::from_secs(60);
 /// How often the plan's thread looks whether it is to end.
@@ -210,7 +212,10 @@ impl Controller {
 
     /// Plans and trims until it is told to stop.
     fn rounds(&self) {
-        let mut planner = FleetPlanner::new(self.settings.plan.clone(), self.settings.interval_ms);
+        // Of a hundred thousand instances, each candidate more is a hundred MB.
+        let candidates_kept = self.settings.plan.candidates_kept.min(MOST_CANDIDATES);
+        let plan = PlanConfig { candidates_kept, ..self.settings.plan.clone() };
+        let mut planner = FleetPlanner::new(plan, self.settings.interval_ms);
         let (mut planned, mut trimmed) = (Instant::now(), Instant::now());
         let every = Duration::from_millis(self.settings.plan_every_ms);
         while !self.stopping.load(Ordering::Acquire) {
@@ -241,10 +246,15 @@ impl Controller {
             planner.look(&state.inventory, &drained, now)
         });
         // The longest part: reports go on meanwhile.
-        let plan = planner.decide(&scene);
+        let mut plan = planner.decide(&scene);
+        drop(scene);
         self.with_state(|state| {
             if self.settings.acts {
                 planner.order(&plan, &state.inventory, &mut state.book, now);
+            }
+            for decision in plan.decisions.iter_mut().filter(|decision| !decision.moves()) {
+                decision.left_out += decision.candidates.len().saturating_sub(1);
+                decision.candidates.truncate(1);
             }
             state.plan = plan;
         });

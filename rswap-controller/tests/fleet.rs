@@ -71,10 +71,13 @@ async fn what_is_acknowledged_counts_once_and_outlives_the_controller() {
     for _ in 0..3 {
         assert_eq!(running.report(&first).await.unwrap().stored, 1);
     }
-    let fourth = Report { sequence: 4, ..report("a", 1, vec![instance("x")]) };
+    let fourth = Report { sequence: 4, ..report("a", 1, vec![instance("x"), instance("y")]) };
     assert_eq!(running.report(&envelope(vec![fourth])).await.unwrap().stored, 4);
+    assert_eq!(running.report(&first).await.unwrap().stored, 1);
+    let names = running.get("/v1/instances").await;
+    assert_eq!(names.as_array().unwrap().len(), 2, "how it was does not come back: {names}");
     let hosts = running.get("/v1/hosts").await;
-    assert_eq!(hosts[0]["reports"], json!({ "taken": 2, "skipped": 2, "repeated": 2 }), "{hosts}");
+    assert_eq!(hosts[0]["reports"], json!({ "taken": 2, "skipped": 2, "repeated": 3 }), "{hosts}");
     let hours = "/v1/history?instance=x&tier=2";
     let before = running.get(hours).await;
     assert_eq!(before[0]["used"]["cpu"], json!({ "windows": 20, "mean": 0.5, "most": 0.5 }), "{before}");
@@ -85,7 +88,7 @@ async fn what_is_acknowledged_counts_once_and_outlives_the_controller() {
     assert_eq!(running.get(hours).await, before);
     assert_eq!(running.report(&first).await.unwrap().stored, 1);
     assert_eq!(running.get(hours).await, before, "it came again");
-    let unknown = call::<Value>(&running.address, "/v1/history?instance=y", None).await.unwrap_err();
+    let unknown = call::<Value>(&running.address, "/v1/history?instance=z", None).await.unwrap_err();
     assert!(matches!(unknown, LinkError::Refused { status: 404, .. }), "{unknown}");
     running.stop().await;
 }
@@ -257,6 +260,13 @@ async fn a_drained_host_is_told_and_emptied_and_may_be_used_again() {
     assert_eq!(running.report(&done).await.unwrap().orders, []);
     // Whom a person at the host drains later is left alone.
     assert_eq!(running.report(&a(PoolState::Draining, vec![])).await.unwrap().orders, []);
+    drain(false).await.unwrap();
+    running.stop().await;
+    let running = Running::start(directory.path()).await;
+    let hosts = running.get("/v1/hosts").await;
+    let drained =
+        hosts.as_array().unwrap().iter().map(|host| (host["host"].clone(), host["drained"].clone()));
+    assert_eq!(drained.collect::<Vec<_>>(), [(json!("a"), json!(true)), (json!("b"), json!(false))]);
     running.stop().await;
 }
 

@@ -59,6 +59,9 @@ pub struct PlanConfig {
     /// Volumes that may be on their way to one storage pool at once.
     #[serde(deserialize_with = "positive_u32")]
     pub volume_moves_per_pool: u32,
+    /// Pools that a decision names at most, the best first: of a fleet of a thousand hosts, some are enough to explain it.
+    #[serde(deserialize_with = "positive_u32")]
+    pub candidates_kept: u32,
     /// Moves that may be on their way to one host at once.
     #[serde(deserialize_with = "positive_u32")]
     pub moves_per_host: u32,
@@ -93,6 +96,7 @@ impl Default for PlanConfig {
             cost_per_gib_copied: 0.0001,
             copy_bytes_per_s: 50e6,
             volume_moves_per_pool: 1,
+            candidates_kept: 16,
             moves_per_host: 4,
             moves_per_link: 6,
             moves_per_hour: 120,

@@ -11,9 +11,6 @@ use crate::{
     score,
 };
 
-/// Candidates that a decision keeps: of a fleet of a thousand hosts, the best are enough to explain it.
-const KEPT: usize = 16;
-
 /// Finds the best pools, in order, and says how many others there are.
 pub(super) type Rank = fn(&Ranking<'_, '_, '_>) -> (Vec<Candidate>, usize);
 
@@ -34,6 +31,7 @@ pub(super) struct Ranking<'a, 'r, 'v> {
 
 /// The best pools but the present one, in order, and how many others there are.
 pub(super) fn best(ranking: &Ranking<'_, '_, '_>) -> (Vec<Candidate>, usize) {
+    let kept = ranking.round.config.candidates_kept as usize;
     let (mut possible, mut dropped) = (Vec::new(), Vec::new());
     let mut way = ranking.over(ranking.round.config.link_bytes_per_s);
     for index in ranking.others() {
@@ -45,16 +43,16 @@ pub(super) fn best(ranking: &Ranking<'_, '_, '_>) -> (Vec<Candidate>, usize) {
             dropped.push(index);
         }
     }
-    let left_out = (possible.len() + dropped.len()).saturating_sub(KEPT);
-    ranking.keep(&mut possible, KEPT);
+    let left_out = (possible.len() + dropped.len()).saturating_sub(kept);
+    ranking.keep(&mut possible, kept);
     // Who is out of the question is ranked only where too few others are there to be shown.
-    if possible.len() < KEPT {
+    if possible.len() < kept {
         let mut total = |index: usize| {
             let (cores, _) = ranking.ledger.available(index, ranking.own);
             ranking.total(index, cores, ranking.way(index, &mut way))
         };
         let mut rest: Vec<_> = dropped.into_iter().map(|index| (total(index), index)).collect();
-        ranking.keep(&mut rest, KEPT - possible.len());
+        ranking.keep(&mut rest, kept - possible.len());
         possible.append(&mut rest);
     }
     let explained = possible.iter().map(|&(_, index)| ranking.explain(index).candidate(ranking.round.pools));
@@ -131,7 +129,8 @@ pub(super) fn plainly(ranking: &Ranking<'_, '_, '_>) -> (Vec<Candidate>, usize) 
         let dropped = a.dropped.is_some().cmp(&b.dropped.is_some());
         dropped.then(a.total.total_cmp(&b.total)).then_with(|| a.pool.cmp(&b.pool))
     });
-    let left_out = all.len().saturating_sub(KEPT);
-    all.truncate(KEPT);
+    let kept = ranking.round.config.candidates_kept as usize;
+    let left_out = all.len().saturating_sub(kept);
+    all.truncate(kept);
     (all, left_out)
 }

@@ -13,6 +13,7 @@
 pub mod bench;
 pub mod client;
 pub mod cold;
+pub mod controller;
 pub mod converse;
 pub mod fleet;
 pub mod foreign;

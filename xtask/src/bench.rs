@@ -23,6 +23,12 @@ pub(crate) enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// A controller on one core with 2,000 agents of 50 instances each
+    Fleet {
+        /// Passed on to the benchmark: `--agents N`, `--seconds N`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// One round of planning a fleet of up to 10,000 instances on 1,000 hosts
     Plan,
     /// What a swap on one host costs: volumes of 100 MB and 1 GB between disks, 1000 threads between core sets
@@ -53,6 +59,7 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
             need_root("the benchmark makes network namespaces and cgroups, and runs two agents in them")?;
             measure("bench_migrate", arguments)
         }
+        Bench::Fleet { arguments } => measure("bench_fleet", arguments),
         Bench::Plan => measure("bench_plan", &[]),
         Bench::Swap { arguments } => {
             need_root("the benchmark makes network namespaces, cgroups and loop devices, and runs an agent")?;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use rswap_fleet::LinkMeasured;
 use tokio::sync::mpsc;
 
 use super::{
@@ -58,6 +59,20 @@ impl Wiring {
                 // For the planner it stays on its way, as long as the journal says so.
                 tracing::error!(%instance, to, %error, "in doubt: it stays frozen here");
             }
+        }
+        if let (Stake::Migration { .. }, Some(member)) = (&stake, &mut self.member) {
+            let measured = match &result {
+                Ok(Moved::Migration(report)) => {
+                    let address = super::host_address(&self.pools, &to).ok();
+                    address.map(|to| LinkMeasured { to, bytes_per_s: report.memory_bytes_per_s })
+                }
+                _ => None,
+            };
+            let error = match &result {
+                Ok(_) => None,
+                Err(Stayed::Here(error) | Stayed::InDoubt(error)) => Some(error.to_string()),
+            };
+            member.migrated(&instance, error, measured);
         }
         remembered::keep(&self.config, &self.planner);
         match stake {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     path::PathBuf,
     sync::{
         Arc,
@@ -11,10 +12,12 @@ use std::{
 };
 
 use axum::http::StatusCode;
+use rswap_controller::reporter::Answered;
 use tokio::sync::mpsc::{self, UnboundedSender};
 
 use super::{
     cold::Cold,
+    fleet::Membership,
     kin,
     learnt::Keeper,
     moves::{self, Ended, Order, Stake},
@@ -61,7 +64,9 @@ pub(super) struct Wiring {
     pub(super) stopping: Arc<AtomicBool>,
     profiler: Arc<Profiler>,
     recorder: Option<Recorder>,
-    forecaster: Forecaster,
+    pub(super) forecaster: Forecaster,
+    /// Where the configuration names a controller.
+    pub(super) member: Option<Membership>,
     keeper: Keeper,
     parts: Parts,
     windows: u64,
@@ -83,18 +88,20 @@ impl Wiring {
         board: Board,
         ended: UnboundedSender<Ended>,
         recovery: Recovery,
-    ) -> Self {
+        answered: UnboundedSender<Answered>,
+    ) -> io::Result<Self> {
         let profiler = Arc::new(Profiler::start(&config.profile));
         let watch = Watch::start(&config);
         let pools = super::drain::first(&config, &watch, &board);
         board.write(|board| board.probes = profiler.probes());
         let keeper = Keeper::new(&config.learnt);
-        let forecaster = keeper.forecaster(&config);
+        let mut forecaster = keeper.forecaster(&config);
+        let member = Membership::start(&config, &mut forecaster, answered)?;
         let planner = remembered::planner(&config, &registry);
         let recorder = Recorder::new(&config.record);
         let cold = Cold::start(&config.memory);
         let (known, moving, in_doubt, stopping) = Default::default();
-        Self {
+        Ok(Self {
             config,
             registry,
             board,
@@ -104,6 +111,7 @@ impl Wiring {
             profiler,
             recorder,
             forecaster,
+            member,
             keeper,
             parts: Parts::new(),
             windows: 0,
@@ -114,7 +122,7 @@ impl Wiring {
             moving,
             in_doubt,
             recovery,
-        }
+        })
     }
 
     /// Whether moves are under way.
@@ -140,6 +148,9 @@ impl Wiring {
                 let class = self.forecaster.kin(&profile.instance).map_or("", |kin| &kin.class);
                 recorder.window(profile, class, &usage);
             }
+            if let Some(member) = &mut self.member {
+                member.window(&profile.instance, &usage);
+            }
             self.forecaster.observe(&Observation { instance: &profile.instance, at: profile.at, usage });
         }
         self.windows += 1;
@@ -163,6 +174,7 @@ impl Wiring {
         if self.config.agent.mode == Mode::Act {
             self.act(&plan, now);
         }
+        self.report(&views, &pools, now);
         self.show(profiles, views, pools, plan, began);
     }
 
@@ -339,9 +351,12 @@ impl Wiring {
     /// Starts every move that would be late if it waited for the next window.
     fn act(&mut self, plan: &Plan, now: UnixMillis) {
         let next_window = UnixMillis(now.0 + self.config.agent.window_ms);
+        let by_fleet =
+            self.member.as_ref().is_some_and(|member| member.is_placed_by_fleet(&self.config, now));
         for decision in &plan.decisions {
             let Outcome::Move { to, start_by, .. } = &decision.outcome else { continue };
-            if *start_by > next_window {
+            let placed_by_fleet = decision.kind == MoveKind::Host && by_fleet;
+            if *start_by > next_window || placed_by_fleet {
                 continue;
             }
             let instance = decision.instance.clone();
@@ -449,7 +464,7 @@ impl Wiring {
         }
     }
 
-    fn start_migration(
+    pub(super) fn start_migration(
         &mut self,
         request: MigrateRequest,
         events: Option<mpsc::Sender<MigrateEvent>>,

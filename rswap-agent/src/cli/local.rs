@@ -91,12 +91,17 @@ pub(super) fn network_of(arguments: Vec<NetworkArgument>) -> anyhow::Result<Opti
 }
 
 pub(super) fn agent(config: Config) -> anyhow::Result<ExitCode> {
+    log();
+    agent::run(config)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a process in the foreground has to say goes to the standard error output.
+pub(super) fn log() {
     let filter = EnvFilter::try_from_env("RSWAP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     log.with_ansi(colours).init();
-    agent::run(config)?;
-    Ok(ExitCode::SUCCESS)
 }
 
 /// A status as the shell shows it; what doesn't fit is a failure.

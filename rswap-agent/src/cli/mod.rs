@@ -6,6 +6,7 @@
 mod calibrate;
 mod change;
 mod check;
+mod controller;
 mod forecast;
 mod labels;
 mod local;
@@ -50,6 +51,8 @@ struct Cli {
 enum Command {
     /// Run the agent, in the foreground
     Agent,
+    /// Run the controller of a fleet, in the foreground
+    Controller,
     /// Start a command as an instance; its exit status is the command's
     Run(RunArguments),
     /// Take over an existing cgroup v2 as an instance
@@ -307,6 +310,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let session = Session { client: Client::new(Target::Socket(socket)), config };
     match cli.command {
         Command::Agent => local::agent(session.config),
+        Command::Controller => controller::run(&session.config),
         Command::Run(arguments) => local::run(&session, arguments),
         Command::Check(arguments) => check::check(&session, &arguments),
         Command::Calibrate(arguments) => calibrate::calibrate(&session, &arguments),
@@ -332,6 +336,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Recover(arguments) => change::recover(&session.client, arguments).await?,
         Command::Migrate(arguments) => return migrate::migrate(&session.client, arguments).await,
         Command::Agent
+        | Command::Controller
         | Command::Run(_)
         | Command::Check(_)
         | Command::Calibrate(_)

@@ -1,0 +1,49 @@
+//! `rswap controller`: the controller of a fleet, until SIGTERM or SIGINT.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use nix::sys::signal::{SigSet, Signal};
+use rswap_controller::{Controller, Settings, Stores, serve_at};
+use rswap_store::Store;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::local;
+use crate::config::{Config, Mode};
+
+pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
+    local::log();
+    // Whoever started us may have blocked them for itself, and a blocked signal would never stop us.
+    let mut stops = SigSet::empty();
+    stops.add(Signal::SIGTERM);
+    stops.add(Signal::SIGINT);
+    stops.thread_unblock().context("cannot unblock SIGTERM and SIGINT")?;
+    let fleet = &config.fleet;
+    if let Some(directory) = fleet.file.parent() {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {} (fleet.file)", directory.display()))?;
+    }
+    let store = Store::open(&fleet.file, &fleet.tiers())?;
+    let settings = Settings {
+        acts: fleet.mode == Mode::Act,
+        interval_ms: fleet.report_every_ms,
+        plan_every_ms: fleet.plan_every_ms,
+        plan: config.plan.clone(),
+    };
+    let controller = Controller::new(Stores::from(store), settings)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
+        tracing::info!(listen = %fleet.listen, mode = ?fleet.mode, file = %fleet.file.display(), "rswap controls");
+        let stop = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        serve_at(controller, &fleet.listen, stop).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}

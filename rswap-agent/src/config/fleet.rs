@@ -1,0 +1,89 @@
+//! `[controller]`: where an agent reports; `[fleet]`: what a controller is.
+
+use std::path::PathBuf;
+
+use rswap_controller::Address;
+use rswap_fleet::amounts::Tier;
+use rswap_types::bounds::positive_integer;
+use serde::{Deserialize, Serialize};
+
+use super::Mode;
+
+/// `[controller]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ControllerConfig {
+    /// Where the fleet's controller is: `127.0.0.1:PORT`, `[::1]:PORT` or `unix:/PATH`. Not set: this agent is in no fleet.
+    pub address: Option<Address>,
+    /// How often it is reported to, in milliseconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub report_every_ms: u64,
+    /// Directory of what is kept for it: reports that it does not have yet, orders that were taken, what others have taught.
+    pub spool: PathBuf,
+    /// Reports take so much room at most, in MiB: past that, the oldest go.
+    #[serde(deserialize_with = "positive_integer")]
+    pub spool_mib: u64,
+}
+
+impl Default for ControllerConfig {
+    fn default() -> Self {
+        Self { address: None, report_every_ms: 10_000, spool: "/var/lib/rswap/spool".into(), spool_mib: 64 }
+    }
+}
+
+/// `[fleet]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FleetConfig {
+    /// Where agents come: `127.0.0.1:PORT`, `[::1]:PORT` or `unix:/PATH`.
+    pub listen: Address,
+    /// What is kept.
+    pub file: PathBuf,
+    /// Plan only, or give orders.
+    pub mode: Mode,
+    /// How often agents report, in milliseconds: who has not for three times as long is away.
+    #[serde(deserialize_with = "positive_integer")]
+    pub report_every_ms: u64,
+    /// How often it is planned, in milliseconds.
+    #[serde(deserialize_with = "positive_integer")]
+    pub plan_every_ms: u64,
+    /// How long history is kept with a row per report, in hours.
+    #[serde(deserialize_with = "positive_integer")]
+    pub reports_kept_h: u64,
+    /// How long with a row per minute, in hours.
+    #[serde(deserialize_with = "positive_integer")]
+    pub minutes_kept_h: u64,
+    /// How long with a row per hour, in hours.
+    #[serde(deserialize_with = "positive_integer")]
+    pub hours_kept_h: u64,
+}
+
+impl Default for FleetConfig {
+    fn default() -> Self {
+        let [reports, minutes, hours] = rswap_store::TIERS.map(|tier| tier.kept_ms / HOUR_MS);
+        Self {
+            listen: Address::Socket("/run/rswap/controller.sock".into()),
+            file: "/var/lib/rswap/fleet".into(),
+            mode: Mode::default(),
+            report_every_ms: 10_000,
+            plan_every_ms: 30_000,
+            reports_kept_h: reports,
+            minutes_kept_h: minutes,
+            hours_kept_h: hours,
+        }
+    }
+}
+
+const HOUR_MS: u64 = 3_600_000;
+
+impl FleetConfig {
+    /// The history's tiers, the finest first.
+    pub fn tiers(&self) -> [Tier; 3] {
+        let kept = [self.reports_kept_h, self.minutes_kept_h, self.hours_kept_h];
+        let mut tiers = rswap_store::TIERS;
+        for (tier, hours) in tiers.iter_mut().zip(kept) {
+            tier.kept_ms = hours.saturating_mul(HOUR_MS);
+        }
+        tiers
+    }
+}

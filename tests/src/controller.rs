@@ -1,0 +1,125 @@
+//! A controller of a fleet: a process of its own, reached over a unix socket, which all network namespaces share.
+
+use std::{
+    fs::{self, File},
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::Context;
+use rswap_controller::{Address, link};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::{binary, wait_for};
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// The process. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct Controller {
+    directory: PathBuf,
+    child: Option<Child>,
+}
+
+impl Controller {
+    /// Starts one in `directory`, and waits until it answers; `fleet` are further keys of `[fleet]`, and sections after it.
+    pub fn start(directory: &Path, fleet: &str) -> anyhow::Result<Self> {
+        fs::create_dir_all(directory)?;
+        let mut controller = Self { directory: directory.to_owned(), child: None };
+        let (listen, file) = (controller.address().to_string(), directory.join("fleet"));
+        let text = format!("[fleet]\nlisten = {listen:?}\nfile = {file:?}\n{fleet}");
+        fs::write(controller.config(), text)?;
+        controller.restart()?;
+        Ok(controller)
+    }
+
+    fn config(&self) -> PathBuf {
+        self.directory.join("controller.toml")
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> Address {
+        Address::Socket(self.directory.join("controller.sock"))
+    }
+
+    /// The section of an agent's configuration that makes it a member; `spool` is a directory of that agent.
+    pub fn member(&self, spool: &Path, report_every_ms: u64) -> String {
+        let address = self.address().to_string();
+        format!(
+            "[controller]\naddress = {address:?}\nspool = {spool:?}\nreport_every_ms = {report_every_ms}\n\n"
+        )
+    }
+
+    /// Starts it again, on what it has kept.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.restart_on(&[])
+    }
+
+    /// The same, started by another command: `taskset -c 0`.
+    pub fn restart_on(&mut self, by: &[&str]) -> anyhow::Result<()> {
+        self.kill()?;
+        let log = File::options().create(true).append(true).open(self.directory.join("controller.log"))?;
+        let rswap = binary("rswap")?;
+        let mut words = by.iter().map(|word| PathBuf::from(*word)).chain([rswap]);
+        let mut command = Command::new(words.next().context("no program")?);
+        command.args(words).arg("--config").arg(self.config()).arg("controller");
+        command.process_group(0).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let mut child = command.spawn().context("cannot start the controller")?;
+        let answered = wait_for("the controller", START_LIMIT, || {
+            if let Some(status) = child.try_wait()? {
+                anyhow::bail!("the controller ended: {status}\n{}", self.log()?);
+            }
+            Ok(self.get::<Value>("/v1/status").ok())
+        });
+        self.child = Some(child);
+        answered.map(drop)
+    }
+
+    /// Kills it as a crash would.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        if let Some(mut child) = self.child.take() {
+            child.kill().context("cannot kill the controller")?;
+            child.wait().context("cannot wait for the controller")?;
+        }
+        Ok(())
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// What it has said.
+    pub fn log(&self) -> anyhow::Result<String> {
+        Ok(fs::read_to_string(self.directory.join("controller.log"))?)
+    }
+
+    /// Asks it.
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        self.call(path, None)
+    }
+
+    /// Tells it what is wanted.
+    pub fn post<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
+        self.call(path, Some(serde_json::to_vec(body)?))
+    }
+
+    fn call<T: DeserializeOwned>(&self, path: &str, body: Option<Vec<u8>>) -> anyhow::Result<T> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(runtime.block_on(link::call(&self.address(), path, body))?)
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        if let Err(error) = self.kill() {
+            eprintln!("{error:#}");
+        }
+        if std::thread::panicking() {
+            eprintln!("the controller said:\n{}", self.log().unwrap_or_default());
+        }
+    }
+}
