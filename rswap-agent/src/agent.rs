@@ -15,6 +15,7 @@
 
 mod cold;
 mod commands;
+mod disks;
 mod drain;
 mod endings;
 mod fleet;

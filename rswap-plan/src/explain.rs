@@ -23,7 +23,10 @@ pub fn explain(decision: &Decision) -> String {
     let result = match &decision.outcome {
         Outcome::Stay { reason } => format!("stays: {reason}"),
         Outcome::Move { to, start_by, forced } => {
-            let why = why(decision, *forced);
+            let mut why = why(decision, *forced);
+            if let Some(slower) = flow::slower_here(decision, to).filter(|_| !*forced) {
+                let _ = write!(why, ": {slower}");
+            }
             format!("moves to {to} in {} ms: {why}", start_by.since(decision.at))
         }
     };
@@ -43,6 +46,9 @@ pub fn explain(decision: &Decision) -> String {
     }
     if let Some(need) = &decision.flow {
         let _ = writeln!(text, "{}", flow::need(decision.kind, need));
+    }
+    if let Some(latencies) = flow::latencies(decision) {
+        let _ = writeln!(text, "{latencies}");
     }
     if !decision.steps.is_empty() {
         let _ = writeln!(text, "{}", flow::steps(&decision.steps));

@@ -11,15 +11,15 @@ mod price;
 use std::collections::BTreeMap;
 
 use rswap_forecast::{Quantile, Quantiles};
-use rswap_types::{Flow, InstanceName, Pool, PoolKind, PoolState, UnixMillis};
+use rswap_types::{Flow, InstanceName, LatencyPoint, Pool, PoolKind, PoolState, UnixMillis};
 use serde::{Deserialize, Serialize};
 
 pub use compare::shortfall_share;
 
 use self::{compare::Place, ledger::Ledger};
 use crate::{
-    Candidate, Decision, InstanceView, MoveKind, Outcome, PlanConfig, Planner, StayReason, memory::Memory,
-    rules, urgency::Urgency,
+    Candidate, Decision, Dropped, InstanceView, MoveKind, Outcome, PlanConfig, Planner, StayReason,
+    memory::Memory, rules, urgency::Urgency,
 };
 
 /// A volume of an instance.
@@ -74,6 +74,9 @@ pub struct FlowTerms {
     pub size_bytes: u64,
     /// What can still be put here, in bytes; where it is, that is its own place, too.
     pub free_bytes: u64,
+    /// What its requests take here, at the load that the pool's disks have with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency: Option<LatencyPoint>,
 }
 
 /// One part of an instance that moves by itself.
@@ -310,13 +313,28 @@ impl Planner {
         let place = Place { index, room: ledger.kept(index, number), coming: None };
         let candidate = compare::candidate(lane, &need, &place, round);
         let forced = candidate.dropped.is_some();
+        let (fits, limit) = (place.room.without_others, need.limit);
+        let for_others = matches!(candidate.dropped, Some(Dropped::Flow { .. }))
+            && limit.operations_per_s <= fits.operations_per_s
+            && limit.bytes_per_s <= fits.bytes_per_s;
         decision.crossing_in_ms = need::crossing(lane, place.room.available, round.config);
         decision.current = Some(candidate);
+        let unknown = Memory::default();
+        let instance = &lane.view.instance;
+        let part = self.parts.get(instance).and_then(|parts| parts.get(&key(lane.kind, lane.volume)));
+        let part = part.unwrap_or(&unknown);
         let others = (0..round.pools.len()).filter(|&to| to != index && round.is_of_kind(to, lane.kind));
         let mut candidates: Vec<Candidate> = others
             .map(|to| {
                 let place = Place { index: to, room: ledger.available(to, number), coming: Some(ledger) };
-                compare::candidate(lane, &need, &place, round)
+                let mut candidate = compare::candidate(lane, &need, &place, round);
+                // What others use may be what the kernel does for this very volume, and come along: it must not walk in circles.
+                let left = part.left(lane.kind, &candidate.pool).filter(|_| for_others);
+                let left_ms = left.map_or(0, |left| self.return_ms().saturating_sub(round.now.since(left)));
+                if left_ms > 0 && candidate.dropped.is_none() {
+                    candidate.dropped = Some(Dropped::LeftForOthers { left_ms });
+                }
+                candidate
             })
             .collect();
         candidates.sort_by(|a, b| {
@@ -324,14 +342,11 @@ impl Planner {
             dropped.then(a.total.total_cmp(&b.total)).then_with(|| a.pool.cmp(&b.pool))
         });
         decision.candidates = candidates;
-        let unknown = Memory::default();
-        let instance = &lane.view.instance;
-        let part = self.parts.get(instance).and_then(|parts| parts.get(&key(lane.kind, lane.volume)));
         let in_flight = self.memory(instance).is_some_and(Memory::is_in_flight);
         decision.outcome = if rules::stays(lane.view) {
             Outcome::Stay { reason: StayReason::ToldToStay }
         } else {
-            self.outcome(round.now, &decision, forced, part.unwrap_or(&unknown), in_flight)
+            self.outcome(round.now, &decision, forced, part, in_flight)
         };
         decision
     }

@@ -178,6 +178,12 @@ pub enum Dropped {
         /// Left there, in bytes.
         available_bytes: u64,
     },
+    /// It left that a short while ago, and lacks nothing here but what others use: that may be what the kernel does for it, and
+    /// would come along.
+    LeftForOthers {
+        /// Milliseconds until it may return for that.
+        left_ms: u64,
+    },
     /// Nobody knows what it gives.
     Unmeasured,
     /// Memory is written faster than the link can send it.
@@ -216,6 +222,12 @@ impl fmt::Display for Dropped {
             ),
             Self::Space { needed_bytes, available_bytes } => {
                 write!(f, "needs {} MiB of room, has {} MiB", needed_bytes >> 20, available_bytes >> 20)
+            }
+            Self::LeftForOthers { left_ms } => {
+                write!(
+                    f,
+                    "it left that a short while ago, and others' use here leads it back in {left_ms} ms only"
+                )
             }
             Self::Unmeasured => write!(f, "what it gives is not known: {UNMEASURED}"),
             Self::WillNotConverge { dirty_bytes_per_s, link_bytes_per_s } => write!(

@@ -8,8 +8,8 @@ use crate::{
     cores, cpu_list, inventory::Counters, link, memory, storage, swap,
 };
 
-/// Name of the measure that plans use: speed of one core, relative to the reference core.
-pub(crate) const RELATIVE_SPEED: &str = "relative_speed";
+/// Name of the measure that plans use: speed of one core, relative to the reference core; of storage, of a request.
+pub const RELATIVE_SPEED: &str = "relative_speed";
 /// Names of what the configuration says of storage.
 pub(crate) const OPERATIONS_PER_S: &str = "operations_per_s";
 pub(crate) const BYTES_PER_S: &str = "bytes_per_s";

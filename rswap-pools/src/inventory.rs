@@ -29,6 +29,13 @@ pub enum Source {
         /// When.
         at: UnixMillis,
     },
+    /// Requests of instances took so long there.
+    Experienced {
+        /// When the last of them were counted.
+        at: UnixMillis,
+        /// How many count, older ones in part.
+        requests: u64,
+    },
     /// Nobody said anything else.
     Default,
 }
@@ -102,7 +109,7 @@ impl LocalPool {
         self.measured(RELATIVE_SPEED)
     }
 
-    fn measured(&self, what: &str) -> Option<f64> {
+    pub(crate) fn measured(&self, what: &str) -> Option<f64> {
         self.performance.iter().find(|measure| measure.what == what).map(|measure| measure.known.value)
     }
 

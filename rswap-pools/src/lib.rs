@@ -5,6 +5,8 @@
 //!     -> calibrate::apply (what was measured before) -> Inventory
 //! ```
 //!
+//! What requests really take, at which load, is an [`experience::Experience`] per pool: it corrects what was measured.
+//!
 //! Everything may be missing: what a kernel or a virtual machine does not say is unknown, and each number carries its
 //! source. The root is a parameter, so that a directory tree of a test stands for a machine.
 
@@ -13,6 +15,7 @@ pub mod calibrate;
 mod cores;
 pub mod cpu_list;
 mod discover;
+pub mod experience;
 mod follow;
 mod inventory;
 mod link;
@@ -24,7 +27,7 @@ mod swap;
 
 pub use block::{Device, DeviceKind};
 pub use cores::{Cache, Core};
-pub use discover::discover;
+pub use discover::{RELATIVE_SPEED, discover};
 pub use follow::{GONE_KEPT_MS, follow};
 pub use inventory::{Inventory, Known, LocalKind, LocalPool, Measure, Source, State};
 pub use root::{Room, Root, room_of};

@@ -2,9 +2,11 @@
 
 pub mod bounds;
 mod instance;
+mod latency;
 mod pool;
 mod units;
 
 pub use instance::{InstanceName, NameError};
+pub use latency::{LatencyCurve, LatencyPoint};
 pub use pool::{Capacity, CpuSet, Flow, Pool, PoolKind, PoolState, THIS_HOST, overlap};
 pub use units::UnixMillis;

@@ -4,6 +4,8 @@ use std::{collections::BTreeSet, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::LatencyCurve;
+
 /// Name of the pool that stands for this host.
 pub const THIS_HOST: &str = "this-host";
 
@@ -55,6 +57,15 @@ pub enum PoolKind {
         free_bytes: u64,
         /// What it gives; `None` while nobody has measured or configured that.
         gives: Option<Flow>,
+        /// The disks that it lies on in the end. Pools that have one in common share what it gives.
+        #[serde(default)]
+        disks: BTreeSet<String>,
+        /// What others than volumes of instances use of its disks.
+        #[serde(default)]
+        foreign: Flow,
+        /// What requests take, by load; without points, [`Pool::performance`] is all that is known.
+        #[serde(default)]
+        latency: LatencyCurve,
     },
     /// A link of this host that instances can be on.
     Link {
@@ -92,6 +103,14 @@ impl Flow {
         Self {
             operations_per_s: (self.operations_per_s - other.operations_per_s).max(0.0),
             bytes_per_s: (self.bytes_per_s - other.bytes_per_s).max(0.0),
+        }
+    }
+
+    /// The smaller one of each.
+    pub fn least(self, other: Self) -> Self {
+        Self {
+            operations_per_s: self.operations_per_s.min(other.operations_per_s),
+            bytes_per_s: self.bytes_per_s.min(other.bytes_per_s),
         }
     }
 
@@ -158,6 +177,24 @@ impl Pool {
         match self.kind {
             PoolKind::Storage { gives, .. } | PoolKind::Link { gives, .. } => gives,
             PoolKind::Cpu { .. } | PoolKind::Host { .. } | PoolKind::ThisHost => None,
+        }
+    }
+
+    /// What requests to a storage pool take, by load, if that is known.
+    pub fn latency(&self) -> Option<&LatencyCurve> {
+        match &self.kind {
+            PoolKind::Storage { latency, .. } if !latency.is_empty() => Some(latency),
+            _ => None,
+        }
+    }
+
+    /// Whether both lie on one disk.
+    pub fn shares_a_disk(&self, other: &Self) -> bool {
+        match (&self.kind, &other.kind) {
+            (PoolKind::Storage { disks, .. }, PoolKind::Storage { disks: others, .. }) => {
+                !disks.is_disjoint(others)
+            }
+            _ => false,
         }
     }
 }

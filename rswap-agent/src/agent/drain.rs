@@ -11,6 +11,7 @@ use crate::{
     control::{DrainDone, DrainRequest},
     pool::{self, Pool, PoolState, Watch},
     status::{ApiError, Board},
+    units::UnixMillis,
 };
 
 /// The pools of the first look, which the board shows from then on.
@@ -56,13 +57,14 @@ fn set(pool: &mut Pool, draining: bool) {
 
 impl Wiring {
     /// Takes over what the latest look at this host found.
-    pub(super) fn look_at_pools(&mut self) {
+    pub(super) fn look_at_pools(&mut self, now: UnixMillis) {
         let inventory = self.watch.latest();
         if inventory.at == self.board.read().inventory.at {
             return;
         }
         self.pools = remembered(&self.config, pool::planned(&self.config, &inventory));
-        self.board.write(|board| board.inventory = inventory);
+        let shown = self.shown(now, &inventory);
+        self.board.write(|board| board.inventory = shown);
     }
 
     pub(super) fn drain(&mut self, request: DrainRequest) -> Result<DrainDone, ApiError> {

@@ -16,14 +16,12 @@ use crate::{
     config::{Config, PoolKindConfig},
     instance::{InstanceName, network},
     plan::{PortView, VolumeView},
-    pool::{Flow, Inventory, LocalKind, Pool, PoolKind},
-    profile::{BlockProfile, OTHER_DEVICE, Profile},
+    pool::{Flow, Inventory, LocalKind, OTHERS_WINDOWS, Pool, PoolKind, done_on},
+    profile::Profile,
 };
 
 /// Of a peak, so much is remembered from window to window.
 const REMEMBERED: f64 = 0.995;
-/// What others use of a link is the least that it was in so many windows: looks at links are seconds apart, and windows aren't.
-const OTHERS_WINDOWS: usize = 16;
 /// Sizes are looked up anew every so many windows.
 const SIZES_EVERY_WINDOWS: u64 = 64;
 /// Bytes of a block, in stat(2).
@@ -68,20 +66,6 @@ fn disk_of<'d>(disks: &'d [Disk], directory: &Path) -> Option<&'d Disk> {
     put_there.or_else(|| {
         let device = fs::metadata(directory).ok()?.dev();
         disks.iter().find(|disk| disk.device == Some(device))
-    })
-}
-
-/// What was done on these devices in a window; `apart` are all devices that are told apart.
-fn done_on(block: &[BlockProfile], numbers: &BTreeSet<String>, apart: &[String], window_ms: u64) -> Flow {
-    let unknown = !numbers.iter().any(|number| apart.contains(number));
-    let counts =
-        |block: &&BlockProfile| numbers.contains(&block.device) || unknown && block.device == OTHER_DEVICE;
-    let seconds = window_ms.max(1) as f64 / 1e3;
-    block.iter().filter(counts).fold(Flow::default(), |sum, block| {
-        sum.plus(Flow {
-            operations_per_s: block.latency_ns.count as f64 / seconds,
-            bytes_per_s: block.bytes as f64 / seconds,
-        })
     })
 }
 
@@ -203,6 +187,12 @@ impl Parts {
         views.collect()
     }
 
+    /// The storage pools that its volumes lie on.
+    pub(super) fn pools_of(&self, instance: &InstanceName) -> Vec<&str> {
+        let volumes = self.of.get(instance).into_iter().flat_map(|of| of.volumes.values());
+        volumes.filter_map(|(pool, ..)| pool.as_deref()).collect()
+    }
+
     /// Of what is used of links, leaves what others than instances use; `on` are those who are on a link.
     pub(super) fn leave_others(&mut self, pools: &mut [Pool], on: &[(InstanceName, String)]) {
         for pool in pools {
@@ -294,28 +284,6 @@ fn bytes_below(directory: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::profile::{Direction, histogram::Histogram};
-
-    fn block(device: &str, direction: Direction, requests: u32, bytes: u64) -> BlockProfile {
-        let mut latency_ns = Histogram::default();
-        (0..requests).for_each(|_| latency_ns.record(1_000));
-        BlockProfile { device: device.to_owned(), direction, bytes, latency_ns }
-    }
-
-    #[test]
-    fn only_what_is_on_the_volumes_device_counts_and_both_ways_do() {
-        let blocks = [
-            block("7:0", Direction::Write, 10, 40_960),
-            block("7:0", Direction::Read, 5, 20_480),
-            block("254:0", Direction::Read, 100, 1 << 20),
-            block(OTHER_DEVICE, Direction::Write, 3, 12_288),
-        ];
-        let apart = ["7:0".to_owned(), "254:0".to_owned()];
-        let on = |device: &str| done_on(&blocks, &BTreeSet::from([device.to_owned()]), &apart, 500);
-        assert_eq!(on("7:0"), Flow { operations_per_s: 30.0, bytes_per_s: 122_880.0 });
-        // A device that is not told apart may be any of the others.
-        assert_eq!(on("7:9"), Flow { operations_per_s: 6.0, bytes_per_s: 24_576.0 });
-    }
 
     #[test]
     fn what_lies_in_a_directory_is_added_up() {

@@ -39,7 +39,7 @@ use crate::{
         recovery::{self, Doubt, Recovery},
     },
     plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
-    pool::{self, Inventory, Pool, Watch},
+    pool::{self, Disks, Inventory, Pool, Watch},
     profile::{Profile, Profiler},
     status::{ApiError, Board},
     units::UnixMillis,
@@ -68,7 +68,8 @@ pub(super) struct Wiring {
     /// Where the configuration names a controller.
     pub(super) member: Option<Membership>,
     keeper: Keeper,
-    parts: Parts,
+    pub(super) parts: Parts,
+    pub(super) disks: Disks,
     windows: u64,
     pub(super) planner: Planner,
     pub(super) pools: Vec<Pool>,
@@ -114,6 +115,7 @@ impl Wiring {
             member,
             keeper,
             parts: Parts::new(),
+            disks: Disks::default(),
             windows: 0,
             planner,
             pools,
@@ -136,7 +138,7 @@ impl Wiring {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "going on with the instances known");
         }
-        self.look_at_pools();
+        self.look_at_pools(now);
         let profiles = self.profiler.sample(now);
         self.parts.begin_window(|name| self.known.contains_key(name));
         let (inventory, apart) = (self.watch.latest(), self.profiler.devices());
@@ -153,6 +155,7 @@ impl Wiring {
             }
             self.forecaster.observe(&Observation { instance: &profile.instance, at: profile.at, usage });
         }
+        self.look_at_disks(now, &profiles, &apart, &inventory);
         self.windows += 1;
         if self.windows.is_multiple_of(CORES_EVERY_WINDOWS) {
             self.settle_cores();
@@ -167,6 +170,7 @@ impl Wiring {
             .filter_map(|instance| Some((instance.name.clone(), self.link_under(instance)?)))
             .collect();
         self.parts.leave_others(&mut pools, &on_links);
+        self.tell_of_disks(now, &inventory, &mut pools);
         let views: Vec<InstanceView> =
             profiles.iter().filter_map(|profile| self.view(profile, now)).collect();
         self.follow_cold(&views);

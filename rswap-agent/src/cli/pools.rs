@@ -63,7 +63,7 @@ pub(super) async fn pools(client: &Client, arguments: PoolsArguments) -> anyhow:
     }
     println!("{rows}");
     println!(
-        "= configured, * measured, ~ by default, others found in the kernel's files (see --sources); - unknown"
+        "= configured, * measured, ^ experienced by instances, ~ by default, others found in the kernel's files (see --sources); - unknown"
     );
     Ok(())
 }
@@ -169,6 +169,7 @@ fn marked(text: String, known: &Known) -> String {
         Source::Found { .. } => "",
         Source::Configured { .. } => "=",
         Source::Measured { .. } => "*",
+        Source::Experienced { .. } => "^",
         Source::Default => "~",
     };
     text + mark
@@ -193,6 +194,12 @@ fn sources(inventory: &Inventory) {
                 Some(Source::Found { file }) => file.clone(),
                 Some(Source::Configured { key }) => format!("configuration: {key}"),
                 Some(Source::Measured { at }) => format!("measured at {} ms since the epoch", at.0),
+                Some(Source::Experienced { at, requests }) => {
+                    format!(
+                        "experienced in {requests} requests of instances until {} ms since the epoch",
+                        at.0
+                    )
+                }
                 Some(Source::Default) => "default".to_owned(),
                 None => "unknown".to_owned(),
             };

@@ -1,6 +1,7 @@
 //! The pools that plans see: from what was found, and from the configuration.
 
 use procfs::{Current, Meminfo};
+use rswap_types::LatencyCurve;
 
 use super::{
     Capacity, Flow, Inventory, Known, LocalKind, LocalPool, Pool, PoolKind, PoolState, State, THIS_HOST,
@@ -51,7 +52,7 @@ fn flows(config: &Config, found: &Inventory) -> Vec<Pool> {
         let PoolKindConfig::Local { volumes, .. } = &wanted.kind else { return None };
         let pool = found.pool(&wanted.name)?;
         match &pool.kind {
-            LocalKind::Storage { .. } => volumes.as_ref().map(|_| storage_pool(pool, fastest_us)),
+            LocalKind::Storage { .. } => volumes.as_ref().map(|_| storage_pool(found, pool, fastest_us)),
             LocalKind::Link { instance_rate, .. } => Some(link_pool(pool, instance_rate.as_ref())),
             _ => None,
         }
@@ -59,8 +60,9 @@ fn flows(config: &Config, found: &Inventory) -> Vec<Pool> {
     named.collect()
 }
 
-/// Its speed is that of its requests, relative to the fastest one's.
-fn storage_pool(pool: &LocalPool, fastest_us: Option<f64>) -> Pool {
+/// Its speed is that of its requests, relative to the fastest one's. What others use, and what requests really take, is known only
+/// next to what instances do: see [`super::Disks`].
+fn storage_pool(found: &Inventory, pool: &LocalPool, fastest_us: Option<f64>) -> Pool {
     let bytes = |known: &Option<Known>| known.as_ref().map_or(0, |known| known.value as u64);
     let measured = fastest_us.zip(pool.latency_us()).map(|(fastest, own)| fastest / own.max(1e-9));
     Pool {
@@ -72,6 +74,9 @@ fn storage_pool(pool: &LocalPool, fastest_us: Option<f64>) -> Pool {
                 size_bytes: bytes(&pool.capacity),
                 free_bytes: bytes(&pool.free),
                 gives: pool.gives(),
+                disks: super::disks_of(found, pool).map(|device| device.name.clone()).collect(),
+                foreign: Flow::default(),
+                latency: LatencyCurve::default(),
             },
         )
     }

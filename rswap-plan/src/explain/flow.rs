@@ -1,6 +1,8 @@
 //! What is said of volumes, ports, and the order of several moves.
 
-use crate::{FlowNeed, FlowTerms, MoveKind, Step};
+use rswap_types::LatencyPoint;
+
+use crate::{Candidate, Decision, FlowNeed, FlowTerms, MoveKind, Step};
 
 pub(super) const HEADER: &str = "needs/has requests/s, MB/s, MiB";
 
@@ -23,6 +25,49 @@ pub(super) fn need(kind: MoveKind, need: &FlowNeed) -> String {
         mb(limit.bytes_per_s),
         need.size_bytes >> 20
     )
+}
+
+fn latency_of(candidate: &Candidate) -> Option<LatencyPoint> {
+    candidate.flow?.latency
+}
+
+/// How a latency is known.
+fn source(latency: &LatencyPoint) -> String {
+    match latency.is_experienced() {
+        true => format!("experienced in {:.0} requests", latency.requests),
+        false => "calibrated".to_owned(),
+    }
+}
+
+/// What a request takes here and elsewhere, where it is known.
+pub(super) fn latencies(decision: &Decision) -> Option<String> {
+    let of = |candidate: &Candidate| {
+        let latency = latency_of(candidate)?;
+        Some(format!(
+            "{:.0} us on {} at {:.0} requests/s ({})",
+            latency.p50_us,
+            candidate.pool,
+            latency.operations_per_s,
+            source(&latency)
+        ))
+    };
+    let all: Vec<String> = decision.current.iter().chain(&decision.candidates).filter_map(of).collect();
+    (!all.is_empty()).then(|| format!("a request takes {}", all.join(", ")))
+}
+
+/// That requests are slower here than where it goes, if they are, and instances have experienced that.
+pub(super) fn slower_here(decision: &Decision, to: &str) -> Option<String> {
+    let here = latency_of(decision.current.as_ref()?)?;
+    let there = latency_of(decision.candidates.iter().find(|candidate| candidate.pool == to)?)?;
+    let told = here.p50_us > there.p50_us && (here.is_experienced() || there.is_experienced());
+    told.then(|| {
+        let (here_us, there_us) = (here.p50_us, there.p50_us);
+        format!(
+            "a request takes {here_us:.0} us here ({}), {there_us:.0} us there ({})",
+            source(&here),
+            source(&there)
+        )
+    })
 }
 
 pub(super) fn needs_and_has(terms: &FlowTerms) -> String {

@@ -1,7 +1,7 @@
 //! The numbers of a storage pool or a link for a volume or a port.
 
 use rswap_forecast::Quantiles;
-use rswap_types::{Flow, PoolKind, PoolState};
+use rswap_types::{Flow, LatencyPoint, PoolKind, PoolState};
 
 use super::{
     FlowNeed, FlowTerms, Lane, Round,
@@ -31,6 +31,11 @@ pub fn shortfall_share(operations: &Quantiles, bytes: &Quantiles, available: Flo
     share(operations, available.operations_per_s).max(share(bytes, available.bytes_per_s))
 }
 
+/// What a request takes there, at the load that the pool has with this volume on it.
+fn latency(need: &FlowNeed, place: &Place<'_>, round: &Round<'_>) -> Option<LatencyPoint> {
+    round.pools[place.index].latency()?.at(place.room.others_per_s + need.expected.operations_per_s)
+}
+
 fn terms(need: &FlowNeed, place: &Place<'_>, round: &Round<'_>) -> Terms {
     let (pool, config) = (round.pools[place.index], round.config);
     let available = place.room.available;
@@ -42,7 +47,12 @@ fn terms(need: &FlowNeed, place: &Place<'_>, round: &Round<'_>) -> Terms {
         PoolKind::Link { cost_per_gbit_hour, .. } => {
             (need.expected.bytes_per_s / GBIT * cost_per_gbit_hour, 0.0)
         }
-        _ => (gib * pool.cost_per_gib_hour, need.expected.operations_per_s / 1e3 * pool.performance * met),
+        _ => {
+            let load = place.room.others_per_s + need.expected.operations_per_s;
+            let experienced = pool.latency().and_then(|latency| latency.speed_at(load));
+            let speed = experienced.unwrap_or(pool.performance);
+            (gib * pool.cost_per_gib_hour, need.expected.operations_per_s / 1e3 * speed * met)
+        }
     };
     Terms {
         expected_gib: gib,
@@ -58,7 +68,7 @@ fn terms(need: &FlowNeed, place: &Place<'_>, round: &Round<'_>) -> Terms {
 pub(super) fn candidate(lane: &Lane<'_>, need: &FlowNeed, place: &Place<'_>, round: &Round<'_>) -> Candidate {
     let (pool, config) = (round.pools[place.index], round.config);
     let terms = terms(need, place, round);
-    let Room { available, free_bytes } = place.room;
+    let Room { available, free_bytes, .. } = place.room;
     let move_price = place.coming.map(|_| price::price(lane, need, pool, terms.cost_per_hour, round));
     let limit = need.limit;
     let is_short =
@@ -87,7 +97,13 @@ pub(super) fn candidate(lane: &Lane<'_>, need: &FlowNeed, place: &Place<'_>, rou
         pool: pool.name.clone(),
         score,
         terms,
-        flow: Some(FlowTerms { limit, available, size_bytes: need.size_bytes, free_bytes }),
+        flow: Some(FlowTerms {
+            limit,
+            available,
+            size_bytes: need.size_bytes,
+            free_bytes,
+            latency: latency(need, place, round),
+        }),
         move_price,
         total: score + per_hour,
         dropped: pinned.or(dropped),

@@ -10,7 +10,11 @@ use super::{Lane, Round, need};
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Room {
     pub(super) available: Flow,
+    /// The same, if others than volumes used nothing.
+    pub(super) without_others: Flow,
     pub(super) free_bytes: u64,
+    /// Requests per second that everybody else is expected to make on its disks.
+    pub(super) others_per_s: f64,
 }
 
 /// Where one counts, and whether it is only coming there.
@@ -18,6 +22,7 @@ pub(super) struct Room {
 struct Entry {
     lane: usize,
     flow: Flow,
+    expected_per_s: f64,
     coming_bytes: Option<u64>,
 }
 
@@ -34,10 +39,12 @@ impl<'r> Ledger<'r> {
     /// From now on it counts on pool number `index`, too: with its forecast, or with what it does now where that is more or all
     /// there is.
     pub(super) fn takes(&mut self, number: usize, index: usize, lane: &Lane<'_>, coming: bool) {
-        let limit = need::need(lane, self.round.config).map_or(Flow::default(), |need| need.limit);
-        let flow = limit.most(lane.now);
+        let need = need::need(lane, self.round.config).ok();
+        let flow = need.map_or(Flow::default(), |need| need.limit).most(lane.now);
+        let expected_per_s = need.map_or(lane.now, |need| need.expected).operations_per_s;
         let coming_bytes = coming.then_some(lane.size_bytes);
-        self.entries.entry(index).or_default().push(Entry { lane: number, flow, coming_bytes });
+        let entry = Entry { lane: number, flow, expected_per_s, coming_bytes };
+        self.entries.entry(index).or_default().push(entry);
     }
 
     fn on(&self, index: usize) -> &[Entry] {
@@ -60,24 +67,32 @@ impl<'r> Ledger<'r> {
     }
 
     fn left(&self, index: usize, number: usize, headroom: f64) -> Room {
-        let others = || self.on(index).iter().filter(|entry| entry.lane != number);
-        let used = others().fold(Flow::default(), |sum, entry| sum.plus(entry.flow));
         let pool = self.round.pools[index];
+        let others = || self.on(index).iter().filter(|entry| entry.lane != number);
+        // What is on another pool of the same disk takes of this one, too.
+        let beside =
+            self.entries.iter().filter(|&(&at, _)| at == index || self.round.pools[at].shares_a_disk(pool));
+        let loads = beside.flat_map(|(_, entries)| entries).filter(|entry| entry.lane != number);
+        let (used, others_per_s) = loads.fold((Flow::default(), 0.0), |(used, expected), entry| {
+            (used.plus(entry.flow), expected + entry.expected_per_s)
+        });
         let gives = pool.gives().unwrap_or_default().times(1.0 - headroom);
         match pool.kind {
-            PoolKind::Storage { size_bytes, free_bytes, .. } => {
+            PoolKind::Storage { size_bytes, free_bytes, foreign, .. } => {
                 let coming: u64 = others().filter_map(|entry| entry.coming_bytes).sum();
                 let kept_free = (size_bytes as f64 * headroom) as u64;
                 Room {
-                    available: gives.less(used),
+                    available: gives.less(used.plus(foreign)),
+                    without_others: gives.less(used),
                     free_bytes: free_bytes.saturating_sub(coming).saturating_sub(kept_free),
+                    others_per_s: others_per_s + foreign.operations_per_s,
                 }
             }
             PoolKind::Link { instance_bytes_per_s, foreign, .. } => {
                 let mut available = gives.less(used.plus(foreign));
                 let most = instance_bytes_per_s.map_or(f64::INFINITY, |most| most * (1.0 - headroom));
                 available.bytes_per_s = available.bytes_per_s.min(most);
-                Room { available, free_bytes: 0 }
+                Room { available, without_others: available, ..Room::default() }
             }
             _ => Room::default(),
         }

@@ -1,9 +1,9 @@
 //! Volumes and ports in plans.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rswap_forecast::{Demand, DemandPoint, Evidence, Quantiles, Resource};
-use rswap_types::{Capacity, InstanceName, THIS_HOST};
+use rswap_types::{Capacity, InstanceName, LatencyCurve, THIS_HOST};
 
 use super::*;
 use crate::{Dropped, Plan, explain};
@@ -30,7 +30,14 @@ fn pool(name: &str, kind: PoolKind, cost_per_gib_hour: f64, performance: f64) ->
 }
 
 fn storage(name: &str, gives: Option<Flow>, cost: f64, performance: f64) -> Pool {
-    let kind = PoolKind::Storage { size_bytes: 2048 * MIB, free_bytes: 1024 * MIB, gives };
+    let kind = PoolKind::Storage {
+        size_bytes: 2048 * MIB,
+        free_bytes: 1024 * MIB,
+        gives,
+        disks: [name.to_owned()].into(),
+        foreign: Flow::default(),
+        latency: LatencyCurve::default(),
+    };
     pool(name, kind, cost, performance)
 }
 
@@ -412,3 +419,5 @@ fn a_migration_takes_the_volumes_along() {
     assert!(of(MoveKind::Host).moves(), "{}", explain(of(MoveKind::Host)));
     assert_eq!(of(MoveKind::Storage).outcome, Outcome::Stay { reason: StayReason::OtherMoveFirst });
 }
+
+mod disks;
