@@ -420,4 +420,5 @@ fn a_migration_takes_the_volumes_along() {
     assert_eq!(of(MoveKind::Storage).outcome, Outcome::Stay { reason: StayReason::OtherMoveFirst });
 }
 
+mod amounts;
 mod disks;
