@@ -59,7 +59,7 @@ use crate::{
     },
     pool::{Pool, PoolKind},
     status::{self, Board, BoardState, StatusError},
-    swap::storage,
+    swap::{share, storage},
     sys::heap,
     tracee::datagrams,
     units::UnixMillis,
@@ -208,6 +208,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
             storage::recover_all(&recovery.place.state_dir);
             recovery.at_start(&ledger);
             linux::sweep_volumes(&recovery.place, &ledger);
+            share::sweep(&recovery.place);
             recovery
         });
         started.join().map_err(|_| failed("recover")(io::Error::other("the recovery panicked")))

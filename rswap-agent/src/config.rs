@@ -20,7 +20,7 @@ mod tls;
 pub use control::{ControlConfig, Grant, Right};
 pub use fleet::{ControllerConfig, FleetConfig};
 pub use memory::MemoryConfig;
-pub use pools::{PoolConfig, PoolKindConfig, VolumePool, settings, volume_pool};
+pub use pools::{PoolConfig, PoolKindConfig, VolumePool, core_share, settings, volume_pool};
 pub use tls::TlsConfig;
 
 use crate::profile::ProfileConfig;

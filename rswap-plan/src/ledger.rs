@@ -293,6 +293,10 @@ impl<'a> Ledger<'a> {
         let bytes = others.bytes.saturating_add(self.foreign[index].1);
         let usable = 1.0 - headroom;
         let free_cores = (pool.capacity.cores * usable - cores).max(0.0);
+        let free_cores = match pool.kind {
+            PoolKind::Cpu { instance_cores: Some(most), .. } => free_cores.min(most),
+            _ => free_cores,
+        };
         let free_bytes = ((pool.capacity.memory_bytes as f64 * usable) as u64).saturating_sub(bytes);
         (free_cores, free_bytes)
     }

@@ -15,7 +15,7 @@ fn pool(number: usize, is_cpu: bool, (cores, gib, kind, state): (f64, u64, usize
     Pool {
         name: format!("pool-{:02}", (number * 7) % 41),
         kind: if is_cpu {
-            PoolKind::Cpu { cpus: (first..first + 4).collect::<BTreeSet<_>>() }
+            PoolKind::Cpu { cpus: (first..first + 4).collect::<BTreeSet<_>>(), instance_cores: None }
         } else {
             PoolKind::Host { address: "10.0.0.2:7791".parse().unwrap() }
         },

@@ -61,7 +61,16 @@ fn core_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
                 Some(limit) => configured(limit, wanted, "capacity_cores"),
                 None => Known::found(there, file.clone()),
             };
-            let kind = LocalKind::Cores { cpus: cpus.clone(), cores: known(cpus) };
+            let kind = LocalKind::Cores {
+                cpus: cpus.clone(),
+                cores: known(cpus),
+                instance_cores: wanted
+                    .instance_cores
+                    .map(|value| configured(value, wanted, "instance_cores")),
+                instance_weight: wanted
+                    .instance_weight
+                    .map(|value| configured(value, wanted, "instance_weight")),
+            };
             let mut pool = named(wanted.name.clone(), kind, Some(capacity));
             pool.state = cores_state(cpus, &online);
             pool.cost_per_hour =
@@ -76,7 +85,11 @@ fn core_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
         pools.extend(cores::classes(&found).into_iter().map(|class| {
             let cores = found.iter().filter(|core| class.cpus.contains(&core.cpu)).cloned().collect();
             let capacity = Known::found(class.cpus.len() as f64, file.clone());
-            let mut pool = named(class.name, LocalKind::Cores { cpus: class.cpus, cores }, Some(capacity));
+            let mut pool = named(
+                class.name,
+                LocalKind::Cores { cpus: class.cpus, cores, instance_cores: None, instance_weight: None },
+                Some(capacity),
+            );
             pool.cost_per_hour = Some(settings.cost_per_core_hour.clone());
             let host = &settings.performance;
             let speed = match class.speed {

@@ -47,8 +47,10 @@ fn keep_members(pool: &mut LocalPool, previous: &LocalPool, settings: &Settings)
     if settings.pools.iter().any(|wanted| wanted.name == pool.name) {
         return;
     }
-    let (LocalKind::Cores { cpus, cores }, LocalKind::Cores { cpus: cpus_before, cores: cores_before }) =
-        (&mut pool.kind, &previous.kind)
+    let (
+        LocalKind::Cores { cpus, cores, .. },
+        LocalKind::Cores { cpus: cpus_before, cores: cores_before, .. },
+    ) = (&mut pool.kind, &previous.kind)
     else {
         return;
     };

@@ -152,6 +152,12 @@ pub enum LocalKind {
         cpus: CpuSet,
         /// What is known of each.
         cores: Vec<Core>,
+        /// What one instance may have of them at most, in cores. Nothing: all.
+        #[serde(default)]
+        instance_cores: Option<Known>,
+        /// What one has in relation to others when there is not enough; 100 is usual.
+        #[serde(default)]
+        instance_weight: Option<Known>,
     },
     /// Memory of one node or of several. Capacity in bytes.
     Memory {

@@ -44,6 +44,10 @@ pub struct Wanted {
     pub bytes_per_s: Option<f64>,
     /// Links: what one instance may send, and receive, in bits per second.
     pub instance_rate: Option<f64>,
+    /// Cores: what one instance may have of them at most, in cores.
+    pub instance_cores: Option<f64>,
+    /// Cores: what one instance has in relation to others when there is not enough; 100 is usual.
+    pub instance_weight: Option<f64>,
 }
 
 /// What the configuration says.

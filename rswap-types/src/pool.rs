@@ -41,6 +41,9 @@ pub enum PoolKind {
     Cpu {
         /// Which.
         cpus: CpuSet,
+        /// What one instance can have of them at most, in cores.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        instance_cores: Option<f64>,
     },
     /// Another host's agent.
     Host {
@@ -163,7 +166,7 @@ impl Pool {
     /// The pool's CPUs, if it is a set of this host's cores.
     pub fn cpus(&self) -> Option<&CpuSet> {
         match &self.kind {
-            PoolKind::Cpu { cpus } => Some(cpus),
+            PoolKind::Cpu { cpus, .. } => Some(cpus),
             PoolKind::Host { .. } | PoolKind::ThisHost | PoolKind::Storage { .. } | PoolKind::Link { .. } => {
                 None
             }
@@ -205,7 +208,7 @@ pub fn overlap(pools: &[Pool], sits_on: Option<&str>, pool: &Pool) -> f64 {
     let there = match &pool.kind {
         PoolKind::ThisHost => return 1.0,
         PoolKind::Host { .. } | PoolKind::Storage { .. } | PoolKind::Link { .. } => return 0.0,
-        PoolKind::Cpu { cpus } => cpus,
+        PoolKind::Cpu { cpus, .. } => cpus,
     };
     let own = sits_on.and_then(|name| pools.iter().find(|pool| pool.name == name)).and_then(Pool::cpus);
     let every: CpuSet;

@@ -95,11 +95,19 @@ fn expect(host: &Host, pool: &[usize], others: &[(&str, usize)]) -> anyhow::Resu
 fn tell(host: &Host, signal: Signal) -> anyhow::Result<()> {
     let pids = host.pids("chooses")?;
     let is_ours = |pid: &&i32| {
-        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.starts_with("python3")
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        program.to_string_lossy().contains("python")
     };
     let pid = pids.iter().find(is_ours).context("the program is gone")?;
     Ok(kill(Pid::from_raw(*pid), signal)?)
+}
+
+/// Waits while the agent brings back what had left its pool.
+fn swap(host: &Host, pool: &str) -> anyhow::Result<()> {
+    wait_for("the agent to be done with it", LIMIT, || match host.call(&["swap", "chooses", pool]) {
+        Err(error) if error.to_string().contains("is on its way") => Ok(None),
+        swapped => swapped.map(|_| Some(())),
+    })
 }
 
 const CHOSEN: [(&str, usize); 3] = [("first", 0), ("second", 1), ("heir", 1)];
@@ -112,28 +120,25 @@ fn choices_hold_within_a_pool_and_come_back() -> anyhow::Result<()> {
     let mut fleet = Fleet::new()?;
     let (host, other) = (fleet.host("a", &options())?, fleet.host("b", &options())?);
     start(&host)?;
-    host.call(&["swap", "chooses", "one"])?;
+    swap(&host, "one")?;
     expect(&host, &[0], &[])?;
-    host.call(&["swap", "chooses", "two"])?;
+    swap(&host, "two")?;
     expect(&host, &[1], &[])?;
-    host.call(&["swap", "chooses", "both"])?;
+    swap(&host, "both")?;
     expect(&host, &[0, 1], &CHOSEN)?;
     // Chosen within a pool that has it, and while another one doesn't.
-    host.call(&["swap", "chooses", "one"])?;
+    swap(&host, "one")?;
     tell(&host, Signal::SIGUSR1)?;
     wait_until(&host, "the thread to choose", |found| found["free"] == [CpuSet::from([1])])
         .or_else(|_| host.log().map(|log| ensure_noticed(&log)).and_then(|noticed| noticed))?;
     wait_until(&host, "the thread to be brought back", |found| are_on(found, &[0], &[]))?;
-    wait_for("the agent to have ended that", LIMIT, || match host.call(&["swap", "chooses", "both"]) {
-        Err(error) if error.to_string().contains("is on its way") => Ok(None),
-        swapped => swapped.map(Some),
-    })?;
+    swap(&host, "both")?;
     let with_free = [CHOSEN.as_slice(), &[("free", 1)]].concat();
     expect(&host, &[0, 1], &with_free)?;
     tell(&host, Signal::SIGUSR2)?;
     wait_until(&host, "the thread to be free again", |found| are_on(found, &[0, 1], &CHOSEN))?;
     // They are known at another host, which limits nothing, though the pool here hides them.
-    host.call(&["swap", "chooses", "one"])?;
+    swap(&host, "one")?;
     expect(&host, &[0], &[])?;
     host.migrate("chooses", &other.migrate_address())?.succeed()?;
     wait_until(&other, "the choices at the other host", |found| are_on(found, &[0, 1], &CHOSEN))
@@ -157,7 +162,7 @@ fn an_agent_that_is_killed_leaves_nobody_between_two_pools() -> anyhow::Result<(
     let from_two = [0, 1, MANY / 2, MANY + 2].map(|nth| (Some("two"), nth));
     for (from, nth) in [(None, MANY / 2)].into_iter().chain(from_two) {
         if let Some(from) = from {
-            host.call(&["swap", "chooses", from])?;
+            swap(&host, from)?;
         }
         let registered: &[usize] = if from.is_none() { &[0, 1] } else { &[1] };
         let agent = host.agent_pid().context("no agent runs")?;
@@ -173,9 +178,9 @@ fn an_agent_that_is_killed_leaves_nobody_between_two_pools() -> anyhow::Result<(
         let chosen: &[(&str, usize)] = if from.is_none() { &CHOSEN } else { &[] };
         wait_until(&host, "all to be where the registry says", |found| are_on(found, registered, chosen))?;
         // The next try succeeds, and what was chosen is known.
-        host.call(&["swap", "chooses", "one"])?;
+        swap(&host, "one")?;
         expect(&host, &[0], &[])?;
-        host.call(&["swap", "chooses", "both"])?;
+        swap(&host, "both")?;
         expect(&host, &[0, 1], &CHOSEN)?;
     }
     Ok(())

@@ -14,9 +14,12 @@ use std::{
 };
 
 use rswap_agent::{
-    instance::{Instance, Origin, cgroup, registry::Registry},
+    instance::{Instance, Origin, cgroup, launch::Place},
     pool::{CpuSet, cpu_list},
-    swap::{SwapError, cpu},
+    swap::{
+        SwapError,
+        cpu::{self, Seat},
+    },
     units::UnixMillis,
 };
 use rswap_tests::{reason_to_skip, skip};
@@ -116,10 +119,17 @@ impl Drop for Running {
     }
 }
 
-fn registry() -> (tempfile::TempDir, Registry) {
+fn place() -> (tempfile::TempDir, Place) {
     let directory = tempfile::tempdir().unwrap();
-    let registry = Registry::open(directory.path()).unwrap();
-    (directory, registry)
+    let place = Place {
+        state_dir: directory.path().to_owned(),
+        cgroup_parent: "rswap-test".to_owned(),
+        bridge: None,
+        shared: Vec::new(),
+        volumes: directory.path().join("volumes"),
+    };
+    fs::create_dir(place.state_dir.join("instances")).unwrap();
+    (directory, place)
 }
 
 /// The online CPUs, if the test can run here.
@@ -137,12 +147,12 @@ fn usable(test: &str) -> Option<CpuSet> {
 fn every_thread_is_moved_and_moved_back() {
     let Some(online) = usable("every_thread_is_moved_and_moved_back") else { return };
     let running = Running::start("swap");
-    let (_directory, registry) = registry();
-    let mut from = None;
+    let (_directory, place) = place();
+    let mut from = Seat::default();
     for &cpu in online.iter().take(2) {
         let target = CpuSet::from([cpu]);
-        let to = Some(target.clone());
-        let report = cpu::move_to(&registry, &running.instance(), &from, &to).unwrap();
+        let to = Seat { cpus: Some(target.clone()), ..Seat::default() };
+        let report = cpu::move_to(&place, &running.instance(), &from, &to).unwrap();
         from = to;
         assert!(report.threads_moved >= 2 && report.passes >= 2, "{report:?}");
         // Generations come and go: all of them must stay inside.
@@ -161,8 +171,11 @@ fn a_refused_swap_changes_nothing() {
     let running = Running::start("refused");
     let before: BTreeSet<CpuSet> = running.allowed().into_iter().collect();
     let offline = online.iter().max().unwrap() + 1;
-    let (_directory, registry) = registry();
-    let move_to = |cpus: CpuSet| cpu::move_to(&registry, &running.instance(), &None, &Some(cpus));
+    let (_directory, place) = place();
+    let move_to = |cpus: CpuSet| {
+        let to = Seat { cpus: Some(cpus), ..Seat::default() };
+        cpu::move_to(&place, &running.instance(), &Seat::default(), &to)
+    };
     let error = move_to(CpuSet::from([0, offline])).unwrap_err();
     assert!(matches!(&error, SwapError::NotOnline { cpus } if *cpus == CpuSet::from([offline])), "{error}");
     let after: BTreeSet<CpuSet> = running.allowed().into_iter().collect();

@@ -14,7 +14,7 @@ use super::{cold, wiring::refused};
 use crate::{
     config::{Config, MigrateConfig, VolumePool},
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
-    instance::{Instance, InstanceName, launch::Place, registry::Registry, volume::Volume},
+    instance::{Instance, InstanceName, launch::Place, volume::Volume},
     migrate::{MigrateError, Progress, Report, guard::Guard, linux, recovery::Recovery},
     plan::MoveKind,
     pool::cpu_list,
@@ -22,7 +22,7 @@ use crate::{
     status::{ApiError, Board, MigrationProgress, MigrationReport, MigrationState},
     swap::{
         self,
-        cpu::Cpus,
+        cpu::Seat,
         memory::{Held, MemoryReport, Target},
         storage::{self, StorageOrder, StorageProgress, StorageReport},
     },
@@ -34,7 +34,7 @@ const VOLUME_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// What is to be done.
 pub(super) enum Order {
-    Swap { instance: Instance, from: Cpus, to: Cpus },
+    Swap { instance: Instance, from: Seat, to: Seat },
     Uplink { instance: Instance, uplink: Uplink },
     Memory { instance: Instance, to: Target, stopping: Arc<AtomicBool> },
     Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
@@ -207,11 +207,10 @@ pub(super) fn spawn(
     });
 }
 
-fn cpu_swap(place: &Place, instance: &Instance, from: &Cpus, to: &Cpus) -> Result<Moved, ApiError> {
-    let to_which = to.as_ref().map_or_else(|| "all".to_owned(), |cpus| cpu_list::format(cpus));
+fn cpu_swap(place: &Place, instance: &Instance, from: &Seat, to: &Seat) -> Result<Moved, ApiError> {
+    let to_which = to.cpus.as_ref().map_or_else(|| "all".to_owned(), cpu_list::format);
     let attempted = format!("move {} to CPUs {to_which}", instance.name);
-    let registry = Registry::open(&place.state_dir).map_err(|error| refused(&attempted, &error))?;
-    let moved = swap::cpu::move_to(&registry, instance, from, to);
+    let moved = swap::cpu::move_to(place, instance, from, to);
     let report = moved.map_err(|error| refused(&attempted, &error))?;
     let detail = serde_json::to_value(report).map_err(|error| refused("report the swap", &error))?;
     Ok(Moved::Swap(detail))

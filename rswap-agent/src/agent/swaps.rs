@@ -22,7 +22,7 @@ use crate::{
     pool::{CpuSet, Pool, PoolState},
     status::ApiError,
     swap::{
-        cpu::{self, Cpus},
+        cpu::{self, Seat},
         memory::{Area, MemoryError, Target, Wish},
     },
 };
@@ -34,9 +34,9 @@ impl Wiring {
         reply: Option<Reply<SwapDone>>,
     ) -> Result<(), (ApiError, Stake)> {
         let stake = Stake::Swap { reply, asked: true };
-        let found = self.pools.iter().find(|pool| pool.name == request.pool).and_then(Pool::cpus).cloned();
+        let found = self.seat_on(&request.pool);
         let ready = self.free_instance(&request.instance).and_then(|instance| {
-            found.map(|cpus| (instance, cpus)).ok_or_else(|| {
+            found.map(|seat| (instance, seat)).ok_or_else(|| {
                 let error = format!(
                     "there is no set of cores, no memory, swap or link {:?} on this host",
                     request.pool
@@ -49,9 +49,9 @@ impl Wiring {
             })
         });
         match ready {
-            Ok((instance, cpus)) => {
-                let from = self.cores_under(&instance);
-                self.begin(Order::Swap { instance, from, to: Some(cpus) }, request.pool, stake);
+            Ok((instance, to)) => {
+                let from = self.seat_of(&instance);
+                self.begin(Order::Swap { instance, from, to }, request.pool, stake);
                 Ok(())
             }
             Err(error) => Err((error, stake)),
@@ -261,9 +261,15 @@ impl Wiring {
         self.cold.want(on_swap.collect(), &outlook.collect());
     }
 
-    /// The processors of the pool that the registry names.
-    fn cores_under(&self, instance: &Instance) -> Cpus {
-        self.core_pool_of(instance).and_then(Pool::cpus).cloned()
+    /// What an instance has on a set of cores.
+    fn seat_on(&self, pool: &str) -> Option<Seat> {
+        let cpus = self.pools.iter().find(|found| found.name == pool)?.cpus()?.clone();
+        Some(Seat { cpus: Some(cpus), share: config::core_share(&self.config, pool) })
+    }
+
+    /// What it has on the pool that the registry names.
+    fn seat_of(&self, instance: &Instance) -> Seat {
+        instance.pool.as_ref().and_then(|pool| self.seat_on(pool)).unwrap_or_default()
     }
 
     fn core_pool_of(&self, instance: &Instance) -> Option<&Pool> {
@@ -282,10 +288,11 @@ impl Wiring {
                 || pool.is_some_and(|pool| !matches!(pool.state, PoolState::Unavailable { .. }))
         };
         let all = self.known.values().filter(|instance| is_free(&instance.name)).filter(can_be);
-        let astray: Vec<(Instance, Cpus)> = all
+        let place = &self.recovery.place;
+        let astray: Vec<(Instance, Seat)> = all
             .filter_map(|instance| {
-                let to = self.cores_under(instance);
-                let astray = cpu::is_astray(&self.registry, instance, &to).unwrap_or_else(|error| {
+                let to = self.seat_of(instance);
+                let astray = cpu::is_astray(place, instance, &to).unwrap_or_else(|error| {
                     let error = refused("look at its threads", &error);
                     tracing::debug!(instance = %instance.name, %error, "its cores are unknown");
                     false

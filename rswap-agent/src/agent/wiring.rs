@@ -42,6 +42,7 @@ use crate::{
     pool::{self, Disks, Inventory, Pool, Watch},
     profile::{Profile, Profiler},
     status::{ApiError, Board},
+    swap::share,
     units::UnixMillis,
 };
 
@@ -257,7 +258,11 @@ impl Wiring {
                 }
             }
         }
+        let some_went = self.known.keys().any(|name| !present.contains_key(name));
         self.known = present;
+        if some_went {
+            share::sweep(&self.recovery.place);
+        }
         // Also those that only the agent before knew.
         self.forecaster.forget_others(|name| self.known.contains_key(name));
         self.look_for_doubts();

@@ -183,7 +183,7 @@ fn default_name(command: &str) -> InstanceName {
 fn cpu_pool(config: &Config, name: String) -> anyhow::Result<(String, pool::CpuSet)> {
     let pools = pool::discover(config);
     match pools.iter().find(|pool| pool.name == name).map(|pool| &pool.kind) {
-        Some(PoolKind::Cpu { cpus }) => Ok((name, cpus.clone())),
+        Some(PoolKind::Cpu { cpus, .. }) => Ok((name, cpus.clone())),
         Some(_) => bail!("{name:?} is not a CPU pool: start it here, and use `rswap migrate`"),
         None => {
             let known: Vec<_> =

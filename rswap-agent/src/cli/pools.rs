@@ -95,7 +95,13 @@ fn host_row(pool: &Pool) -> [String; 9] {
 
 fn kind(pool: &LocalPool, inventory: &Inventory) -> String {
     match &pool.kind {
-        LocalKind::Cores { cpus, .. } => format!("cpus {}", cpu_list::format(cpus)),
+        LocalKind::Cores { cpus, instance_cores, instance_weight, .. } => {
+            let most =
+                instance_cores.as_ref().map(|most| format!(", {} an instance", amount(pool, most.value)));
+            let weight = instance_weight.as_ref().map(|weight| format!(", weight {}", weight.value));
+            let (most, weight) = (most.unwrap_or_default(), weight.unwrap_or_default());
+            format!("cpus {}{most}{weight}", cpu_list::format(cpus))
+        }
         LocalKind::Memory { nodes, tier, .. } => {
             let tier = tier.map_or_else(String::new, |tier| format!(", tier {tier}"));
             if nodes.is_empty() {

@@ -11,11 +11,14 @@ use rswap_types::{
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use super::{Config, ThisHostConfig};
+use crate::swap::share::Share;
 
 const GIB: f64 = (1u64 << 30) as f64;
 /// Bits per second.
 const GBIT: f64 = 1e9;
 const MBIT: f64 = 1e6;
+/// What `cpu.weight` takes (Documentation/admin-guide/cgroup-v2.rst).
+const WEIGHTS: std::ops::RangeInclusive<u64> = 1..=10_000;
 
 /// One `[[pool]]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,6 +57,9 @@ pub enum PoolKindConfig {
         /// Links: what one instance may send, and receive, in bits per second.
         #[serde(skip_serializing_if = "Option::is_none")]
         instance_rate: Option<f64>,
+        /// Cores: what one instance may have of them.
+        #[serde(skip_serializing_if = "Share::is_all")]
+        share: Share,
     },
     /// Another host's agent.
     Host {
@@ -111,6 +117,9 @@ struct RawPool {
     #[serde(default, deserialize_with = "optional_positive")]
     instance_mbit_per_s: Option<f64>,
     #[serde(default, deserialize_with = "optional_positive")]
+    instance_cores: Option<f64>,
+    instance_weight: Option<u64>,
+    #[serde(default, deserialize_with = "optional_positive")]
     operations_per_s: Option<f64>,
     #[serde(default, deserialize_with = "optional_positive")]
     mbyte_per_s: Option<f64>,
@@ -159,6 +168,8 @@ impl RawPool {
             ("capacity_gib", self.capacity_gib.is_some()),
             ("capacity_gbit_per_s", self.capacity_gbit_per_s.is_some()),
             ("instance_mbit_per_s", self.instance_mbit_per_s.is_some()),
+            ("instance_cores", self.instance_cores.is_some()),
+            ("instance_weight", self.instance_weight.is_some()),
             ("operations_per_s", self.operations_per_s.is_some()),
             ("mbyte_per_s", self.mbyte_per_s.is_some()),
             ("cores", self.cores.is_some()),
@@ -176,7 +187,12 @@ impl RawPool {
 fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
     let (capacity, cost_per_hour) = match &member {
         Member::Cpus(_) => {
-            raw.only("a set of cores", &["cost_per_core_hour", "performance", "capacity_cores"])?;
+            let keys =
+                ["cost_per_core_hour", "performance", "capacity_cores", "instance_cores", "instance_weight"];
+            raw.only("a set of cores", &keys)?;
+            if raw.instance_weight.is_some_and(|weight| !WEIGHTS.contains(&weight)) {
+                return Err(format!("pool {:?}: `instance_weight` must be from 1 to 10000", raw.name));
+            }
             (raw.capacity_cores, raw.cost_per_core_hour)
         }
         Member::Storage(at) => {
@@ -209,6 +225,7 @@ fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
     };
     let (performance, volumes) = (raw.performance, raw.volumes.clone());
     let instance_rate = raw.instance_mbit_per_s.map(|mbit| mbit * MBIT);
+    let share = Share { cores: raw.instance_cores, weight: raw.instance_weight };
     let (operations_per_s, bytes_per_s) = (raw.operations_per_s, raw.mbyte_per_s.map(|mb| mb * 1e6));
     Ok(PoolKindConfig::Local {
         member,
@@ -219,6 +236,7 @@ fn local(raw: &RawPool, member: Member) -> Result<PoolKindConfig, String> {
         bytes_per_s,
         volumes,
         instance_rate,
+        share,
     })
 }
 
@@ -272,6 +290,15 @@ pub(super) fn pools<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PoolConfig
     match pools.iter().find(|pool| !names.insert(pool.name.as_str())) {
         Some(twice) => Err(D::Error::custom(format!("the pool name {:?} is taken", twice.name))),
         None => Ok(pools),
+    }
+}
+
+/// What an instance may have of the core pool `name`.
+pub fn core_share(config: &Config, name: &str) -> Share {
+    let found = config.pools.iter().find(|pool| pool.name == name).map(|pool| &pool.kind);
+    match found {
+        Some(PoolKindConfig::Local { share, .. }) => *share,
+        _ => Share::default(),
     }
 }
 
@@ -332,6 +359,7 @@ pub fn settings(config: &Config) -> Settings {
             operations_per_s,
             bytes_per_s,
             instance_rate,
+            share,
             ..
         } => Some(Wanted {
             name: pool.name.clone(),
@@ -343,6 +371,8 @@ pub fn settings(config: &Config) -> Settings {
             operations_per_s: *operations_per_s,
             bytes_per_s: *bytes_per_s,
             instance_rate: *instance_rate,
+            instance_cores: share.cores,
+            instance_weight: share.weight.map(|weight| weight as f64),
         }),
     });
     Settings {

@@ -63,6 +63,7 @@ fn a_whole_file() {
             bytes_per_s: None,
             volumes: None,
             instance_rate: None,
+            share: Default::default(),
         }
     );
     assert!(matches!(config.pools[1].kind, PoolKindConfig::Host { cores: 4.0, memory_gib: 8.0, .. }));

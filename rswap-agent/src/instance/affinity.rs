@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,9 @@ pub struct Choices {
     pub places: BTreeSet<Option<CpuSet>>,
     /// By thread.
     pub own: BTreeMap<i32, Choice>,
+    /// What stood in the files of the cpu controller before a pool limited the instance to a share; nothing while none does.
+    #[serde(default)]
+    pub stood: Option<Vec<(PathBuf, String)>>,
 }
 
 /// The processors of the host.
@@ -78,7 +82,7 @@ impl Processors {
 impl Choices {
     /// Nothing is known but the pool that the instance is on.
     pub fn new(cgroup_id: u64, pool: Option<CpuSet>) -> Self {
-        Self { cgroup_id, places: BTreeSet::from([pool]), own: BTreeMap::new() }
+        Self { cgroup_id, places: BTreeSet::from([pool]), own: BTreeMap::new(), stood: None }
     }
 
     /// What a thread chose that is found with `found` now.

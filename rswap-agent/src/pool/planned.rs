@@ -115,6 +115,10 @@ fn part(pool: &LocalPool, kind: PoolKind) -> Pool {
 /// A set of cores as plans see it: what is not online they leave alone.
 fn core_set(pool: &LocalPool, performance: f64) -> Option<Pool> {
     let cpus = pool.kind.cpus()?;
+    let instance_cores = match &pool.kind {
+        LocalKind::Cores { instance_cores, .. } => instance_cores.as_ref().map(|most| most.value),
+        _ => None,
+    };
     let state = match (&pool.state, pool.state.reason()) {
         (State::Online, _) | (_, None) => PoolState::Ready,
         (_, Some(reason)) => PoolState::Unavailable { reason: reason.to_owned() },
@@ -125,7 +129,7 @@ fn core_set(pool: &LocalPool, performance: f64) -> Option<Pool> {
             cores: pool.capacity.as_ref().map_or(0.0, |capacity| capacity.value),
             memory_bytes: 0,
         },
-        kind: PoolKind::Cpu { cpus: cpus.clone() },
+        kind: PoolKind::Cpu { cpus: cpus.clone(), instance_cores },
         used: Capacity::default(),
         cost_per_core_hour: pool.cost_per_hour.as_ref().map_or(0.0, |cost| cost.value),
         cost_per_gib_hour: 0.0,

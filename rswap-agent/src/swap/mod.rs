@@ -5,6 +5,7 @@ mod affinity;
 pub mod cpu;
 pub mod memory;
 pub mod network;
+pub mod share;
 pub mod storage;
 mod threads;
 
@@ -75,6 +76,31 @@ pub enum SwapError {
         found: CpuSet,
         /// Where it should.
         wanted: CpuSet,
+    },
+    /// A share was asked for, and there is nothing to limit it by.
+    #[error(
+        "no cpu controller limits {}: `echo +cpu > {}/cgroup.subtree_control`", cgroup.display(),
+        cgroup.parent().unwrap_or(cgroup).display()
+    )]
+    NoCpuController {
+        /// The instance's.
+        cgroup: PathBuf,
+    },
+    /// A share was asked for, and somebody else limits it.
+    #[error(
+        "process {pid} is in the cgroup {cgroup} of the cpu controller (cgroup v1): it would lose what limits it there"
+    )]
+    OtherCgroup {
+        /// The first one.
+        pid: i32,
+        /// Where it is.
+        cgroup: String,
+    },
+    /// The controller says something else than what was written.
+    #[error("the cpu controller does not hold it to {share:?}")]
+    NotLimited {
+        /// What was asked for.
+        share: share::Share,
     },
     /// The processors could not be read, or what threads chose for themselves not be kept.
     #[error(transparent)]

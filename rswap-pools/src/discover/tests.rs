@@ -74,6 +74,8 @@ pub(crate) fn wanted(name: &str, member: Member) -> Wanted {
         operations_per_s: None,
         bytes_per_s: None,
         instance_rate: None,
+        instance_cores: None,
+        instance_weight: None,
     }
 }
 
@@ -186,7 +188,7 @@ fn a_server_is_found_as_it_is() {
             "link:eth0"
         ]
     );
-    let LocalKind::Cores { cpus, cores } = &found.pool("cores").unwrap().kind else { panic!() };
+    let LocalKind::Cores { cpus, cores, .. } = &found.pool("cores").unwrap().kind else { panic!() };
     assert_eq!((cpus.len(), cores.len(), &found.online), (4, 4, cpus));
     assert_eq!((cores[2].node, cores[2].package_id, cores[2].max_khz), (Some(1), Some(1), Some(3_600_000)));
     assert_eq!(cores[2].siblings, Some(CpuSet::from([2, 3])));
