@@ -144,12 +144,31 @@ fn together(digests: impl Iterator<Item = u128>) -> u128 {
 }
 
 /// Puts volumes that were built to their places; those that are there already stay. Mounts follow them.
+///
+/// All are there on the disk, too, when this returns: afterwards the source removes its copy, and what a loss of power brings back to
+/// where it was built is taken for what an arrival has left.
 pub fn keep(moves: &[(PathBuf, PathBuf)]) -> std::io::Result<()> {
-    for (built, place) in moves.iter().filter(|(built, _)| built.exists()) {
-        if let Some(parent) = place.parent() {
+    let (mut entered, mut left) = (BTreeSet::<&Path>::new(), BTreeSet::<&Path>::new());
+    for (built, place) in moves {
+        let parent = place.parent().unwrap_or(Path::new("/"));
+        if built.exists() {
             std::fs::create_dir_all(parent)?;
+            std::fs::rename(built, place)?;
         }
-        std::fs::rename(built, place)?;
+        // Also of one that was there: whoever put it there may have been killed before it was synced. The instance's directory
+        // may be new.
+        entered.extend([Some(parent), parent.parent()].into_iter().flatten());
+        left.extend(built.parent());
+    }
+    for directory in entered {
+        std::fs::File::open(directory)?.sync_all()?;
+    }
+    for directory in left {
+        match std::fs::File::open(directory) {
+            // It was empty, and is gone.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            opened => opened?.sync_all()?,
+        }
     }
     Ok(())
 }
@@ -162,5 +181,26 @@ pub fn remove(place: &Place, instance: &Instance) {
             // It runs at the other host with its own copy: this one only takes room.
             tracing::error!(instance = %instance.name, volume = %volume.name, %error, "a volume is left");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_that_are_at_their_places_stay() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (built, place) = (directory.path().join(".arriving-1/tree"), directory.path().join("db/data"));
+        std::fs::create_dir_all(&built).expect("create");
+        std::fs::write(built.join("file"), "contents").expect("write");
+        let moves = [(built.clone(), place.clone())];
+        for _ in 0..2 {
+            keep(&moves).expect("keep");
+            assert!(place.join("file").exists() && !built.exists());
+        }
+        std::fs::remove_dir(directory.path().join(".arriving-1")).expect("remove");
+        keep(&moves).expect("keep");
+        assert!(place.join("file").exists());
     }
 }

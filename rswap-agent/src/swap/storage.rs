@@ -135,7 +135,7 @@ pub fn move_to(
         recover(&path)?;
     }
     let lock = record::lock(&path).map_err(StorageError::io(format!("locking {}", path.display())))?;
-    place::require_mounted(&pool.mount_point)?;
+    place::require_mounted(&pool.mount_point, &pool.directory)?;
     let switch = Switch::plan(&place.volumes, name, volume_name, &pool.directory)?;
     place::make(&pool.directory)?;
     let built = place::arriving(&pool.directory)?;
@@ -148,7 +148,7 @@ pub fn move_to(
         plan: None,
         tasks: Vec::new(),
     };
-    record.write(&path, true).map_err(StorageError::io(format!("writing {}", path.display())))?;
+    record.write(&path).map_err(StorageError::io(format!("writing {}", path.display())))?;
     let done = copied(order, &mut record, &path, watch, on_progress);
     // One whose way back failed is brought to its end by the next agent.
     if !matches!(done, Err(StorageError::NotRestored { .. })) {

@@ -10,7 +10,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use rustix::fs::{AtFlags, CWD, RenameFlags, StatVfs, StatxAttributes, StatxFlags};
+use procfs::process::Process;
+use rustix::fs::{AtFlags, CWD, RenameFlags, StatVfs, Statx, StatxAttributes, StatxFlags};
 use serde::{Deserialize, Serialize};
 
 use super::VolumeError;
@@ -114,15 +115,64 @@ pub fn make(directory: &Path) -> Result<(), VolumeError> {
     made.map_err(VolumeError::host("making", directory))
 }
 
-/// A pool whose disk was taken away leaves an empty directory of another disk: nothing may be put there.
-pub fn require_mounted(mount_point: &Path) -> Result<(), VolumeError> {
-    let found = rustix::fs::statx(CWD, mount_point, AtFlags::empty(), StatxFlags::BASIC_STATS)
-        .map_err(VolumeError::host("looking at", mount_point))?;
-    if found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+/// A pool whose disk was taken away leaves an empty directory of another disk: nothing may be put there. Nor may it if `directory`,
+/// which is at or below `mount_point`, is on yet another disk, which could be taken away, too.
+pub fn require_mounted(mount_point: &Path, directory: &Path) -> Result<(), VolumeError> {
+    let refused = |path: &Path, text: &str| {
+        let error = std::io::Error::new(std::io::ErrorKind::NotFound, text);
+        Err(VolumeError::host("looking for the disk of", path)(error))
+    };
+    let root = look(mount_point)?;
+    // Linux 5.8.
+    let is_mounted = if root.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT) {
+        root.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)
+    } else {
+        mount_of(mount_point)? == canonical(mount_point)?
+    };
+    if !is_mounted {
+        return refused(mount_point, "no file system is mounted there");
+    }
+    // It is made when it is first needed.
+    let there = directory.ancestors().find(|path| path.exists()).unwrap_or(mount_point);
+    let found = look(there)?;
+    if (found.stx_dev_major, found.stx_dev_minor) == (root.stx_dev_major, root.stx_dev_minor) {
         return Ok(());
     }
-    let none = std::io::Error::new(std::io::ErrorKind::NotFound, "no file system is mounted there");
-    Err(VolumeError::host("looking for the disk of", mount_point)(none))
+    // Subvolumes of btrfs have device numbers of their own.
+    let told = |of: &Statx| of.stx_mask & StatxFlags::MNT_ID.bits() != 0;
+    let is_together = if told(&root) && told(&found) {
+        found.stx_mnt_id == root.stx_mnt_id
+    } else {
+        mount_of(there)? == mount_of(mount_point)?
+    };
+    if is_together {
+        return Ok(());
+    }
+    let text = format!(
+        "it is on another file system than {}: name the mount point of that one as the pool's storage",
+        mount_point.display()
+    );
+    refused(there, &text)
+}
+
+fn look(path: &Path) -> Result<Statx, VolumeError> {
+    rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
+        .map_err(VolumeError::host("looking at", path))
+}
+
+fn canonical(path: &Path) -> Result<PathBuf, VolumeError> {
+    fs::canonicalize(path).map_err(VolumeError::host("looking for", path))
+}
+
+/// The mount point of what is mounted at or above `path`, for kernels that don't tell by statx(2).
+fn mount_of(path: &Path) -> Result<PathBuf, VolumeError> {
+    let list = Path::new("/proc/self/mountinfo");
+    let mounts = Process::myself()
+        .and_then(|process| process.mountinfo())
+        .map_err(|error| VolumeError::host("reading", list)(std::io::Error::other(error.to_string())))?;
+    let path = canonical(path)?;
+    let above = mounts.into_iter().map(|mount| mount.mount_point).filter(|point| path.starts_with(point));
+    Ok(above.max_by_key(|point| point.components().count()).unwrap_or_default())
 }
 
 fn unused(directory: &Path, prefix: &str) -> PathBuf {
@@ -237,9 +287,23 @@ mod tests {
     #[test]
     fn a_directory_in_which_nothing_is_mounted_is_no_disk() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let error = require_mounted(directory.path()).expect_err("nothing is mounted there");
+        let path = directory.path();
+        let error = require_mounted(path, &path.join("rswap")).expect_err("nothing is mounted there");
         assert!(error.to_string().contains("the disk of"), "{error}");
-        require_mounted(Path::new("/proc")).expect("it is mounted");
+        for below in ["/proc", "/proc/self", "/proc/none/here"] {
+            require_mounted(Path::new("/proc"), Path::new(below)).expect("it is mounted");
+        }
+        let elsewhere = require_mounted(Path::new("/proc"), path).expect_err("it is on another disk");
+        assert!(elsewhere.to_string().contains("the disk of"), "{elsewhere}");
+    }
+
+    #[test]
+    fn mounts_are_found_without_statx() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path();
+        assert_eq!(mount_of(Path::new("/proc")).expect("look"), Path::new("/proc"));
+        let above = mount_of(path).expect("look");
+        assert!(above != path && path.starts_with(&above), "{above:?}");
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(super) fn run(
     steps.step("open");
     let note = |tasks| {
         record.tasks = tasks;
-        record.write(path, false).map_err(StorageError::io(format!("writing {}", path.display())))
+        record.write_plan(path).map_err(StorageError::io(format!("writing {}", path.display())))
     };
     let mut hands =
         stopped.hand_over(instance, &plan, false, note).inspect_err(|_| thaw_unchanged(instance))?;

@@ -42,23 +42,128 @@ pub(super) fn lock(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Where the record in `path` is once more, with the plan. It is written while the instance stands still, so it is not waited for
+/// until it is on the disk, and may be there empty after a loss of power. It must not replace what is on the disk.
+fn with_plan(path: &Path) -> PathBuf {
+    path.with_extension("plan")
+}
+
+/// Removes the record in `path`.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    // This first: without the other one nobody would look for it.
+    remove_plan(path)?;
+    fs::remove_file(path)
+}
+
+fn remove_plan(path: &Path) -> io::Result<()> {
+    match fs::remove_file(with_plan(path)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 impl Record {
-    /// Writes it, whole or not at all. With `through`, it is on the disk when this returns: a plan speaks of processes, and
-    /// need not outlive them.
-    pub(super) fn write(&self, path: &Path, through: bool) -> io::Result<()> {
+    /// Writes it, whole or not at all. It is on the disk when this returns.
+    pub(super) fn write(&self, path: &Path) -> io::Result<()> {
         let parent = path.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(parent)?;
+        // Of an earlier swap.
+        remove_plan(path)?;
+        self.put(path, true)?;
+        File::open(parent)?.sync_all()
+    }
+
+    /// Writes it with its plan beside what [`Self::write`] wrote, whole or not at all for as long as the kernel runs: a plan speaks
+    /// of processes, and need not outlive them.
+    pub(super) fn write_plan(&self, path: &Path) -> io::Result<()> {
+        self.put(&with_plan(path), false)
+    }
+
+    fn put(&self, path: &Path, through: bool) -> io::Result<()> {
         let temporary = path.with_extension("new");
         let mut file = File::create(&temporary)?;
         file.write_all(&serde_json::to_vec(self)?)?;
         if through {
             file.sync_all()?;
         }
-        fs::rename(&temporary, path)?;
-        if through { File::open(parent)?.sync_all() } else { Ok(()) }
+        fs::rename(&temporary, path)
     }
 
+    /// With the plan, if there is one.
     pub(super) fn read(path: &Path) -> io::Result<Self> {
-        Ok(serde_json::from_slice(&fs::read(path)?)?)
+        let record: Self = serde_json::from_slice(&fs::read(path)?)?;
+        let text = match fs::read(with_plan(path)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(record),
+            text => text?,
+        };
+        // What a loss of power has left of it is as good as nothing: the processes are gone, too.
+        let planned: Option<Self> = serde_json::from_slice(&text).ok();
+        Ok(planned.filter(|planned| planned.switch == record.switch).unwrap_or(record))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{instance::Origin, volume::place};
+
+    fn record(home: &Path, pool: &Path) -> Record {
+        let instance = Instance {
+            name: "db".parse().expect("a name"),
+            labels: Default::default(),
+            cgroup: "/nowhere".into(),
+            cgroup_id: 1,
+            origin: Origin::Run,
+            init_pid: Some(1),
+            command: Vec::new(),
+            network: None,
+            volumes: Vec::new(),
+            pool: None,
+            uplink: None,
+            memory: None,
+            since: Default::default(),
+        };
+        let volume = "data:/data".parse().expect("a volume");
+        let switch = Switch::plan(home, "db", "data", pool).expect("plan");
+        Record { instance, volume, switch, built: pool.join("built"), plan: None, tasks: Vec::new() }
+    }
+
+    #[test]
+    fn what_is_left_of_a_plan_does_not_stand_for_the_record() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (home, pool) = (directory.path().join("home"), directory.path().join("pool"));
+        fs::create_dir_all(place::of(&home, "db", "data")).expect("create");
+        let path = directory.path().join("volume-swaps/db.data.json");
+        let mut record = record(&home, &pool);
+        record.write(&path).expect("write");
+        assert!(Record::read(&path).expect("read").plan.is_none());
+        record.plan = Some(Plan {
+            point: "/data".into(),
+            init: 1,
+            descriptions: Vec::new(),
+            mappings: Vec::new(),
+            working: Vec::new(),
+            nameless: Vec::new(),
+        });
+        record.write_plan(&path).expect("write");
+        assert_eq!(Record::read(&path).expect("read").plan, record.plan);
+        // After a loss of power.
+        for left in ["", "{\"instance\":"] {
+            fs::write(with_plan(&path), left).expect("write");
+            assert!(Record::read(&path).expect("read").plan.is_none());
+        }
+        // Of another swap.
+        record.write_plan(&path).expect("write");
+        let mut next = record.clone();
+        next.switch = Switch::plan(&home, "db", "data", &directory.path().join("other")).expect("plan");
+        next.plan = None;
+        next.put(&path, true).expect("write");
+        assert!(Record::read(&path).expect("read").plan.is_none());
+        next.write(&path).expect("write");
+        assert!(!with_plan(&path).exists());
+        record.write_plan(&path).expect("write");
+        remove(&path).expect("remove");
+        let left = fs::read_dir(directory.path().join("volume-swaps")).expect("read");
+        assert_eq!(left.count(), 0);
     }
 }

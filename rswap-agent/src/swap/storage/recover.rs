@@ -17,7 +17,7 @@ pub(super) fn finish(record: &Record, path: &Path) {
         tracing::warn!(path = %record.built.display(), %error, "a copy that was not finished is left");
     }
     record.switch.clean();
-    if let Err(error) = fs::remove_file(path) {
+    if let Err(error) = record::remove(path) {
         tracing::warn!(path = %path.display(), %error, "the record of a storage swap is left");
     }
 }
@@ -46,7 +46,7 @@ pub fn recover(path: &Path) -> Result<(), StorageError> {
         cgroup::freeze(&instance.cgroup, false)?;
         let mut hands = stopped.hand_over(instance, plan, true, |made| {
             record.tasks.extend(made);
-            record.write(path, false).map_err(StorageError::io(format!("writing {}", path.display())))
+            record.write_plan(path).map_err(StorageError::io(format!("writing {}", path.display())))
         })?;
         for earlier in &tasks {
             if let Some(hand) = hands.get_mut(&earlier.process) {
