@@ -6,6 +6,8 @@
 //!   ca.pem           0644  whom hosts trust: that certificate; during a rotation, the one before it too
 //! ```
 //!
+//! While a rotation begins there is `authority.pem.next` too: what signs once `ca.pem` names it.
+//!
 //! A rotation has three steps, and hosts go on talking in each: a new key signs from now on, and `ca.pem` names both (it is
 //! brought to every host); every host gets a new certificate; `ca.pem` names only the new one (and is brought to every host).
 
@@ -26,6 +28,8 @@ use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use crate::identity::{self, Identity, IdentityError, Name, Role};
 
 const AUTHORITY: &str = "authority.pem";
+/// What is to sign next.
+const NEXT: &str = "authority.pem.next";
 const BUNDLE: &str = "ca.pem";
 const SCHEME: &str = "spiffe://";
 
@@ -58,6 +62,14 @@ pub enum AuthorityError {
         path: PathBuf,
         /// Its permissions.
         mode: u32,
+    },
+    /// Somebody else could exchange what is in it.
+    #[error("{} is no directory for a key: {reason}", path.display())]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
     },
     /// It is no authority.
     #[error("{} is not the certificate and key of an authority: {reason}", path.display())]
@@ -197,37 +209,60 @@ impl Authority {
         Ok(issued)
     }
 
-    /// Begins a rotation of the one in `directory`: a new key signs, and both are trusted.
+    /// Begins a rotation of the one in `directory`: a new key signs, and both are trusted. One that was interrupted while it
+    /// began goes on.
     ///
     /// # Errors
     /// A rotation is under way.
     pub fn rotate(directory: &Path, valid: Validity) -> Result<Self, AuthorityError> {
+        if resumed(directory)? {
+            return Self::open(directory);
+        }
         let now = Self::open(directory)?;
         let bundle = directory.join(BUNDLE);
         let trusted = fs::read(&bundle).map_err(file("read", &bundle))?;
-        if trusted_in(&trusted) > 1 {
+        if certificates(&trusted).len() > 1 {
             return Err(AuthorityError::Rotation(
                 "a rotation is under way: finish it first (`rswap pki rotate --finish`)",
             ));
         }
         let (pem, certificate) = signer(&now.domain, valid)?;
-        // The bundle first: the new key signs nothing that it does not vouch for.
+        // The new key before the bundle that names it: whoever is interrupted in between has lost nothing. The bundle before
+        // the new key signs: it signs nothing that the bundle does not vouch for.
+        let next = directory.join(NEXT);
+        replace(&next, 0o600, pem.as_bytes())?;
         replace(&bundle, 0o644, &[&trusted, certificate.as_bytes()].concat())?;
-        replace(&directory.join(AUTHORITY), 0o600, pem.as_bytes())?;
+        put_in_place(&next, &directory.join(AUTHORITY))?;
         Self::open(directory)
     }
 
     /// Ends a rotation of the one in `directory`: only the new key is trusted.
     ///
     /// # Errors
-    /// None is under way.
+    /// None is under way, or the key that signs is not the new one.
     pub fn finish_rotation(directory: &Path) -> Result<Self, AuthorityError> {
+        if resumed(directory)? {
+            // It has signed nothing yet: every host would be cut off.
+            return Err(AuthorityError::Rotation(
+                "the rotation had been interrupted while it began, and has begun only now: bring ca.pem and a new \
+                 certificate to every host before this step",
+            ));
+        }
         let (path, bundle) = (directory.join(AUTHORITY), directory.join(BUNDLE));
         let trusted = fs::read(&bundle).map_err(file("read", &bundle))?;
-        if trusted_in(&trusted) < 2 {
+        let trusted = certificates(&trusted);
+        if trusted.len() < 2 {
             return Err(AuthorityError::Rotation("no rotation is under way (`rswap pki rotate` begins one)"));
         }
         let pem = fs::read_to_string(&path).map_err(file("read", &path))?;
+        let signs = CertificateDer::from_pem_slice(pem.as_bytes())
+            .map_err(|error| AuthorityError::Content { path: path.clone(), reason: error.to_string() })?;
+        if trusted.last() != Some(&signs) {
+            return Err(AuthorityError::Rotation(
+                "authority.pem is not what the last certificate in ca.pem belongs to, so the new key does not sign: take \
+                 that certificate out of ca.pem, and begin the rotation anew (`rswap pki rotate`)",
+            ));
+        }
         let certificate = &pem[..pem.find(KEY_BEGINS).unwrap_or(pem.len())];
         replace(&bundle, 0o644, certificate.as_bytes())?;
         Self::open(directory)
@@ -241,8 +276,25 @@ fn key_of(pem: &str) -> Option<&str> {
     Some(&pem[pem.find(KEY_BEGINS)?..])
 }
 
-fn trusted_in(bundle: &[u8]) -> usize {
-    CertificateDer::pem_slice_iter(bundle).filter(Result::is_ok).count()
+fn certificates(bundle: &[u8]) -> Vec<CertificateDer<'static>> {
+    CertificateDer::pem_slice_iter(bundle).filter_map(Result::ok).collect()
+}
+
+/// Whether a rotation that was interrupted while it began has begun now. A key that the bundle does not name yet was shown to
+/// nobody, and is forgotten.
+fn resumed(directory: &Path) -> Result<bool, AuthorityError> {
+    let (next, bundle) = (directory.join(NEXT), directory.join(BUNDLE));
+    let pem = match fs::read(&next) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        read => read.map_err(file("read", &next))?,
+    };
+    let trusted = certificates(&fs::read(&bundle).map_err(file("read", &bundle))?);
+    let is_named = CertificateDer::from_pem_slice(&pem).is_ok_and(|signs| trusted.contains(&signs));
+    match is_named {
+        true => put_in_place(&next, &directory.join(AUTHORITY))?,
+        false => fs::remove_file(&next).map_err(file("remove", &next))?,
+    }
+    Ok(is_named)
 }
 
 /// The certificate that signs for `domain`: with its key, and alone.
@@ -291,10 +343,21 @@ fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Authority
     move |source| AuthorityError::File { doing, path, source }
 }
 
-/// Makes `path` for its owner only, or makes sure that it is.
+/// Makes `path` for this process's user only, or makes sure that it is.
 fn private_directory(path: &Path) -> Result<(), AuthorityError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(file("make the directory", path))?;
-    let mode = fs::metadata(path).map_err(file("look at", path))?.mode() & 0o7777;
+    // A slash at the end would have a symbolic link followed.
+    let itself: PathBuf = path.components().collect();
+    let found = fs::symlink_metadata(&itself).map_err(file("look at", path))?;
+    let wrong = |reason: String| Err(AuthorityError::Directory { path: path.to_owned(), reason });
+    if !found.is_dir() {
+        return wrong("it is a symbolic link, which may lead elsewhere next time".to_owned());
+    }
+    let own = nix::unistd::geteuid().as_raw();
+    if found.uid() != own {
+        return wrong(format!("it belongs to user {}, and this is user {own}", found.uid()));
+    }
+    let mode = found.mode() & 0o7777;
     match mode & 0o077 {
         0 => Ok(()),
         _ => Err(AuthorityError::Open { path: path.to_owned(), mode }),
@@ -324,7 +387,12 @@ fn replace(path: &Path, mode: u32, bytes: &[u8]) -> Result<(), AuthorityError> {
     // Of somebody who was interrupted.
     let _ = fs::remove_file(&unready);
     create(&unready, mode, bytes, "")?;
-    fs::rename(&unready, path).map_err(file("put in place", path))?;
+    put_in_place(&unready, path)
+}
+
+/// Renames `ready` to `path`, whatever happens to the host next.
+fn put_in_place(ready: &Path, path: &Path) -> Result<(), AuthorityError> {
+    fs::rename(ready, path).map_err(file("put in place", path))?;
     let directory = path.parent().unwrap_or(Path::new("."));
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(file("write through", directory))
 }

@@ -76,8 +76,19 @@ pub enum CredentialsError {
     },
 }
 
-/// What a change of a file changes.
-type Stamp = [Option<(u64, u64, u64, i64, i64)>; 3];
+/// What a change of a file changes: of its content, and (mode and ctime) of who may read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    mode: u32,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+/// Of each file; `None` if it is not there.
+type Stamp = [Option<Seen>; 3];
 
 /// What was read.
 #[derive(Debug)]
@@ -103,6 +114,7 @@ pub struct Credentials {
 
 #[derive(Debug)]
 struct State {
+    /// Of the files as `loaded` has them.
     stamp: Stamp,
     loaded: Arc<Loaded>,
     problem: Option<String>,
@@ -124,13 +136,11 @@ impl Credentials {
     pub fn current(&self) -> (Arc<Loaded>, Option<String>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let stamp = stamp(&self.files);
-        if stamp != state.stamp {
+        // What could not be used is tried again each time: it need not be these files that change for the better.
+        if stamp != state.stamp || state.problem.is_some() {
             match Loaded::read(&self.files) {
                 Ok(loaded) => *state = State { stamp, loaded: Arc::new(loaded), problem: None },
-                Err(error) => {
-                    state.stamp = stamp;
-                    state.problem = Some(said(&error));
-                }
+                Err(error) => state.problem = Some(said(&error)),
             }
         }
         (state.loaded.clone(), state.problem.clone())
@@ -151,7 +161,14 @@ fn said(error: &dyn std::error::Error) -> String {
 fn stamp(files: &Files) -> Stamp {
     [&files.ca, &files.certificate, &files.key].map(|path| {
         let found = fs::metadata(path).ok()?;
-        Some((found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec()))
+        Some(Seen {
+            device: found.dev(),
+            inode: found.ino(),
+            bytes: found.len(),
+            mode: found.mode(),
+            modified: (found.mtime(), found.mtime_nsec()),
+            changed: (found.ctime(), found.ctime_nsec()),
+        })
     })
 }
 

@@ -200,6 +200,57 @@ fn a_rotation_is_three_steps_and_no_pair_is_cut_off_in_between() {
 }
 
 #[test]
+fn a_rotation_that_was_interrupted_goes_on_and_never_ends_with_the_old_key() {
+    let at = directory();
+    let ca = at.path().join("ca");
+    let read = |name: &str| std::fs::read(ca.join(name)).expect(name);
+    drop(Authority::init(&ca, "fleet", valid()).expect("an authority"));
+    let (old, of_the_old) = (read("authority.pem"), read("ca.pem"));
+    drop(Authority::rotate(&ca, valid()).expect("a rotation"));
+    let (new, both) = (read("authority.pem"), read("ca.pem"));
+    let of_the_new = &both[of_the_old.len()..];
+    let next = ca.join("authority.pem.next");
+    let interrupted = |bundle: &[u8], key_is_there: bool| {
+        std::fs::write(ca.join("authority.pem"), &old).expect("written");
+        std::fs::write(ca.join("ca.pem"), bundle).expect("written");
+        if key_is_there {
+            std::fs::write(&next, &new).expect("written");
+        }
+    };
+    // Before the bundle: it begins anew, with another key.
+    interrupted(&of_the_old, true);
+    assert!(matches!(Authority::finish_rotation(&ca), Err(AuthorityError::Rotation(_))));
+    assert_eq!((read("authority.pem"), read("ca.pem")), (old.clone(), of_the_old.clone()));
+    interrupted(&of_the_old, true);
+    drop(Authority::rotate(&ca, valid()).expect("a rotation"));
+    assert!(![&old, &new].contains(&&read("authority.pem")) && !next.exists());
+    assert!(read("ca.pem").starts_with(&of_the_old) && read("ca.pem") != both);
+    // In the middle of a file: what is there of it is in nobody's way.
+    interrupted(&of_the_old, false);
+    std::fs::write(ca.join("authority.pem.next.new"), "-----BEGIN").expect("written");
+    std::fs::write(ca.join("ca.pem.new"), "-----BEGIN").expect("written");
+    drop(Authority::rotate(&ca, valid()).expect("a rotation"));
+    drop(Authority::finish_rotation(&ca).expect("the end"));
+    // After the bundle: the key that it names signs.
+    interrupted(&both, true);
+    drop(Authority::rotate(&ca, valid()).expect("a rotation"));
+    assert_eq!((read("authority.pem"), read("ca.pem")), (new.clone(), both.clone()));
+    assert!(!next.exists());
+    drop(Authority::finish_rotation(&ca).expect("the end"));
+    assert_eq!((read("authority.pem"), read("ca.pem")), (new.clone(), of_the_new.to_vec()));
+    // The end does not come with the beginning: no host has a certificate of the new key.
+    interrupted(&both, true);
+    assert!(matches!(Authority::finish_rotation(&ca), Err(AuthorityError::Rotation(_))));
+    assert_eq!((read("authority.pem"), read("ca.pem")), (new.clone(), both.clone()));
+    drop(Authority::finish_rotation(&ca).expect("the end"));
+    assert_eq!(read("ca.pem"), of_the_new);
+    // The new key is lost: the old one is not made the only one that is trusted.
+    interrupted(&both, false);
+    assert!(matches!(Authority::finish_rotation(&ca), Err(AuthorityError::Rotation(_))));
+    assert_eq!((read("authority.pem"), read("ca.pem")), (old.clone(), both.clone()));
+}
+
+#[test]
 fn files_that_cannot_be_used_leave_the_old_ones_in_use() {
     let at = directory();
     let authority = Authority::init(&at.path().join("ca"), "fleet", valid()).expect("an authority");
@@ -219,6 +270,25 @@ fn files_that_cannot_be_used_leave_the_old_ones_in_use() {
     assert!(problem.is_some());
     std::fs::write(&certificate, good).expect("written");
     assert_eq!(a.current().1, None);
+    // Of a key that is refused only the mode changes, and in the meantime there is another authority to trust.
+    let before = a.current().0;
+    let key = at.path().join("a/key.pem");
+    let open = |mode| std::fs::set_permissions(&key, std::fs::Permissions::from_mode(mode)).expect("chmod");
+    open(0o644);
+    assert!(a.current().1.expect("a problem").contains("chmod 600"));
+    let other = Authority::init(&at.path().join("other"), "fleet", valid()).expect("an authority");
+    let c = issue(&other, at.path(), "c", Role::Agent, valid());
+    let trusted = [at.path().join("a/ca.pem"), at.path().join("c/ca.pem")].map(std::fs::read);
+    let trusted = trusted.map(|read| read.expect("an authority")).concat();
+    for who in ["a", "c"] {
+        std::fs::write(at.path().join(who).join("ca.pem"), &trusted).expect("written");
+    }
+    assert!(a.current().1.is_some());
+    assert!(std::sync::Arc::ptr_eq(&before, &a.current().0));
+    open(0o600);
+    assert_eq!(a.current().1, None);
+    let (said, answered) = meet(&a, rule(None), &c, rule(None), b"words");
+    assert!(said.is_ok() && answered.is_ok(), "{said:?}, {answered:?}");
 }
 
 #[test]
@@ -252,5 +322,19 @@ fn keys_are_for_their_owner_and_nothing_is_overwritten() {
     std::fs::create_dir(&open_directory).expect("a directory");
     std::fs::set_permissions(&open_directory, std::fs::Permissions::from_mode(0o755)).expect("chmod");
     assert!(matches!(Authority::init(&open_directory, "fleet", valid()), Err(AuthorityError::Open { .. })));
+    let link = at.path().join("link");
+    std::os::unix::fs::symlink(&ca, &link).expect("a link");
+    for link in [link.clone(), link.join("")] {
+        let led = authority.issue(&name("b"), Role::Agent, valid(), &link, true);
+        assert!(matches!(led, Err(AuthorityError::Directory { .. })), "{led:?}");
+    }
+    let given = at.path().join("given");
+    std::fs::create_dir(&given).expect("a directory");
+    std::fs::set_permissions(&given, std::fs::Permissions::from_mode(0o700)).expect("chmod");
+    // Only root can give it away.
+    if std::os::unix::fs::chown(&given, Some(65_534), None).is_ok() {
+        let made = Authority::init(&given, "fleet", valid());
+        assert!(matches!(made, Err(AuthorityError::Directory { .. })), "{made:?}");
+    }
     assert!(Authority::init(&at.path().join("x"), "Not A Domain", valid()).is_err());
 }

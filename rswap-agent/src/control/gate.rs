@@ -3,7 +3,7 @@
 //! The kernel says who is at the other end: uid, gid and pid when it connected (SO_PEERCRED), and its supplementary groups
 //! (SO_PEERGROUPS). Root and the agent's own user may do everything; others what `[[control.grant]]` gives them. Every
 //! changing call is in the audit log before it is carried out, and again when it has ended; when the log can't be written,
-//! nothing is carried out.
+//! nothing is carried out. It is there with all of its arguments: a body that has no room there is refused.
 
 use std::{
     os::fd::AsFd as _,
@@ -123,17 +123,25 @@ async fn pass(
         return if may { next.run(request).await } else { refused(needed).into_response() };
     }
     let call = request.uri().path().to_owned();
-    let (parts, body) = request.into_parts();
     // Of whoever may not call, nothing is read.
-    let given = if may { axum::body::to_bytes(body, body_limit(&call)).await } else { Ok(Bytes::new()) };
-    let given = match given {
+    if !may {
+        tracing::warn!(?caller, call, "a call was refused");
+        if let Err(error) = gate.audit.refused(&caller, &call) {
+            tracing::error!(%error, "that a call was refused is not in the audit log");
+        }
+        return refused(needed).into_response();
+    }
+    let (parts, body) = request.into_parts();
+    let limit = body_limit(&call);
+    let given = match axum::body::to_bytes(body, limit).await {
         Ok(given) => given,
         Err(error) => {
             let text = format!("cannot read the request's body: {error}");
-            return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, text, "send less").into_response();
+            let hint = format!("send at most {} KiB", limit >> 10);
+            return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, text, hint).into_response();
         }
     };
-    let entry = match gate.audit.begin(&caller, &call, &given, may) {
+    let entry = match gate.audit.begin(&caller, &call, &given) {
         Ok(entry) => entry,
         Err(error) => {
             tracing::error!(%error, "a call was refused: the audit log can't be written");
@@ -142,10 +150,6 @@ async fn pass(
             return ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text, hint).into_response();
         }
     };
-    if !may {
-        tracing::warn!(?caller, call, "a call was refused");
-        return refused(needed).into_response();
-    }
     let answer = next.run(Request::from_parts(parts, Body::from(given))).await;
     recorded(answer, entry).await
 }

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     AdoptRequest, Command, DrainRequest, MigrateRequest, RecoverRequest, RegisterRequest, Reply, SwapRequest,
-    SwapVolumeRequest,
+    SwapVolumeRequest, audit,
 };
 use crate::{
     forecast::Lessons,
@@ -27,8 +27,8 @@ const LEARN: &str = "/v1/learn";
 
 type Commands = mpsc::Sender<Command>;
 
-/// Requests are a few names; more is a mistake.
-const BODY_LIMIT_BYTES: usize = 64 << 10;
+/// Requests are a few names; more is a mistake, or is not to be seen in the audit log.
+const BODY_LIMIT_BYTES: usize = audit::TEXT_BYTES;
 
 /// Lessons are some KiB for each instance that ever ran.
 const LESSONS_LIMIT_BYTES: usize = 64 << 20;

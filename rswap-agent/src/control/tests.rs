@@ -90,6 +90,49 @@ async fn bad_bodies_never_reach_the_wiring() {
     assert!(served.commands.try_recv().is_err());
 }
 
+fn audited(served: &Served) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(served.directory.path().join("audit.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[tokio::test]
+async fn what_has_no_room_in_the_audit_log_is_refused() {
+    let mut served = served().await;
+    let body = serde_json::json!({"pad": "x".repeat(5 << 10), "instance": "db", "pool": "x"});
+    let answer = served.client.post::<SwapDone>("/v1/swap", &body).await;
+    let Err(ClientError::Refused(error)) = answer else { panic!("{answer:?}") };
+    assert_eq!(error.status, 413);
+    assert!(error.hint.contains("4 KiB"), "{error}");
+    assert!(audited(&served).is_empty());
+    assert!(served.commands.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn of_a_caller_that_hangs_up_the_end_is_unknown() {
+    use tokio::io::AsyncWriteExt as _;
+    let mut served = served().await;
+    let path = served.directory.path().join("run/control.sock");
+    let mut caller = UnixStream::connect(path).await.unwrap();
+    let body = r#"{"instance":"db","pool":"x"}"#;
+    let head = "POST /v1/swap HTTP/1.1\r\nHost: rswap\r\nContent-Type: application/json\r\n";
+    let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
+    caller.write_all(request.as_bytes()).await.unwrap();
+    // It is under way, and is not answered.
+    let command = served.commands.recv().await.unwrap();
+    assert_eq!(audited(&served).len(), 1);
+    drop(caller);
+    for _ in 0..500 {
+        if audited(&served).len() == 2 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let lines = audited(&served);
+    assert_eq!((&lines[0]["outcome"], &lines[1]["outcome"]), (&"begun".into(), &"unknown".into()));
+    assert_eq!(lines[0]["id"], lines[1]["id"]);
+    drop(command);
+}
+
 #[tokio::test]
 async fn a_migration_streams_its_events() {
     let mut served = served().await;
