@@ -8,11 +8,11 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpStream, UnixStream},
+    net::UnixStream,
     time::timeout,
 };
 
-use crate::Address;
+use crate::{Address, server::require_own};
 
 /// How long connecting may take.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -40,10 +40,9 @@ pub trait Connect: Send + Sync + 'static {
 impl Connect for Address {
     fn connect(&self) -> Connecting<'_> {
         Box::pin(async move {
-            let stream: Box<dyn Stream> = match self {
-                Self::Loopback(address) => Box::new(TcpStream::connect(address).await?),
-                Self::Socket(path) => Box::new(UnixStream::connect(path).await?),
-            };
+            let stream = UnixStream::connect(&self.0).await?;
+            require_own(&stream)?;
+            let stream: Box<dyn Stream> = Box::new(stream);
             Ok(stream)
         })
     }

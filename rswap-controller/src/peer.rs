@@ -9,7 +9,7 @@ use rswap_fleet::HostName;
 /// The other end, as far as the transport vouches for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// For people: an address, or a socket's path.
+    /// For people.
     pub from: String,
     /// The host whose agent it is; `None` where the transport can't say: then it is whichever it claims to be.
     pub host: Option<HostName>,
@@ -24,19 +24,12 @@ impl Peer {
     }
 }
 
-impl From<std::net::SocketAddr> for Peer {
-    /// Only loopback is listened to without a transport that vouches for anybody.
-    fn from(address: std::net::SocketAddr) -> Self {
-        Self::local(address.to_string())
-    }
-}
-
 /// A connection over the unix socket.
 #[derive(Clone, Debug)]
 pub(crate) struct OverSocket;
 
 impl From<OverSocket> for Peer {
-    /// The socket's mode has let it in.
+    /// It is root, or this process's own user.
     fn from(_: OverSocket) -> Self {
         Self::local("the unix socket".to_owned())
     }

@@ -11,7 +11,7 @@ use rswap_fleet::{
     Action, HostName, Order, OrderOutcome, Report, Token,
     model::Revision,
     orders::{Ledger, OrderResult, Refusal},
-    report::{Answer, Envelope},
+    report::{self, Answer, Envelope},
 };
 use rswap_forecast::{Lessons, Part};
 use rswap_types::{InstanceName, UnixMillis};
@@ -28,6 +28,8 @@ const BATCH: usize = 32;
 const BATCH_BYTES: u64 = 4 << 20;
 /// What a controller answers to a report that it can never take.
 const NEVER: u16 = 422;
+/// What it answers to a report of another version than its own.
+const OTHER_VERSION: u16 = 409;
 
 /// What is to be told.
 #[derive(Debug)]
@@ -144,8 +146,17 @@ impl Sender {
                     drop(self.answered.send(Answered { answer, told: envelope.lessons }));
                 }
                 // One of them is it: which is known when each is sent alone.
-                Err(LinkError::Refused { status: NEVER, .. }) if envelope.reports.len() > 1 => batch = 1,
-                Err(LinkError::Refused { status: NEVER, error, .. }) => {
+                Err(LinkError::Refused { status: NEVER | OTHER_VERSION, .. })
+                    if envelope.reports.len() > 1 =>
+                {
+                    batch = 1;
+                }
+                // A controller of this version will take it; what another agent has left behind, none that this one can speak to.
+                Err(LinkError::Refused { status, error, .. })
+                    if status == NEVER
+                        || (status == OTHER_VERSION
+                            && envelope.reports.iter().all(|report| report.version != report::VERSION)) =>
+                {
                     tracing::error!(error, "the controller does not take a report");
                     match envelope.reports.first() {
                         Some(report) => self.spool.set_aside(report.sequence),
@@ -237,6 +248,11 @@ impl Orders {
     /// A migration was begun for an order: [`Orders::moved`] says how it ended.
     pub fn going(&mut self, instance: InstanceName, token: Token) {
         self.going.insert(instance, token);
+    }
+
+    /// Whose migrations were begun for an order, and have not ended as far as [`Orders::moved`] was told.
+    pub fn under_way(&self) -> impl Iterator<Item = &InstanceName> {
+        self.going.keys()
     }
 
     /// A migration has ended, whoever wanted it.

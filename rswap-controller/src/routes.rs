@@ -88,18 +88,20 @@ async fn take_report(
     ConnectInfo(peer): ConnectInfo<Peer>,
     body: Bytes,
 ) -> Result<Json<Answer>, Refusal> {
+    let same = "use an agent and a controller of the same version";
     // What can't be taken now can't be taken later: the agent sets it aside.
-    let never = |error: String| {
-        Refusal::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            error,
-            "use an agent and a controller of the same version",
-        )
-    };
-    let envelope: Envelope =
-        serde_json::from_slice(&body).map_err(|error| never(format!("the report can't be read: {error}")))?;
+    let never = |error: String| Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error, same);
+    // But for this: a controller of that version can take it, and the agent keeps it until there is one.
+    let other_version = |error: String| Refusal::new(StatusCode::CONFLICT, error, same);
+    let envelope: Envelope = serde_json::from_slice(&body).map_err(|error| match foreign_version(&body) {
+        Some(version) => other_version(ReportError::Version(version).to_string()),
+        None => never(format!("the report can't be read: {error}")),
+    })?;
     drop(body);
-    let host = check(&envelope, &peer).map_err(|error| never(error.to_string()))?;
+    let host = check(&envelope, &peer).map_err(|error| match error {
+        ReportError::Version(_) => other_version(error.to_string()),
+        error => never(error.to_string()),
+    })?;
     let Envelope { reports, lessons, knows, leads } = envelope;
     let last = reports.last().map_or(0, |report| report.sequence);
     let (stored, answer) = oneshot::channel();
@@ -114,6 +116,23 @@ async fn take_report(
         let orders = if controller.settings.acts { state.book.of(&host) } else { Vec::new() };
         Answer { stored: last, lessons, knows, orders, places: controller.settings.acts }
     })))
+}
+
+/// What every version's envelope has.
+#[derive(Deserialize)]
+struct Versions {
+    reports: Vec<Versioned>,
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
+/// The version of a report that is not of this one.
+fn foreign_version(body: &[u8]) -> Option<u32> {
+    let Versions { reports } = serde_json::from_slice::<Versions>(body).ok()?;
+    reports.into_iter().map(|report| report.version).find(|version| *version != report::VERSION)
 }
 
 /// Whose envelope it is, if it is one.

@@ -4,7 +4,6 @@ use std::{
     fmt,
     future::Future,
     io,
-    net::SocketAddr,
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
     str::FromStr,
@@ -22,7 +21,7 @@ use rswap_plan::PlanConfig;
 use rswap_store::{History, Knowledge, Membership, Ownership, Store, StoreError};
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::net::{UnixListener, UnixStream};
 
 use crate::{
     Peer,
@@ -39,42 +38,28 @@ const TRIM_EVERY: Duration = Duration::from_secs(60);
 /// How often the plan's thread looks whether it is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// Where a controller listens without a transport that vouches for its peers: where only this host's processes come.
+/// Where a controller listens without a transport that vouches for its peers: a unix socket, at both ends of which the kernel
+/// says who is there. Not loopback: any user of the host can call and listen there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub enum Address {
-    /// TCP on loopback.
-    Loopback(SocketAddr),
-    /// A unix socket, mode 0600.
-    Socket(PathBuf),
-}
+pub struct Address(
+    /// The socket, mode 0600.
+    pub PathBuf,
+);
 
 /// The text names no place for a controller.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AddressError {
-    /// It is none.
-    #[error("{0:?} is no address of a controller: use 127.0.0.1:PORT, [::1]:PORT or unix:/PATH")]
-    None(String),
-    /// Others could come.
-    #[error(
-        "{0} can be reached from other hosts, and the connection would be neither encrypted nor authenticated: use \
-         127.0.0.1:PORT, [::1]:PORT or unix:/PATH"
-    )]
-    NotLoopback(SocketAddr),
-}
+#[error(
+    "{0:?} is no address of a controller: use unix:/PATH. By TCP the connection would be neither encrypted nor authenticated"
+)]
+pub struct AddressError(pub String);
 
 impl FromStr for Address {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if let Some(path) = text.strip_prefix("unix:").filter(|path| path.starts_with('/')) {
-            return Ok(Self::Socket(path.into()));
-        }
-        let address: SocketAddr = text.parse().map_err(|_| AddressError::None(text.to_owned()))?;
-        match address.ip().is_loopback() {
-            true => Ok(Self::Loopback(address)),
-            false => Err(AddressError::NotLoopback(address)),
-        }
+        let path = text.strip_prefix("unix:").filter(|path| path.starts_with('/'));
+        path.map(|path| Self(path.into())).ok_or_else(|| AddressError(text.to_owned()))
     }
 }
 
@@ -94,11 +79,20 @@ impl From<Address> for String {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Loopback(address) => address.fmt(f),
-            Self::Socket(path) => write!(f, "unix:{}", path.display()),
-        }
+        write!(f, "unix:{}", self.0.display())
     }
+}
+
+/// Whether who is at the other end of a unix socket is root, or the user that this process runs as.
+///
+/// # Errors
+/// It is somebody else, or the kernel doesn't say.
+pub(crate) fn require_own(stream: &UnixStream) -> io::Result<()> {
+    let uid = stream.peer_cred()?.uid();
+    if uid == 0 || uid == nix::unistd::geteuid().as_raw() {
+        return Ok(());
+    }
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {uid} is at the other end")))
 }
 
 /// How a controller works.
@@ -303,16 +297,8 @@ pub async fn serve_at(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ControllerError> {
     let listen = |source| ControllerError::Listen { address: address.to_string(), source };
-    match address {
-        Address::Loopback(address) => {
-            let listener = TcpListener::bind(address).await.map_err(listen)?;
-            serve(controller, listener, stop).await
-        }
-        Address::Socket(path) => {
-            let socket = bind(path).await.map_err(listen)?;
-            serve(controller, Socket(socket), stop).await
-        }
-    }
+    let socket = bind(&address.0).await.map_err(listen)?;
+    serve(controller, Socket(socket), stop).await
 }
 
 /// A socket that only its owner can open, in place of one that nobody serves any more.
@@ -329,8 +315,17 @@ async fn bind(path: &Path) -> io::Result<UnixListener> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)?;
     }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    // Nobody can open it before its mode is set.
+    let mut unready = path.as_os_str().to_owned();
+    unready.push(".new");
+    let unready = PathBuf::from(unready);
+    match std::fs::remove_file(&unready) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&unready)?;
+    std::fs::set_permissions(&unready, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(&unready, path)?;
     Ok(listener)
 }
 
@@ -344,7 +339,10 @@ impl Listener for Socket {
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         loop {
             match self.0.accept().await {
-                Ok((stream, _)) => return (stream, OverSocket),
+                Ok((stream, _)) => match require_own(&stream) {
+                    Ok(()) => return (stream, OverSocket),
+                    Err(error) => tracing::warn!(%error, "a connection was turned away"),
+                },
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(Duration::from_millis(100)).await;

@@ -1,6 +1,7 @@
 //! Reports that the controller does not have yet: a file each, so that neither an agent's end nor a controller's costs any.
 //!
-//! Bounded: past that the oldest go, and are counted. What can't be read any more is set aside, and counted too.
+//! Bounded: past that the oldest go, and are counted. What can't be read any more is set aside, and counted too; of what is over the bound it
+//! goes first.
 
 use std::{
     collections::{BTreeMap, hash_map::RandomState},
@@ -32,6 +33,8 @@ pub struct Spool {
     head: Head,
     /// Sizes of the files, by number.
     waiting: BTreeMap<u64, u64>,
+    /// The same, of those that are set aside.
+    aside: BTreeMap<u64, u64>,
 }
 
 impl Spool {
@@ -42,14 +45,18 @@ impl Spool {
     /// If it can't be made, read or written.
     pub fn open(directory: &Path, most_bytes: u64) -> io::Result<Self> {
         fs::create_dir_all(directory)?;
-        let mut waiting = BTreeMap::new();
+        let (mut waiting, mut aside) = (BTreeMap::new(), BTreeMap::new());
         for entry in fs::read_dir(directory)? {
             let entry = entry?;
             let name = entry.file_name();
-            let number = name.to_str().and_then(|name| name.strip_suffix(".report")?.parse().ok());
-            if let Some(number) = number {
-                waiting.insert(number, entry.metadata()?.len());
-            }
+            let Some((number, kind)) = name.to_str().and_then(|name| name.split_once('.')) else { continue };
+            let Ok(number) = number.parse::<u64>() else { continue };
+            let sizes = match kind {
+                "report" => &mut waiting,
+                "aside" => &mut aside,
+                _ => continue,
+            };
+            sizes.insert(number, entry.metadata()?.len());
         }
         let path = directory.join("head");
         let after = waiting.last_key_value().map_or(1, |(last, _)| last + 1);
@@ -58,7 +65,7 @@ impl Spool {
             // Lost: numbers that were given may not be given again, so another epoch begins. What waits keeps its own.
             Ok(Err(_)) | Err(_) => Head { epoch: random(), next: after, dropped: 0 },
         };
-        let spool = Self { directory: directory.to_owned(), most_bytes, head, waiting };
+        let spool = Self { directory: directory.to_owned(), most_bytes, head, waiting, aside };
         spool.keep_head()?;
         Ok(spool)
     }
@@ -75,10 +82,15 @@ impl Spool {
         self.keep_head()?;
         (report.epoch, report.sequence) = (self.head.epoch, number);
         let size = serde_json::to_vec(&report)?.len() as u64;
-        while self.bytes() + size > self.most_bytes && !self.waiting.is_empty() {
-            if let Some((&oldest, _)) = self.waiting.first_key_value() {
+        while self.bytes() + size > self.most_bytes {
+            if let Some((&oldest, _)) = self.aside.first_key_value() {
+                remove(&self.path(oldest).with_extension("aside"))?;
+                self.aside.remove(&oldest);
+            } else if let Some((&oldest, _)) = self.waiting.first_key_value() {
                 self.remove(oldest)?;
                 self.head.dropped += 1;
+            } else {
+                break;
             }
         }
         report.dropped = self.head.dropped;
@@ -124,12 +136,15 @@ impl Spool {
         Ok(())
     }
 
-    /// The controller will never take it: it is kept for a person to look at, and counts as dropped.
+    /// The controller will never take it: it is kept for a person to look at while there is room, and counts as dropped.
     pub fn set_aside(&mut self, number: u64) {
         let path = self.path(number);
-        let moved = fs::rename(&path, path.with_extension("aside"));
-        tracing::warn!(path = %path.display(), moved = moved.is_ok(), "a report is set aside: nobody can use it");
-        self.waiting.remove(&number);
+        let moved = fs::rename(&path, path.with_extension("aside")).is_ok();
+        tracing::warn!(path = %path.display(), moved, "a report is set aside: nobody can use it");
+        let size = self.waiting.remove(&number).unwrap_or(0);
+        if moved {
+            self.aside.insert(number, size);
+        }
         self.head.dropped += 1;
     }
 
@@ -144,14 +159,11 @@ impl Spool {
     }
 
     fn bytes(&self) -> u64 {
-        self.waiting.values().sum()
+        self.waiting.values().chain(self.aside.values()).sum()
     }
 
     fn remove(&mut self, number: u64) -> io::Result<()> {
-        match fs::remove_file(self.path(number)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove(&self.path(number))?;
         self.waiting.remove(&number);
         Ok(())
     }
@@ -171,7 +183,20 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut to = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&half)?;
     to.write_all(bytes)?;
     to.sync_all()?;
-    fs::rename(&half, path)
+    fs::rename(&half, path)?;
+    // Its name is there again only if the directory is on the disk, too.
+    match path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+        Some(directory) => fs::File::open(directory)?.sync_all(),
+        None => fs::File::open(".")?.sync_all(),
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// The standard library's own source of randomness for its hash maps.

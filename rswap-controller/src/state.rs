@@ -57,6 +57,15 @@ pub(crate) struct Taken<'a> {
     pub(crate) lessons: &'a [(Part, Lessons)],
 }
 
+/// What has changed in memory and is not stored yet: all of it, if the store failed, until it is written with a later batch.
+#[derive(Debug, Default)]
+pub(crate) struct Unwritten {
+    /// Written as they are then.
+    members: BTreeSet<HostName>,
+    /// In the order in which they came: each expects the one before.
+    owners: Vec<OwnerChange>,
+}
+
 impl State {
     /// Hosts that are to be left.
     pub(crate) fn drained(&self) -> BTreeSet<HostName> {
@@ -103,12 +112,17 @@ impl State {
         owners
     }
 
-    /// A host that may be used again, and says that it is.
-    fn undone(&mut self, host: &HostName) -> Option<Member> {
-        let ready = self.inventory.hosts().get(host)?.whole()?.state == PoolState::Ready;
-        let member = self.members.get_mut(host).filter(|member| ready && member.undo)?;
-        member.undo = false;
-        Some(*member)
+    /// Whether the host may be used again, and says for the first time that it is.
+    fn undone(&mut self, host: &HostName) -> bool {
+        let whole = self.inventory.hosts().get(host).and_then(|host| host.whole());
+        let ready = whole.is_some_and(|whole| whole.state == PoolState::Ready);
+        match self.members.get_mut(host) {
+            Some(member) if ready && member.undo => {
+                member.undo = false;
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Whether the host's own pool differs from what is wanted: then that is ordered.
@@ -130,17 +144,24 @@ impl State {
 }
 
 impl Controller {
-    /// Takes in what is new of a batch; what has to be kept of it is kept when this returns.
-    pub(crate) fn take(&self, taken: &[Taken<'_>], now: UnixMillis) -> Result<(), StoreError> {
-        let (mut joined, mut owners, mut taught) = (Vec::new(), Vec::new(), Vec::new());
-        self.with_state(|state| {
+    /// Takes in what is new of a batch; what has to be kept of it, and of batches before, is kept when this returns.
+    ///
+    /// A batch that comes again because of an error is not new any more: what it changed is in `unwritten` until then.
+    pub(crate) fn take(
+        &self,
+        taken: &[Taken<'_>],
+        unwritten: &mut Unwritten,
+        now: UnixMillis,
+    ) -> Result<(), StoreError> {
+        let mut taught = Vec::new();
+        let members: Vec<(HostName, Member)> = self.with_state(|state| {
             for of in taken {
                 for report in &of.reports {
                     state.counts.reports_taken += 1;
                     if !state.members.contains_key(of.host) {
                         let member = Member { joined: now, ..Member::default() };
                         state.members.insert(of.host.clone(), member);
-                        joined.push((of.host.clone(), member));
+                        unwritten.members.insert(of.host.clone());
                     }
                     for outcome in &report.outcomes {
                         if let Some(order) = state.book.ended(of.host, outcome) {
@@ -155,10 +176,10 @@ impl Controller {
                             None => drop(state.owners.remove(&change.instance)),
                         }
                     }
-                    owners.extend(changes);
+                    unwritten.owners.extend(changes);
                 }
-                if let Some(member) = state.undone(of.host) {
-                    joined.push((of.host.clone(), member));
+                if state.undone(of.host) {
+                    unwritten.members.insert(of.host.clone());
                 }
                 if self.settings.acts {
                     state.drain_wish(of.host, now);
@@ -178,16 +199,19 @@ impl Controller {
                     taught.push((of.host.clone(), good));
                 }
             }
+            let member = |host: &HostName| Some((host.clone(), *state.members.get(host)?));
+            unwritten.members.iter().filter_map(member).collect()
         });
         if !taught.is_empty() {
             self.stores.knowledge.put_lessons(&taught)?;
         }
-        if !joined.is_empty() {
-            self.stores.membership.put_members(&joined)?;
+        if !members.is_empty() {
+            self.stores.membership.put_members(&members)?;
         }
-        if !owners.is_empty() {
-            let set = self.stores.ownership.compare_and_set(&owners)?;
-            for (change, _) in owners.iter().zip(set).filter(|(_, set)| !set) {
+        unwritten.members.clear();
+        if !unwritten.owners.is_empty() {
+            let set = self.stores.ownership.compare_and_set(&unwritten.owners)?;
+            for (change, _) in unwritten.owners.drain(..).zip(set).filter(|(_, set)| !set) {
                 tracing::warn!(instance = %change.instance, "its owner was changed by somebody else");
             }
         }

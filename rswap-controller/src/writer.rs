@@ -8,7 +8,10 @@ use rswap_store::Entry;
 use rswap_types::UnixMillis;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{server::Controller, state::Taken};
+use crate::{
+    server::Controller,
+    state::{Taken, Unwritten},
+};
 
 /// Envelopes of one batch at most.
 const BATCH: usize = 256;
@@ -35,13 +38,14 @@ pub(crate) fn start(
     mut handed: mpsc::Receiver<Handed>,
 ) -> thread::JoinHandle<()> {
     let work = move || {
+        let mut unwritten = Unwritten::default();
         while let Some(first) = handed.blocking_recv() {
             let mut batch = vec![first];
             while batch.len() < BATCH {
                 let Ok(more) = handed.try_recv() else { break };
                 batch.push(more);
             }
-            store(&controller, batch);
+            store(&controller, batch, &mut unwritten);
         }
     };
     thread::spawn(work)
@@ -51,7 +55,7 @@ pub(crate) fn channel() -> (Writer, mpsc::Receiver<Handed>) {
     mpsc::channel(WAITING)
 }
 
-fn store(controller: &Controller, batch: Vec<Handed>) {
+fn store(controller: &Controller, batch: Vec<Handed>, unwritten: &mut Unwritten) {
     let now = UnixMillis::now();
     let entry = |report: &Report| {
         let mut used = report.gone.clone();
@@ -79,7 +83,13 @@ fn store(controller: &Controller, batch: Vec<Handed>) {
                     Taken { host: &handed.host, reports, lessons: &handed.lessons }
                 })
                 .collect();
-            let kept = controller.take(&taken, now).map_err(|error| chain(&error));
+            let kept = controller.take(&taken, unwritten, now).map_err(|error| chain(&error));
+            if let Err(error) = &kept {
+                tracing::error!(
+                    error,
+                    "members or owners could not be stored: nothing is acknowledged until they are"
+                );
+            }
             for handed in batch {
                 drop(handed.stored.send(kept.clone()));
             }

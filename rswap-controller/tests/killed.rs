@@ -27,7 +27,7 @@ const CHILD: &str = "RSWAP_CONTROLLER_TEST";
 #[tokio::test]
 async fn child_that_serves() {
     let Some(directory) = std::env::var_os(CHILD).map(PathBuf::from) else { return };
-    let address = Address::Socket(directory.join("controller.sock"));
+    let address = Address(directory.join("controller.sock"));
     serve_at(open(&directory), &address, std::future::pending()).await.unwrap();
 }
 
@@ -46,7 +46,7 @@ struct Agent {
 impl Agent {
     fn start(directory: &Path) -> Self {
         let (sender, answered) = mpsc::unbounded_channel();
-        let address = Address::Socket(directory.join("controller.sock"));
+        let address = Address(directory.join("controller.sock"));
         let reporter =
             Reporter::start(Box::new(address), &directory.join("spool"), 64 << 20, sender).unwrap();
         Self { reporter, answered, made: 0 }
@@ -67,7 +67,7 @@ impl Agent {
 async fn no_report_is_lost_or_counted_twice_when_controller_and_agent_are_killed() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    let address = Address::Socket(directory.join("controller.sock"));
+    let address = Address(directory.join("controller.sock"));
     let mut made = 0;
     for round in 0..4 {
         // The agent goes on alone at first, and catches up.

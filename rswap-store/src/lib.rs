@@ -111,7 +111,8 @@ pub struct Member {
 
 /// Which hosts belong to the fleet.
 pub trait Membership: Send + Sync {
-    /// Counts up the controller's life, and says which it is: it is on the disk when it returns.
+    /// Begins another life of the controller, and says which it is: it is on the disk when it returns. It is greater than all before it, also
+    /// than those that are not known any more, and at least the time in milliseconds.
     ///
     /// # Errors
     ///

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use rswap_fleet::{HostName, amounts::Tier};
 use rswap_forecast::{Lessons, Part};
-use rswap_types::InstanceName;
+use rswap_types::{InstanceName, UnixMillis};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -96,7 +96,9 @@ fn named<K: std::str::FromStr + Ord, T>(rows: Vec<(String, T)>) -> BTreeMap<K, T
 
 impl Membership for Store {
     fn new_life(&self) -> Result<u64, StoreError> {
-        self.number("life", |life| Some(life + 1))
+        // Agents follow no earlier life than one that they have heard of: where the file was lost, the time is later still.
+        let now = UnixMillis::now().0;
+        self.number("life", |life| Some(now.max(life.saturating_add(1))))
     }
 
     fn members(&self) -> Result<BTreeMap<HostName, Member>, StoreError> {

@@ -42,7 +42,7 @@ impl Controller {
 
     /// Where it is.
     pub fn address(&self) -> Address {
-        Address::Socket(self.directory.join("controller.sock"))
+        Address(self.directory.join("controller.sock"))
     }
 
     /// The section of an agent's configuration that makes it a member; `spool` is a directory of that agent.

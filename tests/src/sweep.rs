@@ -1,6 +1,11 @@
 //! Removes what killed tests left behind: namespaces and cgroups that bear the pid of a process that is gone.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use rswap_agent::instance::cgroup;
 
@@ -17,6 +22,9 @@ pub fn stale() -> anyhow::Result<()> {
     for path in entries(&cgroup::mount_point()?).filter(|path| owner_is_gone(path)) {
         remove_cgroup(&path)?;
     }
+    for path in legacy_cpu()?.iter().flat_map(|mount| entries(mount)).filter(|path| owner_is_gone(path)) {
+        remove_tree(&path)?;
+    }
     for path in entries(Path::new("/run/netns")).filter(|path| owner_is_gone(path)) {
         let name = path.file_name().unwrap_or_default();
         Command::new("ip").args(["netns", "del"]).arg(name).status()?;
@@ -27,13 +35,29 @@ pub fn stale() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Kills all that is in a cgroup of the harness, and removes it with those below it.
+/// Kills all that is in a cgroup of the harness, and removes it with those below it; also the one of v1's cpu controller that an
+/// agent made for it.
 pub fn remove_cgroup(path: &Path) -> anyhow::Result<()> {
-    if !path.exists() {
-        return Ok(());
+    if path.exists() {
+        cgroup::kill(path)?;
+        remove_tree(path)?;
     }
-    cgroup::kill(path)?;
-    remove_tree(path)
+    let prefix = format!("{}.", path.file_name().unwrap_or_default().to_string_lossy());
+    let is_of_it =
+        |found: &PathBuf| found.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix));
+    for legacy in legacy_cpu()?.iter().flat_map(|mount| entries(mount)).filter(is_of_it) {
+        remove_tree(&legacy)?;
+    }
+    Ok(())
+}
+
+/// Where v1's cpu controller is mounted, on hosts that have it there.
+pub fn legacy_cpu() -> anyhow::Result<Option<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    let cpu = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|words| {
+        matches!(words[..], [_, _, "cgroup", options, ..] if options.split(',').any(|one| one == "cpu"))
+    });
+    Ok(cpu.map(|words| PathBuf::from(words[1])))
 }
 
 fn remove_tree(path: &Path) -> anyhow::Result<()> {

@@ -68,15 +68,19 @@ impl Wiring {
                 }
                 _ => None,
             };
-            let error = match &result {
-                Ok(_) => None,
-                Err(Stayed::Here(error) | Stayed::InDoubt(error)) => Some(error.to_string()),
-            };
-            member.migrated(&instance, error, measured);
+            match &result {
+                Ok(_) => member.migrated(&instance, None, measured),
+                Err(Stayed::Here(error)) => member.migrated(&instance, Some(error.to_string()), measured),
+                // For the controller it goes on, too: a report says how it ended when the doubt is over.
+                Err(Stayed::InDoubt(_)) => {}
+            }
         }
         remembered::keep(&self.config, &self.planner);
         match stake {
             Stake::Swap { reply, asked } => {
+                if !asked {
+                    self.cores_settled(&instance, result.is_ok());
+                }
                 // What nobody asked for only brought about what the registry says.
                 let note = |instance: &mut Instance, pool| {
                     if asked {

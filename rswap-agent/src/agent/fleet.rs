@@ -11,6 +11,7 @@ use rswap_fleet::{
     orders::OrderResult,
     report::{self, Used},
 };
+use rswap_trust::Name;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::wiring::Wiring;
@@ -141,6 +142,15 @@ impl Wiring {
             return;
         }
         member.last = now;
+        // Those that ended in doubt, when that is over.
+        let over =
+            |name: &&InstanceName| !self.moving.contains_key(*name) && !self.in_doubt.contains_key(*name);
+        let over: Vec<InstanceName> = member.orders.under_way().filter(over).cloned().collect();
+        for name in over {
+            let is_here = self.known.contains_key(&name);
+            let error = is_here.then(|| "it was in doubt, and has stayed".to_owned());
+            member.orders.moved(&name, error);
+        }
         let instances = views.iter().map(|view| InstanceReport {
             view: report::view_for_fleet(view),
             kin: self.forecaster.kin(&view.instance).cloned().unwrap_or_default(),
@@ -205,16 +215,26 @@ impl Wiring {
                 let is_it = |pool: &&Pool| pool.kind == PoolKind::Host { address };
                 let known = self.pools.iter().find(is_it).map(|pool| pool.name.clone());
                 tracing::info!(%instance, %to, %address, "ordered to migrate");
+                // Whom the order means has to be there, unless the configuration says who is.
+                let whose = if known.is_none() && self.recovery.links.are_secure() {
+                    to.as_str().parse::<Name>().map(Some)
+                } else {
+                    Ok(None)
+                };
                 let host = known.unwrap_or_else(|| address.to_string());
                 let request = MigrateRequest { instance: instance.clone(), host, stop_and_copy: false };
-                match self.start_migration(request, None) {
+                let started = whose.map_err(|error| format!("{to} is in no certificate: {error}"));
+                let started = started.and_then(|whose| {
+                    self.start_migration(request, whose, None).map_err(|(error, _)| error.to_string())
+                });
+                match started {
                     Ok(()) => {
                         if let Some(member) = &mut self.member {
                             member.orders.going(instance, token);
                         }
                         None
                     }
-                    Err((error, _)) => Some(OrderResult::Failed { error: error.to_string() }),
+                    Err(error) => Some(OrderResult::Failed { error }),
                 }
             }
         };

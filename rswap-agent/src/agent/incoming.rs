@@ -54,12 +54,13 @@ fn network(address: IpAddr) -> IpAddr {
 }
 
 impl Strangers {
-    fn admit(&self, from: IpAddr) -> Option<Stranger> {
+    /// A place for a caller; hosts that the configuration names (`known`) find one even if others have taken all.
+    fn admit(&self, from: IpAddr, known: bool) -> Option<Stranger> {
         let network = network(from);
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let all: usize = counts.values().sum();
         let here = counts.get(&network).copied().unwrap_or_default();
-        if all >= STRANGERS_AT_ONCE || here >= STRANGERS_OF_ONE_NETWORK {
+        if (all >= STRANGERS_AT_ONCE && !known) || here >= STRANGERS_OF_ONE_NETWORK {
             return None;
         }
         counts.insert(network, here + 1);
@@ -118,7 +119,7 @@ impl Incoming {
 
     /// Begins to serve `stream`.
     pub(super) fn accept(&self, stream: TcpStream, from: SocketAddr) {
-        let Some(stranger) = self.strangers.admit(from.ip()) else {
+        let Some(stranger) = self.strangers.admit(from.ip(), self.serving.links.knows(from.ip())) else {
             tracing::warn!(%from, within_s = HANDSHAKE.as_secs(), "turned away: too many have not shown who they are");
             return;
         };
@@ -170,24 +171,26 @@ mod tests {
     fn one_network_cannot_take_the_places_of_all() {
         let strangers = Strangers::default();
         let at = |n: u8| IpAddr::from([10, 0, 0, n]);
-        let here: Vec<_> = (0..STRANGERS_OF_ONE_NETWORK).map(|_| strangers.admit(at(1))).collect();
+        let here: Vec<_> = (0..STRANGERS_OF_ONE_NETWORK).map(|_| strangers.admit(at(1), false)).collect();
         assert!(here.iter().all(Option::is_some));
-        assert!(strangers.admit(at(1)).is_none());
-        assert!(strangers.admit("::ffff:10.0.0.1".parse().unwrap()).is_none());
-        assert!(strangers.admit(at(2)).is_some());
+        assert!(strangers.admit(at(1), true).is_none());
+        assert!(strangers.admit("::ffff:10.0.0.1".parse().unwrap(), false).is_none());
+        assert!(strangers.admit(at(2), false).is_some());
         drop(here);
-        assert!(strangers.admit(at(1)).is_some());
+        assert!(strangers.admit(at(1), false).is_some());
         assert!(strangers.0.lock().unwrap().is_empty());
-        let all: Vec<_> = (0..=u8::MAX).filter_map(|n| strangers.admit(at(n))).collect();
+        let all: Vec<_> = (0..=u8::MAX).filter_map(|n| strangers.admit(at(n), false)).collect();
         assert_eq!(all.len(), STRANGERS_AT_ONCE);
+        assert!(strangers.admit(at(200), false).is_none());
+        assert!(strangers.admit(at(200), true).is_some(), "a host that is known");
     }
 
     #[test]
     fn an_ipv6_host_is_one_network() {
         let strangers = Strangers::default();
         let address = |n: usize| format!("2001:db8::{n:x}").parse().unwrap();
-        let here: Vec<_> = (0..40).filter_map(|n| strangers.admit(address(n))).collect();
+        let here: Vec<_> = (0..40).filter_map(|n| strangers.admit(address(n), false)).collect();
         assert_eq!(here.len(), STRANGERS_OF_ONE_NETWORK);
-        assert!(strangers.admit("2001:db8:0:1::1".parse().unwrap()).is_some());
+        assert!(strangers.admit("2001:db8:0:1::1".parse().unwrap(), false).is_some());
     }
 }

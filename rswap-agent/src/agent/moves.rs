@@ -8,6 +8,7 @@ use std::{
 };
 
 use axum::http::StatusCode;
+use rswap_trust::Name;
 use tokio::sync::mpsc::{Sender, UnboundedSender};
 
 use super::{cold, wiring::refused};
@@ -34,11 +35,34 @@ const VOLUME_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// What is to be done.
 pub(super) enum Order {
-    Swap { instance: Instance, from: Seat, to: Seat },
-    Uplink { instance: Instance, uplink: Uplink },
-    Memory { instance: Instance, to: Target, stopping: Arc<AtomicBool> },
-    Migration { instance: Instance, address: SocketAddr, stop_and_copy: bool, progress: ProgressSink },
-    Volume { instance: Instance, volume: Volume, pool: VolumePool, events: Option<Sender<SwapVolumeEvent>> },
+    Swap {
+        instance: Instance,
+        from: Seat,
+        to: Seat,
+    },
+    Uplink {
+        instance: Instance,
+        uplink: Uplink,
+    },
+    Memory {
+        instance: Instance,
+        to: Target,
+        stopping: Arc<AtomicBool>,
+    },
+    Migration {
+        instance: Instance,
+        address: SocketAddr,
+        /// Whose certificate has to be there; otherwise the configuration says that.
+        whose: Option<Name>,
+        stop_and_copy: bool,
+        progress: ProgressSink,
+    },
+    Volume {
+        instance: Instance,
+        volume: Volume,
+        pool: VolumePool,
+        events: Option<Sender<SwapVolumeEvent>>,
+    },
 }
 
 impl Order {
@@ -175,9 +199,9 @@ pub(super) fn spawn(
                 let swapped = cold::swap(&instance, &to, &config.memory, &stopping);
                 swapped.map(|(report, held)| Moved::Memory(report, held.map(Box::new))).map_err(Stayed::Here)
             }
-            Order::Migration { instance, address, stop_and_copy, mut progress } => {
+            Order::Migration { instance, address, whose, stop_and_copy, mut progress } => {
                 let migrate_config = MigrateConfig { stop_and_copy, ..config.migrate.clone() };
-                migrate(&instance, address, &mut progress, &recovery, &migrate_config)
+                migrate(&instance, (address, whose.as_ref()), &mut progress, &recovery, &migrate_config)
             }
             Order::Volume { instance, volume, pool, events } => {
                 let place = recovery.place.clone();
@@ -253,12 +277,12 @@ fn volume_swap(
 
 fn migrate(
     instance: &Instance,
-    address: SocketAddr,
+    (address, whose): (SocketAddr, Option<&Name>),
     progress: &mut ProgressSink,
     recovery: &Recovery,
     config: &MigrateConfig,
 ) -> Result<Moved, Stayed> {
-    let sent = linux::send(recovery, instance, address, config, &mut |now| progress.show(now));
+    let sent = linux::send(recovery, instance, address, whose, config, &mut |now| progress.show(now));
     sent.map(|report| Moved::Migration(reported(&report))).map_err(|error| {
         let answer = refused(&format!("migrate {} to {address}", instance.name), &error);
         match error {

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use super::{
     cold::OnSwap,
     moves::{Order, Stake, Uplink},
-    wiring::{Wiring, refused},
+    wiring::{CORES_EVERY_WINDOWS, Wiring, refused},
 };
 use crate::{
     config,
@@ -26,6 +26,9 @@ use crate::{
         memory::{Area, MemoryError, Target, Wish},
     },
 };
+
+/// How long the cores of an instance are left alone at most when they can't be what the registry says.
+const LONGEST_PAUSE_WINDOWS: u64 = 1024;
 
 impl Wiring {
     pub(super) fn start_swap(
@@ -280,7 +283,10 @@ impl Wiring {
     /// Brings instances to the cores that the registry names: an agent that was killed within a swap has left threads on others, and
     /// a program may have chosen others for its threads.
     pub(super) fn settle_cores(&mut self) {
-        let is_free = |name| !self.moving.contains_key(name) && !self.in_doubt.contains_key(name);
+        let is_free = |name| {
+            let waits = self.unsettled.get(name).is_some_and(|(again, _)| *again > self.windows);
+            !waits && !self.moving.contains_key(name) && !self.in_doubt.contains_key(name)
+        };
         // What is no pool of this host any more, or has lost cores, can't be brought about.
         let can_be = |instance: &&Instance| {
             let pool = self.core_pool_of(instance);
@@ -306,6 +312,17 @@ impl Wiring {
             let order = Order::Swap { instance, from: to.clone(), to };
             self.begin(order, pool, Stake::Swap { reply: None, asked: false });
         }
+    }
+
+    /// What could not be brought about is tried again after longer and longer pauses.
+    pub(super) fn cores_settled(&mut self, name: &InstanceName, settled: bool) {
+        if settled {
+            self.unsettled.remove(name);
+            return;
+        }
+        let (_, pause) = self.unsettled.get(name).copied().unwrap_or((0, CORES_EVERY_WINDOWS));
+        let pause = (2 * pause).min(LONGEST_PAUSE_WINDOWS);
+        self.unsettled.insert(name.clone(), (self.windows + pause, pause));
     }
 
     /// Brings an instance that is seen for the first time to the uplink that the registry names: an agent that was killed

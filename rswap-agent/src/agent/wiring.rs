@@ -13,6 +13,7 @@ use std::{
 
 use axum::http::StatusCode;
 use rswap_controller::reporter::Answered;
+use rswap_trust::Name;
 use tokio::sync::mpsc::{self, UnboundedSender};
 
 use super::{
@@ -50,7 +51,7 @@ const IN_DOUBT_HINT: &str = "the agent asks the other host until it answers; if 
                              `rswap recover NAME --here` or `--there`";
 
 /// Every so many windows it is looked whether threads are where they belong: a system call for each.
-const CORES_EVERY_WINDOWS: u64 = 8;
+pub(super) const CORES_EVERY_WINDOWS: u64 = 8;
 /// Whom an instance is like is looked up again every so many windows: programs change their user, and what they run.
 const KIN_EVERY_WINDOWS: u64 = 32;
 
@@ -71,7 +72,7 @@ pub(super) struct Wiring {
     keeper: Keeper,
     pub(super) parts: Parts,
     pub(super) disks: Disks,
-    windows: u64,
+    pub(super) windows: u64,
     pub(super) planner: Planner,
     pub(super) pools: Vec<Pool>,
     pub(super) watch: Watch,
@@ -80,6 +81,8 @@ pub(super) struct Wiring {
     pub(super) moving: BTreeMap<InstanceName, String>,
     /// Frozen after a commit that was not answered.
     pub(super) in_doubt: BTreeMap<InstanceName, Doubt>,
+    /// Those whose threads could not be brought to where they belong: the window in which that is tried again, and the pause then.
+    pub(super) unsettled: BTreeMap<InstanceName, (u64, u64)>,
     pub(super) recovery: Recovery,
 }
 
@@ -124,6 +127,7 @@ impl Wiring {
             known,
             moving,
             in_doubt,
+            unsettled: BTreeMap::new(),
             recovery,
         })
     }
@@ -260,7 +264,8 @@ impl Wiring {
         }
         let some_went = self.known.keys().any(|name| !present.contains_key(name));
         self.known = present;
-        if some_went {
+        self.unsettled.retain(|name, _| self.known.contains_key(name));
+        if some_went && self.moving.is_empty() {
             share::sweep(&self.recovery.place);
         }
         // Also those that only the agent before knew.
@@ -377,7 +382,7 @@ impl Wiring {
                 }
                 MoveKind::Host => {
                     let request = MigrateRequest { instance, host: to.clone(), stop_and_copy: false };
-                    self.start_migration(request, None).map_err(|(error, _)| error)
+                    self.start_migration(request, None, None).map_err(|(error, _)| error)
                 }
                 MoveKind::Storage => self.start_planned_volume_swap(instance, volume, to),
                 MoveKind::Link => self.start_planned_uplink_swap(instance, to),
@@ -465,7 +470,7 @@ impl Wiring {
             }
             Command::Migrate(request, events) => {
                 if let Err((error, Stake::Migration { events: Some(events), .. })) =
-                    self.start_migration(request, Some(events))
+                    self.start_migration(request, None, Some(events))
                 {
                     drop(events.try_send(MigrateEvent::Failed(error)));
                 }
@@ -476,6 +481,7 @@ impl Wiring {
     pub(super) fn start_migration(
         &mut self,
         request: MigrateRequest,
+        whose: Option<Name>,
         events: Option<mpsc::Sender<MigrateEvent>>,
     ) -> Result<(), (ApiError, Stake)> {
         let ready = self.free_instance(&request.instance).and_then(|instance| {
@@ -495,7 +501,7 @@ impl Wiring {
                     id,
                     events.clone(),
                 );
-                let order = Order::Migration { instance, address, stop_and_copy, progress };
+                let order = Order::Migration { instance, address, whose, stop_and_copy, progress };
                 self.begin(order, host, Stake::Migration { id, events });
                 Ok(())
             }

@@ -198,7 +198,7 @@ fn links(config: &Config) -> features::Feature {
     let finding = match Links::open(config) {
         Err(error) => Err(format!("{:#}", anyhow::Error::new(error))),
         Ok(links) => match links.view(UnixMillis::now()) {
-            LinksView::LoopbackOnly => Err("[tls] is not set".to_owned()),
+            LinksView::Closed => Err("[tls] is not set".to_owned()),
             view => match (view.problem(), &view) {
                 (None, LinksView::Tls { identity, .. }) => Ok(format!("TLS, as {identity}")),
                 (problem, _) => Err(problem.unwrap_or_default().to_owned()),

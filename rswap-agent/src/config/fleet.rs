@@ -62,7 +62,7 @@ impl Default for FleetConfig {
     fn default() -> Self {
         let [reports, minutes, hours] = rswap_store::TIERS.map(|tier| tier.kept_ms / HOUR_MS);
         Self {
-            listen: Address::Socket("/run/rswap/controller.sock".into()),
+            listen: Address("/run/rswap/controller.sock".into()),
             file: "/var/lib/rswap/fleet".into(),
             mode: Mode::default(),
             report_every_ms: 10_000,

@@ -19,7 +19,9 @@ use nix::{
 };
 
 use super::{
-    Instance, InstanceError, InstanceName, NetworkIdentity, Origin, cgroup,
+    Instance, InstanceError, InstanceName, NetworkIdentity, Origin,
+    affinity::Choices,
+    cgroup,
     net_tables::with_small_tables,
     network::Port,
     registry::Registry,
@@ -99,7 +101,11 @@ pub fn run(place: &Place, spec: &LaunchSpec) -> Result<i32, InstanceError> {
     // Blocked before the start, so that none gets lost between start and wait.
     let forwarded = block_forwarded_signals()?;
     let started = start(place, spec, None)?;
-    if let Err(error) = registry.put(&started.instance).and_then(|()| started.go()) {
+    // What its threads will have is the pool's, not their own choice, whatever becomes of the pool.
+    let pool =
+        spec.pool.as_ref().map(|(_, cpus)| Choices::new(started.instance.cgroup_id, Some(cpus.clone())));
+    let noted = pool.map_or(Ok(()), |choices| registry.put_choices(&spec.name, &choices));
+    if let Err(error) = noted.and_then(|()| registry.put(&started.instance)).and_then(|()| started.go()) {
         discard(&started.instance);
         registry.remove(&spec.name)?;
         return Err(error);

@@ -1,10 +1,10 @@
-//! How this host's agent speaks to those of other hosts: with TLS, each showing the other who it is, or, on loopback and where it
+//! How this host's agent speaks to those of other hosts: with TLS, each showing the other who it is, or, where it
 //! is set for development, in the clear.
 
 use std::{
     collections::BTreeSet,
     io,
-    net::{SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     sync::Arc,
     time::{Duration, Instant, UNIX_EPOCH},
 };
@@ -63,10 +63,10 @@ enum Kind {
         /// Who has to be at which address.
         known: Vec<(SocketAddr, Name)>,
     },
-    Clear {
-        /// Not only on loopback.
-        anywhere: bool,
-    },
+    /// As `tls.insecure_clear_text` asks for.
+    Clear,
+    /// Nobody is spoken to.
+    Closed,
 }
 
 /// How links are secured, as it is shown.
@@ -84,8 +84,8 @@ pub enum LinksView {
     },
     /// Everybody on the way can read and write (`tls.insecure_clear_text`).
     ClearText,
-    /// There is no certificate, and no other host is spoken to.
-    LoopbackOnly,
+    /// There is no certificate, and no other agent is spoken to.
+    Closed,
 }
 
 impl LinksView {
@@ -97,7 +97,7 @@ impl LinksView {
                 "links to other hosts are neither encrypted nor authenticated (tls.insecure_clear_text): whoever is on the \
                  network can read instances and start programs here as root",
             ),
-            Self::LoopbackOnly => None,
+            Self::Closed => None,
         }
     }
 }
@@ -136,10 +136,6 @@ fn problem(now: UnixMillis, from: UnixMillis, until: UnixMillis, files: Option<S
     }
 }
 
-fn is_loopback(address: SocketAddr) -> bool {
-    address.ip().to_canonical().is_loopback()
-}
-
 impl Links {
     /// As `config` has it. The files of certificates are looked at again with each connection.
     ///
@@ -150,8 +146,8 @@ impl Links {
             TlsConfig::Files { ca, certificate, key, allow } => {
                 (Files { ca: ca.clone(), certificate: certificate.clone(), key: key.clone() }, allow.clone())
             }
-            TlsConfig::ClearText => return Ok(Self(Arc::new(Kind::Clear { anywhere: true }))),
-            TlsConfig::None => return Ok(Self(Arc::new(Kind::Clear { anywhere: false }))),
+            TlsConfig::ClearText => return Ok(Self(Arc::new(Kind::Clear))),
+            TlsConfig::None => return Ok(Self(Arc::new(Kind::Closed))),
         };
         let mut known = Vec::new();
         for pool in &config.pools {
@@ -173,11 +169,11 @@ impl Links {
     /// Whether migrations may be taken at `address`.
     ///
     /// # Errors
-    /// They may not: it is not loopback, and nobody would have to show who it is.
+    /// They may not: nobody would have to show who it is. Also on loopback, where any user of this host can call.
     pub fn may_listen(&self, address: SocketAddr) -> Result<(), LinksError> {
         match &*self.0 {
-            Kind::Clear { anywhere: false } if !is_loopback(address) => Err(LinksError::Listen(address)),
-            _ => Ok(()),
+            Kind::Closed => Err(LinksError::Listen(address)),
+            Kind::Clear | Kind::Secure { .. } => Ok(()),
         }
     }
 
@@ -193,10 +189,16 @@ impl Links {
     ) -> io::Result<(Link, Option<Name>)> {
         let (credentials, allow, known) = match &*self.0 {
             Kind::Secure { credentials, allow, known } => (credentials, allow, known),
-            Kind::Clear { anywhere } if *anywhere || is_loopback(address) => {
-                return Ok((Link::Clear(Timed::connect(address, deadline)?), None));
-            }
-            Kind::Clear { .. } => {
+            Kind::Clear => match was {
+                None => return Ok((Link::Clear(Timed::connect(address, deadline)?), None)),
+                Some(was) => {
+                    let text = format!(
+                        "{address} is not asked in the clear: it had the certificate of {was} before"
+                    );
+                    return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+                }
+            },
+            Kind::Closed => {
                 let text = format!("{address} is not called: {IN_THE_CLEAR}");
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
             }
@@ -210,6 +212,16 @@ impl Links {
         let mut link = Link::Secure(Box::new(channel));
         link.set_deadline(deadline);
         Ok((link, Some(peer.name)))
+    }
+
+    /// Whether a host pool of the configuration is at this address.
+    pub fn knows(&self, address: IpAddr) -> bool {
+        match &*self.0 {
+            Kind::Secure { known, .. } => {
+                known.iter().any(|(at, _)| at.ip().to_canonical() == address.to_canonical())
+            }
+            Kind::Clear | Kind::Closed => false,
+        }
     }
 
     /// Whether callers have to show who they are.
@@ -241,8 +253,8 @@ impl Links {
     /// How links are secured, as it is shown.
     pub fn view(&self, now: UnixMillis) -> LinksView {
         match &*self.0 {
-            Kind::Clear { anywhere: true } => LinksView::ClearText,
-            Kind::Clear { anywhere: false } => LinksView::LoopbackOnly,
+            Kind::Clear => LinksView::ClearText,
+            Kind::Closed => LinksView::Closed,
             Kind::Secure { credentials, .. } => {
                 let (own, files) = credentials.current();
                 let moment = |time: std::time::SystemTime| {
@@ -295,28 +307,29 @@ mod tests {
     }
 
     #[test]
-    fn in_the_clear_only_loopback_is_spoken_to_unless_it_is_set() {
+    fn in_the_clear_nobody_is_spoken_to_unless_it_is_set() {
         let links = |tls| Links::open(&Config { tls, ..Config::default() }).expect("links");
-        let (near, far) =
-            ("127.0.0.1:9".parse().expect("an address"), "192.0.2.1:9".parse().expect("an address"));
-        let mapped = "[::ffff:127.0.0.1]:9".parse().expect("an address");
-        let any = "0.0.0.0:9".parse().expect("an address");
+        let at = |address: &str| address.parse::<SocketAddr>().expect("an address");
         let closed = links(TlsConfig::None);
-        assert!(closed.may_listen(near).is_ok() && closed.may_listen(mapped).is_ok());
-        for address in [far, any] {
+        for address in ["127.0.0.1:9", "[::ffff:127.0.0.1]:9", "192.0.2.1:9", "0.0.0.0:9"].map(at) {
             let error = closed.may_listen(address).expect_err("it would listen").to_string();
             assert!(
                 error.contains("tls.certificate") && error.contains("tls.insecure_clear_text"),
                 "{error}"
             );
+            let error = closed.dial(address, None, Instant::now() + HANDSHAKE).expect_err("it would call");
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+            assert!(error.to_string().contains("tls.insecure_clear_text"), "{error}");
         }
-        let error = closed.dial(far, None, Instant::now() + HANDSHAKE).expect_err("it would call");
-        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
-        assert!(error.to_string().contains("tls.insecure_clear_text"), "{error}");
-        assert_eq!(closed.view(UnixMillis(0)), LinksView::LoopbackOnly);
+        assert_eq!(closed.view(UnixMillis(0)), LinksView::Closed);
         let open = links(TlsConfig::ClearText);
-        assert!(open.may_listen(any).is_ok());
+        assert!(open.may_listen(at("0.0.0.0:9")).is_ok());
         assert!(open.view(UnixMillis(0)).problem().is_some());
+        // Who showed a certificate before is not believed without.
+        let was = "b".parse().expect("a name");
+        let error =
+            open.dial(at("127.0.0.1:9"), Some(&was), Instant::now() + HANDSHAKE).expect_err("it would ask");
+        assert!(error.to_string().contains("had the certificate of b"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rswap_trust::Name;
+
 use super::{
     MigrateError, Progress, Report, TaskError,
     destination::{self, Opening},
@@ -52,7 +54,7 @@ const PROBING: Duration = Duration::from_secs(60);
 /// only cut off answers at once.
 const ASK_AT_ONCE: Duration = Duration::from_secs(5);
 
-/// Moves `instance` from `recovery`'s place to the agent at `host`. Blocks; the thread must live until it returns.
+/// Moves `instance` from `recovery`'s place to the agent at `host`, which has to be `whose` if that is known. Blocks; the thread must live until it returns.
 ///
 /// # Errors
 /// As [`source::run`]: with any error but [`MigrateError::InDoubt`] the instance runs here as before.
@@ -60,6 +62,7 @@ pub fn send(
     recovery: &Recovery,
     instance: &Instance,
     host: SocketAddr,
+    whose: Option<&Name>,
     config: &MigrateConfig,
     on_progress: &mut dyn FnMut(&Progress),
 ) -> Result<Report, MigrateError> {
@@ -81,7 +84,7 @@ pub fn send(
     let deadline = Instant::now() + Duration::from_secs(config.deadline_s);
     let links = &recovery.links;
     let until = deadline.min(Instant::now() + SILENCE);
-    let (mut stream, peer) = links.dial(host, None, until).map_err(link)?;
+    let (mut stream, peer) = links.dial(host, whose, until).map_err(link)?;
     stream.set_deadline(deadline);
     let particulars = Particulars {
         instance: instance.clone(),

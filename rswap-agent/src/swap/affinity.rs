@@ -68,7 +68,14 @@ impl Known {
         if self.host.is_listed(&wanted, &found) {
             return Ok(false);
         }
-        threads.set_affinity(tid, &wanted)
+        match threads.set_affinity(tid, &wanted) {
+            Err(SwapError::Thread { source, .. })
+                if source.raw_os_error() == Some(libc::EINVAL) && threads.is_fixed(tid) =>
+            {
+                Ok(false)
+            }
+            set => set,
+        }
     }
 
     /// Moves every thread that is outside of the target (`None`: all processors) now; returns how many there were.
@@ -121,7 +128,7 @@ impl Known {
             let Some(found) = threads.affinity(tid)? else { continue };
             let wanted = self.given(threads, tid, &found, target);
             let within = target.is_some_and(|target| found.is_subset(target));
-            if !within && !self.host.is_listed(&wanted, &found) {
+            if !within && !self.host.is_listed(&wanted, &found) && !threads.is_fixed(tid) {
                 return Err(SwapError::Misplaced { tid, found, wanted });
             }
         }
@@ -163,6 +170,8 @@ mod tests {
         affinity: BTreeMap<i32, CpuSet>,
         spawning: usize,
         refuses: Option<i32>,
+        /// The kernel has bound it.
+        fixed: Option<i32>,
         /// The affinity of one that was being made all the time.
         late: Option<CpuSet>,
     }
@@ -180,7 +189,9 @@ mod tests {
         }
 
         fn affinity(&mut self, tid: i32) -> Result<Option<CpuSet>, SwapError> {
-            Ok(self.affinity.get(&tid).cloned())
+            // Processors that are not online are not listed.
+            let online = CpuSet::from([0, 1]);
+            Ok(self.affinity.get(&tid).map(|cpus| cpus.intersection(&online).copied().collect()))
         }
 
         fn set_affinity(&mut self, tid: i32, cpus: &CpuSet) -> Result<bool, SwapError> {
@@ -188,11 +199,19 @@ mod tests {
                 let source = std::io::Error::from_raw_os_error(libc::EPERM);
                 return Err(SwapError::Thread { what: "setting", tid, source });
             }
+            if self.fixed == Some(tid) {
+                let source = std::io::Error::from_raw_os_error(libc::EINVAL);
+                return Err(SwapError::Thread { what: "setting", tid, source });
+            }
             Ok(self.affinity.insert(tid, cpus.clone()).is_some())
         }
 
         fn started_ticks(&mut self, tid: i32) -> Option<u64> {
             self.affinity.contains_key(&tid).then_some(7)
+        }
+
+        fn is_fixed(&mut self, tid: i32) -> bool {
+            self.fixed == Some(tid)
         }
 
         fn let_them_appear(&mut self) {
@@ -206,7 +225,7 @@ mod tests {
     fn model(spawning: usize, refuses: Option<i32>) -> Model {
         let affinity =
             BTreeMap::from([(10, CpuSet::from([0])), (20, CpuSet::from([0, 1])), (30, CpuSet::from([0]))]);
-        Model { affinity, spawning, refuses, late: None }
+        Model { affinity, spawning, refuses, fixed: None, late: None }
     }
 
     /// Three threads on a host of three processors, of which one is not running: two that chose, and one that did not.
@@ -260,6 +279,17 @@ mod tests {
             threads.affinity,
             BTreeMap::from([(20, all), (10, old[&10].clone()), (30, old[&30].clone())])
         );
+    }
+
+    #[test]
+    fn a_thread_that_the_kernel_has_bound_stays_where_it_is() {
+        let (mut threads, target) = (model(0, None), CpuSet::from([1]));
+        threads.fixed = Some(10);
+        let mut known = known(&target);
+        known.settle(&mut threads, Some(&target)).unwrap();
+        known.verify(&mut threads, Some(&target)).unwrap();
+        assert_eq!(threads.affinity[&10], CpuSet::from([0]));
+        assert_eq!(threads.affinity[&30], target);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::{
 use super::{
     Method, SwapError, SwapReport,
     affinity::Known,
-    share::{self, Controller, Share},
+    share::{Controller, Share},
     threads::{CgroupThreads, Threads as _},
 };
 use crate::{
@@ -74,7 +74,10 @@ pub fn is_astray(place: &Place, instance: &Instance, seat: &Seat) -> Result<bool
     {
         return Ok(true);
     }
-    if is_limited && !Controller::of(place, instance)?.is_some_and(|controller| controller.says(share)) {
+    let stood = known.as_ref().and_then(|choices| choices.stood.as_deref());
+    if let Some(stood) = stood
+        && !Controller::of(place, instance)?.is_some_and(|controller| controller.says(share, stood))
+    {
         return Ok(true);
     }
     let choices = known.unwrap_or_else(|| Choices::new(instance.cgroup_id, cpus.clone()));
@@ -132,12 +135,23 @@ impl<'a> CpuSwap<'a> {
         known.learn(&mut threads)?;
         let mut controller = None;
         if !to.share.is_all() || known.choices.stood.is_some() {
-            let found = Controller::of(place, instance)?;
-            let found = found.ok_or_else(|| SwapError::NoCpuController { cgroup: cgroup.clone() })?;
-            if known.choices.stood.is_none() {
-                known.choices.stood = Some(found.stands()?);
-            }
-            controller = Some(found);
+            let found = Controller::of(place, instance);
+            let found = found
+                .and_then(|found| found.ok_or_else(|| SwapError::NoCpuController { cgroup: cgroup.clone() }));
+            controller = match found {
+                Ok(found) => {
+                    if known.choices.stood.is_none() {
+                        known.choices.stood = Some(found.stands()?);
+                    }
+                    Some(found)
+                }
+                // What limited it has been taken away: nothing is left to be lifted.
+                Err(error) if to.share.is_all() => {
+                    tracing::warn!(instance = %instance.name, %error, "its share is somebody else's matter now");
+                    None
+                }
+                Err(error) => return Err(error),
+            };
         }
         known.choices.places.insert(to.cpus.clone());
         registry.put_choices(&instance.name, &known.choices)?;
@@ -165,8 +179,8 @@ impl<'a> CpuSwap<'a> {
 
     fn limit(&self, share: &Share) -> Result<(), SwapError> {
         match (&self.controller, &self.known.choices.stood) {
-            (Some(controller), _) if !share.is_all() => controller.set(&self.instance.cgroup, share),
-            (Some(_), Some(stood)) => share::put_back(stood),
+            (Some(controller), Some(stood)) if share.is_all() => controller.leave(stood),
+            (Some(controller), Some(stood)) => controller.set(&self.instance.cgroup, share, stood),
             _ => Ok(()),
         }
     }
@@ -174,9 +188,10 @@ impl<'a> CpuSwap<'a> {
     /// Reads every thread's placement back.
     fn verify(&mut self) -> Result<(), SwapError> {
         self.known.verify(&mut self.threads, self.to.cpus.as_ref())?;
-        match &self.controller {
-            Some(controller) if !self.to.share.is_all() && !controller.says(&self.to.share) => {
-                Err(SwapError::NotLimited { share: self.to.share })
+        let share = self.to.share;
+        match (&self.controller, &self.known.choices.stood) {
+            (Some(controller), Some(stood)) if !share.is_all() && !controller.says(&share, stood) => {
+                Err(SwapError::NotLimited { share })
             }
             _ => Ok(()),
         }

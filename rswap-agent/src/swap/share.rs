@@ -42,32 +42,60 @@ impl Share {
         self.cores.map(|cores| ((cores * PERIOD_US as f64).round() as u64).max(LEAST_QUOTA_US))
     }
 
-    /// As two files of v2 say it.
-    fn unified(&self) -> [(&'static str, String); 2] {
-        let max = self.quota_us().map_or_else(|| "max".to_owned(), |quota| quota.to_string());
-        let weight = self.weight.unwrap_or(USUAL_WEIGHT);
-        [("cpu.max", format!("{max} {PERIOD_US}")), ("cpu.weight", weight.to_string())]
+    /// What a file is to say in which `stood` stood before: only what the share is about is changed, and no limit is lifted.
+    fn text(&self, file: &str, stood: &str) -> String {
+        let ours = match file {
+            "cpu.max" => self.quota_us().filter(|quota| {
+                let mut words = stood.split_whitespace().map(str::parse::<f64>);
+                let (before, period) = (words.next(), words.next());
+                let before = before.and_then(Result::ok).zip(period.and_then(Result::ok));
+                before.is_none_or(|(before, period)| before / period > *quota as f64 / PERIOD_US as f64)
+            }),
+            "cpu.cfs_quota_us" => self.quota_us(),
+            "cpu.weight" => self.weight,
+            "cpu.shares" => {
+                self.weight.map(|weight| (weight * USUAL_SHARES / USUAL_WEIGHT).max(LEAST_SHARES))
+            }
+            _ => None,
+        };
+        match (file, ours) {
+            ("cpu.max", Some(quota)) => format!("{quota} {PERIOD_US}"),
+            (_, Some(number)) => number.to_string(),
+            (_, None) => stood.to_owned(),
+        }
     }
 
-    /// As the files of v1 say it: first the period, since a quota is checked against it.
-    fn legacy(&self) -> [(&'static str, String); 3] {
-        let quota = self.quota_us().map_or_else(|| "-1".to_owned(), |quota| quota.to_string());
-        let shares = self.weight.unwrap_or(USUAL_WEIGHT) * USUAL_SHARES / USUAL_WEIGHT;
-        [
-            ("cpu.cfs_period_us", PERIOD_US.to_string()),
-            ("cpu.cfs_quota_us", quota),
-            ("cpu.shares", shares.max(LEAST_SHARES).to_string()),
-        ]
+    /// All files, with what they are to say.
+    fn texts<'a>(&'a self, stood: &'a [(PathBuf, String)]) -> impl Iterator<Item = (PathBuf, String)> + 'a {
+        stood.iter().map(|(path, text)| {
+            let file = path.file_name().unwrap_or_default().to_string_lossy();
+            (path.clone(), self.text(&file, text))
+        })
     }
 }
 
-/// The files that limit an instance.
+/// What a cgroup of v1 says that nobody has limited; first the period, since a quota is checked against it.
+fn unlimited(cgroup: &Path) -> Vec<(PathBuf, String)> {
+    let files = [
+        ("cpu.cfs_period_us", PERIOD_US.to_string()),
+        ("cpu.cfs_quota_us", "-1".to_owned()),
+        ("cpu.shares", USUAL_SHARES.to_string()),
+    ];
+    files.map(|(name, text)| (cgroup.join(name), text)).into()
+}
+
+/// What limits an instance.
 #[derive(Debug)]
 pub(super) enum Controller {
-    /// Its own cgroup's.
+    /// Its own cgroup's files.
     Unified(PathBuf),
     /// Those of a cgroup of ours in v1's hierarchy, which it is put into.
-    Legacy(PathBuf),
+    Legacy {
+        /// The cgroup.
+        ours: PathBuf,
+        /// Where its processes came from, and go back to.
+        root: PathBuf,
+    },
 }
 
 impl Controller {
@@ -79,83 +107,92 @@ impl Controller {
         if instance.cgroup.join("cpu.max").exists() {
             return Ok(Some(Self::Unified(instance.cgroup.clone())));
         }
-        let Some(parent) = legacy_parent(place)? else { return Ok(None) };
-        let ours = parent.join(instance.name.as_str());
+        let Some(root) = legacy_root()? else { return Ok(None) };
+        // Directly below the root: it is weighed against what is beside it, and that is where all others are.
+        let ours = root.join(format!("{}{}", prefix(place), instance.name));
         for pid in processes(&instance.cgroup)? {
-            if let Some(other) = legacy_cgroup(pid).filter(|path| path != "/" && !ours.ends_with(&path[1..]))
-            {
-                return Err(SwapError::OtherCgroup { pid, cgroup: other });
+            let other = legacy_cgroup(pid).filter(|path| path != "/" && root.join(&path[1..]) != ours);
+            if let Some(cgroup) = other {
+                return Err(SwapError::OtherCgroup { pid, cgroup });
             }
         }
-        Ok(Some(Self::Legacy(ours)))
-    }
-
-    /// Whether it limits the instance to `share` now.
-    pub(super) fn says(&self, share: &Share) -> bool {
-        let says = |directory: &Path, files: &[(&str, String)]| {
-            files.iter().all(|(file, wanted)| {
-                fs::read_to_string(directory.join(file)).is_ok_and(|text| text.trim() == wanted)
-            })
-        };
-        match self {
-            Self::Unified(cgroup) => says(cgroup, &share.unified()),
-            // One that was never limited has none.
-            Self::Legacy(cgroup) => (share.is_all() && !cgroup.exists()) || says(cgroup, &share.legacy()),
-        }
+        Ok(Some(Self::Legacy { ours, root }))
     }
 
     /// What stands in its files while we say nothing.
     pub(super) fn stands(&self) -> Result<Vec<(PathBuf, String)>, SwapError> {
         match self {
             Self::Unified(cgroup) => {
-                let read = |(name, _)| {
+                let read = |name| {
                     let path = cgroup.join(name);
                     let text = fs::read_to_string(&path).map_err(file("reading", &path))?;
                     Ok((path, text.trim().to_owned()))
                 };
-                Share::default().unified().into_iter().map(read).collect()
+                ["cpu.max", "cpu.weight"].into_iter().map(read).collect()
             }
-            Self::Legacy(cgroup) => {
-                Ok(Share::default().legacy().map(|(name, text)| (cgroup.join(name), text)).into())
-            }
+            Self::Legacy { ours, .. } => Ok(unlimited(ours)),
         }
     }
 
-    /// Limits the instance in `own` to `share`.
-    pub(super) fn set(&self, own: &Path, share: &Share) -> Result<(), SwapError> {
+    /// Whether it limits the instance to `share` now, where `stood` stood before.
+    pub(super) fn says(&self, share: &Share, stood: &[(PathBuf, String)]) -> bool {
+        share
+            .texts(stood)
+            .all(|(path, wanted)| fs::read_to_string(path).is_ok_and(|text| text.trim() == wanted))
+    }
+
+    /// Limits the instance in `own` to `share`, where `stood` stood before.
+    pub(super) fn set(
+        &self,
+        own: &Path,
+        share: &Share,
+        stood: &[(PathBuf, String)],
+    ) -> Result<(), SwapError> {
+        if let Self::Legacy { ours, .. } = self {
+            fs::create_dir_all(ours).map_err(file("making", ours))?;
+        }
+        write_all(share.texts(stood))?;
         match self {
-            Self::Unified(cgroup) => {
-                write_all(share.unified().into_iter().map(|(name, text)| (cgroup.join(name), text)))
-            }
-            Self::Legacy(cgroup) => {
-                fs::create_dir_all(cgroup).map_err(file("making", cgroup))?;
-                write_all(share.legacy().into_iter().map(|(name, text)| (cgroup.join(name), text)))?;
-                attach(cgroup, own)
+            Self::Unified(_) => Ok(()),
+            Self::Legacy { ours, .. } => attach(ours, own),
+        }
+    }
+
+    /// Limits the instance to nothing any more: what stood there does again.
+    pub(super) fn leave(&self, stood: &[(PathBuf, String)]) -> Result<(), SwapError> {
+        match self {
+            Self::Unified(_) => write_all(stood.iter().cloned()),
+            Self::Legacy { ours, .. } if !ours.exists() => Ok(()),
+            // Beside the root's own processes it would weigh less than they do, however many there are in it.
+            Self::Legacy { ours, root } => {
+                attach(root, ours)?;
+                fs::remove_dir(ours).map_err(file("removing", ours))
             }
         }
     }
-}
-
-/// Puts back what stood in the files; a cgroup that is gone needs nothing.
-pub(super) fn put_back(stood: &[(PathBuf, String)]) -> Result<(), SwapError> {
-    write_all(stood.iter().filter(|(path, _)| path.exists()).cloned())
 }
 
 fn write_all(files: impl IntoIterator<Item = (PathBuf, String)>) -> Result<(), SwapError> {
     files.into_iter().try_for_each(|(path, text)| fs::write(&path, text).map_err(file("writing", &path)))
 }
 
-/// Removes the cgroups of v1 that were made for instances that have ended.
+/// Removes the cgroups of v1 that were made for instances that have ended. Not while any is moved: one may just be made.
 pub fn sweep(place: &Place) {
-    let Ok(Some(parent)) = legacy_parent(place) else { return };
-    for entry in fs::read_dir(&parent).into_iter().flatten().flatten() {
+    let Ok(Some(root)) = legacy_root() else { return };
+    let prefix = prefix(place);
+    let entries = fs::read_dir(&root).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix)) {
         // The kernel removes none that has processes.
         let _ = fs::remove_dir(entry.path());
     }
-    let _ = fs::remove_dir(parent);
 }
 
-/// Puts all processes of `own` into a cgroup of v1.
+/// What the names of our cgroups in v1's hierarchy begin with.
+fn prefix(place: &Place) -> String {
+    format!("{}.", place.cgroup_parent.trim_matches('/').replace('/', "."))
+}
+
+/// Puts all processes of the cgroup `own`, of whichever version, into a cgroup of v1.
 fn attach(cgroup: &Path, own: &Path) -> Result<(), SwapError> {
     let list = cgroup.join("cgroup.procs");
     for _ in 0..MAX_PASSES {
@@ -205,14 +242,13 @@ fn legacy_cgroup(pid: i32) -> Option<String> {
     found.0.into_iter().find(|one| one.controllers.iter().any(|name| name == "cpu")).map(|one| one.pathname)
 }
 
-/// Where the agent's cgroups are in v1's cpu hierarchy, if that is mounted.
-fn legacy_parent(place: &Place) -> Result<Option<PathBuf>, SwapError> {
+/// Where v1's cpu hierarchy is mounted, if it is.
+fn legacy_root() -> Result<Option<PathBuf>, SwapError> {
     let at = PathBuf::from("/proc/self/mountinfo");
     let failed = |error| SwapError::File { what: "reading", path: at, source: std::io::Error::other(error) };
     let mounts = Process::myself().and_then(|process| process.mountinfo()).map_err(failed)?;
     let mut legacy = mounts.into_iter().filter(|mount| mount.fs_type == "cgroup" && mount.root == "/");
-    let cpu = legacy.find(|mount| mount.super_options.contains_key("cpu"));
-    Ok(cpu.map(|mount| mount.mount_point.join(&place.cgroup_parent)))
+    Ok(legacy.find(|mount| mount.super_options.contains_key("cpu")).map(|mount| mount.mount_point))
 }
 
 fn file(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> SwapError {
@@ -227,14 +263,23 @@ mod tests {
     #[test]
     fn shares_are_written_as_the_kernel_takes_them() {
         let half = Share { cores: Some(0.5), weight: Some(50) };
-        assert_eq!(half.unified(), [("cpu.max", "50000 100000".into()), ("cpu.weight", "50".into())]);
-        assert_eq!(half.legacy()[1..], [("cpu.cfs_quota_us", "50000".into()), ("cpu.shares", "512".into())]);
-        let all = Share::default();
-        assert_eq!(all.unified(), [("cpu.max", "max 100000".into()), ("cpu.weight", "100".into())]);
-        assert_eq!(all.legacy()[1..], [("cpu.cfs_quota_us", "-1".into()), ("cpu.shares", "1024".into())]);
+        assert_eq!(half.text("cpu.max", "max 100000"), "50000 100000");
+        assert_eq!(half.text("cpu.weight", "100"), "50");
+        let legacy: Vec<String> = half.texts(&unlimited(Path::new("/"))).map(|(_, text)| text).collect();
+        assert_eq!(legacy, ["100000", "50000", "512"]);
         let least = Share { cores: Some(1e-6), weight: Some(1) };
-        assert_eq!(least.unified()[0].1, "1000 100000");
-        assert_eq!(least.legacy()[2].1, "10");
+        assert_eq!(least.text("cpu.max", "max 100000"), "1000 100000");
+        assert_eq!(least.text("cpu.shares", "1024"), "10");
+    }
+
+    #[test]
+    fn a_share_changes_only_what_it_is_about_and_lifts_no_limit() {
+        let light = Share { cores: None, weight: Some(50) };
+        assert_eq!(light.text("cpu.max", "30000 60000"), "30000 60000");
+        let much = Share { cores: Some(4.0), weight: None };
+        assert_eq!(much.text("cpu.max", "30000 60000"), "30000 60000");
+        assert_eq!(much.text("cpu.max", "500000 100000"), "400000 100000");
+        assert_eq!(much.text("cpu.weight", "70"), "70");
     }
 
     #[test]
@@ -247,10 +292,10 @@ mod tests {
         let controller = Controller::Unified(directory.path().to_owned());
         let half = Share { cores: Some(0.5), weight: None };
         let stood = controller.stands().expect("read");
-        assert!(!controller.says(&half));
-        controller.set(Path::new("/"), &half).expect("set");
-        assert!(controller.says(&half));
-        put_back(&stood).expect("put back");
+        assert!(!controller.says(&half, &stood));
+        controller.set(Path::new("/"), &half, &stood).expect("set");
+        assert!(controller.says(&half, &stood));
+        controller.leave(&stood).expect("put back");
         assert_eq!(fs::read_to_string(file("cpu.max")).expect("a file"), "150000 100000");
     }
 }

@@ -28,6 +28,8 @@ pub(super) trait Threads {
     fn set_affinity(&mut self, tid: i32, cpus: &CpuSet) -> Result<bool, SwapError>;
     /// When it was started, in clock ticks after the kernel's start; `None` if it has ended.
     fn started_ticks(&mut self, tid: i32) -> Option<u64>;
+    /// Whether the kernel lets nobody move it.
+    fn is_fixed(&mut self, tid: i32) -> bool;
     /// Waits until those that are just being made are listed.
     fn let_them_appear(&mut self);
 }
@@ -71,6 +73,13 @@ impl Threads for CgroupThreads {
     fn started_ticks(&mut self, tid: i32) -> Option<u64> {
         // /proc/TID is there for every thread, though it is not listed.
         procfs::process::Process::new(tid).and_then(|thread| thread.stat()).ok().map(|stat| stat.starttime)
+    }
+
+    fn is_fixed(&mut self, tid: i32) -> bool {
+        // As workers of io_uring were until Linux 6.3 (include/linux/sched.h).
+        const PF_NO_SETAFFINITY: u32 = 0x0400_0000;
+        let stat = procfs::process::Process::new(tid).and_then(|thread| thread.stat());
+        stat.is_ok_and(|stat| stat.flags & PF_NO_SETAFFINITY != 0)
     }
 
     fn let_them_appear(&mut self) {

@@ -89,3 +89,20 @@ fn what_is_damaged_is_set_aside_and_another_epoch_begins_where_the_head_is_lost(
     next.acknowledge(&old, 3).unwrap();
     assert_eq!(numbers(&next.oldest(10, u64::MAX)), [4]);
 }
+
+#[test]
+fn what_is_set_aside_counts_and_goes_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut first = spool(directory.path(), 3);
+    (1..=3).for_each(|at| first.push(report(at)).unwrap());
+    first.set_aside(1);
+    first.set_aside(2);
+    drop(first);
+    let mut next = spool(directory.path(), 3);
+    assert_eq!((next.len(), next.aside.len()), (1, 2), "the next agent knows of them");
+    let aside = |number: u64| directory.path().join(format!("{number:020}.aside")).exists();
+    (4..=5).for_each(|at| next.push(report(at)).unwrap());
+    assert_eq!(numbers(&next.oldest(10, u64::MAX)), [3, 4, 5], "none that waits had to go");
+    assert!(!aside(1) && !aside(2));
+    assert!(next.aside.is_empty());
+}
