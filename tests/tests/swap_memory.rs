@@ -160,6 +160,8 @@ fn a_pool_that_is_taken_away_gives_all_back() -> anyhow::Result<()> {
     ensure!(!ended.status.success() && said.contains("is not in /proc/swaps"), "{said}");
     ensure!(scene.swapped()? == 0, "{} bytes are in swap that is not there", scene.swapped()?);
     scene.check()?;
+    // Or what was seen before would be taken for what is there again.
+    wait_for("the pool to be gone", LIMIT, || Ok(pool_is(&scene, "gone")?.then_some(())))?;
     scene.device.on(100)?;
     wait_for("the pool", LIMIT, || Ok(pool_is(&scene, "online")?.then_some(())))?;
     scene.swap("zram")?;
@@ -202,6 +204,8 @@ fn without_room_all_stays_and_the_next_try_succeeds() -> anyhow::Result<()> {
     );
     scene.check()?;
     scene.device.off()?;
+    // Or what was seen before would be taken for what is there again.
+    wait_for("the pool to be gone", LIMIT, || Ok(pool_is(&scene, "gone")?.then_some(())))?;
     scene.device.resize(512 * MIB)?;
     scene.device.on(100)?;
     wait_for("the pool", LIMIT, || Ok(pool_is(&scene, "online")?.then_some(())))?;
