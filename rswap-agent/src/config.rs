@@ -18,10 +18,10 @@ mod pools;
 mod tls;
 
 pub use control::{ControlConfig, Grant, Right};
-pub use fleet::{ControllerConfig, FleetConfig};
+pub use fleet::{ControllerConfig, FleetConfig, controller_name};
 pub use memory::MemoryConfig;
 pub use pools::{PoolConfig, PoolKindConfig, VolumePool, core_share, settings, volume_pool};
-pub use tls::TlsConfig;
+pub use tls::{ControllerTls, TlsConfig};
 
 use crate::profile::ProfileConfig;
 pub use crate::{forecast::ForecastConfig, plan::PlanConfig};

@@ -7,18 +7,19 @@
 //!             orders, what others taught  <--------- answer --------- inventory, model, book <- plan
 //! ```
 //!
-//! Deciding is `rswap-fleet`'s; what is kept is `rswap-store`'s; this crate connects. Streams come from a [`axum::serve::Listener`] and
-//! go to a [`link::Connect`]: who is at the other end is a [`Peer`], which the transport vouches for. Without a transport that
-//! does, the controller listens where only this host's processes reach it.
+//! Deciding is `rswap-fleet`'s; what is kept is `rswap-store`'s; this crate connects. Callers come in by a [`door`] of this host or of the
+//! network, and who each is is a [`Peer`], which the transport vouches for; agents go to it by a [`link::Connect`].
 
+pub mod door;
 pub mod link;
 mod peer;
 pub mod reporter;
 mod routes;
 mod server;
+mod serving;
 pub mod spool;
 mod state;
 mod writer;
 
-pub use peer::Peer;
+pub use peer::{Peer, Who};
 pub use server::{Address, AddressError, Controller, ControllerError, Settings, Stores, serve, serve_at};

@@ -1,18 +1,19 @@
 //! The agent's end of a connection: HTTP/1.1 over whatever stream a [`Connect`] gives.
 
-use std::{future::Future, io, pin::Pin, time::Duration};
+use std::{fmt, future::Future, io, pin::Pin, str::FromStr, sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
-use serde::{Deserialize, de::DeserializeOwned};
+use rswap_trust::{Credentials, Name, Role, Rule, asynchronous};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::UnixStream,
+    net::{TcpStream, UnixStream},
     time::timeout,
 };
 
-use crate::{Address, server::require_own};
+use crate::{Address, door::require_own};
 
 /// How long connecting may take.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -22,8 +23,8 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 const LONGEST_ANSWER_BYTES: usize = 64 << 20;
 
 /// Both ways.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
 
 /// A stream that is being made.
 pub type Connecting<'a> = Pin<Box<dyn Future<Output = io::Result<Box<dyn Stream>>> + Send + 'a>>;
@@ -49,6 +50,114 @@ impl Connect for Address {
 
     fn to(&self) -> String {
         self.to_string()
+    }
+}
+
+/// Where a controller is: `unix:/PATH` on this host, or `HOST:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Whereabouts {
+    /// A socket of this host.
+    Socket(Address),
+    /// On the network.
+    Network {
+        /// Its name or its address.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+}
+
+/// The text says nowhere.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no address of a controller: use HOST:PORT, or unix:/PATH on its own host")]
+pub struct WhereaboutsError(pub String);
+
+impl FromStr for Whereabouts {
+    type Err = WhereaboutsError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || WhereaboutsError(text.to_owned());
+        if text.starts_with("unix:") {
+            return text.parse().map(Self::Socket).map_err(|_| wrong());
+        }
+        let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+        let port = port.parse().ok().filter(|port| *port != 0).ok_or_else(wrong)?;
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        let fits = match bare {
+            Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => host.parse::<Name>().is_ok(),
+        };
+        let host = bare.unwrap_or(host).to_owned();
+        fits.then_some(Self::Network { host, port }).ok_or_else(wrong)
+    }
+}
+
+impl TryFrom<String> for Whereabouts {
+    type Error = WhereaboutsError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<Whereabouts> for String {
+    fn from(at: Whereabouts) -> Self {
+        at.to_string()
+    }
+}
+
+impl fmt::Display for Whereabouts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(address) => address.fmt(f),
+            Self::Network { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Network { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+/// A controller on the network, which has to show the certificate of a controller of one's own fleet with this name.
+#[derive(Clone, Debug)]
+pub struct Secure {
+    /// Its name or its address.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// What its certificate names.
+    pub name: Name,
+    /// What this end shows; looked at again with each connection.
+    pub own: Arc<Credentials>,
+}
+
+impl Secure {
+    async fn dial(&self) -> io::Result<Box<dyn Stream>> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for address in tokio::net::lookup_host((&*self.host, self.port)).await? {
+            match TcpStream::connect(address).await {
+                Ok(stream) => {
+                    stream.set_nodelay(true)?;
+                    let own = self.own.current().0;
+                    let rule =
+                        Rule::of(&own.identity.domain, Role::Controller, Some([self.name.clone()].into()));
+                    let (stream, _) = asynchronous::dial(stream, address.ip(), &own, rule).await?;
+                    let stream: Box<dyn Stream> = Box::new(stream);
+                    return Ok(stream);
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+}
+
+impl Connect for Secure {
+    fn connect(&self) -> Connecting<'_> {
+        Box::pin(self.dial())
+    }
+
+    fn to(&self) -> String {
+        Whereabouts::Network { host: self.host.clone(), port: self.port }.to_string()
     }
 }
 
@@ -147,4 +256,32 @@ pub async fn call<T: DeserializeOwned>(
         serde_json::from_slice(&bytes).map_err(|error| answer(error.to_string()))
     };
     timeout(ANSWER_WITHIN, exchange).await.unwrap_or_else(|_| Err(LinkError::Late(path.to_owned())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_controller_is_on_the_network_or_behind_a_socket() {
+        for text in
+            ["unix:/run/rswap/controller.sock", "10.0.0.1:7792", "rack-1.example.org:7792", "[fd00::1]:7792"]
+        {
+            assert_eq!(text.parse::<Whereabouts>().expect(text).to_string(), text);
+        }
+        for text in [
+            "",
+            "unix:relative",
+            "rack-1",
+            "rack-1:",
+            "rack-1:0",
+            "rack-1:70000",
+            ":7792",
+            "fd00::1:7792",
+            "[x]:1",
+            "a/b:1",
+        ] {
+            assert_eq!(text.parse::<Whereabouts>(), Err(WhereaboutsError(text.to_owned())), "{text}");
+        }
+    }
 }

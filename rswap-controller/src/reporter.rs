@@ -72,7 +72,7 @@ impl Reporter {
         answered: mpsc::UnboundedSender<Answered>,
     ) -> io::Result<Self> {
         let mut sender =
-            Sender { connect, spool: Spool::open(directory, most_bytes)?, answered, reached: true };
+            Sender { connect, spool: Spool::open(directory, most_bytes)?, answered, unreached: None };
         let (outgoing, incoming) = std::sync::mpsc::channel::<Outgoing>();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         thread::spawn(move || {
@@ -101,8 +101,8 @@ struct Sender {
     connect: Box<dyn Connect>,
     spool: Spool,
     answered: mpsc::UnboundedSender<Answered>,
-    /// The last call had an answer.
-    reached: bool,
+    /// Why the last call had no answer, if it had none.
+    unreached: Option<String>,
 }
 
 impl Sender {
@@ -130,14 +130,13 @@ impl Sender {
             };
             match link::call::<Answer>(&*self.connect, "/v1/report", Some(body)).await {
                 Ok(answer) => {
-                    if !self.reached {
+                    if self.unreached.take().is_some() {
                         tracing::info!(
                             to = self.connect.to(),
                             waiting = self.spool.len(),
                             "the controller answers again"
                         );
                     }
-                    self.reached = true;
                     if let Err(error) = self.spool.acknowledge(&envelope.reports, answer.stored) {
                         tracing::warn!(%error, "a report that the controller has could not be removed");
                         return;
@@ -164,13 +163,12 @@ impl Sender {
                     }
                 }
                 Err(error) => {
-                    if self.reached {
-                        tracing::warn!(
-                            error = crate::writer::chain(&error),
-                            "going on alone; reports are kept"
-                        );
+                    // Said once, and again when it is another reason.
+                    let error = crate::writer::chain(&error);
+                    if self.unreached.as_ref() != Some(&error) {
+                        tracing::warn!(error, "going on alone; reports are kept");
                     }
-                    self.reached = false;
+                    self.unreached = Some(error);
                     return;
                 }
             }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, Query, State, rejection::QueryRejection},
+    extract::{ConnectInfo, DefaultBodyLimit, Query, Request, State, rejection::QueryRejection},
     http::StatusCode,
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -62,7 +63,7 @@ impl Refusal {
 
 /// The routes; reports go to `writer`.
 pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
-    Router::new()
+    let looks = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/hosts", get(hosts))
         .route("/v1/instances", get(instances))
@@ -70,7 +71,12 @@ pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
         .route("/v1/orders", get(orders))
         .route("/v1/model", get(model))
         .route("/v1/history", get(history))
+        .route_layer(middleware::from_fn_with_state(LOOK, only));
+    let operates = Router::new()
         .route("/v1/drain", post(drain))
+        .route_layer(middleware::from_fn_with_state(OPERATE, only));
+    looks
+        .merge(operates)
         .route("/v1/report", post(take_report))
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
         .fallback(|| async {
@@ -81,6 +87,30 @@ pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
             )
         })
         .with_state(Shared { controller, writer })
+}
+
+/// What somebody has to be allowed, and what it is called.
+#[derive(Clone, Copy)]
+struct Right(fn(&Peer) -> bool, &'static str);
+
+const LOOK: Right = Right(Peer::may_look, "look at the fleet");
+const OPERATE: Right = Right(Peer::may_operate, "say what is wanted of the fleet");
+
+/// Lets those through who may do this.
+async fn only(
+    State(Right(may, what)): State<Right>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if may(&peer) {
+        return next.run(request).await;
+    }
+    let call = request.uri().path();
+    tracing::warn!(from = peer.from, call, "a call was refused");
+    let error = format!("{} may not {what}", peer.from);
+    Refusal::new(StatusCode::FORBIDDEN, error, "ask as an operator, or over the controller's socket")
+        .into_response()
 }
 
 async fn take_report(
@@ -100,6 +130,12 @@ async fn take_report(
     drop(body);
     let host = check(&envelope, &peer).map_err(|error| match error {
         ReportError::Version(_) => other_version(error.to_string()),
+        ReportError::Foreign(..) => {
+            tracing::warn!(from = peer.from, %error, "a report was refused");
+            let hint =
+                "an agent reports for the host that its certificate names: agent.host must be the same";
+            Refusal::new(StatusCode::FORBIDDEN, error.to_string(), hint)
+        }
         error => never(error.to_string()),
     })?;
     let Envelope { reports, lessons, knows, leads } = envelope;
@@ -149,11 +185,9 @@ fn check(envelope: &Envelope, peer: &Peer) -> Result<HostName, ReportError> {
         }
         before = report.sequence;
     }
-    match &peer.host {
-        Some(vouched) if *vouched != first.host => {
-            Err(ReportError::Foreign(first.host.clone(), vouched.to_string()))
-        }
-        _ => Ok(first.host.clone()),
+    match peer.may_report(&first.host) {
+        true => Ok(first.host.clone()),
+        false => Err(ReportError::Foreign(first.host.clone(), peer.who.to_string())),
     }
 }
 
@@ -309,13 +343,8 @@ struct DrainRequest {
 
 async fn drain(
     State(Shared { controller, .. }): State<Shared>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
     body: Bytes,
 ) -> Result<Json<serde_json::Value>, Refusal> {
-    if !peer.operator {
-        let error = format!("{} may not say what is wanted of the fleet", peer.from);
-        return Err(Refusal::new(StatusCode::FORBIDDEN, error, "ask as an operator"));
-    }
     let DrainRequest { host, undo } = serde_json::from_slice(&body).map_err(|error| {
         let error = format!("cannot read the request: {error}");
         Refusal::new(StatusCode::BAD_REQUEST, error, "send {\"host\": NAME, \"undo\": false}")

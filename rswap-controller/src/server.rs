@@ -2,10 +2,7 @@
 
 use std::{
     fmt,
-    future::Future,
-    io,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
-    path::{Path, PathBuf},
+    path::PathBuf,
     str::FromStr,
     sync::{
         Arc, Mutex, PoisonError,
@@ -21,12 +18,12 @@ use rswap_plan::PlanConfig;
 use rswap_store::{History, Knowledge, Membership, Ownership, Store, StoreError};
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
-use tokio::net::{UnixListener, UnixStream};
 
 use crate::{
     Peer,
-    peer::{Known, OverSocket},
+    door::{self, Door},
     routes,
+    serving::{self, Entrance},
     state::{Counts, State},
     writer::{self, Writer},
 };
@@ -38,8 +35,8 @@ const TRIM_EVERY: Duration = Duration::from_secs(60);
 /// How often the plan's thread looks whether it is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// Where a controller listens without a transport that vouches for its peers: a unix socket, at both ends of which the kernel
-/// says who is there. Not loopback: any user of the host can call and listen there.
+/// A unix socket of this host, at both ends of which the kernel says who is there. Not loopback: any user of the host can call and
+/// listen there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Address(
@@ -49,9 +46,7 @@ pub struct Address(
 
 /// The text names no place for a controller.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} is no address of a controller: use unix:/PATH. By TCP the connection would be neither encrypted nor authenticated"
-)]
+#[error("{0:?} is no socket of a controller: use unix:/PATH")]
 pub struct AddressError(pub String);
 
 impl FromStr for Address {
@@ -81,18 +76,6 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "unix:{}", self.0.display())
     }
-}
-
-/// Whether who is at the other end of a unix socket is root, or the user that this process runs as.
-///
-/// # Errors
-/// It is somebody else, or the kernel doesn't say.
-pub(crate) fn require_own(stream: &UnixStream) -> io::Result<()> {
-    let uid = stream.peer_cred()?.uid();
-    if uid == 0 || uid == nix::unistd::geteuid().as_raw() {
-        return Ok(());
-    }
-    Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {uid} is at the other end")))
 }
 
 /// How a controller works.
@@ -135,17 +118,14 @@ pub enum ControllerError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The place.
-    #[error("cannot listen on {address} for agents: choose another fleet.listen")]
+    #[error("cannot listen on {address}: choose another fleet.socket")]
     Listen {
         /// Where.
         address: String,
         /// Why.
         #[source]
-        source: io::Error,
+        source: std::io::Error,
     },
-    /// Serving ended badly.
-    #[error("cannot serve agents any longer")]
-    Serve(#[source] io::Error),
 }
 
 /// A controller.
@@ -256,102 +236,52 @@ impl Controller {
 }
 
 /// Serves a controller on whatever a listener accepts, until `stop` resolves: what was acknowledged is stored then.
-///
-/// # Errors
-///
-/// If serving ends badly.
 pub async fn serve<L>(
     controller: Arc<Controller>,
     listener: L,
     stop: impl Future<Output = ()> + Send + 'static,
-) -> Result<(), ControllerError>
-where
+) where
     L: Listener,
     L::Addr: Into<Peer>,
 {
+    serve_through(controller, vec![Box::new(listener)], stop).await;
+}
+
+/// [`serve`] on a socket of this host, and at a door for others, if there is one.
+///
+/// # Errors
+///
+/// If the socket can't be listened to.
+pub async fn serve_at(
+    controller: Arc<Controller>,
+    address: &Address,
+    door: Option<Door>,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ControllerError> {
+    let listen = |source| ControllerError::Listen { address: address.to_string(), source };
+    let socket = door::bind(&address.0).await.map_err(listen)?;
+    let mut doors: Vec<Box<dyn Entrance>> = vec![Box::new(socket)];
+    doors.extend(door.map(|door| -> Box<dyn Entrance> { Box::new(door) }));
+    serve_through(controller, doors, stop).await;
+    Ok(())
+}
+
+async fn serve_through(
+    controller: Arc<Controller>,
+    doors: Vec<Box<dyn Entrance>>,
+    stop: impl Future<Output = ()> + Send + 'static,
+) {
     let (writer, handed): (Writer, _) = writer::channel();
     let writing = writer::start(controller.clone(), handed);
     let planning = {
         let controller = controller.clone();
         thread::spawn(move || controller.rounds())
     };
-    let service = routes::router(controller.clone(), writer).into_make_service_with_connect_info::<Peer>();
-    let served = axum::serve(Known(listener), service).with_graceful_shutdown(stop).await;
+    serving::serve(routes::router(controller.clone(), writer), doors, stop).await;
     controller.stopping.store(true, Ordering::Release);
     // Both end by themselves now; a plan may take a while.
     let joined = tokio::task::spawn_blocking(move || (writing.join(), planning.join())).await;
     if !matches!(joined, Ok((Ok(()), Ok(())))) {
         tracing::error!("a thread of the controller panicked");
-    }
-    served.map_err(ControllerError::Serve)
-}
-
-/// [`serve`] on an address of this host.
-///
-/// # Errors
-///
-/// If it can't be listened to, or serving ends badly.
-pub async fn serve_at(
-    controller: Arc<Controller>,
-    address: &Address,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> Result<(), ControllerError> {
-    let listen = |source| ControllerError::Listen { address: address.to_string(), source };
-    let socket = bind(&address.0).await.map_err(listen)?;
-    serve(controller, Socket(socket), stop).await
-}
-
-/// A socket that only its owner can open, in place of one that nobody serves any more.
-async fn bind(path: &Path) -> io::Result<UnixListener> {
-    if let Ok(found) = std::fs::metadata(path) {
-        if !found.file_type().is_socket() {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is something that is no socket"));
-        }
-        if UnixStream::connect(path).await.is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another controller serves it"));
-        }
-        std::fs::remove_file(path)?;
-    }
-    if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory)?;
-    }
-    // Nobody can open it before its mode is set.
-    let mut unready = path.as_os_str().to_owned();
-    unready.push(".new");
-    let unready = PathBuf::from(unready);
-    match std::fs::remove_file(&unready) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(&unready)?;
-    std::fs::set_permissions(&unready, std::fs::Permissions::from_mode(0o600))?;
-    std::fs::rename(&unready, path)?;
-    Ok(listener)
-}
-
-/// axum's own has an address that can't be copied.
-struct Socket(UnixListener);
-
-impl Listener for Socket {
-    type Io = UnixStream;
-    type Addr = OverSocket;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            match self.0.accept().await {
-                Ok((stream, _)) => match require_own(&stream) {
-                    Ok(()) => return (stream, OverSocket),
-                    Err(error) => tracing::warn!(%error, "a connection was turned away"),
-                },
-                Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<Self::Addr> {
-        Ok(OverSocket)
     }
 }

@@ -13,7 +13,7 @@ use std::{
 use axum::serve::Listener;
 use common::{LEADS, answers, envelope, host, instance, name, open, report, whole};
 use rswap_controller::{
-    Address, AddressError, Peer,
+    Address, AddressError, Peer, Who,
     link::{LinkError, call},
     reporter::Orders,
     serve, serve_at,
@@ -42,7 +42,7 @@ impl Running {
         let (stop, stopped) = oneshot::channel::<()>();
         let (controller, at) = (open(directory), address.clone());
         let served = tokio::spawn(async move {
-            serve_at(controller, &at, async { drop(stopped.await) }).await.unwrap();
+            serve_at(controller, &at, None, async { drop(stopped.await) }).await.unwrap();
         });
         let running = Self { address, stop: Some(stop), served };
         answers(&running.address).await;
@@ -129,7 +129,7 @@ struct AgentOfB;
 
 impl From<AgentOfB> for Peer {
     fn from(_: AgentOfB) -> Self {
-        Self { from: "b's agent".to_owned(), host: Some(host("b")), operator: false }
+        Self { from: "b's agent".to_owned(), who: Who::Agent(host("b")) }
     }
 }
 
@@ -155,14 +155,18 @@ async fn whom_the_transport_vouches_for_reports_for_itself_only_and_wants_nothin
     let (stop, stopped) = oneshot::channel::<()>();
     let served =
         tokio::spawn(serve(open(directory.path()), Vouching(listener), async { drop(stopped.await) }));
-    let running =
-        Running { address, stop: Some(stop), served: tokio::spawn(async { served.await.unwrap().unwrap() }) };
+    let running = Running { address, stop: Some(stop), served };
     let foreign = running.report(&envelope(vec![report("a", 1, vec![])])).await.unwrap_err();
-    assert!(foreign.to_string().contains("the report is of host a, and comes from b"), "{foreign}");
+    assert!(
+        foreign.to_string().contains("the report is of host a, and comes from the agent of b"),
+        "{foreign}"
+    );
     assert_eq!(running.report(&envelope(vec![report("b", 2, vec![])])).await.unwrap().stored, 1);
     let wish = serde_json::to_vec(&json!({ "host": "b" })).unwrap();
     let refused = call::<Value>(&running.address, "/v1/drain", Some(wish)).await.unwrap_err();
     assert!(matches!(refused, LinkError::Refused { status: 403, .. }), "{refused}");
+    let looks = call::<Value>(&running.address, "/v1/instances", None).await.unwrap_err();
+    assert!(matches!(looks, LinkError::Refused { status: 403, .. }), "{looks}");
     running.stop().await;
 }
 

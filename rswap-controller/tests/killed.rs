@@ -28,7 +28,7 @@ const CHILD: &str = "RSWAP_CONTROLLER_TEST";
 async fn child_that_serves() {
     let Some(directory) = std::env::var_os(CHILD).map(PathBuf::from) else { return };
     let address = Address(directory.join("controller.sock"));
-    serve_at(open(&directory), &address, std::future::pending()).await.unwrap();
+    serve_at(open(&directory), &address, None, std::future::pending()).await.unwrap();
 }
 
 fn spawn_controller(directory: &Path) -> Child {

@@ -8,12 +8,15 @@ use std::{
     net::IpAddr,
 };
 
-use rustls::{
-    AlertDescription, CertificateError, ClientConnection, Connection, Error, ServerConnection,
-    pki_types::ServerName,
-};
+use rustls::{ClientConnection, Connection, ServerConnection, pki_types::ServerName};
 
-use crate::{credentials::Loaded, identity::Identity, rule::Rule, verify::Found};
+use crate::{
+    credentials::Loaded,
+    identity::Identity,
+    rule::Rule,
+    said::{self, is_cut, unusable},
+    verify::Found,
+};
 
 /// What is taken from the stream at a time: several records, each of at most 16 KiB.
 const INBOX_BYTES: usize = 64 << 10;
@@ -74,8 +77,8 @@ impl<S: Read + Write> Channel<S> {
         while self.tls.is_handshaking() {
             let step = self.send().and_then(|()| if self.tls.is_handshaking() { self.take() } else { Ok(1) });
             match step {
-                Ok(0) => return Err(self.broken_off(&io::ErrorKind::UnexpectedEof.into())),
-                Err(error) if is_cut(&error) => return Err(self.broken_off(&error)),
+                Ok(0) => return Err(said::broken_off(self.side, &io::ErrorKind::UnexpectedEof.into())),
+                Err(error) if is_cut(&error) => return Err(said::broken_off(self.side, &error)),
                 step => drop(step?),
             }
         }
@@ -84,14 +87,6 @@ impl<S: Read + Write> Channel<S> {
             Some(Ok(identity)) => Ok(identity),
             _ => Err(io::Error::other("the other has not shown who it is")),
         }
-    }
-
-    fn broken_off(&self, error: &io::Error) -> io::Error {
-        let text = format!(
-            "{} broke off the TLS handshake ({error}): perhaps it speaks no TLS, or has too many callers; see its log",
-            other(self.side)
-        );
-        io::Error::new(error.kind(), text)
     }
 
     /// Its stream.
@@ -139,95 +134,9 @@ impl<S: Read + Write> Channel<S> {
         if let Err(error) = self.tls.process_new_packets() {
             // The other is told why, if it still listens.
             let _ = self.send();
-            return Err(self.explained(error));
+            return Err(said::of(&error, &self.found, self.side));
         }
         Ok(taken)
-    }
-
-    fn explained(&self, error: Error) -> io::Error {
-        let text = match (self.found.get(), &error) {
-            (
-                Some(Err(reason)),
-                Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure),
-            ) => {
-                format!("the other is not taken: {reason}")
-            }
-            _ => explained(&error, self.side),
-        };
-        let kind = match error {
-            Error::AlertReceived(_) | Error::InvalidCertificate(_) | Error::NoCertificatesPresented => {
-                io::ErrorKind::PermissionDenied
-            }
-            _ => io::ErrorKind::InvalidData,
-        };
-        io::Error::new(kind, text)
-    }
-}
-
-fn unusable(error: Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, format!("this host's certificate can't be used: {error}"))
-}
-
-fn is_cut(error: &io::Error) -> bool {
-    [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset].contains(&error.kind())
-}
-
-fn other(side: Side) -> &'static str {
-    match side {
-        Side::Dialled => "the host that was dialled",
-        Side::Accepted => "the caller",
-    }
-}
-
-/// In words, with what to do.
-fn explained(error: &Error, side: Side) -> String {
-    let other = other(side);
-    match error {
-        Error::InvalidMessage(_) | Error::InappropriateMessage { .. } => {
-            format!("{other} speaks no TLS, or garbage ({error}): is [tls] set there?")
-        }
-        Error::NoCertificatesPresented => format!("{other} shows no certificate"),
-        Error::DecryptError => {
-            format!("what {other} sent can't be decrypted: it is damaged, or of another session")
-        }
-        Error::InvalidCertificate(reason) => {
-            let why = match reason {
-                // The second: by another key of the same name.
-                CertificateError::UnknownIssuer | CertificateError::BadSignature => {
-                    "was not issued by an authority that this host trusts (tls.ca)".to_owned()
-                }
-                CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
-                    format!("has expired ({reason}): issue it anew")
-                }
-                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-                    format!("is not valid yet ({reason}): compare both hosts' clocks")
-                }
-                _ => format!("is not valid: {reason}"),
-            };
-            format!("the certificate of {other} {why}")
-        }
-        Error::AlertReceived(alert) => {
-            let why = match alert {
-                AlertDescription::AccessDenied => {
-                    "its role or its name is not allowed there (tls.allow, or a host pool of another name)"
-                }
-                AlertDescription::UnknownCA => {
-                    "it was not issued by an authority that is trusted there (tls.ca)"
-                }
-                AlertDescription::CertificateExpired => {
-                    "it has expired there, or is not valid yet: compare the clocks"
-                }
-                AlertDescription::CertificateRequired => "none was shown",
-                AlertDescription::DecryptError | AlertDescription::BadRecordMac => {
-                    return format!(
-                        "{other} could not decrypt what was sent: it was damaged, or of another session"
-                    );
-                }
-                _ => return format!("{other} broke off: {error}"),
-            };
-            format!("{other} refuses this host's certificate: {why}")
-        }
-        _ => format!("TLS with {other}: {error}"),
     }
 }
 

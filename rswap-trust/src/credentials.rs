@@ -218,11 +218,7 @@ impl Loaded {
             provider: Arc::new(provider()),
         };
         // Whether certificate and key belong together.
-        let any = Rule {
-            domain: loaded.identity.domain.clone(),
-            role: loaded.identity.role,
-            names: Some(Default::default()),
-        };
+        let any = Rule::of(&loaded.identity.domain, loaded.identity.role, Some(Default::default()));
         loaded.server(any).map_err(|error| wrong(&files.key)(&error))?;
         Ok(loaded)
     }

@@ -3,8 +3,10 @@
 //! ```text
 //! files of a host (CA, certificate, key)            [credentials]  read again when they change
 //!        |
-//!  TLS 1.3, both sides show a certificate           [channel]      over any blocking stream, within its time limits
+//!  a place for a stranger                           [strangers]    few per network
 //!        |
+//!  TLS 1.3, both sides show a certificate           [channel]      over any blocking stream, within its time limits
+//!        |                                          [asynchronous] over any other
 //!  role and name, as the certificate says them      [identity]
 //!        |
 //!  may it?                                          [rule]         pure
@@ -12,11 +14,14 @@
 //!
 //! [`authority`] makes such files, for those who have no authority of their own.
 
+pub mod asynchronous;
 pub mod authority;
 pub mod channel;
 pub mod credentials;
 pub mod identity;
 pub mod rule;
+mod said;
+pub mod strangers;
 mod verify;
 
 pub use authority::{Authority, AuthorityError, Validity};

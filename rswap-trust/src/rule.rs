@@ -9,10 +9,8 @@ use crate::identity::{Identity, Name, Role};
 pub struct Rule {
     /// The fleet.
     pub domain: String,
-    /// The role that the other must have.
-    pub role: Role,
-    /// The names that it may have; `None` is any.
-    pub names: Option<BTreeSet<Name>>,
+    /// The roles that the other may have, and with each the names; `None` is any.
+    pub takes: Vec<(Role, Option<BTreeSet<Name>>)>,
 }
 
 /// Why somebody is not taken.
@@ -27,12 +25,12 @@ pub enum Refused {
         domain: String,
     },
     /// It is something else.
-    #[error("it is {found}: its role is {}, and {role} is needed here", found.role)]
+    #[error("it is {found}: its role is {}, and {} is needed here", found.role, either(roles))]
     Role {
         /// Who it is.
         found: Identity,
-        /// The one asked for.
-        role: Role,
+        /// Those that would be taken.
+        roles: Vec<Role>,
     },
     /// It is somebody else.
     #[error("it is {found}, and not {}", named(names))]
@@ -52,7 +50,16 @@ fn named(names: &BTreeSet<Name>) -> String {
     }
 }
 
+fn either(roles: &[Role]) -> String {
+    roles.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(" or ")
+}
+
 impl Rule {
+    /// For one role.
+    pub fn of(domain: &str, role: Role, names: Option<BTreeSet<Name>>) -> Self {
+        Self { domain: domain.to_owned(), takes: vec![(role, names)] }
+    }
+
     /// Whether `peer` is taken. The domain comes first: names of another fleet mean nothing here.
     ///
     /// # Errors
@@ -62,10 +69,11 @@ impl Rule {
         if peer.domain != self.domain {
             return Err(Refused::Domain { found: found(), domain: self.domain.clone() });
         }
-        if peer.role != self.role {
-            return Err(Refused::Role { found: found(), role: self.role });
-        }
-        match &self.names {
+        let Some((_, names)) = self.takes.iter().find(|(role, _)| *role == peer.role) else {
+            let roles = self.takes.iter().map(|(role, _)| *role).collect();
+            return Err(Refused::Role { found: found(), roles });
+        };
+        match names {
             Some(names) if !names.contains(&peer.name) => {
                 Err(Refused::Name { found: found(), names: names.clone() })
             }
@@ -84,7 +92,21 @@ mod tests {
 
     fn rule(names: Option<&[&str]>) -> Rule {
         let names = names.map(|names| names.iter().map(|name| name.parse().expect("a name")).collect());
-        Rule { domain: "fleet".to_owned(), role: Role::Agent, names }
+        Rule::of("fleet", Role::Agent, names)
+    }
+
+    #[test]
+    fn each_role_has_names_of_its_own() {
+        let names = |name: &str| Some(BTreeSet::from([name.parse().expect("a name")]));
+        let takes = vec![(Role::Agent, names("a")), (Role::Operator, names("o"))];
+        let rule = Rule { domain: "fleet".to_owned(), takes };
+        for (who_is, taken) in
+            [("agent/a", true), ("operator/o", true), ("agent/o", false), ("operator/a", false)]
+        {
+            assert_eq!(rule.admit(&who(&format!("spiffe://fleet/{who_is}"))).is_ok(), taken, "{who_is}");
+        }
+        let error = rule.admit(&who("spiffe://fleet/controller/a")).expect_err("another role");
+        assert!(error.to_string().ends_with("its role is controller, and agent or operator is needed here"));
     }
 
     #[test]

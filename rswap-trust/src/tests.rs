@@ -16,7 +16,7 @@ use crate::{
 const HOUR: Duration = Duration::from_secs(3600);
 const LIMIT: Duration = Duration::from_secs(10);
 
-fn valid() -> Validity {
+pub(crate) fn valid() -> Validity {
     let now = SystemTime::now();
     Validity { from: now - HOUR, until: now + 24 * HOUR }
 }
@@ -25,18 +25,14 @@ fn name(text: &str) -> Name {
     text.parse().expect("a name")
 }
 
-fn issue(authority: &Authority, at: &Path, who: &str, role: Role, valid: Validity) -> Credentials {
+pub(crate) fn issue(authority: &Authority, at: &Path, who: &str, role: Role, valid: Validity) -> Credentials {
     let Issued { certificate, key, ca, .. } =
         authority.issue(&name(who), role, valid, &at.join(who), true).expect("a certificate");
     Credentials::open(Files { ca, certificate, key }).expect("credentials")
 }
 
 fn rule(names: Option<&[&str]>) -> Rule {
-    Rule {
-        domain: "fleet".to_owned(),
-        role: Role::Agent,
-        names: names.map(|names| names.iter().map(|one| name(one)).collect()),
-    }
+    Rule::of("fleet", Role::Agent, names.map(|names| names.iter().map(|one| name(one)).collect()))
 }
 
 /// What each end says: who the other is and what came of it, or why not. The one that dials says `words`.

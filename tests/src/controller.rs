@@ -1,4 +1,5 @@
-//! A controller of a fleet: a process of its own, reached over a unix socket, which all network namespaces share.
+//! A controller of a fleet: a process of its own, reached over a unix socket, which all network namespaces share, and over the network
+//! if it has a certificate.
 
 use std::{
     fs::{self, File},
@@ -10,10 +11,11 @@ use std::{
 
 use anyhow::Context;
 use rswap_controller::{Address, link};
+use rswap_trust::Files;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{binary, wait_for};
+use crate::{Fleet, binary, fleet::CLIENT, wait_for};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 
@@ -22,21 +24,49 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 pub struct Controller {
     directory: PathBuf,
     child: Option<Child>,
+    /// The command that starts it, if it is not its own.
+    by: Vec<String>,
 }
+
+/// Where a controller listens on the network.
+pub const PORT: u16 = 7792;
 
 impl Controller {
     /// Starts one in `directory`, and waits until it answers; `fleet` are further keys of `[fleet]`, and sections after it.
     pub fn start(directory: &Path, fleet: &str) -> anyhow::Result<Self> {
+        Self::start_by(directory, fleet, Vec::new())
+    }
+
+    /// Starts one at the fleet's client, 10.88.0.100, that agents reach over the network; `files` are its certificate, `tls` further
+    /// keys of `[fleet.tls]`, `more` further sections.
+    pub fn start_at(
+        network: &Fleet,
+        fleet: &str,
+        files: &Files,
+        tls: &str,
+        more: &str,
+    ) -> anyhow::Result<Self> {
+        let Files { ca, certificate, key } = files;
+        let fleet = format!(
+            "listen = \"{CLIENT}:{PORT}\"\n{fleet}\n[fleet.tls]\nca = {ca:?}\ncertificate = {certificate:?}\nkey = {key:?}\n{tls}\n{more}"
+        );
+        let at = format!("--net={}", network.client.path().display());
+        let by = ["nsenter", &at, "--"].map(str::to_owned).to_vec();
+        Self::start_by(&network.scratch().join("controller"), &fleet, by)
+    }
+
+    fn start_by(directory: &Path, fleet: &str, by: Vec<String>) -> anyhow::Result<Self> {
         fs::create_dir_all(directory)?;
-        let mut controller = Self { directory: directory.to_owned(), child: None };
-        let (listen, file) = (controller.address().to_string(), directory.join("fleet"));
-        let text = format!("[fleet]\nlisten = {listen:?}\nfile = {file:?}\n{fleet}");
+        let mut controller = Self { directory: directory.to_owned(), child: None, by };
+        let (socket, file) = (controller.address().0, directory.join("fleet"));
+        let text = format!("[fleet]\nsocket = {socket:?}\nfile = {file:?}\n{fleet}");
         fs::write(controller.config(), text)?;
         controller.restart()?;
         Ok(controller)
     }
 
-    fn config(&self) -> PathBuf {
+    /// Its configuration.
+    pub fn config(&self) -> PathBuf {
         self.directory.join("controller.toml")
     }
 
@@ -53,9 +83,18 @@ impl Controller {
         )
     }
 
+    /// The section of an agent's configuration that makes it a member over the network.
+    pub fn far_member(spool: &Path, report_every_ms: u64) -> String {
+        format!(
+            "[controller]\naddress = \"{CLIENT}:{PORT}\"\ncertificate_name = \"controller\"\nspool = {spool:?}\n\
+             report_every_ms = {report_every_ms}\n\n"
+        )
+    }
+
     /// Starts it again, on what it has kept.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        self.restart_on(&[])
+        let by = self.by.clone();
+        self.restart_on(&by.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     /// The same, started by another command: `taskset -c 0`.

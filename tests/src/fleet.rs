@@ -19,6 +19,9 @@ use crate::{
 /// The hosts' agents take migrations here.
 pub const MIGRATE_PORT: u16 = 7791;
 
+/// Where the client is.
+pub const CLIENT: &str = "10.88.0.100";
+
 /// A network with a client in it; hosts are added with [`Fleet::host`].
 #[derive(Debug)]
 pub struct Fleet {
@@ -40,7 +43,7 @@ impl Fleet {
         let client = Netns::create(sweep::own_name("client"))?;
         cable((&client, "eth0"), (&switch, "client"))?;
         switch.ip(&["link", "set", "client", "master", "sw0"])?;
-        client.ip(&["addr", "add", "10.88.0.100/24", "dev", "eth0"])?;
+        client.ip(&["addr", "add", &format!("{CLIENT}/24"), "dev", "eth0"])?;
         let fleet = Self { client, switch, scratch, hosts: 0 };
         let authority = fleet.authority();
         pki(&["init", &authority.to_string_lossy()])?;

@@ -38,6 +38,7 @@ pub mod scene;
 pub mod served_disk;
 pub mod steps;
 pub mod storage;
+pub mod strangers;
 pub mod stream;
 pub mod subjects;
 pub mod swap_device;

@@ -1,29 +1,20 @@
 //! Links between agents: who is not an agent of the fleet, under the name that is expected, gets nothing and is told why, at both
 //! ends; whatever it does, the next right one succeeds. (Those that have a host's key, and lie: `hostile_peer.rs`.)
 
-use std::{
-    fs,
-    io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
-};
+use std::{fs, net::SocketAddr, path::PathBuf, sync::PoisonError, time::Duration};
 
 use anyhow::{Context, ensure};
-use fastrand::Rng;
 use rswap_tests::{
     Fleet, Host, HostOptions, binary,
     fleet::{files_in, pki},
-    heartbeat,
-    mangle::bytes,
-    moves, reason_to_skip, wait_for,
+    heartbeat, moves, reason_to_skip,
+    strangers::{certificate, garbage, hours, kept, put, record, replay, show, slow_handshakes},
+    wait_for,
 };
-use rswap_trust::{Authority, Files, Role, Validity};
+use rswap_trust::{Files, Role};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(30);
-const HOUR: Duration = Duration::from_secs(3600);
 const NAME: &str = "memcheck";
 
 /// Two hosts, each of which knows the other by name, and a program that checks itself at the first.
@@ -92,45 +83,6 @@ impl Scene {
         }
         Ok(())
     }
-
-    /// A certificate of this fleet's authority, or of another of the same trust domain.
-    fn certificate(&self, name: &str, role: Role, valid: Validity, other: bool) -> anyhow::Result<Files> {
-        let authority = match other {
-            false => Authority::open(&self.fleet.authority())?,
-            true => {
-                let at = self.fleet.scratch().join("other");
-                if !at.exists() {
-                    pki(&["init", &at.to_string_lossy()])?;
-                }
-                Authority::open(&at)?
-            }
-        };
-        let to = self.fleet.scratch().join("tls").join(format!("wrong-{name}"));
-        authority.issue(&name.parse()?, role, valid, &to, true)?;
-        Ok(files_in(&to))
-    }
-}
-
-/// From and until, in hours from now.
-fn hours(from: i32, until: i32) -> Validity {
-    let moment = |hours: i32| match u32::try_from(hours) {
-        Ok(later) => SystemTime::now() + HOUR * later,
-        Err(_) => SystemTime::now() - HOUR * hours.unsigned_abs(),
-    };
-    Validity { from: moment(from), until: moment(until) }
-}
-
-/// Puts a copy of `from` into the place of `to`, as a careful person does: whole, or not at all.
-fn put(from: &Path, to: &Path) -> anyhow::Result<()> {
-    let unready = to.with_extension("unready");
-    fs::copy(from, &unready).with_context(|| format!("cannot copy {}", from.display()))?;
-    Ok(fs::rename(unready, to)?)
-}
-
-/// Gives `host` another certificate; what it trusts stays as it is.
-fn show(host: &Host, files: &Files) -> anyhow::Result<()> {
-    put(&files.key, &host.files().key)?;
-    put(&files.certificate, &host.files().certificate)
 }
 
 #[test]
@@ -140,17 +92,8 @@ fn whoever_has_the_wrong_certificate_is_refused_at_both_ends_and_told_why() -> a
     }
     let scene = Scene::set()?;
     let right = scene.fleet.scratch().join("right");
-    fs::create_dir(&right)?;
-    let kept = |host: &Host, name: &str| -> anyhow::Result<Files> {
-        let at = right.join(name);
-        fs::create_dir(&at)?;
-        let (from, to) = (host.files(), files_in(&at));
-        for (from, to) in [(&from.ca, &to.ca), (&from.certificate, &to.certificate), (&from.key, &to.key)] {
-            put(from, to)?;
-        }
-        Ok(to)
-    };
-    let (right_a, right_b) = (kept(&scene.a, "a")?, kept(&scene.b, "b")?);
+    let (right_a, right_b) =
+        (kept(scene.a.files(), &right.join("a"))?, kept(scene.b.files(), &right.join("b"))?);
     let now = || hours(-1, 1);
     // What is wrong, what the end that shows it hears, and what the other says. Before anybody looks at a name, the chain has to
     // be right.
@@ -184,17 +127,17 @@ fn whoever_has_the_wrong_certificate_is_refused_at_both_ends_and_told_why() -> a
         ("x", Role::Agent, hours(1, 3), false, "is not valid yet", "is not valid yet"),
     ];
     for (name, role, valid, other, shows, says) in wrong {
-        let files = scene.certificate(name, role, valid, other)?;
+        let files = certificate(&scene.fleet, name, role, valid, other)?;
         // Whoever calls.
-        show(&scene.a, &files)?;
+        show(&files, scene.a.files())?;
         scene.is_refused("b", shows, &scene.b, says)?;
-        show(&scene.a, &right_a)?;
+        show(&right_a, scene.a.files())?;
         // Whoever is called.
-        show(&scene.b, &files)?;
+        show(&files, scene.b.files())?;
         scene.is_refused("b", says, &scene.b, shows)?;
         let asked = scene.a.call(&["check", NAME, "b"]).err().context("it was asked all the same")?;
         ensure!(format!("{asked:#}").contains(says), "{asked:#}");
-        show(&scene.b, &right_b)?;
+        show(&right_b, scene.b.files())?;
     }
     // The right name at another address than the one that it is known by is right; another host at this one is not.
     scene.moves()
@@ -244,34 +187,6 @@ fn clear_text_goes_to_nobody_and_is_taken_from_nobody() -> anyhow::Result<()> {
     scene.moves()
 }
 
-/// Passes on what comes in `netns` of the source, and keeps what the source says.
-fn recorder(source: &Host, destination: SocketAddr) -> anyhow::Result<(String, Arc<Mutex<Vec<u8>>>)> {
-    let kept = Arc::new(Mutex::new(Vec::new()));
-    let keep = kept.clone();
-    let (sender, receiver) = std::sync::mpsc::channel();
-    source.netns().spawn("recorder", move || {
-        let listener = TcpListener::bind(("127.0.0.1", 0))?;
-        sender.send(listener.local_addr()?.to_string())?;
-        let (mut from, _) = listener.accept()?;
-        let mut to = TcpStream::connect(destination)?;
-        let (mut back_from, mut back_to) = (to.try_clone()?, from.try_clone()?);
-        std::thread::spawn(move || {
-            let _ = std::io::copy(&mut back_from, &mut back_to);
-            let _ = back_to.shutdown(std::net::Shutdown::Write);
-        });
-        let mut buffer = [0; 64 << 10];
-        loop {
-            let length = from.read(&mut buffer)?;
-            if length == 0 {
-                return Ok(());
-            }
-            keep.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..length]);
-            to.write_all(&buffer[..length])?;
-        }
-    })?;
-    Ok((receiver.recv_timeout(LIMIT)?, kept))
-}
-
 #[test]
 fn strangers_cost_time_and_keep_nobody_out() -> anyhow::Result<()> {
     if reason_to_skip("strangers_cost_time_and_keep_nobody_out").is_some() {
@@ -281,64 +196,25 @@ fn strangers_cost_time_and_keep_nobody_out() -> anyhow::Result<()> {
     let destination: SocketAddr = scene.b.migrate_address().parse()?;
 
     // A whole migration, recorded on the way, and said again.
-    let (address, kept) = recorder(&scene.a, destination)?;
+    let (address, kept) = record(scene.a.netns(), destination)?;
     scene.a.migrate(NAME, &address)?.succeed()?;
     scene.b.migrate(NAME, "a")?.succeed()?;
     let recorded = kept.lock().unwrap_or_else(PoisonError::into_inner).clone();
     ensure!(recorded.len() > 1 << 20, "little was recorded: {} bytes", recorded.len());
     let before = scene.b.log()?.len();
-    let replay = scene.fleet.client.spawn("replay", move || {
-        let mut stream = TcpStream::connect(destination)?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        // It may be cut off before it has said all.
-        let _ = stream.write_all(&recorded);
-        Ok(stream.read_to_end(&mut Vec::new()).is_ok())
-    })?;
-    drop(replay.join().map_err(|_| anyhow::anyhow!("the replay panicked"))?);
+    replay(&scene.fleet.client, destination, recorded)?;
     Scene::said(&scene.b, before, "can't be decrypted")?;
     scene.nothing_was_touched()?;
 
     // Garbage, and what is almost the beginning of a handshake.
     let before = scene.b.log()?.len();
-    let garbage = scene.fleet.client.spawn("garbage", move || {
-        for seed in 0..60 {
-            let mut random = Rng::with_seed(seed);
-            let mut stream = TcpStream::connect(destination)?;
-            stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-            let length = random.usize(1..70_000);
-            let mut said = bytes(&mut random, length);
-            if seed % 2 == 0 {
-                // A handshake record, and in it a ClientHello that says that it is longer than any.
-                let head = [22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff, 3, 3];
-                let length = head.len().min(said.len());
-                said[..length].copy_from_slice(&head[..length]);
-            }
-            let _ = stream.write_all(&said);
-            let _ = stream.shutdown(std::net::Shutdown::Write);
-            let _ = stream.read_to_end(&mut Vec::new());
-        }
-        Ok(())
-    })?;
-    garbage.join().map_err(|_| anyhow::anyhow!("the garbage panicked"))??;
+    garbage(&scene.fleet.client, destination)?;
     Scene::said(&scene.b, before, "a caller was turned away")?;
     scene.nothing_was_touched()?;
 
     // Slow ones, more than are listened to: the right one comes through while they are at it.
     let before = scene.b.log()?.len();
-    let slow = scene.fleet.client.spawn("slow handshakes", move || {
-        let began = Instant::now();
-        let mut streams = (0..40).map(|_| TcpStream::connect(destination)).collect::<Result<Vec<_>, _>>()?;
-        let mut drops =
-            [22_u8, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3].into_iter().chain(std::iter::repeat(0));
-        while began.elapsed() < Duration::from_secs(8) {
-            let next = drops.next().unwrap_or_default();
-            for stream in &mut streams {
-                let _ = stream.write_all(&[next]);
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Ok(streams.len())
-    })?;
+    let slow = slow_handshakes(&scene.fleet.client, destination)?;
     Scene::said(&scene.b, before, "too many have not shown who they are")?;
     scene.moves()?;
     Scene::said(&scene.b, before, "the TLS handshake was not done within 5 s")?;
@@ -356,7 +232,7 @@ fn certificates_are_rotated_while_an_instance_moves_there_and_back() -> anyhow::
     let authority = scene.fleet.authority();
     let at = authority.to_string_lossy().into_owned();
     let agents = [scene.a.agent_pid(), scene.b.agent_pid()];
-    let of_the_old = scene.certificate("a", Role::Agent, hours(-1, 1), false)?;
+    let of_the_old = certificate(&scene.fleet, "a", Role::Agent, hours(-1, 1), false)?;
     let bring = |host: &Host| put(&authority.join("ca.pem"), &host.files().ca);
     scene.moves()?;
     pki(&["rotate", &at])?;
@@ -381,14 +257,14 @@ fn certificates_are_rotated_while_an_instance_moves_there_and_back() -> anyhow::
     let new = files_in(&right);
     put(&scene.a.files().key, &new.key)?;
     put(&scene.a.files().certificate, &new.certificate)?;
-    show(&scene.a, &of_the_old)?;
+    show(&of_the_old, scene.a.files())?;
     scene.is_refused(
         "b",
         "not issued by an authority that is trusted there",
         &scene.b,
         "was not issued by",
     )?;
-    show(&scene.a, &new)?;
+    show(&new, scene.a.files())?;
     moves::moved(NAME, &scene.a, &scene.b)?;
     heartbeat::wait_for_progress(&scene.log)?;
     ensure!([scene.a.agent_pid(), scene.b.agent_pid()] == agents, "an agent was started anew");

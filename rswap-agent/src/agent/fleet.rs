@@ -1,9 +1,12 @@
 //! This host as a member of a fleet: reports go to the controller, what it answers is taken in, and orders are carried out by the calls
 //! that a person has, too. Without an answer, the agent goes on alone.
 
-use std::{collections::BTreeMap, fs, io, path::PathBuf};
+use std::{collections::BTreeMap, fs, io, path::PathBuf, sync::Arc};
 
-use rswap_controller::reporter::{Answered, Orders, Outgoing, Reporter};
+use rswap_controller::{
+    link::{Connect, Secure, Whereabouts},
+    reporter::{Answered, Orders, Outgoing, Reporter},
+};
 use rswap_fleet::{
     Action, HostName, InstanceReport, LinkMeasured, Order, Report,
     inventory::AWAY_INTERVALS,
@@ -11,12 +14,12 @@ use rswap_fleet::{
     orders::OrderResult,
     report::{self, Used},
 };
-use rswap_trust::Name;
+use rswap_trust::{Credentials, Name};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::wiring::Wiring;
 use crate::{
-    config::{Config, Mode},
+    config::{Config, Mode, controller_name},
     control::{DrainRequest, MigrateRequest},
     forecast::{Forecaster, Lessons, Part, Usage},
     instance::InstanceName,
@@ -49,6 +52,31 @@ struct Learnt {
     parts: BTreeMap<Part, Lessons>,
 }
 
+/// The way to the controller.
+fn connect(config: &Config, address: Whereabouts, host: &HostName) -> io::Result<Box<dyn Connect>> {
+    let (at, port) = match address {
+        Whereabouts::Socket(address) => return Ok(Box::new(address)),
+        Whereabouts::Network { host, port } => (host, port),
+    };
+    let text = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
+    let files = config.tls.files().ok_or_else(|| {
+        text(format!(
+            "the controller at {at}:{port} is not spoken to without a certificate: set tls.ca, tls.certificate and tls.key"
+        ))
+    })?;
+    let name = controller_name(&at, config.controller.certificate_name.as_ref()).ok_or_else(|| {
+        text(format!("no certificate names {at}: set controller.certificate_name to the controller's name"))
+    })?;
+    let own = Credentials::open(files).map_err(io::Error::other)?;
+    let identity = own.current().0.identity.clone();
+    if identity.name.as_str() != host.as_str() {
+        return Err(text(format!(
+            "tls.certificate is {identity}, and this host is {host} (agent.host): the controller takes no report of {host} from it"
+        )));
+    }
+    Ok(Box::new(Secure { host: at, port, name, own: Arc::new(own) }))
+}
+
 impl Membership {
     /// `None` where the configuration names no controller.
     pub(super) fn start(
@@ -58,9 +86,10 @@ impl Membership {
     ) -> io::Result<Option<Self>> {
         let Some(address) = config.controller.address.clone() else { return Ok(None) };
         let host: HostName = config.agent.host.parse().map_err(io::Error::other)?;
+        let connect = connect(config, address, &host)?;
         let directory = &config.controller.spool;
         let most_bytes = config.controller.spool_mib.saturating_mul(1 << 20);
-        let reporter = Reporter::start(Box::new(address), directory, most_bytes, answered)?;
+        let reporter = Reporter::start(connect, directory, most_bytes, answered)?;
         let mut member = Self {
             host,
             reporter,

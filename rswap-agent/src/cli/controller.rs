@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use nix::sys::signal::{SigSet, Signal};
-use rswap_controller::{Controller, Settings, Stores, serve_at};
+use rswap_controller::{Address, Controller, Settings, Stores, door::Door, serve_at};
 use rswap_store::Store;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -19,6 +19,14 @@ pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
     stops.add(Signal::SIGINT);
     stops.thread_unblock().context("cannot unblock SIGTERM and SIGINT")?;
     let fleet = &config.fleet;
+    let listens = match (fleet.listen, &fleet.tls) {
+        (None, _) => None,
+        (Some(address), Some(tls)) => Some((address, tls)),
+        (Some(address), None) => bail!(
+            "cannot listen on fleet.listen = {address} without a certificate: everybody on the way could read, and be any host. \
+             Set ca, certificate and key in [fleet.tls] (`rswap pki issue --role controller` makes them)"
+        ),
+    };
     if let Some(directory) = fleet.file.parent() {
         std::fs::create_dir_all(directory)
             .with_context(|| format!("cannot make {} (fleet.file)", directory.display()))?;
@@ -36,14 +44,19 @@ pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
-        tracing::info!(listen = %fleet.listen, mode = ?fleet.mode, file = %fleet.file.display(), "rswap controls");
+        let door = match listens {
+            Some((address, tls)) => Some(Door::open(address, tls.files(), tls.guests()).await?),
+            None => None,
+        };
+        let listen = door.as_ref().map(|door| door.address().to_string());
+        tracing::info!(socket = %fleet.socket.display(), listen, mode = ?fleet.mode, file = %fleet.file.display(), "rswap controls");
         let stop = async move {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
         };
-        serve_at(controller, &fleet.listen, stop).await?;
+        serve_at(controller, &Address(fleet.socket.clone()), door, stop).await?;
         Ok(ExitCode::SUCCESS)
     })
 }

@@ -1,20 +1,23 @@
 //! `[controller]`: where an agent reports; `[fleet]`: what a controller is.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
-use rswap_controller::Address;
+use rswap_controller::link::Whereabouts;
 use rswap_fleet::amounts::Tier;
+use rswap_trust::Name;
 use rswap_types::bounds::positive_integer;
 use serde::{Deserialize, Serialize};
 
-use super::Mode;
+use super::{Mode, tls::ControllerTls};
 
 /// `[controller]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ControllerConfig {
-    /// Where the fleet's controller is: `127.0.0.1:PORT`, `[::1]:PORT` or `unix:/PATH`. Not set: this agent is in no fleet.
-    pub address: Option<Address>,
+    /// Where the fleet's controller is: `HOST:PORT`, or `unix:/PATH` on its own host. Not set: this agent is in no fleet.
+    pub address: Option<Whereabouts>,
+    /// What its certificate names [default: the HOST of `address`, if that is no number].
+    pub certificate_name: Option<Name>,
     /// How often it is reported to, in milliseconds.
     #[serde(deserialize_with = "positive_integer")]
     pub report_every_ms: u64,
@@ -27,16 +30,32 @@ pub struct ControllerConfig {
 
 impl Default for ControllerConfig {
     fn default() -> Self {
-        Self { address: None, report_every_ms: 10_000, spool: "/var/lib/rswap/spool".into(), spool_mib: 64 }
+        Self {
+            address: None,
+            certificate_name: None,
+            report_every_ms: 10_000,
+            spool: "/var/lib/rswap/spool".into(),
+            spool_mib: 64,
+        }
     }
+}
+
+/// Who has to be at `at`, a controller on the network: `named`, or what it is called there. `None`: a number is no name.
+pub fn controller_name(at: &str, named: Option<&Name>) -> Option<Name> {
+    let called = || at.parse().ok().filter(|_| at.parse::<std::net::IpAddr>().is_err());
+    named.cloned().or_else(called)
 }
 
 /// `[fleet]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FleetConfig {
-    /// Where agents come: `127.0.0.1:PORT`, `[::1]:PORT` or `unix:/PATH`.
-    pub listen: Address,
+    /// The socket for whoever is root on the controller's host, and for that host's agent.
+    pub socket: PathBuf,
+    /// Where agents of other hosts come, and operators; it needs `tls`. Not set: nobody comes over the network.
+    pub listen: Option<SocketAddr>,
+    /// What is shown there, and who is let in.
+    pub tls: Option<ControllerTls>,
     /// What is kept.
     pub file: PathBuf,
     /// Plan only, or give orders.
@@ -62,7 +81,9 @@ impl Default for FleetConfig {
     fn default() -> Self {
         let [reports, minutes, hours] = rswap_store::TIERS.map(|tier| tier.kept_ms / HOUR_MS);
         Self {
-            listen: Address("/run/rswap/controller.sock".into()),
+            socket: "/run/rswap/controller.sock".into(),
+            listen: None,
+            tls: None,
             file: "/var/lib/rswap/fleet".into(),
             mode: Mode::default(),
             report_every_ms: 10_000,

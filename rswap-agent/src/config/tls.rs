@@ -64,3 +64,52 @@ impl TryFrom<RawTls> for TlsConfig {
         }
     }
 }
+
+/// `[fleet.tls]`: what a controller shows, and whom it lets in. There is no clear text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControllerTls {
+    /// Certificates of the authorities that are trusted (PEM).
+    pub ca: PathBuf,
+    /// The controller's certificate (PEM), of the role `controller`.
+    pub certificate: PathBuf,
+    /// Its key (PEM).
+    pub key: PathBuf,
+    /// The agents that may report. `None` is any with a certificate of the fleet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow: Option<BTreeSet<Name>>,
+    /// The operators that may say what is wanted. `None` is any with a certificate of the fleet that is no reader.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operators: Option<BTreeSet<Name>>,
+    /// Certificates of operators that may only look: of what watches the controller.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub readers: BTreeSet<Name>,
+}
+
+impl ControllerTls {
+    /// Where its files are.
+    pub fn files(&self) -> rswap_trust::Files {
+        let Self { ca, certificate, key, .. } = self.clone();
+        rswap_trust::Files { ca, certificate, key }
+    }
+
+    /// Who may come in.
+    pub fn guests(&self) -> rswap_controller::door::Guests {
+        let Self { allow, operators, readers, .. } = self.clone();
+        rswap_controller::door::Guests { agents: allow, operators, readers }
+    }
+}
+
+impl TlsConfig {
+    /// The files of this host's certificate, if links are secured with one.
+    pub fn files(&self) -> Option<rswap_trust::Files> {
+        match self {
+            Self::Files { ca, certificate, key, .. } => Some(rswap_trust::Files {
+                ca: ca.clone(),
+                certificate: certificate.clone(),
+                key: key.clone(),
+            }),
+            Self::ClearText | Self::None => None,
+        }
+    }
+}

@@ -205,7 +205,7 @@ impl Links {
         };
         let own = credentials.current().0;
         let names = expected(address, was, known, allow.as_ref());
-        let rule = Rule { domain: own.identity.domain.clone(), role: Role::Agent, names };
+        let rule = Rule::of(&own.identity.domain, Role::Agent, names);
         let shaken = deadline.min(Instant::now() + HANDSHAKE);
         let mut channel = Channel::dialled(Timed::connect(address, shaken)?, address.ip(), &own, rule)?;
         let peer = channel.shake_hands().map_err(in_time)?;
@@ -239,7 +239,7 @@ impl Links {
             return Ok((Link::Clear(stream), None));
         };
         let own = credentials.current().0;
-        let rule = Rule { domain: own.identity.domain.clone(), role: Role::Agent, names: allow.clone() };
+        let rule = Rule::of(&own.identity.domain, Role::Agent, allow.clone());
         let mut channel = Channel::accepted(stream, &own, rule)?;
         match channel.shake_hands() {
             Ok(peer) => Ok((Link::Secure(Box::new(channel)), Some(peer.name))),
