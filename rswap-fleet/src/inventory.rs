@@ -10,7 +10,8 @@ use rswap_plan::InstanceView;
 use rswap_types::{InstanceName, Pool, THIS_HOST, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::{HostName, InstanceReport, Report};
+pub use crate::placements::Placed;
+use crate::{HostName, InstanceReport, Report, placements::Placements};
 
 /// An instance that is gone is remembered for so long, in milliseconds: it may appear on another host.
 pub const GONE_MS: u64 = 5 * 60_000;
@@ -43,19 +44,6 @@ impl Host {
     }
 }
 
-/// Where an instance of the fleet is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Placed {
-    /// On which host.
-    pub host: HostName,
-    /// Its name there.
-    pub local: InstanceName,
-    /// What it was last seen to be: its identity does not change when it moves.
-    identity: String,
-    /// Since when that host no longer has it; `None`: it has.
-    gone: Option<UnixMillis>,
-}
-
 /// A change of where an instance is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
@@ -71,9 +59,7 @@ pub struct Change {
 #[derive(Clone, Debug, Default)]
 pub struct Inventory {
     hosts: BTreeMap<HostName, Host>,
-    placed: BTreeMap<InstanceName, Placed>,
-    /// Names in the fleet, by where they are and their name there.
-    names: BTreeMap<(HostName, InstanceName), InstanceName>,
+    placed: Placements,
     /// Appeared, and may be the one named here, which its host had in its last report; since when.
     unclear: BTreeMap<(HostName, InstanceName), (InstanceName, UnixMillis)>,
 }
@@ -86,10 +72,9 @@ impl Inventory {
     ) -> Self {
         let mut new = Self::default();
         for (name, host, local) in owners {
-            new.names.insert((host.clone(), local.clone()), name.clone());
             // Gone until its host says that it is there.
             let placed = Placed { host, local, identity: String::new(), gone: Some(now) };
-            new.placed.insert(name, placed);
+            new.placed.put(name, placed);
         }
         new
     }
@@ -113,35 +98,35 @@ impl Inventory {
             links,
         };
         let mut changes = Vec::new();
-        let present: Vec<_> =
-            host.instances.iter().map(|(name, one)| (name.clone(), one.kin.identity.clone())).collect();
-        self.hosts.insert(report.host.clone(), host);
-        for (name, placed) in self.placed.iter_mut().filter(|(_, placed)| placed.host == report.host) {
-            let there = present.iter().find(|(local, _)| *local == placed.local);
-            match there {
-                Some((_, identity)) => {
-                    if placed.gone.take().is_some() {
+        let mut unnamed = Vec::new();
+        for (local, one) in &host.instances {
+            if !self.placed.is_taken(&report.host, local) {
+                unnamed.push((local.clone(), one.kin.identity.clone()));
+            }
+        }
+        let named: Vec<_> =
+            self.placed.on(&report.host).map(|(name, local)| (name.clone(), local.clone())).collect();
+        for (name, local) in named {
+            match host.instances.get(&local) {
+                Some(one) => {
+                    if self.placed.set_gone(&name, None).is_some() {
                         let to = Some(report.host.clone());
                         changes.push(Change { instance: name.clone(), from: None, to });
                     }
-                    placed.identity.clone_from(identity);
+                    self.placed.set_identity(&name, &one.kin.identity);
                 }
-                None if placed.gone.is_none() => {
-                    placed.gone = Some(heard);
-                    changes.push(Change {
-                        instance: name.clone(),
-                        from: Some(report.host.clone()),
-                        to: None,
-                    });
+                None if self.placed.get(&name).is_some_and(|placed| placed.gone.is_none()) => {
+                    self.placed.set_gone(&name, Some(heard));
+                    changes.push(Change { instance: name, from: Some(report.host.clone()), to: None });
                 }
                 None => {}
             }
         }
-        self.unclear
-            .retain(|(at, local), _| *at != report.host || present.iter().any(|(name, _)| name == local));
-        for (local, identity) in present {
+        self.unclear.retain(|(at, local), _| *at != report.host || host.instances.contains_key(local));
+        self.hosts.insert(report.host.clone(), host);
+        for (local, identity) in unnamed {
             let key = (report.host.clone(), local);
-            if !self.names.contains_key(&key) && !self.unclear.contains_key(&key) {
+            if !self.unclear.contains_key(&key) {
                 changes.extend(self.appeared(key, identity, heard));
             }
         }
@@ -156,15 +141,13 @@ impl Inventory {
         identity: String,
         now: UnixMillis,
     ) -> Option<Change> {
-        let same = |placed: &&Placed| {
-            placed.local == key.1 && (placed.identity == identity || placed.identity.is_empty())
-        };
-        let mut alike = self.placed.iter().filter(|(_, placed)| same(placed));
-        let gone = alike.clone().find(|(_, placed)| placed.gone.is_some()).map(|(name, _)| name.clone());
+        let same = |placed: &Placed| placed.identity == identity || placed.identity.is_empty();
+        let alike: Vec<_> = self.placed.called(&key.1).filter(|(_, placed)| same(placed)).collect();
+        let gone = alike.iter().find(|(_, placed)| placed.gone.is_some()).map(|(name, _)| (*name).clone());
         if let Some(name) = gone {
             return Some(self.came(&name, key, identity));
         }
-        match alike.next().map(|(name, _)| name.clone()) {
+        match alike.first().map(|(name, _)| (*name).clone()) {
             Some(name) => {
                 self.unclear.insert(key, (name, now));
                 None
@@ -174,15 +157,10 @@ impl Inventory {
     }
 
     fn came(&mut self, name: &InstanceName, key: (HostName, InstanceName), identity: String) -> Change {
-        let (host, local) = key.clone();
-        let placed = Placed { host: host.clone(), local, identity, gone: None };
-        let before = self.placed.insert(name.clone(), placed);
-        let from = before.map(|before| {
-            self.names.remove(&(before.host.clone(), before.local));
-            before.host
-        });
-        self.names.insert(key, name.clone());
-        Change { instance: name.clone(), from, to: Some(host) }
+        let (host, local) = key;
+        let to = Some(host.clone());
+        let before = self.placed.put(name.clone(), Placed { host, local, identity, gone: None });
+        Change { instance: name.clone(), from: before.map(|before| before.host), to }
     }
 
     fn new_one(&mut self, key: (HostName, InstanceName), identity: String) -> Change {
@@ -193,7 +171,7 @@ impl Inventory {
     fn free_name(&self, local: &InstanceName) -> InstanceName {
         let mut name = local.clone();
         for number in 2u64.. {
-            if !self.placed.contains_key(&name) {
+            if self.placed.get(&name).is_none() {
                 break;
             }
             let end = format!(".{number}");
@@ -221,12 +199,9 @@ impl Inventory {
                 self.unclear.insert(key, (name, since));
             }
         }
-        let over = |placed: &Placed| placed.gone.is_some_and(|at| now.since(at) >= GONE_MS);
-        let forgotten: Vec<_> =
-            self.placed.iter().filter(|(_, placed)| over(placed)).map(|(name, _)| name.clone()).collect();
-        for name in forgotten {
+        let long_ago = now.0.checked_sub(GONE_MS).map(UnixMillis);
+        for name in long_ago.map_or_else(Vec::new, |until| self.placed.gone_until(until)) {
             if let Some(placed) = self.placed.remove(&name) {
-                self.names.remove(&(placed.host.clone(), placed.local));
                 changes.push(Change { instance: name, from: Some(placed.host), to: None });
             }
         }
@@ -241,8 +216,11 @@ impl Inventory {
     /// Takes a host out: it has left the fleet. What ran there is gone.
     pub fn forget_host(&mut self, host: &HostName, now: UnixMillis) {
         self.hosts.remove(host);
-        for placed in self.placed.values_mut().filter(|placed| placed.host == *host) {
-            placed.gone.get_or_insert(now);
+        let there: Vec<_> = self.placed.on(host).map(|(name, _)| name.clone()).collect();
+        for name in there {
+            if self.placed.get(&name).is_some_and(|placed| placed.gone.is_none()) {
+                self.placed.set_gone(&name, Some(now));
+            }
         }
     }
 
@@ -258,7 +236,7 @@ impl Inventory {
 
     /// Whether an instance is there, or was a short while ago.
     pub fn is_known(&self, name: &InstanceName) -> bool {
-        self.placed.contains_key(name)
+        self.placed.get(name).is_some()
     }
 
     /// An instance's last report.

@@ -15,6 +15,7 @@ pub mod maintenance;
 pub mod model;
 mod name;
 pub mod orders;
+mod placements;
 pub mod plan;
 pub mod report;
 pub mod sequence;
