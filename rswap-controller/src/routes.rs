@@ -228,7 +228,7 @@ async fn hosts(State(Shared { controller, .. }): State<Shared>) -> Result<Json<s
                 "acts": known.map(|host| host.acts),
                 "address": known.and_then(|host| host.address),
                 "instances": known.map_or(0, |host| host.instances.len()),
-                "whole": known.and_then(rswap_fleet::inventory::Host::whole),
+                "whole": known.and_then(|host| host.whole()),
                 "links": known.map(|host| &host.links),
             });
             (name.clone(), value)

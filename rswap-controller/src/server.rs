@@ -32,6 +32,9 @@ use crate::{
 const MOST_CANDIDATES: u32 = 4;
 /// How often old history is dropped.
 const TRIM_EVERY: Duration = Duration::from_secs(60);
+/// The plan's thread gives way to reports (setpriority(2), which is of a thread on Linux): a plan of a large fleet takes seconds
+/// of a core, and nobody waits for it.
+const PLAN_NICE: i32 = 15;
 /// How often the plan's thread looks whether it is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -190,6 +193,9 @@ impl Controller {
         let candidates_kept = self.settings.plan.candidates_kept.min(MOST_CANDIDATES);
         let plan = PlanConfig { candidates_kept, ..self.settings.plan.clone() };
         let mut planner = FleetPlanner::new(plan, self.settings.interval_ms);
+        if let Err(error) = rustix::process::setpriority_process(None, PLAN_NICE) {
+            tracing::warn!(%error, "plans are not made behind reports");
+        }
         let (mut planned, mut trimmed) = (Instant::now(), Instant::now());
         let every = Duration::from_millis(self.settings.plan_every_ms);
         while !self.stopping.load(Ordering::Acquire) {

@@ -4,9 +4,8 @@
 //! on. Whether an instance that appears on a host is one that came from another, or a twin, is known when that other host has
 //! reported again; until then it is in no plan.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
-use rswap_plan::InstanceView;
 use rswap_types::{InstanceName, Pool, THIS_HOST, UnixMillis};
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +57,8 @@ pub struct Change {
 /// The fleet.
 #[derive(Clone, Debug, Default)]
 pub struct Inventory {
-    hosts: BTreeMap<HostName, Host>,
+    /// Shared, so that a plan can look at them while new reports take their place.
+    hosts: BTreeMap<HostName, Arc<Host>>,
     placed: Placements,
     /// Appeared, and may be the one named here, which its host had in its last report; since when.
     unclear: BTreeMap<(HostName, InstanceName), (InstanceName, UnixMillis)>,
@@ -81,7 +81,7 @@ impl Inventory {
 
     /// Takes in a report that is newer than all others of its host.
     pub fn take(&mut self, report: &Report, heard: UnixMillis) -> Vec<Change> {
-        let mut links = self.hosts.remove(&report.host).map_or_else(BTreeMap::new, |host| host.links);
+        let mut links = self.hosts.get(&report.host).map_or_else(BTreeMap::new, |host| host.links.clone());
         links.extend(report.links.iter().map(|link| (link.to, link.bytes_per_s)));
         let instances = report.instances.iter().map(|one| {
             // What was used is history, not how it is.
@@ -123,7 +123,7 @@ impl Inventory {
             }
         }
         self.unclear.retain(|(at, local), _| *at != report.host || host.instances.contains_key(local));
-        self.hosts.insert(report.host.clone(), host);
+        self.hosts.insert(report.host.clone(), Arc::new(host));
         for (local, identity) in unnamed {
             let key = (report.host.clone(), local);
             if !self.unclear.contains_key(&key) {
@@ -209,7 +209,7 @@ impl Inventory {
     }
 
     /// All hosts.
-    pub fn hosts(&self) -> &BTreeMap<HostName, Host> {
+    pub fn hosts(&self) -> &BTreeMap<HostName, Arc<Host>> {
         &self.hosts
     }
 
@@ -244,15 +244,9 @@ impl Inventory {
         self.hosts.get(&placed.host)?.instances.get(&placed.local)
     }
 
-    /// An instance as a plan of the fleet sees it.
-    pub fn view(&self, name: &InstanceName, placed: &Placed) -> Option<InstanceView> {
-        let mut view = self.report(placed)?.view.clone();
-        view.instance = name.clone();
-        view.demand.instance = name.clone();
-        view.host = Some(placed.host.to_string());
-        view.cpu_pool = None;
-        view.movable.retain(|kind| *kind == rswap_plan::MoveKind::Host);
-        Some(view)
+    /// The names in the fleet of what is on a host, by the name there; what is gone among them.
+    pub fn names(&self, host: &HostName) -> Arc<BTreeMap<InstanceName, InstanceName>> {
+        self.placed.names(host)
     }
 
     /// Whether a host has not reported for long.

@@ -1,7 +1,10 @@
 //! Where each instance of the fleet is, found by its name in the fleet, by its host, by its name there, and by how long it is gone:
 //! a fleet has a hundred thousand of them, and each report asks for those of one host.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use rswap_types::{InstanceName, UnixMillis};
 use serde::{Deserialize, Serialize};
@@ -25,8 +28,8 @@ pub struct Placed {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Placements {
     placed: BTreeMap<InstanceName, Placed>,
-    /// Names in the fleet, by host and the name there.
-    at: BTreeMap<HostName, BTreeMap<InstanceName, InstanceName>>,
+    /// Names in the fleet, by host and the name there. They change seldom, and every plan looks at all of them.
+    at: BTreeMap<HostName, Arc<BTreeMap<InstanceName, InstanceName>>>,
     /// Names in the fleet, by the name on whichever host.
     called: BTreeMap<InstanceName, BTreeSet<InstanceName>>,
     /// What is gone, the longest first.
@@ -37,7 +40,7 @@ impl Placements {
     /// Puts an instance somewhere; where it was before is handed back. Who was at that place under another name has left it.
     pub(crate) fn put(&mut self, name: InstanceName, placed: Placed) -> Option<Placed> {
         let before = self.remove(&name);
-        let there = self.at.entry(placed.host.clone()).or_default();
+        let there = Arc::make_mut(self.at.entry(placed.host.clone()).or_default());
         if let Some(other) = there.insert(placed.local.clone(), name.clone()) {
             self.drop_others(&other);
         }
@@ -49,7 +52,7 @@ impl Placements {
 
     pub(crate) fn remove(&mut self, name: &InstanceName) -> Option<Placed> {
         let placed = self.drop_others(name)?;
-        if let Some(there) = self.at.get_mut(&placed.host) {
+        if let Some(there) = self.at.get_mut(&placed.host).map(Arc::make_mut) {
             there.remove(&placed.local);
             if there.is_empty() {
                 self.at.remove(&placed.host);
@@ -100,7 +103,12 @@ impl Placements {
 
     /// The names in the fleet of what is on a host, or was there last, with the names there.
     pub(crate) fn on(&self, host: &HostName) -> impl Iterator<Item = (&InstanceName, &InstanceName)> {
-        self.at.get(host).into_iter().flatten().map(|(local, name)| (name, local))
+        self.at.get(host).into_iter().flat_map(|there| there.iter()).map(|(local, name)| (name, local))
+    }
+
+    /// The same, to be kept.
+    pub(crate) fn names(&self, host: &HostName) -> Arc<BTreeMap<InstanceName, InstanceName>> {
+        self.at.get(host).cloned().unwrap_or_default()
     }
 
     pub(crate) fn is_taken(&self, host: &HostName, local: &InstanceName) -> bool {
@@ -134,7 +142,7 @@ mod tests {
             assert_eq!(at, placed.gone);
         }
         let count = all.iter().count();
-        assert_eq!(all.at.values().map(BTreeMap::len).sum::<usize>(), count);
+        assert_eq!(all.at.values().map(|there| there.len()).sum::<usize>(), count);
         assert_eq!(all.called.values().map(BTreeSet::len).sum::<usize>(), count);
         assert!(all.at.values().all(|there| !there.is_empty()));
         assert!(all.called.values().all(|names| !names.is_empty()));

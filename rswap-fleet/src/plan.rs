@@ -1,6 +1,9 @@
 //! The fleet's plan: hosts are its pools, and the planner is that of a host.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use rswap_plan::{InstanceView, MoveKind, Outcome, Plan, PlanConfig, Planner};
 use rswap_types::{InstanceName, Pool, PoolKind, PoolState, UnixMillis};
@@ -16,15 +19,49 @@ pub const BEGIN_WITHIN_MS: u64 = 2 * 60_000;
 /// A migration that was ordered longer ago, and of which nobody has said what became of it, counts as failed, in milliseconds.
 pub const MOVES_WITHIN_MS: u64 = 30 * 60_000;
 
-/// What a round looks at.
+/// What a round looks at: of each host its last report, which is not copied, since everybody waits while this is made.
 #[derive(Clone, Debug)]
 pub struct Scene {
-    /// When.
-    pub at: UnixMillis,
+    at: UnixMillis,
+    hosts: Vec<Seen>,
+}
+
+#[derive(Clone, Debug)]
+struct Seen {
+    name: HostName,
+    host: Arc<Host>,
+    /// Names in the fleet, by the names there.
+    names: Arc<BTreeMap<InstanceName, InstanceName>>,
+    drained: bool,
+    away: bool,
+}
+
+impl Scene {
     /// The hosts, as pools.
-    pub pools: Vec<Pool>,
+    fn pools(&self) -> Vec<Pool> {
+        self.hosts.iter().filter_map(|seen| pool(&seen.name, &seen.host, seen.drained, seen.away)).collect()
+    }
+
     /// What runs, by names in the fleet; without what is on hosts that are away.
-    pub views: Vec<InstanceView>,
+    fn views(&self) -> Vec<InstanceView> {
+        let there = self.hosts.iter().filter(|seen| !seen.away);
+        there.flat_map(Seen::views).collect()
+    }
+}
+
+impl Seen {
+    fn views(&self) -> impl Iterator<Item = InstanceView> {
+        // What has no name yet may be one that has: it is in no plan.
+        self.names.iter().filter_map(|(local, name)| {
+            let mut view = self.host.instances.get(local)?.view.clone();
+            view.instance = name.clone();
+            view.demand.instance = name.clone();
+            view.host = Some(self.name.to_string());
+            view.cpu_pool = None;
+            view.movable.retain(|kind| *kind == MoveKind::Host);
+            Some(view)
+        })
+    }
 }
 
 /// Plans a fleet, and gives the orders.
@@ -66,17 +103,19 @@ impl FleetPlanner {
                 self.planner.link_measured(name.as_str(), *bytes_per_s);
             }
         }
-        let is_away = |host: &HostName| fleet.is_away(host, self.interval_ms, now);
-        let pools = fleet.hosts().iter();
-        let pools = pools.filter_map(|(name, host)| pool(name, host, drained.contains(name), is_away(name)));
-        let views = fleet.instances().filter(|(_, placed)| !is_away(&placed.host));
-        let views = views.filter_map(|(name, placed)| fleet.view(name, placed));
-        Scene { at: now, pools: pools.collect(), views: views.collect() }
+        let hosts = fleet.hosts().iter().map(|(name, host)| Seen {
+            name: name.clone(),
+            host: host.clone(),
+            names: fleet.names(name),
+            drained: drained.contains(name),
+            away: fleet.is_away(name, self.interval_ms, now),
+        });
+        Scene { at: now, hosts: hosts.collect() }
     }
 
     /// The second half.
     pub fn decide(&mut self, scene: &Scene) -> Plan {
-        self.planner.plan(scene.at, &scene.views, &scene.pools)
+        self.planner.plan(scene.at, &scene.views(), &scene.pools())
     }
 
     /// Gives the orders for what a plan decided and would be late if it waited for the round after the next.
