@@ -1,10 +1,11 @@
 //! The agent's end of a connection: HTTP/1.1 over whatever stream a [`Connect`] gives.
 
-use std::{fmt, future::Future, io, pin::Pin, str::FromStr, sync::Arc, time::Duration};
+use std::{borrow::Cow, fmt, future::Future, io, pin::Pin, str::FromStr, sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
+use problem_details::ProblemDetails;
 use rswap_trust::{Credentials, Name, Role, Rule, asynchronous};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
@@ -209,10 +210,12 @@ pub enum LinkError {
     },
 }
 
-#[derive(Deserialize)]
-struct Refusal {
-    error: String,
-    hint: String,
+/// What rswap's problem details (RFC 9457) say beside the members of the standard.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Hint {
+    /// What to do about it.
+    #[serde(default)]
+    pub(crate) hint: Cow<'static, str>,
 }
 
 /// GET, or POST where there is a `body`; JSON both ways.
@@ -247,9 +250,11 @@ pub async fn call<T: DeserializeOwned>(
         let bytes = bytes.map_err(|error| answer(error.to_string()))?.to_bytes();
         connection.abort();
         if !status.is_success() {
-            let error = match serde_json::from_slice(&bytes) {
-                Ok(Refusal { error, hint }) => format!("{error}: {hint}"),
-                Err(_) => String::from_utf8_lossy(&bytes[..bytes.len().min(200)]).into_owned(),
+            let error = match serde_json::from_slice::<ProblemDetails<Hint>>(&bytes) {
+                Ok(ProblemDetails { detail: Some(detail), extensions: Hint { hint }, .. }) => {
+                    format!("{detail}: {hint}")
+                }
+                _ => String::from_utf8_lossy(&bytes[..bytes.len().min(200)]).into_owned(),
             };
             return Err(LinkError::Refused { path: path.to_owned(), status: status.as_u16(), error });
         }

@@ -6,11 +6,12 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{ConnectInfo, DefaultBodyLimit, Query, Request, State, rejection::QueryRejection},
-    http::StatusCode,
+    http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use problem_details::ProblemDetails;
 use rswap_fleet::{
     HostName,
     report::{self, Answer, Envelope, ReportError},
@@ -23,6 +24,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     Peer,
+    link::Hint,
     server::Controller,
     writer::{Handed, Writer, chain},
 };
@@ -47,7 +49,9 @@ struct Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        (self.status, Json(json!({ "error": self.error, "hint": self.hint }))).into_response()
+        let details = ProblemDetails::from_status_code(self.status).with_detail(self.error);
+        let details = details.with_extensions(Hint { hint: self.hint.into() });
+        (self.status, [(header::CONTENT_TYPE, "application/problem+json")], Json(details)).into_response()
     }
 }
 

@@ -189,8 +189,8 @@ impl From<TcpStream> for Stream {
 
 fn refusal(status: StatusCode, bytes: &[u8]) -> ApiError {
     match serde_json::from_slice::<ApiError>(bytes) {
-        Ok(error) => ApiError { status: status.as_u16(), ..error },
-        Err(_) => ApiError::new(
+        Ok(error) if !error.detail.is_empty() => ApiError { status: status.as_u16(), ..error },
+        _ => ApiError::new(
             status,
             format!("the agent answered {status}"),
             "use an agent and a command line of the same version",

@@ -73,6 +73,20 @@ async fn a_refusal_keeps_its_status_and_hint() {
     assert_eq!((error.status, error.hint.as_str()), (404, "see `rswap ps`"));
 }
 
+#[test]
+fn an_error_is_a_problem_of_the_standard() {
+    let response = axum::response::IntoResponse::into_response(ApiError::no_instance("db"));
+    assert_eq!(response.headers()["content-type"], "application/problem+json");
+    assert_eq!(response.status(), 404);
+    let json = serde_json::to_value(ApiError::no_instance("db")).unwrap();
+    let wanted = serde_json::json!({
+        "title": "Not Found", "status": 404,
+        "detail": "there is no instance \"db\" on this host", "hint": "see `rswap ps`",
+    });
+    assert_eq!(json, wanted);
+    assert_eq!(serde_json::from_value::<ApiError>(json).unwrap(), ApiError::no_instance("db"));
+}
+
 #[tokio::test]
 async fn bad_bodies_never_reach_the_wiring() {
     let mut served = served().await;

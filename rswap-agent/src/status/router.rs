@@ -7,33 +7,58 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use problem_details::ProblemDetails;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Board, InstanceView, MigrationState, metrics};
 use crate::{instance::InstanceName, plan::Decision, pool::Pool, units::UnixMillis};
 
-/// How every error is answered.
+/// The media type of errors.
+const PROBLEM_JSON: &str = "application/problem+json";
+
+/// How every error is answered: as problem details (RFC 9457).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{error}: {hint}")]
+#[serde(from = "ProblemDetails<Hint>", into = "ProblemDetails<Hint>")]
+#[error("{detail}: {hint}")]
 pub struct ApiError {
     /// What was attempted, and what went wrong.
-    pub error: String,
+    pub detail: String,
     /// What to do about it.
     pub hint: String,
     /// The HTTP status.
-    #[serde(skip, default = "internal")]
     pub status: u16,
 }
 
-fn internal() -> u16 {
-    StatusCode::INTERNAL_SERVER_ERROR.as_u16()
+/// What rswap's problems say beside the members of the standard.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Hint {
+    #[serde(default)]
+    hint: String,
+}
+
+impl From<ApiError> for ProblemDetails<Hint> {
+    fn from(error: ApiError) -> Self {
+        let details = ProblemDetails::from_status_code(error.code()).with_detail(error.detail);
+        details.with_extensions(Hint { hint: error.hint })
+    }
+}
+
+impl From<ProblemDetails<Hint>> for ApiError {
+    fn from(details: ProblemDetails<Hint>) -> Self {
+        let status = details.status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        Self::new(status, details.detail.unwrap_or_default(), details.extensions.hint)
+    }
 }
 
 impl ApiError {
     /// An error with its HTTP status.
-    pub fn new(status: StatusCode, error: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { error: error.into(), hint: hint.into(), status: status.as_u16() }
+    pub fn new(status: StatusCode, detail: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { detail: detail.into(), hint: hint.into(), status: status.as_u16() }
+    }
+
+    fn code(&self) -> StatusCode {
+        StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 
     /// There is no such instance.
@@ -48,8 +73,7 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        (status, Json(self)).into_response()
+        (self.code(), [(header::CONTENT_TYPE, PROBLEM_JSON)], Json(self)).into_response()
     }
 }
 
