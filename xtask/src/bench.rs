@@ -31,6 +31,12 @@ pub(crate) enum Bench {
     },
     /// One round of planning a fleet of up to 10,000 instances on 1,000 hosts
     Plan,
+    /// What profiling costs those that are profiled, and the agent
+    Profile {
+        /// Passed on to the benchmark: `--runs N`, `--only TEXT`, `--instances N`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// What a swap on one host costs: volumes of 100 MB and 1 GB between disks, 1000 threads between core sets
     Swap {
         /// Passed on to the benchmark: `--runs N`, `--only TEXT`
@@ -61,6 +67,12 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
         }
         Bench::Fleet { arguments } => measure("bench_fleet", arguments),
         Bench::Plan => measure("bench_plan", &[]),
+        Bench::Profile { arguments } => {
+            need_root(
+                "the benchmark loads eBPF programs, makes cgroups and network namespaces, and runs an agent",
+            )?;
+            measure("bench_profile", arguments)
+        }
         Bench::Swap { arguments } => {
             need_root("the benchmark makes network namespaces, cgroups and loop devices, and runs an agent")?;
             measure("bench_swap", arguments)

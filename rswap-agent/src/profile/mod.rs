@@ -17,6 +17,7 @@
 pub mod btf;
 mod cgroup;
 pub mod doctor;
+mod empty;
 pub mod histogram;
 mod probes;
 mod profiler;
@@ -31,6 +32,7 @@ use crate::{instance::InstanceName, units::UnixMillis};
 use histogram::Histogram;
 
 pub use cgroup::unified_mount;
+pub use empty::EmptyProgram;
 pub use probes::{ProbeState, ProbeStatus, ProgramCost};
 pub use profiler::{ProfileConfig, Profiler};
 

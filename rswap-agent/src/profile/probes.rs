@@ -321,8 +321,17 @@ fn mapped<T: BpfRecord>(ebpf: &Ebpf, name: &str, entries: u32) -> Result<MappedA
 }
 
 pub(super) fn attach(ebpf: &mut Ebpf, tracepoint: &str, btf: &Btf) -> Result<(), String> {
-    let program =
-        ebpf.program_mut(tracepoint).ok_or("the eBPF object has no such program: build it again")?;
+    attach_program(ebpf, tracepoint, tracepoint, btf)
+}
+
+/// The same for a program that is not called as its tracepoint is.
+pub(super) fn attach_program(
+    ebpf: &mut Ebpf,
+    program: &str,
+    tracepoint: &str,
+    btf: &Btf,
+) -> Result<(), String> {
+    let program = ebpf.program_mut(program).ok_or("the eBPF object has no such program: build it again")?;
     let program: &mut BtfTracePoint = program.try_into().map_err(|error| chain(&error))?;
     program
         .load(tracepoint, btf)

@@ -4,6 +4,8 @@ pub mod cases;
 pub mod cold;
 pub mod many;
 pub mod paced;
+pub mod process;
+pub mod turns;
 
 use std::time::{Duration, Instant};
 

@@ -6,7 +6,6 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -34,7 +33,10 @@ use rswap_fleet::{
     model::Revision,
     report::{Answer, Envelope, VERSION},
 };
-use rswap_tests::controller::Controller;
+use rswap_tests::{
+    bench::process::{cpu_time, status_kib},
+    controller::Controller,
+};
 use serde_json::{Value, json};
 
 const RESULT: &str = "target/rswap/bench-fleet.json";
@@ -327,21 +329,4 @@ fn taught(class: usize) -> Lessons {
         forecaster.observe(&Observation { instance: &name, at: UnixMillis(window * WINDOW_MS), usage });
     }
     forecaster.lessons()
-}
-
-fn cpu_time(pid: u32) -> anyhow::Result<Duration> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // After the name, which may have anything in it: proc_pid_stat(5), fields 14 and 15.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks: u64 = [11, 12].iter().filter_map(|&field| fields.get(field)?.parse::<u64>().ok()).sum();
-    let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.unwrap_or(100);
-    Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
-}
-
-fn status_kib(pid: u32, key: &str) -> anyhow::Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(Path::new(&path))?;
-    let line = text.lines().find(|line| line.starts_with(key));
-    let value = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
-    value.with_context(|| format!("{path} has no {key}"))
 }
