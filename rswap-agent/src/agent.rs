@@ -26,6 +26,7 @@ mod moves;
 mod parts;
 mod record;
 mod remembered;
+mod shown;
 mod swaps;
 mod usage;
 mod wiring;

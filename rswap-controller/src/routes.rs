@@ -25,6 +25,7 @@ use tokio::sync::oneshot;
 use crate::{
     Peer,
     link::Hint,
+    peer::Who,
     server::Controller,
     writer::{Handed, Writer, chain},
 };
@@ -75,6 +76,7 @@ pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
         .route("/v1/orders", get(orders))
         .route("/v1/model", get(model))
         .route("/v1/history", get(history))
+        .merge(rswap_dashboard::routes(rswap_dashboard::Of::Controller))
         .route_layer(middleware::from_fn_with_state(LOOK, only));
     let operates = Router::new()
         .route("/v1/drain", post(drain))
@@ -107,7 +109,9 @@ async fn only(
     request: Request,
     next: Next,
 ) -> Response {
-    if may(&peer) {
+    // Over a forwarded port, a browser comes by the socket too: with it may come a stranger's page whose name points here.
+    let by_name = peer.who != Who::Own || rswap_dashboard::is_local(request.headers());
+    if may(&peer) && by_name {
         return next.run(request).await;
     }
     let call = request.uri().path();

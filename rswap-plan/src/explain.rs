@@ -10,6 +10,17 @@ use super::{Candidate, Decision, MoveKind, Outcome, StayReason, TimedBy, Timing}
 
 /// The whole decision: the need it rests on, every pool with its numbers, the result and why.
 pub fn explain(decision: &Decision) -> String {
+    let lines = |lines: Vec<String>| lines.into_iter().map(|line| line + "\n").collect::<String>();
+    lines(result_and_need(decision)) + &table(decision) + &lines(alternatives(decision))
+}
+
+/// [`explain`] without its table: the result and why, the need that it rests on, and what would change it.
+pub fn in_words(decision: &Decision) -> Vec<String> {
+    [result_and_need(decision), alternatives(decision)].concat()
+}
+
+/// What stands before the table; the first line is the result.
+fn result_and_need(decision: &Decision) -> Vec<String> {
     let kind = match decision.kind {
         MoveKind::Cpu => "core pool",
         MoveKind::Host => "host",
@@ -30,11 +41,9 @@ pub fn explain(decision: &Decision) -> String {
             format!("moves to {to} in {} ms: {why}", start_by.since(decision.at))
         }
     };
-    let mut text = format!("{} ({kind}) {result}\n", decision.instance);
-    // Writing to a String cannot fail.
+    let mut lines = vec![format!("{} ({kind}) {result}", decision.instance)];
     if let Some(need) = &decision.need {
-        let _ = writeln!(
-            text,
+        lines.push(format!(
             "need: {:.3} reference cores expected, {:.3} at {:?}; memory {} MiB expected, {} MiB at {:?}",
             need.expected_cores,
             need.limit_cores,
@@ -42,70 +51,68 @@ pub fn explain(decision: &Decision) -> String {
             need.expected_bytes >> 20,
             need.limit_bytes >> 20,
             need.quantile,
-        );
+        ));
     }
-    if let Some(need) = &decision.flow {
-        let _ = writeln!(text, "{}", flow::need(decision.kind, need));
-    }
-    if let Some(latencies) = flow::latencies(decision) {
-        let _ = writeln!(text, "{latencies}");
-    }
+    lines.extend(decision.flow.as_ref().map(|need| flow::need(decision.kind, need)));
+    lines.extend(flow::latencies(decision));
     if !decision.steps.is_empty() {
-        let _ = writeln!(text, "{}", flow::steps(&decision.steps));
+        lines.push(flow::steps(&decision.steps));
     }
     if let Some(writing) = &decision.writing {
         let (now, quiet) = (writing.bytes_per_s / 1e6, writing.quiet_bytes_per_s / 1e6);
         let word = if writing.is_quiet() { "a quiet time" } else { "it waits for that while it can" };
-        let _ = writeln!(
-            text,
+        lines.push(format!(
             "memory: {now:.1} MB/s written now, {quiet:.1} or less a quarter of the time: {word}"
-        );
+        ));
     }
-    if let Some(timing) = &decision.timing {
-        let _ = writeln!(text, "{}", when(timing));
-    }
+    lines.extend(decision.timing.as_ref().map(when));
     match decision.crossing_in_ms {
-        Some(ms) => {
-            let _ = writeln!(text, "the need exceeds the present pool in {ms} ms");
-        }
+        Some(ms) => lines.push(format!("the need exceeds the present pool in {ms} ms")),
         None if decision.need.is_some() || decision.flow.is_some() && decision.current.is_some() => {
-            let _ = writeln!(text, "the need stays within the present pool over the horizon");
+            lines.push("the need stays within the present pool over the horizon".to_owned());
         }
         None => {}
     }
+    lines
+}
+
+/// Every pool with its numbers; nothing, if none was looked at.
+fn table(decision: &Decision) -> String {
     let rows: Vec<_> = decision.current.iter().chain(&decision.candidates).collect();
-    if !rows.is_empty() {
-        let mut table = Table::new();
-        table.load_preset(UTF8_BORDERS_ONLY);
-        table.set_header([
-            "pool",
-            if decision.flow.is_some() { flow::HEADER } else { "needs/has cores" },
-            "demand x cost /h",
-            "performance x weight /h",
-            "violations /h",
-            "ROS /h",
-            "move",
-            "total /h",
-            "remark",
-        ]);
-        for candidate in rows {
-            table.add_row(row(candidate));
-        }
-        let _ = writeln!(text, "{table}");
-        let _ = writeln!(
-            text,
-            "ROS = (predicted demand x current cost) - (current performance x weight) + expected violations, money per \
-             hour, lower is better; threshold {:.5}, margin for an unforced move {:.5}",
-            decision.threshold, decision.hysteresis,
-        );
+    if rows.is_empty() {
+        return String::new();
     }
+    let mut table = Table::new();
+    table.load_preset(UTF8_BORDERS_ONLY);
+    table.set_header([
+        "pool",
+        if decision.flow.is_some() { flow::HEADER } else { "needs/has cores" },
+        "demand x cost /h",
+        "performance x weight /h",
+        "violations /h",
+        "ROS /h",
+        "move",
+        "total /h",
+        "remark",
+    ]);
+    for candidate in rows {
+        table.add_row(row(candidate));
+    }
+    format!(
+        "{table}\nROS = (predicted demand x current cost) - (current performance x weight) + expected violations, money per \
+         hour, lower is better; threshold {:.5}, margin for an unforced move {:.5}\n",
+        decision.threshold, decision.hysteresis,
+    )
+}
+
+/// What stands after the table.
+fn alternatives(decision: &Decision) -> Vec<String> {
+    let mut lines = Vec::new();
     if decision.left_out > 0 {
-        let _ = writeln!(text, "{} more pools were compared, none of them better", decision.left_out);
+        lines.push(format!("{} more pools were compared, none of them better", decision.left_out));
     }
-    if let Some(change) = what_would_change(decision) {
-        let _ = writeln!(text, "it would be decided otherwise {change}");
-    }
-    text
+    lines.extend(what_would_change(decision).map(|change| format!("it would be decided otherwise {change}")));
+    lines
 }
 
 /// When it begins, and why then.
@@ -161,7 +168,7 @@ fn what_would_change(decision: &Decision) -> Option<String> {
             format!("if it needed {has:.2} cores or less here instead of {needed:.2}, or had {needed:.2}")
         }
         Outcome::Move { to, .. } => {
-            let gain = current?.score - decision.candidates.iter().find(|c| c.pool == *to)?.total;
+            let gain = decision.gain_per_hour()?;
             format!(
                 "if {to} cost {:.5}/h more, or the margin were above {gain:.5}/h",
                 gain - decision.hysteresis

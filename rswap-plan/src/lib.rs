@@ -34,7 +34,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use config::PlanConfig;
-pub use explain::explain;
+pub use explain::{explain, in_words};
 pub use flow::{FlowNeed, FlowTerms, PortView, VolumeView};
 pub use order::Step;
 pub use planner::Planner;
@@ -212,6 +212,14 @@ impl Decision {
     /// Whether it moves.
     pub fn moves(&self) -> bool {
         matches!(self.outcome, Outcome::Move { .. })
+    }
+
+    /// What a move is expected to save, in money per hour, its price counted in; less than nothing where the need forces it.
+    /// `None` if it stays, or the present pool has no score.
+    pub fn gain_per_hour(&self) -> Option<f64> {
+        let Outcome::Move { to, .. } = &self.outcome else { return None };
+        let there = self.candidates.iter().find(|candidate| candidate.pool == *to)?;
+        Some(self.current.as_ref()?.score - there.total)
     }
 }
 

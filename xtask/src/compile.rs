@@ -1,10 +1,10 @@
-//! The eBPF programs first (the agent carries them in itself), then the host-side crates.
+//! What the agent carries in itself first (the eBPF programs, the dashboard's libraries), then the host-side crates.
 
 use std::path::PathBuf;
 
 use xshell::{Shell, cmd};
 
-use crate::{ebpf, project_root, step};
+use crate::{dashboard, ebpf, project_root, step};
 
 /// Builds every binary and returns the directory that they are in.
 ///
@@ -15,6 +15,7 @@ pub(crate) fn everything(release: bool) -> anyhow::Result<PathBuf> {
     shell.change_dir(project_root());
     step("Building the eBPF programs");
     ebpf::build(release)?;
+    dashboard::build()?;
     step(if release { "Building the agent, optimised" } else { "Building the agent" });
     let profile = release.then_some("--release");
     cmd!(shell, "cargo build --workspace --bins --locked {profile...}").run()?;

@@ -83,17 +83,17 @@ pub(crate) fn build(release: bool) -> Result<PathBuf> {
 
     let built = build_dir.join(TARGET).join("release/rswap-ebpf");
     let object = root.join("target/ebpf/rswap-ebpf");
-    install(&built, &object)?;
+    replace(&built, &object)?;
     Ok(object)
 }
 
-/// Replaces `object` by `built` if it differs: an unchanged object must not rebuild the agent.
-fn install(built: &Path, object: &Path) -> Result<()> {
-    let new = fs::read(built).with_context(|| format!("read the eBPF object {}", built.display()))?;
-    if fs::read(object).is_ok_and(|old| old == new) {
+/// Replaces `to` by `from` if it differs: what is embedded must not rebuild the agent when it did not change.
+pub(crate) fn replace(from: &Path, to: &Path) -> Result<()> {
+    let new = fs::read(from).with_context(|| format!("read {}", from.display()))?;
+    if fs::read(to).is_ok_and(|old| old == new) {
         return Ok(());
     }
-    fs::write(object, new).with_context(|| format!("write the eBPF object {}", object.display()))
+    fs::write(to, new).with_context(|| format!("write {}", to.display()))
 }
 
 fn choose(nightly: bool, debian: bool) -> Result<Toolchain> {

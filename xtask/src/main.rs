@@ -6,6 +6,7 @@
 mod bench;
 mod compile;
 mod daemon;
+mod dashboard;
 mod ebpf;
 mod long;
 mod pauses;

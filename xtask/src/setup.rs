@@ -54,7 +54,12 @@ pub(crate) fn run() -> anyhow::Result<()> {
     if linker_missing {
         wanted.extend(LINKER_PACKAGES);
     }
+    // Other packages of nodejs than Debian's bring it along, and can't be there next to Debian's npm.
+    if !is_found(&shell, "npm") {
+        wanted.push("npm");
+    }
     install_packages(&shell, &wanted)?;
+    install_browser(&shell)?;
     if linker_missing {
         install_bpf_linker(&shell)?;
     } else {
@@ -62,6 +67,27 @@ pub(crate) fn run() -> anyhow::Result<()> {
     }
     mount_if_missing("tracefs", "/sys/kernel/tracing")?;
     mount_if_missing("bpf", "/sys/fs/bpf")
+}
+
+/// The browser in which the dashboard is checked. Not every release that has the other packages has it: without it, that scenario
+/// is skipped.
+fn install_browser(shell: &Shell) -> anyhow::Result<()> {
+    if is_found(shell, "chromium") || !is_debian_like()? {
+        return Ok(());
+    }
+    step("Installing a browser for the dashboard's scenario: chromium");
+    let installed =
+        cmd!(shell, "apt-get install --yes --no-install-recommends chromium fonts-dejavu-core").run();
+    if installed.is_err() {
+        step(
+            "No chromium: the dashboard's scenario will be skipped (install one, and see that `chromium` is on the PATH)",
+        );
+    }
+    Ok(())
+}
+
+fn is_found(shell: &Shell, program: &str) -> bool {
+    cmd!(shell, "which {program}").quiet().ignore_stdout().ignore_stderr().run().is_ok()
 }
 
 /// Whether the bpf-linker that is found first is of the version that the project is built with.
@@ -126,9 +152,9 @@ fn is_debian_like() -> anyhow::Result<bool> {
 
 /// Another distribution: nothing is installed, and what is needed is printed if any of it is missing.
 fn check_elsewhere(shell: &Shell) -> anyhow::Result<()> {
-    let programs = ["redis-server", "redis-cli", "fio", "python3", "ip", "bpftool", "nsenter", "bpf-linker"];
-    let missing: Vec<&str> =
-        programs.into_iter().filter(|name| cmd!(shell, "which {name}").quiet().read().is_err()).collect();
+    let programs =
+        ["redis-server", "redis-cli", "fio", "python3", "ip", "bpftool", "nsenter", "bpf-linker", "npm"];
+    let missing: Vec<&str> = programs.into_iter().filter(|name| !is_found(shell, name)).collect();
     let nightly = ebpf::nightly_has_source();
     if missing.is_empty() && nightly {
         step("Not Debian or Ubuntu, but all that is needed is there");

@@ -21,7 +21,7 @@ use nix::{
 use serde::Deserialize;
 use xshell::{Shell, cmd};
 
-use crate::{compile, pauses, project_root, rerun, setup, step};
+use crate::{compile, dashboard, pauses, project_root, rerun, setup, step};
 
 /// No test binary runs longer than this; a migration that hangs must not hang the build.
 const BINARY_DEADLINE: Duration = Duration::from_secs(600);
@@ -34,6 +34,7 @@ pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
     setup::run()?;
     let shell = Shell::new()?;
     shell.change_dir(project_root());
+    dashboard::ready_to_check()?;
     let bin_dir = compile::everything(false)?;
     let mut failures = Vec::new();
     if only.is_none() {
@@ -120,6 +121,7 @@ fn checks(shell: &Shell, failures: &mut Vec<String>) {
             cmd!(shell, "cargo fmt --manifest-path rswap-ebpf/Cargo.toml --check"),
         );
     }
+    check("Formatting of the dashboard", cmd!(shell, "npm --prefix rswap-dashboard run check-format"));
     check("Lints", cmd!(shell, "cargo clippy --workspace --all-targets --locked -- -D warnings"));
     if cmd!(shell, "cargo deny --version").quiet().ignore_stderr().read().is_ok() {
         check(

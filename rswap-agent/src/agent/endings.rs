@@ -33,6 +33,7 @@ impl Wiring {
         let now = UnixMillis::now();
         let Ended { instance, to, result, stake, took } = ended;
         self.moving.remove(&instance);
+        self.show_end(&instance, &result, now);
         match &result {
             Ok(moved) => {
                 tracing::info!(%instance, to, ms = took.as_millis(), "moved");

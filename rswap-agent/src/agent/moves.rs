@@ -20,7 +20,7 @@ use crate::{
     plan::MoveKind,
     pool::cpu_list,
     profile::Profiler,
-    status::{ApiError, Board, MigrationProgress, MigrationReport, MigrationState},
+    status::{ApiError, Board, MigrationProgress, MigrationReport},
     swap::{
         self,
         cpu::Seat,
@@ -28,6 +28,7 @@ use crate::{
         storage::{self, StorageOrder, StorageProgress, StorageReport},
     },
     sys::heap,
+    units::UnixMillis,
 };
 
 /// How long copying a volume may take in all.
@@ -140,6 +141,17 @@ pub(super) enum Moved {
 }
 
 impl Moved {
+    /// How long the instance, or its traffic, stood still, in milliseconds; `None` where nothing had to.
+    pub(super) fn pause_ms(&self) -> Option<f64> {
+        match self {
+            Self::Migration(report) => Some(report.unavailability_ms),
+            Self::Volume(report) => Some(report.unavailability_ms),
+            // Of these, only one to another uplink holds anything back.
+            Self::Swap(detail) => detail.get("pause_us")?.as_f64().map(|us| us / 1e3),
+            Self::Memory(..) => None,
+        }
+    }
+
     pub(super) fn into_detail(self) -> serde_json::Value {
         match self {
             Self::Swap(detail) => detail,
@@ -339,7 +351,7 @@ impl ProgressSink {
             // Dropped for a reader that is too slow or gone: the migration waits for nobody.
             drop(events.try_send(MigrateEvent::Progress(shown.clone())));
         }
-        self.board.write(|board| board.set_migration(self.id, MigrationState::Running { progress: shown }));
+        self.board.write(|board| board.migration_went_on(self.id, shown, UnixMillis::now()));
     }
 }
 

@@ -31,7 +31,7 @@ use super::{
 use crate::{
     config::{Config, Mode},
     control::{Command, LearnDone, MigrateEvent, MigrateRequest, SwapRequest, SwapVolumeEvent},
-    forecast::{Forecaster, Lessons, Observation},
+    forecast::{Forecaster, Lessons, Observation, Usage},
     instance::{
         Instance, InstanceName, launch::Place, main_process::MainProcess, registry::Registry, volume::Volume,
     },
@@ -39,7 +39,7 @@ use crate::{
         links::LinksView,
         recovery::{self, Doubt, Recovery},
     },
-    plan::{InstanceView, MoveKind, Outcome, Plan, Planner},
+    plan::{Decision, InstanceView, MoveKind, Outcome, Plan, Planner},
     pool::{self, Disks, Inventory, Pool, Watch},
     profile::{Profile, Profiler},
     status::{ApiError, Board},
@@ -84,6 +84,8 @@ pub(super) struct Wiring {
     /// Those whose threads could not be brought to where they belong: the window in which that is tried again, and the pause then.
     pub(super) unsettled: BTreeMap<InstanceName, (u64, u64)>,
     pub(super) recovery: Recovery,
+    /// What a plan decided, while the move that follows from it is being started.
+    pub(super) acting: Option<Decision>,
 }
 
 impl Wiring {
@@ -129,6 +131,7 @@ impl Wiring {
             in_doubt,
             unsettled: BTreeMap::new(),
             recovery,
+            acting: None,
         })
     }
 
@@ -147,6 +150,7 @@ impl Wiring {
         let profiles = self.profiler.sample(now);
         self.parts.begin_window(|name| self.known.contains_key(name));
         let (inventory, apart) = (self.watch.latest(), self.profiler.devices());
+        let mut usages = Vec::with_capacity(profiles.len());
         for profile in &profiles {
             let parts = self.look_at_parts(profile, &apart, &inventory);
             let usage = usage::of(profile, self.performance_under(&profile.instance), parts);
@@ -159,6 +163,7 @@ impl Wiring {
                 member.window(&profile.instance, &usage);
             }
             self.forecaster.observe(&Observation { instance: &profile.instance, at: profile.at, usage });
+            usages.push(usage);
         }
         self.look_at_disks(now, &profiles, &apart, &inventory);
         self.windows += 1;
@@ -184,7 +189,7 @@ impl Wiring {
             self.act(&plan, now);
         }
         self.report(&views, &pools, now);
-        self.show(profiles, views, pools, plan, began);
+        self.show((profiles, usages), views, pools, plan, began);
     }
 
     /// What its volumes and its port did.
@@ -375,6 +380,7 @@ impl Wiring {
             }
             let instance = decision.instance.clone();
             let volume = decision.volume.as_deref();
+            self.acting = Some(decision.clone());
             let started = match decision.kind {
                 MoveKind::Cpu => {
                     let started = self.start_swap(SwapRequest { instance, pool: to.clone() }, None);
@@ -387,6 +393,7 @@ impl Wiring {
                 MoveKind::Storage => self.start_planned_volume_swap(instance, volume, to),
                 MoveKind::Link => self.start_planned_uplink_swap(instance, to),
             };
+            self.acting = None;
             if let Err(error) = started {
                 tracing::warn!(instance = %decision.instance, to, %error, "a planned move did not start");
                 let error = error.to_string();
@@ -397,7 +404,7 @@ impl Wiring {
 
     fn show(
         &self,
-        profiles: Vec<Profile>,
+        (profiles, usages): (Vec<Profile>, Vec<Usage>),
         views: Vec<InstanceView>,
         pools: Vec<Pool>,
         plan: Plan,
@@ -410,6 +417,10 @@ impl Wiring {
         let links = self.look_at_links();
         self.board.write(|board| {
             board.links = Some(links);
+            for (profile, usage) in profiles.iter().zip(&usages) {
+                let view = views.iter().find(|view| view.instance == profile.instance);
+                board.keep_window(profile, usage, view.map(|view| &view.demand));
+            }
             for profile in profiles {
                 if let Some(view) = board.instances.get_mut(&profile.instance) {
                     view.kin = kin(&profile.instance);
@@ -530,6 +541,7 @@ impl Wiring {
         if let Some(kind) = stake.kind() {
             self.planner.part_started(&name, kind, stake.volume(), &to);
         }
+        self.show_begin(&order, &to, &stake);
         self.cold.leave(&name);
         self.moving.insert(name, to.clone());
         moves::spawn(order, to, stake, self.recovery.clone(), &self.config, self.ended.clone());

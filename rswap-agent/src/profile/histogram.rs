@@ -66,6 +66,11 @@ impl Histogram {
         None
     }
 
+    /// The least value of each bucket that has samples, ascending, with their count.
+    pub fn lows(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.buckets.iter().map(|&(index, count)| (bounds_of(index.into()).low, count))
+    }
+
     /// The samples' mean; `None` without samples.
     pub fn mean(&self) -> Option<f64> {
         (self.count > 0).then(|| self.sum as f64 / self.count as f64)

@@ -8,8 +8,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::{Moves, Series, series::windows_kept};
 use crate::{
-    forecast::{Demand, Kin},
+    forecast::{Demand, Kin, Usage},
     instance::{Instance, InstanceName},
     migrate::links::LinksView,
     plan::{Decision, Plan, VolumeView},
@@ -76,6 +77,21 @@ pub struct MigrationProgress {
     pub dirty_bytes_per_s: Option<f64>,
     /// How long the instance would stand still if it were frozen now, in milliseconds; unknown in the first round.
     pub expected_unavailability_ms: Option<f64>,
+}
+
+/// Rounds kept of a migration; the oldest go first.
+const ROUNDS_KEPT: usize = 64;
+
+/// One pre-copy round of a migration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationRound {
+    /// When it was first heard of.
+    pub started: UnixMillis,
+    /// When it was last heard of.
+    pub at: UnixMillis,
+    /// How far it was then.
+    #[serde(flatten)]
+    pub progress: MigrationProgress,
 }
 
 /// What a completed migration took.
@@ -147,6 +163,24 @@ pub struct MigrationView {
     /// Where it stands.
     #[serde(flatten)]
     pub state: MigrationState,
+    /// Its rounds, in their order, the present one included.
+    #[serde(default)]
+    pub rounds: VecDeque<MigrationRound>,
+}
+
+impl MigrationView {
+    /// Takes note of how far it is.
+    fn note_round(&mut self, progress: &MigrationProgress, at: UnixMillis) {
+        let same = |last: &&mut MigrationRound| last.progress.round == progress.round;
+        if let Some(last) = self.rounds.back_mut().filter(same) {
+            (last.at, last.progress) = (at, progress.clone());
+            return;
+        }
+        if self.rounds.len() == ROUNDS_KEPT {
+            self.rounds.pop_front();
+        }
+        self.rounds.push_back(MigrationRound { started: at, at, progress: progress.clone() });
+    }
 }
 
 /// All that is shown.
@@ -178,8 +212,12 @@ pub struct BoardState {
     pub plan: Plan,
     /// Past decisions per instance, oldest first.
     pub decisions: BTreeMap<InstanceName, VecDeque<Decision>>,
+    /// What instances did window by window.
+    pub series: BTreeMap<InstanceName, Series>,
     /// Migrations, oldest first.
     pub migrations: VecDeque<MigrationView>,
+    /// Moves of every kind.
+    pub moves: Moves,
     /// Core swaps carried out.
     pub swaps_done: u64,
     /// Core swaps that failed and left the instance where it was.
@@ -199,6 +237,14 @@ impl BoardState {
         kept.push_back(decision);
         while kept.len() > DECISIONS_KEPT {
             kept.pop_front();
+        }
+    }
+
+    /// Keeps what was used in a window, next to what was shown of it before.
+    pub fn keep_window(&mut self, profile: &Profile, usage: &Usage, demand: Option<&Demand>) {
+        let keep = windows_kept(self.instances.len());
+        if self.instances.contains_key(&profile.instance) {
+            self.series.entry(profile.instance.clone()).or_default().record(profile, usage, demand, keep);
         }
     }
 
@@ -228,6 +274,7 @@ impl BoardState {
             self.instances.insert(name, view);
         }
         let (instances, migrations) = (&self.instances, &self.migrations);
+        self.series.retain(|name, _| instances.contains_key(name));
         self.decisions
             .retain(|name, _| instances.contains_key(name) || migrations.iter().any(|m| m.instance == *name));
     }
@@ -237,7 +284,14 @@ impl BoardState {
         self.last_migration_id += 1;
         let id = self.last_migration_id;
         let state = MigrationState::Running { progress: MigrationProgress::default() };
-        self.migrations.push_back(MigrationView { id, instance, host, started, state });
+        self.migrations.push_back(MigrationView {
+            id,
+            instance,
+            host,
+            started,
+            state,
+            rounds: VecDeque::new(),
+        });
         let ended = |m: &MigrationView| !matches!(m.state, MigrationState::Running { .. });
         while self.migrations.iter().filter(|m| ended(m)).count() > MIGRATIONS_KEPT {
             match self.migrations.iter().position(ended) {
@@ -246,6 +300,14 @@ impl BoardState {
             };
         }
         id
+    }
+
+    /// Shows how far the migration is.
+    pub fn migration_went_on(&mut self, id: u64, progress: MigrationProgress, at: UnixMillis) {
+        if let Some(migration) = self.migrations.iter_mut().find(|m| m.id == id) {
+            migration.note_round(&progress, at);
+            migration.state = MigrationState::Running { progress };
+        }
     }
 
     /// Shows where the migration stands now.

@@ -1,4 +1,4 @@
-//! Read-only HTTP on loopback, and metrics.
+//! Read-only HTTP on loopback: JSON, metrics, and the page that shows them in a browser.
 //!
 //! The wiring writes what it knows to the [`Board`]; the routes read it. Nothing here changes an instance,
 //! which is why it needs no authentication, and why it is served on loopback only.
@@ -6,17 +6,27 @@
 
 mod board;
 mod metrics;
+mod moves;
 mod router;
+mod series;
 
 use std::{future::Future, net::SocketAddr};
 
+use axum::{
+    extract::Request,
+    http::StatusCode,
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+};
 use tokio::net::TcpListener;
 
 pub use board::{
     Board, BoardState, DECISIONS_KEPT, InstanceView, MIGRATIONS_KEPT, MigrationProgress, MigrationReport,
-    MigrationState, MigrationView, Present,
+    MigrationRound, MigrationState, MigrationView, Present,
 };
+pub use moves::{AskedBy, MOVES_KEPT, MoveState, MoveView, MovedKind, Moves, NewMove};
 pub use router::{ApiError, router};
+pub use series::{Series, WINDOWS_KEPT, Window};
 
 /// Why the status could not be served.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +62,19 @@ pub async fn serve(
     board: Board,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    axum::serve(listener, router(board)).with_graceful_shutdown(stop).await
+    axum::serve(listener, router(board).layer(middleware::from_fn(only_local)))
+        .with_graceful_shutdown(stop)
+        .await
+}
+
+/// A stranger's page, open in a browser on this host, may have its own name point here: it is not answered.
+async fn only_local(request: Request, next: Next) -> Response {
+    if rswap_dashboard::is_local(request.headers()) {
+        return next.run(request).await;
+    }
+    let error = "this is answered only to who asks for localhost or a loopback address";
+    let hint = "from elsewhere, use `ssh -L` and ask for localhost";
+    ApiError::new(StatusCode::FORBIDDEN, error, hint).into_response()
 }
 
 #[cfg(test)]

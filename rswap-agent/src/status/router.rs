@@ -1,5 +1,7 @@
 //! The read-only routes.
 
+use std::collections::BTreeMap;
+
 use axum::{
     Json, Router,
     extract::{Query, State, rejection::QueryRejection},
@@ -11,8 +13,16 @@ use problem_details::ProblemDetails;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Board, InstanceView, MigrationState, metrics};
-use crate::{instance::InstanceName, plan::Decision, pool::Pool, units::UnixMillis};
+use super::{Board, InstanceView, MigrationState, MoveView, metrics};
+use crate::{
+    instance::InstanceName,
+    plan::{Decision, in_words},
+    pool::Pool,
+    units::UnixMillis,
+};
+
+/// Of an instance's moves, the newest are explained.
+const MOVES_EXPLAINED: usize = 10;
 
 /// The media type of errors.
 const PROBLEM_JSON: &str = "application/problem+json";
@@ -87,7 +97,10 @@ pub fn router(board: Board) -> Router {
         .route("/v1/inventory", get(inventory))
         .route("/v1/plan", get(plan))
         .route("/v1/migrations", get(migrations))
+        .route("/v1/moves", get(moves))
         .route("/v1/decisions", get(decisions))
+        .route("/v1/explain", get(explain))
+        .route("/v1/windows", get(windows))
         .route("/metrics", get(metrics_text))
         .fallback(|| async {
             ApiError::new(
@@ -96,6 +109,7 @@ pub fn router(board: Board) -> Router {
                 "the routes are listed in docs/api.md",
             )
         })
+        .merge(rswap_dashboard::routes(rswap_dashboard::Of::Agent))
         .with_state(board)
 }
 
@@ -108,6 +122,7 @@ async fn status(State(board): State<Board>) -> Response {
         "host": board.host,
         "mode": board.mode,
         "at": now,
+        "started": board.started,
         "uptime_ms": now.since(board.started),
         "windows": board.windows,
         "last_window_work_us": board.last_window_work_us,
@@ -115,6 +130,8 @@ async fn status(State(board): State<Board>) -> Response {
         "migrations_running": board.migrations.iter().filter(running).count(),
         "migrations_done": board.migrations_done,
         "migrations_failed": board.migrations_failed,
+        "moves_running": board.moves.running(),
+        "moves_started": board.moves.started(),
         "swaps_done": board.swaps_done,
         "swaps_failed": board.swaps_failed,
         "links": board.links,
@@ -126,11 +143,36 @@ async fn status(State(board): State<Board>) -> Response {
 
 async fn instances(State(board): State<Board>) -> Response {
     let board = board.read();
-    Json(board.instances.values().map(|view| &view.instance).collect::<Vec<_>>()).into_response()
+    let shown = board.instances.values().map(|view| {
+        let mut shown = json!(view.instance);
+        if let Some(peer) = &view.in_doubt {
+            shown["in_doubt"] = json!(peer);
+        }
+        shown
+    });
+    Json(shown.collect::<Vec<_>>()).into_response()
 }
 
-async fn profiles(State(board): State<Board>) -> Json<Vec<InstanceView>> {
-    Json(board.read().instances.values().cloned().collect())
+#[derive(Deserialize)]
+struct OneOrAll {
+    instance: Option<InstanceName>,
+}
+
+async fn profiles(
+    State(board): State<Board>,
+    query: Result<Query<OneOrAll>, QueryRejection>,
+) -> Result<Json<Vec<InstanceView>>, ApiError> {
+    let one = query
+        .map(|Query(asked)| asked.instance)
+        .map_err(|rejection| unreadable(&rejection, "/v1/profiles"))?;
+    let board = board.read();
+    match one {
+        None => Ok(Json(board.instances.values().cloned().collect())),
+        Some(name) => match board.instances.get(&name) {
+            Some(view) => Ok(Json(vec![view.clone()])),
+            None => Err(ApiError::no_instance(name.as_str())),
+        },
+    }
 }
 
 async fn pools(State(board): State<Board>) -> Json<Vec<Pool>> {
@@ -150,28 +192,86 @@ async fn migrations(State(board): State<Board>) -> Response {
     Json(&board.read().migrations).into_response()
 }
 
+async fn moves(State(board): State<Board>) -> Response {
+    Json(board.read().moves.iter().collect::<Vec<_>>()).into_response()
+}
+
 #[derive(Deserialize)]
-struct DecisionsOf {
+struct Of {
     instance: InstanceName,
+    #[serde(default)]
+    since: UnixMillis,
+}
+
+fn unreadable(rejection: &QueryRejection, route: &str) -> ApiError {
+    ApiError::new(
+        StatusCode::BAD_REQUEST,
+        format!("cannot read the query: {}", rejection.body_text()),
+        format!("ask for {route}?instance=NAME"),
+    )
+}
+
+/// What the query asks for.
+fn asked(query: Result<Query<Of>, QueryRejection>, route: &str) -> Result<Of, ApiError> {
+    query.map(|Query(of)| of).map_err(|rejection| unreadable(&rejection, route))
 }
 
 async fn decisions(
     State(board): State<Board>,
-    query: Result<Query<DecisionsOf>, QueryRejection>,
+    query: Result<Query<Of>, QueryRejection>,
 ) -> Result<Json<Vec<Decision>>, ApiError> {
-    let Query(DecisionsOf { instance }) = query.map_err(|rejection| {
-        ApiError::new(
-            StatusCode::BAD_REQUEST,
-            format!("cannot read the query: {}", rejection.body_text()),
-            "ask for /v1/decisions?instance=NAME",
-        )
-    })?;
+    let Of { instance, .. } = asked(query, "/v1/decisions")?;
     let board = board.read();
     match board.decisions.get(&instance) {
         Some(kept) => Ok(Json(kept.iter().cloned().collect())),
         None if board.instances.contains_key(&instance) => Ok(Json(Vec::new())),
         None => Err(ApiError::no_instance(instance.as_str())),
     }
+}
+
+/// A decision, with what stands in `rswap explain` next to its numbers; `dropped` says of pools why they are out of the question.
+fn explained(decision: &Decision) -> serde_json::Value {
+    let pools = decision.current.iter().chain(&decision.candidates);
+    let dropped = pools.filter_map(|pool| Some((pool.pool.as_str(), pool.dropped.as_ref()?.to_string())));
+    json!({ "words": in_words(decision), "dropped": dropped.collect::<BTreeMap<_, _>>(), "decision": decision })
+}
+
+async fn explain(
+    State(board): State<Board>,
+    query: Result<Query<Of>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let Of { instance, .. } = asked(query, "/v1/explain")?;
+    let board = board.read();
+    let moved: Vec<&MoveView> = board.moves.iter().filter(|view| view.what.instance == instance).collect();
+    if moved.is_empty() && !board.instances.contains_key(&instance) {
+        return Err(ApiError::no_instance(instance.as_str()));
+    }
+    let now = board.plan.decisions.iter().filter(|decision| decision.instance == instance);
+    let moved = moved.into_iter().rev().take(MOVES_EXPLAINED).map(|view| {
+        let mut shown = view.decision.as_ref().map_or_else(|| json!({}), explained);
+        shown["move"] = json!(view);
+        shown
+    });
+    Ok(Json(json!({ "now": now.map(explained).collect::<Vec<_>>(), "moved": moved.collect::<Vec<_>>() }))
+        .into_response())
+}
+
+async fn windows(
+    State(board): State<Board>,
+    query: Result<Query<Of>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let Of { instance, since } = asked(query, "/v1/windows")?;
+    let board = board.read();
+    if !board.instances.contains_key(&instance) {
+        return Err(ApiError::no_instance(instance.as_str()));
+    }
+    let series = board.series.get(&instance);
+    Ok(Json(json!({
+        "instance": instance,
+        "horizon_ms": series.and_then(super::Series::horizon_ms),
+        "windows": series.map(|series| series.windows(since).collect::<Vec<_>>()).unwrap_or_default(),
+    }))
+    .into_response())
 }
 
 async fn metrics_text(

@@ -1,8 +1,14 @@
 //! The read-only routes over real HTTP.
 
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
 use super::*;
 use crate::{
     control::client::{Client, Target},
+    instance::InstanceName,
     plan::Plan,
     profile::{ProbeState, ProbeStatus},
     units::UnixMillis,
@@ -54,6 +60,74 @@ async fn answers_errors_with_a_hint() {
             error.contains("rswap ps") || error.contains("docs/api.md") || error.contains("?instance="),
             "{error}"
         );
+    }
+}
+
+/// The status line, and all that follows.
+async fn asked_as(address: SocketAddr, host: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test]
+async fn a_page_of_a_stranger_that_points_its_name_here_is_not_answered() {
+    let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, board(), std::future::pending()));
+    let own = asked_as(address, &address.to_string(), "/v1/status").await;
+    assert!(own.starts_with("HTTP/1.1 200") && own.contains("\"host\":\"a\""), "{own}");
+    for path in ["/v1/status", "/metrics", "/"] {
+        let foreign = asked_as(address, "evil.example.com", path).await;
+        assert!(foreign.starts_with("HTTP/1.1 403") && !foreign.contains("observe"), "{foreign}");
+    }
+}
+
+#[tokio::test]
+async fn shows_moves_with_why_and_rounds_as_they_go() {
+    let board = board();
+    let name: InstanceName = "db".parse().unwrap();
+    let id = board.write(|b| b.begin_migration(name.clone(), "b".into(), UnixMillis(7)));
+    board.write(|b| {
+        let what = NewMove {
+            instance: name.clone(),
+            kind: MovedKind::Host,
+            volume: None,
+            from: Some("this-host".into()),
+            to: "b".into(),
+            asked_by: AskedBy::Request,
+            started: UnixMillis(7),
+            migration: Some(id),
+        };
+        b.moves.begin(what, None);
+        for (round, sent, at) in [(1, 10, 8), (1, 20, 9), (2, 25, 10)] {
+            let progress = MigrationProgress { round, bytes_sent: sent, ..Default::default() };
+            b.migration_went_on(id, progress, UnixMillis(at));
+        }
+    });
+    let client = served(board.clone()).await;
+    let shown: serde_json::Value = client.get("/v1/migrations").await.unwrap();
+    let rounds: Vec<_> =
+        shown[0]["rounds"].as_array().unwrap().iter().map(|r| (&r["round"], &r["bytes_sent"])).collect();
+    assert_eq!(rounds, [(&1.into(), &20.into()), (&2.into(), &25.into())]);
+    assert_eq!((&shown[0]["rounds"][0]["started"], &shown[0]["rounds"][0]["at"]), (&8.into(), &9.into()));
+    let status: serde_json::Value = client.get("/v1/status").await.unwrap();
+    assert_eq!((&status["moves_running"], &status["moves_started"]), (&1.into(), &1.into()));
+
+    board.write(|b| b.moves.end(&name, MoveState::Done { ended: UnixMillis(12), pause_ms: Some(1.5) }));
+    let shown: serde_json::Value = client.get("/v1/moves").await.unwrap();
+    let expected = serde_json::json!({ "id": 1, "instance": "db", "kind": "host", "from": "this-host", "to": "b",
+        "asked_by": "request", "started": 7, "migration": 1, "state": "done", "ended": 12, "pause_ms": 1.5,
+        "forced": null, "gain_per_hour": null, "why": [] });
+    assert_eq!(shown[0], expected);
+    let explained: serde_json::Value = client.get("/v1/explain?instance=db").await.unwrap();
+    assert_eq!(explained, serde_json::json!({ "now": [], "moved": [{ "move": expected }] }));
+    for path in ["/v1/explain?instance=gone", "/v1/windows?instance=gone", "/v1/profiles?instance=gone"] {
+        let error = client.get::<serde_json::Value>(path).await.unwrap_err().to_string();
+        assert!(error.contains("rswap ps"), "{error}");
     }
 }
 

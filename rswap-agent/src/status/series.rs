@@ -1,0 +1,272 @@
+//! What instances did window by window, for plots: how much, how long they waited, and what had been forecast. Bounded.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::Serialize;
+
+use crate::{
+    forecast::{Demand, Evidence, Resource, Usage},
+    profile::{Profile, histogram::Histogram},
+    units::UnixMillis,
+};
+
+/// Windows kept of an instance at most.
+pub const WINDOWS_KEPT: usize = 300;
+/// Windows kept of all instances together, as long as each keeps [`WINDOWS_KEPT_AT_LEAST`].
+const WINDOWS_KEPT_OF_ALL: usize = 12_000;
+/// Windows kept of an instance, however many there are.
+const WINDOWS_KEPT_AT_LEAST: usize = 60;
+const RESOURCES: usize = Resource::ALL.len();
+
+/// How many windows are kept of each of so many instances.
+pub(super) fn windows_kept(instances: usize) -> usize {
+    (WINDOWS_KEPT_OF_ALL / instances.max(1)).clamp(WINDOWS_KEPT_AT_LEAST, WINDOWS_KEPT)
+}
+
+/// One window of an instance. Amounts in single precision, in the resource's unit.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Window {
+    /// Its end.
+    pub at: UnixMillis,
+    /// What was used; what is not known is left out.
+    pub used: BTreeMap<Resource, f32>,
+    /// What had been forecast for it, `horizon_ms` before; what could not be believed then is left out.
+    pub forecast: BTreeMap<Resource, Band>,
+    /// How long things took.
+    #[serde(flatten)]
+    pub latencies: Latencies,
+}
+
+/// A forecast, as a band.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Band {
+    /// Exceeded in 50 % of windows.
+    pub p50: f32,
+    /// Exceeded in 5 % of windows.
+    pub p95: f32,
+}
+
+/// A window's histograms, in short.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Latencies {
+    /// From runnable to running, in nanoseconds.
+    pub run_queue_ns: Spread,
+    /// On a core between two switches, in nanoseconds.
+    pub on_cpu_ns: Spread,
+    /// Block I/O of all devices and both directions, in nanoseconds.
+    pub block_ns: Spread,
+    /// Smoothed TCP round trips, in microseconds.
+    pub rtt_us: Spread,
+}
+
+impl Latencies {
+    fn of(profile: &Profile) -> Self {
+        Self {
+            run_queue_ns: Spread::of(&profile.cpu.run_queue_ns),
+            on_cpu_ns: Spread::of(&profile.cpu.on_cpu_ns),
+            block_ns: Spread::of(&profile.io_latency_ns()),
+            rtt_us: Spread::of(&profile.tcp.rtt_us),
+        }
+    }
+}
+
+/// A histogram by powers of two, with the quantiles that it had before.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Spread {
+    /// Samples.
+    pub count: u64,
+    /// What half of them did not exceed.
+    pub p50: Option<f32>,
+    /// What 99 in 100 did not exceed.
+    pub p99: Option<f32>,
+    /// `(e, n)`, ascending: n samples of 2^e and more, but less than twice that. 0 is counted with 1.
+    pub octaves: Box<[(u8, u32)]>,
+}
+
+impl Spread {
+    fn of(histogram: &Histogram) -> Self {
+        let mut octaves: Vec<(u8, u32)> = Vec::new();
+        for (low, count) in histogram.lows() {
+            let (octave, count) = (low.max(1).ilog2() as u8, u32::try_from(count).unwrap_or(u32::MAX));
+            match octaves.last_mut() {
+                Some((last, sum)) if *last == octave => *sum = sum.saturating_add(count),
+                _ => octaves.push((octave, count)),
+            }
+        }
+        let quantile = |q| histogram.quantile(q).map(|value| value as f32);
+        Self {
+            count: histogram.count,
+            p50: quantile(0.5),
+            p99: quantile(0.99),
+            octaves: octaves.into_boxed_slice(),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Kept {
+    at: UnixMillis,
+    /// Not a number: unknown.
+    used: [f32; RESOURCES],
+    /// What was forecast then, for `horizon_ms` later.
+    made: [[f32; 2]; RESOURCES],
+    latencies: Latencies,
+}
+
+/// An instance's last windows.
+#[derive(Clone, Debug, Default)]
+pub struct Series {
+    kept: VecDeque<Kept>,
+    window_ms: u64,
+    horizon_ms: Option<u64>,
+}
+
+impl Series {
+    /// Takes in a window; of those that it has then, `keep` stay.
+    pub fn record(&mut self, profile: &Profile, usage: &Usage, demand: Option<&Demand>, keep: usize) {
+        const UNKNOWN: f32 = f32::NAN;
+        let used = Resource::ALL.map(|resource| usage.of(resource).map_or(UNKNOWN, |amount| amount as f32));
+        let points = demand.map_or(&[][..], |demand| demand.points.as_slice());
+        let horizon_ms = points.iter().map(|point| point.horizon_ms).min();
+        let made = Resource::ALL.map(|resource| {
+            let believed = |evidence| matches!(evidence, Evidence::Enough { .. });
+            let point = points.iter().find(|point| {
+                point.resource == resource && Some(point.horizon_ms) == horizon_ms && believed(point.evidence)
+            });
+            point.map_or([UNKNOWN; 2], |point| [point.need.p50 as f32, point.need.p95 as f32])
+        });
+        self.window_ms = profile.window_ms;
+        self.horizon_ms = horizon_ms.or(self.horizon_ms);
+        let surplus = (self.kept.len() + 1).saturating_sub(keep);
+        self.kept.drain(..surplus.min(self.kept.len()));
+        if self.kept.capacity() > 2 * keep {
+            self.kept.shrink_to(keep);
+        }
+        self.kept.reserve_exact(keep.saturating_sub(self.kept.len()));
+        self.kept.push_back(Kept { at: profile.at, used, made, latencies: Latencies::of(profile) });
+    }
+
+    /// How far ahead the forecasts were made that windows are shown with, in milliseconds.
+    pub fn horizon_ms(&self) -> Option<u64> {
+        self.horizon_ms
+    }
+
+    /// The windows that ended after `since`, oldest first.
+    pub fn windows(&self, since: UnixMillis) -> impl Iterator<Item = Window> {
+        self.kept.iter().filter(move |kept| kept.at > since).map(move |kept| {
+            let known = Resource::ALL.into_iter().zip(kept.used).filter(|(_, used)| !used.is_nan());
+            let made =
+                self.made_for(kept.at).into_iter().flat_map(|made| Resource::ALL.into_iter().zip(made));
+            let made = made.filter(|(_, [p50, _])| !p50.is_nan());
+            Window {
+                at: kept.at,
+                used: known.collect(),
+                forecast: made.map(|(resource, [p50, p95])| (resource, Band { p50, p95 })).collect(),
+                latencies: kept.latencies.clone(),
+            }
+        })
+    }
+
+    /// What was forecast for the window that ended `at`: windows are some milliseconds off.
+    fn made_for(&self, at: UnixMillis) -> Option<[[f32; 2]; RESOURCES]> {
+        let made_at = at.0.checked_sub(self.horizon_ms?)?;
+        let after = self.kept.partition_point(|kept| kept.at.0 < made_at);
+        let near = [after.checked_sub(1), Some(after)].into_iter().flatten().filter_map(|i| self.kept.get(i));
+        let nearest = near.min_by_key(|kept| kept.at.0.abs_diff(made_at))?;
+        (nearest.at.0.abs_diff(made_at) <= self.window_ms / 2).then_some(nearest.made)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        forecast::{DemandPoint, Quantiles},
+        profile::{CpuProfile, MemoryProfile, TcpProfile},
+    };
+
+    const WINDOW_MS: u64 = 500;
+
+    fn profile(at: u64, waits_ns: &[u64]) -> Profile {
+        let mut cpu = CpuProfile::default();
+        waits_ns.iter().for_each(|&ns| cpu.run_queue_ns.record(ns));
+        Profile {
+            instance: "a".parse().unwrap(),
+            at: UnixMillis(at),
+            window_ms: WINDOW_MS,
+            cpu,
+            block: Vec::new(),
+            block_counted: false,
+            tcp: TcpProfile::default(),
+            tcp_counted: false,
+            memory: MemoryProfile::default(),
+        }
+    }
+
+    fn demand(at: u64, cores: f64, evidence: Evidence) -> Demand {
+        let point = |horizon_ms| DemandPoint {
+            resource: Resource::Cpu,
+            horizon_ms,
+            need: Quantiles { p50: cores, p95: 2.0 * cores, ..Quantiles::default() },
+            evidence,
+        };
+        Demand {
+            instance: "a".parse().unwrap(),
+            at: UnixMillis(at),
+            points: vec![point(3_000), point(1_000)],
+        }
+    }
+
+    const BELIEVED: Evidence = Evidence::Enough { seen: 40, p95_coverage: 0.95 };
+
+    #[test]
+    fn a_forecast_is_shown_with_the_window_that_it_was_made_for() {
+        let mut series = Series::default();
+        for n in 0..8_u64 {
+            // Windows end a little late now and then.
+            let at = 10_000 + n * WINDOW_MS + (n % 3) * 40;
+            let evidence = if n == 3 { Evidence::TooLittle { seen: 1, needed: 30 } } else { BELIEVED };
+            let usage = Usage { reference_cores: n as f64, ..Usage::default() };
+            series.record(&profile(at, &[]), &usage, Some(&demand(at, n as f64, evidence)), 100);
+        }
+        assert_eq!(series.horizon_ms(), Some(1_000));
+        let shown: Vec<_> = series
+            .windows(UnixMillis(0))
+            .map(|window| {
+                (window.used[&Resource::Cpu], window.forecast.get(&Resource::Cpu).map(|band| band.p95))
+            })
+            .collect();
+        let expected = [None, None, Some(0.0), Some(2.0), Some(4.0), None, Some(8.0), Some(10.0)];
+        assert_eq!(shown, (0_u8..8).map(f32::from).zip(expected).collect::<Vec<_>>());
+        assert_eq!(series.windows(UnixMillis(12_500)).count(), 3);
+    }
+
+    #[test]
+    fn latencies_keep_their_count_and_quantiles_and_what_is_unknown_is_left_out() {
+        let mut series = Series::default();
+        series.record(&profile(500, &[0, 1, 900, 1_000, 1_100, 1 << 20]), &Usage::default(), None, 100);
+        let window = series.windows(UnixMillis(0)).next().unwrap();
+        let waits = &window.latencies.run_queue_ns;
+        assert_eq!(*waits.octaves, [(0, 2), (9, 2), (10, 1), (20, 1)]);
+        assert_eq!(waits.count, 6);
+        assert!(waits.p99.is_some_and(|p99| (p99 / (1 << 20) as f32 - 1.0).abs() < 1.0 / 16.0), "{waits:?}");
+        assert_eq!(window.latencies.rtt_us, Spread::default());
+        let json = serde_json::to_value(&window).unwrap();
+        assert_eq!(json["used"], serde_json::json!({ "cpu": 0.0, "memory": 0.0 }));
+    }
+
+    #[test]
+    fn the_oldest_windows_go_the_more_instances_the_earlier() {
+        assert_eq!((windows_kept(1), windows_kept(40), windows_kept(200)), (300, 300, 60));
+        assert_eq!(windows_kept(100_000), 60);
+        let mut series = Series::default();
+        for n in 0..500 {
+            series.record(&profile(n * WINDOW_MS, &[]), &Usage::default(), None, WINDOWS_KEPT);
+        }
+        assert_eq!(series.windows(UnixMillis(0)).count(), WINDOWS_KEPT);
+        series.record(&profile(500 * WINDOW_MS, &[]), &Usage::default(), None, 60);
+        let left: Vec<_> = series.windows(UnixMillis(0)).map(|window| window.at.0 / WINDOW_MS).collect();
+        assert_eq!(left, (441..=500).collect::<Vec<_>>());
+        assert!(series.kept.capacity() <= 120, "{}", series.kept.capacity());
+    }
+}
