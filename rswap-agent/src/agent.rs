@@ -187,7 +187,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     let audit_log = audit_log.unwrap_or_else(|| config.agent.state_dir.join("audit.jsonl"));
     let audit = Audit::open(audit_log, config.control.audit_kib << 10);
     let audit = audit.map_err(failed("open control.audit_log"))?;
-    let gate = Gate::new(config.control.grants.clone(), audit);
+    let gate = Gate::new(config.control.grants.clone(), audit.clone());
     let socket = control::bind(&config.agent.control_socket, gate.is_open()).await?;
     let (stop, stopped) = watch::channel(false);
     let stopping = |mut stopped: watch::Receiver<bool>| async move {
@@ -215,8 +215,15 @@ async fn serve(config: Config) -> Result<(), AgentError> {
         started.join().map_err(|_| failed("recover")(io::Error::other("the recovery panicked")))
     })?;
     let (answered_sender, mut answered) = mpsc::unbounded_channel();
-    let wiring =
-        Wiring::new(config.clone(), registry, board.clone(), ended_sender, recovery.clone(), answered_sender);
+    let wiring = Wiring::new(
+        config.clone(),
+        registry,
+        board.clone(),
+        ended_sender,
+        recovery.clone(),
+        answered_sender,
+        audit,
+    );
     let mut wiring = wiring.map_err(failed("open what is kept for the controller (controller.spool)"))?;
     let owing = ledger.clone();
     std::thread::spawn(move || recover_for_ever(recovery, &owing));

@@ -11,9 +11,13 @@
 //! network, and who each is is a [`Peer`], which the transport vouches for; agents go to it by a [`link::Connect`].
 
 pub mod door;
+mod gate;
 pub mod link;
+mod metrics;
 mod peer;
 pub mod reporter;
+mod roll_routes;
+mod rolling;
 mod routes;
 mod server;
 mod serving;

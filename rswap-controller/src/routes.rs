@@ -5,9 +5,9 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, Query, Request, State, rejection::QueryRejection},
+    extract::{ConnectInfo, DefaultBodyLimit, Query, State, rejection::QueryRejection},
     http::{StatusCode, header},
-    middleware::{self, Next},
+    middleware,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -23,9 +23,9 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use crate::{
-    Peer,
+    Peer, gate,
     link::Hint,
-    peer::Who,
+    metrics, roll_routes,
     server::Controller,
     writer::{Handed, Writer, chain},
 };
@@ -36,13 +36,13 @@ const BODY_LIMIT_BYTES: usize = 32 << 20;
 const PARTS_TOLD: usize = 16;
 
 #[derive(Clone)]
-struct Shared {
-    controller: Arc<Controller>,
+pub(crate) struct Shared {
+    pub(crate) controller: Arc<Controller>,
     writer: Writer,
 }
 
 /// How every error is answered, as by an agent.
-struct Refusal {
+pub(crate) struct Refusal {
     status: StatusCode,
     error: String,
     hint: &'static str,
@@ -57,11 +57,11 @@ impl IntoResponse for Refusal {
 }
 
 impl Refusal {
-    fn new(status: StatusCode, error: impl Into<String>, hint: &'static str) -> Self {
+    pub(crate) fn new(status: StatusCode, error: impl Into<String>, hint: &'static str) -> Self {
         Self { status, error: error.into(), hint }
     }
 
-    fn store(error: &StoreError) -> Self {
+    pub(crate) fn store(error: &StoreError) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, chain(error), "see the controller's log")
     }
 }
@@ -76,11 +76,16 @@ pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
         .route("/v1/orders", get(orders))
         .route("/v1/model", get(model))
         .route("/v1/history", get(history))
+        .route("/v1/roll", get(roll_routes::show))
+        .route("/metrics", get(openmetrics))
         .merge(rswap_dashboard::routes(rswap_dashboard::Of::Controller))
-        .route_layer(middleware::from_fn_with_state(LOOK, only));
+        .route_layer(middleware::from_fn(gate::look));
     let operates = Router::new()
         .route("/v1/drain", post(drain))
-        .route_layer(middleware::from_fn_with_state(OPERATE, only));
+        .route("/v1/roll", post(roll_routes::begin))
+        .route("/v1/roll/decide", post(roll_routes::decide))
+        .route("/v1/roll/end", post(roll_routes::end))
+        .route_layer(middleware::from_fn_with_state(controller.clone(), gate::operate));
     looks
         .merge(operates)
         .route("/v1/report", post(take_report))
@@ -93,32 +98,6 @@ pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
             )
         })
         .with_state(Shared { controller, writer })
-}
-
-/// What somebody has to be allowed, and what it is called.
-#[derive(Clone, Copy)]
-struct Right(fn(&Peer) -> bool, &'static str);
-
-const LOOK: Right = Right(Peer::may_look, "look at the fleet");
-const OPERATE: Right = Right(Peer::may_operate, "say what is wanted of the fleet");
-
-/// Lets those through who may do this.
-async fn only(
-    State(Right(may, what)): State<Right>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    request: Request,
-    next: Next,
-) -> Response {
-    // Over a forwarded port, a browser comes by the socket too: with it may come a stranger's page whose name points here.
-    let by_name = peer.who != Who::Own || rswap_dashboard::is_local(request.headers());
-    if may(&peer) && by_name {
-        return next.run(request).await;
-    }
-    let call = request.uri().path();
-    tracing::warn!(from = peer.from, call, "a call was refused");
-    let error = format!("{} may not {what}", peer.from);
-    Refusal::new(StatusCode::FORBIDDEN, error, "ask as an operator, or over the controller's socket")
-        .into_response()
 }
 
 async fn take_report(
@@ -140,6 +119,7 @@ async fn take_report(
         ReportError::Version(_) => other_version(error.to_string()),
         ReportError::Foreign(..) => {
             tracing::warn!(from = peer.from, %error, "a report was refused");
+            controller.with_state(|state| state.counts.reports_foreign += 1);
             let hint =
                 "an agent reports for the host that its certificate names: agent.host must be the same";
             Refusal::new(StatusCode::FORBIDDEN, error.to_string(), hint)
@@ -216,6 +196,9 @@ async fn status(State(Shared { controller, .. }): State<Shared>) -> Json<serde_j
             "hosts": state.inventory.hosts().len(),
             "hosts_away": away.count(),
             "instances": state.inventory.instances().count(),
+            "unclear": state.inventory.unclear().map(|(host, local, instance)| {
+                json!({ "host": host, "local": local, "instance": instance })
+            }).collect::<Vec<_>>(),
             "orders_waiting": state.book.waiting().count(),
             "counts": state.counts,
         })
@@ -236,6 +219,8 @@ async fn hosts(State(Shared { controller, .. }): State<Shared>) -> Result<Json<s
                 "acts": known.map(|host| host.acts),
                 "address": known.and_then(|host| host.address),
                 "instances": known.map_or(0, |host| host.instances.len()),
+                "running": known.map(|host| &host.running),
+                "pools": known.map(|host| &host.pools),
                 "whole": known.and_then(|host| host.whole()),
                 "links": known.map(|host| &host.links),
             });
@@ -353,18 +338,26 @@ async fn drain(
     State(Shared { controller, .. }): State<Shared>,
     body: Bytes,
 ) -> Result<Json<serde_json::Value>, Refusal> {
-    let DrainRequest { host, undo } = serde_json::from_slice(&body).map_err(|error| {
-        let error = format!("cannot read the request: {error}");
-        Refusal::new(StatusCode::BAD_REQUEST, error, "send {\"host\": NAME, \"undo\": false}")
-    })?;
-    let known = controller.with_state(|state| state.members.get(&host).copied());
-    let known = known.ok_or_else(|| {
+    let DrainRequest { host, undo } = read(&body, "send {\"host\": NAME, \"undo\": false}")?;
+    let drained = controller.drain_host(&host, undo).map_err(|error| Refusal::unwilling(&error))?;
+    drained.ok_or_else(|| {
         Refusal::new(StatusCode::NOT_FOUND, format!("there is no host {host} in the fleet"), "see /v1/hosts")
     })?;
-    let member = Member { drained: !undo, undo: undo && (known.drained || known.undo), ..known };
-    // Stored before it is answered, and before it is acted upon.
-    let kept = controller.stores.membership.put_members(&[(host.clone(), member)]);
-    kept.map_err(|error| Refusal::store(&error))?;
-    controller.with_state(|state| state.members.insert(host.clone(), member));
     Ok(Json(json!({ "host": host, "draining": !undo, "acts": controller.settings.acts })))
+}
+
+/// The body of a wish.
+pub(crate) fn read<T: serde::de::DeserializeOwned>(body: &Bytes, hint: &'static str) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(|error| {
+        Refusal::new(StatusCode::BAD_REQUEST, format!("cannot read the request: {error}"), hint)
+    })
+}
+
+async fn openmetrics(State(Shared { controller, .. }): State<Shared>) -> Result<impl IntoResponse, Refusal> {
+    let now = UnixMillis::now();
+    let text = controller.with_state(|state| metrics::encode(&controller, state, now));
+    let text = text.map_err(|error| {
+        Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), "see the controller's log")
+    })?;
+    Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text))
 }

@@ -13,9 +13,10 @@ use std::{
 };
 
 use axum::serve::Listener;
+use rswap_audit::Audit;
 use rswap_fleet::{Inventory, Model, orders::Book, plan::FleetPlanner};
 use rswap_plan::PlanConfig;
-use rswap_store::{History, Knowledge, Membership, Ownership, Store, StoreError};
+use rswap_store::{History, Knowledge, Maintenance, Membership, Ownership, Store, StoreError};
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +36,8 @@ const TRIM_EVERY: Duration = Duration::from_secs(60);
 /// The plan's thread gives way to reports (setpriority(2), which is of a thread on Linux): a plan of a large fleet takes seconds
 /// of a core, and nobody waits for it.
 const PLAN_NICE: i32 = 15;
+/// How often a roll is looked at.
+const ROLL_EVERY: Duration = Duration::from_secs(1);
 /// How often the plan's thread looks whether it is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -105,12 +108,20 @@ pub struct Stores {
     pub ownership: Arc<dyn Ownership>,
     /// What was taught.
     pub knowledge: Arc<dyn Knowledge>,
+    /// The roll that is under way.
+    pub maintenance: Arc<dyn Maintenance>,
 }
 
 impl From<Store> for Stores {
     fn from(store: Store) -> Self {
         let store = Arc::new(store);
-        Self { history: store.clone(), membership: store.clone(), ownership: store.clone(), knowledge: store }
+        Self {
+            history: store.clone(),
+            membership: store.clone(),
+            ownership: store.clone(),
+            knowledge: store.clone(),
+            maintenance: store,
+        }
     }
 }
 
@@ -137,6 +148,9 @@ pub struct Controller {
     pub(crate) started: UnixMillis,
     pub(crate) settings: Settings,
     pub(crate) stores: Stores,
+    pub(crate) audit: Audit,
+    /// What people want is followed one after the other.
+    pub(crate) wishes: Mutex<()>,
     state: Mutex<State>,
     stopping: AtomicBool,
 }
@@ -153,7 +167,7 @@ impl Controller {
     /// # Errors
     ///
     /// If the store fails.
-    pub fn new(stores: Stores, settings: Settings) -> Result<Arc<Self>, ControllerError> {
+    pub fn new(stores: Stores, settings: Settings, audit: Audit) -> Result<Arc<Self>, ControllerError> {
         let now = UnixMillis::now();
         let life = stores.membership.new_life()?;
         let owners = stores.ownership.owners()?;
@@ -176,9 +190,11 @@ impl Controller {
             ended: Vec::new(),
             outcomes: Default::default(),
             counts: Counts::default(),
+            order_counts: Default::default(),
+            roll: stores.maintenance.roll()?,
         };
-        let (state, stopping) = (Mutex::new(state), AtomicBool::new(false));
-        Ok(Arc::new(Self { life, started: now, settings, stores, state, stopping }))
+        let (state, wishes, stopping) = (Mutex::new(state), Mutex::new(()), AtomicBool::new(false));
+        Ok(Arc::new(Self { life, started: now, settings, stores, audit, wishes, state, stopping }))
     }
 
     /// Looks at the state, or changes it. Briefly: everybody else waits.
@@ -196,13 +212,19 @@ impl Controller {
         if let Err(error) = rustix::process::setpriority_process(None, PLAN_NICE) {
             tracing::warn!(%error, "plans are not made behind reports");
         }
-        let (mut planned, mut trimmed) = (Instant::now(), Instant::now());
+        let (mut planned, mut trimmed, mut rolled) = (Instant::now(), Instant::now(), Instant::now());
         let every = Duration::from_millis(self.settings.plan_every_ms);
         while !self.stopping.load(Ordering::Acquire) {
             thread::sleep(LOOK_EVERY.min(every));
             if planned.elapsed() >= every {
                 planned = Instant::now();
                 self.round(&mut planner, UnixMillis::now());
+            }
+            if rolled.elapsed() >= ROLL_EVERY.min(every) {
+                rolled = Instant::now();
+                if let Err(error) = self.roll_on(UnixMillis::now()) {
+                    tracing::error!(error = writer::chain(&error), "the roll does not go on");
+                }
             }
             if trimmed.elapsed() >= TRIM_EVERY {
                 trimmed = Instant::now();

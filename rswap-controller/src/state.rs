@@ -1,9 +1,12 @@
 //! What the controller knows at the moment, and how reports change it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::PoisonError,
+};
 
 use rswap_fleet::{
-    Action, HostName, Inventory, Model, Order, OrderOutcome, Report, inventory::Change, orders::Book,
+    Action, HostName, Inventory, Model, Order, OrderOutcome, Report, Roll, inventory::Change, orders::Book,
 };
 use rswap_forecast::{Lessons, Part};
 use rswap_plan::Plan;
@@ -11,7 +14,7 @@ use rswap_store::{MOST_BEFORE, Member, Owner, OwnerChange, StoreError};
 use rswap_types::{InstanceName, PoolState, THIS_HOST, UnixMillis};
 use serde::Serialize;
 
-use crate::server::Controller;
+use crate::{metrics::OrderCounts, server::Controller};
 
 /// An order to drain may be begun within so long, in milliseconds; it is given again as long as it is wanted.
 const DRAIN_WITHIN_MS: u64 = 5 * 60_000;
@@ -31,6 +34,9 @@ pub(crate) struct State {
     pub(crate) ended: Vec<Ended>,
     pub(crate) outcomes: std::collections::VecDeque<Ended>,
     pub(crate) counts: Counts,
+    pub(crate) order_counts: OrderCounts,
+    /// Rolling maintenance that is under way, or was last.
+    pub(crate) roll: Option<Roll>,
 }
 
 /// What came of an order.
@@ -46,6 +52,8 @@ pub(crate) struct Ended {
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Counts {
     pub(crate) reports_taken: u64,
+    /// Of a host, by the certificate of somebody else.
+    pub(crate) reports_foreign: u64,
     pub(crate) lessons_taken: u64,
     pub(crate) lessons_refused: u64,
 }
@@ -74,6 +82,7 @@ impl State {
 
     pub(crate) fn end(&mut self, order: Order, outcome: Option<OrderOutcome>, at: UnixMillis) {
         let ended = Ended { order, outcome, at };
+        self.order_counts.count(&ended);
         self.ended.push(ended.clone());
         self.outcomes.push_back(ended);
         while self.outcomes.len() > OUTCOMES_SHOWN {
@@ -154,6 +163,8 @@ impl Controller {
         now: UnixMillis,
     ) -> Result<(), StoreError> {
         let mut taught = Vec::new();
+        // Else what somebody wants meanwhile could be overwritten by what was known before.
+        let wishes = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
         let members: Vec<(HostName, Member)> = self.with_state(|state| {
             for of in taken {
                 for report in &of.reports {
@@ -202,13 +213,14 @@ impl Controller {
             let member = |host: &HostName| Some((host.clone(), *state.members.get(host)?));
             unwritten.members.iter().filter_map(member).collect()
         });
-        if !taught.is_empty() {
-            self.stores.knowledge.put_lessons(&taught)?;
-        }
         if !members.is_empty() {
             self.stores.membership.put_members(&members)?;
         }
+        drop(wishes);
         unwritten.members.clear();
+        if !taught.is_empty() {
+            self.stores.knowledge.put_lessons(&taught)?;
+        }
         if !unwritten.owners.is_empty() {
             let set = self.stores.ownership.compare_and_set(&unwritten.owners)?;
             for (change, _) in unwritten.owners.drain(..).zip(set).filter(|(_, set)| !set) {

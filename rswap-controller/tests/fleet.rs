@@ -306,3 +306,79 @@ fn an_order_is_taken_once_also_by_the_next_agent() {
     std::fs::write(&path, "damaged").unwrap();
     assert!(Orders::open(&path).is_err(), "nobody knows what was taken");
 }
+
+#[tokio::test]
+async fn one_that_two_hosts_report_is_shown_until_it_is_clear_which_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = Running::start(directory.path()).await;
+    let of = |which: &str, number, sequence, instances| {
+        envelope(vec![Report { sequence, ..report(which, number, instances) }])
+    };
+    running.report(&of("a", 1, 1, vec![instance("x")])).await.unwrap();
+    running.report(&of("b", 2, 1, vec![instance("x")])).await.unwrap();
+    let unclear = running.get("/v1/status").await["unclear"].clone();
+    assert_eq!(unclear, json!([{ "host": "b", "local": "x", "instance": "x" }]));
+    assert_eq!(running.get("/v1/instances").await.as_array().unwrap().len(), 1, "it is in no plan");
+    // It has moved, as the other host says now.
+    running.report(&of("a", 1, 2, vec![])).await.unwrap();
+    assert_eq!(running.get("/v1/status").await["unclear"], json!([]));
+    assert_eq!(running.get("/v1/instances").await[0]["host"], "b");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_roll_goes_on_with_the_next_controller_and_tells_hosts_what_it_wants() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = Running::start(directory.path()).await;
+    let mut sequence = 0;
+    let mut a = |state: PoolState, boot: &str, instances: Vec<InstanceReport>| {
+        sequence += 1;
+        let is = Some(rswap_fleet::Running { version: "1".to_owned(), boot: boot.to_owned() });
+        let report = Report { sequence, running: is, pools: vec![whole(state)], ..report("a", 1, instances) };
+        envelope(vec![report])
+    };
+    let drains = |answer: Answer| {
+        let undo = |order: Order| match order.action {
+            Action::Drain { undo, .. } => Some(undo),
+            Action::Migrate { .. } => None,
+        };
+        answer.orders.into_iter().filter_map(undo).collect::<Vec<_>>()
+    };
+    let post = async |running: &Running, path: &str, body: Value| {
+        call::<Value>(&running.address, path, Some(serde_json::to_vec(&body).unwrap())).await
+    };
+    let stage = async |running: &Running, wanted: &str| {
+        let since = Instant::now();
+        while running.get("/v1/roll").await["hosts"][0]["stage"] != wanted {
+            assert!(since.elapsed() < Duration::from_secs(20), "{}", running.get("/v1/roll").await);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    running.report(&a(PoolState::Ready, "x", vec![instance("i")])).await.unwrap();
+    let unknown = post(&running, "/v1/roll", json!({ "hosts": ["z"] })).await.unwrap_err();
+    assert!(matches!(unknown, LinkError::Refused { status: 409, .. }), "{unknown}");
+    post(&running, "/v1/roll", json!({ "hosts": ["a"] })).await.unwrap();
+    assert_eq!(
+        drains(running.report(&a(PoolState::Ready, "x", vec![instance("i")])).await.unwrap()),
+        [false]
+    );
+    running.stop().await;
+    let running = Running::start(directory.path()).await;
+    assert_eq!(
+        drains(running.report(&a(PoolState::Ready, "x", vec![instance("i")])).await.unwrap()),
+        [false]
+    );
+    running.report(&a(PoolState::Draining, "x", vec![])).await.unwrap();
+    stage(&running, "empty").await;
+    running.stop().await;
+    let running = Running::start(directory.path()).await;
+    running.report(&a(PoolState::Draining, "x", vec![])).await.unwrap();
+    running.report(&a(PoolState::Draining, "y", vec![])).await.unwrap();
+    stage(&running, "back").await;
+    assert_eq!(drains(running.report(&a(PoolState::Draining, "y", vec![])).await.unwrap()), [true]);
+    stage(&running, "back").await;
+    running.report(&a(PoolState::Ready, "y", vec![])).await.unwrap();
+    stage(&running, "done").await;
+    assert_eq!(running.get("/v1/hosts").await[0]["drained"], false);
+    running.stop().await;
+}

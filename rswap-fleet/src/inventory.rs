@@ -10,7 +10,7 @@ use rswap_types::{InstanceName, Pool, THIS_HOST, UnixMillis};
 use serde::{Deserialize, Serialize};
 
 pub use crate::placements::Placed;
-use crate::{HostName, InstanceReport, Report, placements::Placements};
+use crate::{HostName, InstanceReport, Report, Running, placements::Placements};
 
 /// An instance that is gone is remembered for so long, in milliseconds: it may appear on another host.
 pub const GONE_MS: u64 = 5 * 60_000;
@@ -28,6 +28,8 @@ pub struct Host {
     pub acts: bool,
     /// Where it takes migrations.
     pub address: Option<SocketAddr>,
+    /// Which agent it is, and in which run of the kernel.
+    pub running: Option<Running>,
     /// Its own pools.
     pub pools: Vec<Pool>,
     /// What runs there, by its name there.
@@ -93,6 +95,7 @@ impl Inventory {
             at: report.at,
             acts: report.acts,
             address: report.address,
+            running: report.running.clone(),
             pools: report.pools.clone(),
             instances: instances.collect(),
             links,
@@ -237,6 +240,11 @@ impl Inventory {
     /// Whether an instance is there, or was a short while ago.
     pub fn is_known(&self, name: &InstanceName) -> bool {
         self.placed.get(name).is_some()
+    }
+
+    /// Instances that may be others on their way, or twins: on which host, their name there, and which they may be.
+    pub fn unclear(&self) -> impl Iterator<Item = (&HostName, &InstanceName, &InstanceName)> {
+        self.unclear.iter().map(|((host, local), (name, _))| (host, local, name))
     }
 
     /// An instance's last report.

@@ -21,10 +21,11 @@ pub mod report;
 pub mod sequence;
 
 pub use inventory::Inventory;
+pub use maintenance::Roll;
 pub use model::Model;
 pub use name::{HostName, HostNameError};
 pub use orders::{Action, Order, OrderOutcome, Token};
-pub use report::{InstanceReport, LinkMeasured, Report};
+pub use report::{InstanceReport, LinkMeasured, Report, Running};
 
 #[cfg(test)]
 mod tests;

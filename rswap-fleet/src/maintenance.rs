@@ -1,9 +1,11 @@
 //! Rolling maintenance: host after host is emptied, worked on, and used again.
 //!
 //! ```text
-//! Waiting -> Draining -> Empty -> (somebody works on it, and says so) -> Back -> Done
-//!               |                                                         |
-//!               +--- too long, or the host is away --> Stuck <------------+ it does not come back in time
+//! Waiting -> Draining -> Empty -> (somebody works on it, and says so) ---------> Back -> Done
+//!               |          |                                                      |
+//!               |          +----> (another version of the agent, or run of the    |
+//!               |                  kernel, reports from there) -------------------+
+//!               +--- too long, or the host is away --> Stuck <--------------------+ it is not back, ready to be used, in time
 //! ```
 //!
 //! At most `at_once` hosts are between Waiting and Done. One that is stuck stays drained and stops the roll: no further host is begun
@@ -15,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
 
-use crate::HostName;
+use crate::{HostName, Running};
 
 /// Where a host is in a roll.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,8 @@ pub enum Stage {
     Empty {
         /// Since when.
         since: UnixMillis,
+        /// Which agent it was then, in which run of the kernel.
+        was: Option<Running>,
     },
     /// It has been worked on, and is to report and be used again.
     Back {
@@ -52,7 +56,7 @@ pub enum Stage {
 }
 
 /// What is seen of a host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     /// It reports.
     pub present: bool,
@@ -60,6 +64,10 @@ pub struct Seen {
     pub instances: usize,
     /// It made its last report so long ago, in terms of the controller's clock.
     pub heard: UnixMillis,
+    /// It says that it may be used: its own pool is neither drained nor unavailable, and its agent acts.
+    pub ready: bool,
+    /// Which agent it is, in which run of the kernel.
+    pub running: Option<Running>,
 }
 
 /// A roll over some hosts.
@@ -105,13 +113,13 @@ impl Roll {
     /// One round: what is seen moves hosts on, and the next ones begin where there is room.
     pub fn round(&mut self, seen: &BTreeMap<HostName, Seen>, now: UnixMillis) {
         for (host, stage) in &mut self.stages {
-            let seen = seen.get(host).copied().unwrap_or_default();
+            let seen = seen.get(host).cloned().unwrap_or_default();
             let limit_ms = self.limit_ms;
             let late = |since: UnixMillis| now.since(since) >= limit_ms;
             let stuck = |reason: String| Stage::Stuck { since: now, reason };
             let next = match &*stage {
                 Stage::Draining { .. } if seen.present && seen.instances == 0 => {
-                    Some(Stage::Empty { since: now })
+                    Some(Stage::Empty { since: now, was: seen.running })
                 }
                 Stage::Draining { since } if late(*since) => Some(match seen.present {
                     true => stuck(format!("{} instances have not left it", seen.instances)),
@@ -121,8 +129,18 @@ impl Roll {
                 Stage::Empty { .. } if seen.present && seen.instances > 0 => {
                     Some(Stage::Draining { since: now })
                 }
-                Stage::Back { since } if seen.present && seen.heard > *since => Some(Stage::Done),
-                Stage::Back { since } if late(*since) => Some(stuck("it has not come back".to_owned())),
+                Stage::Empty { was: Some(was), .. }
+                    if seen.present && seen.running.as_ref().is_some_and(|is| is != was) =>
+                {
+                    Some(Stage::Back { since: now })
+                }
+                Stage::Back { since } if seen.present && seen.ready && seen.heard > *since => {
+                    Some(Stage::Done)
+                }
+                Stage::Back { since } if late(*since) => Some(stuck(match seen.present {
+                    true => "it is back, and does not say that it may be used".to_owned(),
+                    false => "it has not come back".to_owned(),
+                })),
                 _ => None,
             };
             if let Some(next) = next {
@@ -193,6 +211,21 @@ impl Roll {
     /// Where each host is, in the order of the roll.
     pub fn stages(&self) -> impl Iterator<Item = (&HostName, &Stage)> {
         self.order.iter().filter_map(|host| Some((host, self.stages.get(host)?)))
+    }
+
+    /// Hosts that may be used again, and have not said yet that they are.
+    pub fn coming_back(&self) -> impl Iterator<Item = &HostName> {
+        self.stages.iter().filter(|(_, stage)| matches!(stage, Stage::Back { .. })).map(|(host, _)| host)
+    }
+
+    /// Whether a host is between its turn and its end.
+    pub fn holds(&self, host: &HostName) -> bool {
+        self.stages.get(host).is_some_and(is_busy)
+    }
+
+    /// Hosts that are emptied or worked on at once, and how long a host may take for each, in milliseconds.
+    pub fn limits(&self) -> (usize, u64) {
+        (self.at_once, self.limit_ms)
     }
 
     /// Whether nothing is left to be done.

@@ -15,6 +15,8 @@ pub const VERSION: u32 = 1;
 pub const MOST_INSTANCES: usize = 10_000;
 /// Pools in one report at most.
 pub const MOST_POOLS: usize = 1_000;
+/// Bytes of a version, or of a boot id, at most.
+pub const MOST_VERSION_BYTES: usize = 200;
 /// Parts of lessons in one envelope at most.
 pub const MOST_PARTS: usize = 1_000;
 
@@ -35,6 +37,9 @@ pub struct Report {
     pub acts: bool,
     /// Where it takes migrations; `None`: nowhere that others could reach.
     pub address: Option<SocketAddr>,
+    /// What runs there; `None`: an agent that doesn't say.
+    #[serde(default)]
+    pub running: Option<Running>,
     /// The host's own pools, as plans see them; other hosts are not in it.
     pub pools: Vec<Pool>,
     /// What runs there.
@@ -51,6 +56,15 @@ pub struct Report {
     /// Reports that had to be dropped unsent so far, in this epoch: the spool is bounded.
     #[serde(default)]
     pub dropped: u64,
+}
+
+/// Which agent it is, and in which run of its host's kernel: another one says that somebody has worked on the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// The agent's version.
+    pub version: String,
+    /// The kernel's boot id.
+    pub boot: String,
 }
 
 /// One instance of a report.
@@ -149,6 +163,9 @@ impl Report {
         many(self.pools.len(), "pools", MOST_POOLS)?;
         many(self.links.len(), "links", MOST_POOLS)?;
         many(self.outcomes.len(), "outcomes", MOST_INSTANCES)?;
+        if let Some(Running { version, boot }) = &self.running {
+            many(version.len().max(boot.len()), "bytes of a version", MOST_VERSION_BYTES)?;
+        }
         let twice = |names: Vec<&str>, what| {
             let distinct: std::collections::BTreeSet<_> = names.iter().collect();
             if distinct.len() < names.len() { Err(ReportError::Twice(what)) } else { Ok(()) }

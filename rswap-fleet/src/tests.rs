@@ -78,6 +78,7 @@ fn report(of: &str, number: u8, cost: f64, instances: Vec<InstanceReport>) -> Re
         at: UnixMillis(0),
         acts: true,
         address: Some(([10, 0, 0, number], 7791).into()),
+        running: None,
         pools: vec![whole(8.0, cost)],
         instances,
         gone: BTreeMap::new(),

@@ -44,6 +44,9 @@ pub enum StoreError {
         #[source]
         source: postcard::Error,
     },
+    /// The roll can't be read or written.
+    #[error("the roll over hosts that the store has is damaged, or of another release")]
+    Roll(#[source] serde_json::Error),
     /// There is no such tier.
     #[error("the history has {0} tiers, and no tier {1}")]
     Tier(usize, usize),

@@ -5,6 +5,7 @@
 //! | [`History`] | what instances used, per report, minute and hour | a Prometheus-compatible database |
 //! | [`Membership`] | which hosts belong to the fleet, and what is wanted of them | etcd |
 //! | [`Ownership`] | which host an instance is on, changed by compare-and-set | etcd |
+//! | [`Maintenance`] | the roll over hosts that is under way | etcd |
 //! | [`Knowledge`] | what hosts have taught | |
 //!
 //! [`Store`] is all of them in one file. What a call has answered is on the disk; a process that is killed in the middle of a write
@@ -17,7 +18,7 @@ mod store;
 use std::collections::BTreeMap;
 
 use rswap_fleet::{
-    HostName,
+    HostName, Roll,
     amounts::{Sum, Tier},
     sequence::Received,
 };
@@ -109,6 +110,13 @@ pub struct Member {
     pub undo: bool,
 }
 
+impl Member {
+    /// The same, to be left, or to be used again: which its agent is told if it was to be left before.
+    pub fn wanted(self, drained: bool) -> Self {
+        Self { drained, undo: !drained && (self.drained || self.undo), ..self }
+    }
+}
+
 /// Which hosts belong to the fleet.
 pub trait Membership: Send + Sync {
     /// Begins another life of the controller, and says which it is: it is on the disk when it returns. It is greater than all before it, also
@@ -190,6 +198,23 @@ pub struct OwnerChange {
     pub expected: Option<Owner>,
     /// Who is to own it.
     pub new: Option<Owner>,
+}
+
+/// The work that goes over hosts, one after the other.
+pub trait Maintenance: Send + Sync {
+    /// The roll that was kept last.
+    ///
+    /// # Errors
+    ///
+    /// If the store fails.
+    fn roll(&self) -> Result<Option<Roll>, StoreError>;
+
+    /// Keeps a roll in place of the one before, or none: it is on the disk when it returns.
+    ///
+    /// # Errors
+    ///
+    /// If the store fails.
+    fn put_roll(&self, roll: Option<&Roll>) -> Result<(), StoreError>;
 }
 
 /// What a host has taught.

@@ -3,13 +3,14 @@
 use std::{collections::BTreeMap, path::Path};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, TableError};
-use rswap_fleet::{HostName, amounts::Tier};
+use rswap_fleet::{HostName, Roll, amounts::Tier};
 use rswap_forecast::{Lessons, Part};
 use rswap_types::{InstanceName, UnixMillis};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    Knowledge, Member, Membership, Owner, OwnerChange, Ownership, StoreError, Taught, error::failed,
+    Knowledge, Maintenance, Member, Membership, Owner, OwnerChange, Ownership, StoreError, Taught,
+    error::failed,
 };
 
 /// Version of what is in the file.
@@ -20,6 +21,8 @@ const CACHE_BYTES: usize = 64 << 20;
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const MEMBERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("members");
 const OWNERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("owners");
+/// As JSON, since its stages name themselves; its key is empty.
+const ROLL: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("roll");
 /// (host, part) -> lessons.
 const LESSONS: TableDefinition<'_, (&str, &[u8]), &[u8]> = TableDefinition::new("lessons");
 
@@ -173,6 +176,34 @@ impl Ownership for Store {
         }
         write.commit().map_err(failed(attempted))?;
         Ok(made)
+    }
+}
+
+impl Maintenance for Store {
+    fn roll(&self) -> Result<Option<Roll>, StoreError> {
+        let attempted = "read the roll";
+        let read = self.database.begin_read().map_err(failed(attempted))?;
+        let table = match read.open_table(ROLL) {
+            Ok(table) => table,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(None),
+            Err(error) => return Err(failed(attempted)(error)),
+        };
+        let found = table.get("").map_err(failed(attempted))?;
+        found.map(|found| serde_json::from_slice(found.value()).map_err(StoreError::Roll)).transpose()
+    }
+
+    fn put_roll(&self, roll: Option<&Roll>) -> Result<(), StoreError> {
+        let attempted = "keep the roll";
+        let roll = roll.map(serde_json::to_vec).transpose().map_err(StoreError::Roll)?;
+        let write = self.database.begin_write().map_err(failed(attempted))?;
+        {
+            let mut table = write.open_table(ROLL).map_err(failed(attempted))?;
+            match roll {
+                Some(roll) => drop(table.insert("", roll.as_slice()).map_err(failed(attempted))?),
+                None => drop(table.remove("").map_err(failed(attempted))?),
+            }
+        }
+        write.commit().map_err(failed(attempted))
     }
 }
 

@@ -14,12 +14,14 @@ use std::{
 
 use proptest::prelude::*;
 use rswap_fleet::{
-    HostName,
+    HostName, Roll, Running,
     amounts::{Sum, Tier},
+    maintenance::Seen,
 };
 use rswap_forecast::Resource;
 use rswap_store::{
-    Entry, History, Member, Membership, Owner, OwnerChange, Ownership, Query, Store, StoreError, TIERS,
+    Entry, History, Maintenance, Member, Membership, Owner, OwnerChange, Ownership, Query, Store, StoreError,
+    TIERS,
 };
 use rswap_types::{InstanceName, UnixMillis};
 
@@ -164,6 +166,26 @@ fn what_is_no_store_is_not_touched() {
     std::fs::write(&path, "something else that somebody needs").unwrap();
     assert!(matches!(Store::open(&path, &TIERS), Err(StoreError::Open { .. })));
     assert_eq!(std::fs::read(&path).unwrap(), b"something else that somebody needs");
+}
+
+#[test]
+fn a_roll_is_kept_as_it_is_until_it_is_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut roll = Roll::new([host("a"), host("b")], 1, 1_000);
+    let store = open(directory.path(), &TIERS);
+    assert_eq!(store.roll().unwrap(), None);
+    store.put_roll(Some(&roll)).unwrap();
+    drop(store);
+    let running = Some(Running { version: "1".to_owned(), boot: "x".to_owned() });
+    let seen = Seen { present: true, running, ..Seen::default() };
+    roll.round(&[(host("a"), seen.clone())].into(), UnixMillis(1));
+    roll.round(&[(host("a"), seen)].into(), UnixMillis(2));
+    let store = open(directory.path(), &TIERS);
+    assert_ne!(store.roll().unwrap().as_ref(), Some(&roll));
+    store.put_roll(Some(&roll)).unwrap();
+    assert_eq!(store.roll().unwrap(), Some(roll));
+    store.put_roll(None).unwrap();
+    assert_eq!(store.roll().unwrap(), None);
 }
 
 const CHILD: &str = "RSWAP_STORE_TEST";

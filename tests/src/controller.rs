@@ -3,7 +3,8 @@
 
 use std::{
     fs::{self, File},
-    os::unix::process::CommandExt as _,
+    io::{Read as _, Write as _},
+    os::unix::{net::UnixStream, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -139,6 +140,16 @@ impl Controller {
     /// Asks it.
     pub fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         self.call(path, None)
+    }
+
+    /// Asks it for a text.
+    pub fn text(&self, path: &str) -> anyhow::Result<String> {
+        let mut stream = UnixStream::connect(self.address().0)?;
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: rswap\r\nconnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        anyhow::ensure!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        Ok(answer)
     }
 
     /// Tells it what is wanted.

@@ -141,6 +141,7 @@ fn report_of(host: &str) -> anyhow::Result<Vec<u8>> {
         at: rswap_agent::units::UnixMillis::now(),
         acts: true,
         address: None,
+        running: None,
         pools: Vec::new(),
         instances: Vec::new(),
         gone: Default::default(),

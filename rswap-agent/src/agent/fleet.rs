@@ -3,12 +3,13 @@
 
 use std::{collections::BTreeMap, fs, io, path::PathBuf, sync::Arc};
 
+use rswap_audit::{Audit, Entry, Outcome, Who};
 use rswap_controller::{
     link::{Connect, Secure, Whereabouts},
     reporter::{Answered, Orders, Outgoing, Reporter},
 };
 use rswap_fleet::{
-    Action, HostName, InstanceReport, LinkMeasured, Order, Report,
+    Action, HostName, InstanceReport, LinkMeasured, Order, Report, Running,
     inventory::AWAY_INTERVALS,
     model::{Revision, Teaching},
     orders::OrderResult,
@@ -23,6 +24,7 @@ use crate::{
     control::{DrainRequest, MigrateRequest},
     forecast::{Forecaster, Lessons, Part, Usage},
     instance::InstanceName,
+    migrate::journal,
     plan::InstanceView,
     pool::{Pool, PoolKind},
     units::UnixMillis,
@@ -34,6 +36,7 @@ const PARTS_AT_ONCE: usize = 8;
 /// What this agent is in a fleet.
 pub(super) struct Membership {
     host: HostName,
+    running: Option<Running>,
     reporter: Reporter,
     orders: Orders,
     used: Used,
@@ -43,6 +46,11 @@ pub(super) struct Membership {
     last: UnixMillis,
     /// When the controller last said that it places instances.
     places: Option<UnixMillis>,
+    /// Who orders, as the audit log has it.
+    orderer: Who,
+    audit: Audit,
+    /// Of migrations that were ordered and go on.
+    noted: BTreeMap<InstanceName, Entry>,
 }
 
 /// What other hosts have taught: this host's copy, for when the controller is away.
@@ -52,10 +60,13 @@ struct Learnt {
     parts: BTreeMap<Part, Lessons>,
 }
 
-/// The way to the controller.
-fn connect(config: &Config, address: Whereabouts, host: &HostName) -> io::Result<Box<dyn Connect>> {
+/// The way to the controller, and what that is called in the audit log.
+fn connect(config: &Config, address: Whereabouts, host: &HostName) -> io::Result<(Box<dyn Connect>, String)> {
     let (at, port) = match address {
-        Whereabouts::Socket(address) => return Ok(Box::new(address)),
+        Whereabouts::Socket(address) => {
+            let said = format!("the controller at {address}");
+            return Ok((Box::new(address), said));
+        }
         Whereabouts::Network { host, port } => (host, port),
     };
     let text = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
@@ -74,7 +85,8 @@ fn connect(config: &Config, address: Whereabouts, host: &HostName) -> io::Result
             "tls.certificate is {identity}, and this host is {host} (agent.host): the controller takes no report of {host} from it"
         )));
     }
-    Ok(Box::new(Secure { host: at, port, name, own: Arc::new(own) }))
+    let said = format!("the controller {name} at {at}:{port}");
+    Ok((Box::new(Secure { host: at, port, name, own: Arc::new(own) }), said))
 }
 
 impl Membership {
@@ -83,15 +95,20 @@ impl Membership {
         config: &Config,
         forecaster: &mut Forecaster,
         answered: UnboundedSender<Answered>,
+        audit: Audit,
     ) -> io::Result<Option<Self>> {
         let Some(address) = config.controller.address.clone() else { return Ok(None) };
         let host: HostName = config.agent.host.parse().map_err(io::Error::other)?;
-        let connect = connect(config, address, &host)?;
+        let (connect, controller) = connect(config, address, &host)?;
         let directory = &config.controller.spool;
         let most_bytes = config.controller.spool_mib.saturating_mul(1 << 20);
         let reporter = Reporter::start(connect, directory, most_bytes, answered)?;
         let mut member = Self {
             host,
+            running: Some(Running {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                boot: journal::boot_id()?,
+            }),
             reporter,
             orders: Orders::open(&directory.join("orders"))?,
             used: Used::default(),
@@ -100,6 +117,9 @@ impl Membership {
             links: Vec::new(),
             last: UnixMillis(0),
             places: None,
+            orderer: Who { peer: Some(controller), ..Who::default() },
+            audit,
+            noted: BTreeMap::new(),
         };
         member.learnt.tell(forecaster);
         Ok(Some(member))
@@ -117,8 +137,20 @@ impl Membership {
         error: Option<String>,
         link: Option<LinkMeasured>,
     ) {
+        if let Some(entry) = self.noted.remove(instance) {
+            entry.end(error.clone().map_or(Outcome::Done, Outcome::Failed));
+        }
         self.orders.moved(instance, error);
         self.links.extend(link);
+    }
+
+    /// Writes down that an order is about to be carried out.
+    fn note(&self, order: &Order) -> io::Result<Entry> {
+        let call = match order.action {
+            Action::Drain { .. } => "order drain",
+            Action::Migrate { .. } => "order migrate",
+        };
+        self.audit.begin(&self.orderer, call, &serde_json::to_vec(order)?)
     }
 
     /// Whether the controller places instances at the moment: then this host's own plan does not.
@@ -178,7 +210,7 @@ impl Wiring {
         for name in over {
             let is_here = self.known.contains_key(&name);
             let error = is_here.then(|| "it was in doubt, and has stayed".to_owned());
-            member.orders.moved(&name, error);
+            member.migrated(&name, error, None);
         }
         let instances = views.iter().map(|view| InstanceReport {
             view: report::view_for_fleet(view),
@@ -195,6 +227,7 @@ impl Wiring {
             at: now,
             acts: self.config.agent.mode == Mode::Act,
             address: self.config.migrate.listen.filter(|address| !address.ip().is_unspecified()),
+            running: member.running.clone(),
             pools: report::pools_for_fleet(pools),
             instances: instances.collect(),
             gone: member.used.take_rest(),
@@ -234,11 +267,22 @@ impl Wiring {
     fn order(&mut self, order: Order, now: UnixMillis) {
         let acts = self.config.agent.mode == Mode::Act;
         let Some(member) = &mut self.member else { return };
-        let Some((token, action)) = member.orders.take(order, &member.host, acts, now) else { return };
+        let Some((token, action)) = member.orders.take(order.clone(), &member.host, acts, now) else {
+            return;
+        };
+        let entry = match member.note(&order) {
+            Ok(entry) => entry,
+            Err(error) => {
+                let error = format!("the audit log can't be written: {error}");
+                tracing::error!(?order, error, "an order is not carried out");
+                member.orders.ended(token, OrderResult::Refused { error });
+                return;
+            }
+        };
         let result = match action {
             Action::Drain { pool, undo } => match self.drain(DrainRequest { pool, undo }) {
-                Ok(_) => Some(OrderResult::Done),
-                Err(error) => Some(OrderResult::Failed { error: error.to_string() }),
+                Ok(_) => OrderResult::Done,
+                Err(error) => OrderResult::Failed { error: error.to_string() },
             },
             Action::Migrate { instance, to, address } => {
                 let is_it = |pool: &&Pool| pool.kind == PoolKind::Host { address };
@@ -259,15 +303,20 @@ impl Wiring {
                 match started {
                     Ok(()) => {
                         if let Some(member) = &mut self.member {
+                            member.noted.insert(instance.clone(), entry);
                             member.orders.going(instance, token);
                         }
-                        None
+                        return;
                     }
-                    Err(error) => Some(OrderResult::Failed { error }),
+                    Err(error) => OrderResult::Failed { error },
                 }
             }
         };
-        if let (Some(member), Some(result)) = (&mut self.member, result) {
+        entry.end(match &result {
+            OrderResult::Done => Outcome::Done,
+            OrderResult::Failed { error } | OrderResult::Refused { error } => Outcome::Failed(error.clone()),
+        });
+        if let Some(member) = &mut self.member {
             member.orders.ended(token, result);
         }
     }

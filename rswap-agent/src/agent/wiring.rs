@@ -12,6 +12,7 @@ use std::{
 };
 
 use axum::http::StatusCode;
+use rswap_audit::Audit;
 use rswap_controller::reporter::Answered;
 use rswap_trust::Name;
 use tokio::sync::mpsc::{self, UnboundedSender};
@@ -96,6 +97,7 @@ impl Wiring {
         ended: UnboundedSender<Ended>,
         recovery: Recovery,
         answered: UnboundedSender<Answered>,
+        audit: Audit,
     ) -> io::Result<Self> {
         let profiler = Arc::new(Profiler::start(&config.profile));
         let watch = Watch::start(&config);
@@ -103,7 +105,7 @@ impl Wiring {
         board.write(|board| board.probes = profiler.probes());
         let keeper = Keeper::new(&config.learnt);
         let mut forecaster = keeper.forecaster(&config);
-        let member = Membership::start(&config, &mut forecaster, answered)?;
+        let member = Membership::start(&config, &mut forecaster, answered, audit)?;
         let planner = remembered::planner(&config, &registry);
         let recorder = Recorder::new(&config.record);
         let cold = Cold::start(&config.memory);

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use nix::sys::signal::{SigSet, Signal};
+use rswap_audit::Audit;
 use rswap_controller::{Address, Controller, Settings, Stores, door::Door, serve_at};
 use rswap_store::Store;
 use tokio::signal::unix::{SignalKind, signal};
@@ -38,7 +39,10 @@ pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
         plan_every_ms: fleet.plan_every_ms,
         plan: config.plan.clone(),
     };
-    let controller = Controller::new(Stores::from(store), settings)?;
+    let audit = Audit::open(fleet.audit_log(), fleet.audit_kib << 10).with_context(|| {
+        format!("cannot open the audit log {} (fleet.audit_log)", fleet.audit_log().display())
+    })?;
+    let controller = Controller::new(Stores::from(store), settings, audit)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;
     runtime.block_on(async {

@@ -7,6 +7,7 @@ mod calibrate;
 mod change;
 mod check;
 mod controller;
+mod fleet;
 mod forecast;
 mod labels;
 mod local;
@@ -53,6 +54,8 @@ enum Command {
     Agent,
     /// Run the controller of a fleet, in the foreground
     Controller,
+    /// Ask a fleet's controller, and tell it what is wanted: over its socket, or over the network as an operator
+    Fleet(fleet::FleetArguments),
     /// Start a command as an instance; its exit status is the command's
     Run(RunArguments),
     /// Take over an existing cgroup v2 as an instance
@@ -327,6 +330,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Plan(output) => show::plan(&session.client, output).await?,
         Command::Explain(arguments) => show::explain(&session.client, &arguments).await?,
         Command::Adopt(arguments) => change::adopt(&session.client, arguments).await?,
+        Command::Fleet(arguments) => fleet::fleet(&session.config, arguments).await?,
         Command::Forecast(arguments) => forecast::forecast(session, arguments).await?,
         Command::Swap(arguments) => match arguments.volume.clone() {
             Some(volume) => return volume::swap(&session.client, arguments, volume).await,

@@ -58,6 +58,11 @@ pub struct FleetConfig {
     pub tls: Option<ControllerTls>,
     /// What is kept.
     pub file: PathBuf,
+    /// Where each call that says what is wanted is written down [default: beside `file`, with `.audit.jsonl` at its end].
+    pub audit_log: Option<PathBuf>,
+    /// A longer one is begun anew, and the one before is kept, in KiB.
+    #[serde(deserialize_with = "positive_integer")]
+    pub audit_kib: u64,
     /// Plan only, or give orders.
     pub mode: Mode,
     /// How often agents report, in milliseconds: who has not for three times as long is away.
@@ -85,6 +90,8 @@ impl Default for FleetConfig {
             listen: None,
             tls: None,
             file: "/var/lib/rswap/fleet".into(),
+            audit_log: None,
+            audit_kib: 16 << 10,
             mode: Mode::default(),
             report_every_ms: 10_000,
             plan_every_ms: 30_000,
@@ -98,6 +105,15 @@ impl Default for FleetConfig {
 const HOUR_MS: u64 = 3_600_000;
 
 impl FleetConfig {
+    /// Where the audit log is.
+    pub fn audit_log(&self) -> PathBuf {
+        self.audit_log.clone().unwrap_or_else(|| {
+            let mut beside = self.file.clone().into_os_string();
+            beside.push(".audit.jsonl");
+            beside.into()
+        })
+    }
+
     /// The history's tiers, the finest first.
     pub fn tiers(&self) -> [Tier; 3] {
         let kept = [self.reports_kept_h, self.minutes_kept_h, self.hours_kept_h];

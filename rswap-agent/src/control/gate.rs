@@ -24,10 +24,9 @@ use axum::{
 use futures_util::Stream;
 use tokio::net::UnixListener;
 
-use super::{
-    audit::{Audit, Entry, Outcome},
-    routes::body_limit,
-};
+use rswap_audit::{Audit, Entry, Outcome, Who};
+
+use super::routes::body_limit;
 use crate::{
     config::{Grant, Right},
     status::ApiError,
@@ -48,6 +47,12 @@ pub(super) struct Caller {
     pub(super) uid: Option<u32>,
     /// Its groups.
     pub(super) gids: Vec<u32>,
+}
+
+impl Caller {
+    fn who(&self) -> Who {
+        Who { uid: self.uid, pid: self.pid, peer: None }
+    }
 }
 
 impl Connected<IncomingStream<'_, UnixListener>> for Caller {
@@ -126,7 +131,7 @@ async fn pass(
     // Of whoever may not call, nothing is read.
     if !may {
         tracing::warn!(?caller, call, "a call was refused");
-        if let Err(error) = gate.audit.refused(&caller, &call) {
+        if let Err(error) = gate.audit.refused(&caller.who(), &call) {
             tracing::error!(%error, "that a call was refused is not in the audit log");
         }
         return refused(needed).into_response();
@@ -141,7 +146,7 @@ async fn pass(
             return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, text, hint).into_response();
         }
     };
-    let entry = match gate.audit.begin(&caller, &call, &given) {
+    let entry = match gate.audit.begin(&caller.who(), &call, &given) {
         Ok(entry) => entry,
         Err(error) => {
             tracing::error!(%error, "a call was refused: the audit log can't be written");

@@ -5,7 +5,6 @@
 //! [`Command`]s for the wiring, each with a way to answer; a migration answers with a stream of
 //! [`MigrateEvent`]s, one JSON object per line. A caller that goes away doesn't stop a migration.
 
-mod audit;
 pub mod client;
 mod gate;
 mod routes;
@@ -32,9 +31,9 @@ use crate::{
     status::{ApiError, Board, MigrationProgress, MigrationReport},
     swap::storage::{StorageProgress, StorageReport},
 };
-pub use audit::Audit;
 pub use gate::Gate;
 pub use routes::router;
+pub use rswap_audit::Audit;
 
 /// Body of `POST /v1/swap`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     AdoptRequest, Command, DrainRequest, MigrateRequest, RecoverRequest, RegisterRequest, Reply, SwapRequest,
-    SwapVolumeRequest, audit,
+    SwapVolumeRequest,
 };
 use crate::{
     forecast::Lessons,
@@ -28,7 +28,7 @@ const LEARN: &str = "/v1/learn";
 type Commands = mpsc::Sender<Command>;
 
 /// Requests are a few names; more is a mistake, or is not to be seen in the audit log.
-const BODY_LIMIT_BYTES: usize = audit::TEXT_BYTES;
+const BODY_LIMIT_BYTES: usize = rswap_audit::TEXT_BYTES;
 
 /// Lessons are some KiB for each instance that ever ran.
 const LESSONS_LIMIT_BYTES: usize = 64 << 20;

@@ -14,6 +14,7 @@ fn report(at: u64) -> Report {
         at: UnixMillis(at),
         acts: false,
         address: None,
+        running: None,
         pools: Vec::new(),
         instances: Vec::new(),
         gone: BTreeMap::new(),

@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rswap_audit::Audit;
 use rswap_controller::{Address, Controller, Settings, Stores, link::call};
 use rswap_fleet::{
     HostName, InstanceReport, Report,
@@ -88,6 +89,7 @@ pub fn report(of: &str, number: u8, instances: Vec<InstanceReport>) -> Report {
         at: UnixMillis::now(),
         acts: true,
         address: Some(([10, 0, 0, number], 7791).into()),
+        running: None,
         pools: vec![whole(PoolState::Ready)],
         instances,
         gone: BTreeMap::new(),
@@ -103,7 +105,8 @@ pub fn envelope(reports: Vec<Report>) -> Envelope {
 
 pub fn open(directory: &Path) -> Arc<Controller> {
     let store = Store::open(&directory.join("store"), &TIERS).unwrap();
-    Controller::new(Stores::from(store), settings()).unwrap()
+    let audit = Audit::open(directory.join("audit.jsonl"), 1 << 20).unwrap();
+    Controller::new(Stores::from(store), settings(), audit).unwrap()
 }
 
 pub async fn answers(address: &Address) {

@@ -10,9 +10,13 @@ fn hosts(count: usize) -> Vec<HostName> {
 
 fn seen(of: &[(usize, bool, usize, u64)]) -> BTreeMap<HostName, Seen> {
     let seen = |&(host, present, instances, heard): &(usize, bool, usize, u64)| {
-        (hosts(host + 1).remove(host), Seen { present, instances, heard: UnixMillis(heard) })
+        (hosts(host + 1).remove(host), usual(present, instances, heard))
     };
     of.iter().map(seen).collect()
+}
+
+fn usual(present: bool, instances: usize, heard: u64) -> Seen {
+    Seen { present, instances, heard: UnixMillis(heard), ready: true, running: None }
 }
 
 fn names(roll: &Roll) -> Vec<&'static str> {
@@ -54,6 +58,38 @@ fn host_after_host_is_emptied_worked_on_and_used_again() {
 }
 
 #[test]
+fn another_version_or_another_boot_says_that_it_was_worked_on() {
+    let [a]: [HostName; 1] = hosts(1).try_into().unwrap();
+    let is = |version: &str, boot: &str, instances, heard, ready| {
+        let running = Some(Running { version: version.to_owned(), boot: boot.to_owned() });
+        [(a.clone(), Seen { ready, running, ..usual(true, instances, heard) })].into()
+    };
+    for (version, boot) in [("1", "y"), ("2", "x")] {
+        let mut roll = Roll::new([a.clone()], 1, LIMIT_MS);
+        // A change before it is empty is none of the roll's.
+        roll.round(&is("0", "x", 1, 0, true), UnixMillis(0));
+        roll.round(&is("1", "x", 1, 5, false), UnixMillis(5));
+        roll.round(&is("1", "x", 0, 10, false), UnixMillis(10));
+        roll.round(&is("1", "x", 0, 20, false), UnixMillis(20));
+        assert_eq!(names(&roll), ["empty"], "the same as before");
+        roll.round(&[].into(), UnixMillis(10 * LIMIT_MS));
+        assert_eq!(names(&roll), ["empty"], "work takes its time");
+        let now = 11 * LIMIT_MS;
+        roll.round(&is(version, boot, 0, now, false), UnixMillis(now));
+        assert_eq!(names(&roll), ["to come back"]);
+        assert_eq!(roll.coming_back().collect::<Vec<_>>(), [&a]);
+        assert!(roll.holds(&a));
+        let mut sick = roll.clone();
+        roll.round(&is(version, boot, 0, now + 1, true), UnixMillis(now + 1));
+        assert!(roll.is_over() && !roll.holds(&a));
+        // One that reports, and is not ready, is not back.
+        sick.round(&is(version, boot, 0, now + LIMIT_MS, false), UnixMillis(now + LIMIT_MS));
+        assert_eq!(names(&sick), ["stuck"]);
+        assert_eq!(sick.drained(), [a.clone()].into());
+    }
+}
+
+#[test]
 fn what_is_stuck_stops_the_roll_until_somebody_decides() {
     let [a, b, c]: [HostName; 3] = hosts(3).try_into().unwrap();
     let mut roll = Roll::new(hosts(3), 2, LIMIT_MS);
@@ -89,7 +125,7 @@ proptest! {
         for (host, present, instances, wait, decision) in steps {
             now += wait;
             let host = &all[host];
-            last.insert(host.clone(), Seen { present, instances, heard: UnixMillis(now) });
+            last.insert(host.clone(), usual(present, instances, now));
             let before = roll.clone();
             match decision {
                 0 => drop(roll.retry(host, UnixMillis(now))),

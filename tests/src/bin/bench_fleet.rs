@@ -246,6 +246,7 @@ impl Agent {
             at: UnixMillis::now(),
             acts: false,
             address: Some(address.into()),
+            running: None,
             pools: vec![whole],
             instances,
             gone: BTreeMap::new(),

@@ -13,14 +13,12 @@ use std::{
     },
 };
 
+use rswap_types::UnixMillis;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::gate::Caller;
-use crate::units::UnixMillis;
-
 /// Longer arguments, and answers, are cut: those of people are a few names. Calls with more are refused, so only lessons are.
-pub(super) const TEXT_BYTES: usize = 4 << 10;
+pub const TEXT_BYTES: usize = 4 << 10;
 
 /// What is said of a call that was dropped before its end.
 const DROPPED: &str = "the caller went away, or the agent stopped, before its end: see the agent's log";
@@ -28,7 +26,7 @@ const DROPPED: &str = "the caller went away, or the agent stopped, before its en
 /// What came of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "outcome", content = "said")]
-pub(super) enum Outcome {
+pub enum Outcome {
     /// It is about to be carried out. A line without one that ends it: the agent ended before.
     Begun,
     /// The caller may not do this; nothing was done.
@@ -41,13 +39,25 @@ pub(super) enum Outcome {
     Unknown(String),
 }
 
+/// Who asked for something.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Who {
+    /// The user, if it was a process of this host.
+    pub uid: Option<u32>,
+    /// The process.
+    pub pid: Option<i32>,
+    /// Who else it was: a controller, a certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+}
+
 #[derive(Serialize)]
 struct Line<'a> {
     at: UnixMillis,
     /// Of a call, the same in both of its lines; unique in an agent's life.
     id: u64,
-    uid: Option<u32>,
-    pid: Option<i32>,
+    #[serde(flatten)]
+    who: &'a Who,
     call: &'a str,
     arguments: &'a Value,
     #[serde(flatten)]
@@ -77,10 +87,10 @@ struct Log {
 
 /// A call that is under way. Dropped before its end, it is written down as one of unknown end.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub struct Entry {
     audit: Audit,
     id: u64,
-    caller: Caller,
+    who: Who,
     call: String,
     arguments: Value,
     has_ended: bool,
@@ -124,11 +134,11 @@ impl Audit {
         Ok(Self(Arc::new(Shared { next: AtomicU64::new(1), acts: log(path, true)?, refusals })))
     }
 
-    /// Writes that `caller` asks for `call`, and may.
+    /// Writes that `who` asks for `call`, and may.
     ///
     /// # Errors
     /// It can't be written: nothing may be carried out.
-    pub(super) fn begin(&self, caller: &Caller, call: &str, given: &[u8]) -> io::Result<Entry> {
+    pub fn begin(&self, who: &Who, call: &str, given: &[u8]) -> io::Result<Entry> {
         // Lessons may be megabytes: they are not parsed for this.
         let parsed: Option<Value> =
             if given.len() <= TEXT_BYTES { serde_json::from_slice(given).ok() } else { None };
@@ -136,7 +146,7 @@ impl Audit {
         let mut entry = Entry {
             audit: self.clone(),
             id: self.id(),
-            caller: caller.clone(),
+            who: who.clone(),
             call: cut(call),
             arguments,
             // Nothing has begun before that is written.
@@ -147,17 +157,16 @@ impl Audit {
         Ok(entry)
     }
 
-    /// Writes that `caller` asks for `call`, and may not.
+    /// Writes that `who` asks for `call`, and may not.
     ///
     /// # Errors
     /// It can't be written.
-    pub(super) fn refused(&self, caller: &Caller, call: &str) -> io::Result<()> {
+    pub fn refused(&self, who: &Who, call: &str) -> io::Result<()> {
         let call = cut(call);
         let line = Line {
             at: UnixMillis::now(),
             id: self.id(),
-            uid: caller.uid,
-            pid: caller.pid,
+            who,
             call: &call,
             // Nobody has read them.
             arguments: &Value::Null,
@@ -171,9 +180,8 @@ impl Audit {
     }
 
     fn write(&self, entry: &Entry, outcome: &Outcome) -> io::Result<()> {
-        let Entry { id, caller, call, arguments, .. } = entry;
-        let (uid, pid) = (caller.uid, caller.pid);
-        let line = Line { at: UnixMillis::now(), id: *id, uid, pid, call, arguments, outcome };
+        let Entry { id, who, call, arguments, .. } = entry;
+        let line = Line { at: UnixMillis::now(), id: *id, who, call, arguments, outcome };
         append(&self.0.acts, &line)
     }
 }
@@ -217,7 +225,7 @@ impl Log {
 
 impl Entry {
     /// Writes what came of it.
-    pub(super) fn end(mut self, outcome: Outcome) {
+    pub fn end(mut self, outcome: Outcome) {
         self.write_end(match outcome {
             Outcome::Failed(said) => Outcome::Failed(cut(&said)),
             other => other,
@@ -241,6 +249,7 @@ impl Drop for Entry {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that can't go on is to fail")]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;
@@ -250,8 +259,8 @@ mod tests {
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    fn caller() -> Caller {
-        Caller { pid: Some(42), uid: Some(1000), gids: vec![100] }
+    fn caller() -> Who {
+        Who { pid: Some(42), uid: Some(1000), peer: None }
     }
 
     #[test]
@@ -276,10 +285,15 @@ mod tests {
         assert_eq!((&all[3]["outcome"], &all[3]["said"]), (&"unknown".into(), &DROPPED.into()));
         assert_eq!(all[3]["id"], all[2]["id"]);
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(!begun[0].as_object().unwrap().contains_key("peer"));
         // Another agent goes on with it.
         let audit = Audit::open(path.clone(), 1 << 20).unwrap();
         audit.begin(&caller(), "/v1/swap", b"").unwrap().end(Outcome::Done);
         assert_eq!(lines(&path).len(), 6);
+        let far = Who { peer: Some("the controller".to_owned()), ..Who::default() };
+        audit.begin(&far, "order drain", b"{}").unwrap().end(Outcome::Done);
+        assert_eq!(lines(&path)[6]["peer"], "the controller");
+        assert_eq!(lines(&path)[6]["uid"], Value::Null);
     }
 
     #[test]
