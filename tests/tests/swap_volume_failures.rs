@@ -3,7 +3,10 @@
 
 use std::{
     fs,
+    os::unix::fs::FileExt,
     process::{Child, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::Duration,
 };
 
@@ -16,6 +19,7 @@ use rswap_tests::{
     loop_device::LoopDevice,
     moves::program,
     reason_to_skip, rounds,
+    served_disk::Speed,
     steps::{Follower, Place},
     storage::{Disk, StorageScene},
     wait_for,
@@ -144,6 +148,42 @@ fn a_program_that_writes_too_fast_keeps_its_volume() -> anyhow::Result<()> {
     scene.nothing_is_left()?;
     fs::write(scene.log.with_extension("log.slow"), "")?;
     scene.goes_on()?;
+    scene.moves("one").map(drop)
+}
+
+/// What others have written to the pool's file system, and nobody waits for, takes its disk longer than a swap may take in all.
+#[test]
+fn what_others_write_to_the_pool_is_not_waited_for() -> anyhow::Result<()> {
+    if reason_to_skip("what_others_write_to_the_pool_is_not_waited_for").is_some() {
+        return Ok(());
+    }
+    let slow = Speed { per_request: Duration::from_micros(200), bytes_per_s: Some(40_000_000) };
+    let disks = [Disk::of(128 * MIB), Disk::that_can_fail(768 * MIB)];
+    let scene = StorageScene::set_on(disks, 2000)?;
+    scene.python("volume", &["0.005", "1000000"])?;
+    scene.moves("one")?;
+    let others = fs::File::create(scene.disks[1].mount_point().join("others"))?;
+    let over = AtomicBool::new(false);
+    let write_all = || -> anyhow::Result<()> {
+        let chunk = vec![7; MIB as usize];
+        (0..200).try_for_each(|at| Ok(others.write_all_at(&chunk, at * MIB)?))
+    };
+    write_all()?;
+    scene.disks[1].set_speed(slow)?;
+    let report = thread::scope(|scope| {
+        let writes = scope.spawn(|| {
+            while !over.load(Ordering::Acquire) {
+                write_all()?;
+                thread::sleep(Duration::from_millis(100));
+            }
+            anyhow::Ok(())
+        });
+        let moved = scene.moves("two");
+        over.store(true, Ordering::Release);
+        writes.join().map_err(|_| anyhow::anyhow!("who writes panicked"))?.and(moved)
+    })?;
+    ensure!(report.unavailability_ms < 2000.0, "{report:?}");
+    scene.disks[1].set_speed(Speed::default())?;
     scene.moves("one").map(drop)
 }
 

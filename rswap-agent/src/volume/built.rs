@@ -3,6 +3,8 @@
 //! Each file is written in a directory of its own under the source's inode number, and the names are links to it: a name that
 //! the peer sends only ever says where in the tree a link is made, which the kernel keeps below the root.
 
+mod through;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File, Permissions},
@@ -19,6 +21,7 @@ use rustix::{
     io::Errno,
 };
 
+pub use self::through::Unsynced;
 use super::{
     VolumeError,
     blocks::{self, BLOCK, Blocks},
@@ -47,6 +50,8 @@ pub struct BuiltVolume {
     fresh: BTreeSet<u64>,
     names: usize,
     complete: bool,
+    /// What was changed since it was written through.
+    unsynced: Unsynced,
     /// Writing through is left to the caller.
     deferred: bool,
     /// No block can be shared with where they come from.
@@ -111,6 +116,7 @@ impl BuiltVolume {
             fresh,
             names: 0,
             complete: false,
+            unsynced: Unsynced::default(),
             deferred: false,
             apart: false,
         }
@@ -132,9 +138,14 @@ impl BuiltVolume {
         }
     }
 
-    /// From here on the caller [writes through](write_through), once, when it has put it to its place.
+    /// From here on the caller writes through what is [not on the disk yet](Self::take_unsynced), once, when it has put it to its place.
     pub fn defer(&mut self) {
         self.deferred = true;
+    }
+
+    /// What may not be on the disk yet, besides its place.
+    pub fn take_unsynced(&mut self) -> Unsynced {
+        std::mem::take(&mut self.unsynced)
     }
 
     /// Its root, wherever it is put.
@@ -179,7 +190,7 @@ impl BuiltVolume {
                     return Ok(());
                 }
                 // What the program wrote through is written through here, before the source's copy goes.
-                write_through(&self.root)
+                self.take_unsynced().write_through(&self.root)
             }
         }
     }
@@ -402,6 +413,8 @@ impl BuiltVolume {
             Kind::File { .. } => return Err(VolumeError::Damaged("a file that was not announced")),
         };
         added.map_err(VolumeError::io("making", path))?;
+        self.unsynced.note(path);
+        self.unsynced.note_entry(path);
         self.names += 1;
         Ok(())
     }
@@ -412,6 +425,7 @@ impl BuiltVolume {
             Err(Errno::ISDIR) => rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR),
             removed => removed,
         };
+        self.unsynced.note_entry(path);
         self.names = self.names.saturating_sub(1);
         removed.map_err(VolumeError::io("removing", path))
     }
@@ -434,14 +448,19 @@ impl BuiltVolume {
         // The way to what a descriptor is open on, whatever its kind: no name is looked up again.
         let at = format!("/proc/self/fd/{}", opened.as_raw_fd());
         let stat = rustix::fs::fstat(&opened).map_err(failed())?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
         let (uid, gid) = (Uid::from_raw(attributes.uid), Gid::from_raw(attributes.gid));
         rustix::fs::chownat(&opened, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH).map_err(failed())?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
+        if kind != FileType::Symlink {
             // After the owner, whose change takes set-id bits away.
             let mode = Permissions::from_mode(attributes.mode);
             fs::set_permissions(&at, mode).map_err(VolumeError::io("setting the mode of", path))?;
         }
-        self.set_xattrs(path, &at, attributes)?;
+        let is_same = self.set_xattrs(path, &at, attributes)? && is_so(&stat, attributes);
+        // All directories are told of in the last pass.
+        if kind != FileType::Directory || !is_same {
+            self.unsynced.note(path);
+        }
         let time = |(seconds, nanoseconds): tree::Time| Timespec {
             tv_sec: seconds,
             tv_nsec: i64::from(nanoseconds.min(999_999_999)),
@@ -458,28 +477,39 @@ impl BuiltVolume {
         rustix::fs::utimensat(&opened, "", &times, AtFlags::EMPTY_PATH).map_err(failed())
     }
 
-    fn set_xattrs(&self, path: &[u8], at: &str, attributes: &Attributes) -> Result<(), VolumeError> {
+    /// Says whether there were these already.
+    fn set_xattrs(&self, path: &[u8], at: &str, attributes: &Attributes) -> Result<bool, VolumeError> {
         let failed = || VolumeError::io("setting the extended attributes of", path);
         let mut names = vec![0; 64 << 10];
         let length = match rustix::fs::listxattr(at, names.as_mut_slice()) {
             Err(Errno::NOTSUP) => 0,
             length => length.map_err(failed())?,
         };
+        let mut same = true;
         for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
             if attributes.xattrs.iter().all(|(wanted, _)| wanted != name) {
                 rustix::fs::removexattr(at, name).map_err(failed())?;
+                same = false;
             }
         }
+        let mut found = vec![0; 64 << 10];
         for (name, value) in &attributes.xattrs {
+            let length = rustix::fs::getxattr(at, name.as_slice(), found.as_mut_slice());
+            if length.is_ok_and(|length| found[..length] == **value) {
+                continue;
+            }
             rustix::fs::setxattr(at, name.as_slice(), value, XattrFlags::empty()).map_err(failed())?;
+            same = false;
         }
-        Ok(())
+        Ok(same)
     }
 }
 
-/// All that was written to the file system of `root` is on the disk when this returns.
-pub fn write_through(root: &OwnedFd) -> Result<(), VolumeError> {
-    rustix::fs::syncfs(root).map_err(VolumeError::io("writing through", b""))
+/// Whether something has these attributes already, but for extended ones and the time of reading, which is not worth a sync.
+fn is_so(stat: &rustix::fs::Stat, attributes: &Attributes) -> bool {
+    let modified = (stat.st_mtime, stat.st_mtime_nsec as u32);
+    (stat.st_mode & 0o7777, stat.st_uid, stat.st_gid) == (attributes.mode, attributes.uid, attributes.gid)
+        && modified == attributes.modified
 }
 
 impl Drop for BuiltVolume {

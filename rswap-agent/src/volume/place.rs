@@ -155,6 +155,21 @@ pub fn require_mounted(mount_point: &Path, directory: &Path) -> Result<(), Volum
     refused(there, &text)
 }
 
+/// The names on the way to `place`, as far as they are on its file system, are on the disk when this returns.
+pub fn sync_names(place: &Path) -> Result<(), VolumeError> {
+    let device = look(place)?;
+    for directory in place.ancestors().skip(1) {
+        let found = look(directory)?;
+        if (found.stx_dev_major, found.stx_dev_minor) != (device.stx_dev_major, device.stx_dev_minor) {
+            break;
+        }
+        fs::File::open(directory)
+            .and_then(|directory| directory.sync_all())
+            .map_err(VolumeError::host("syncing", directory))?;
+    }
+    Ok(())
+}
+
 fn look(path: &Path) -> Result<Statx, VolumeError> {
     rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
         .map_err(VolumeError::host("looking at", path))

@@ -16,7 +16,7 @@ use crate::{
     tracee::{layout, tree},
     volume::{
         VolumeError,
-        built::{BuiltVolume, write_through},
+        built::BuiltVolume,
         place,
         record::{self, Frames},
         source::SourceVolume,
@@ -139,9 +139,14 @@ impl Copy {
         self.built.defer();
         self.pass(true, volume, pids, &mut || Ok(()))?;
         self.built.finish()?;
-        let root = self.built.handle()?;
+        let (root, unsynced) = (self.built.handle()?, self.built.take_unsynced());
+        self.built.put(place)?;
+        let place = place.to_owned();
         // Written through by another thread: the instance waits for it only where it has to.
-        let on_disk = self.built.put(place).map(|()| thread::spawn(move || write_through(&root)))?;
+        let on_disk = thread::spawn(move || {
+            unsynced.write_through(&root)?;
+            place::sync_names(&place)
+        });
         Ok(Completed { copy: self, on_disk })
     }
 
