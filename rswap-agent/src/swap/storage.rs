@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! snapshot     what can't be re-homed is refused; there is room; the record is written
-//! transfer     passes while the instance runs, throttled by how much it waits for I/O
+//! transfer     passes while the instance runs, throttled by how much it waits for I/O; both copies are read again and compared
 //!              all stopped; what is left is copied; both digests are compared
 //! activate     all held by the cgroup; the new copy is the volume (one rename); the mount, descriptors, mappings,
 //!              locks and working directories are brought to it
@@ -105,6 +105,9 @@ pub struct StorageReport {
     /// Bytes that the copy shares with the volume as it was: both were on one file system.
     #[serde(default)]
     pub bytes_shared: u64,
+    /// Bytes of the volume and of the copy that were read again and compared, before the freeze.
+    #[serde(default)]
+    pub bytes_compared: u64,
     /// Descriptions and mappings that were re-homed.
     pub rehomed: usize,
     /// Where the unavailability went: (step, milliseconds).

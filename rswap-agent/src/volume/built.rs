@@ -3,6 +3,7 @@
 //! Each file is written in a directory of its own under the source's inode number, and the names are links to it: a name that
 //! the peer sends only ever says where in the tree a link is made, which the kernel keeps below the root.
 
+mod compare;
 mod through;
 
 use std::{

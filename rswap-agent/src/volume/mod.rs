@@ -48,6 +48,22 @@ pub enum VolumeError {
     /// The peer sent something that no source sends.
     #[error("a damaged record of a volume: {0}")]
     Damaged(&'static str),
+    /// Something was written, and neither the kernel's account of what is written nor the times of its file say so.
+    #[error(
+        "{path} in a volume has changed at byte {offset} or soon after, and nothing told that it was written: a copy can't be relied on"
+    )]
+    Missed {
+        /// Which file, below the volume's root.
+        path: String,
+        /// In the block that begins there.
+        offset: u64,
+    },
+    /// The disk of a copy has other contents than were written to it.
+    #[error("a file of the copy is another on its disk than it was written, at byte {offset} or soon after")]
+    NotOnDisk {
+        /// In the block that begins there.
+        offset: u64,
+    },
     /// What a pass has found could not be sent.
     #[error("sending a volume")]
     Send(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -64,6 +80,10 @@ impl VolumeError {
     fn host<E: Into<io::Error>>(what: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
         let path = path.display().to_string();
         move |error| Self::Io { what, path, source: error.into() }
+    }
+
+    fn missed(path: &[u8], offset: u64) -> Self {
+        Self::Missed { path: shown(path), offset }
     }
 
     fn unsupported(path: &[u8], problem: &'static str) -> Self {

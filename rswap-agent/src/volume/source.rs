@@ -1,5 +1,7 @@
 //! A volume of an instance that is being moved away.
 
+mod compare;
+
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fs::File,
@@ -60,6 +62,8 @@ pub struct SourceVolume {
     silent: bool,
     /// What is written to it, where the kernel tells.
     log: Option<Box<dyn WriteLog>>,
+    /// What it has told of, and no pass has read since.
+    told: BTreeMap<u64, Touched>,
     /// Files that were written in a way that it does not follow, whether they had a name then or not: a write may still be under way.
     unfollowable: BTreeSet<u64>,
 }
@@ -109,7 +113,8 @@ impl SourceVolume {
 
     fn of(root: OwnedFd, silent: bool) -> Self {
         let (files, mapped, unfollowable) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        Self { root, tree: Tree::new(), files, mapped, silent, log: None, unfollowable }
+        let told = BTreeMap::new();
+        Self { root, tree: Tree::new(), files, mapped, silent, log: None, told, unfollowable }
     }
 
     /// Has `log` tell what is written. It must have begun already.
@@ -134,12 +139,7 @@ impl SourceVolume {
     ) -> Result<(), VolumeError> {
         let since =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64 - UNSURE_S;
-        let touched = self.log.as_mut().and_then(|log| log.take(last));
-        if touched.is_none() && self.log.take().is_some() {
-            tracing::debug!("more was written than can be followed: files are read whole");
-        }
-        let all_told = touched.iter().flatten();
-        self.unfollowable.extend(all_told.filter(|(_, touched)| touched.whole).map(|(inode, _)| *inode));
+        self.collect(last);
         let fresh = tree::scan(self.root.as_fd(), &self.tree)?;
         self.mapped.extend(mapped);
         let mut seen = BTreeSet::new();
@@ -149,9 +149,7 @@ impl SourceVolume {
             if !seen.insert(inode) {
                 continue;
             }
-            let none = Touched::default();
-            let touched = touched.as_ref().map(|all| all.get(&inode).unwrap_or(&none));
-            let part = self.part(inode, found, touched, last);
+            let part = self.part(inode, found, last);
             if part != Part::Nothing {
                 self.copy(path, found, Moment { since, last }, part, frames)?;
                 written.insert(inode);
@@ -169,6 +167,7 @@ impl SourceVolume {
             frames.put(&Record::Forget { inode })?;
         }
         self.tree = fresh;
+        self.told.clear();
         frames.put(&Record::End { last })?;
         frames.flush()
     }
@@ -188,8 +187,28 @@ impl SourceVolume {
         digest::of(&self.tree, |inode| self.files.get(&inode).map(|known| &known.blocks))
     }
 
+    /// Takes in what the log tells; `all` as in [`WriteLog::take`].
+    fn collect(&mut self, all: bool) {
+        let Some(log) = &mut self.log else { return };
+        let Some(more) = log.take(all) else {
+            tracing::debug!("more was written than can be followed: files are read whole");
+            self.log = None;
+            return;
+        };
+        for (inode, more) in more {
+            if more.whole {
+                self.unfollowable.insert(inode);
+            }
+            let touched = self.told.entry(inode).or_default();
+            touched.whole |= more.whole;
+            touched.blocks.extend(more.blocks);
+        }
+    }
+
     /// What of a file may be another than at its last copy.
-    fn part(&self, inode: u64, found: &Found, touched: Option<&Touched>, last: bool) -> Part {
+    fn part(&self, inode: u64, found: &Found, last: bool) -> Part {
+        let none = Touched::default();
+        let touched = self.log.is_some().then(|| self.told.get(&inode).unwrap_or(&none));
         let Some(known) = self.files.get(&inode).filter(|_| !(self.silent && last)) else { return Part::All };
         let same_contents = (known.modified, known.size) == (found.attributes.modified, found.size);
         let same_times = same_contents && known.changed == found.changed;

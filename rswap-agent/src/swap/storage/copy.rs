@@ -36,6 +36,8 @@ pub(super) struct Copy {
     pub(super) passes: u32,
     pub(super) bytes: u64,
     pub(super) shared_bytes: u64,
+    /// Bytes of the volume and of the copy that were read again.
+    pub(super) compared_bytes: u64,
     /// Begins to watch what is written.
     log: Option<JoinHandle<Result<Watched, String>>>,
 }
@@ -80,7 +82,15 @@ impl Copy {
                 free_inodes,
             });
         }
-        Ok(Self { source, built: BuiltVolume::make(built)?, passes: 0, bytes: 0, shared_bytes: 0, log })
+        Ok(Self {
+            source,
+            built: BuiltVolume::make(built)?,
+            passes: 0,
+            bytes: 0,
+            shared_bytes: 0,
+            compared_bytes: 0,
+            log,
+        })
     }
 
     /// Passes, until one was short enough for the freeze.
@@ -102,19 +112,28 @@ impl Copy {
         let mut fastest: Option<Duration> = None;
         let mut fruitless = 0;
         let mut before: Option<Duration> = None;
+        // Of the beginning, or of the comparison.
+        let mut since = 0;
+        let mut compared = false;
         loop {
             let began = Instant::now();
             let pids = tree::listed(instance)?;
-            self.pass(false, volume, &pids, &mut || {
-                pace.keep();
-                if Instant::now() > deadline { Err("it takes too long".into()) } else { Ok(()) }
-            })?;
+            self.pass(false, volume, &pids, &mut || keep(&mut pace, deadline))?;
             let took = began.elapsed().saturating_sub(pace.take_waited());
             on_pass(self.passes, self.bytes, took);
+            since += 1;
             let shrinks = took > SHORT && before.is_some_and(|before| took < before * 3 / 4);
             before = Some(took);
-            if took <= allowed && self.passes > 1 && !shrinks {
+            let is_short = took <= allowed && since > 1;
+            if is_short && compared && !shrinks {
                 return Ok(());
+            }
+            if is_short && !compared {
+                // What is written meanwhile is for further passes.
+                self.compare(instance, volume, &mut || keep(&mut pace, deadline).map_err(VolumeError::Send))?;
+                pace.take_waited();
+                (compared, since, fastest, fruitless, before) = (true, 0, None, 0, None);
+                continue;
             }
             let faster = fastest.is_none_or(|fastest| took < fastest * 9 / 10);
             fruitless = if faster { 0 } else { fruitless + 1 };
@@ -127,6 +146,23 @@ impl Copy {
                 });
             }
         }
+    }
+
+    /// Compares the copy, as its disk has it, and the volume, as programs see it, with what was copied.
+    fn compare(
+        &mut self,
+        instance: &Instance,
+        volume: &Volume,
+        on_block: &mut dyn FnMut() -> Result<(), VolumeError>,
+    ) -> Result<(), StorageError> {
+        let began = Instant::now();
+        let there = self.built.compare(on_block)?;
+        let mut mapped = || mapped(volume, &tree::listed(instance).unwrap_or_default());
+        let here = self.source.compare(&mut mapped, on_block)?;
+        self.compared_bytes += there + here;
+        let ms = began.elapsed().as_secs_f64() * 1e3;
+        tracing::info!(here, there, ms, "a volume and its copy were compared");
+        Ok(())
     }
 
     /// What is left; the instance stands still. The copy is put to `place`, and nothing of it is on the disk for certain.
@@ -178,6 +214,12 @@ impl Copy {
         self.passes += 1;
         Ok(())
     }
+}
+
+/// Called between blocks: waits if the instance does.
+fn keep(pace: &mut Pace, deadline: Instant) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    pace.keep();
+    if Instant::now() > deadline { Err("it takes too long".into()) } else { Ok(()) }
 }
 
 /// The files of the volume that processes map for writing: their times need not change.

@@ -98,6 +98,7 @@ pub(super) fn run(
         passes: copy.passes,
         bytes_copied: copy.bytes,
         bytes_shared: copy.shared_bytes,
+        bytes_compared: copy.compared_bytes,
         rehomed: plan.descriptions.len() + plan.mappings.len() + plan.working.len(),
         freeze_steps_ms: steps.list,
         digest: format!("{digest:032x}"),
