@@ -134,9 +134,10 @@ impl LoopDevice {
         &self.mount_point
     }
 
-    /// The configuration of a storage pool on it, with further lines.
+    /// The configuration of a storage pool on it, with further lines, in which `@` stands for its mount point.
     pub fn pool(&self, name: &str, lines: &str) -> String {
         let at = &self.mount_point;
+        let lines = lines.replace('@', &at.to_string_lossy());
         format!("[[pool]]\nname = {name:?}\nstorage = {at:?}\nvolumes = {:?}\n{lines}\n\n", at.join("rswap"))
     }
 

@@ -138,6 +138,16 @@ impl StorageScene {
         })
     }
 
+    /// Waits until something is copied to a pool.
+    pub fn wait_for_copy(&self, pool: &str) -> anyhow::Result<()> {
+        let directory = self.fleet.scratch().join(pool).join("mounted/rswap");
+        wait_for("the copy to begin", LIMIT, || {
+            let all = fs::read_dir(&directory).into_iter().flatten().flatten();
+            let mut names = all.map(|entry| entry.file_name());
+            Ok(names.any(|name| name.to_string_lossy().starts_with(".arr")).then_some(()))
+        })
+    }
+
     /// Waits for fifty further rounds.
     pub fn goes_on(&self) -> anyhow::Result<()> {
         rounds::wait_for_more(&self.log, 50, LIMIT)

@@ -4,6 +4,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::ensure;
 use rswap_tests::{
+    HostOptions,
     loop_device::FileSystem,
     reason_to_skip,
     storage::{Disk, StorageScene},
@@ -76,6 +77,80 @@ fn a_volume_that_stays_on_its_file_system_shares_its_blocks() -> anyhow::Result<
     scene.nothing_is_left()
 }
 
+/// Whether its blocks can be shared or not. What is written to the copy is written to the file system that is watched, too.
+#[test]
+fn a_volume_moves_between_two_pools_of_one_file_system() -> anyhow::Result<()> {
+    if reason_to_skip("a_volume_moves_between_two_pools_of_one_file_system").is_some() {
+        return Ok(());
+    }
+    let beside = "\n[[pool]]\nname = \"beside\"\nstorage = \"@\"\nvolumes = \"@/beside\"";
+    for disk in [Disk::of(256 * MIB), Disk::with(FileSystem::Btrfs, OTHER_BYTES)] {
+        let scene = StorageScene::set_with([disk], [beside], HostOptions::default())?;
+        let bytes = 16_000_000;
+        scene.python("volume", &["0.005", &bytes.to_string()])?;
+        let pools = [("one", "rswap"), ("beside", "beside")]
+            .map(|(pool, directory)| (pool, scene.disks[0].mount_point().join(directory)));
+        for (at, (pool, directory)) in pools.iter().cycle().take(4).enumerate() {
+            let report = scene.moved(pool)?.map_err(anyhow::Error::msg)?;
+            scene.goes_on()?;
+            let real = fs::canonicalize(scene.place())?;
+            ensure!(real.starts_with(directory), "it is in {}", real.display());
+            let shares = disk.file_system == FileSystem::Btrfs && at > 0;
+            ensure!((report.bytes_shared > bytes * 9 / 10) == shares, "{report:?}");
+            // Of the volume on btrfs what was written lately is left to the freeze.
+            let of_both = if disk.file_system == FileSystem::Btrfs { bytes } else { bytes * 19 / 10 };
+            ensure!(report.bytes_compared > of_both, "{report:?}");
+            let (_, other) = &pools[(at + 1) % 2];
+            wait_for("the other copy to go", LIMIT, || Ok((!other.join("worker").exists()).then_some(())))?;
+            scene.nothing_is_left()?;
+        }
+    }
+    Ok(())
+}
+
+/// What changes meanwhile has room; nobody is told that the disk is full, however little is left.
+#[test]
+fn a_copy_that_shares_its_blocks_fits_where_there_is_no_room_for_two() -> anyhow::Result<()> {
+    let test = "a_copy_that_shares_its_blocks_fits_where_there_is_no_room_for_two";
+    if reason_to_skip(test).is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set_on([Disk::with(FileSystem::Xfs, OTHER_BYTES)], 3000)?;
+    let bytes = 80_000_000;
+    scene.python("volume", &["0.005", &bytes.to_string()])?;
+    scene.moves("one")?;
+    let pool = scene.disks[0].mount_point();
+    let leave = |bytes: u64| -> anyhow::Result<()> {
+        let file = fs::File::create(pool.join("filler"))?;
+        let free = nix::sys::statvfs::fstatvfs(&file)?;
+        let free = free.blocks_free() * free.fragment_size();
+        ensure!(free > bytes, "it is full already: {free} bytes are left");
+        let flags = nix::fcntl::FallocateFlags::empty();
+        Ok(nix::fcntl::fallocate(&file, flags, 0, (free - bytes) as i64)?)
+    };
+    leave(48 << 20)?;
+    let report = scene.moves("one")?;
+    ensure!(report.bytes_shared > bytes * 9 / 10, "{report:?}");
+    // Room that goes while it is copied.
+    let swap = std::thread::scope(|scope_of_threads| -> anyhow::Result<_> {
+        let moving = scope_of_threads.spawn(|| scene.moved("one"));
+        scene.wait_for_copy("one")?;
+        leave(7 << 20)?;
+        moving.join().map_err(|_| anyhow::anyhow!("it panicked"))?
+    })?;
+    let reason = swap.expect_err("too little is left");
+    ensure!(reason.contains("bytes are left while blocks are shared"), "{reason}");
+    scene.goes_on()?;
+    scene.is_on(Some("one"))?;
+    // Room that is not there.
+    let reason = scene.moved("one")?.expect_err("too little is left");
+    ensure!(reason.contains("no room"), "{reason}");
+    scene.goes_on()?;
+    fs::remove_file(pool.join("filler"))?;
+    scene.moves("one")?;
+    scene.nothing_is_left()
+}
+
 /// Also with writes that no time tells of, and that no page of the cache shows; on ext4, where the kernel tells what is written, and
 /// where files are read whole instead.
 #[test]
@@ -118,16 +193,9 @@ fn a_disk_that_fills_leaves_the_volume_where_it_was() -> anyhow::Result<()> {
     scene.is_on(Some("one"))?;
     // What has room when it is looked at, and none when it is copied.
     fs::remove_file(&filler)?;
-    let disk = scene.disks[1].mount_point().to_owned();
     let swap = std::thread::scope(|scope_of_threads| -> anyhow::Result<_> {
         let moving = scope_of_threads.spawn(|| scene.moved("two"));
-        wait_for("the copy to begin", LIMIT, || {
-            let arriving = fs::read_dir(disk.join("rswap")).into_iter().flatten().flatten();
-            Ok(arriving
-                .map(|entry| entry.file_name())
-                .any(|n| n.to_string_lossy().starts_with(".arr"))
-                .then_some(()))
-        })?;
+        scene.wait_for_copy("two")?;
         let file = fs::File::create(&filler)?;
         let mut bytes = 48 * MIB;
         // All that is left but what was copied meanwhile.

@@ -68,7 +68,7 @@ fn a_disk_that_fails_or_vanishes_leaves_the_volume_where_it_was() -> anyhow::Res
                 swap
             } else {
                 let swap = begin(&scene, "two")?;
-                wait_for_copy(&scene, "two")?;
+                scene.wait_for_copy("two")?;
                 end.strike(&scene.disks[1])?;
                 swap
             };
@@ -106,7 +106,7 @@ fn a_disk_that_fails_with_the_volume_on_it_stops_nobody_else() -> anyhow::Result
     scene.python("volume", &["0.005", "30000000"])?;
     scene.moves("two")?;
     let swap = begin(&scene, "one")?;
-    wait_for_copy(&scene, "one")?;
+    scene.wait_for_copy("one")?;
     End::Fails(0).strike(&scene.disks[1])?;
     let (told, tells) = std::sync::mpsc::channel();
     std::thread::spawn(move || told.send(swap.wait_with_output()));
@@ -197,7 +197,7 @@ fn a_guard_that_is_killed_costs_at_most_the_swap() -> anyhow::Result<()> {
     scene.moves("one")?;
     // While it is copied: nothing is frozen without a guard.
     let swap = begin(&scene, "two")?;
-    wait_for_copy(&scene, "two")?;
+    scene.wait_for_copy("two")?;
     kill_guard(&scene)?;
     let output = swap.wait_with_output()?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -237,15 +237,6 @@ fn a_guard_that_is_killed_costs_at_most_the_swap() -> anyhow::Result<()> {
 
 fn begin(scene: &StorageScene, pool: &str) -> anyhow::Result<Child> {
     Ok(scene.swap(pool)?.stdout(Stdio::piped()).spawn()?)
-}
-
-/// Waits until something is copied to a pool.
-fn wait_for_copy(scene: &StorageScene, pool: &str) -> anyhow::Result<()> {
-    let directory = scene.fleet.scratch().join(pool).join("mounted/rswap");
-    wait_for("the copy to begin", LIMIT, || {
-        let all = fs::read_dir(&directory).into_iter().flatten().flatten();
-        Ok(all.map(|entry| entry.file_name()).any(|n| n.to_string_lossy().starts_with(".arr")).then_some(()))
-    })
 }
 
 /// A swap whose agent stands still at `step`, and whose guard is gone.

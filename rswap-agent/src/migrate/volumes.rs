@@ -20,7 +20,7 @@ use crate::{
     volume::{
         VolumeError, place,
         record::{self, Frames},
-        source::SourceVolume,
+        source::{Need, SourceVolume},
     },
 };
 
@@ -113,7 +113,7 @@ impl SourceVolumes {
 fn together_need<'a>(all: impl Iterator<Item = &'a SourceVolume>) -> Result<(u64, u64), VolumeError> {
     let mut need = (0, 0);
     for volume in all {
-        let (bytes, inodes) = volume.need()?;
+        let Need { bytes, inodes, .. } = volume.need()?;
         need = (need.0 + bytes, need.1 + inodes);
     }
     Ok(need)

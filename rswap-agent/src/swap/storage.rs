@@ -21,6 +21,7 @@ mod hold;
 mod pace;
 mod record;
 mod recover;
+mod room;
 
 use std::{
     fs,

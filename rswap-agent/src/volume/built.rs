@@ -206,26 +206,13 @@ impl BuiltVolume {
         self.inside(inode, range.start, BLOCK)?;
         let mut contents = Vec::new();
         let file = self.file(inode)?;
-        match file::share(from, range.clone(), file) {
-            Ok(()) => {}
-            // Of two file systems; of one that can't; of one that knows of no such thing.
-            Err(error)
-                if [Errno::XDEV, Errno::OPNOTSUPP, Errno::NOTTY, Errno::NOSYS]
-                    .map(|errno| Some(errno.raw_os_error()))
-                    .contains(&error.raw_os_error()) =>
-            {
+        match shared(file::share(from, range.clone(), file))? {
+            Shared::Yes => {}
+            Shared::No => return Ok(Shared::No),
+            Shared::Never => {
                 self.apart = true;
                 return Ok(Shared::Never);
             }
-            // These two files can't; or it is shorter by now.
-            Err(error)
-                if [Errno::INVAL, Errno::PERM, Errno::TXTBSY]
-                    .map(|errno| Some(errno.raw_os_error()))
-                    .contains(&error.raw_os_error()) =>
-            {
-                return Ok(Shared::No);
-            }
-            Err(error) => return Err(VolumeError::io("sharing a block of", b"a file")(error)),
         }
         blocks::read(file, number, range.end, &mut contents)
             .map_err(VolumeError::io("reading back", b"a file"))?;
@@ -241,6 +228,17 @@ impl BuiltVolume {
         }
         self.fresh.remove(&number);
         Ok(Shared::Yes)
+    }
+
+    /// Whether a block of this file of this host can be shared; it is tried.
+    pub fn shares_with(&self, from: &File) -> Result<bool, VolumeError> {
+        const NAME: &str = "shared";
+        let failed = || VolumeError::io::<Errno>("trying to share a block of", b"a file");
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let made = rustix::fs::openat(&self.inodes, NAME, flags, Mode::RUSR | Mode::WUSR);
+        let file = File::from(made.map_err(failed())?);
+        rustix::fs::unlinkat(&self.inodes, NAME, AtFlags::empty()).map_err(failed())?;
+        Ok(shared(file::share(from, 0..BLOCK, &file))? == Shared::Yes)
     }
 
     /// The digest of what is there, read back from the disk's side; only when it is [finished](Self::finish).
@@ -504,6 +502,21 @@ impl BuiltVolume {
         }
         Ok(same)
     }
+}
+
+/// What it means that a block could be shared, or why it could not.
+fn shared(tried: std::io::Result<()>) -> Result<Shared, VolumeError> {
+    let Err(error) = tried else { return Ok(Shared::Yes) };
+    let is = |any: &[Errno]| any.iter().any(|errno| Some(errno.raw_os_error()) == error.raw_os_error());
+    // Of two file systems; of one that can't; of one that knows of no such thing.
+    if is(&[Errno::XDEV, Errno::OPNOTSUPP, Errno::NOTTY, Errno::NOSYS]) {
+        return Ok(Shared::Never);
+    }
+    // These two files can't; or it is shorter by now.
+    if is(&[Errno::INVAL, Errno::PERM, Errno::TXTBSY]) {
+        return Ok(Shared::No);
+    }
+    Err(VolumeError::io("sharing a block of", b"a file")(error))
 }
 
 /// Whether something has these attributes already, but for extended ones and the time of reading, which is not worth a sync.

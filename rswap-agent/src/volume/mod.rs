@@ -64,6 +64,16 @@ pub enum VolumeError {
         /// In the block that begins there.
         offset: u64,
     },
+    /// Blocks are shared, and what the program rewrites of them would soon have no room.
+    #[error(
+        "{free_bytes} bytes are left while blocks are shared, and it ends below {floor_bytes}: what is rewritten meanwhile needs them"
+    )]
+    NoRoomLeft {
+        /// Free where it is copied to.
+        free_bytes: u64,
+        /// What has to be left.
+        floor_bytes: u64,
+    },
     /// What a pass has found could not be sent.
     #[error("sending a volume")]
     Send(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -50,6 +50,17 @@ pub trait WriteLog: std::fmt::Debug + Send {
     fn take(&mut self, all: bool) -> Option<BTreeMap<u64, Touched>>;
 }
 
+/// What a copy takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// On the disk.
+    pub bytes: u64,
+    /// Of those, what is in blocks that a copy on the same file system could share.
+    pub shareable_bytes: u64,
+    /// Files, directories and whatever else has a name.
+    pub inodes: u64,
+}
+
 /// A volume, with what is known of its copy.
 #[derive(Debug)]
 pub struct SourceVolume {
@@ -122,11 +133,29 @@ impl SourceVolume {
         self.log = Some(log);
     }
 
-    /// What the destination needs room for: bytes on the disk, and inodes. What can't be carried is refused.
-    pub fn need(&self) -> Result<(u64, u64), VolumeError> {
+    /// What the destination needs room for. What can't be carried is refused.
+    pub fn need(&self) -> Result<Need, VolumeError> {
         let tree = tree::scan(self.root.as_fd(), &Tree::new())?;
-        let inodes: BTreeMap<u64, u64> = tree.values().map(|found| (found.inode, found.allocated)).collect();
-        Ok((inodes.values().sum(), inodes.len() as u64))
+        let inodes: BTreeMap<u64, &Found> = tree.values().map(|found| (found.inode, found)).collect();
+        let whole_blocks = |found: &Found| match found.kind {
+            Kind::File { .. } => found.allocated.min(found.size / BLOCK * BLOCK),
+            _ => 0,
+        };
+        Ok(Need {
+            bytes: inodes.values().map(|found| found.allocated).sum(),
+            shareable_bytes: inodes.values().map(|found| whole_blocks(found)).sum(),
+            inodes: inodes.len() as u64,
+        })
+    }
+
+    /// A file whose first block could be shared, if its file system can: the longest one.
+    pub fn sample(&self) -> Result<Option<File>, VolumeError> {
+        let tree = tree::scan(self.root.as_fd(), &Tree::new())?;
+        let files = tree.iter().filter(|(_, found)| matches!(found.kind, Kind::File { .. }));
+        match files.max_by_key(|(_, found)| found.allocated).filter(|(_, found)| found.size >= BLOCK) {
+            Some((path, found)) => self.open_found(path, found, false),
+            None => Ok(None),
+        }
     }
 
     /// Sends what changed since the last pass. `mapped`: the files that processes map for writing. With `last`, the

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{StorageError, pace::Pace};
+use super::{StorageError, pace::Pace, room::Room};
 use crate::{
     instance::{Instance, volume::Volume},
     profile::written::Watched,
@@ -33,6 +33,7 @@ const SHORT: Duration = Duration::from_millis(8);
 pub(super) struct Copy {
     pub(super) source: SourceVolume,
     pub(super) built: BuiltVolume,
+    room: Room,
     pub(super) passes: u32,
     pub(super) bytes: u64,
     pub(super) shared_bytes: u64,
@@ -67,30 +68,13 @@ impl Completed {
 impl Copy {
     /// Begins one of the volume in `from`, in `built`; there must be room.
     pub(super) fn begin(from: &Path, built: &Path) -> Result<Self, StorageError> {
+        let pool = built.parent().unwrap_or(built);
         let source = SourceVolume::open(from)?;
         let followed = from.to_owned();
         let log = Some(thread::spawn(move || Watched::start(&followed)));
-        let (bytes, inodes) = source.need()?;
-        let pool = built.parent().unwrap_or(built);
-        let (free_bytes, free_inodes) = place::room(pool)?;
-        if bytes > free_bytes || inodes > free_inodes {
-            return Err(StorageError::NoRoom {
-                pool: pool.to_owned(),
-                bytes,
-                inodes,
-                free_bytes,
-                free_inodes,
-            });
-        }
-        Ok(Self {
-            source,
-            built: BuiltVolume::make(built)?,
-            passes: 0,
-            bytes: 0,
-            shared_bytes: 0,
-            compared_bytes: 0,
-            log,
-        })
+        let built = BuiltVolume::make(built)?;
+        let room = Room::require(&source, &built, pool)?;
+        Ok(Self { source, built, room, passes: 0, bytes: 0, shared_bytes: 0, compared_bytes: 0, log })
     }
 
     /// Passes, until one was short enough for the freeze.
@@ -197,13 +181,16 @@ impl Copy {
         // Both write to it, one after the other.
         let built = RefCell::new(&mut self.built);
         let on_frame = RefCell::new(on_frame);
+        let room = &self.room;
         let mut send = |frame: &[u8]| {
             let (_, records) = record::parse(frame)?;
             records.into_iter().try_for_each(|record| built.borrow_mut().take(record))?;
+            room.keep(frame.len() as u64)?;
             (*on_frame.borrow_mut())()
         };
         let mut share = |inode, file: &File, number, hash| {
             let shared = built.borrow_mut().share(inode, file, number, hash)?;
+            room.keep(0)?;
             (*on_frame.borrow_mut())().map_err(VolumeError::Send)?;
             Ok(shared)
         };
