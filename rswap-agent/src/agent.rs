@@ -59,6 +59,7 @@ use crate::{
         recovery::Recovery,
     },
     pool::{Pool, PoolKind},
+    privilege::{self, PrivilegeError},
     status::{self, Board, BoardState, StatusError},
     swap::{share, storage},
     sys::heap,
@@ -102,6 +103,9 @@ pub enum AgentError {
     /// The links to other hosts.
     #[error(transparent)]
     Links(#[from] LinksError),
+    /// It may not enough.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
     /// No such host.
     #[error("{host:?} is neither a host pool nor ADDRESS:PORT: the host pools are: {known}")]
     NoHost {
@@ -147,15 +151,27 @@ pub fn run(config: Config) -> Result<(), AgentError> {
     stops.add(Signal::SIGTERM);
     stops.add(Signal::SIGINT);
     stops.thread_unblock().map_err(|errno| failed("unblock SIGTERM and SIGINT")(errno.into()))?;
+    // While there is but this thread: those that it starts have no more.
+    privilege::keep_what_is_needed()?;
     open_as_many_as_allowed().map_err(failed("raise the limit of open files"))?;
     heap::limit_arenas().map_err(failed("limit the arenas of the heap"))?;
     // Two threads serve; the windows' work is done on this one.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .thread_name("rswap-serves")
+        .on_thread_start(serve_without_privileges)
         .enable_all()
         .build()
         .map_err(failed("start the runtime"))?;
     runtime.block_on(serve(config))
+}
+
+/// What callers of the sockets say is read by threads that may nothing else.
+fn serve_without_privileges() {
+    if let Err(error) = privilege::serve_only() {
+        tracing::error!(%error, "a thread that serves calls can't give up its capabilities: ending");
+        std::process::exit(1);
+    }
 }
 
 /// A migration opens what it looks at: hundreds of files. The usual limit of a service is low for the sake of select(2), which

@@ -10,6 +10,7 @@ pub mod control;
 pub mod instance;
 pub mod migrate;
 pub mod pool;
+pub mod privilege;
 pub mod profile;
 pub mod status;
 pub mod swap;

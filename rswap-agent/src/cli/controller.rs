@@ -10,7 +10,10 @@ use rswap_store::Store;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::local;
-use crate::config::{Config, Mode};
+use crate::{
+    config::{Config, Mode},
+    privilege,
+};
 
 pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
     local::log();
@@ -22,6 +25,9 @@ pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let fleet = &config.fleet;
     let listens = match (fleet.listen, &fleet.tls) {
         (None, _) => None,
+        (Some(address), _) if (1..1024).contains(&address.port()) => bail!(
+            "cannot listen on fleet.listen = {address}: the controller gives up the right to ports below 1024; choose another"
+        ),
         (Some(address), Some(tls)) => Some((address, tls)),
         (Some(address), None) => bail!(
             "cannot listen on fleet.listen = {address} without a certificate: everybody on the way could read, and be any host. \
@@ -42,6 +48,8 @@ pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let audit = Audit::open(fleet.audit_log(), fleet.audit_kib << 10).with_context(|| {
         format!("cannot open the audit log {} (fleet.audit_log)", fleet.audit_log().display())
     })?;
+    // Its files are open, and its threads are not there yet: from here on it needs nothing that only root may.
+    privilege::keep_nothing().context("cannot give up the controller's capabilities")?;
     let controller = Controller::new(Stores::from(store), settings, audit)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;

@@ -1,4 +1,4 @@
-//! The commands that work on the host themselves: `agent`, `run`, `doctor`, and the internal ones.
+//! The commands that work on the host themselves: `agent`, `run`, and the internal ones.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -9,7 +9,7 @@ use std::{
 use anyhow::bail;
 use tracing_subscriber::EnvFilter;
 
-use super::{InitArguments, Output, RunArguments, Session, labels, print_json, runtime, table::table};
+use super::{InitArguments, RunArguments, Session, labels, runtime};
 use crate::{
     agent,
     config::Config,
@@ -21,14 +21,10 @@ use crate::{
         network::mac_for,
         volume::Volume,
     },
-    migrate::{
-        guard,
-        links::{Links, LinksView},
-    },
+    migrate::guard,
     pool::{self, PoolKind},
-    profile::doctor as features,
+    privilege,
     sys::clock::Clocks,
-    units::UnixMillis,
 };
 
 /// `--net ADDRESS/PREFIX[,gw=ADDRESS]`: the gateway is of the address's family.
@@ -123,6 +119,8 @@ pub(super) fn init(arguments: InitArguments) -> anyhow::Result<ExitCode> {
 }
 
 pub(super) fn guard(word: i32, life: i32) -> anyhow::Result<ExitCode> {
+    // It does what the agent would do, by the same means.
+    privilege::keep_what_is_needed()?;
     guard::run(word, life).map_err(|error| anyhow::anyhow!("the guard of a freeze: {error}"))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -191,40 +189,4 @@ fn cpu_pool(config: &Config, name: String) -> anyhow::Result<(String, pool::CpuS
             bail!("there is no pool {name:?}: the CPU pools of this host are {}", known.join(", "))
         }
     }
-}
-
-/// Whether links to other hosts are safe, as a feature of this host.
-fn links(config: &Config) -> features::Feature {
-    let finding = match Links::open(config) {
-        Err(error) => Err(format!("{:#}", anyhow::Error::new(error))),
-        Ok(links) => match links.view(UnixMillis::now()) {
-            LinksView::Closed => Err("[tls] is not set".to_owned()),
-            view => match (view.problem(), &view) {
-                (None, LinksView::Tls { identity, .. }) => Ok(format!("TLS, as {identity}")),
-                (problem, _) => Err(problem.unwrap_or_default().to_owned()),
-            },
-        },
-    };
-    features::feature("links to other hosts ([tls])", finding, "no other host is spoken to, or not safely")
-}
-
-pub(super) fn doctor(session: &Session, output: Output) -> anyhow::Result<ExitCode> {
-    let mut found = features::features();
-    found.push(links(&session.config));
-    if output.json {
-        print_json(&found)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let mut rows = table(&["FEATURE", "", "FOUND", "WITHOUT IT"]);
-    for feature in &found {
-        let mark = if feature.present { "yes" } else { "no" };
-        let lack = match (feature.present, feature.remedy.as_str()) {
-            (true, _) => String::new(),
-            (false, "") => feature.cost_of_lack.clone(),
-            (false, remedy) => format!("{}: {remedy} is needed", feature.cost_of_lack),
-        };
-        rows.add_row([feature.name.as_str(), mark, feature.detail.as_str(), &lack]);
-    }
-    println!("{rows}");
-    Ok(ExitCode::SUCCESS)
 }

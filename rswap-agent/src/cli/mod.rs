@@ -7,8 +7,10 @@ mod calibrate;
 mod change;
 mod check;
 mod controller;
+mod doctor;
 mod fleet;
 mod forecast;
+mod health;
 mod labels;
 mod local;
 mod migrate;
@@ -88,8 +90,10 @@ enum Command {
     Simulate(simulate::SimulateArguments),
     /// Make an authority and certificates for the links between hosts
     Pki(pki::PkiArguments),
-    /// Show which kernel features are there, and what each lack costs
+    /// Show which kernel features are there, what the agent may, and what each lack costs
     Doctor(Output),
+    /// Wait until the agent answers and does its work; exit status 1 if it does not
+    Health(health::HealthArguments),
     /// The first process of an instance's PID namespace
     #[command(name = "__init", hide = true)]
     Init(InitArguments),
@@ -317,7 +321,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Run(arguments) => local::run(&session, arguments),
         Command::Check(arguments) => check::check(&session, &arguments),
         Command::Calibrate(arguments) => calibrate::calibrate(&session, &arguments),
-        Command::Doctor(output) => local::doctor(&session, output),
+        Command::Doctor(output) => doctor::doctor(&session, output),
         other => runtime()?.block_on(ask(&session, other)),
     }
 }
@@ -339,6 +343,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         Command::Drain(arguments) => change::drain(&session.client, arguments).await?,
         Command::Recover(arguments) => change::recover(&session.client, arguments).await?,
         Command::Migrate(arguments) => return migrate::migrate(&session.client, arguments).await,
+        Command::Health(arguments) => return health::health(session, arguments).await,
         Command::Agent
         | Command::Controller
         | Command::Run(_)

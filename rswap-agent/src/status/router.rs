@@ -121,6 +121,7 @@ async fn status(State(board): State<Board>) -> Response {
         "version": env!("CARGO_PKG_VERSION"),
         "host": board.host,
         "mode": board.mode,
+        "pid": std::process::id(),
         "at": now,
         "started": board.started,
         "uptime_ms": now.since(board.started),

@@ -4,6 +4,7 @@
 //! says why its unsafe block is sound; policy lives with the callers.
 
 pub mod bpf_mmap;
+pub mod capability;
 pub mod clock;
 pub mod cpuid;
 pub mod datagram;
