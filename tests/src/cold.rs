@@ -149,6 +149,14 @@ impl ColdScene {
     }
 }
 
+/// What of a process is in huge pages, and what in swap, in bytes.
+pub fn huge_and_swapped(pid: i32) -> anyhow::Result<(u64, u64)> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let kib = |what| text.lines().find_map(|line| line.strip_prefix(what)?.trim().strip_suffix(" kB"));
+    let bytes = |what| anyhow::Ok(kib(what).context("not in smaps_rollup")?.trim().parse::<u64>()? << 10);
+    Ok((bytes("AnonHugePages:")?, bytes("Swap:")?))
+}
+
 /// Of a host on which the device is the pool `zram`.
 pub fn options(plan: &Plan, device: &SwapDevice) -> HostOptions {
     let MemoryConfig { look_every_ms, cold_after_s, pressure_limit, out_mib_per_s, cpu_share } = &plan.memory;

@@ -1,9 +1,10 @@
-//! Follows the agent as a debugger does, and strikes between two of its ptrace requests, or before it moves a thread: so every step of
-//! what it does to a running program can be chosen.
+//! Follows the agent as a debugger does, and strikes before one of its system calls: so every step of what it does to a running program can be
+//! chosen.
 
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::fs::FileExt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -43,6 +44,12 @@ pub enum Place {
     BeforeRegistersBack,
     /// Before the `nth` thread is given other processors (sched_setaffinity(2)), from 0.
     Affinity(usize),
+    /// Before the `nth` time that the agent gives this advice about memory (process_madvise(2)), from 0.
+    Advice(i32, usize),
+    /// Before the `nth` time that it reads another one's memory (process_vm_readv(2)), from 0.
+    Read(usize),
+    /// Before it renames a file to a path that ends so.
+    RenameTo(&'static str),
 }
 
 /// Requests that tell where the agent is (include/uapi/linux/ptrace.h).
@@ -106,7 +113,7 @@ fn seize(agent: Pid) -> anyhow::Result<()> {
 fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow::Result<bool> {
     // Each of the agent's threads makes its calls in a program of its own.
     let mut threads: BTreeMap<i32, Progress> = BTreeMap::new();
-    let (mut requests, mut placed) = (0.., 0..);
+    let (mut requests, mut calls) = (0.., Calls::default());
     while !over.load(Ordering::Acquire) {
         // Not for the children of the test's other threads.
         let stop = match waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD)) {
@@ -124,8 +131,7 @@ fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow
                             let progress = threads.entry(tid.as_raw()).or_default();
                             progress.reaches(place, registers.rdi, requests.next())
                         }
-                        libc::SYS_sched_setaffinity => placed.next().map(Place::Affinity) == Some(place),
-                        _ => false,
+                        _ => calls.reaches(place, tid, &registers),
                     }
                 {
                     kill(agent, signal).context("cannot strike")?;
@@ -143,6 +149,49 @@ fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow
         }
     }
     Ok(false)
+}
+
+/// What the agent has called so far, besides ptrace.
+#[derive(Debug, Default)]
+struct Calls {
+    placed: usize,
+    read: usize,
+    advised: BTreeMap<i32, usize>,
+}
+
+impl Calls {
+    /// Takes note of a call that is about to be made; whether it is at `place`.
+    fn reaches(&mut self, place: Place, tid: Pid, registers: &libc::user_regs_struct) -> bool {
+        let count = |calls: &mut usize| {
+            *calls += 1;
+            *calls - 1
+        };
+        match registers.orig_rax as i64 {
+            libc::SYS_sched_setaffinity => place == Place::Affinity(count(&mut self.placed)),
+            libc::SYS_process_vm_readv => place == Place::Read(count(&mut self.read)),
+            libc::SYS_process_madvise => {
+                let advice = registers.r10 as i32;
+                place == Place::Advice(advice, count(self.advised.entry(advice).or_default()))
+            }
+            libc::SYS_rename => match place {
+                Place::RenameTo(end) => {
+                    path_at(tid, registers.rsi).is_some_and(|path| path.ends_with(end.as_bytes()))
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+}
+
+/// The path at an address of the agent.
+fn path_at(tid: Pid, address: u64) -> Option<Vec<u8>> {
+    let memory = fs::File::open(format!("/proc/{tid}/mem")).ok()?;
+    let mut path = vec![0; libc::PATH_MAX as usize];
+    // It may lie near the end of what is mapped.
+    let read = memory.read_at(&mut path, address).ok()?;
+    path.truncate(path[..read].iter().position(|byte| *byte == 0)?);
+    Some(path)
 }
 
 /// What a thread of the agent did so far.
@@ -166,7 +215,7 @@ impl Progress {
             Place::Exit(nth) => request == GET_REGISTERS && self.half == 2 && self.calls == nth + 1,
             Place::BeforeMaskBack => request == SET_MASK && self.masked == 1,
             Place::BeforeRegistersBack => request == SET_REGISTERS && self.masked == 2,
-            Place::Affinity(_) => false,
+            Place::Affinity(_) | Place::Advice(..) | Place::Read(_) | Place::RenameTo(_) => false,
         };
         match request {
             TO_CALL if self.half == 1 => self.half = 2,

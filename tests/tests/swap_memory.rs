@@ -87,47 +87,6 @@ fn begin(scene: &ColdScene, pool: &str) -> anyhow::Result<Child> {
 }
 
 #[test]
-fn killed_agents_lose_nothing_at_any_step() -> anyhow::Result<()> {
-    if skipped("killed_agents_lose_nothing_at_any_step") {
-        return Ok(());
-    }
-    let mut scene = ColdScene::set(&Plan::default())?;
-    let memory = scene.memory_pool()?;
-    // Before the first probe, among the probes, while pages go, and when all have gone and the call has not returned perhaps.
-    for from in [0, 1, 20 * MIB, 80 * MIB] {
-        let mut call = begin(&scene, "zram")?;
-        wait_for("pages to go", LIMIT, || Ok((scene.swapped()? >= from).then_some(())))?;
-        scene.host.kill_agent()?;
-        call.wait()?;
-        println!("killed with {} MiB in swap", scene.swapped()? / MIB);
-        scene.check()?;
-        scene.host.start_agent()?;
-        scene.host.wait_for_instance("redis")?;
-        scene.swap("zram")?;
-        ensure!(scene.swapped()? > 60 * MIB, "the next try moved {} bytes", scene.swapped()?);
-        // On the pool, and on the way back.
-        scene.host.kill_agent()?;
-        scene.host.start_agent()?;
-        let shown = scene.wait_for_word("the next agent to go on", |shown| shown.doing == "out")?;
-        ensure!(shown.swapped_bytes > 60 * MIB, "{shown:?}");
-        let mut call = begin(&scene, &memory)?;
-        let before = scene.swapped()?;
-        wait_for("pages to come back", LIMIT, || Ok((scene.swapped()? < before).then_some(())))?;
-        scene.host.kill_agent()?;
-        call.wait()?;
-        scene.host.start_agent()?;
-        scene.host.wait_for_instance("redis")?;
-        scene.check()?;
-        // What was on its way is what the registry says, or is brought there by asking again.
-        if let Err(error) = scene.swap(&memory) {
-            ensure!(error.to_string().contains("nothing of it is in swap"), "{error:#}");
-        }
-        ensure!(scene.swapped()? == 0, "{} bytes are in swap", scene.swapped()?);
-    }
-    scene.check()
-}
-
-#[test]
 fn an_agent_that_is_stopped_within_a_swap_brings_all_back() -> anyhow::Result<()> {
     if skipped("an_agent_that_is_stopped_within_a_swap_brings_all_back") {
         return Ok(());
@@ -324,13 +283,7 @@ fn huge_pages_that_are_used_stay_huge() -> anyhow::Result<()> {
     let program = program("huge.py").to_string_lossy().into_owned();
     host.run("huge", &[], &["python3", &program, &(BLOCK / MIB).to_string()])?;
     host.wait_for_instance("huge")?;
-    let huge = || -> anyhow::Result<(u64, u64)> {
-        let pid = host.pids("huge")?.first().copied().context("no process")?;
-        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-        let kib = |what| text.lines().find_map(|line| line.strip_prefix(what)?.trim().strip_suffix(" kB"));
-        let bytes = |what| anyhow::Ok(kib(what).context("not in smaps_rollup")?.trim().parse::<u64>()? << 10);
-        Ok((bytes("AnonHugePages:")?, bytes("Swap:")?))
-    };
+    let huge = || cold::huge_and_swapped(host.pids("huge")?.first().copied().context("no process")?);
     if wait_for("both blocks in huge pages", LIMIT, || Ok((huge()?.0 >= 2 * BLOCK).then_some(()))).is_err() {
         skip("huge_pages_that_are_used_stay_huge", "this machine has no transparent huge pages to give");
         return Ok(());
