@@ -346,7 +346,13 @@ impl Planner {
         decision.outcome = if rules::stays(lane.view) {
             Outcome::Stay { reason: StayReason::ToldToStay }
         } else {
-            self.outcome(round.now, &decision, forced, part, in_flight)
+            match self.outcome(round.now, &decision, forced, part, in_flight) {
+                // A disk that fails is gone soon: what it failed goes on waiting, and so does what waits for that.
+                Outcome::Stay { reason: StayReason::NoPoolFits } => {
+                    Outcome::Stay { reason: self.back_off(round.now, part).unwrap_or(StayReason::NoPoolFits) }
+                }
+                outcome => outcome,
+            }
         };
         decision
     }

@@ -301,6 +301,15 @@ impl Planner {
         decision
     }
 
+    /// That the next try waits, if one has failed a short while ago.
+    pub(crate) fn back_off(&self, now: UnixMillis, memory: &Memory) -> Option<StayReason> {
+        let failed_at = memory.last_failure?;
+        let wait = self.config.cool_down_ms.max(MIN_BACK_OFF_MS) << memory.failures.clamp(1, 7) >> 1;
+        let left_ms = wait.saturating_sub(now.since(failed_at));
+        let (failures, error) = (memory.failures, memory.last_error.clone());
+        (left_ms > 0).then_some(StayReason::BackOff { failures, left_ms, error })
+    }
+
     /// What follows from the numbers, for what has moved and failed as `memory` says.
     pub(crate) fn outcome(
         &self,
@@ -332,13 +341,8 @@ impl Planner {
             let reason = StayReason::NothingBetter { best_gain: None, hysteresis: self.config.hysteresis };
             return stay(if forced { StayReason::NoPoolFits } else { reason });
         };
-        if let Some(failed_at) = memory.last_failure {
-            let wait = self.config.cool_down_ms.max(MIN_BACK_OFF_MS) << memory.failures.clamp(1, 7) >> 1;
-            let left_ms = wait.saturating_sub(now.since(failed_at));
-            if left_ms > 0 {
-                let (failures, error) = (memory.failures, memory.last_error.clone());
-                return stay(StayReason::BackOff { failures, left_ms, error });
-            }
+        if let Some(reason) = self.back_off(now, memory) {
+            return stay(reason);
         }
         if !forced {
             let gain = score.map_or(0.0, |score| score - best.total);

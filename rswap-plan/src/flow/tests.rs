@@ -404,6 +404,34 @@ fn what_only_saves_waits_while_what_must_move_can_not() {
     assert_eq!(of(&plan, MoveKind::Storage).outcome, Outcome::Stay { reason: StayReason::OtherMoveFirst });
 }
 
+/// A disk fails, and then its pool is gone: what waits after the failure goes on waiting, so nothing is moved that only saves.
+#[test]
+fn a_failure_is_not_over_when_the_pool_is_gone() {
+    let (mut both, mut all) = short_of_both();
+    both.cpu_pool = Some("many".into());
+    both.demand.points.retain(|point| point.resource != Resource::Cpu);
+    both.demand.points.extend(points(Resource::Cpu, &[(1_000, 0.1), (10_000, 0.1)]));
+    let mut planner = planner();
+    let of =
+        |plan: &Plan, kind| plan.decisions.iter().find(|decision| decision.kind == kind).unwrap().clone();
+    planner.part_started(&both.instance, MoveKind::Storage, Some("data"), "fast");
+    planner.part_failed(&both.instance, MoveKind::Storage, Some("data"), "Input/output error", AT);
+    for pool in all.iter_mut().filter(|pool| pool.kind.is_for_flows() && pool.name != "slow") {
+        pool.state = PoolState::Unavailable { reason: "no file system is mounted there".into() };
+    }
+    for pool in all.iter_mut().filter(|pool| pool.name == "many") {
+        pool.cost_per_core_hour = 4.0;
+    }
+    let plan = planner.plan(AT, std::slice::from_ref(&both), &all);
+    let (cpu, storage) = (of(&plan, MoveKind::Cpu), of(&plan, MoveKind::Storage));
+    assert!(explain(&storage).contains("Input/output error"), "{}", explain(&storage));
+    assert_eq!(cpu.outcome, Outcome::Stay { reason: StayReason::OtherMoveFirst }, "{}", explain(&cpu));
+    // Later it is only short, like one that never had another pool.
+    let plan = planner.plan(UnixMillis(AT.0 + 60_000), &[both], &all);
+    assert_eq!(of(&plan, MoveKind::Storage).outcome, Outcome::Stay { reason: StayReason::NoPoolFits });
+    assert!(of(&plan, MoveKind::Cpu).moves(), "{}", explain(&of(&plan, MoveKind::Cpu)));
+}
+
 #[test]
 fn a_migration_takes_the_volumes_along() {
     let (both, mut all) = short_of_both();
