@@ -24,6 +24,7 @@ use rswap_tests::{
     fleet::CLIENT,
     reason_to_skip,
     strangers::{certificate, garbage, hours, kept, record, replay, show, slow_handshakes},
+    tls::Secured,
     wait_for,
 };
 use rswap_trust::{Credentials, Files, Role};
@@ -337,6 +338,12 @@ fn strangers_and_clear_text_get_nothing_and_keep_nobody_out() -> anyhow::Result<
     let options = HostOptions { more: format!("{tls}{more}"), ..HostOptions::default() };
     let error = scene.fleet.host("d", &options).err().context("it reports as another host")?;
     ensure!(format!("{error:#}").contains("and this host is d (agent.host)"), "{error:#}");
+    // A number is no name: whose certificate is due has to be said.
+    let more =
+        format!("[controller]\naddress = \"{door}\"\nspool = {:?}\n", scene.fleet.scratch().join("spool-e"));
+    let error = scene.fleet.host("e", &HostOptions { more, ..HostOptions::default() });
+    let error = error.err().context("it believes any controller")?;
+    ensure!(format!("{error:#}").contains("set controller.certificate_name"), "{error:#}");
     let bare = scene.fleet.scratch().join("bare.toml");
     let file = scene.fleet.scratch().join("bare-fleet");
     for (section, why) in [
@@ -385,4 +392,33 @@ fn strangers_and_clear_text_get_nothing_and_keep_nobody_out() -> anyhow::Result<
     scene.both_report(5)?;
     controller_says(&scene, before, "the TLS handshake was not done within 5 s")?;
     slow.join().map_err(|_| anyhow::anyhow!("the slow ones panicked"))?.map(drop)
+}
+
+#[test]
+fn whoever_has_a_key_and_keeps_connections_open_keeps_nobody_else_out() -> anyhow::Result<()> {
+    if reason_to_skip("whoever_has_a_key_and_keeps_connections_open_keeps_nobody_else_out").is_some() {
+        return Ok(());
+    }
+    let scene = Scene::set()?;
+    let (before, files) = (scene.controller.log()?.len(), scene.a.files().clone());
+    let held = scene.a.netns().spawn("held connections", move || {
+        let mut all = Vec::new();
+        for _ in 0..20 {
+            let mut one = Secured::dial(Scene::door(), &files)?;
+            // The beginning of a request; who was turned away can't say even that.
+            let _ = one.write_all(b"POST /v1/report HTTP/1.1\r\nhost: ");
+            all.push(one);
+        }
+        // Until the controller has ended them all.
+        for one in &mut all {
+            let _ = one.read_to_end(&mut Vec::new());
+        }
+        Ok(())
+    })?;
+    wait_for("the controller to turn some away", LIMIT, || {
+        Ok(scene.controller.log()?[before..].contains("it has too many connections").then_some(()))
+    })?;
+    scene.reports("b", 5)?;
+    held.join().map_err(|_| anyhow::anyhow!("the held connections panicked"))??;
+    scene.both_report(2)
 }
