@@ -52,6 +52,13 @@ impl Fleet {
 
     /// Adds a host and starts its agent. The first one is 10.88.0.1, the next 10.88.0.2.
     pub fn host(&mut self, name: &str, options: &HostOptions) -> anyhow::Result<Host> {
+        let (netns, address) = self.plug(name)?;
+        let files = self.issue(name, &[])?;
+        Host::start(name, address, netns, &self.scratch.path().join(name), files, options)
+    }
+
+    /// The network of a further host, and its address there.
+    pub(crate) fn plug(&mut self, name: &str) -> anyhow::Result<(Netns, Ipv4Addr)> {
         self.hosts += 1;
         let address = Ipv4Addr::new(10, 88, 0, self.hosts);
         let netns = Netns::create(sweep::own_name(name))?;
@@ -65,8 +72,7 @@ impl Fleet {
         self.switch.ip(&["link", "set", &port, "master", "sw0"])?;
         netns.ip(&["link", "set", "up0", "master", "br0"])?;
         netns.ip(&["addr", "add", &format!("{address}/24"), "dev", "br0"])?;
-        let files = self.issue(name, &[])?;
-        Host::start(name, address, netns, &self.scratch.path().join(name), files, options)
+        Ok((netns, address))
     }
 
     /// Gives `host` a further bridge, `br1`, with an uplink of its own to the switch.

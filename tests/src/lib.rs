@@ -23,6 +23,7 @@ pub mod hot;
 pub mod huge_pages;
 pub mod load;
 pub mod loop_device;
+pub mod machine;
 pub mod mangle;
 pub mod mangle_image;
 pub mod matrix;

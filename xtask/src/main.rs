@@ -7,6 +7,7 @@ mod bench;
 mod compile;
 mod daemon;
 mod dashboard;
+mod deploy;
 mod ebpf;
 mod long;
 mod pauses;
@@ -67,6 +68,8 @@ enum Command {
         #[command(subcommand)]
         what: bench::Bench,
     },
+    /// Bring binary, unit, configuration and certificates to hosts over ssh, one after the other; one that does not work goes back
+    Deploy(deploy::Deploy),
     /// Two hosts, a Redis under load, a core swap and a migration before the peak: live, then checked
     Demo,
 }
@@ -84,6 +87,7 @@ fn main() -> anyhow::Result<()> {
         Command::Soak { moves } => long::soak(moves),
         Command::Fuzz { cases } => long::fuzz(cases),
         Command::Bench { what } => bench::run(&what),
+        Command::Deploy(deploy) => deploy::run(&deploy),
         Command::Demo => daemon::demo(),
     }
 }

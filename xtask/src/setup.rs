@@ -20,6 +20,11 @@ const SYSTEM_PACKAGES: &[&str] = &[
     "e2fsprogs",
     "xfsprogs",
     "btrfs-progs",
+    "binutils",
+    "curl",
+    "openssh-client",
+    "openssh-server",
+    "systemd",
 ];
 /// Programs that the scenarios move.
 const MOVED_PACKAGES: &[&str] = &["memcached", "nginx-light", "nodejs", "default-jdk-headless", "golang-go"];
@@ -37,6 +42,7 @@ const SERVICES: &[(&str, &str)] = &[
     ("redis-server", "redis-server.service"),
     ("memcached", "memcached.service"),
     ("nginx-light", "nginx.service"),
+    ("openssh-server", "ssh.service"),
 ];
 
 /// Installs what is missing.
