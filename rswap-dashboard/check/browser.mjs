@@ -92,7 +92,7 @@ export async function go(page, url) {
 }
 
 /** Each path in both schemes and on a phone: nothing sticks out, and nobody is left out. */
-export async function looks(browser, url, paths, { wanted = "h1", screenshots } = {}) {
+export async function looks(browser, url, paths, { wanted = "h1", start = "overview", screenshots } = {}) {
   for (const [size, scheme] of LOOKS) {
     const page = await browser.page({ size, scheme });
     for (const path of paths) {
@@ -102,7 +102,7 @@ export async function looks(browser, url, paths, { wanted = "h1", screenshots } 
       await fits(page, where);
       await accessible(page, where);
       if (screenshots) {
-        const name = path.replace(/\W+/g, "-").replace(/^-|-$/g, "") || "start";
+        const name = path.replace(/\W+/g, "-").replace(/^-|-$/g, "") || start;
         await page.screenshot({ path: `${screenshots}/${size}-${scheme}-${name}.png`, fullPage: true });
       }
     }

@@ -1,4 +1,4 @@
-// The dashboard in a real browser: node check.mjs URL CHROMIUM INSTANCE [SCREENSHOTS]
+// The dashboard in a real browser: node check.mjs URL CHROMIUM INSTANCE ONE_THAT_LEAVES [SCREENSHOTS]
 //
 // Says "MIGRATE" when a migration is to be under way, and "DONE" when all was looked at. What is wrong is said as it is found, and
 // makes the exit code 1.
@@ -6,7 +6,7 @@
 import { expect, go, looks, open, text, until, wrong } from "./browser.mjs";
 import * as views from "./views.mjs";
 
-const [url, chromium, name, screenshots] = process.argv.slice(2);
+const [url, chromium, name, leaves, screenshots] = process.argv.slice(2);
 const get = async (route) => (await fetch(new URL(route, url))).json();
 const PATHS = ["#/", "#/instances", `#/instances/${name}`, "#/pools", "#/moves"];
 const at = (path) => new URL(path, url).href;
@@ -33,6 +33,12 @@ async function themes(browser) {
 async function keyboard(browser) {
   const page = await browser.page();
   await go(page, at("#/"));
+  // Whatever else happens on the host is said, too.
+  await page.evaluate(() => {
+    const announcer = document.getElementById("announcer");
+    window.said = [];
+    new MutationObserver(() => window.said.push(announcer.textContent)).observe(announcer, { childList: true });
+  });
   const focused = () =>
     page.evaluate(() => {
       const element = document.activeElement;
@@ -59,7 +65,7 @@ async function keyboard(browser) {
     await page.keyboard.press("Enter");
     await until("the view", () => page.locator("h1").count());
     await until(`the view ${title}`, async () => (await text(page, "h1")) === title);
-    await until(`word of ${title}`, async () => (await text(page, "#announcer")) === title);
+    await until(`word of ${title}`, () => page.evaluate((title) => window.said.includes(title), title));
   }
   await go(page, at("#/instances"));
   await until("the instances", () => page.locator("tbody a").count());
@@ -101,6 +107,7 @@ try {
   await views.overview(page, get);
   await go(page, at("#/instances"));
   await views.instances(page, get);
+  await views.filter(page, get);
   await go(page, at(`#/instances/${name}`));
   await views.instance(page, get, name);
   await go(page, at("#/pools"));
@@ -112,6 +119,8 @@ try {
   await until("word of the migration", async () => (await text(page, "#announcer")) !== "");
   await until("the migration's end", async () => (await get("v1/status")).migrations_running === 0, 60_000);
   await views.history(page, get);
+  await go(page, at(`#/instances/${leaves}`));
+  await views.gone(page, get, leaves);
   await looks(browser, url, PATHS, { wanted: "canvas", screenshots });
   await themes(browser);
   await keyboard(browser);

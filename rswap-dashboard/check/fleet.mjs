@@ -80,6 +80,7 @@ try {
   await orders(page);
   await looks(browser, url, ["#/", "#/instances", `#/instances/${name}`, "#/orders"], {
     wanted: "canvas",
+    start: "fleet",
     screenshots,
   });
 } finally {

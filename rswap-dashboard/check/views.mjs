@@ -80,6 +80,39 @@ export async function instances(page, get) {
   });
 }
 
+/** What the filter and the order leave. */
+export async function filter(page, get) {
+  const names = async () => (await rows(page, "Instances")).map((row) => Object.values(row)[0].split(/[\s/]/)[0]);
+  const views = await get("v1/profiles");
+  const [first] = views;
+  await page.getByLabel("Filter").fill(first.name);
+  const left = await until("the filter", async () => {
+    const left = await names();
+    return left.length < views.length && left;
+  });
+  expect(
+    left?.every((name) => name.startsWith(first.name)),
+    `the filter ${first.name} leaves ${left}`,
+  );
+  await page.getByLabel("Filter").fill("nothing is called so");
+  await until("word of nothing", async () => (await text(page, "main .empty")).includes("No instance matches"));
+  await page.getByLabel("Filter").fill("");
+  await page.getByLabel("Order").selectOption("memory");
+  const memory = (view) => view.profile.memory.resident_bytes;
+  const most = [...views].sort((a, b) => memory(b) - memory(a))[0].name;
+  await until(`${most} to be first by memory`, async () => (await names())[0]?.startsWith(most));
+}
+
+/** One that was moved away: that is said, and why. */
+export async function gone(page, get, name) {
+  const { moved } = await get(`v1/explain?instance=${name}`);
+  await until(`word that ${name} is gone`, async () =>
+    (await text(page, "main")).includes("is not on this host any more"),
+  );
+  const shown = await page.locator("section[aria-labelledby=its-moves] details").count();
+  expect(shown === moved.length && shown > 0, `${shown} of ${moved.length} moves of ${name} are shown`);
+}
+
 /** The rows of a figure's numbers, which its `details` shows when it is open. */
 async function numbers(page, id) {
   await page.locator(`#${id} summary`).click();

@@ -19,18 +19,10 @@ import { heatFigure } from "./heat-figure.js";
 
 async function load(state, name, before) {
   const series = before?.series ?? new Windows(name);
-  const [views, explained] = await Promise.all([
-    get(of("v1/profiles", name)).catch(gone),
-    get(of("v1/explain", name)),
-    series.refresh().catch(gone),
-  ]);
-  return { view: views?.[0] ?? null, explained, series, now: state.status.at };
-}
-
-/** It may have been moved away: its moves are still known then. */
-function gone(error) {
-  if (error.status !== 404) throw error;
-  return null;
+  const [[view], explained] = await Promise.all([get(of("v1/profiles", name)), get(of("v1/explain", name))]);
+  // It may have been moved away: its moves are still known then.
+  if (view) await series.refresh();
+  return { view, explained, series, now: state.status.at };
 }
 
 const RESOURCES = [

@@ -42,6 +42,44 @@ function decided(plan) {
   };
 }
 
+const ORDERS = {
+  name: ["Name", (a, b) => a.name.localeCompare(b.name)],
+  cores: ["Cores", (a, b) => (b.profile?.cpu.cores ?? 0) - (a.profile?.cpu.cores ?? 0)],
+  memory: ["Memory", (a, b) => (b.profile?.memory.resident_bytes ?? 0) - (a.profile?.memory.resident_bytes ?? 0)],
+  wait: ["Wait", (a, b) => (waitOf(b) ?? 0) - (waitOf(a) ?? 0)],
+};
+const waitOf = (view) => quantile(view.profile?.cpu.run_queue_ns, 0.99);
+
+const chosen = { text: "", order: "name" };
+
+/** Whether all words are somewhere in what an instance is called, runs, or is on. */
+function matches(view) {
+  const labels = Object.entries(view.labels).map(([key, value]) => `${key}=${value}`);
+  const all = [view.name, view.pool ?? "", ...view.command, ...labels].join(" ").toLowerCase();
+  return chosen.text
+    .toLowerCase()
+    .split(/\s+/)
+    .every((word) => all.includes(word));
+}
+
+const choices = () => {
+  const choose = (what) => (event) => {
+    chosen[what] = event.target.value;
+    event.target.dispatchEvent(new CustomEvent("wanted", { bubbles: true }));
+  };
+  return html`<form class="choices" role="search" aria-label="Instances" @submit=${(event) => event.preventDefault()}>
+    <label>Filter <input type="search" .value=${chosen.text} @input=${choose("text")} /></label>
+    <label
+      >Order
+      <select @change=${choose("order")}>
+        ${Object.entries(ORDERS).map(
+          ([value, [text]]) => html`<option value=${value} ?selected=${value === chosen.order}>${text}</option>`,
+        )}
+      </select></label
+    >
+  </form>`;
+};
+
 function view({ views, plan }, { moves }) {
   if (views.length === 0) {
     return empty(
@@ -51,9 +89,9 @@ function view({ views, plan }, { moves }) {
   }
   const underWay = new Set(moves.filter((move) => move.state === "running").map((move) => move.instance));
   const verdict = decided(plan);
-  const wait = (view) => nanoseconds(quantile(view.profile?.cpu.run_queue_ns, 0.99));
+  const shown = views.filter(matches).sort(ORDERS[chosen.order][1]);
   const p95 = (view) => forecastOf(view, "cpu")?.need.p95;
-  return table(
+  const found = table(
     "Instances",
     [
       [
@@ -68,14 +106,15 @@ function view({ views, plan }, { moves }) {
         "number",
       ],
       ["Memory", (view) => bytes(view.profile?.memory.resident_bytes), "number"],
-      ["Wait P99", wait, "number"],
+      ["Wait P99", (view) => nanoseconds(waitOf(view)), "number"],
       ["Disk", (view) => bytesPerSecond(ioRate(view.profile)), "number"],
       ["Net in", (view) => bytesPerSecond(netRates(view.profile)[0]), "number"],
       ["Net out", (view) => bytesPerSecond(netRates(view.profile)[1]), "number"],
       ["Decision", (view) => verdict(view, underWay)],
     ],
-    views,
+    shown,
   );
+  return html`${choices()} ${shown.length ? found : empty("No instance matches the filter.")}`;
 }
 
 export const instances = { path: "instances", title: "Instances", load, view };

@@ -5,8 +5,8 @@ import { html, nothing } from "./parts.js";
 import { redrawAll } from "./plot.js";
 
 const EVERY_MS = 1000;
-/** Where nothing moves, answers may be long. */
-const AGAIN_MS = 100;
+/** Between two turns there is so many times as long as one takes, at least. */
+const AGAIN_AFTER = 2;
 
 const main = document.getElementById("main");
 const header = document.getElementById("header");
@@ -137,7 +137,8 @@ export function run({ views, refresh, identity, changes }) {
     }
     draw();
     const took = performance.now() - began;
-    if (!document.hidden) timer = setTimeout(ask, Math.max(AGAIN_MS, EVERY_MS - took));
+    // A server with much to say is asked less often.
+    if (!document.hidden) timer = setTimeout(ask, Math.max(EVERY_MS - took, AGAIN_AFTER * took));
   };
 
   addEventListener("hashchange", () => {

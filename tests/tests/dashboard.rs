@@ -127,7 +127,7 @@ fn every_view_shows_what_the_agent_knows() -> anyhow::Result<()> {
 
     let mut migration = None;
     let node = a.command(Path::new("node"));
-    look(node, "check.mjs", &["http://127.0.0.1:7790/", &chromium, "shop"], |said| {
+    look(node, "check.mjs", &["http://127.0.0.1:7790/", &chromium, "shop", "hold"], |said| {
         if said == "MIGRATE" {
             let slow = a.netns().command(Path::new("tc")).args(SLOW_UPLINK).status()?;
             ensure!(slow.success(), "the uplink could not be slowed down");

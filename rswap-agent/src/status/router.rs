@@ -169,10 +169,7 @@ async fn profiles(
     let board = board.read();
     match one {
         None => Ok(Json(board.instances.values().cloned().collect())),
-        Some(name) => match board.instances.get(&name) {
-            Some(view) => Ok(Json(vec![view.clone()])),
-            None => Err(ApiError::no_instance(name.as_str())),
-        },
+        Some(name) => Ok(Json(board.instances.get(&name).cloned().into_iter().collect())),
     }
 }
 

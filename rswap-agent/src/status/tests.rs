@@ -125,7 +125,9 @@ async fn shows_moves_with_why_and_rounds_as_they_go() {
     assert_eq!(shown[0], expected);
     let explained: serde_json::Value = client.get("/v1/explain?instance=db").await.unwrap();
     assert_eq!(explained, serde_json::json!({ "now": [], "moved": [{ "move": expected }] }));
-    for path in ["/v1/explain?instance=gone", "/v1/windows?instance=gone", "/v1/profiles?instance=gone"] {
+    let none: Vec<InstanceView> = client.get("/v1/profiles?instance=gone").await.unwrap();
+    assert!(none.is_empty(), "{none:?}");
+    for path in ["/v1/explain?instance=gone", "/v1/windows?instance=gone"] {
         let error = client.get::<serde_json::Value>(path).await.unwrap_err().to_string();
         assert!(error.contains("rswap ps"), "{error}");
     }
