@@ -200,6 +200,18 @@ impl Host {
         answered.map(drop)
     }
 
+    /// Ends its agent, and starts the next one in this mode: `observe` or `act`.
+    pub fn restart_in(&mut self, mode: &str) -> anyhow::Result<()> {
+        self.signal_agent(Signal::SIGTERM)?;
+        self.wait_for_agent(STOP_LIMIT)?;
+        let path = self.config_path();
+        let text = fs::read_to_string(&path)?;
+        let (before, after) = text.split_once("\nmode = ").context("the configuration has no mode")?;
+        let rest = after.split_once('\n').map_or("", |(_, rest)| rest);
+        fs::write(&path, format!("{before}\nmode = {mode:?}\n{rest}"))?;
+        self.start_agent()
+    }
+
     /// Kills the agent as a crash would. Its instances live on.
     pub fn kill_agent(&mut self) -> anyhow::Result<()> {
         if let Some(mut agent) = self.agent.take() {
