@@ -191,7 +191,7 @@ impl BuiltVolume {
                     return Ok(());
                 }
                 // What the program wrote through is written through here, before the source's copy goes.
-                self.take_unsynced().write_through(&self.root)
+                self.take_unsynced().write_through(&self.root, Vec::new())
             }
         }
     }

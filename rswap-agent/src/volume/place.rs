@@ -5,6 +5,7 @@
 
 use std::{
     fs,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
     time::{SystemTime, UNIX_EPOCH},
@@ -61,8 +62,11 @@ impl Switch {
         if self.is_made() && self.before == self.place { &self.aside } else { &self.before }
     }
 
-    /// Makes ready for [`Self::make`].
+    /// Makes ready for [`Self::make`], and the way to the new directory's place, which is on the disk when this returns.
     pub fn prepare(&self) -> Result<(), VolumeError> {
+        let above = self.after.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(above).map_err(VolumeError::host("making", above))?;
+        sync_above(&self.after)?;
         std::os::unix::fs::symlink(&self.after, &self.aside)
             .map_err(VolumeError::host("making", &self.aside))?;
         self.sync()
@@ -155,12 +159,22 @@ pub fn require_mounted(mount_point: &Path, directory: &Path) -> Result<(), Volum
     refused(there, &text)
 }
 
-/// The names on the way to `place`, as far as they are on its file system, are on the disk when this returns.
-pub fn sync_names(place: &Path) -> Result<(), VolumeError> {
-    let device = look(place)?;
+/// The directory of `place`, and the one of that: both may have been made with it.
+pub fn above(place: &Path) -> Result<Vec<OwnedFd>, VolumeError> {
+    let open = |directory: &Path| {
+        fs::File::open(directory).map(OwnedFd::from).map_err(VolumeError::host("opening", directory))
+    };
+    place.ancestors().skip(1).take(2).map(open).collect()
+}
+
+/// The directories on the way to `place`, as far as they are on its file system, are on the disk when this returns.
+fn sync_above(place: &Path) -> Result<(), VolumeError> {
+    let mut device = None;
     for directory in place.ancestors().skip(1) {
         let found = look(directory)?;
-        if (found.stx_dev_major, found.stx_dev_minor) != (device.stx_dev_major, device.stx_dev_minor) {
+        if *device.get_or_insert((found.stx_dev_major, found.stx_dev_minor))
+            != (found.stx_dev_major, found.stx_dev_minor)
+        {
             break;
         }
         fs::File::open(directory)

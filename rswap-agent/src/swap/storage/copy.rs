@@ -161,12 +161,9 @@ impl Copy {
         self.built.finish()?;
         let (root, unsynced) = (self.built.handle()?, self.built.take_unsynced());
         self.built.put(place)?;
-        let place = place.to_owned();
+        let above = place::above(place)?;
         // Written through by another thread: the instance waits for it only where it has to.
-        let on_disk = thread::spawn(move || {
-            unsynced.write_through(&root)?;
-            place::sync_names(&place)
-        });
+        let on_disk = thread::spawn(move || unsynced.write_through(&root, above));
         Ok(Completed { copy: self, on_disk })
     }
 

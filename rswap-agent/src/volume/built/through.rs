@@ -54,12 +54,13 @@ impl Unsynced {
         self.note(&path[..end]);
     }
 
-    /// All of it, below `root`, is on the disk when this returns.
-    pub fn write_through(self, root: &OwnedFd) -> Result<(), VolumeError> {
+    /// All of it, below `root`, and the directories `above` it are on the disk when this returns.
+    pub fn write_through(self, root: &OwnedFd, above: Vec<OwnedFd>) -> Result<(), VolumeError> {
         if self.many {
             return whole(root);
         }
-        let Some(opened) = self.open(root)? else { return whole(root) };
+        let Some(mut opened) = self.open(root)? else { return whole(root) };
+        opened.extend(above.into_iter().map(|directory| (b"..".to_vec(), directory)));
         let next = AtomicUsize::new(0);
         let sync = || {
             while let Some((path, file)) = opened.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -148,6 +149,6 @@ mod tests {
             unsynced.note(number.to_string().as_bytes());
         }
         assert!(unsynced.many && unsynced.names.is_empty());
-        unsynced.write_through(&root).expect("sync");
+        unsynced.write_through(&root, Vec::new()).expect("sync");
     }
 }
