@@ -108,21 +108,21 @@ impl Copy {
             since += 1;
             let shrinks = took > SHORT && before.is_some_and(|before| took < before * 3 / 4);
             before = Some(took);
-            let is_short = took <= allowed && since > 1;
-            if is_short && compared && !shrinks {
-                return Ok(());
-            }
-            if is_short && !compared {
+            let faster = fastest.is_none_or(|fastest| took < fastest * 9 / 10);
+            fruitless = if faster { 0 } else { fruitless + 1 };
+            fastest = Some(fastest.map_or(took, |fastest| fastest.min(took)));
+            let is_over = fruitless >= PATIENCE;
+            if took <= allowed && since > 1 && (!compared || !shrinks || is_over) {
+                if compared {
+                    return Ok(());
+                }
                 // What is written meanwhile is for further passes.
                 self.compare(instance, volume, &mut || keep(&mut pace, deadline).map_err(VolumeError::Send))?;
                 pace.take_waited();
                 (compared, since, fastest, fruitless, before) = (true, 0, None, 0, None);
                 continue;
             }
-            let faster = fastest.is_none_or(|fastest| took < fastest * 9 / 10);
-            fruitless = if faster { 0 } else { fruitless + 1 };
-            fastest = Some(fastest.map_or(took, |fastest| fastest.min(took)));
-            if fruitless >= PATIENCE {
+            if is_over {
                 return Err(StorageError::TooFast {
                     passes: self.passes,
                     expected_ms: took.as_secs_f64() * 1e3,
