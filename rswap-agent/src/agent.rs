@@ -15,6 +15,7 @@
 
 mod cold;
 mod commands;
+mod cores;
 mod disks;
 mod drain;
 mod endings;

@@ -22,6 +22,8 @@ globals! {
     /// 1: a block request is charged to the cgroup of the task that submitted it.
     BLOCK_BY_SUBMITTER;
 
+    /// `task_struct.pid`.
+    TASK_PID;
     /// `task_struct.cgroups`.
     TASK_CGROUPS;
     /// `task_struct.sched_info.last_queued`.

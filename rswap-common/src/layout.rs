@@ -23,6 +23,10 @@ pub const OTHER_DEVICE: u32 = MAX_DEVICES - 1;
 /// Block requests in flight whose submitter is remembered at a time.
 pub const MAX_REQUESTS: u32 = 16384;
 
+/// A wait for a core that is shorter than this, in nanoseconds, is none for somebody else's sake: so long it takes until a task that
+/// gives way has gone.
+pub const LEAST_WAIT_NS: u64 = 100_000;
+
 /// Most shards of the block records.
 pub const MAX_BLOCK_SHARDS: u32 = 4;
 
@@ -93,6 +97,13 @@ pub struct SlotRecord {
     pub tcp_bytes_in: u64,
     /// TCP payload sent, in bytes.
     pub tcp_bytes_out: u64,
+    /// Time in nanoseconds for which a task of it waited while others than its own ran, from [`LEAST_WAIT_NS`] on: of several tasks that
+    /// wait for the same, the time counts once.
+    pub others_wait_ns: u64,
+    /// The same while nobody ran that belongs to any tracked instance.
+    pub foreign_wait_ns: u64,
+    /// When a task of it last left the CPU, by the run queue's clock: for the programs.
+    pub left_ns: u64,
 }
 
 impl SlotRecord {
@@ -103,6 +114,9 @@ impl SlotRecord {
         tcp_rtt_us: HistogramRecord::EMPTY,
         tcp_bytes_in: 0,
         tcp_bytes_out: 0,
+        others_wait_ns: 0,
+        foreign_wait_ns: 0,
+        left_ns: 0,
     };
 }
 
@@ -168,7 +182,7 @@ pub const fn block_shards(cpus: u32) -> u32 {
 
 // Both sides are compiled apart: the layout must not depend on the target's alignment rules.
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
-const _: () = assert!(size_of::<SlotRecord>() == 3 * size_of::<HistogramRecord>() + 16);
+const _: () = assert!(size_of::<SlotRecord>() == 3 * size_of::<HistogramRecord>() + 40);
 const _: () = assert!(size_of::<BlockRecord>() == size_of::<HistogramRecord>() + 8);
 
 #[cfg(test)]

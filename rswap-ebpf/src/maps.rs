@@ -5,7 +5,7 @@ use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
     helpers::bpf_get_smp_processor_id,
     macros::map,
-    maps::{Array, HashMap},
+    maps::{Array, HashMap, PerCpuArray},
 };
 use rswap_common::{
     histogram::{BUCKETS, index_of},
@@ -26,6 +26,18 @@ static SLOTS: Array<SlotRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// Block records; the agent sets the number of entries.
 #[map]
 static BLOCKS: Array<BlockRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Who left each CPU last.
+#[map]
+static LEAVERS: PerCpuArray<Leavers> = PerCpuArray::with_max_entries(1, 0);
+
+/// Who left a CPU last, by its run queue's clock in nanoseconds.
+pub struct Leavers {
+    /// The idle task: since then there has been work.
+    pub idle_ns: u64,
+    /// A task of any instance.
+    pub instance_ns: u64,
+}
 
 /// The block devices told apart.
 #[map]
@@ -83,6 +95,12 @@ pub fn slot_record(slot: u32) -> Option<*mut SlotRecord> {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     let cpu = unsafe { bpf_get_smp_processor_id() } as u32;
     SLOTS.get_ptr_mut(slot_index(cpu, slot, SLOT_COUNT.load()))
+}
+
+/// Who left this CPU last.
+#[inline(always)]
+pub fn leavers() -> Option<*mut Leavers> {
+    LEAVERS.get_ptr_mut(0)
 }
 
 /// The record of a slot, device and direction in this CPU's shard. Other CPUs may write it too.

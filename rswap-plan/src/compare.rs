@@ -5,8 +5,12 @@ use std::collections::BTreeMap;
 use rswap_types::{Pool, PoolKind, PoolState, UnixMillis};
 
 use crate::{
-    Candidate, Dropped, InstanceView, MoveKind, MovePrice, NeedUsed, PlanConfig, Terms, ledger::Traffic,
-    price, rank::Rank, rules::Groups, score,
+    Candidate, Dropped, InstanceView, MoveKind, MovePrice, NeedUsed, PlanConfig, Terms,
+    ledger::Traffic,
+    price,
+    rank::Rank,
+    rules::Groups,
+    score::{self, Room},
 };
 
 /// What one round of planning rests on.
@@ -57,12 +61,12 @@ impl Round<'_, '_> {
         &self,
         need: &NeedUsed,
         index: usize,
-        (cores, bytes): (f64, u64),
+        room: Room,
         kind: MoveKind,
         moving: Option<(&InstanceView, Traffic)>,
     ) -> Compared {
         let (pool, config) = (&self.pools[index], self.config);
-        let terms = score::terms(need, pool, cores, config);
+        let terms = score::terms(need, pool, &room, config);
         let link = self.links[index];
         let moved = moving.map(|(view, _)| price::price(kind, view, terms.cost_per_hour, link, config));
         let (move_price, hopeless) = moved.map_or((None, None), |(price, dropped)| (Some(price), dropped));
@@ -72,11 +76,11 @@ impl Round<'_, '_> {
         let dropped = match if whole { &PoolState::Ready } else { &pool.state } {
             PoolState::Unavailable { reason } => Some(Dropped::Unavailable { reason: reason.clone() }),
             PoolState::Draining => Some(Dropped::Draining),
-            PoolState::Ready if terms.limit_cores > cores => {
-                Some(Dropped::Cores { needed: terms.limit_cores, available: cores })
+            PoolState::Ready if terms.limit_cores > room.cores => {
+                Some(Dropped::Cores { needed: terms.limit_cores, available: room.cores })
             }
-            PoolState::Ready if kind == MoveKind::Host && need.limit_bytes > bytes => {
-                Some(Dropped::Memory { needed_bytes: need.limit_bytes, available_bytes: bytes })
+            PoolState::Ready if kind == MoveKind::Host && need.limit_bytes > room.bytes => {
+                Some(Dropped::Memory { needed_bytes: need.limit_bytes, available_bytes: room.bytes })
             }
             PoolState::Ready => traffic.and_then(|traffic| self.budget(index, traffic)).or(hopeless),
         };
@@ -141,6 +145,12 @@ impl Compared {
     /// Out of the question for another reason as well.
     pub(super) fn but(mut self, dropped: Option<Dropped>) -> Self {
         self.dropped = dropped.or(self.dropped);
+        self
+    }
+
+    /// Out of the question for this, if for nothing else.
+    pub(super) fn but_after(mut self, dropped: Option<Dropped>) -> Self {
+        self.dropped = self.dropped.or(dropped);
         self
     }
 

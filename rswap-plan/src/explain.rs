@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Table, presets::UTF8_BORDERS_ONLY};
 
+mod cores;
 mod flow;
 
 use super::{Candidate, Decision, MoveKind, Outcome, StayReason, TimedBy, Timing};
@@ -35,8 +36,9 @@ fn result_and_need(decision: &Decision) -> Vec<String> {
         Outcome::Stay { reason } => format!("stays: {reason}"),
         Outcome::Move { to, start_by, forced } => {
             let mut why = why(decision, *forced);
-            if let Some(slower) = flow::slower_here(decision, to).filter(|_| !*forced) {
-                let _ = write!(why, ": {slower}");
+            let slower = flow::slower_here(decision, to).or_else(|| cores::slower_here(decision, to));
+            if let Some(because) = if *forced { cores::others_here(decision) } else { slower } {
+                let _ = write!(why, ": {because}");
             }
             format!("moves to {to} in {} ms: {why}", start_by.since(decision.at))
         }
@@ -55,6 +57,8 @@ fn result_and_need(decision: &Decision) -> Vec<String> {
     }
     lines.extend(decision.flow.as_ref().map(|need| flow::need(decision.kind, need)));
     lines.extend(flow::latencies(decision));
+    lines.extend(cores::others(decision));
+    lines.extend(cores::slowdowns(decision));
     if !decision.steps.is_empty() {
         lines.push(flow::steps(&decision.steps));
     }

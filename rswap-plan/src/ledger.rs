@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use rswap_types::{InstanceName, Pool, PoolKind, overlap};
 
-use crate::PlanConfig;
+use crate::{PlanConfig, score::Room};
 
 /// What an instance is promised: reference cores and bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -268,18 +268,17 @@ impl<'a> Ledger<'a> {
         self.traffic[index]
     }
 
-    /// (cores, bytes) of pool number `index` that can be had by who is promised `own` and would come: what is left next to all
-    /// others.
-    pub(super) fn available(&self, index: usize, own: &[Entry]) -> (f64, u64) {
+    /// What of pool number `index` can be had by who is promised `own` and would come: what is left next to all others.
+    pub(super) fn available(&self, index: usize, own: &[Entry]) -> Room {
         self.left(index, own, self.headroom)
     }
 
     /// The same for who is there.
-    pub(super) fn kept(&self, index: usize, own: &[Entry]) -> (f64, u64) {
+    pub(super) fn kept(&self, index: usize, own: &[Entry]) -> Room {
         self.left(index, own, self.headroom_staying)
     }
 
-    fn left(&self, index: usize, own: &[Entry], headroom: f64) -> (f64, u64) {
+    fn left(&self, index: usize, own: &[Entry], headroom: f64) -> Room {
         let pool = &self.pools[index];
         let mut others = self.promised[index];
         for entry in own {
@@ -289,15 +288,21 @@ impl<'a> Ledger<'a> {
         }
         // Of two that change places, the first is who is asked for.
         let spread = own.first().map_or(0.0, |entry| entry.promise.spread_cores / pool.performance.max(1e-6));
-        let cores = others.cores_next_to(spread, self.correlation) + self.foreign[index].0;
+        let (instances, foreign) = (others.cores_next_to(spread, self.correlation), self.foreign[index].0);
         let bytes = others.bytes.saturating_add(self.foreign[index].1);
         let usable = 1.0 - headroom;
-        let free_cores = (pool.capacity.cores * usable - cores).max(0.0);
-        let free_cores = match pool.kind {
-            PoolKind::Cpu { instance_cores: Some(most), .. } => free_cores.min(most),
-            _ => free_cores,
+        let most = match pool.kind {
+            PoolKind::Cpu { instance_cores: Some(most), .. } => most,
+            _ => f64::INFINITY,
         };
+        let next_to = |used: f64| (pool.capacity.cores * usable - used).max(0.0).min(most);
         let free_bytes = ((pool.capacity.memory_bytes as f64 * usable) as u64).saturating_sub(bytes);
-        (free_cores, free_bytes)
+        Room {
+            cores: next_to(instances + foreign),
+            without_others: next_to(instances),
+            bytes: free_bytes,
+            others_cores: foreign,
+            beside_cores: others.expected + foreign,
+        }
     }
 }

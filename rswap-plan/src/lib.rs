@@ -41,7 +41,7 @@ pub use planner::Planner;
 pub use price::{MovePrice, price_of_move};
 pub use reason::{Dropped, StayReason};
 pub use remembered::Remembered;
-pub use score::Terms;
+pub use score::{Room, Terms};
 pub use timing::{TimedBy, Timing};
 
 use rswap_forecast::{Demand, Quantile, Quantiles};
@@ -259,6 +259,8 @@ pub enum Outcome {
     },
 }
 
+#[cfg(test)]
+mod core_tests;
 #[cfg(test)]
 mod fleet_tests;
 #[cfg(test)]

@@ -104,6 +104,12 @@ impl Memory {
         }
     }
 
+    /// What it left, and when; the latest first.
+    pub(super) fn all_left(&self, kind: MoveKind) -> impl Iterator<Item = (&str, UnixMillis)> {
+        let of_kind = self.left.iter().rev().filter(move |(of, _, _)| *of == kind);
+        of_kind.map(|(_, pool, at)| (pool.as_str(), *at))
+    }
+
     /// When it last left `pool`.
     pub(super) fn left(&self, kind: MoveKind, pool: &str) -> Option<UnixMillis> {
         self.left.iter().rev().find(|(of, left, _)| *of == kind && left == pool).map(|(_, _, at)| *at)

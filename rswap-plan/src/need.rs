@@ -3,7 +3,7 @@
 use rswap_forecast::{DemandPoint, Evidence, Quantiles, Resource};
 use rswap_types::Pool;
 
-use crate::{InstanceView, MoveKind, NeedUsed, PlanConfig, StayReason};
+use crate::{InstanceView, MoveKind, NeedUsed, PlanConfig, StayReason, score::Room};
 
 /// The need over the planning horizon; why there is none, if the forecast has seen too little.
 pub(crate) fn need(view: &InstanceView, config: &PlanConfig) -> Result<NeedUsed, StayReason> {
@@ -82,14 +82,16 @@ pub(crate) fn expected(view: &InstanceView, resource: Resource, config: &PlanCon
 pub(crate) fn crossing(
     view: &InstanceView,
     pool: &Pool,
-    (cores, bytes): (f64, u64),
+    room: &Room,
     kind: MoveKind,
     config: &PlanConfig,
 ) -> Option<u64> {
     let speed = pool.performance.max(1e-6);
-    let cpu = first(view, Resource::Cpu, view.cores * speed, cores * speed, config);
+    let cpu = first(view, Resource::Cpu, view.cores * speed, room.cores * speed, config);
     let memory = match kind {
-        MoveKind::Host => first(view, Resource::Memory, view.resident_bytes as f64, bytes as f64, config),
+        MoveKind::Host => {
+            first(view, Resource::Memory, view.resident_bytes as f64, room.bytes as f64, config)
+        }
         MoveKind::Cpu | MoveKind::Storage | MoveKind::Link => None,
     };
     cpu.into_iter().chain(memory).min()

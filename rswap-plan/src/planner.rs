@@ -6,7 +6,7 @@ use rswap_forecast::Moments;
 use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
 
 use crate::{
-    Candidate, Decision, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason,
+    Candidate, Decision, Dropped, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason,
     compare::Round,
     ledger::{Ledger, Promise, Seen},
     memory::Memory,
@@ -261,12 +261,17 @@ impl Planner {
         let own = ledger.own(&view.instance);
         let here = round.current(view, kind);
         let mut forced = false;
+        let mut left_for_others = Vec::new();
         if let Some(index) = here {
             let room = ledger.kept(index, own);
             let forbidden = round.groups.forbids(view, index, pools, kind);
             let candidate = round.compare(&need, index, room, kind, None).but(forbidden).candidate(pools);
             forced = candidate.dropped.is_some();
-            decision.crossing_in_ms = need::crossing(view, &pools[index], room, kind, &self.config);
+            decision.crossing_in_ms = need::crossing(view, &pools[index], &room, kind, &self.config);
+            let short = matches!(candidate.dropped, Some(Dropped::Cores { .. }));
+            if short && kind == MoveKind::Cpu && candidate.terms.limit_cores <= room.without_others {
+                left_for_others = self.just_left(view, kind, round.now);
+            }
             decision.current = Some(candidate);
         }
         // Where no core set of this host is enough, this host is not, whatever its sum says.
@@ -276,13 +281,15 @@ impl Planner {
             decision.crossing_in_ms = decision.crossing_in_ms.or_else(|| {
                 let index = round.current(view, MoveKind::Cpu)?;
                 let room = ledger.kept(index, own);
-                need::crossing(view, &pools[index], room, MoveKind::Cpu, &self.config)
+                need::crossing(view, &pools[index], &room, MoveKind::Cpu, &self.config)
             });
         }
 
         let from = here.filter(|_| kind == MoveKind::Host);
         let no_leave = from.and_then(|index| round.link_budget(index, ledger.traffic(index)));
-        let ranking = Ranking { round, ledger, view, need: &need, kind, own, here, no_leave };
+        let left_for_others = &left_for_others;
+        let ranking =
+            Ranking { round, ledger, view, need: &need, kind, own, here, no_leave, left_for_others };
         (decision.candidates, decision.left_out) = (round.rank)(&ranking);
 
         decision.outcome = if rules::stays(view) {
@@ -308,6 +315,16 @@ impl Planner {
         let left_ms = wait.saturating_sub(now.since(failed_at));
         let (failures, error) = (memory.failures, memory.last_error.clone());
         (left_ms > 0).then_some(StayReason::BackOff { failures, left_ms, error })
+    }
+
+    /// The pools that it left a short while ago, and for how many milliseconds it does not return there unless it must.
+    fn just_left(&self, view: &InstanceView, kind: MoveKind, now: UnixMillis) -> Vec<(String, u64)> {
+        let Some(memory) = self.memory(&view.instance) else { return Vec::new() };
+        let wait = |(pool, at): (&str, UnixMillis)| {
+            let left_ms = self.return_ms().saturating_sub(now.since(at));
+            (left_ms > 0).then(|| (pool.to_owned(), left_ms))
+        };
+        memory.all_left(kind).filter_map(wait).collect()
     }
 
     /// What follows from the numbers, for what has moved and failed as `memory` says.

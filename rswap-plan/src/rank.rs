@@ -8,7 +8,7 @@ use crate::{
     compare::{self, Compared, Round},
     ledger::{Entry, Ledger},
     price::Way,
-    score,
+    score::{self, Room},
 };
 
 /// Finds the best pools, in order, and says how many others there are.
@@ -27,6 +27,9 @@ pub(super) struct Ranking<'a, 'r, 'v> {
     pub(super) here: Option<usize>,
     /// Why it can't leave that now.
     pub(super) no_leave: Option<Dropped>,
+    /// It is short here only for what others take: pools that it left a short while ago are named by this, with the milliseconds until
+    /// that may lead it back.
+    pub(super) left_for_others: &'a [(String, u64)],
 }
 
 /// The best pools but the present one, in order, and how many others there are.
@@ -38,7 +41,7 @@ pub(super) fn best(ranking: &Ranking<'_, '_, '_>) -> (Vec<Candidate>, usize) {
         let room = ranking.ledger.available(index, ranking.own);
         let way = ranking.way(index, &mut way);
         if ranking.is_possible(index, room, way) {
-            possible.push((ranking.total(index, room.0, way), index));
+            possible.push((ranking.total(index, &room, way), index));
         } else {
             dropped.push(index);
         }
@@ -48,8 +51,8 @@ pub(super) fn best(ranking: &Ranking<'_, '_, '_>) -> (Vec<Candidate>, usize) {
     // Who is out of the question is ranked only where too few others are there to be shown.
     if possible.len() < kept {
         let mut total = |index: usize| {
-            let (cores, _) = ranking.ledger.available(index, ranking.own);
-            ranking.total(index, cores, ranking.way(index, &mut way))
+            let room = ranking.ledger.available(index, ranking.own);
+            ranking.total(index, &room, ranking.way(index, &mut way))
         };
         let mut rest: Vec<_> = dropped.into_iter().map(|index| (total(index), index)).collect();
         ranking.keep(&mut rest, kept - possible.len());
@@ -83,18 +86,26 @@ impl Ranking<'_, '_, '_> {
     }
 
     /// Whether [`Ranking::explain`] has no reason to drop it.
-    fn is_possible(&self, index: usize, (cores, bytes): (f64, u64), way: &Way) -> bool {
+    fn is_possible(&self, index: usize, room: Room, way: &Way) -> bool {
         let (pool, need, round) = (&self.round.pools[index], self.need, self.round);
         self.no_leave.is_none()
             && way.hopeless.is_none()
-            && need.limit_cores / score::speed(pool) <= cores
-            && (self.kind == MoveKind::Cpu || need.limit_bytes <= bytes)
+            && need.limit_cores / score::speed(pool) <= room.cores
+            && (self.kind == MoveKind::Cpu || need.limit_bytes <= room.bytes)
             && round.is_open(index, self.kind, self.ledger.traffic(index))
             && round.groups.forbids(self.view, index, round.pools, self.kind).is_none()
+            && self.just_left(index).is_none()
     }
 
-    fn total(&self, index: usize, cores: f64, way: &Way) -> f64 {
-        let terms = score::terms(self.need, &self.round.pools[index], cores, self.round.config);
+    /// What others take here may be what they do for this very instance, and come along: it must not walk in circles.
+    fn just_left(&self, index: usize) -> Option<Dropped> {
+        let name = &self.round.pools[index].name;
+        let left = self.left_for_others.iter().find(|(pool, _)| pool == name);
+        left.map(|&(_, left_ms)| Dropped::LeftForOthers { left_ms })
+    }
+
+    fn total(&self, index: usize, room: &Room, way: &Way) -> f64 {
+        let terms = score::terms(self.need, &self.round.pools[index], room, self.round.config);
         terms.score() + way.money(terms.cost_per_hour) / self.round.horizon_hours()
     }
 
@@ -116,6 +127,7 @@ impl Ranking<'_, '_, '_> {
         let forbidden = || self.round.groups.forbids(self.view, index, self.round.pools, self.kind);
         self.round
             .compare(self.need, index, room, self.kind, Some((self.view, traffic)))
+            .but_after(self.just_left(index))
             .but(self.no_leave.clone().or_else(forbidden))
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use rswap_forecast::{DemandPoint, Evidence, Quantiles, Resource};
-use rswap_types::{Capacity, Pool, PoolKind, PoolState};
+use rswap_types::{Capacity, Pool, PoolKind, PoolState, SlowdownCurve, SlowdownPoint};
 
 use super::{rank, *};
 
@@ -15,12 +15,18 @@ fn pool(number: usize, is_cpu: bool, (cores, gib, kind, state): (f64, u64, usize
     Pool {
         name: format!("pool-{:02}", (number * 7) % 41),
         kind: if is_cpu {
-            PoolKind::Cpu { cpus: (first..first + 4).collect::<BTreeSet<_>>(), instance_cores: None }
+            let point = |load, times| SlowdownPoint { load, times, seconds: 1.0 };
+            let points = vec![point(0.2, 1.0 + kind as f64), point(0.9, 1.0 + 2.0 * gib as f64)];
+            PoolKind::Cpu {
+                cpus: (first..first + 4).collect::<BTreeSet<_>>(),
+                instance_cores: None,
+                slowdown: SlowdownCurve { points },
+            }
         } else {
             PoolKind::Host { address: "10.0.0.2:7791".parse().unwrap() }
         },
         capacity: Capacity { cores, memory_bytes: gib << 30 },
-        used: Capacity::default(),
+        used: Capacity { cores: cores * 0.1 * kind as f64, memory_bytes: 0 },
         cost_per_core_hour: cost,
         cost_per_gib_hour: if kind == 1 { 0.0 } else { 0.004 },
         performance,

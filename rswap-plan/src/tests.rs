@@ -23,8 +23,20 @@ fn pool(name: &str, kind: PoolKind, cores: f64, cost: f64, performance: f64) -> 
 fn pools() -> Vec<Pool> {
     vec![
         pool(THIS_HOST, PoolKind::ThisHost, 2.0, 0.04, 1.0),
-        pool("slow", PoolKind::Cpu { cpus: CpuSet::from([0]), instance_cores: None }, 1.0, 0.01, 0.5),
-        pool("fast", PoolKind::Cpu { cpus: CpuSet::from([1]), instance_cores: None }, 1.0, 0.04, 1.0),
+        pool(
+            "slow",
+            PoolKind::Cpu { cpus: CpuSet::from([0]), instance_cores: None, slowdown: Default::default() },
+            1.0,
+            0.01,
+            0.5,
+        ),
+        pool(
+            "fast",
+            PoolKind::Cpu { cpus: CpuSet::from([1]), instance_cores: None, slowdown: Default::default() },
+            1.0,
+            0.04,
+            1.0,
+        ),
         pool("b", PoolKind::Host { address: "10.0.0.2:7791".parse().unwrap() }, 4.0, 0.06, 1.0),
     ]
 }
@@ -171,7 +183,13 @@ fn a_free_core_is_promised_once() {
 /// Three core sets that are alike, and one instance.
 fn alike() -> Vec<Pool> {
     let core = |name: &str, cpu| {
-        pool(name, PoolKind::Cpu { cpus: CpuSet::from([cpu]), instance_cores: None }, 2.0, 0.04, 1.0)
+        pool(
+            name,
+            PoolKind::Cpu { cpus: CpuSet::from([cpu]), instance_cores: None, slowdown: Default::default() },
+            2.0,
+            0.04,
+            1.0,
+        )
     };
     vec![pool(THIS_HOST, PoolKind::ThisHost, 6.0, 0.04, 1.0), core("x", 0), core("y", 1), core("z", 2)]
 }

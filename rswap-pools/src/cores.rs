@@ -156,19 +156,39 @@ pub(crate) fn classes(cores: &[Core]) -> Vec<Class> {
     vec![Class { name: "cores".to_owned(), cpus: cores.iter().map(|core| core.cpu).collect(), speed: None }]
 }
 
-/// CPU -> (time in use, time) of /proc/stat, in clock ticks. `procfs` has a parser, too, but numbers the CPUs through, so
-/// that it is wrong when one is offline.
-pub(crate) fn times(stat: &str) -> BTreeMap<usize, (u64, u64)> {
+/// What a CPU did since the kernel's start, in clock ticks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuTime {
+    /// In use, by anybody; what was stolen is among it.
+    pub used: u64,
+    /// In use by niced programs (their own code, not the kernel's).
+    pub nice: u64,
+    /// Wanted, and given to others by the hypervisor.
+    pub stolen: u64,
+    /// All.
+    pub all: u64,
+}
+
+/// What each CPU did, by /proc/stat. `procfs` has a parser, too, but numbers the CPUs through, so that it is wrong when one is
+/// offline.
+pub fn cpu_times(stat: &str) -> BTreeMap<usize, CpuTime> {
     let line = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let cpu = numbered(words.next()?, "cpu")?;
         let times: Vec<u64> = words.take(8).map_while(|word| word.parse().ok()).collect();
+        let at = |index: usize| times.get(index).copied();
         // user nice system idle iowait irq softirq steal; guest time is in user already.
-        let idle = times.get(3)?.saturating_add(times.get(4).copied().unwrap_or(0));
+        let idle = at(3)?.saturating_add(at(4).unwrap_or(0));
         let all = times.iter().fold(0u64, |sum, time| sum.saturating_add(*time));
-        Some((cpu, (all.saturating_sub(idle), all)))
+        let used = all.saturating_sub(idle);
+        Some((cpu, CpuTime { used, nice: at(1)?, stolen: at(7).unwrap_or(0), all }))
     };
     stat.lines().filter_map(line).collect()
+}
+
+/// CPU -> (time in use, time), in clock ticks.
+pub(crate) fn times(stat: &str) -> BTreeMap<usize, (u64, u64)> {
+    cpu_times(stat).into_iter().map(|(cpu, time)| (cpu, (time.used, time.all))).collect()
 }
 
 #[cfg(test)]
@@ -195,6 +215,11 @@ mod tests {
     fn an_offline_cpu_leaves_a_hole_in_stat() {
         let stat = "cpu  9 9 9 9\ncpu0 10 1 5 100 4 0 0 0 3 0\ncpu2 1 0 0 9\nintr 5\ncpux 1\n";
         assert_eq!(times(stat), BTreeMap::from([(0, (16, 120)), (2, (1, 10))]));
+        let stat = "cpu1 10 20 30 40 5 6 7 8 9 9\n";
+        assert_eq!(
+            cpu_times(stat),
+            BTreeMap::from([(1, CpuTime { used: 81, nice: 20, stolen: 8, all: 126 })])
+        );
     }
 
     #[test]

@@ -9,32 +9,17 @@
 //! Ratios, not times: reads and writes, small and large requests teach one thing then, how much slower it is than it was measured.
 //! Where nothing was calibrated, times are counted as they are. Pure: time and requests come in.
 
-use std::collections::BTreeMap;
-
-use rswap_common::histogram::{bounds_of, index_of};
+use rswap_common::histogram::bounds_of;
 use rswap_types::{LatencyPoint, UnixMillis};
 
-use crate::LocalPool;
+use crate::{LocalPool, by_load::ByLoad};
 
 /// Calibration counts like so many requests.
 const PRIOR_REQUESTS: f64 = 32.0;
-/// More than this of a bin is not remembered: it shows what is there now after as many.
-const MOST_REQUESTS: f64 = 512.0;
-/// After this time without new ones, half of what was counted is forgotten.
-const HALF_LIFE_MS: f64 = 600_000.0;
-/// What is learnt at one load counts at twice that (and half) by this much.
-const PER_DOUBLING: f64 = 0.25;
 /// Where nothing was calibrated, less than so many requests say nothing.
 const ENOUGH_REQUESTS: f64 = 8.0;
-/// Loads further away from all that was seen than so many doublings are not told apart.
-const TAIL: i32 = 4;
-/// Ratios are counted in this many parts of one.
-const PARTS: f64 = 1024.0;
 /// What calibration's latencies are measured with, in bytes.
 const CALIBRATED_BYTES: f64 = 4096.0;
-/// Loads of 2^this and more are one bin.
-const LAST_BIN: i32 = 24;
-
 /// What requests take while nothing else is asked of the pool, as calibrated.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Unloaded {
@@ -86,55 +71,11 @@ pub struct Requests<'h> {
     pub latency_ns: &'h [(u16, u64)],
 }
 
-/// What was learnt at loads of one power of two.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Bin {
-    /// Ratio in [`PARTS`], as a bucket -> how many, older ones in part.
-    counts: BTreeMap<u16, f64>,
-}
-
-impl Bin {
-    fn total(&self) -> f64 {
-        self.counts.values().sum()
-    }
-
-    fn scale(&mut self, by: f64) {
-        self.counts.values_mut().for_each(|count| *count *= by);
-        self.counts.retain(|_, count| *count > 1e-6);
-    }
-
-    /// The logarithm of the ratio that this share of the requests doesn't exceed.
-    fn ln_quantile(&self, share: f64) -> Option<f64> {
-        let rank = self.total() * share;
-        let mut seen = 0.0;
-        let reaches = |(_, count): &(&u16, &f64)| {
-            seen += **count;
-            seen >= rank
-        };
-        let found = self.counts.iter().find(reaches).or_else(|| self.counts.iter().next_back());
-        found.map(|(&index, _)| (bounds_of(index.into()).middle().max(1) as f64 / PARTS).ln())
-    }
-}
-
 /// What requests took of late, by load.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Experience {
     unloaded: Option<Unloaded>,
-    bins: BTreeMap<i32, Bin>,
-    at: Option<UnixMillis>,
-}
-
-fn bin_of(operations_per_s: f64) -> i32 {
-    if operations_per_s >= 1.0 { (operations_per_s.log2() as i32).min(LAST_BIN) } else { 0 }
-}
-
-/// The load that a bin stands for: the middle of the logarithms.
-fn load_of(bin: i32) -> f64 {
-    (f64::from(bin) + 0.5).exp2()
-}
-
-fn decay(ms: u64) -> f64 {
-    (-(ms as f64) / HALF_LIFE_MS).exp2()
+    ratios: ByLoad,
 }
 
 impl Experience {
@@ -150,60 +91,35 @@ impl Experience {
         if unloaded != self.unloaded {
             *self = Self { unloaded, ..Self::default() };
         }
-        let factor = self.at.map_or(1.0, |before| decay(now.since(before)));
-        self.at = Some(now);
-        if factor < 1.0 {
-            self.bins.values_mut().for_each(|bin| bin.scale(factor));
-            self.bins.retain(|_, bin| !bin.counts.is_empty());
-        }
-        let counted = |of: &Requests<'_>| of.latency_ns.iter().map(|(_, count)| *count).sum::<u64>();
-        if !operations_per_s.is_finite() || requests.iter().all(|of| counted(of) == 0) {
-            return;
-        }
-        let bin = self.bins.entry(bin_of(operations_per_s)).or_default();
-        for of in requests {
-            let count = counted(of);
-            if count == 0 {
-                continue;
-            }
-            let size = of.bytes as f64 / count as f64;
-            let base = self.unloaded.map_or(1.0, |unloaded| unloaded.us(of.writes, size));
-            for &(bucket, count) in of.latency_ns {
-                let us = bounds_of(bucket.into()).middle() as f64 / 1e3;
-                let ratio = (us / base.max(1e-3) * PARTS).clamp(1.0, 1e15) as u64;
-                *bin.counts.entry(index_of(ratio) as u16).or_default() += count as f64;
-            }
-        }
-        let total = bin.total();
-        if total > MOST_REQUESTS {
-            bin.scale(MOST_REQUESTS / total);
-        }
+        let ratios = requests.iter().flat_map(|of| {
+            let count: u64 = of.latency_ns.iter().map(|(_, count)| *count).sum();
+            let size = of.bytes as f64 / count.max(1) as f64;
+            let base = unloaded.map_or(1.0, |unloaded| unloaded.us(of.writes, size)).max(1e-3);
+            let us = |bucket: u16| bounds_of(bucket.into()).middle() as f64 / 1e3;
+            of.latency_ns.iter().map(move |&(bucket, count)| (us(bucket) / base, count as f64))
+        });
+        self.ratios.count(now, operations_per_s, ratios);
     }
 
     /// What requests take, by load, at `now`. Without anything calibrated or experienced it has no points.
     pub fn curve(&self, now: UnixMillis) -> Vec<LatencyPoint> {
-        let fresh = self.at.map_or(1.0, |at| decay(now.since(at)));
-        let (first, last) = (self.bins.keys().next().copied(), self.bins.keys().next_back().copied());
-        let (first, last) = (first.unwrap_or(0), last.unwrap_or(0));
-        (first.saturating_sub(TAIL).max(0)..=(last + TAIL)).filter_map(|bin| self.point(bin, fresh)).collect()
-    }
-
-    fn point(&self, at: i32, fresh: f64) -> Option<LatencyPoint> {
-        let (mut requests, mut p50, mut p99) = (0.0, 0.0, 0.0);
-        for (&bin, seen) in &self.bins {
-            let weight = seen.total() * fresh * PER_DOUBLING.powi((bin - at).abs());
-            requests += weight;
-            p50 += weight * seen.ln_quantile(0.5).unwrap_or(0.0);
-            p99 += weight * seen.ln_quantile(0.99).unwrap_or(0.0);
-        }
-        let (prior, scale_us, tail) = match self.unloaded {
-            Some(unloaded) => (PRIOR_REQUESTS, unloaded.mean_us(), unloaded.p99_ratio.ln()),
-            None if requests < ENOUGH_REQUESTS => return None,
-            None => (0.0, 1.0, 0.0),
-        };
-        let p50_us = scale_us * (p50 / (requests + prior)).exp();
-        let p99_us = scale_us * ((p99 + prior * tail) / (requests + prior)).exp();
-        Some(LatencyPoint { operations_per_s: load_of(at), p50_us, p99_us: p99_us.max(p50_us), requests })
+        let points = self.ratios.all(now).filter_map(|learnt| {
+            let (prior, scale_us, tail) = match self.unloaded {
+                Some(unloaded) => (PRIOR_REQUESTS, unloaded.mean_us(), unloaded.p99_ratio.ln()),
+                None if learnt.samples < ENOUGH_REQUESTS => return None,
+                None => (0.0, 1.0, 0.0),
+            };
+            let counted = learnt.samples + prior;
+            let p50_us = scale_us * (learnt.ln_p50 / counted).exp();
+            let p99_us = scale_us * ((learnt.ln_p99 + prior * tail) / counted).exp();
+            Some(LatencyPoint {
+                operations_per_s: learnt.load,
+                p50_us,
+                p99_us: p99_us.max(p50_us),
+                requests: learnt.samples,
+            })
+        });
+        points.collect()
     }
 }
 

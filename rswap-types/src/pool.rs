@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::LatencyCurve;
+use crate::{LatencyCurve, SlowdownCurve};
 
 /// Name of the pool that stands for this host.
 pub const THIS_HOST: &str = "this-host";
@@ -21,7 +21,7 @@ pub struct Pool {
     pub kind: PoolKind,
     /// All of it.
     pub capacity: Capacity,
-    /// What is in use of it now, by anybody.
+    /// What is in use of it now by instances, and what others take of it.
     pub used: Capacity,
     /// Money per core and hour, in the configuration's currency.
     pub cost_per_core_hour: f64,
@@ -44,6 +44,9 @@ pub enum PoolKind {
         /// What one instance can have of them at most, in cores.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         instance_cores: Option<f64>,
+        /// How much longer work takes there for waiting, by load; without points, nothing is known of that.
+        #[serde(default, skip_serializing_if = "SlowdownCurve::is_empty")]
+        slowdown: SlowdownCurve,
     },
     /// Another host's agent.
     Host {
@@ -187,6 +190,14 @@ impl Pool {
     pub fn latency(&self) -> Option<&LatencyCurve> {
         match &self.kind {
             PoolKind::Storage { latency, .. } if !latency.is_empty() => Some(latency),
+            _ => None,
+        }
+    }
+
+    /// How much longer work takes on a set of cores for waiting, by load, if that is known.
+    pub fn slowdown(&self) -> Option<&SlowdownCurve> {
+        match &self.kind {
+            PoolKind::Cpu { slowdown, .. } if !slowdown.is_empty() => Some(slowdown),
             _ => None,
         }
     }

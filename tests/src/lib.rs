@@ -18,6 +18,7 @@ pub mod converse;
 pub mod fleet;
 pub mod foreign;
 pub mod heartbeat;
+pub mod hog;
 pub mod host;
 pub mod hot;
 pub mod huge_pages;

@@ -49,6 +49,6 @@ impl Wiring {
 
     /// The look, as people are to see it.
     pub(super) fn shown(&self, now: UnixMillis, inventory: &Inventory) -> Arc<Inventory> {
-        Arc::new(self.disks.show(now, inventory))
+        Arc::new(self.cores.show(now, self.disks.show(now, inventory)))
     }
 }

@@ -41,7 +41,7 @@ use crate::{
         recovery::{self, Doubt, Recovery},
     },
     plan::{Decision, InstanceView, MoveKind, Outcome, Plan, Planner},
-    pool::{self, Disks, Inventory, Pool, Watch},
+    pool::{self, Cores, Disks, Inventory, Pool, Watch},
     profile::{Profile, Profiler},
     status::{ApiError, Board},
     swap::share,
@@ -72,6 +72,7 @@ pub(super) struct Wiring {
     pub(super) member: Option<Membership>,
     keeper: Keeper,
     pub(super) parts: Parts,
+    pub(super) cores: Cores,
     pub(super) disks: Disks,
     pub(super) windows: u64,
     pub(super) planner: Planner,
@@ -123,6 +124,7 @@ impl Wiring {
             member,
             keeper,
             parts: Parts::new(),
+            cores: Cores::default(),
             disks: Disks::default(),
             windows: 0,
             planner,
@@ -150,6 +152,7 @@ impl Wiring {
         }
         self.look_at_pools(now);
         let profiles = self.profiler.sample(now);
+        self.look_at_cores(now, &profiles);
         self.parts.begin_window(|name| self.known.contains_key(name));
         let (inventory, apart) = (self.watch.latest(), self.profiler.devices());
         let mut usages = Vec::with_capacity(profiles.len());
@@ -182,6 +185,7 @@ impl Wiring {
             .filter_map(|instance| Some((instance.name.clone(), self.link_under(instance)?)))
             .collect();
         self.parts.leave_others(&mut pools, &on_links);
+        self.tell_of_cores(now, &mut pools);
         self.tell_of_disks(now, &inventory, &mut pools);
         let views: Vec<InstanceView> =
             profiles.iter().filter_map(|profile| self.view(profile, now)).collect();

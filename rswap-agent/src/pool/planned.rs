@@ -1,7 +1,7 @@
 //! The pools that plans see: from what was found, and from the configuration.
 
 use procfs::{Current, Meminfo};
-use rswap_types::LatencyCurve;
+use rswap_types::{LatencyCurve, SlowdownCurve};
 
 use super::{
     Capacity, Flow, Inventory, Known, LocalKind, LocalPool, Pool, PoolKind, PoolState, State, THIS_HOST,
@@ -129,7 +129,7 @@ fn core_set(pool: &LocalPool, performance: f64) -> Option<Pool> {
             cores: pool.capacity.as_ref().map_or(0.0, |capacity| capacity.value),
             memory_bytes: 0,
         },
-        kind: PoolKind::Cpu { cpus: cpus.clone(), instance_cores },
+        kind: PoolKind::Cpu { cpus: cpus.clone(), instance_cores, slowdown: SlowdownCurve::default() },
         used: Capacity::default(),
         cost_per_core_hour: pool.cost_per_hour.as_ref().map_or(0.0, |cost| cost.value),
         cost_per_gib_hour: 0.0,

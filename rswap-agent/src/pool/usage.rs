@@ -50,8 +50,18 @@ mod tests {
     fn use_is_spread_over_common_cpus() {
         let pools = vec![
             pool(THIS_HOST, PoolKind::ThisHost),
-            pool("one", PoolKind::Cpu { cpus: CpuSet::from([0]), instance_cores: None }),
-            pool("both", PoolKind::Cpu { cpus: CpuSet::from([0, 1]), instance_cores: None }),
+            pool(
+                "one",
+                PoolKind::Cpu { cpus: CpuSet::from([0]), instance_cores: None, slowdown: Default::default() },
+            ),
+            pool(
+                "both",
+                PoolKind::Cpu {
+                    cpus: CpuSet::from([0, 1]),
+                    instance_cores: None,
+                    slowdown: Default::default(),
+                },
+            ),
         ];
         let profile = Profile {
             instance: "a".parse().unwrap(),

@@ -62,11 +62,14 @@ fn walk(cgroup: &Path, depth: usize, visit: &mut dyn FnMut(&Path) -> io::Result<
     Ok(())
 }
 
-/// CPU time used by a cgroup and all below it, in microseconds.
-pub(super) fn cpu_usage_us(cgroup: &Path) -> Result<u64, ProfileError> {
+/// CPU time used by a cgroup and all below it, and time for which a limit of it held its CPUs back (0 where there is none), in
+/// microseconds.
+pub(super) fn cpu_stat_us(cgroup: &Path) -> Result<(u64, u64), ProfileError> {
     let path = cgroup.join("cpu.stat");
     let text = read(&path)?;
-    field(&text, "usage_usec").ok_or(ProfileError::Parse { path, what: "no usage_usec" })
+    let held_back = field(&text, "throttled_usec").unwrap_or(0);
+    let usage = field(&text, "usage_usec").ok_or(ProfileError::Parse { path, what: "no usage_usec" })?;
+    Ok((usage, held_back))
 }
 
 /// Time in which some task was held up for lack of a resource (`cpu`, `memory`), in microseconds, where

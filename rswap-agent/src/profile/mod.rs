@@ -148,6 +148,41 @@ pub struct CpuProfile {
     pub on_cpu_ns: Histogram,
     /// PSI `some` share of the window, 0 to 1, where the kernel has it.
     pub pressure_some: Option<f64>,
+    /// Of each CPU on which it ran or waited.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub by_cpu: Vec<OnCpu>,
+    /// Whether turns on CPUs were counted: without the probe, or a slot, none says nothing.
+    #[serde(default)]
+    pub counted: bool,
+}
+
+impl CpuProfile {
+    /// While a limit of its own cgroup holds its tasks back they are queued, too, for nobody else's sake: takes that time, in
+    /// nanoseconds over all CPUs, out of what they waited for others.
+    fn without_own_limit(&mut self, held_back_ns: u64) {
+        let waited_ns: u64 = self.by_cpu.iter().map(|of| of.others_wait_ns).sum();
+        if held_back_ns == 0 || waited_ns == 0 {
+            return;
+        }
+        let left = 1.0 - (held_back_ns as f64 / waited_ns as f64).min(1.0);
+        for of in &mut self.by_cpu {
+            of.others_wait_ns = (of.others_wait_ns as f64 * left) as u64;
+            of.foreign_wait_ns = (of.foreign_wait_ns as f64 * left) as u64;
+        }
+    }
+}
+
+/// What an instance did on one CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnCpu {
+    /// Number of the CPU.
+    pub cpu: usize,
+    /// How long it ran, as far as its turns have ended, in nanoseconds.
+    pub ran_ns: u64,
+    /// For how long one of its threads waited while others than it ran, in nanoseconds.
+    pub others_wait_ns: u64,
+    /// For how long one of its threads waited while nobody ran that belongs to an instance, in nanoseconds.
+    pub foreign_wait_ns: u64,
 }
 
 /// Direction of block I/O.
@@ -193,4 +228,24 @@ pub struct MemoryProfile {
     pub dirty_bytes_per_s: Option<f64>,
     /// PSI `some` share of the window, 0 to 1, where the kernel has it.
     pub pressure_some: Option<f64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_its_own_limit_held_back_was_not_waited_for_others() {
+        let on =
+            |cpu, others_wait_ns, foreign_wait_ns| OnCpu { cpu, ran_ns: 5, others_wait_ns, foreign_wait_ns };
+        let left_of = |held_back_ns| {
+            let mut cpu =
+                CpuProfile { by_cpu: vec![on(0, 600, 400), on(1, 200, 0)], ..CpuProfile::default() };
+            cpu.without_own_limit(held_back_ns);
+            cpu.by_cpu
+        };
+        assert_eq!(left_of(0), [on(0, 600, 400), on(1, 200, 0)]);
+        assert_eq!(left_of(400), [on(0, 300, 200), on(1, 100, 0)]);
+        assert_eq!(left_of(4000), [on(0, 0, 0), on(1, 0, 0)]);
+    }
 }

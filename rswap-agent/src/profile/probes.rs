@@ -93,6 +93,7 @@ const PROBES: [Probe; 6] = [
         fields: &[
             CGROUP_FIELDS[0],
             CGROUP_FIELDS[1],
+            (g::TASK_PID, "task_struct", "pid"),
             (g::TASK_CGROUPS, "task_struct", "cgroups"),
             (g::TASK_LAST_QUEUED, "task_struct", "sched_info.last_queued"),
             (g::TASK_LAST_ARRIVAL, "task_struct", "sched_info.last_arrival"),

@@ -64,6 +64,7 @@ struct Reading {
     at: Option<UnixMillis>,
     counters: Option<Counters>,
     cpu_usage_us: u64,
+    cpu_held_back_us: u64,
     cpu_pressure_us: Option<u64>,
     memory_pressure_us: Option<u64>,
 }
@@ -171,10 +172,12 @@ impl Profiler {
 
 impl Reading {
     fn of_cgroup(path: &Path) -> Result<Self, ProfileError> {
+        let (cpu_usage_us, cpu_held_back_us) = cgroup::cpu_stat_us(path)?;
         Ok(Self {
             at: None,
             counters: None,
-            cpu_usage_us: cgroup::cpu_usage_us(path)?,
+            cpu_usage_us,
+            cpu_held_back_us,
             cpu_pressure_us: cgroup::pressure_some_us(path, "cpu"),
             memory_pressure_us: cgroup::pressure_some_us(path, "memory"),
         })
@@ -283,6 +286,10 @@ impl State {
         };
         if let (Some(earlier), Some(later)) = (&last.counters, &reading.counters) {
             later.add_cpu_since(earlier, &mut profile.cpu);
+            profile.cpu.without_own_limit(
+                reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
+            );
+            profile.cpu.counted = self.probes.are_active(&["sched_switch"]);
             profile.tcp = later.tcp_since(earlier);
             profile.block = later.block_since(earlier, &self.devices);
             profile.block_counted = self.probes.are_active(&["block_rq_complete"]);

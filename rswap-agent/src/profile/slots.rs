@@ -8,7 +8,7 @@ use rswap_common::layout::{
 };
 
 use super::{
-    BlockProfile, CpuProfile, Direction, TcpProfile,
+    BlockProfile, CpuProfile, Direction, OnCpu, TcpProfile,
     histogram::{Histogram, add_record},
     probes::Maps,
 };
@@ -35,6 +35,8 @@ impl FreeSlots {
 /// without being cleared.
 pub(super) struct Counters {
     slot: SlotRecord,
+    /// By CPU.
+    cpus: Vec<OnCpu>,
     /// By device, then direction.
     block: Vec<BlockRecord>,
 }
@@ -46,8 +48,15 @@ impl Counters {
     /// Reads them from the maps.
     pub(super) fn read(maps: &Maps, slots: u32, slot: u32) -> Self {
         let mut total = SlotRecord::EMPTY;
+        let mut cpus = Vec::with_capacity(maps.cpus as usize);
         for cpu in 0..maps.cpus {
             if let Some(record) = maps.slots.read(slot_index(cpu, slot, slots)) {
+                cpus.push(OnCpu {
+                    cpu: cpu as usize,
+                    ran_ns: record.on_cpu_ns.sum,
+                    others_wait_ns: record.others_wait_ns,
+                    foreign_wait_ns: record.foreign_wait_ns,
+                });
                 add_record(&mut total.run_queue_ns, &record.run_queue_ns);
                 add_record(&mut total.on_cpu_ns, &record.on_cpu_ns);
                 add_record(&mut total.tcp_rtt_us, &record.tcp_rtt_us);
@@ -69,13 +78,21 @@ impl Counters {
                 block.push(total);
             }
         }
-        Self { slot: total, block }
+        Self { slot: total, cpus, block }
     }
 
     /// What the scheduler probe counted since `earlier`.
     pub(super) fn add_cpu_since(&self, earlier: &Self, cpu: &mut CpuProfile) {
         cpu.run_queue_ns = Histogram::between(&earlier.slot.run_queue_ns, &self.slot.run_queue_ns);
         cpu.on_cpu_ns = Histogram::between(&earlier.slot.on_cpu_ns, &self.slot.on_cpu_ns);
+        let since = |(now, earlier): (&OnCpu, &OnCpu)| OnCpu {
+            cpu: now.cpu,
+            ran_ns: now.ran_ns.wrapping_sub(earlier.ran_ns),
+            others_wait_ns: now.others_wait_ns.wrapping_sub(earlier.others_wait_ns),
+            foreign_wait_ns: now.foreign_wait_ns.wrapping_sub(earlier.foreign_wait_ns),
+        };
+        let by_cpu = self.cpus.iter().zip(&earlier.cpus).map(since);
+        cpu.by_cpu = by_cpu.filter(|of| of.ran_ns > 0 || of.others_wait_ns > 0).collect();
     }
 
     /// What the TCP probes counted since `earlier`.

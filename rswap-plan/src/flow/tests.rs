@@ -340,7 +340,12 @@ fn short_of_both() -> (InstanceView, Vec<Pool>) {
     let core = |name: &str, cpu, cores, cost| Pool {
         cost_per_core_hour: cost,
         capacity: Capacity { cores, memory_bytes: 0 },
-        ..pool(name, PoolKind::Cpu { cpus: [cpu].into(), instance_cores: None }, 0.0, 1.0)
+        ..pool(
+            name,
+            PoolKind::Cpu { cpus: [cpu].into(), instance_cores: None, slowdown: Default::default() },
+            0.0,
+            1.0,
+        )
     };
     let mut all = pools();
     all.insert(

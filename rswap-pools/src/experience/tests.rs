@@ -1,7 +1,9 @@
 use proptest::prelude::*;
+use rswap_common::histogram::index_of;
 use rswap_types::LatencyCurve;
 
 use super::*;
+use crate::by_load::{HALF_LIFE_MS, PARTS};
 
 const DISK: Unloaded = Unloaded { read_us: 80.0, write_us: 120.0, p99_ratio: 3.0, bytes_per_s: 100e6 };
 

@@ -170,7 +170,7 @@ impl Scenario {
                 let kind = match one.kind {
                     Shape::Cores => {
                         let set: CpuSet = cpus.by_ref().take(one.cores.ceil() as usize).collect();
-                        PoolKind::Cpu { cpus: set, instance_cores: None }
+                        PoolKind::Cpu { cpus: set, instance_cores: None, slowdown: Default::default() }
                     }
                     Shape::Host => PoolKind::Host { address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)) },
                 };
