@@ -118,6 +118,8 @@ pub struct AgentConfig {
     pub host: String,
     /// Runtime state. Under /run on purpose: no instance outlives a reboot.
     pub state_dir: PathBuf,
+    /// What `rswap calibrate` measured. Not under /run: it outlives a reboot.
+    pub calibrations_dir: PathBuf,
     /// Unix socket of the mutating calls.
     pub control_socket: PathBuf,
     /// Read-only HTTP.
@@ -138,6 +140,7 @@ impl Default for AgentConfig {
         Self {
             host: host.unwrap_or_else(|| "localhost".to_owned()),
             state_dir: "/run/rswap".into(),
+            calibrations_dir: "/var/lib/rswap/calibrations".into(),
             control_socket: "/run/rswap/control.sock".into(),
             status_address: SocketAddr::from(([127, 0, 0, 1], 7790)),
             mode: Mode::default(),

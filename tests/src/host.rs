@@ -117,13 +117,14 @@ impl Host {
             format!("[tls]\nca = {ca:?}\ncertificate = {certificate:?}\nkey = {key:?}\n\n")
         };
         format!(
-            "[agent]\nhost = {:?}\nstate_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
+            "[agent]\nhost = {:?}\nstate_dir = {:?}\ncalibrations_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
              mode = {:?}\nwindow_ms = {}\ncgroup_parent = {:?}\n\n\
              [network]\nbridge = \"br0\"\nuplink = \"up0\"\n\n\
              [learnt]\nfile = {:?}\n\n\
              [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\nfreeze_limit_ms = {}\njournal_dir = {:?}\n\n{tls}{shared}{}",
             self.name,
             self.dir,
+            self.dir.join("calibrations"),
             self.socket(),
             options.mode,
             options.window_ms,

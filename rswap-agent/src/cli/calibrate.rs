@@ -50,7 +50,7 @@ pub(super) fn calibrate(session: &Session, arguments: &CalibrateArguments) -> an
     let results =
         runtime()?.block_on(until_stopped(work)).with_context(|| format!("cannot calibrate {name}"))?;
     let kernel = pool::kernel_release();
-    let calibration = Calibration::new(pool, UnixMillis::now(), &config.agent.host, &kernel, results);
+    let calibration = Calibration::new(pool, &found, UnixMillis::now(), &config.agent.host, &kernel, results);
     let path = calibrate::keep(&pool::calibrations(config), &calibration)?;
     if arguments.output.json {
         print_json(&calibration)?;

@@ -25,7 +25,7 @@ pub fn look(config: &Config, before: Option<&Inventory>) -> Inventory {
 
 /// Where what `rswap calibrate` measured is kept.
 pub fn calibrations(config: &Config) -> PathBuf {
-    config.agent.state_dir.join("calibrations")
+    config.agent.calibrations_dir.clone()
 }
 
 /// As `uname -r` shows it.

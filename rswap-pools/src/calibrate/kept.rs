@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Result;
 use crate::{
-    Inventory, Known, LocalKind, LocalPool, Measure, Settings, Source, State, cpu_list,
+    Device, Inventory, Known, LocalKind, LocalPool, Measure, Settings, Source, State, cpu_list,
     discover::RELATIVE_SPEED,
 };
 
@@ -53,12 +53,31 @@ pub fn fingerprint(pool: &LocalPool) -> String {
     }
 }
 
+/// [`fingerprint`], with size and model of its devices: after a reboot another disk may have the name.
+fn made_of(pool: &LocalPool, devices: &[Device]) -> String {
+    let LocalKind::Storage { devices: names, .. } = &pool.kind else { return fingerprint(pool) };
+    let known = names.iter().filter_map(|name| devices.iter().find(|device| device.name == *name));
+    let each = known.map(|device| {
+        let bytes = device.bytes.map_or_else(String::new, |bytes| bytes.to_string());
+        let what = device.file.as_deref().or(device.model.as_deref()).unwrap_or_default();
+        format!(", {} {bytes} {what}", device.name)
+    });
+    fingerprint(pool) + &each.collect::<String>()
+}
+
 impl Calibration {
-    /// Of these results.
-    pub fn new(pool: &LocalPool, at: UnixMillis, host: &str, kernel: &str, results: Vec<Result>) -> Self {
+    /// Of these results, of a pool in what was found.
+    pub fn new(
+        pool: &LocalPool,
+        found: &Inventory,
+        at: UnixMillis,
+        host: &str,
+        kernel: &str,
+        results: Vec<Result>,
+    ) -> Self {
         Self {
             pool: pool.name.clone(),
-            fingerprint: fingerprint(pool),
+            fingerprint: made_of(pool, &found.devices),
             at,
             host: host.to_owned(),
             kernel: kernel.to_owned(),
@@ -105,7 +124,7 @@ pub fn kept(directory: &Path, host: &str, kernel: &str) -> Vec<Calibration> {
 /// fastest set of the host, once all sets that are there were measured.
 pub fn apply(inventory: &mut Inventory, calibrations: &[Calibration], settings: &Settings) {
     for pool in &mut inventory.pools {
-        let print = fingerprint(pool);
+        let print = made_of(pool, &inventory.devices);
         let own = calibrations.iter().find(|kept| kept.pool == pool.name && kept.fingerprint == print);
         for (what, value) in own.iter().flat_map(|kept| &kept.measures) {
             let at = own.map_or_else(UnixMillis::default, |kept| kept.at);
@@ -145,8 +164,30 @@ mod tests {
         discover::tests::{server, wanted},
     };
 
+    fn measured_in(found: &Inventory, pool: &LocalPool, at: u64, value: f64) -> Calibration {
+        Calibration::new(pool, found, UnixMillis(at), "h", "6.1", vec![("operations_per_s", value)])
+    }
+
     fn measured(pool: &LocalPool, at: u64, value: f64) -> Calibration {
-        Calibration::new(pool, UnixMillis(at), "h", "6.1", vec![("operations_per_s", value)])
+        measured_in(&server().discover(&Settings::default(), 1), pool, at, value)
+    }
+
+    #[test]
+    fn another_disk_of_the_same_name_is_not_what_was_measured() {
+        let found = server().discover(&Settings::default(), 1);
+        let pool = found.pool("fs:/").unwrap().clone();
+        let LocalKind::Storage { devices, .. } = &pool.kind else { panic!("{pool:?}") };
+        let kept = [measured_in(&found, &pool, 1, 7.0)];
+        let applied = |found: &Inventory| {
+            let mut found = found.clone();
+            apply(&mut found, &kept, &Settings::default());
+            found.pool("fs:/").unwrap().measured("operations_per_s")
+        };
+        assert_eq!(applied(&found), Some(7.0));
+        let mut another = found.clone();
+        let disk = another.devices.iter_mut().find(|device| device.name == devices[0]).unwrap();
+        disk.bytes = disk.bytes.map(|bytes| bytes + 512);
+        assert_eq!(applied(&another), None);
     }
 
     #[test]
