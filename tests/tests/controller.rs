@@ -70,6 +70,11 @@ fn a_newcomer_starts_from_what_another_host_taught_and_no_report_is_lost() -> an
         let learnt = fs::read_to_string(spools[1].join("learnt")).unwrap_or_default();
         Ok(learnt.contains("app=shop").then_some(()))
     })?;
+    // Else all that is known of strangers is what these two taught.
+    wait_for("what host b's instance taught to be known at the controller", LIMIT, || {
+        let known: Value = controller.get("/v1/model")?;
+        Ok(known.to_string().contains("app=other").then_some(()))
+    })?;
     let usual = points(&a, "busy-1", Resource::Memory)?.first().map_or(0.0, |point| point.need.p50);
     assert!(usual > f64::from(96 << 20), "{usual}");
 
