@@ -34,6 +34,7 @@ pub mod netns;
 pub mod pauses;
 pub mod persistent;
 pub mod postgres;
+pub mod profiled;
 pub mod proxy;
 pub mod rounds;
 pub mod scene;

@@ -3,139 +3,25 @@
 //! Each needs root, and the kernel's type information (BTF) with the tracepoints that it measures by: where the
 //! kernel has no such thing the test is skipped, and where it has, a probe that does not load fails it.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a scenario that can't be set up has failed, and may say so by panicking"
-)]
-
 use std::{
     fs,
     io::{Read, Write},
     net::TcpListener,
-    os::unix::process::CommandExt,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use rswap_agent::{
-    instance::InstanceName,
-    profile::{Direction, ProbeState, Profile, ProfileConfig, Profiler, btf::KernelTypes, unified_mount},
-    units::UnixMillis,
+use rswap_agent::profile::Direction;
+use rswap_tests::{
+    profiled::{TestCgroup, begin, end, profiler, reap, schedstat, supervisor_cpu_ns, wait},
+    skip,
 };
-use rswap_tests::{reason_to_skip, skip};
-
-/// A cgroup of the test's own. Dropping it kills what is in it and removes it.
-struct TestCgroup(PathBuf);
-
-impl TestCgroup {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("rswap-test-profile-{}-{number}", std::process::id());
-        let path = unified_mount().unwrap().join(name);
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-
-    /// Starts `command` in the cgroup: it is there before its program begins.
-    fn spawn(&self, command: &mut Command) -> Child {
-        let procs = self.0.join("cgroup.procs");
-        // SAFETY: needed because the program must be in the cgroup from its first instruction on; between
-        // fork and exec it only opens, writes and closes a file (the path was allocated before).
-        unsafe { command.pre_exec(move || fs::write(&procs, "0")) };
-        command.spawn().expect("start the program under test")
-    }
-
-    fn cpu_usage_us(&self) -> u64 {
-        let text = fs::read_to_string(self.0.join("cpu.stat")).unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix("usage_usec ")).unwrap();
-        line.parse().unwrap()
-    }
-}
-
-impl Drop for TestCgroup {
-    fn drop(&mut self) {
-        let _old_kernel = fs::write(self.0.join("cgroup.kill"), "1");
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-/// A profiler whose probes of these names count; `None`, counted as skipped, where the kernel doesn't have them.
-fn profiler(test: &str, needed: &[&str]) -> Option<Profiler> {
-    reason_to_skip(test).is_none().then_some(())?;
-    let types = KernelTypes::of_this_kernel();
-    for tracepoint in needed {
-        let lacks = match &types {
-            Ok(types) => types.tracepoint_arguments(tracepoint).err().map(|error| error.to_string()),
-            Err(error) => Some(error.to_string()),
-        };
-        if let Some(reason) = lacks {
-            skip(test, &reason);
-            return None;
-        }
-    }
-    let config = ProfileConfig { slots: 8, measure_program_cost: true, ..ProfileConfig::default() };
-    let profiler = Profiler::start(&config);
-    for status in profiler.probes() {
-        if let ProbeState::Unavailable { reason } = status.state {
-            assert!(!needed.contains(&status.name.as_str()), "the probe {}: {reason}", status.name);
-        }
-    }
-    Some(profiler)
-}
-
-/// Tracks `cgroup` and begins its first window.
-fn begin(profiler: &Profiler, cgroup: &Path) -> InstanceName {
-    let name: InstanceName = "under-test".parse().unwrap();
-    profiler.track(&name, cgroup).unwrap();
-    assert!(profiler.sample(UnixMillis::now()).is_empty(), "the first sample only begins the window");
-    name
-}
-
-/// The profile of the one tracked instance since [`begin`].
-fn end(profiler: &Profiler) -> Profile {
-    let profile = profiler.sample(UnixMillis::now()).pop().expect("a tracked instance has a profile");
-    for cost in profiler.program_costs() {
-        eprintln!("{}: {} runs, {:.0} ns each", cost.name, cost.runs, cost.ns_per_run);
-    }
-    profile
-}
-
-/// Waits for `child` at most `limit`, then kills it.
-fn wait(mut child: Child, limit: Duration) -> String {
-    let deadline = Instant::now() + limit;
-    let mut stdout = child.stdout.take();
-    let reader = thread::spawn(move || {
-        let mut text = String::new();
-        if let Some(stdout) = &mut stdout {
-            stdout.read_to_string(&mut text).unwrap();
-        }
-        text
-    });
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            assert!(status.success(), "the program under test failed: {status}");
-            return reader.join().unwrap();
-        }
-        if Instant::now() > deadline {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            panic!("the program under test took longer than {limit:?}");
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
-}
 
 #[test]
 fn cpu_time_is_that_of_the_kernels_cpu_stat() {
     let Some(profiler) = profiler("cpu_time_is_that_of_the_kernels_cpu_stat", &[]) else { return };
-    let cgroup = TestCgroup::new();
+    let cgroup = TestCgroup::create();
     let child = cgroup.spawn(Command::new("timeout").args([
         "20",
         "taskset",
@@ -158,23 +44,11 @@ fn cpu_time_is_that_of_the_kernels_cpu_stat() {
     reap(child);
 }
 
-/// Waits for a child that its cgroup's removal has killed.
-fn reap(mut child: Child) {
-    let _killed = child.wait();
-}
-
-/// `/proc/PID/schedstat`: nanoseconds on a CPU, nanoseconds waiting for one, number of times on one.
-fn schedstat(pid: u32) -> Option<[u64; 3]> {
-    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
-    let numbers: Vec<u64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-    numbers.try_into().ok()
-}
-
 #[test]
 fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
     let test = "switches_and_waiting_are_those_of_the_kernels_schedstat";
     let Some(profiler) = profiler(test, &["sched_switch"]) else { return };
-    let cgroup = TestCgroup::new();
+    let cgroup = TestCgroup::create();
     // Two on one core wait for each other; the third sleeps and wakes.
     let busy = "exec timeout 20 sh -c 'while :; do :; done'";
     let sleepy = "i=0; while [ $i -lt 2000 ]; do read -t 0.001 x <> /dev/zero; i=$((i+1)); done";
@@ -184,11 +58,16 @@ fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
     }
     children
         .push(cgroup.spawn(Command::new("timeout").args(["20", "taskset", "-c", "0", "bash", "-c", sleepy])));
-    thread::sleep(Duration::from_millis(300));
     let members = || -> Vec<u32> {
         let text = fs::read_to_string(cgroup.0.join("cgroup.procs")).unwrap();
         text.lines().map(|line| line.parse().unwrap()).collect()
     };
+    // Three programs, and the `timeout` of each.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while members().len() < 6 {
+        assert!(Instant::now() < deadline, "the programs have not started: {:?}", members());
+        thread::sleep(Duration::from_millis(20));
+    }
     // Nothing may run while the two sides read their counters.
     let freeze = |frozen: bool| {
         fs::write(cgroup.0.join("cgroup.freeze"), if frozen { "1" } else { "0" }).unwrap();
@@ -238,22 +117,11 @@ fn switches_and_waiting_are_those_of_the_kernels_schedstat() {
     children.into_iter().for_each(reap);
 }
 
-/// Time that the threads of process 1 have spent on a CPU.
-///
-/// The guest kernel of a virtual machine was seen (6.18) to run no eBPF program while a thread of process 1, the supervisor
-/// of the machine, is current: not at its own events, and not at the interrupts that come then, such as the end of somebody's
-/// request. The kernel's tracer (tracefs) has those events. On other machines process 1 does next to nothing.
-fn supervisor_cpu_ns() -> u64 {
-    let threads = fs::read_dir("/proc/1/task").unwrap().flatten();
-    let ids = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
-    ids.filter_map(|tid: u32| schedstat(tid)).map(|[on_cpu_ns, ..]| on_cpu_ns).sum()
-}
-
 #[test]
 fn block_requests_are_those_that_fio_counts() {
     let needed = ["block_rq_complete", "block_io_start"];
     let Some(profiler) = profiler("block_requests_are_those_that_fio_counts", &needed) else { return };
-    let cgroup = TestCgroup::new();
+    let cgroup = TestCgroup::create();
     // Not in /tmp, which may be in memory.
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let file = directory.path().join("data");
@@ -321,7 +189,7 @@ fn block_requests_are_those_that_fio_counts() {
 fn tcp_bytes_are_those_that_the_program_counts() {
     let needed = ["tcp_probe", "sock_send_length", "sock_recv_length"];
     let Some(profiler) = profiler("tcp_bytes_are_those_that_the_program_counts", &needed) else { return };
-    let cgroup = TestCgroup::new();
+    let cgroup = TestCgroup::create();
     begin(&profiler, &cgroup.0);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -361,7 +229,7 @@ fn tcp_bytes_are_those_that_the_program_counts() {
 fn events_of_a_cgroup_below_are_counted_and_those_of_an_untracked_one_are_not() {
     let test = "events_of_a_cgroup_below_are_counted_and_those_of_an_untracked_one_are_not";
     let Some(profiler) = profiler(test, &["sched_switch"]) else { return };
-    let cgroup = TestCgroup::new();
+    let cgroup = TestCgroup::create();
     let below = TestCgroup(cgroup.0.join("below"));
     fs::create_dir(&below.0).unwrap();
     let name = begin(&profiler, &cgroup.0);

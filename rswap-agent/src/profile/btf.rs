@@ -2,6 +2,11 @@
 //! a tracepoint's arguments are. eBPF programs built in Rust carry no relocations of their own, so the
 //! agent looks both up in the running kernel and hands them to the programs before it loads them.
 
+#[cfg(test)]
+mod kernels;
+#[cfg(test)]
+mod subset;
+
 use std::collections::HashMap;
 
 /// Where the kernel shows its type information.

@@ -86,7 +86,7 @@ const SOCK_FIELDS: [(&str, &str, &str); 4] = [
 
 const BLOCK_IO_START: &str = "block_io_start";
 
-const PROBES: [Probe; 6] = [
+pub(super) const PROBES: [Probe; 6] = [
     Probe {
         tracepoint: "sched_switch",
         arguments: &["bool", "struct task_struct *", "struct task_struct *"],

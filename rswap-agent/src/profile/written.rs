@@ -44,7 +44,7 @@ const INODE_FIELDS: [(&str, &str, &str); 3] = [
     (g::SUPER_BLOCK_DEV, "super_block", "s_dev"),
 ];
 
-const TYPED: [Probe; 2] = [
+pub(super) const TYPED: [Probe; 2] = [
     Probe {
         tracepoint: "writeback_dirty_folio",
         arguments: &["struct folio *", "struct address_space *"],

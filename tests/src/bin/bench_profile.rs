@@ -176,11 +176,16 @@ impl Kind {
     fn is_there(self) -> bool {
         match self {
             Self::Tool(name) => {
-                let there = installed(name);
-                if !there {
+                if !installed(name) {
                     println!("  {name} is not installed: not compared");
+                    return false;
                 }
-                there
+                // It may need what this kernel does not have: kprobes, mostly.
+                let tried = self.attach(Path::new("/")).map(drop);
+                if let Err(error) = &tried {
+                    println!("  {name} does not run here: {error:#}");
+                }
+                tried.is_ok()
             }
             _ => true,
         }
@@ -231,7 +236,12 @@ struct Slowed {
 impl Slowed {
     fn keyed(self, of: &str) -> Vec<(String, Value)> {
         let mut keyed = vec![(format!("{of}_turn_ns"), json!(self.turn_ns))];
+        let own = self.by.iter().find(|(kind, _)| *kind == Kind::Probes);
+        let own = own.map(|(_, pct)| median(pct.clone())).filter(|pct| *pct > 0.0);
         for (kind, pct) in self.by {
+            if let (Kind::Tool(name), Some(own)) = (kind, own) {
+                keyed.push((format!("{of}_{name}_ratio"), json!(median(pct.clone()) / own)));
+            }
             keyed.push((format!("{}_runs", kind.key(of)), json!(pct)));
             keyed.push((kind.key(of), json!(median(pct))));
         }

@@ -1,0 +1,132 @@
+//! What would load on kernels that don't run here: by the type information of Debian's, as far as the programs ask for it.
+//!
+//! `kernels/*.btf` were made of Debian's packages `linux-image-5.10.0-32-cloud-amd64-unsigned` (5.10.223-1),
+//! `linux-image-6.1.0-57-cloud-amd64-unsigned` (6.1.192-3), `linux-image-6.12.117+deb13-cloud-amd64-unsigned` (6.12.117-1) and
+//! `linux-binary-7.2.13+deb14-cloud-amd64` (7.2.13-1): the section `.BTF` of the kernel in `vmlinuz`, cut down by [`make_a_subset`].
+
+use std::collections::BTreeMap;
+
+use super::{KernelTypes, subset::subset};
+use crate::profile::{
+    probes::{self, Probe},
+    written,
+};
+
+const KERNELS: [(&str, &str); 4] = [
+    ("5.10", "5.10.0-32-cloud-amd64"),
+    ("6.1", "6.1.0-57-cloud-amd64"),
+    ("6.12", "6.12.117-cloud-amd64"),
+    ("7.2", "7.2.13-cloud-amd64"),
+];
+
+fn types_of(release: &str) -> KernelTypes {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/src/profile/btf/kernels");
+    KernelTypes::parse(std::fs::read(format!("{directory}/{release}.btf")).unwrap()).unwrap()
+}
+
+fn all_probes() -> impl Iterator<Item = &'static Probe> {
+    probes::PROBES.iter().chain(&written::TYPED)
+}
+
+/// Makes a file of `kernels/`: `RSWAP_BTF_FROM=vmlinux.btf RSWAP_BTF_TO=new.btf cargo test .. make_a_subset -- --ignored`.
+#[test]
+#[ignore = "a tool, not a test: it needs a kernel's type information in a file"]
+fn make_a_subset() {
+    let path = |name| std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set"));
+    let types = KernelTypes::parse(std::fs::read(path("RSWAP_BTF_FROM")).unwrap()).unwrap();
+    std::fs::write(path("RSWAP_BTF_TO"), cut(&types)).unwrap();
+}
+
+fn cut(types: &KernelTypes) -> Vec<u8> {
+    let mut fields = Vec::new();
+    for probe in all_probes() {
+        fields.extend(probe.fields.iter().map(|(_, in_struct, field)| (*in_struct, *field)));
+    }
+    let tracepoints: Vec<&str> = all_probes().map(|probe| probe.tracepoint).collect();
+    subset(types, &fields, &tracepoints, &["pageflags"])
+}
+
+/// A probe's offsets, or why it would not load.
+type Outcome = Result<Vec<(&'static str, u64)>, String>;
+
+/// What becomes of each probe.
+fn outcomes(types: &KernelTypes) -> BTreeMap<&'static str, Outcome> {
+    all_probes().map(|probe| (probe.tracepoint, probe.resolve(types))).collect()
+}
+
+#[test]
+fn a_subset_answers_as_the_whole_does() {
+    let Ok(bytes) = std::fs::read(super::KERNEL_BTF) else {
+        eprintln!("not tested: {} is not there", super::KERNEL_BTF);
+        return;
+    };
+    let whole = KernelTypes::parse(bytes).unwrap();
+    let part = KernelTypes::parse(cut(&whole)).unwrap();
+    assert!(part.bytes.len() * 20 < whole.bytes.len(), "{} bytes", part.bytes.len());
+    assert_eq!(outcomes(&part), outcomes(&whole));
+    assert_eq!(part.enumerator("pageflags", "PG_head"), whole.enumerator("pageflags", "PG_head"));
+}
+
+#[test]
+fn what_would_load_on_other_kernels() {
+    // What is not listed would load.
+    let expected: [(&str, &[(&str, &str)]); 4] = [
+        (
+            "5.10",
+            &[
+                ("block_io_start", "no tracepoint block_io_start"),
+                ("block_rq_complete", "struct request_queue has no field disk"),
+                ("iomap_dio_rw_begin", "no tracepoint iomap_dio_rw_begin"),
+                ("sock_recv_length", "no tracepoint sock_recv_length"),
+                ("sock_send_length", "no tracepoint sock_send_length"),
+                ("tcp_probe", "struct sock has no field sk_cgrp_data.cgroup"),
+                ("writeback_dirty_folio", "no tracepoint writeback_dirty_folio"),
+            ],
+        ),
+        (
+            "6.1",
+            &[
+                ("block_io_start", "no tracepoint block_io_start"),
+                ("iomap_dio_rw_begin", "no tracepoint iomap_dio_rw_begin"),
+                ("sock_recv_length", "no tracepoint sock_recv_length"),
+                ("sock_send_length", "no tracepoint sock_send_length"),
+            ],
+        ),
+        ("6.12", &[]),
+        ("7.2", &[]),
+    ];
+    for ((kernel, release), (of, refused)) in KERNELS.into_iter().zip(expected) {
+        assert_eq!(kernel, of);
+        let types = types_of(release);
+        let found = outcomes(&types);
+        for (tracepoint, outcome) in &found {
+            println!(
+                "{kernel}: {tracepoint}: {}",
+                outcome.as_ref().map_or_else(String::clone, |_| "loads".into())
+            );
+        }
+        let reasons: Vec<(&str, &str)> = found
+            .iter()
+            .filter_map(|(tracepoint, outcome)| Some((*tracepoint, outcome.as_ref().err()?.as_str())))
+            .collect();
+        assert_eq!(reasons.len(), refused.len(), "{kernel}: {reasons:?}");
+        for ((tracepoint, reason), (expected, part)) in reasons.iter().zip(refused) {
+            assert_eq!(tracepoint, expected, "{kernel}");
+            assert!(reason.contains(part), "{kernel}: {tracepoint}: {reason}");
+        }
+    }
+}
+
+#[test]
+fn offsets_are_each_kernels_own() {
+    let offset = |kernel: usize, global| {
+        let types = types_of(KERNELS[kernel].1);
+        let found = outcomes(&types).remove("sched_switch").unwrap().unwrap();
+        found.iter().find(|(name, _)| *name == global).unwrap().1
+    };
+    // As `bpftool btf dump` shows them.
+    let of_all = |global| [0, 1, 2, 3].map(|kernel| offset(kernel, global));
+    assert_eq!(of_all("TASK_LAST_QUEUED"), [1968, 2184, 2216, 2576]);
+    assert_eq!(of_all("TASK_CFS_RQ"), [464, 248, 288, 304]);
+    assert_eq!(of_all("RQ_CLOCK"), [2464, 2448, 2736, 3728]);
+}

@@ -1,0 +1,156 @@
+//! What the tests of the profile have in common: a cgroup of their own, a profiler that tracks it, and what the kernel says of both.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a scenario that can't be set up has failed, and may say so by panicking"
+)]
+
+use std::{
+    fs,
+    io::Read,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rswap_agent::{
+    instance::InstanceName,
+    profile::{ProbeState, Profile, ProfileConfig, Profiler, btf::KernelTypes, unified_mount},
+    units::UnixMillis,
+};
+
+use crate::{reason_to_skip, skip};
+
+/// A cgroup of the test's own. Dropping it kills what is in it and removes it.
+#[derive(Debug)]
+pub struct TestCgroup(pub PathBuf);
+
+impl TestCgroup {
+    /// Makes it.
+    pub fn create() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("rswap-test-profile-{}-{number}", std::process::id());
+        let path = unified_mount().unwrap().join(name);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    /// Starts `command` in the cgroup: it is there before its program begins.
+    pub fn spawn(&self, command: &mut Command) -> Child {
+        let procs = self.0.join("cgroup.procs");
+        // SAFETY: needed because the program must be in the cgroup from its first instruction on; between
+        // fork and exec it only opens, writes and closes a file (the path was allocated before).
+        unsafe { command.pre_exec(move || fs::write(&procs, "0")) };
+        command.spawn().expect("start the program under test")
+    }
+
+    /// CPU time used in it, in microseconds.
+    pub fn cpu_usage_us(&self) -> u64 {
+        let text = fs::read_to_string(self.0.join("cpu.stat")).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("usage_usec ")).unwrap();
+        line.parse().unwrap()
+    }
+}
+
+impl Drop for TestCgroup {
+    fn drop(&mut self) {
+        let _old_kernel = fs::write(self.0.join("cgroup.kill"), "1");
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// A profiler whose probes of these names count; `None`, counted as skipped, where the kernel doesn't have them.
+pub fn profiler(test: &str, needed: &[&str]) -> Option<Profiler> {
+    reason_to_skip(test).is_none().then_some(())?;
+    let types = KernelTypes::of_this_kernel();
+    for tracepoint in needed {
+        let lacks = match &types {
+            Ok(types) => types.tracepoint_arguments(tracepoint).err().map(|error| error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(reason) = lacks {
+            skip(test, &reason);
+            return None;
+        }
+    }
+    let config = ProfileConfig { slots: 8, measure_program_cost: true, ..ProfileConfig::default() };
+    let profiler = Profiler::start(&config);
+    for status in profiler.probes() {
+        if let ProbeState::Unavailable { reason } = status.state {
+            assert!(!needed.contains(&status.name.as_str()), "the probe {}: {reason}", status.name);
+        }
+    }
+    Some(profiler)
+}
+
+/// Tracks `cgroup` and begins its first window.
+pub fn begin(profiler: &Profiler, cgroup: &Path) -> InstanceName {
+    let name: InstanceName = "under-test".parse().unwrap();
+    profiler.track(&name, cgroup).unwrap();
+    assert!(profiler.sample(UnixMillis::now()).is_empty(), "the first sample only begins the window");
+    name
+}
+
+/// The profile of the one tracked instance since [`begin`].
+pub fn end(profiler: &Profiler) -> Profile {
+    let profile = profiler.sample(UnixMillis::now()).pop().expect("a tracked instance has a profile");
+    for cost in profiler.program_costs() {
+        eprintln!("{}: {} runs, {:.0} ns each", cost.name, cost.runs, cost.ns_per_run);
+    }
+    profile
+}
+
+/// Waits for `child` at most `limit`, then kills it.
+pub fn wait(mut child: Child, limit: Duration) -> String {
+    let deadline = Instant::now() + limit;
+    let mut stdout = child.stdout.take();
+    let reader = thread::spawn(move || {
+        let mut text = String::new();
+        if let Some(stdout) = &mut stdout {
+            stdout.read_to_string(&mut text).unwrap();
+        }
+        text
+    });
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success(), "the program under test failed: {status}");
+            return reader.join().unwrap();
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("the program under test took longer than {limit:?}");
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits for a child that its cgroup's removal has killed.
+pub fn reap(mut child: Child) {
+    let _killed = child.wait();
+}
+
+/// `/proc/PID/schedstat`: nanoseconds on a CPU, nanoseconds waiting for one, number of times on one.
+pub fn schedstat(pid: u32) -> Option<[u64; 3]> {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+    let numbers: Vec<u64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    numbers.try_into().ok()
+}
+
+/// Time that the threads of process 1 have spent on a CPU.
+///
+/// The guest kernel of a virtual machine was seen (6.18) to run no eBPF program while a thread of process 1, the supervisor
+/// of the machine, is current: not at its own events, and not at the interrupts that come then, such as the end of somebody's
+/// request. The kernel's tracer (tracefs) has those events. On other machines process 1 does next to nothing.
+pub fn supervisor_cpu_ns() -> u64 {
+    let threads = fs::read_dir("/proc/1/task").unwrap().flatten();
+    let ids = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+    ids.filter_map(|tid: u32| schedstat(tid)).map(|[on_cpu_ns, ..]| on_cpu_ns).sum()
+}
