@@ -40,6 +40,8 @@ const PEAK: f64 = 200.0;
 const SLOW_REQUEST: Duration = Duration::from_millis(8);
 /// The days after which it has failed, if the volume has not moved.
 const DAYS: u32 = 6;
+/// So many days after the first move at most, it moves before the load.
+const DAYS_TO_LEARN: u32 = 4;
 const SLOW: &str = "operations_per_s = 60\nmbyte_per_s = 100\ncost_per_gib_hour = 1.0";
 const FAST: &str = "operations_per_s = 5000\nmbyte_per_s = 500\ncost_per_gib_hour = 60.0";
 const CHEAP: &str = "cost_per_gib_hour = 1.0";
@@ -138,13 +140,21 @@ fn a_volume_is_on_the_fast_disk_when_the_load_comes_and_on_the_cheap_one_otherwi
     let at = started.elapsed();
     println!("on the fast disk after {at:?}");
     let explained = scene.host.call(&["explain", "worker", "-n", "400"])?;
-    wait_for("the volume to be on the cheap disk again", PATTERN.day, || on("one"))?;
-    println!("on the cheap disk again after {:?}", started.elapsed());
-    wait_for("the volume to be on the fast disk once more", PATTERN.day * 2, || on("two"))?;
-    let again = started.elapsed();
-    let again_peak = PATTERN.peak_start(PATTERN.day_at(again));
-    println!("on the fast disk after {again:?}, the peak is at {again_peak:?}");
-    ensure!(again < again_peak, "it came after the load");
+    // Each day teaches more, and from one of the next on it comes before the load.
+    let mut day = 0;
+    let again_peak = loop {
+        wait_for("the volume to be on the cheap disk again", PATTERN.day * 2, || on("one"))?;
+        println!("on the cheap disk again after {:?}", started.elapsed());
+        wait_for("the volume to be on the fast disk once more", PATTERN.day * 2, || on("two"))?;
+        let again = started.elapsed();
+        let peak = PATTERN.peak_start(PATTERN.day_at(again));
+        println!("on the fast disk after {again:?}, the peak is at {peak:?}");
+        day += 1;
+        if again < peak {
+            break peak;
+        }
+        ensure!(day < DAYS_TO_LEARN, "it came after the load");
+    };
     let into_peak = again_peak + Duration::from_secs(1);
     std::thread::sleep(into_peak.saturating_sub(started.elapsed()));
 
