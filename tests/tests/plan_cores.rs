@@ -1,9 +1,13 @@
 //! Plans know what others take of cores, by what instances wait for them: a niced job that uses all that an instance leaves of a core takes
-//! nothing. And they know how much longer work takes there.
+//! nothing. And they know how much longer work takes there: a fast core on which work waits is slower than an idle slow one.
 
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use rswap_agent::{
     plan::{Decision, MoveKind, Plan, explain},
     pool::{Inventory, Known, Pool},
@@ -32,28 +36,40 @@ fn options(plan: &str, pools: [&str; 2]) -> HostOptions {
     HostOptions { mode: "act", window_ms: 200, more, ..HostOptions::default() }
 }
 
-/// An instance on the first pool that computes for so many milliseconds in every 20.
-fn run_paced(host: &Host, cpu_ms: u32) -> anyhow::Result<()> {
+/// An instance on the first pool that computes for so many milliseconds in every period.
+fn run_paced(host: &Host, name: &str, more: &[&str], cpu_ms: u32, period_ms: u32) -> anyhow::Result<()> {
     let program = program("paced.py").to_string_lossy().into_owned();
-    host.run("worker", &["--pool", "one"], &["python3", &program, &cpu_ms.to_string(), "20"])?;
+    let options = [&["--pool", "one"], more].concat();
+    host.run(name, &options, &["python3", &program, &cpu_ms.to_string(), &period_ms.to_string()])?;
     // Until the program itself runs, there are others that only start it.
     let pid = wait_for("the program", LIMIT, || {
         let is_it = |pid: &i32| {
             std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("python3"))
         };
-        Ok(host.pids("worker")?.into_iter().find(is_it))
+        Ok(host.pids(name)?.into_iter().find(is_it))
     })?;
     set_nice(pid.try_into()?, ABOVE_ALL)
 }
 
 fn pool_of(host: &Host) -> anyhow::Result<Option<String>> {
     let views: Vec<InstanceView> = host.get("/v1/profiles")?;
-    Ok(views.into_iter().next().and_then(|view| view.instance.pool))
+    let worker = views.into_iter().find(|view| view.instance.name.as_str() == "worker");
+    Ok(worker.and_then(|view| view.instance.pool))
 }
 
 fn decided(host: &Host) -> anyhow::Result<Option<Decision>> {
     let plan: Plan = host.get("/v1/plan")?;
-    Ok(plan.decisions.into_iter().find(|decision| decision.kind == MoveKind::Cpu && decision.need.is_some()))
+    let is_it = |decision: &Decision| {
+        decision.instance.as_str() == "worker" && decision.kind == MoveKind::Cpu && decision.need.is_some()
+    };
+    Ok(plan.decisions.into_iter().find(is_it))
+}
+
+fn wait_for_pool(host: &Host, pool: &str) -> anyhow::Result<()> {
+    let moved = wait_for(&format!("the instance to be on {pool}"), LIMIT, || {
+        Ok((pool_of(host)?.as_deref() == Some(pool)).then_some(()))
+    });
+    moved.or_else(|error| Err(error.context(host.call(&["pools"])?).context(host.call(&["plan"])?)))
 }
 
 fn measure(host: &Host, what: &str) -> anyhow::Result<Option<Known>> {
@@ -88,7 +104,7 @@ fn an_instance_leaves_a_core_that_others_take_and_not_one_that_they_only_use() -
     let mut fleet = Fleet::new()?;
     // Nothing is worth a move that is not needed.
     let host = fleet.host("a", &options("hysteresis = 1000.0", ["", ""]))?;
-    run_paced(&host, 12)?;
+    run_paced(&host, "worker", &[], 12, 20)?;
     wait_for("a plan that finds room for it", LIMIT, || {
         let fits = |decision: &Decision| {
             decision
@@ -113,10 +129,7 @@ fn an_instance_leaves_a_core_that_others_take_and_not_one_that_they_only_use() -
 
     // One that gives way to nobody.
     let hog = Hog::start(0, ABOVE_ALL)?;
-    let moved = wait_for("the instance to leave the core", LIMIT, || {
-        Ok((pool_of(&host)?.as_deref() == Some("two")).then_some(()))
-    });
-    moved.or_else(|error| Err(error.context(host.call(&["pools"])?).context(host.call(&["plan"])?)))?;
+    wait_for_pool(&host, "two")?;
     let why = why(&host, "two")?;
     println!("{why}");
     ensure!(why.contains("the present one can't meet the need: others than instances take 0."), "{why}");
@@ -131,5 +144,47 @@ fn an_instance_leaves_a_core_that_others_take_and_not_one_that_they_only_use() -
     std::thread::sleep(Duration::from_secs(2));
     ensure!(pool_of(&host)?.as_deref() == Some("two"), "it was led back");
     drop(hog);
+    Ok(())
+}
+
+#[test]
+fn an_idle_slow_core_is_preferred_to_a_fast_one_on_which_work_waits() -> anyhow::Result<()> {
+    if reason_to_skip("an_idle_slow_core_is_preferred_to_a_fast_one_on_which_work_waits").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    // Speed is worth much, so that only speed decides.
+    let host = fleet.host(
+        "a",
+        &options("weight = 100.0\nthreshold = -1000.0", ["performance = 1.0", "performance = 0.8"]),
+    )?;
+    run_paced(&host, "worker", &[], 5, 20)?;
+    wait_for("a plan that finds room for it on both", LIMIT, || {
+        let fits = |decision: &Decision| {
+            let possible = decision.candidates.iter().any(|candidate| candidate.dropped.is_none());
+            decision.current.as_ref().is_some_and(|current| current.dropped.is_none()) && possible
+        };
+        Ok(decided(&host)?.filter(fits))
+    })?;
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(pool_of(&host)?.as_deref() == Some("one"), "it left the fast core: {}", why(&host, "two")?);
+
+    // Both fit there, but each waits for the other one.
+    run_paced(&host, "neighbour", &["--label", "rswap.pin=one"], 22, 50)?;
+    wait_for_pool(&host, "two")?;
+    let why_slow = why(&host, "two")?;
+    println!("{why_slow}");
+    ensure!(why_slow.contains("its score is better: work takes"), "it was not for the waiting: {why_slow}");
+    let slowdown = wait_for_measure(&host, "slowdown", |times| times > 1.0)?;
+    println!("work takes {slowdown:.2} times as long on the fast core");
+
+    // At the load that is left there it never waited. What is only cheaper is not undone within ten cool-downs.
+    for pid in host.pids("neighbour")? {
+        kill(Pid::from_raw(pid), Signal::SIGTERM).context("cannot end the neighbour")?;
+    }
+    wait_for_pool(&host, "one")?;
+    let why_fast = why(&host, "one")?;
+    println!("{why_fast}");
+    ensure!(why_fast.contains("its score is better"), "{why_fast}");
     Ok(())
 }
