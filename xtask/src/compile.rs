@@ -11,15 +11,20 @@ use crate::{dashboard, ebpf, project_root, step};
 /// All of the workspace at once, also where only the agent is needed: another choice of packages is
 /// another choice of features to cargo, and would build the dependencies a second time.
 pub(crate) fn everything(release: bool) -> anyhow::Result<PathBuf> {
+    what_it_carries(release)?;
     let shell = Shell::new()?;
     shell.change_dir(project_root());
-    step("Building the eBPF programs");
-    ebpf::build(release)?;
-    dashboard::build()?;
     step(if release { "Building the agent, optimised" } else { "Building the agent" });
     let profile = release.then_some("--release");
     cmd!(shell, "cargo build --workspace --bins --locked {profile...}").run()?;
     Ok(target_dir().join(if release { "release" } else { "debug" }))
+}
+
+/// Builds what the agent carries in itself.
+pub(crate) fn what_it_carries(release: bool) -> anyhow::Result<()> {
+    step("Building the eBPF programs");
+    ebpf::build(release)?;
+    dashboard::build()
 }
 
 /// Where cargo puts what it builds.

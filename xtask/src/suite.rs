@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that has to hold, from formatting to migrations of real programs.
 //!
-//! The test binaries are built once, by one cargo call over the whole workspace, and then started
-//! from here: a second call with another choice of packages would build the dependencies again.
+//! The programs and their tests are built once, by one cargo call over the whole workspace, and then started
+//! from here: a second call with another choice of packages or targets would build dependencies, and the agent, again.
 
 use std::{
     fs,
@@ -35,7 +35,7 @@ pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
     let shell = Shell::new()?;
     shell.change_dir(project_root());
     dashboard::ready_to_check()?;
-    let bin_dir = compile::everything(false)?;
+    compile::what_it_carries(false)?;
     let mut failures = Vec::new();
     if only.is_none() {
         checks(&shell, &mut failures);
@@ -43,8 +43,16 @@ pub(crate) fn run(only: Option<&str>) -> anyhow::Result<()> {
     let pause_log = pause_log();
     // Those of the last run; there may be none.
     let _ = fs::remove_file(&pause_log);
-    step("Building the tests");
+    step("Building the agent and the tests");
     let binaries = test_binaries()?;
+    let bin_dir = compile::target_dir().join("debug");
+    if only.is_none() {
+        step("Examples in the documentation");
+        if let Err(error) = cmd!(shell, "cargo test --workspace --locked --doc --quiet").run() {
+            eprintln!("{error}");
+            failures.push("examples in the documentation".to_owned());
+        }
+    }
     let mut total = Counts::default();
     let mut unsteady = Vec::new();
     let mut accounts = Vec::new();
@@ -163,16 +171,23 @@ struct CargoProfile {
     test: bool,
 }
 
-/// Compiles all tests; unit tests come first, since they fail fastest.
+/// Compiles all programs and all tests; unit tests come first, since they fail fastest.
 fn test_binaries() -> anyhow::Result<Vec<TestBinary>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
-        .args(["test", "--workspace", "--locked", "--no-run", "--message-format=json-render-diagnostics"])
+        .args([
+            "build",
+            "--workspace",
+            "--locked",
+            "--bins",
+            "--tests",
+            "--message-format=json-render-diagnostics",
+        ])
         .current_dir(project_root())
         .stderr(Stdio::inherit())
         .output()
         .context("cannot start cargo")?;
-    ensure!(output.status.success(), "the tests do not compile");
+    ensure!(output.status.success(), "the programs or their tests do not compile");
     let mut binaries = Vec::new();
     for line in output.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
         let message: CargoMessage =
