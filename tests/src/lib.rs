@@ -40,6 +40,7 @@ pub mod rounds;
 pub mod scene;
 pub mod served_disk;
 pub mod steps;
+pub mod stopping;
 pub mod storage;
 pub mod strangers;
 pub mod stream;

@@ -21,12 +21,13 @@ pub(crate) fn doctor() -> anyhow::Result<()> {
     hand_over(Command::new(rswap).arg("doctor"))
 }
 
-/// Runs the demo.
-pub(crate) fn demo() -> anyhow::Result<()> {
-    need_root("the demo makes network namespaces and cgroups, and runs two agents in them")?;
+/// Runs the demo, or that of a fleet, which may `stay`.
+pub(crate) fn demo(fleet: bool, stay: bool) -> anyhow::Result<()> {
+    need_root("the demo makes network namespaces and cgroups, and runs agents in them")?;
     setup::run()?;
     let bin = compile::everything(true)?;
-    hand_over(Command::new(bin.join("demo")).current_dir(crate::project_root()))
+    let mut demo = Command::new(bin.join(if fleet { "demo_fleet" } else { "demo" }));
+    hand_over(demo.args(stay.then_some("--stay")).current_dir(crate::project_root()))
 }
 
 /// Says in one sentence that root is needed and why, before anything was touched.

@@ -71,7 +71,14 @@ enum Command {
     /// Bring binary, unit, configuration and certificates to hosts over ssh, one after the other; one that does not work goes back
     Deploy(deploy::Deploy),
     /// Two hosts, a Redis under load, a core swap and a migration before the peak: live, then checked
-    Demo,
+    Demo {
+        /// Three hosts and a controller instead: what one host teaches another, a controller that is lost, a drain
+        #[arg(long)]
+        fleet: bool,
+        /// With --fleet: go on until Ctrl-C, so that the dashboard can be looked at
+        #[arg(long, requires = "fleet")]
+        stay: bool,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -88,7 +95,7 @@ fn main() -> anyhow::Result<()> {
         Command::Fuzz { cases } => long::fuzz(cases),
         Command::Bench { what } => bench::run(&what),
         Command::Deploy(deploy) => deploy::run(&deploy),
-        Command::Demo => daemon::demo(),
+        Command::Demo { fleet, stay } => daemon::demo(fleet, stay),
     }
 }
 
