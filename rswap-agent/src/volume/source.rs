@@ -1,6 +1,7 @@
 //! A volume of an instance that is being moved away.
 
 mod compare;
+mod followed;
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
@@ -16,6 +17,7 @@ use rustix::{
     io::Errno,
 };
 
+use self::followed::Followed;
 use super::{
     VolumeError,
     blocks::{self, BLOCK, Blocks},
@@ -72,7 +74,7 @@ pub struct SourceVolume {
     /// Times tell nothing of what is written through mappings, not even at the first write.
     silent: bool,
     /// What is written to it, where the kernel tells.
-    log: Option<Box<dyn WriteLog>>,
+    log: Option<Followed>,
     /// What it has told of, and no pass has read since.
     told: BTreeMap<u64, Touched>,
     /// Files that were written in a way that it does not follow, whether they had a name then or not: a write may still be under way.
@@ -128,9 +130,9 @@ impl SourceVolume {
         Self { root, tree: Tree::new(), files, mapped, silent, log: None, told, unfollowable }
     }
 
-    /// Has `log` tell what is written. It must have begun already.
+    /// Has `log` tell what is written. It must have begun already. From here on it is [looked at](WriteLog::look) by a thread of its own, all the time.
     pub fn follow(&mut self, log: Box<dyn WriteLog>) {
-        self.log = Some(log);
+        self.log = Some(Followed::new(log));
     }
 
     /// What the destination needs room for. What can't be carried is refused.
@@ -182,9 +184,6 @@ impl SourceVolume {
             if part != Part::Nothing {
                 self.copy(path, found, Moment { since, last }, part, frames)?;
                 written.insert(inode);
-            }
-            if let Some(log) = &mut self.log {
-                log.look();
             }
             frames.say_alive()?;
         }
@@ -354,9 +353,6 @@ impl SourceVolume {
                 }
             }
             known.blocks.insert(number, hash);
-            if let Some(log) = &mut self.log {
-                log.look();
-            }
             frames.say_alive()?;
         }
         for number in before.into_keys() {
@@ -375,7 +371,7 @@ impl SourceVolume {
     }
 
     /// Has what was written to a file written back, so that later writes are told of. Says whether they will be.
-    fn write_back(&mut self, file: &File, frames: &mut Frames<'_>) -> Result<bool, VolumeError> {
+    fn write_back(&self, file: &File, frames: &mut Frames<'_>) -> Result<bool, VolumeError> {
         // Those are cheaper to read than to follow.
         let size = file.metadata().map_or(0, |metadata| metadata.len());
         if size <= BLOCK || !file::is_plain(file) {
@@ -385,9 +381,6 @@ impl SourceVolume {
             // What can't be written back stays dirty, and is not told of again.
             if file::write_back(file, start, WRITE_BACK_BYTES).is_err() {
                 return Ok(false);
-            }
-            if let Some(log) = &mut self.log {
-                log.look();
             }
             frames.say_alive()?;
         }

@@ -78,7 +78,7 @@ impl SourceVolume {
 
     /// The blocks of a file that differ, but for those that the next pass reads anyway.
     fn differing(
-        &mut self,
+        &self,
         path: &Name,
         found: &Found,
         read: &mut u64,
@@ -109,9 +109,6 @@ impl SourceVolume {
             };
             if !is_same {
                 differing.insert(number);
-            }
-            if let Some(log) = &mut self.log {
-                log.look();
             }
             on_block()?;
         }
