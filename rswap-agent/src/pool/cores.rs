@@ -21,8 +21,11 @@ use crate::{
 };
 
 const STAT: &str = "/proc/stat";
-/// Instances that ran or waited for less than this in a window, in seconds, say nothing about it.
+/// Instances that ran for less than this in a window, in seconds, need not be counted by the kernel for it to be known what was waited for.
 const LEAST_SEEN_S: f64 = 0.001;
+/// Together they say which part of the CPUs they waited for only if they wanted at least this share of the CPUs' time: of a few turns one wait is most, and
+/// the next window none; and who is content with a hundredth of the cores does not tell what one would get who needs half of them.
+const LEAST_SEEN_SHARE: f64 = 0.05;
 /// How long it is remembered which part instances waited for, in milliseconds.
 const REMEMBERED_MS: u64 = 600_000;
 /// ... as long as others don't use more than then by this share of the CPUs.
@@ -226,9 +229,11 @@ impl Of {
 
     /// What others took from instances, in cores; `None` if nobody can tell.
     fn take(&mut self, now: UnixMillis, used: Use, parts: &[(&Profile, f64)]) -> Option<f64> {
-        let (mut ran_s, mut waited_s) = (0.0, 0.0);
+        let (mut ran_s, mut waited_s, mut window_s) = (0.0, 0.0, 0.0_f64);
         for (profile, part) in parts {
-            let here_s = sound(profile.cpu.cores) * part * profile.window_ms as f64 / 1e3;
+            let all_s = profile.window_ms as f64 / 1e3;
+            window_s = window_s.max(all_s);
+            let here_s = sound(profile.cpu.cores) * part * all_s;
             if !profile.cpu.counted && here_s >= LEAST_SEEN_S {
                 return None;
             }
@@ -237,8 +242,9 @@ impl Of {
             waited_s += here.map(|on| on.foreign_wait_ns).sum::<u64>() as f64 / 1e9;
         }
         let (others, cpus) = (used.others(), self.cpus.len() as f64);
-        if ran_s + waited_s >= LEAST_SEEN_S {
-            self.waited = Some(Waited { at: now, others, share: waited_s / (ran_s + waited_s) });
+        let wanted_s = ran_s + waited_s;
+        if wanted_s > 0.0 && wanted_s >= LEAST_SEEN_SHARE * cpus * window_s {
+            self.waited = Some(Waited { at: now, others, share: waited_s / wanted_s });
         }
         let as_before = |waited: &Waited| {
             now.since(waited.at) <= REMEMBERED_MS && others <= waited.others + AS_BEFORE * cpus
@@ -247,7 +253,7 @@ impl Of {
         let taken = match self.waited.filter(as_before) {
             // No instance gets its cores for this part of the time; but others can't take more than they use.
             Some(waited) => by_programs.min(waited.share * cpus),
-            // Nobody was there to wait: what is niced gives way.
+            // Nobody was there to wait, or too little to tell: what is niced gives way.
             None => (by_programs - used.nice).max(0.0),
         };
         Some(used.stolen + taken)

@@ -215,6 +215,29 @@ fn who_rests_is_remembered_as_long_as_others_use_no_more() {
 }
 
 #[test]
+fn who_hardly_wants_a_core_tells_nothing_of_who_takes_it() {
+    // 10 ms in a second, for which it waits now and then longer than it runs.
+    let tiny = |second: usize| [ran("a", &[(0, 10, 35 * (second as u64 % 2), 35 * (second as u64 % 2))])];
+    let used = Did { used: 61, nice: 20, stolen: 0 };
+    let mut scene = Scene::default();
+    for second in 0..4 * OTHERS_WINDOWS {
+        scene.window([used, IDLE], &tiny(second));
+        if second > OTHERS_WINDOWS {
+            // As if it were not there.
+            near(scene.taken(), [0.4, 0.4, 0.0]);
+        }
+    }
+    // What one that wanted more has found holds on.
+    scene.window([Did { used: 99, ..used }, IDLE], &[ran("a", &[(0, 400, 100, 100)])]);
+    for second in 0..4 * OTHERS_WINDOWS {
+        scene.window([used, IDLE], &tiny(second));
+        if second > OTHERS_WINDOWS {
+            near(scene.taken(), [0.4, 0.2, 0.0]);
+        }
+    }
+}
+
+#[test]
 fn one_on_no_pool_counts_on_the_cores_that_it_ran_on() {
     let mut scene = Scene::default();
     let anywhere = [ran("anywhere", &[(1, 800, 0, 0)])];
