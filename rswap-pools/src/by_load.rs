@@ -7,7 +7,7 @@ use rswap_common::histogram::{bounds_of, index_of};
 use rswap_types::UnixMillis;
 
 /// More samples than this of a bin are not remembered: it shows what is there now after as many.
-const MOST: f64 = 512.0;
+pub(crate) const MOST: f64 = 512.0;
 /// After this time without new ones, half of what was counted is forgotten.
 pub(crate) const HALF_LIFE_MS: f64 = 600_000.0;
 /// What is learnt at one load counts at twice that (and half) by this much.

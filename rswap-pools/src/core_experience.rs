@@ -12,12 +12,15 @@
 use rswap_types::{LatencyPoint, SlowdownCurve, SlowdownPoint, UnixMillis};
 
 use crate::{
-    by_load::{ByLoad, Learnt},
+    by_load::{ByLoad, Learnt, MOST},
     experience::{Experience, Requests},
 };
 
 /// One sample is so much time of an instance that ran or waited, in seconds.
 const SAMPLE_S: f64 = 0.01;
+/// All instances together count for at most this part of what is remembered of a load, in one window: with more than five busy cores a second would else
+/// be all that is known.
+const WINDOW_PART: f64 = 1.0 / 16.0;
 /// That a core of one's own disturbs nobody counts like so many samples.
 const PRIOR: f64 = 32.0;
 /// Whoever ran less than this in a window, in seconds, says nothing.
@@ -63,6 +66,9 @@ impl CoreExperience {
             })
             .collect();
         let counts = !samples.is_empty();
+        let total: f64 = samples.iter().map(|(_, count)| count).sum();
+        let part = (MOST * WINDOW_PART / total).min(1.0);
+        let samples = samples.into_iter().map(|(times, count)| (times, count * part));
         self.slowdown.count(now, load * LOAD_PARTS, samples);
         let waits: Vec<Requests<'_>> =
             waited_ns.iter().map(|latency_ns| Requests { writes: false, bytes: 0, latency_ns }).collect();

@@ -72,6 +72,23 @@ fn one_window_that_was_bad_changes_little_and_what_is_over_is_forgotten() {
 }
 
 #[test]
+fn one_bad_window_changes_little_however_many_cores_are_busy() {
+    for cores in [1.0, 8.0, 64.0] {
+        let mut of = CoreExperience::default();
+        let all = |times: f64| [Turns { ran_s: cores, waited_s: cores * (times - 1.0) }];
+        (0..40).for_each(|round| assert!(of.window(UnixMillis(round), 0.8, &all(1.0), &[])));
+        of.window(UnixMillis(40), 0.8, &all(9.0), &[]);
+        assert!(times_at(&of, 40, 0.8) < 1.05, "{} on {cores} cores", times_at(&of, 40, 0.8));
+        // Those of one that hardly runs beside it count as much less as ever.
+        for round in 41..100 {
+            let both = [Turns { ran_s: cores, waited_s: 0.0 }, Turns { ran_s: 0.002, waited_s: 0.2 * cores }];
+            of.window(UnixMillis(round), 0.8, &both, &[]);
+        }
+        assert!(times_at(&of, 100, 0.8) < 1.05, "{} on {cores} cores", times_at(&of, 100, 0.8));
+    }
+}
+
+#[test]
 fn waits_are_times_by_load() {
     let mut of = CoreExperience::default();
     let waits = [(index_of(3_000_000) as u16, 50), (index_of(9_000_000) as u16, 2)];
