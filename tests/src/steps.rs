@@ -50,6 +50,10 @@ pub enum Place {
     Read(usize),
     /// Before it renames a file to a path that ends so.
     RenameTo(&'static str),
+    /// Before it renames something to a path that has this in it.
+    RenameInto(&'static str),
+    /// Before it exchanges two names (`RENAME_EXCHANGE`).
+    Exchange,
 }
 
 /// Requests that tell where the agent is (include/uapi/linux/ptrace.h).
@@ -173,10 +177,15 @@ impl Calls {
                 let advice = registers.r10 as i32;
                 place == Place::Advice(advice, count(self.advised.entry(advice).or_default()))
             }
+            libc::SYS_renameat2 => {
+                place == Place::Exchange && registers.r8 & u64::from(libc::RENAME_EXCHANGE) != 0
+            }
             libc::SYS_rename => match place {
                 Place::RenameTo(end) => {
                     path_at(tid, registers.rsi).is_some_and(|path| path.ends_with(end.as_bytes()))
                 }
+                Place::RenameInto(part) => path_at(tid, registers.rsi)
+                    .is_some_and(|path| path.windows(part.len()).any(|found| found == part.as_bytes())),
                 _ => false,
             },
             _ => false,
@@ -215,7 +224,8 @@ impl Progress {
             Place::Exit(nth) => request == GET_REGISTERS && self.half == 2 && self.calls == nth + 1,
             Place::BeforeMaskBack => request == SET_MASK && self.masked == 1,
             Place::BeforeRegistersBack => request == SET_REGISTERS && self.masked == 2,
-            Place::Affinity(_) | Place::Advice(..) | Place::Read(_) | Place::RenameTo(_) => false,
+            Place::Affinity(_) | Place::Advice(..) | Place::Read(_) => false,
+            Place::RenameTo(_) | Place::RenameInto(_) | Place::Exchange => false,
         };
         match request {
             TO_CALL if self.half == 1 => self.half = 2,

@@ -16,7 +16,7 @@ use nix::{
     unistd::Pid,
 };
 use rswap_tests::{
-    loop_device::LoopDevice,
+    loop_device::{FileSystem, LoopDevice},
     moves::program,
     reason_to_skip, rounds,
     served_disk::Speed,
@@ -39,6 +39,8 @@ enum End {
     Fails(u64),
     /// It is pulled out, and unmounted.
     Vanishes,
+    /// It answers nothing for a minute, and nobody is told that it failed.
+    Hangs,
 }
 
 impl End {
@@ -46,6 +48,7 @@ impl End {
         match self {
             Self::Fails(after) => disk.fail_after(after),
             Self::Vanishes => disk.vanish(),
+            Self::Hangs => disk.set_speed(Speed::of(Duration::from_secs(60))),
         }
     }
 }
@@ -94,6 +97,102 @@ fn a_disk_that_fails_or_vanishes_leaves_the_volume_where_it_was() -> anyhow::Res
     }
     scene.moves("two")?;
     scene.moves("one").map(drop)
+}
+
+/// The instance is held by its cgroup already, and nothing of it was re-homed, when the disk ends: it simply goes on, whether the agent lets it go
+/// or, because it is killed then, the guard.
+#[test]
+fn a_disk_that_fails_while_the_last_delta_is_written_through_leaves_nobody_frozen() -> anyhow::Result<()> {
+    if reason_to_skip("a_disk_that_fails_while_the_last_delta_is_written_through_leaves_nobody_frozen")
+        .is_some()
+    {
+        return Ok(());
+    }
+    let mut scene = StorageScene::set_on([Disk::of(128 * MIB), Disk::that_can_fail(128 * MIB)], 3000)?;
+    scene.python("volume", &["0.005", "1000000"])?;
+    scene.moves("one")?;
+    let fails =
+        [(End::Fails(0), false), (End::Fails(0), true), (End::Vanishes, false), (End::Vanishes, true)];
+    for (end, killed) in fails.into_iter().chain([(End::Hangs, false)]) {
+        // The last delta is in the page cache, and the copy is about to be put to its place.
+        let mut swap = stopped_before(&scene, "two", Place::RenameInto("/rswap/worker/.data-"))?;
+        // What is written through waits for the disk, and so does the instance.
+        scene.disks[1].set_speed(Speed::of(Duration::from_secs(2)))?;
+        signal(&scene, Signal::SIGCONT)?;
+        wait_for("the instance to be held by its cgroup", LIMIT, || {
+            ensure!(swap.try_wait()?.is_none(), "it has not waited for its disk");
+            Ok(is_frozen(&scene)?.then_some(()))
+        })?;
+        signal(&scene, Signal::SIGSTOP)?;
+        scene.disks[1].set_speed(Speed::default())?;
+        end.strike(&scene.disks[1])?;
+        if killed {
+            scene.host.kill_agent()?;
+        } else {
+            signal(&scene, Signal::SIGCONT)?;
+        }
+        let output = swap.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        println!("{end:?}, killed: {killed}: {}", said.lines().last().unwrap_or_default());
+        ensure!(!output.status.success(), "{said}");
+        ensure!(
+            killed || said.contains("cannot move the volume") && !said.contains("stands still"),
+            "{said}"
+        );
+        scene.goes_on()?;
+        if killed {
+            scene.host.start_agent()?;
+            scene.goes_on()?;
+        }
+        scene.is_in("one")?;
+        scene.nothing_is_left()?;
+        if matches!(end, End::Hangs) {
+            // Whoever waits for it is told now.
+            scene.disks[1].vanish()?;
+        }
+        scene.disks[1].replace()?;
+        scene.moves("two")?;
+        scene.moves("one")?;
+    }
+    Ok(())
+}
+
+/// The new directory has just become the volume: nothing can be opened there any more, and the old one, which is whole, becomes it again.
+#[test]
+fn a_disk_that_fails_before_anything_is_re_homed_to_it_gives_the_volume_back() -> anyhow::Result<()> {
+    if reason_to_skip("a_disk_that_fails_before_anything_is_re_homed_to_it_gives_the_volume_back").is_some() {
+        return Ok(());
+    }
+    let xfs = Disk { file_system: FileSystem::Xfs, ..Disk::that_can_fail(320 * MIB) };
+    let disks = [Disk::of(320 * MIB), Disk::that_can_fail(320 * MIB), xfs];
+    let mut scene = StorageScene::set_on(disks, 3000)?;
+    scene.python("rehomed", &["0.005"])?;
+    scene.moves("one")?;
+    for (number, pool) in [(1, "two"), (2, "three")] {
+        for end in [End::Fails(0), End::Vanishes] {
+            let swap = stopped_before(&scene, pool, Place::Exchange)?;
+            let disk = &scene.disks[number];
+            let written = fs::File::create(disk.mount_point().join("written"))?;
+            end.strike(disk)?;
+            // So that its file system notices: its journal can't be written.
+            let noticed = written.set_len(4096).and_then(|()| written.sync_all());
+            ensure!(noticed.is_err(), "the disk works");
+            signal(&scene, Signal::SIGCONT)?;
+            let output = swap.wait_with_output()?;
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            println!("{pool}, {end:?}: {}", said.lines().last().unwrap_or_default());
+            ensure!(!output.status.success() && said.contains("cannot move the volume"), "{said}");
+            ensure!(!said.contains("stands still"), "{said}");
+            scene.goes_on()?;
+            scene.is_in("one")?;
+            scene.nothing_is_left()?;
+            drop(written);
+            scene.disks[number].replace()?;
+            scene.moves(pool)?;
+            scene.moves("one")?;
+        }
+    }
+    Ok(())
 }
 
 /// What is on it is lost; nothing else is.
@@ -248,15 +347,25 @@ fn in_freeze(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Ch
 
 /// A swap whose agent stands still at `step`.
 fn stopped_at(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Child> {
+    stopped_before(scene, pool, Place::Step(step))
+}
+
+/// A swap whose agent stands still before `place`.
+fn stopped_before(scene: &StorageScene, pool: &str, place: Place) -> anyhow::Result<Child> {
     let agent = scene.host.agent_pid().context("no agent")?;
-    let follower = Follower::start(agent, Place::Step(step), Signal::SIGSTOP)?;
+    let follower = Follower::start(agent, place, Signal::SIGSTOP)?;
     let swap = begin(scene, pool)?;
     wait_for("the agent to be stopped", LIMIT, || {
         let stat = fs::read_to_string(format!("/proc/{agent}/stat"))?;
         Ok(stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")).then_some(()))
     })?;
-    ensure!(follower.has_struck()?, "it has no step {step}");
+    ensure!(follower.has_struck()?, "it does not come to {place:?}");
     Ok(swap)
+}
+
+/// Whether the instance is held by its cgroup.
+fn is_frozen(scene: &StorageScene) -> anyhow::Result<bool> {
+    Ok(fs::read_to_string(scene.host.cgroup()?.join("worker/cgroup.freeze"))?.trim() == "1")
 }
 
 fn signal(scene: &StorageScene, signal: Signal) -> anyhow::Result<()> {

@@ -223,6 +223,8 @@ pub(super) fn spawn(
                     volume,
                     pool,
                     allowed: Duration::from_millis(config.migrate.max_unavailability_ms),
+                    // Before the guard ends this process, which it can't while a disk does not answer.
+                    patience: config.migrate.freeze_limit() / 2,
                     limit: VOLUME_LIMIT,
                 };
                 volume_swap(&order, &config.migrate, events.as_ref()).map_err(Stayed::Here)

@@ -75,6 +75,8 @@ pub struct StorageOrder {
     pub pool: VolumePool,
     /// How long the instance may stand still for copying.
     pub allowed: Duration,
+    /// How long the instance may stand still for the new disk, until it has written what came last.
+    pub patience: Duration,
     /// How long copying may take in all.
     pub limit: Duration,
 }
@@ -153,11 +155,13 @@ pub fn move_to(
         tasks: Vec::new(),
     };
     record.write(&path).map_err(StorageError::io(format!("writing {}", path.display())))?;
-    let done = copied(order, &mut record, &path, watch, on_progress);
+    let mut copy = None;
+    let done = copied(order, &mut record, &path, watch, on_progress, &mut copy);
     // One whose way back failed is brought to its end by the next agent.
     if !matches!(done, Err(StorageError::NotRestored { .. })) {
         // Nobody has to wait for that but who comes next.
         std::thread::spawn(move || {
+            drop(copy);
             recover::finish(&record, &path);
             drop(lock);
         });
@@ -208,15 +212,17 @@ fn require_rehomable(order: &StorageOrder, directory: &Path) -> Result<(), Stora
     Ok(())
 }
 
+/// `copy` is left to the caller: what may be left of it is removed when nobody waits any more.
 fn copied(
     order: &StorageOrder,
     record: &mut Record,
     path: &Path,
     watch: &dyn Watch,
     on_progress: &mut dyn FnMut(&StorageProgress),
+    copy: &mut Option<Copy>,
 ) -> Result<StorageReport, StorageError> {
     let StorageOrder { instance, volume, allowed, limit, .. } = order;
-    let mut copy = Copy::begin(record.switch.old(), &record.built)?;
+    let copy = copy.insert(Copy::begin(record.switch.old(), &record.built)?);
     let deadline = Instant::now() + *limit;
     copy.run(instance, volume, *allowed, deadline, &mut |passes, bytes_copied, took| {
         let expected_ms = took.as_secs_f64() * 1e3;

@@ -87,6 +87,13 @@ impl Switch {
             .map_err(VolumeError::host("syncing", parent))
     }
 
+    /// The disk of the new directory answers, and its file system has not given it up.
+    pub fn require_disk(&self) -> Result<(), VolumeError> {
+        fs::File::open(&self.after)
+            .and_then(|directory| directory.sync_all())
+            .map_err(VolumeError::host("syncing", &self.after))
+    }
+
     /// Removes the directory that is not the volume, and what only the change needed. It takes long.
     pub fn clean(&self) {
         let loser = if self.is_made() { self.old().to_owned() } else { self.after.clone() };

@@ -5,6 +5,7 @@ use std::{
     collections::BTreeSet,
     fs::File,
     path::Path,
+    sync::mpsc::{self, RecvTimeoutError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -43,25 +44,19 @@ pub(super) struct Copy {
     log: Option<JoinHandle<Result<Watched, String>>>,
 }
 
-/// A copy that is complete.
-pub(super) struct Completed {
-    pub(super) copy: Copy,
-    on_disk: JoinHandle<Result<(), VolumeError>>,
-}
+/// A copy that is complete, and being written through to its disk.
+pub(super) struct Written(mpsc::Receiver<Result<(), VolumeError>>);
 
-impl Completed {
-    /// Compares both.
-    pub(super) fn digest(&self) -> Result<u128, StorageError> {
-        let (here, there) = (self.copy.source.digest(), self.copy.built.digest()?);
-        if here == there { Ok(here) } else { Err(StorageError::Digest { here, there }) }
-    }
-
-    /// It is on the disk when this returns.
-    pub(super) fn wait(self) -> Result<Copy, StorageError> {
-        self.on_disk
-            .join()
-            .map_err(|_| StorageError::Unfit("writing the copy through panicked".into()))??;
-        Ok(self.copy)
+impl Written {
+    /// It is on the disk when this returns. A disk that hangs is waited for no longer than this.
+    pub(super) fn wait(self, limit: Duration) -> Result<(), StorageError> {
+        match self.0.recv_timeout(limit) {
+            Ok(written) => Ok(written?),
+            Err(RecvTimeoutError::Timeout) => Err(StorageError::DiskHangs { waited_ms: limit.as_millis() }),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(StorageError::Unfit("writing the copy through panicked".into()))
+            }
+        }
     }
 }
 
@@ -117,7 +112,8 @@ impl Copy {
                     return Ok(());
                 }
                 // What is written meanwhile is for further passes.
-                self.compare(instance, volume, &mut || keep(&mut pace, deadline).map_err(VolumeError::Send))?;
+                let mut mapped = || mapped(volume, &tree::listed(instance).unwrap_or_default());
+                self.compare(&mut mapped, &mut || keep(&mut pace, deadline).map_err(VolumeError::Send))?;
                 pace.take_waited();
                 (compared, since, fastest, fruitless, before) = (true, 0, None, 0, None);
                 continue;
@@ -132,17 +128,16 @@ impl Copy {
         }
     }
 
-    /// Compares the copy, as its disk has it, and the volume, as programs see it, with what was copied.
+    /// Compares the copy, as its disk has it, and the volume, as programs see it, with what was copied. `mapped` tells which files processes
+    /// map for writing now.
     fn compare(
         &mut self,
-        instance: &Instance,
-        volume: &Volume,
+        mapped: &mut dyn FnMut() -> BTreeSet<u64>,
         on_block: &mut dyn FnMut() -> Result<(), VolumeError>,
     ) -> Result<(), StorageError> {
         let began = Instant::now();
         let there = self.built.compare(on_block)?;
-        let mut mapped = || mapped(volume, &tree::listed(instance).unwrap_or_default());
-        let here = self.source.compare(&mut mapped, on_block)?;
+        let here = self.source.compare(mapped, on_block)?;
         self.compared_bytes += there + here;
         let ms = began.elapsed().as_secs_f64() * 1e3;
         tracing::info!(here, there, ms, "a volume and its copy were compared");
@@ -151,11 +146,11 @@ impl Copy {
 
     /// What is left; the instance stands still. The copy is put to `place`, and nothing of it is on the disk for certain.
     pub(super) fn complete(
-        mut self,
+        &mut self,
         volume: &Volume,
         pids: &[i32],
         place: &Path,
-    ) -> Result<Completed, StorageError> {
+    ) -> Result<Written, StorageError> {
         self.built.defer();
         self.pass(true, volume, pids, &mut || Ok(()))?;
         self.built.finish()?;
@@ -163,8 +158,16 @@ impl Copy {
         self.built.put(place)?;
         let above = place::above(place)?;
         // Written through by another thread: the instance waits for it only where it has to.
-        let on_disk = thread::spawn(move || unsynced.write_through(&root, above));
-        Ok(Completed { copy: self, on_disk })
+        let (tell, told) = mpsc::channel();
+        // Nobody may wait for it any more.
+        thread::spawn(move || drop(tell.send(unsynced.write_through(&root, above))));
+        Ok(Written(told))
+    }
+
+    /// Compares both, when it is complete.
+    pub(super) fn digest(&self) -> Result<u128, StorageError> {
+        let (here, there) = (self.source.digest(), self.built.digest()?);
+        if here == there { Ok(here) } else { Err(StorageError::Digest { here, there }) }
     }
 
     fn pass(
@@ -215,4 +218,39 @@ fn mapped(volume: &Volume, pids: &[i32]) -> BTreeSet<u64> {
     })
     .map(|mapping| mapping.inode)
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// A copy of a volume with one file, after a pass; in `arriving` of the directory.
+    fn copied() -> (tempfile::TempDir, Volume, Copy) {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let from = directory.path().join("from");
+        fs::create_dir(&from).expect("make");
+        fs::write(from.join("file"), vec![7; 300_000]).expect("write");
+        let source = SourceVolume::open(&from).expect("open");
+        let built = BuiltVolume::make(&directory.path().join("arriving")).expect("make");
+        let room = Room::require(&source, &built, directory.path()).expect("room");
+        let mut copy =
+            Copy { source, built, room, passes: 0, bytes: 0, shared_bytes: 0, compared_bytes: 0, log: None };
+        let volume = "data:/data".parse().expect("a volume");
+        copy.pass(false, &volume, &[], &mut || Ok(())).expect("a pass");
+        (directory, volume, copy)
+    }
+
+    #[test]
+    fn one_whose_last_pass_failed_is_removed_when_its_owner_wants_it() {
+        let (directory, volume, mut copy) = copied();
+        // Where a directory is needed there is a file.
+        let place = directory.path().join("from/file/place");
+        let failed = copy.complete(&volume, &[], &place).err();
+        assert!(matches!(failed, Some(StorageError::Volume(VolumeError::Io { .. }))), "{failed:?}");
+        assert!(directory.path().join("arriving/tree/file").exists(), "whoever waits for it stands still");
+        drop(copy);
+        assert!(!directory.path().join("arriving").exists());
+    }
 }

@@ -47,6 +47,15 @@ pub enum StorageError {
         /// How long it may take.
         allowed_ms: f64,
     },
+    /// The new disk has not written what came last.
+    #[error(
+        "its disk has not written the last of the copy in {waited_ms} ms: it hangs, or others keep it busy (half of migrate.freeze_limit_ms is \
+         waited)"
+    )]
+    DiskHangs {
+        /// How long it was waited for.
+        waited_ms: u128,
+    },
     /// The copy is another than the volume.
     #[error("the copy is not what was copied (digest {there:032x} instead of {here:032x})")]
     Digest {

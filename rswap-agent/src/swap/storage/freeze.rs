@@ -39,12 +39,13 @@ impl Steps {
     }
 }
 
-/// Moves all to the copy while the instance stands still. After an error it goes on where it was, unless the error says otherwise.
+/// Moves all to the copy while the instance stands still. After an error it goes on where it was, unless the error says otherwise. The copy
+/// stays the caller's: to remove it takes time, which nobody should stand still for.
 pub(super) fn run(
     order: &StorageOrder,
     record: &mut Record,
     path: &Path,
-    copy: Copy,
+    copy: &mut Copy,
 ) -> Result<StorageReport, StorageError> {
     let StorageOrder { instance, volume, .. } = order;
     let readiness = hold::Readiness::begin();
@@ -52,12 +53,12 @@ pub(super) fn run(
     let stopped = Stopped::all(instance)?;
     steps.step("stop");
     let pids = stopped.pids();
-    let completed = copy.complete(volume, &pids, &record.switch.after)?;
+    let written = copy.complete(volume, &pids, &record.switch.after)?;
     steps.step("last delta");
-    let digest = completed.digest()?;
+    let digest = copy.digest()?;
     steps.step("digests");
     let old = record.switch.old().to_owned();
-    let subject = Subject { instance, volume, directory: &old, tree: completed.copy.source.tree() };
+    let subject = Subject { instance, volume, directory: &old, tree: copy.source.tree() };
     let (plan, refused) = survey::survey(&subject, &pids)?;
     if !refused.is_empty() {
         return Err(StorageError::Refused(refused));
@@ -65,7 +66,9 @@ pub(super) fn run(
     steps.step("survey");
     let mut sides = sides(&record.switch, &plan)?;
     // All that could be missing is missing now.
-    sides.1.open_all(&plan).map_err(StorageError::io("opening the files of the new copy"))?;
+    sides.1.open_all(&plan, None).map_err(StorageError::io("opening the files of the new copy"))?;
+    // The way back must not depend on the new disk.
+    sides.0.hold_nameless(&plan);
     record.plan = Some(plan.clone());
     steps.step("open");
     let note = |tasks| {
@@ -77,15 +80,18 @@ pub(super) fn run(
     drop(readiness);
     steps.step("hand over");
     // Only what is on the disk may become the volume.
-    let moved = completed.wait().and_then(|copy| {
+    let exchanged = written.wait(order.patience).and_then(|()| {
         steps.step("write through");
-        activate(&record.switch, &plan, &sides, &mut hands).map(|()| copy)
+        Ok(record.switch.make()?)
     });
+    if let Err(cause) = exchanged {
+        return Err(stay(instance, &plan, hands, cause));
+    }
+    let moved = activate(&record.switch, &plan, &sides, &mut hands);
     steps.step("re-home and verify");
-    let copy = match moved {
-        Ok(copy) => copy,
-        Err(cause) => return Err(back(&record.switch, instance, &plan, hands, cause)),
-    };
+    if let Err(cause) = moved {
+        return Err(back(&record.switch, instance, &plan, sides, hands, cause));
+    }
     hold::let_go(instance, hands).map_err(|source| StorageError::NotRestored {
         cause: Box::new(StorageError::Unfit("it could not be let go".into())),
         source: Box::new(source),
@@ -106,16 +112,36 @@ pub(super) fn run(
     })
 }
 
+/// Lets an instance go on of which nothing was re-homed; returns why it failed. Nothing of the new copy is needed: it is mostly its disk that
+/// has failed.
+fn stay(instance: &Instance, plan: &Plan, hands: Hands, cause: StorageError) -> StorageError {
+    tracing::warn!(instance = %instance.name, error = %cause, "a volume stays where it is");
+    let_go_after(instance, plan, hands, Ok(()), cause)
+}
+
 /// Brings all to the old copy after a failure; returns why it failed.
 fn back(
     switch: &Switch,
     instance: &Instance,
     plan: &Plan,
+    sides: (Side, Side),
     mut hands: Hands,
     cause: StorageError,
 ) -> StorageError {
     tracing::warn!(instance = %instance.name, error = %cause, "a volume goes back to where it was");
-    match go_back(switch, plan, &mut hands).and_then(|()| hold::let_go(instance, hands)) {
+    let brought = go_back(switch, plan, &sides, &mut hands);
+    let_go_after(instance, plan, hands, brought, cause)
+}
+
+/// Lets an instance go on when all of it is where it was; returns why the swap failed.
+fn let_go_after(
+    instance: &Instance,
+    plan: &Plan,
+    hands: Hands,
+    brought: Result<(), StorageError>,
+    cause: StorageError,
+) -> StorageError {
+    match brought.and_then(|()| hold::let_go(instance, hands)) {
         Ok(()) => {
             hold::bury(plan.processes());
             cause
@@ -135,45 +161,69 @@ fn thaw_unchanged(instance: &Instance) {
 
 /// The old copy, and the new one.
 fn sides(switch: &Switch, plan: &Plan) -> Result<(Side, Side), StorageError> {
-    let open = |path: &Path| {
-        Side::open_for(path, plan).map_err(StorageError::io(format!("mounting {}", path.display())))
-    };
-    Ok((open(switch.old())?, open(&switch.after)?))
+    Ok((side(switch.old(), plan)?, side(&switch.after, plan)?))
 }
 
-/// The commit, and what follows from it.
+fn side(directory: &Path, plan: &Plan) -> Result<Side, StorageError> {
+    Side::open_for(directory, plan).map_err(StorageError::io(format!("mounting {}", directory.display())))
+}
+
+/// What follows from the exchange, which is the commit.
 fn activate(
     switch: &Switch,
     plan: &Plan,
     (old, new): &(Side, Side),
     hands: &mut Hands,
 ) -> Result<(), StorageError> {
-    switch.make()?;
-    // The instance may go on when it is through, and when what stands at the place is on the disk.
+    // The instance may go on when it is through, and when what stands at the place is on the disk. Files that are cached can be opened on a disk
+    // that has failed, too.
     let (brought, on_disk) = thread::scope(|scope| {
-        let on_disk = scope.spawn(|| switch.sync());
+        let on_disk = scope.spawn(|| switch.sync().and_then(|()| switch.require_disk()));
         (apply::apply(plan, new, old, hands), on_disk.join())
     });
     brought?;
     Ok(on_disk.unwrap_or(Err(VolumeError::Damaged("syncing panicked")))?)
 }
 
-fn go_back(switch: &Switch, plan: &Plan, hands: &mut Hands) -> Result<(), StorageError> {
+/// What is on the new disk isn't needed for it: the disk may be what has failed.
+fn go_back(
+    switch: &Switch,
+    plan: &Plan,
+    (old, new): &(Side, Side),
+    hands: &mut Hands,
+) -> Result<(), StorageError> {
     if switch.is_made() {
         switch.make()?;
         switch.sync()?;
     }
-    bring(switch, plan, hands)
+    bring_to(plan, switch.old(), new, Some(old), hands)
 }
 
 /// Brings everything to the copy that is the volume, from wherever it is.
 pub(super) fn bring(switch: &Switch, plan: &Plan, hands: &mut Hands) -> Result<(), StorageError> {
-    let (old, new) = sides(switch, plan)?;
-    let (side, other, directory) =
-        if switch.is_made() { (new, old, switch.after.as_path()) } else { (old, new, switch.old()) };
-    side.mount(plan, &other).map_err(StorageError::io("mounting the valid copy"))?;
+    if switch.is_made() {
+        return bring_to(plan, &switch.after, &side(switch.old(), plan)?, None, hands);
+    }
+    // The new disk need not be there any more.
+    match apply::stays(plan, &side(switch.old(), plan)?) {
+        Ok(true) => return Ok(()),
+        Ok(false) => {}
+        Err(error) => tracing::debug!(%error, "whether anything was re-homed can't be told"),
+    }
+    bring_to(plan, switch.old(), &side(&switch.after, plan)?, None, hands)
+}
+
+/// Brings everything to the copy in `directory`, from wherever it is. `before`: that copy, if it was open before anything was re-homed.
+fn bring_to(
+    plan: &Plan,
+    directory: &Path,
+    other: &Side,
+    before: Option<&Side>,
+    hands: &mut Hands,
+) -> Result<(), StorageError> {
+    side(directory, plan)?.mount(plan, other).map_err(StorageError::io("mounting the valid copy"))?;
     // By the mount that is there: some may be open by it already.
-    let mut side = Side::open_for(directory, plan).map_err(StorageError::io("opening the valid copy"))?;
-    side.open_all(plan).map_err(StorageError::io("opening the files of the valid copy"))?;
-    Ok(apply::apply(plan, &side, &other, hands)?)
+    let mut there = side(directory, plan)?;
+    there.open_all(plan, before).map_err(StorageError::io("opening the files of the valid copy"))?;
+    Ok(apply::apply(plan, &there, other, hands)?)
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    io,
     os::{
         fd::{OwnedFd, RawFd},
         unix::fs::MetadataExt,
@@ -71,35 +72,61 @@ fn once(plan: &Plan, side: &Side, other: &Side, hands: &mut Hands) -> Result<(),
     other.forget_mount(plan).map_err(TraceeError::call("unmounting a volume in the namespace", plan.init))
 }
 
+/// Whether all that `plan` names is still on `side`, on which it was found, and no mount of the other copy is left. The other copy is not
+/// looked at: it may be on a disk that has failed. The instance is held by its cgroup.
+pub fn stays(plan: &Plan, side: &Side) -> Result<bool, TraceeError> {
+    let mut plan = plan.clone();
+    for pid in plan.processes().into_iter().filter(|pid| tree::has_ended(*pid)) {
+        plan.forget(pid);
+    }
+    let failed = || TraceeError::call("looking at a mount", plan.init);
+    if Side::any_is_aside(&plan).map_err(failed())? {
+        return Ok(false);
+    }
+    let misplaced = misplaced(&plan, side, &|target| side.original(&plan, target))?;
+    Ok(misplaced.is_none())
+}
+
 /// Whether all that `plan` names is on `side`.
 pub fn verify(plan: &Plan, side: &Side) -> Result<(), TraceeError> {
-    let wrong = |what: String| Err(TraceeError::Unsupported(format!("{what} is not on the other copy")));
-    let inode =
-        |target: &Target| side.inode(target).map_err(TraceeError::call("looking at a file", plan.init));
+    match misplaced(plan, side, &|target| side.inode(target))? {
+        Some(what) => Err(TraceeError::Unsupported(format!("{what} is not on the other copy"))),
+        None => Ok(()),
+    }
+}
+
+/// The first of what `plan` names that is not on `side`, where `inode` tells which file is which.
+fn misplaced(
+    plan: &Plan,
+    side: &Side,
+    inode: &dyn Fn(&Target) -> io::Result<(u64, u64)>,
+) -> Result<Option<String>, TraceeError> {
+    let inode = |target: &Target| inode(target).map_err(TraceeError::call("looking at a file", plan.init));
     if !side.is_mounted(plan).map_err(TraceeError::call("looking at a mount", plan.init))? {
-        return wrong(format!("what is mounted at {}", plan.point.display()));
+        return Ok(Some(format!("what is mounted at {}", plan.point.display())));
     }
     for one in &plan.descriptions {
+        let wanted = inode(&one.target)?;
         for member in &one.members {
             let failed = TraceeError::call("looking at a descriptor", member.pid);
-            if !side.has(&one.target, member.pid, member.fd).map_err(failed)? {
-                return wrong(format!("descriptor {} of process {}", member.fd, member.pid));
+            if !side.is_of(wanted, member.pid, member.fd).map_err(failed)? {
+                return Ok(Some(format!("descriptor {} of process {}", member.fd, member.pid)));
             }
         }
     }
     for part in &plan.mappings {
         if !is_mapped(part, plan, inode(&part.target)?)? {
-            return wrong(format!("the mapping at {:#x} of process {}", part.start, part.pid));
+            return Ok(Some(format!("the mapping at {:#x} of process {}", part.start, part.pid)));
         }
     }
     for (pid, target) in &plan.working {
         let path = format!("/proc/{pid}/cwd");
         let found = fs::metadata(&path).map_err(TraceeError::proc(path))?;
         if (found.dev(), found.ino()) != inode(target)? {
-            return wrong(format!("the working directory of process {pid}"));
+            return Ok(Some(format!("the working directory of process {pid}")));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 fn hand(hands: &mut Hands, pid: i32) -> Result<&mut Hand, TraceeError> {

@@ -11,12 +11,14 @@ use std::{
     path::Path,
 };
 
+use procfs::process::Process;
 use rustix::{
     fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid},
+    io::Errno,
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
 };
 
-use super::{Member, Plan, Target};
+use super::{Member, Part, Plan, Target};
 use crate::{
     sys::{file, namespace},
     volume::tree,
@@ -37,6 +39,8 @@ pub struct Side {
     /// Device and inode of its root.
     root: (u64, u64),
     found: BTreeMap<Target, Found>,
+    /// Files without a name, as they were before anything was brought to the other copy.
+    held: BTreeMap<usize, File>,
 }
 
 /// A file or directory of a copy.
@@ -57,7 +61,8 @@ impl Side {
     fn of(mount: OwnedFd) -> io::Result<Self> {
         let root = fs::metadata(by_descriptor(&mount))?;
         let mount_id = mount_id("self", mount.as_raw_fd())?;
-        Ok(Self { mount, mount_id, root: (root.dev(), root.ino()), found: BTreeMap::new() })
+        let (found, held) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { mount, mount_id, root: (root.dev(), root.ino()), found, held })
     }
 
     /// The copy in `directory`: by the mount at `plan`'s point, if it is mounted there already.
@@ -72,8 +77,7 @@ impl Side {
 
     /// Whether it is what is mounted at `plan`'s point.
     pub fn is_mounted(&self, plan: &Plan) -> io::Result<bool> {
-        let seen = fs::metadata(seen(plan))?;
-        Ok((seen.dev(), seen.ino()) == self.root)
+        self.is_at(seen(plan).as_ref())
     }
 
     /// Mounts it at `plan`'s point in the instance's mount namespace, in place of `other`. That is put [aside](ASIDE): what is open
@@ -83,7 +87,12 @@ impl Side {
         let no_flags = MoveMountFlags::empty();
         namespace::inside(plan.init, &["mnt"], || {
             while !self.is_at(&plan.point)? {
-                if other.is_at(&plan.point)? {
+                let at_point = root_at(&plan.point)?;
+                if at_point.is_none() {
+                    // It is not this one, unless this one tells nothing, either.
+                    rustix::fs::fstat(&self.mount)?;
+                }
+                if at_point.is_none() || at_point == Some(other.root) {
                     // On the way back this one's is there already. A mount in one that others share can't be moved.
                     let taken = self.is_at(aside)?;
                     if taken || rustix::mount::move_mount(CWD, &plan.point, CWD, aside, no_flags).is_err() {
@@ -106,28 +115,75 @@ impl Side {
     /// Takes its mount away that was put aside: nothing is open by it any more.
     pub fn forget_mount(&self, plan: &Plan) -> io::Result<()> {
         namespace::inside(plan.init, &["mnt"], || {
-            while self.is_at(Path::new(ASIDE))? {
+            while root_at(Path::new(ASIDE))?.is_none_or(|at_aside| at_aside == self.root) {
                 rustix::mount::unmount(ASIDE, UnmountFlags::DETACH)?;
             }
             Ok(())
         })
     }
 
+    /// Whether the mount of some copy is still [aside](ASIDE) in the instance's namespace.
+    pub fn any_is_aside(plan: &Plan) -> io::Result<bool> {
+        let mounts = Process::new(plan.init).and_then(|init| init.mountinfo()).map_err(io::Error::other)?;
+        Ok(mounts.into_iter().any(|mount| mount.mount_point == Path::new(ASIDE) && mount.fs_type != "proc"))
+    }
+
     fn is_at(&self, path: &Path) -> io::Result<bool> {
-        let seen = fs::metadata(path)?;
-        Ok((seen.dev(), seen.ino()) == self.root)
+        Ok(root_at(path)? == Some(self.root))
     }
 
     /// Whether descriptor `fd` of process `pid` is of `target` here, opened by this mount.
     pub fn has(&self, target: &Target, pid: i32, fd: RawFd) -> io::Result<bool> {
+        self.is_of(self.inode(target)?, pid, fd)
+    }
+
+    /// Whether descriptor `fd` of process `pid` was opened by this mount, and is of the file with this device and inode.
+    pub fn is_of(&self, inode: (u64, u64), pid: i32, fd: RawFd) -> io::Result<bool> {
+        // Of another mount nothing is asked: its disk may have failed.
+        if mount_id(&pid.to_string(), fd)? != self.mount_id {
+            return Ok(false);
+        }
         let found = fs::metadata(format!("/proc/{pid}/fd/{fd}"))?;
-        Ok((found.dev(), found.ino()) == self.inode(target)?
-            && mount_id(&pid.to_string(), fd)? == self.mount_id)
+        Ok((found.dev(), found.ino()) == inode)
+    }
+
+    /// Keeps the files without a name open that are on this side, so that going back needs nothing of the other one.
+    pub fn hold_nameless(&mut self, plan: &Plan) {
+        for number in 0..plan.nameless.len() {
+            let target = Target::Nameless(number);
+            let descriptions =
+                plan.descriptions.iter().filter(|one| one.target == target && one.flags & libc::O_PATH == 0);
+            let open =
+                descriptions.flat_map(|one| &one.members).map(|of| format!("/proc/{}/fd/{}", of.pid, of.fd));
+            let mapped = plan.mappings.iter().filter(|part| part.target == target).map(map_file);
+            // Who has it may be killed meanwhile.
+            if let Some(file) = open.chain(mapped).find_map(|place| File::open(place).ok()) {
+                self.held.insert(number, file);
+            }
+        }
+    }
+
+    /// Device and inode of `target` as the plan found it, if this is the side that it was found on. Of the other one nothing is asked.
+    pub fn original(&self, plan: &Plan, target: &Target) -> io::Result<(u64, u64)> {
+        match target {
+            Target::Name(name) => {
+                let found =
+                    File::from(tree::open_below(self.mount.as_fd(), name, OFlags::PATH)?).metadata()?;
+                Ok((found.dev(), found.ino()))
+            }
+            Target::Nameless(number) => {
+                let nameless = plan.nameless.get(*number).map(|nameless| nameless.inode);
+                nameless.ok_or_else(|| io::Error::other("a file that the plan does not tell of"))
+            }
+        }
     }
 
     /// Opens all that `plan` names. What has no name is taken from who has it on this side already, or is copied from who has it
     /// on the other one.
-    pub fn open_all(&mut self, plan: &Plan) -> io::Result<()> {
+    ///
+    /// `before`, on the way back: this copy as it was opened before anything was re-homed. What has no name is copied from what it
+    /// [holds](Self::hold_nameless) then.
+    pub fn open_all(&mut self, plan: &Plan, before: Option<&Self>) -> io::Result<()> {
         let descriptions = plan.descriptions.iter().map(|one| &one.target);
         let mappings = plan.mappings.iter().map(|part| &part.target);
         let working = plan.working.iter().map(|(_, target)| target);
@@ -135,7 +191,10 @@ impl Side {
             if let Entry::Vacant(missing) = self.found.entry(target.clone()) {
                 let handle = match target {
                     Target::Name(name) => tree::open_below(self.mount.as_fd(), name, OFlags::PATH)?.into(),
-                    Target::Nameless(number) => nameless(&self.mount, self.mount_id, plan, *number)?,
+                    Target::Nameless(number) => {
+                        let held = before.and_then(|before| before.held.get(number));
+                        nameless(&self.mount, self.mount_id, plan, *number, held)?
+                    }
                 };
                 let inode = handle.metadata().map(|metadata| (metadata.dev(), metadata.ino()))?;
                 missing.insert(Found { handle, inode });
@@ -180,6 +239,11 @@ impl Side {
     }
 }
 
+/// The file of a mapping.
+fn map_file(part: &Part) -> String {
+    format!("/proc/{}/map_files/{:x}-{:x}", part.pid, part.start, part.end)
+}
+
 fn by_descriptor(of: &impl AsRawFd) -> String {
     format!("/proc/self/fd/{}", of.as_raw_fd())
 }
@@ -196,10 +260,19 @@ fn mount_id(process: &str, fd: RawFd) -> io::Result<u64> {
     id.ok_or_else(|| io::Error::other("a descriptor without a mount"))
 }
 
-/// File `number` of those without a name, opened by `mount`.
-fn nameless(mount: &OwnedFd, id: u64, plan: &Plan, number: usize) -> io::Result<File> {
+/// Device and inode of what is at `path`; `None` if that is on a disk that has failed: some file systems tell nothing any more then.
+fn root_at(path: &Path) -> io::Result<Option<(u64, u64)>> {
+    match fs::metadata(path) {
+        Ok(found) => Ok(Some((found.dev(), found.ino()))),
+        Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// File `number` of those without a name, opened by `mount`. `held`: that file on the side that it was found on.
+fn nameless(mount: &OwnedFd, id: u64, plan: &Plan, number: usize, held: Option<&File>) -> io::Result<File> {
     let target = Target::Nameless(number);
-    let mut other = None;
+    let mut other = held.map(File::try_clone).transpose()?;
     for one in plan.descriptions.iter().filter(|one| one.target == target && one.flags & libc::O_PATH == 0) {
         for Member { pid, fd, .. } in &one.members {
             let place = format!("/proc/{pid}/fd/{fd}");
@@ -212,8 +285,7 @@ fn nameless(mount: &OwnedFd, id: u64, plan: &Plan, number: usize) -> io::Result<
     }
     for part in plan.mappings.iter().filter(|part| part.target == target) {
         // By which mount it was opened can't be seen: it is copied.
-        let place = format!("/proc/{}/map_files/{:x}-{:x}", part.pid, part.start, part.end);
-        other = other.or_else(|| File::open(place).ok());
+        other = other.or_else(|| File::open(map_file(part)).ok());
     }
     let from = other.ok_or_else(|| io::Error::other("a deleted file is open nowhere any more"))?;
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
