@@ -136,8 +136,13 @@ impl Copy {
         on_block: &mut dyn FnMut() -> Result<(), VolumeError>,
     ) -> Result<(), StorageError> {
         let began = Instant::now();
-        let there = self.built.compare(on_block)?;
-        let here = self.source.compare(mapped, on_block)?;
+        let room = &self.room;
+        let mut on_block = || {
+            room.keep(0)?;
+            on_block()
+        };
+        let there = self.built.compare(&mut on_block)?;
+        let here = self.source.compare(mapped, &mut on_block)?;
         self.compared_bytes += there + here;
         let ms = began.elapsed().as_secs_f64() * 1e3;
         tracing::info!(here, there, ms, "a volume and its copy were compared");
@@ -240,6 +245,17 @@ mod tests {
         let volume = "data:/data".parse().expect("a volume");
         copy.pass(false, &volume, &[], &mut || Ok(())).expect("a pass");
         (directory, volume, copy)
+    }
+
+    #[test]
+    fn room_is_watched_while_both_copies_are_compared() {
+        let (directory, _, mut copy) = copied();
+        let compare = |copy: &mut Copy| copy.compare(&mut BTreeSet::new, &mut || Ok(()));
+        compare(&mut copy).expect("there is room");
+        assert!(copy.compared_bytes >= 300_000);
+        copy.room = Room::with_floor(directory.path(), u64::MAX);
+        let ended = compare(&mut copy);
+        assert!(matches!(ended, Err(StorageError::Volume(VolumeError::NoRoomLeft { .. }))), "{ended:?}");
     }
 
     #[test]

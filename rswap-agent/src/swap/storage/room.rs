@@ -78,6 +78,12 @@ impl Room {
         Err(StorageError::NoRoom { pool, bytes, inodes, free_bytes, free_inodes })
     }
 
+    /// The room of a copy in `pool` that shares blocks, and ends below so many free bytes.
+    #[cfg(test)]
+    pub(super) fn with_floor(pool: &Path, floor_bytes: u64) -> Self {
+        Self { pool: pool.to_owned(), floor_bytes: Some(floor_bytes), last: Cell::new(None) }
+    }
+
     /// Whether what the program rewrites still has room; looked at all the time while blocks are shared. `own_bytes` were written to the
     /// copy since it was looked at last.
     pub(super) fn keep(&self, own_bytes: u64) -> Result<(), VolumeError> {
