@@ -84,7 +84,7 @@ struct Moving {
 impl FleetPlanner {
     /// Reports come every `interval_ms` milliseconds.
     pub fn new(config: PlanConfig, interval_ms: u64) -> Self {
-        Self { planner: Planner::new(config), interval_ms, moving: BTreeMap::new() }
+        Self { planner: Planner::new(config).with_windows(interval_ms), interval_ms, moving: BTreeMap::new() }
     }
 
     /// One round. Hosts that are `drained` are to be left.

@@ -7,7 +7,7 @@ use comfy_table::{Table, presets::UTF8_BORDERS_ONLY};
 mod cores;
 mod flow;
 
-use super::{Candidate, Decision, MoveKind, Outcome, StayReason, TimedBy, Timing};
+use super::{Candidate, Decision, Lead, MoveKind, Outcome, StayReason, TimedBy, Timing};
 
 /// The whole decision: the need it rests on, every pool with its numbers, the result and why.
 pub fn explain(decision: &Decision) -> String {
@@ -77,7 +77,33 @@ fn result_and_need(decision: &Decision) -> Vec<String> {
         }
         None => {}
     }
+    if let (Some(lead), Outcome::Move { start_by, .. }) = (&decision.lead, &decision.outcome) {
+        lines.push(ahead(lead, start_by.since(decision.at)));
+    }
     lines
+}
+
+/// How long before the need it begins, if it does in `start_ms`, and why so long.
+fn ahead(lead: &Lead, start_ms: u64) -> String {
+    let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1e3);
+    let foreseen = if lead.is_short() { ", as soon as that is foreseen" } else { "" };
+    let known = match (lead.took_ms, lead.measured) {
+        (None, _) => "no such move was measured yet".to_owned(),
+        (Some(took_ms), 1) => format!("such a move took {}", seconds(took_ms)),
+        (Some(took_ms), measured) => {
+            format!("such moves took up to {} ({measured} measured)", seconds(took_ms))
+        }
+    };
+    let careful = match lead.took_ms {
+        Some(took_ms) if took_ms == lead.takes_ms => String::new(),
+        _ => format!(
+            ", {} are expected, and reckoned with {}",
+            seconds(lead.expected_ms),
+            seconds(lead.takes_ms)
+        ),
+    };
+    let before = seconds(lead.due_ms.saturating_sub(start_ms));
+    format!("begins {before} before it is needed{foreseen}: {known}{careful}")
 }
 
 /// Every pool with its numbers; nothing, if none was looked at.

@@ -15,6 +15,7 @@ use rswap_types::{Flow, InstanceName, LatencyPoint, Pool, PoolKind, PoolState, U
 use serde::{Deserialize, Serialize};
 
 pub use compare::shortfall_share;
+pub(crate) use price::FIXED_S;
 
 use self::{compare::Place, ledger::Ledger};
 use crate::{
@@ -101,7 +102,7 @@ pub(crate) fn key(kind: MoveKind, volume: Option<&str>) -> String {
 }
 
 /// Whether a move of this kind leaves the instance itself where it is.
-fn is_of_a_part(kind: MoveKind) -> bool {
+pub(crate) fn is_of_a_part(kind: MoveKind) -> bool {
     matches!(kind, MoveKind::Storage | MoveKind::Link)
 }
 
@@ -163,7 +164,11 @@ impl Planner {
     /// instance is left alone, and the place at the target is kept.
     pub fn part_started(&mut self, instance: &InstanceName, kind: MoveKind, volume: Option<&str>, to: &str) {
         if !is_of_a_part(kind) {
-            return self.started(instance, to);
+            self.started(instance, to);
+            return self.memory.entry(instance.clone()).or_default().departs(kind);
+        }
+        if let Some(part) = self.parts.get_mut(instance).and_then(|parts| parts.get_mut(&key(kind, volume))) {
+            part.departs(kind);
         }
         self.memory.entry(instance.clone()).or_default().part_in_flight =
             Some((key(kind, volume), to.to_owned()));
@@ -241,7 +246,9 @@ impl Planner {
             let key = key(lane.kind, lane.volume);
             if let Some(index) = round.current(lane) {
                 let parts = self.parts.entry(lane.view.instance.clone()).or_default();
-                parts.entry(key.clone()).or_default().sits(lane.kind, &round.pools[index].name, now);
+                let part = parts.entry(key.clone()).or_default();
+                part.sits(lane.kind, &round.pools[index].name, now);
+                part.bytes = lane.size_bytes;
                 ledger.takes(number, index, lane, false);
             }
             let going = self.memory(&lane.view.instance).and_then(|memory| memory.part_in_flight.as_ref());
@@ -274,6 +281,12 @@ impl Planner {
             {
                 ledger.takes(n, index, lane, true);
                 changed = true;
+            }
+        }
+        for ((_, lane), decision) in lanes.iter().zip(&decided) {
+            let parts = self.parts.get_mut(&lane.view.instance);
+            if let Some(part) = parts.and_then(|parts| parts.get_mut(&key(lane.kind, lane.volume))) {
+                part.comes(lane.kind, decision.crossing_by);
             }
         }
         let mut of_views = vec![Vec::new(); views.len()];
@@ -317,12 +330,13 @@ impl Planner {
         let for_others = matches!(candidate.dropped, Some(Dropped::Flow { .. }))
             && limit.operations_per_s <= fits.operations_per_s
             && limit.bytes_per_s <= fits.bytes_per_s;
-        decision.crossing_in_ms = need::crossing(lane, place.room.available, round.config);
         decision.current = Some(candidate);
         let unknown = Memory::default();
         let instance = &lane.view.instance;
         let part = self.parts.get(instance).and_then(|parts| parts.get(&key(lane.kind, lane.volume)));
         let part = part.unwrap_or(&unknown);
+        let crossing = need::crossing(lane, place.room.available, round.config);
+        decision.crosses(crossing, part.coming(lane.kind));
         let others = (0..round.pools.len()).filter(|&to| to != index && round.is_of_kind(to, lane.kind));
         let mut candidates: Vec<Candidate> = others
             .map(|to| {
@@ -354,6 +368,7 @@ impl Planner {
                 outcome => outcome,
             }
         };
+        self.set_start(&mut decision, part);
         decision
     }
 }

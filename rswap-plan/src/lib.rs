@@ -15,6 +15,7 @@ pub mod consolidate;
 mod exchange;
 mod explain;
 pub mod flow;
+mod lead;
 mod ledger;
 mod memory;
 mod need;
@@ -36,6 +37,7 @@ use serde::{Deserialize, Serialize};
 pub use config::PlanConfig;
 pub use explain::{explain, in_words};
 pub use flow::{FlowNeed, FlowTerms, PortView, VolumeView};
+pub use lead::Lead;
 pub use order::Step;
 pub use planner::Planner;
 pub use price::{MovePrice, price_of_move};
@@ -158,6 +160,9 @@ pub struct Decision {
     pub flow: Option<FlowNeed>,
     /// Milliseconds until the need exceeds what the present pool can give; `None` if it doesn't within the horizon.
     pub crossing_in_ms: Option<u64>,
+    /// By when it does at the latest, by this round's forecast and those before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crossing_by: Option<UnixMillis>,
     /// The present pool.
     pub current: Option<Candidate>,
     /// The other pools of the kind, best first: all of them, or the best of a large fleet.
@@ -176,6 +181,9 @@ pub struct Decision {
     /// are decided anew when it has ended.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Step>,
+    /// When a move that the need forces has to begin, where it is known when the need is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lead: Option<Lead>,
     /// How much memory it writes, and how little that is at times, where a migration has been decided and this is known.
     #[serde(default)]
     pub writing: Option<Writing>,
@@ -196,6 +204,7 @@ impl Decision {
             need: None,
             flow: None,
             crossing_in_ms: None,
+            crossing_by: None,
             current: None,
             candidates: Vec::new(),
             left_out: 0,
@@ -203,6 +212,7 @@ impl Decision {
             hysteresis: config.hysteresis,
             exchange: None,
             steps: Vec::new(),
+            lead: None,
             writing: None,
             timing: None,
             outcome: Outcome::Stay { reason: StayReason::NoPoolFits },

@@ -26,6 +26,15 @@ pub(super) struct Memory {
     /// Which part of it is on its way by itself, and to which pool.
     #[serde(skip)]
     pub(super) part_in_flight: Option<(String, String)>,
+    /// How much it is, in bytes, in the last round: the files of a volume; memory and files of an instance.
+    #[serde(skip)]
+    pub(super) bytes: u64,
+    /// Of the move that is under way: from where, and how many bytes.
+    #[serde(skip)]
+    pub(super) departed: Option<(String, u64)>,
+    /// By when its need exceeds what the present pool gives, as of the last round, per kind.
+    #[serde(skip)]
+    coming: Vec<(MoveKind, UnixMillis)>,
     /// Where it was in the last round, per kind.
     on: Vec<(MoveKind, String)>,
     /// What it left, and when; newest last.
@@ -44,6 +53,22 @@ impl Memory {
         self.in_flight = Some(to.to_owned());
     }
 
+    /// Where a move of this kind has begun is remembered until it has ended.
+    pub(super) fn departs(&mut self, kind: MoveKind) {
+        self.departed = self.sits_on(kind).map(|from| (from.to_owned(), self.bytes));
+    }
+
+    /// By when its need exceeds what the present pool of this kind gives.
+    pub(super) fn coming(&self, kind: MoveKind) -> Option<UnixMillis> {
+        self.coming.iter().find(|(of, _)| *of == kind).map(|(_, by)| *by)
+    }
+
+    /// The same, as a round has found it.
+    pub(super) fn comes(&mut self, kind: MoveKind, by: Option<UnixMillis>) {
+        self.coming.retain(|(of, _)| *of != kind);
+        self.coming.extend(by.map(|by| (kind, by)));
+    }
+
     /// Whether it, or a part of it, is on its way: one move of an instance at a time.
     pub(super) fn is_in_flight(&self) -> bool {
         self.in_flight.is_some() || self.part_in_flight.is_some()
@@ -53,12 +78,14 @@ impl Memory {
     pub(super) fn moved(&mut self, now: UnixMillis) {
         self.last_move = Some(now);
         (self.in_flight, self.last_failure, self.failures, self.wanted) = (None, None, 0, None);
-        self.last_error = None;
+        (self.last_error, self.departed) = (None, None);
+        // Elsewhere, another need is too much.
+        self.coming.clear();
     }
 
     /// It has failed.
     pub(super) fn failed(&mut self, now: UnixMillis) {
-        (self.in_flight, self.last_error) = (None, None);
+        (self.in_flight, self.last_error, self.departed) = (None, None, None);
         self.failures = self.failures.saturating_add(1);
         self.last_failure = Some(now);
     }

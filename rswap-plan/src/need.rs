@@ -3,7 +3,7 @@
 use rswap_forecast::{DemandPoint, Evidence, Quantiles, Resource};
 use rswap_types::Pool;
 
-use crate::{InstanceView, MoveKind, NeedUsed, PlanConfig, StayReason, score::Room};
+use crate::{InstanceView, MoveKind, NeedUsed, PlanConfig, StayReason, lead::Crossing, score::Room};
 
 /// The need over the planning horizon; why there is none, if the forecast has seen too little.
 pub(crate) fn need(view: &InstanceView, config: &PlanConfig) -> Result<NeedUsed, StayReason> {
@@ -78,14 +78,14 @@ pub(crate) fn expected(view: &InstanceView, resource: Resource, config: &PlanCon
     medians
 }
 
-/// When the need first exceeds what the pool can give, in milliseconds: between two horizons, along the line through both.
+/// When the need first exceeds what the pool can give: between two horizons, along the line through both.
 pub(crate) fn crossing(
     view: &InstanceView,
     pool: &Pool,
     room: &Room,
     kind: MoveKind,
     config: &PlanConfig,
-) -> Option<u64> {
+) -> Option<Crossing> {
     let speed = pool.performance.max(1e-6);
     let cpu = first(view, Resource::Cpu, view.cores * speed, room.cores * speed, config);
     let memory = match kind {
@@ -94,17 +94,17 @@ pub(crate) fn crossing(
         }
         MoveKind::Cpu | MoveKind::Storage | MoveKind::Link => None,
     };
-    cpu.into_iter().chain(memory).min()
+    Crossing::first(cpu.into_iter().chain(memory))
 }
 
-/// When the need for a resource, which is `now`, first exceeds `limit`, in milliseconds.
+/// When the need for a resource, which is `now`, first exceeds `limit`.
 pub(crate) fn first(
     view: &InstanceView,
     resource: Resource,
     now: f64,
     limit: f64,
     config: &PlanConfig,
-) -> Option<u64> {
+) -> Option<Crossing> {
     let mut points: Vec<_> = points(view, resource, config)
         .filter(|point| matches!(point.evidence, Evidence::Enough { .. }))
         .map(|point| (point.horizon_ms as f64, point.need.at(config.quantile)))
@@ -114,7 +114,11 @@ pub(crate) fn first(
     for (next_at, next) in points {
         if next > limit {
             let share = if value < limit { (limit - value) / (next - value) } else { 0.0 };
-            return Some((at + (next_at - at) * share) as u64);
+            return Some(Crossing {
+                at_ms: (at + (next_at - at) * share) as u64,
+                after_ms: at as u64,
+                by_ms: next_at as u64,
+            });
         }
         (at, value) = (next_at, next);
     }

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
 
-use crate::{Candidate, Decision, MoveKind, Outcome, StayReason, planner::SAFETY};
+use crate::{Candidate, Decision, MoveKind, Outcome, StayReason, lead};
 
 /// More moves than this of one instance are ordered by urgency alone.
 const SEARCHED: usize = 16;
@@ -113,12 +113,13 @@ fn after(spare: &[f64], change: &Change) -> Option<Vec<f64>> {
     left.iter().zip(spare).all(|(left, before)| *left >= 0.0 || left >= before).then_some(left)
 }
 
-/// Milliseconds until the first of them has to begin, so that each is done when it is due, one after the other.
-pub fn begin_in_ms<'c>(sequence: impl IntoIterator<Item = &'c Change>) -> Option<u64> {
+/// Milliseconds until the first of them has to begin, so that each is done when it is due, one after the other. When one has ended,
+/// the next look begins the next one: that takes `look_ms` at most.
+pub fn begin_in_ms<'c>(sequence: impl IntoIterator<Item = &'c Change>, look_ms: u64) -> Option<u64> {
     let mut lasted = 0u64;
     let mut begin: Option<u64> = None;
-    for change in sequence {
-        lasted = lasted.saturating_add(change.takes_ms);
+    for (n, change) in sequence.into_iter().enumerate() {
+        lasted = lasted.saturating_add(change.takes_ms).saturating_add(if n == 0 { 0 } else { look_ms });
         if let Some(due_ms) = change.due_ms {
             let latest = due_ms.saturating_sub(lasted);
             begin = Some(begin.map_or(latest, |begin| begin.min(latest)));
@@ -141,8 +142,8 @@ fn ratios(candidate: &Candidate) -> Vec<f64> {
 
 const OTHER_FIRST: Outcome = Outcome::Stay { reason: StayReason::OtherMoveFirst };
 
-/// Of the moves of one instance, leaves the one that is to be made first.
-pub(crate) fn put_in_order(decisions: &mut [Decision], now: UnixMillis) {
+/// Of the moves of one instance, leaves the one that is to be made first. Plans are made every `look_ms` milliseconds.
+pub(crate) fn put_in_order(decisions: &mut [Decision], now: UnixMillis, look_ms: u64) {
     let moves = |decision: &Decision| decision.moves();
     if decisions.iter().any(|decision| decision.kind == MoveKind::Host && decision.moves()) {
         let others = decisions.iter_mut().filter(|decision| decision.kind != MoveKind::Host);
@@ -176,7 +177,7 @@ pub(crate) fn put_in_order(decisions: &mut [Decision], now: UnixMillis) {
         return;
     };
     let sequence: Vec<Step> = order.iter().map(|&n| steps[n].clone()).collect();
-    let begin = begin_in_ms(order.iter().map(|&n| &changes[n]));
+    let begin = begin_in_ms(order.iter().map(|&n| &changes[n]), look_ms);
     for (n, &mover) in movers.iter().enumerate() {
         let decision = &mut decisions[mover];
         decision.steps.clone_from(&sequence);
@@ -204,13 +205,13 @@ fn change(decision: &Decision, now: UnixMillis, spare: &mut Vec<f64>) -> (Change
     spare.extend(has.iter().map(|ratio| ratio - 1.0));
     let gives = has.iter().zip(&will_have).enumerate();
     let gives = gives.map(|(n, (has, will_have))| (first + n, will_have - has)).collect();
-    let seconds = target.and_then(|target| target.move_price).map_or(0.0, |price| price.seconds);
-    let takes_ms = (seconds * 1e3 * SAFETY) as u64;
+    let takes_ms = decision.lead.map(|lead| lead.takes_ms);
+    let takes_ms = takes_ms.or_else(|| target.map(lead::careful_ms)).unwrap_or_default();
     // Who changes places with another one has the other waiting for it.
-    let due_ms = if decision.exchange.is_some() {
-        Some(0)
-    } else {
-        forced.then(|| start_by.since(now).saturating_add(takes_ms))
+    let due_ms = match decision.lead {
+        _ if decision.exchange.is_some() => Some(0),
+        Some(lead) => Some(lead.due_ms),
+        None => forced.then(|| start_by.since(now).saturating_add(takes_ms)),
     };
     let step = Step { kind: decision.kind, volume: decision.volume.clone(), to, due_ms, takes_ms };
     (Change { gives, due_ms, takes_ms }, step)
@@ -268,10 +269,12 @@ mod tests {
         ];
         let spare = [0.6, -0.1, -0.1];
         assert_eq!(arrange(&spare, &changes), [2, 1, 0]);
-        assert_eq!(begin_in_ms([2, 1, 0].map(|n| &changes[n])), Some(2_950));
+        assert_eq!(begin_in_ms([2, 1, 0].map(|n| &changes[n]), 0), Some(2_950));
         // The second one takes so long that the first one begins earlier.
         let slow = [changes[2].clone(), change(&[(1, 2.0)], Some(9_000), 8_000)];
-        assert_eq!(begin_in_ms(&slow), Some(950));
+        assert_eq!(begin_in_ms(&slow, 0), Some(950));
+        // And what begins it looks every 700 ms.
+        assert_eq!(begin_in_ms(&slow, 700), Some(250));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
 use crate::{
     Candidate, Decision, Dropped, InstanceView, MoveKind, Outcome, Plan, PlanConfig, StayReason,
     compare::Round,
+    lead::Durations,
     ledger::{Ledger, Promise, Seen},
     memory::Memory,
     need, order,
@@ -16,8 +17,6 @@ use crate::{
     urgency::Urgency,
 };
 
-/// A move starts so much earlier than its expected duration asks for: estimates err.
-pub(crate) const SAFETY: f64 = 1.5;
 /// Shortest wait after a failure, in milliseconds.
 const MIN_BACK_OFF_MS: u64 = 1_000;
 
@@ -38,13 +37,16 @@ pub struct Planner {
     pub(crate) links: BTreeMap<String, f64>,
     /// When moves to and from a host ended, by the host pool's name; newest last.
     pub(crate) hours: BTreeMap<String, VecDeque<UnixMillis>>,
+    pub(crate) durations: Durations,
+    /// Length of a window, in milliseconds.
+    pub(crate) window_ms: u64,
 }
 
 impl Planner {
     /// A planner that remembers nothing yet.
     pub fn new(config: PlanConfig) -> Self {
-        let (memory, parts, links, hours) = Default::default();
-        Self { config, memory, parts, links, hours }
+        let (memory, parts, links, hours, durations) = Default::default();
+        Self { config, memory, parts, links, hours, durations, window_ms: 0 }
     }
 
     /// A move has begun: until [`Planner::moved`] or [`Planner::failed`] the instance is left alone, and its place at
@@ -142,6 +144,8 @@ impl Planner {
         for view in &views {
             let memory = self.memory.entry(view.instance.clone()).or_default();
             memory.writes(view.dirty_bytes_per_s);
+            let files = view.volumes.iter().map(|volume| volume.size_bytes).fold(0, u64::saturating_add);
+            memory.bytes = view.resident_bytes.saturating_add(files);
             if !view.labels.is_empty() {
                 let going = memory.in_flight.as_deref().and_then(|to| by_name.get(to).copied());
                 let going = going.filter(|&index| pools[index].cpus().is_none());
@@ -201,14 +205,16 @@ impl Planner {
             }
         }
         self.exchange(&views, &mut decided, &mut round, &mut ledger);
-        for decision in decided.iter().flatten().filter(|decision| decision.kind == MoveKind::Host) {
-            if let Some(memory) = self.memory.get_mut(&decision.instance) {
+        for decision in decided.iter().flatten() {
+            let Some(memory) = self.memory.get_mut(&decision.instance) else { continue };
+            memory.comes(decision.kind, decision.crossing_by);
+            if decision.kind == MoveKind::Host {
                 memory.wanted = if decision.moves() { memory.wanted.or(Some(now)) } else { None };
             }
         }
         let all = decided.into_iter().zip(flows).map(|(mut decisions, flows)| {
             decisions.extend(flows);
-            order::put_in_order(&mut decisions, now);
+            order::put_in_order(&mut decisions, now, self.window_ms);
             decisions
         });
         Plan { at: now, decisions: all.flatten().collect() }
@@ -262,12 +268,15 @@ impl Planner {
         let here = round.current(view, kind);
         let mut forced = false;
         let mut left_for_others = Vec::new();
+        let unknown = Memory::default();
+        let memory = self.memory.get(&view.instance).unwrap_or(&unknown);
+        let mut crossing = None;
         if let Some(index) = here {
             let room = ledger.kept(index, own);
             let forbidden = round.groups.forbids(view, index, pools, kind);
             let candidate = round.compare(&need, index, room, kind, None).but(forbidden).candidate(pools);
             forced = candidate.dropped.is_some();
-            decision.crossing_in_ms = need::crossing(view, &pools[index], &room, kind, &self.config);
+            crossing = need::crossing(view, &pools[index], &room, kind, &self.config);
             let short = matches!(candidate.dropped, Some(Dropped::Cores { .. }));
             if short && kind == MoveKind::Cpu && candidate.terms.limit_cores <= room.without_others {
                 left_for_others = self.just_left(view, kind, round.now);
@@ -278,12 +287,13 @@ impl Planner {
         if kind == MoveKind::Host && cpu_outcome == Some(&(Outcome::Stay { reason: StayReason::NoPoolFits }))
         {
             forced = true;
-            decision.crossing_in_ms = decision.crossing_in_ms.or_else(|| {
+            crossing = crossing.or_else(|| {
                 let index = round.current(view, MoveKind::Cpu)?;
                 let room = ledger.kept(index, own);
                 need::crossing(view, &pools[index], &room, MoveKind::Cpu, &self.config)
             });
         }
+        decision.crosses(crossing, memory.coming(kind));
 
         let from = here.filter(|_| kind == MoveKind::Host);
         let no_leave = from.and_then(|index| round.link_budget(index, ledger.traffic(index)));
@@ -297,12 +307,11 @@ impl Planner {
         } else if matches!(cpu_outcome, Some(Outcome::Move { .. })) {
             Outcome::Stay { reason: StayReason::OtherMoveFirst }
         } else {
-            let unknown = Memory::default();
-            let memory = self.memory.get(&view.instance).unwrap_or(&unknown);
             self.outcome(round.now, &decision, forced, memory, memory.is_in_flight())
         };
+        self.set_start(&mut decision, memory);
         if kind == MoveKind::Host && decision.moves() {
-            decision.writing = self.memory.get(&view.instance).and_then(Memory::writing);
+            decision.writing = memory.writing();
             self.time(view, round, &mut decision);
         }
         decision
@@ -327,7 +336,7 @@ impl Planner {
         memory.all_left(kind).filter_map(wait).collect()
     }
 
-    /// What follows from the numbers, for what has moved and failed as `memory` says.
+    /// What follows from the numbers, for what has moved and failed as `memory` says; a move begins now ([`Planner::set_start`]).
     pub(crate) fn outcome(
         &self,
         now: UnixMillis,
@@ -375,11 +384,6 @@ impl Planner {
                 }
             }
         }
-        let takes_ms = best.move_price.map_or(0.0, |price| price.seconds * 1000.0 * SAFETY) as u64;
-        let wait_ms = match decision.crossing_in_ms {
-            Some(crossing_ms) if forced => crossing_ms.saturating_sub(takes_ms),
-            _ => 0,
-        };
-        Outcome::Move { to: best.pool.clone(), start_by: UnixMillis(now.0.saturating_add(wait_ms)), forced }
+        Outcome::Move { to: best.pool.clone(), start_by: now, forced }
     }
 }

@@ -7,7 +7,7 @@ use crate::{Dropped, InstanceView, MoveKind, PlanConfig};
 /// Setting affinities takes milliseconds; this is generous.
 const CPU_MOVE_S: f64 = 0.05;
 /// Offer, freeze, verify and commit, next to the transfer itself.
-const HOST_FIXED_S: f64 = 1.0;
+pub(crate) const HOST_FIXED_S: f64 = 1.0;
 /// Stand-still of a migration next to its last delta.
 const HOST_FIXED_UNAVAILABLE_S: f64 = 0.05;
 /// Pre-copy rounds after which the rest is taken to be sent in the stand-still.

@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, VecDeque};
 use rswap_types::{InstanceName, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::{PlanConfig, Planner, memory::Memory};
+use crate::{PlanConfig, Planner, lead::Durations, memory::Memory};
 
-/// Moves, failures and places of instances; speeds of links; what was spent of the last hour.
+/// Moves, failures and places of instances; speeds of links; what was spent of the last hour; how long moves took.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Remembered {
     memory: BTreeMap<InstanceName, Memory>,
@@ -16,6 +16,8 @@ pub struct Remembered {
     hours: BTreeMap<String, VecDeque<UnixMillis>>,
     #[serde(default)]
     parts: BTreeMap<InstanceName, BTreeMap<String, Memory>>,
+    #[serde(default)]
+    durations: Durations,
 }
 
 impl Planner {
@@ -26,6 +28,7 @@ impl Planner {
             links: self.links.clone(),
             hours: self.hours.clone(),
             parts: self.parts.clone(),
+            durations: self.durations.clone(),
         }
     }
 
@@ -42,6 +45,7 @@ impl Planner {
         new.parts = remembered.parts;
         new.parts.retain(|name, _| present(name));
         new.hours = remembered.hours;
+        new.durations = remembered.durations;
         for (host, bytes_per_s) in remembered.links {
             new.link_measured(&host, bytes_per_s);
         }

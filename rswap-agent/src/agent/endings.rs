@@ -46,6 +46,8 @@ impl Wiring {
                     self.planner.copy_measured(&to, rate);
                 }
                 if let Some(kind) = stake.kind() {
+                    let took_ms = took.as_millis() as u64;
+                    self.planner.lasted(&instance, kind, stake.volume(), &to, took_ms);
                     self.planner.part_moved(&instance, kind, stake.volume(), now);
                 }
             }

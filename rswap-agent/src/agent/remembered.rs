@@ -25,7 +25,8 @@ pub(super) fn planner(config: &Config, registry: &Registry) -> Planner {
     let listed = registry.list().inspect_err(|error| tracing::warn!(%error, "no instance is known yet"));
     let present: BTreeSet<InstanceName> =
         listed.into_iter().flatten().map(|instance| instance.name).collect();
-    Planner::with_memory(config.plan.clone(), remembered, |name| present.contains(name))
+    let planner = Planner::with_memory(config.plan.clone(), remembered, |name| present.contains(name));
+    planner.with_windows(config.agent.window_ms)
 }
 
 /// Writes it, whole or not at all.

@@ -4,7 +4,7 @@ use rswap_forecast::{Quantiles, Resource};
 use rswap_types::Flow;
 
 use super::{FlowNeed, Lane};
-use crate::{MoveKind, PlanConfig, StayReason, need};
+use crate::{MoveKind, PlanConfig, StayReason, lead::Crossing, need};
 
 /// What is forecast of it: requests, which a port has none of, and bytes.
 fn resources(kind: MoveKind) -> (Option<Resource>, Resource) {
@@ -40,8 +40,8 @@ pub(super) fn need(lane: &Lane<'_>, config: &PlanConfig) -> Result<FlowNeed, Sta
     })
 }
 
-/// When it first needs more than is available, in milliseconds.
-pub(super) fn crossing(lane: &Lane<'_>, available: Flow, config: &PlanConfig) -> Option<u64> {
+/// When it first needs more than is available.
+pub(super) fn crossing(lane: &Lane<'_>, available: Flow, config: &PlanConfig) -> Option<Crossing> {
     let (operations, bytes) = resources(lane.kind);
     // Of a part, the whole crosses where the whole is larger by as much.
     let whole = |amount: f64| if lane.share > 0.0 { amount / lane.share } else { f64::INFINITY };
@@ -50,5 +50,5 @@ pub(super) fn crossing(lane: &Lane<'_>, available: Flow, config: &PlanConfig) ->
     let bytes = first(bytes, lane.now.bytes_per_s, available.bytes_per_s);
     let operations = operations
         .and_then(|resource| first(resource, lane.now.operations_per_s, available.operations_per_s));
-    bytes.into_iter().chain(operations).min()
+    Crossing::first(bytes.into_iter().chain(operations))
 }

@@ -6,7 +6,7 @@ use super::{FlowNeed, Lane, Round};
 use crate::{MoveKind, MovePrice};
 
 /// Looking, freezing and verifying, next to copying, in seconds.
-const FIXED_S: f64 = 0.5;
+pub(crate) const FIXED_S: f64 = 0.5;
 /// Standing still next to what is copied then, in seconds.
 const STILL_S: f64 = 0.02;
 /// Passes after which the rest is taken to be copied while it stands still.

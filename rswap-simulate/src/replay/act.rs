@@ -36,7 +36,7 @@ impl Act {
         Self {
             name: format!("act p{percent}"),
             forecaster: Forecaster::new(scenario.forecast.clone(), scenario.window_ms),
-            planner: Planner::new(config),
+            planner: Planner::new(config).with_windows(scenario.window_ms),
             instances: names.enumerate().map(|(number, name)| (name, number)).collect(),
             pools: scenario
                 .pools

@@ -168,14 +168,14 @@ fn who_is_short_first_chooses_first() {
 }
 
 #[test]
-fn steps_are_taken_to_last_half_as_long_again_as_they_should() {
+fn steps_are_taken_to_last_twice_as_long_as_they_should() {
     let (both, all) = short_of_both();
     let plan = planner().plan(AT, &[both], &all);
     let cpu = plan.decisions.iter().find(|decision| decision.kind == MoveKind::Cpu).unwrap();
     let storage = plan.decisions.iter().find(|decision| decision.kind == MoveKind::Storage).unwrap();
     let price =
         storage.candidates.iter().find(|candidate| candidate.pool == "fast").unwrap().move_price.unwrap();
-    assert_eq!(cpu.steps[1].takes_ms, (price.seconds * 1_500.0) as u64);
+    assert_eq!(cpu.steps[1].takes_ms, (price.seconds * 2_000.0) as u64);
 }
 
 /// Also where the volume could be moved long before.
