@@ -18,7 +18,7 @@ mod pools;
 mod tls;
 
 pub use control::{ControlConfig, Grant, Right};
-pub use fleet::{ControllerConfig, FleetConfig, controller_name};
+pub use fleet::{ControllerConfig, FleetConfig, LimitsConfig, controller_name};
 pub use memory::MemoryConfig;
 pub use pools::{PoolConfig, PoolKindConfig, VolumePool, core_share, settings, volume_pool};
 pub use tls::{ControllerTls, TlsConfig};

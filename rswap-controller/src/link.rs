@@ -1,6 +1,8 @@
 //! The agent's end of a connection: HTTP/1.1 over whatever stream a [`Connect`] gives.
 
-use std::{borrow::Cow, fmt, future::Future, io, pin::Pin, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow, fmt, future::Future, io, net::SocketAddr, pin::Pin, str::FromStr, sync::Arc, time::Duration,
+};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, body::Bytes, client::conn::http1, header};
@@ -18,6 +20,8 @@ use crate::{Address, door::require_own};
 
 /// How long connecting may take.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// How long one address of several may take of that, so that one where nobody is leaves time for the others.
+const ADDRESS_WITHIN: Duration = Duration::from_millis(1_500);
 /// How long an answer may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// An answer that is longer is none of a controller.
@@ -133,23 +137,50 @@ pub struct Secure {
 
 impl Secure {
     async fn dial(&self) -> io::Result<Box<dyn Stream>> {
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for address in tokio::net::lookup_host((&*self.host, self.port)).await? {
-            match TcpStream::connect(address).await {
-                Ok(stream) => {
-                    stream.set_nodelay(true)?;
-                    let own = self.own.current().0;
-                    let rule =
-                        Rule::of(&own.identity.domain, Role::Controller, Some([self.name.clone()].into()));
-                    let (stream, _) = asynchronous::dial(stream, address.ip(), &own, rule).await?;
-                    let stream: Box<dyn Stream> = Box::new(stream);
-                    return Ok(stream);
-                }
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
+        let addresses: Vec<SocketAddr> = tokio::net::lookup_host((&*self.host, self.port)).await?.collect();
+        first_of(&addresses, ADDRESS_WITHIN, |address| self.dial_address(address)).await
     }
+
+    async fn dial_address(&self, address: SocketAddr) -> io::Result<Box<dyn Stream>> {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let own = self.own.current().0;
+        let rule = Rule::of(&own.identity.domain, Role::Controller, Some([self.name.clone()].into()));
+        let (stream, _) = asynchronous::dial(stream, address.ip(), &own, rule).await?;
+        let stream: Box<dyn Stream> = Box::new(stream);
+        Ok(stream)
+    }
+}
+
+/// What the first of these addresses gives that gives anything, in their order. Each but the last may take `within`, or less where there are
+/// so many that all together would have no time; the last has what the caller gives.
+async fn first_of<T, F>(
+    addresses: &[SocketAddr],
+    within: Duration,
+    dial: impl Fn(SocketAddr) -> F,
+) -> io::Result<T>
+where
+    F: Future<Output = io::Result<T>>,
+{
+    let within = within.min(CONNECT_WITHIN / u32::try_from(addresses.len().max(1)).unwrap_or(u32::MAX));
+    let Some((last, before)) = addresses.split_last() else {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
+    };
+    let mut failed = String::new();
+    for address in before {
+        let late = || {
+            let text = format!("nothing within {} ms", within.as_millis());
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        };
+        match timeout(within, dial(*address)).await.unwrap_or_else(|_| Err(late())) {
+            Ok(found) => return Ok(found),
+            Err(error) => failed += &format!("{address}: {error}; "),
+        }
+    }
+    dial(*last).await.map_err(|error| match failed.is_empty() {
+        true => error,
+        false => io::Error::new(error.kind(), format!("{failed}{last}: {error}")),
+    })
 }
 
 impl Connect for Secure {
@@ -265,7 +296,47 @@ pub async fn call<T: DeserializeOwned>(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
+
+    fn addresses(count: u16) -> Vec<SocketAddr> {
+        (1..=count).map(|port| ([10, 0, 0, 1], port).into()).collect()
+    }
+
+    #[tokio::test]
+    async fn an_address_where_nobody_answers_leaves_time_for_the_others() {
+        let within = Duration::from_millis(100);
+        let only = |alive: Option<u16>| {
+            move |address: SocketAddr| async move {
+                match address.port() {
+                    port if Some(port) == alive => Ok(port),
+                    1 => Err(io::Error::other("it is somebody else")),
+                    _ => std::future::pending().await,
+                }
+            }
+        };
+        let since = Instant::now();
+        assert_eq!(first_of(&addresses(3), within, only(Some(3))).await.expect("the third"), 3);
+        let took = since.elapsed();
+        assert!(took >= within && took < CONNECT_WITHIN, "{took:?}");
+        // However many there are, the last is reached within the time that all have.
+        let since = Instant::now();
+        assert_eq!(
+            first_of(&addresses(10), Duration::from_secs(5), only(Some(10))).await.expect("the last"),
+            10
+        );
+        assert!(since.elapsed() < CONNECT_WITHIN, "{:?}", since.elapsed());
+        // What each said is told.
+        let nobody = |address: SocketAddr| async move {
+            Err::<(), _>(io::Error::other(format!("no {}", address.port())))
+        };
+        let said = first_of(&addresses(2), within, nobody).await.expect_err("nobody is there").to_string();
+        assert_eq!(said, "10.0.0.1:1: no 1; 10.0.0.1:2: no 2");
+        let said = first_of(&addresses(1), within, nobody).await.expect_err("nobody is there").to_string();
+        assert_eq!(said, "no 1");
+        assert!(first_of(&[], within, nobody).await.is_err());
+    }
 
     #[test]
     fn a_controller_is_on_the_network_or_behind_a_socket() {

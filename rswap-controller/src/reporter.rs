@@ -28,6 +28,8 @@ const BATCH: usize = 32;
 const BATCH_BYTES: u64 = 4 << 20;
 /// What a controller answers to a report that it can never take.
 const NEVER: u16 = 422;
+/// What it answers to more than it takes at once.
+const TOO_MUCH: u16 = 413;
 /// What it answers to a report of another version than its own.
 const OTHER_VERSION: u16 = 409;
 
@@ -113,14 +115,14 @@ impl Sender {
     }
 
     async fn send(&mut self, next: Outgoing) {
-        let Outgoing { report: _, lessons, knows, leads } = next;
+        let Outgoing { report: _, mut lessons, knows, leads } = next;
         let mut batch = BATCH;
         while !self.spool.is_empty() {
             let reports = self.spool.oldest(batch, BATCH_BYTES);
             // What is not kept goes with the latest.
             let last = reports.len() == self.spool.len();
-            let lessons = if last { lessons.clone() } else { Vec::new() };
-            let envelope = Envelope { reports, lessons, knows, leads: leads.clone() };
+            let told = if last { lessons.clone() } else { Vec::new() };
+            let envelope = Envelope { reports, lessons: told, knows, leads: leads.clone() };
             let body = match serde_json::to_vec(&envelope) {
                 Ok(body) => body,
                 Err(error) => {
@@ -145,14 +147,22 @@ impl Sender {
                     drop(self.answered.send(Answered { answer, told: envelope.lessons }));
                 }
                 // One of them is it: which is known when each is sent alone.
-                Err(LinkError::Refused { status: NEVER | OTHER_VERSION, .. })
+                Err(LinkError::Refused { status: NEVER | OTHER_VERSION | TOO_MUCH, .. })
                     if envelope.reports.len() > 1 =>
                 {
                     batch = 1;
                 }
+                // Or what was taught is too much beside it: that can wait.
+                Err(LinkError::Refused { status: NEVER | TOO_MUCH, error, .. })
+                    if !envelope.lessons.is_empty() =>
+                {
+                    tracing::warn!(error, "a report goes without what was taught");
+                    lessons.clear();
+                }
                 // A controller of this version will take it; what another agent has left behind, none that this one can speak to.
                 Err(LinkError::Refused { status, error, .. })
                     if status == NEVER
+                        || status == TOO_MUCH
                         || (status == OTHER_VERSION
                             && envelope.reports.iter().all(|report| report.version != report::VERSION)) =>
                 {

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::PoisonError};
 
 use rswap_fleet::{
     HostName, Roll,
-    maintenance::{RollError, Seen},
+    maintenance::{RollError, Seen, Stage},
 };
 use rswap_store::{Member, StoreError};
 use rswap_types::{PoolState, UnixMillis};
@@ -46,12 +46,14 @@ impl State {
     fn seen(&self, roll: &Roll, interval_ms: u64, now: UnixMillis) -> BTreeMap<HostName, Seen> {
         let seen = |host: &HostName| {
             let known = self.inventory.hosts().get(host)?;
-            let ready = known.whole().is_some_and(|whole| whole.state == PoolState::Ready);
+            let is = |state| known.whole().is_some_and(|whole| whole.state == state);
             Some(Seen {
                 present: !self.inventory.is_away(host, interval_ms, now),
                 instances: known.instances.len(),
                 heard: known.heard,
-                ready: ready && known.acts,
+                ready: is(PoolState::Ready) && known.acts,
+                draining: is(PoolState::Draining),
+                coming: self.coming.get(host).copied().unwrap_or_default(),
                 running: known.running.clone(),
             })
         };
@@ -79,7 +81,7 @@ impl Controller {
             let mut roll = state.roll.clone()?;
             let before = roll.clone();
             let seen = state.seen(&roll, self.settings.interval_ms, now);
-            roll.round(&seen, now);
+            roll.round(&seen, self.started, now);
             (roll != before || !state.unlike(&roll).is_empty()).then_some(roll)
         });
         next.map_or(Ok(()), |roll| self.keep_roll(roll))
@@ -146,7 +148,7 @@ impl Controller {
         }
         let mut roll = Roll::new(hosts, at_once, limit_ms);
         let seen = self.with_state(|state| state.seen(&roll, self.settings.interval_ms, now));
-        roll.round(&seen, now);
+        roll.round(&seen, self.started, now);
         self.keep_roll(roll.clone())?;
         Ok(roll)
     }
@@ -190,16 +192,29 @@ impl Controller {
     pub(crate) fn drain_host(&self, host: &HostName, undo: bool) -> Result<Option<Member>, Unwilling> {
         let _one = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
         let (known, held) = self.with_state(|state| {
-            let held = state.roll.as_ref().is_some_and(|roll| roll.holds(host));
+            let held = state.roll.as_ref().and_then(|roll| roll.holds(host)).cloned();
             (state.members.get(host).copied(), held)
         });
         let Some(known) = known else { return Ok(None) };
-        if held {
-            return Err(Unwilling::No(format!("host {host} is in the roll that is under way")));
+        if let Some(stage) = held {
+            // One that waits, too: after its turn it would be used again.
+            let first = match stage {
+                Stage::Waiting | Stage::Stuck { .. } => {
+                    "leave it out of that first (`rswap fleet roll HOST --skip`)"
+                }
+                _ => "wait until it is done with that, or end the roll",
+            };
+            let stage = stage.name();
+            return Err(Unwilling::No(format!(
+                "host {host} is in the roll that is under way, and {stage}: {first}"
+            )));
         }
         let member = known.wanted(!undo);
         // Stored before it is answered, and before it is acted upon.
         self.keep_members(vec![(host.clone(), member)])?;
+        if self.settings.acts {
+            self.with_state(|state| state.overtake(host, UnixMillis::now()));
+        }
         Ok(Some(member))
     }
 }

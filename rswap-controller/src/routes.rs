@@ -5,7 +5,10 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, Query, State, rejection::QueryRejection},
+    extract::{
+        ConnectInfo, DefaultBodyLimit, Query, State,
+        rejection::{BytesRejection, QueryRejection},
+    },
     http::{StatusCode, header},
     middleware,
     response::{IntoResponse, Response},
@@ -14,7 +17,7 @@ use axum::{
 use problem_details::ProblemDetails;
 use rswap_fleet::{
     HostName,
-    report::{self, Answer, Envelope, ReportError},
+    report::{self, Answer, Envelope, Limits, ReportError},
 };
 use rswap_store::{Member, StoreError};
 use rswap_types::{InstanceName, UnixMillis};
@@ -30,8 +33,6 @@ use crate::{
     writer::{Handed, Writer, chain},
 };
 
-/// Reports that were kept while the controller was away come many at once.
-const BODY_LIMIT_BYTES: usize = 32 << 20;
 /// Parts of what others taught in one answer.
 const PARTS_TOLD: usize = 16;
 
@@ -61,6 +62,11 @@ impl Refusal {
         Self { status, error: error.into(), hint }
     }
 
+    /// For people.
+    pub(crate) fn error(&self) -> &str {
+        &self.error
+    }
+
     pub(crate) fn store(error: &StoreError) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, chain(error), "see the controller's log")
     }
@@ -86,10 +92,12 @@ pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
         .route("/v1/roll/decide", post(roll_routes::decide))
         .route("/v1/roll/end", post(roll_routes::end))
         .route_layer(middleware::from_fn_with_state(controller.clone(), gate::operate));
+    let reports =
+        Router::new().route("/v1/report", post(take_report)).route_layer(middleware::from_fn(gate::report));
     looks
         .merge(operates)
-        .route("/v1/report", post(take_report))
-        .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+        .merge(reports)
+        .layer(DefaultBodyLimit::max(controller.settings.limits.body_bytes))
         .fallback(|| async {
             Refusal::new(
                 StatusCode::NOT_FOUND,
@@ -103,8 +111,10 @@ pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
 async fn take_report(
     State(Shared { controller, writer }): State<Shared>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    body: Bytes,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Answer>, Refusal> {
+    let limits = &controller.settings.limits;
+    let body = body.map_err(|rejection| unread(&rejection, limits))?;
     let same = "use an agent and a controller of the same version";
     // What can't be taken now can't be taken later: the agent sets it aside.
     let never = |error: String| Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error, same);
@@ -115,7 +125,8 @@ async fn take_report(
         None => never(format!("the report can't be read: {error}")),
     })?;
     drop(body);
-    let host = check(&envelope, &peer).map_err(|error| match error {
+    let host = check(&envelope, &peer, limits).map_err(|error| match error {
+        ReportError::Many(..) => Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string(), BOUNDS),
         ReportError::Version(_) => other_version(error.to_string()),
         ReportError::Foreign(..) => {
             tracing::warn!(from = peer.from, %error, "a report was refused");
@@ -142,6 +153,19 @@ async fn take_report(
     })))
 }
 
+const BOUNDS: &str = "what a controller takes of a host is bounded by its configuration: [fleet.limits]";
+
+/// Why a body could not be read.
+fn unread(rejection: &BytesRejection, limits: &Limits) -> Refusal {
+    let status = rejection.status();
+    if status == StatusCode::PAYLOAD_TOO_LARGE {
+        let error = format!("the body has more than {} bytes (fleet.limits.body_mib)", limits.body_bytes);
+        return Refusal::new(status, error, BOUNDS);
+    }
+    let error = format!("cannot read the request's body: {}", rejection.body_text());
+    Refusal::new(status, error, "send it again")
+}
+
 /// What every version's envelope has.
 #[derive(Deserialize)]
 struct Versions {
@@ -160,14 +184,19 @@ fn foreign_version(body: &[u8]) -> Option<u32> {
 }
 
 /// Whose envelope it is, if it is one.
-fn check(envelope: &Envelope, peer: &Peer) -> Result<HostName, ReportError> {
+fn check(envelope: &Envelope, peer: &Peer, limits: &Limits) -> Result<HostName, ReportError> {
     let first = envelope.reports.first().ok_or(ReportError::Number("first report"))?;
-    if envelope.lessons.len() > report::MOST_PARTS {
-        return Err(ReportError::Many(envelope.lessons.len(), "parts", report::MOST_PARTS));
+    for (count, what, most) in [
+        (envelope.lessons.len(), "lessons", limits.lessons),
+        (envelope.reports.len(), "predecessors", report::MOST_REPORTS),
+    ] {
+        if count > most {
+            return Err(ReportError::Many(count, what, most));
+        }
     }
     let mut before = 0;
     for report in &envelope.reports {
-        report.check()?;
+        report.check(limits)?;
         if report.host != first.host || report.epoch != first.epoch || report.sequence <= before {
             return Err(ReportError::Number("order"));
         }

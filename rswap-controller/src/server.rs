@@ -14,7 +14,7 @@ use std::{
 
 use axum::serve::Listener;
 use rswap_audit::Audit;
-use rswap_fleet::{Inventory, Model, orders::Book, plan::FleetPlanner};
+use rswap_fleet::{Inventory, Model, orders::Book, plan::FleetPlanner, report::Limits};
 use rswap_plan::PlanConfig;
 use rswap_store::{History, Knowledge, Maintenance, Membership, Ownership, Store, StoreError};
 use rswap_types::UnixMillis;
@@ -95,6 +95,8 @@ pub struct Settings {
     pub plan_every_ms: u64,
     /// The planner's.
     pub plan: PlanConfig,
+    /// What is taken of a host at once.
+    pub limits: Limits,
 }
 
 /// What it keeps, and where.
@@ -180,6 +182,7 @@ impl Controller {
                 tracing::warn!(%host, ?part, %error, "what was taught before is of no use");
             }
         }
+        stores.knowledge.drop_lessons(&model.dropped())?;
         let state = State {
             inventory,
             model,
@@ -187,6 +190,7 @@ impl Controller {
             members: stores.membership.members()?,
             owners,
             plan: Default::default(),
+            coming: Default::default(),
             ended: Vec::new(),
             outcomes: Default::default(),
             counts: Counts::default(),
@@ -252,7 +256,10 @@ impl Controller {
         drop(scene);
         self.with_state(|state| {
             if self.settings.acts {
-                planner.order(&plan, &state.inventory, &mut state.book, now);
+                // Somebody may have wanted something else of a host meanwhile.
+                let drained = state.drained();
+                planner.order(&plan, &state.inventory, &drained, &mut state.book, now);
+                state.coming = planner.coming(&state.inventory);
             }
             for decision in plan.decisions.iter_mut().filter(|decision| !decision.moves()) {
                 decision.left_out += decision.candidates.len().saturating_sub(1);
@@ -305,7 +312,7 @@ async fn serve_through(
         let controller = controller.clone();
         thread::spawn(move || controller.rounds())
     };
-    serving::serve(routes::router(controller.clone(), writer), doors, stop).await;
+    serving::serve(routes::router(controller.clone(), writer), doors, stop, serving::END_WITHIN).await;
     controller.stopping.store(true, Ordering::Release);
     // Both end by themselves now; a plan may take a while.
     let joined = tokio::task::spawn_blocking(move || (writing.join(), planning.join())).await;

@@ -16,6 +16,7 @@ use hyper_util::{
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::JoinSet,
     time::timeout,
 };
 
@@ -31,8 +32,8 @@ const HEAD_WITHIN: Duration = Duration::from_secs(10);
 const HEAD_BYTES: usize = 64 << 10;
 /// How long a connection may take, with all that comes and goes on it.
 const CONNECTION_WITHIN: Duration = Duration::from_secs(120);
-/// How long those may take that are being served when the controller ends.
-const END_WITHIN: Duration = Duration::from_secs(35);
+/// How long those may take that are being served when the controller ends; then they are cut.
+pub(crate) const END_WITHIN: Duration = Duration::from_secs(35);
 
 /// A caller that has come in.
 pub(crate) type Entered = (Box<dyn Stream>, Peer);
@@ -94,14 +95,17 @@ impl Drop for Taken {
     }
 }
 
-/// Serves who comes through these doors until `stop` resolves, and those who are being served then to their end.
+/// Serves who comes through these doors until `stop` resolves, and those who are being served then to their end, or until `end_within` is
+/// over: then nobody is served any more.
 pub(crate) async fn serve(
     router: Router,
     doors: Vec<Box<dyn Entrance>>,
     stop: impl Future<Output = ()> + Send,
+    end_within: Duration,
 ) {
     let (end, ending) = watch::channel(());
-    let served = doors.into_iter().map(|door| tokio::spawn(at(door, router.clone(), ending.clone())));
+    let served =
+        doors.into_iter().map(|door| tokio::spawn(at(door, router.clone(), ending.clone(), end_within)));
     let served: Vec<_> = served.collect();
     drop(ending);
     stop.await;
@@ -114,9 +118,15 @@ pub(crate) async fn serve(
     }
 }
 
-async fn at(mut door: Box<dyn Entrance>, router: Router, mut ending: watch::Receiver<()>) {
+async fn at(
+    mut door: Box<dyn Entrance>,
+    router: Router,
+    mut ending: watch::Receiver<()>,
+    end_within: Duration,
+) {
     let (free, places, graceful) =
         (Arc::new(Semaphore::new(CONNECTIONS)), Places::default(), GracefulShutdown::new());
+    let mut served = JoinSet::new();
     loop {
         let entered = async {
             // Nobody closes it.
@@ -127,16 +137,25 @@ async fn at(mut door: Box<dyn Entrance>, router: Router, mut ending: watch::Rece
             entered = entered => entered,
             _ = ending.changed() => break,
         };
+        // Those that have ended.
+        while served.try_join_next().is_some() {}
         let Some(place) = places.take(&peer) else {
             tracing::warn!(from = peer.from, at_once = OF_ONE, "turned away: it has too many connections");
             continue;
         };
-        one(stream, peer, &router, &graceful, (permit, place));
+        served.spawn(one(stream, peer, &router, &graceful, (permit, place)));
     }
     // Nobody can come in any more.
     drop(door);
+    if timeout(end_within, graceful.shutdown()).await.is_err() {
+        tracing::warn!(
+            cut = served.len(),
+            within_s = end_within.as_secs(),
+            "connections did not end by themselves"
+        );
+    }
     // What was acknowledged is stored; the others are sent again.
-    drop(timeout(END_WITHIN, graceful.shutdown()).await);
+    served.shutdown().await;
 }
 
 fn one(
@@ -145,13 +164,13 @@ fn one(
     router: &Router,
     graceful: &GracefulShutdown,
     held: (Option<OwnedSemaphorePermit>, Taken),
-) {
+) -> impl Future<Output = ()> + Send + 'static {
     let from = peer.from.clone();
     let service = TowerToHyperService::new(router.clone().layer(Extension(ConnectInfo(peer))));
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN).max_buf_size(HEAD_BYTES);
     let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
-    tokio::spawn(async move {
+    async move {
         match timeout(CONNECTION_WITHIN, connection).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
@@ -162,12 +181,67 @@ fn one(
             }
         }
         drop(held);
-    });
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use axum::routing::get;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::UnixStream,
+        sync::oneshot,
+    };
+
     use super::*;
+
+    /// Hands out one stream, and then nothing.
+    struct One(Option<UnixStream>);
+
+    impl Entrance for One {
+        fn next(&mut self) -> Pin<Box<dyn Future<Output = Entered> + Send + '_>> {
+            Box::pin(async {
+                match self.0.take() {
+                    Some(stream) => (Box::new(stream) as Box<dyn Stream>, Peer::own("here".to_owned())),
+                    None => std::future::pending().await,
+                }
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn at_the_end_whoever_is_still_served_is_cut() {
+        let held = Arc::new(());
+        let (begun, mut begins) = tokio::sync::mpsc::unbounded_channel();
+        let kept = held.clone();
+        let slow = move || {
+            begun.send(()).expect("the test listens");
+            let kept = kept.clone();
+            async move {
+                std::future::pending::<()>().await;
+                drop(kept);
+            }
+        };
+        let router = Router::new().route("/", get(slow));
+        let (mut caller, served) = UnixStream::pair().expect("two ends");
+        caller.write_all(b"GET / HTTP/1.1\r\nhost: rswap\r\n\r\n").await.expect("a request");
+        let (stop, stopped) = oneshot::channel::<()>();
+        let within = Duration::from_millis(200);
+        let door: Box<dyn Entrance> = Box::new(One(Some(served)));
+        let serving = tokio::spawn(serve(router, vec![door], async { drop(stopped.await) }, within));
+        begins.recv().await.expect("it is being served");
+        let since = Instant::now();
+        stop.send(()).expect("it is served");
+        timeout(Duration::from_secs(20), serving).await.expect("an end").expect("no panic");
+        assert!(since.elapsed() >= within, "it had its time");
+        // Not only left to itself: nothing of it is there any more, and the caller sees its end.
+        assert_eq!(Arc::strong_count(&held), 1);
+        let mut rest = Vec::new();
+        let ended = timeout(Duration::from_secs(20), caller.read_to_end(&mut rest)).await;
+        assert!(ended.is_ok() && rest.is_empty(), "{ended:?}");
+    }
 
     #[test]
     fn one_caller_has_a_few_places_and_gives_them_back() {

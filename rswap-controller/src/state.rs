@@ -6,7 +6,9 @@ use std::{
 };
 
 use rswap_fleet::{
-    Action, HostName, Inventory, Model, Order, OrderOutcome, Report, Roll, inventory::Change, orders::Book,
+    Action, HostName, Inventory, Model, Order, OrderOutcome, Report, Roll,
+    inventory::Change,
+    orders::{Book, Subject},
 };
 use rswap_forecast::{Lessons, Part};
 use rswap_plan::Plan;
@@ -30,6 +32,8 @@ pub(crate) struct State {
     pub(crate) members: BTreeMap<HostName, Member>,
     pub(crate) owners: BTreeMap<InstanceName, Owner>,
     pub(crate) plan: Plan,
+    /// Migrations that are ordered, by where they go.
+    pub(crate) coming: BTreeMap<HostName, usize>,
     /// Ended orders, for the planner and for people, the latest last.
     pub(crate) ended: Vec<Ended>,
     pub(crate) outcomes: std::collections::VecDeque<Ended>,
@@ -72,6 +76,8 @@ pub(crate) struct Unwritten {
     members: BTreeSet<HostName>,
     /// In the order in which they came: each expects the one before.
     owners: Vec<OwnerChange>,
+    /// What was taught, and is not kept any more.
+    forgotten: Vec<(HostName, Part)>,
 }
 
 impl State {
@@ -124,7 +130,8 @@ impl State {
     /// Whether the host may be used again, and says for the first time that it is.
     fn undone(&mut self, host: &HostName) -> bool {
         let whole = self.inventory.hosts().get(host).and_then(|host| host.whole());
-        let ready = whole.is_some_and(|whole| whole.state == PoolState::Ready);
+        // An order that waits may make it otherwise yet.
+        let ready = whole.is_some_and(|whole| whole.state == PoolState::Ready) && self.told(host).is_none();
         match self.members.get_mut(host) {
             Some(member) if ready && member.undo => {
                 member.undo = false;
@@ -134,7 +141,24 @@ impl State {
         }
     }
 
-    /// Whether the host's own pool differs from what is wanted: then that is ordered.
+    /// What the host is being told of its own pool: whether that is to be used again.
+    fn told(&self, host: &HostName) -> Option<bool> {
+        match self.book.about(host, Subject::Pool(THIS_HOST.to_owned()))?.action {
+            Action::Drain { undo, .. } => Some(undo),
+            Action::Migrate { .. } => None,
+        }
+    }
+
+    /// What waits and is not wanted any more is overtaken at once; all else is ordered when the host reports.
+    pub(crate) fn overtake(&mut self, host: &HostName, now: UnixMillis) {
+        let drained = self.members.get(host).is_some_and(|member| member.drained);
+        if self.told(host).is_some_and(|undo| undo == drained) {
+            self.drain_wish(host, now);
+        }
+    }
+
+    /// Whether the host's own pool differs from what is wanted, or will by an order that its agent may have by now: then what is wanted is
+    /// ordered, and overtakes that.
     fn drain_wish(&mut self, host: &HostName, now: UnixMillis) {
         let Some(member) = self.members.get(host) else { return };
         let Some(known) = self.inventory.hosts().get(host) else { return };
@@ -145,7 +169,8 @@ impl State {
             PoolState::Draining => !member.drained && member.undo,
             PoolState::Unavailable { .. } => false,
         };
-        if differs {
+        let overtakes = self.told(host).is_some_and(|undo| undo == member.drained);
+        if differs || overtakes {
             let action = Action::Drain { pool: THIS_HOST.to_owned(), undo: !member.drained };
             self.book.give(host, action, DRAIN_WITHIN_MS, now);
         }
@@ -210,6 +235,7 @@ impl Controller {
                     taught.push((of.host.clone(), good));
                 }
             }
+            unwritten.forgotten.extend(state.model.dropped());
             let member = |host: &HostName| Some((host.clone(), *state.members.get(host)?));
             unwritten.members.iter().filter_map(member).collect()
         });
@@ -220,6 +246,10 @@ impl Controller {
         unwritten.members.clear();
         if !taught.is_empty() {
             self.stores.knowledge.put_lessons(&taught)?;
+        }
+        if !unwritten.forgotten.is_empty() {
+            self.stores.knowledge.drop_lessons(&unwritten.forgotten)?;
+            unwritten.forgotten.clear();
         }
         if !unwritten.owners.is_empty() {
             let set = self.stores.ownership.compare_and_set(&unwritten.owners)?;

@@ -11,23 +11,27 @@ use std::{
 };
 
 use axum::serve::Listener;
-use common::{LEADS, answers, envelope, host, instance, name, open, report, whole};
+use common::{LEADS, answers, envelope, host, instance, name, open, open_with, report, settings, whole};
 use rswap_controller::{
-    Address, AddressError, Peer, Who,
+    Address, AddressError, Peer, Settings, Who,
     link::{LinkError, call},
-    reporter::Orders,
+    reporter::{Orders, Outgoing, Reporter},
     serve, serve_at,
 };
 use rswap_fleet::{
     Action, InstanceReport, Order, Report, Token,
     model::Teaching,
     orders::OrderResult,
-    report::{Answer, Envelope, VERSION},
+    report::{Answer, Envelope, Limits, VERSION},
 };
 use rswap_forecast::{ForecastConfig, Forecaster, Kin, Lessons, Observation, Part, Usage};
 use rswap_types::{PoolState, THIS_HOST, UnixMillis};
 use serde_json::{Value, json};
-use tokio::{net::UnixListener, sync::oneshot};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{UnixListener, UnixStream},
+    sync::oneshot,
+};
 
 /// A controller in this process.
 struct Running {
@@ -38,9 +42,13 @@ struct Running {
 
 impl Running {
     async fn start(directory: &Path) -> Self {
+        Self::start_with(directory, settings()).await
+    }
+
+    async fn start_with(directory: &Path, settings: Settings) -> Self {
         let address = Address(directory.join("controller.sock"));
         let (stop, stopped) = oneshot::channel::<()>();
-        let (controller, at) = (open(directory), address.clone());
+        let (controller, at) = (open_with(directory, settings), address.clone());
         let served = tokio::spawn(async move {
             serve_at(controller, &at, None, async { drop(stopped.await) }).await.unwrap();
         });
@@ -52,6 +60,23 @@ impl Running {
     async fn stop(mut self) {
         self.stop.take().unwrap().send(()).unwrap();
         self.served.await.unwrap();
+    }
+
+    /// A POST with these lines in its head: the head of the answer, and what it says.
+    async fn raw(&self, path: &str, lines: &[&str], body: &str) -> (String, Value) {
+        let mut stream = UnixStream::connect(&self.address.0).await.unwrap();
+        let lines = lines.iter().map(|line| format!("{line}\r\n")).collect::<String>();
+        let length = body.len();
+        let text = format!(
+            "POST {path} HTTP/1.1\r\n{lines}content-length: {length}\r\nconnection: close\r\n\r\n{body}"
+        );
+        // What is too long is answered before all of it was read.
+        let _ = stream.write_all(text.as_bytes()).await;
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.to_ascii_lowercase(), serde_json::from_str(body).unwrap())
     }
 
     async fn get(&self, path: &str) -> Value {
@@ -380,5 +405,211 @@ async fn a_roll_goes_on_with_the_next_controller_and_tells_hosts_what_it_wants()
     running.report(&a(PoolState::Ready, "y", vec![])).await.unwrap();
     stage(&running, "done").await;
     assert_eq!(running.get("/v1/hosts").await[0]["drained"], false);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_changes_nothing_through_a_forwarded_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = Running::start(directory.path()).await;
+    running.report(&envelope(vec![report("a", 1, vec![])])).await.unwrap();
+    let forged = serde_json::to_string(&envelope(vec![report("forged", 2, vec![])])).unwrap();
+    let asked = "host: localhost:7793";
+    let json = "content-type: application/json";
+    for (lines, status) in [
+        (&[asked, "content-type: text/plain"] as &[_], "415"),
+        (&[asked], "415"),
+        (&[asked, json, "origin: http://evil.example"], "403"),
+        (&["host: evil.example:7793", json, "origin: http://evil.example:7793"], "403"),
+    ] {
+        for (path, body) in [
+            ("/v1/drain", "{\"host\": \"a\"}"),
+            ("/v1/roll", "{\"hosts\": [\"a\"]}"),
+            ("/v1/roll/decide", "{\"host\": \"a\", \"decision\": \"skip\"}"),
+            ("/v1/roll/end", ""),
+            ("/v1/report", &forged),
+        ] {
+            let (head, said) = running.raw(path, lines, body).await;
+            assert!(head.starts_with(&format!("http/1.1 {status}")), "{path} {lines:?}: {head}");
+            assert!(head.contains("application/problem+json") && said["hint"].is_string(), "{head} {said}");
+        }
+    }
+    let hosts = running.get("/v1/hosts").await;
+    assert_eq!((hosts.as_array().unwrap().len(), &hosts[0]["drained"]), (1, &json!(false)), "{hosts}");
+    assert_eq!(running.get("/v1/roll").await, Value::Null);
+    let (head, _) =
+        running.raw("/v1/drain", &[asked, json, "origin: http://localhost:7793"], "{\"host\": \"a\"}").await;
+    assert!(head.starts_with("http/1.1 200"), "its own page could: {head}");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn more_than_the_controller_takes_of_a_host_is_refused_and_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let limits = Limits { body_bytes: 64 << 10, instances: 2, links: 1, lessons: 1 };
+    let running = Running::start_with(directory.path(), Settings { limits, ..settings() }).await;
+    let refused = async |envelope: &Envelope, expected: u16, why: &str| {
+        let error = running.report(envelope).await.unwrap_err();
+        let LinkError::Refused { status, error, .. } = &error else { panic!("{error}") };
+        assert!(
+            *status == expected && error.contains(why) && error.contains("fleet.limits"),
+            "{status}: {error}"
+        );
+    };
+    let three = ["x", "y", "z"].map(instance).to_vec();
+    refused(&envelope(vec![report("a", 1, three)]), 422, "3 instances, at most 2").await;
+    let link = rswap_fleet::LinkMeasured { to: ([10, 0, 0, 2], 1).into(), bytes_per_s: 1.0 };
+    let links = Report { links: vec![link.clone(), link], ..report("a", 1, vec![]) };
+    refused(&envelope(vec![links]), 422, "2 links, at most 1").await;
+    let lessons = Teaching::default().due(&taught(2.0), UnixMillis(0), 10);
+    assert_eq!(lessons.len(), 2);
+    let teach = Envelope { lessons, ..envelope(vec![report("a", 1, vec![])]) };
+    refused(&teach, 422, "2 lessons, at most 1").await;
+    let long = "{".to_owned() + &" ".repeat(70 << 10);
+    let (head, said) =
+        running.raw("/v1/report", &["host: rswap", "content-type: application/json"], &long).await;
+    assert!(head.starts_with("http/1.1 413") && head.contains("application/problem+json"), "{head}");
+    assert!(said["detail"].as_str().unwrap().contains("65536 bytes (fleet.limits.body_mib)"), "{said}");
+    assert_eq!(running.get("/v1/hosts").await, json!([]));
+    let most = envelope(vec![report("a", 1, ["x", "y"].map(instance).to_vec())]);
+    assert_eq!(running.report(&most).await.unwrap().stored, 1);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_drain_that_waits_does_not_outlive_its_undo() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = Running::start(directory.path()).await;
+    let mut sequence = 0;
+    let mut a = |state: PoolState| {
+        sequence += 1;
+        envelope(vec![Report { sequence, pools: vec![whole(state)], ..report("a", 1, vec![]) }])
+    };
+    let drain = async |undo: bool| {
+        let wish = serde_json::to_vec(&json!({ "host": "a", "undo": undo })).unwrap();
+        call::<Value>(&running.address, "/v1/drain", Some(wish)).await.unwrap();
+    };
+    let tells = |answer: &Answer| {
+        let undo = |order: &Order| matches!(order.action, Action::Drain { undo: true, .. });
+        answer.orders.iter().map(undo).collect::<Vec<_>>()
+    };
+    let done = |answer: &Answer, mut envelope: Envelope| {
+        let outcome =
+            |order: &Order| rswap_fleet::OrderOutcome { token: order.token, result: OrderResult::Done };
+        envelope.reports[0].outcomes = answer.orders.iter().map(outcome).collect();
+        envelope
+    };
+    running.report(&a(PoolState::Ready)).await.unwrap();
+    drain(false).await;
+    let stale = running.report(&a(PoolState::Ready)).await.unwrap();
+    assert_eq!(tells(&stale), [false]);
+    // The answer with the order is on its way, or lost, when it is undone.
+    drain(true).await;
+    let waiting = running.get("/v1/orders").await["waiting"].clone();
+    assert_eq!(
+        (waiting.as_array().unwrap().len(), &waiting[0]["action"]["undo"]),
+        (1, &json!(true)),
+        "{waiting}"
+    );
+    let undo = running.report(&a(PoolState::Ready)).await.unwrap();
+    assert_eq!(tells(&undo), [true]);
+    assert!(undo.orders[0].token > stale.orders[0].token, "an agent that has both follows this one");
+    // It was carried out after all, and is undone.
+    let still = running.report(&done(&stale, a(PoolState::Draining))).await.unwrap();
+    assert_eq!(tells(&still), [true]);
+    let over = running.report(&done(&undo, a(PoolState::Ready))).await.unwrap();
+    assert!(over.orders.is_empty());
+    assert!(running.report(&a(PoolState::Ready)).await.unwrap().orders.is_empty());
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_that_waits_in_a_roll_is_the_rolls() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = Running::start(directory.path()).await;
+    for (number, of) in [(1, "a"), (2, "b")] {
+        running.report(&envelope(vec![report(of, number, vec![instance(of)])])).await.unwrap();
+    }
+    let post = async |path: &str, body: Value| {
+        call::<Value>(&running.address, path, Some(serde_json::to_vec(&body).unwrap())).await
+    };
+    post("/v1/roll", json!({ "hosts": ["a", "b"] })).await.unwrap();
+    for undo in [false, true] {
+        let error = post("/v1/drain", json!({ "host": "b", "undo": undo })).await.unwrap_err().to_string();
+        assert!(error.contains("409") && error.contains("and waiting: leave it out"), "{error}");
+    }
+    assert_eq!(running.get("/v1/hosts").await[1]["drained"], false);
+    post("/v1/roll/decide", json!({ "host": "b", "decision": "skip" })).await.unwrap();
+    post("/v1/drain", json!({ "host": "b" })).await.unwrap();
+    assert_eq!(running.get("/v1/hosts").await[1]["drained"], true);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_report_of_before_makes_no_host_empty_and_a_new_start_none_away() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = Running::start(directory.path()).await;
+    let mut sequence = 0;
+    let mut a = |state: PoolState| {
+        sequence += 1;
+        envelope(vec![Report { sequence, pools: vec![whole(state)], ..report("a", 1, vec![]) }])
+    };
+    running.report(&a(PoolState::Ready)).await.unwrap();
+    let body = serde_json::to_vec(&json!({ "hosts": ["a"] })).unwrap();
+    call::<Value>(&running.address, "/v1/roll", Some(body)).await.unwrap();
+    // Nothing runs there, as it says again and again; but something could be started there yet.
+    for _ in 0..8 {
+        running.report(&a(PoolState::Ready)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(running.get("/v1/roll").await["hosts"][0]["stage"], "draining");
+    }
+    running.stop().await;
+    let running = Running::start(directory.path()).await;
+    let hosts = running.get("/v1/hosts").await;
+    assert_eq!((&hosts[0]["away"], &hosts[0]["heard"]), (&json!(false), &Value::Null), "{hosts}");
+    running.report(&a(PoolState::Draining)).await.unwrap();
+    let since = Instant::now();
+    while running.get("/v1/roll").await["hosts"][0]["stage"] != "empty" {
+        assert!(since.elapsed() < Duration::from_secs(20));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_goes_on_after_what_a_controller_does_not_take() {
+    let directory = tempfile::tempdir().unwrap();
+    let limits = Limits { body_bytes: 64 << 10, instances: 2, links: 1, lessons: 1 };
+    let running = Running::start_with(directory.path(), Settings { limits, ..settings() }).await;
+    let (answered, mut answers) = tokio::sync::mpsc::unbounded_channel();
+    let spool = directory.path().join("spool");
+    let reporter = Reporter::start(Box::new(running.address.clone()), &spool, 1 << 20, answered).unwrap();
+    let say = |instances: Vec<InstanceReport>, lessons: Vec<(Part, Lessons)>| {
+        let (knows, leads) = (Default::default(), (LEADS.0, LEADS.1.to_vec()));
+        reporter.report(Outgoing { report: report("a", 1, instances), lessons, knows, leads });
+    };
+    let mut next =
+        async || tokio::time::timeout(Duration::from_secs(20), answers.recv()).await.unwrap().unwrap();
+    // More was taught than it takes: the report goes alone.
+    let lessons = Teaching::default().due(&taught(2.0), UnixMillis(0), 10);
+    say(vec![instance("x")], lessons);
+    let first = next().await;
+    assert_eq!((first.answer.stored, first.told.len()), (1, 0));
+    // Too many instances, and too long: each is set aside, and does not keep back what comes after it.
+    say(["x", "y", "z"].map(instance).to_vec(), Vec::new());
+    let mut long = instance("x");
+    long.view.labels.insert("k".to_owned(), "v".repeat(70 << 10));
+    say(vec![long], Vec::new());
+    say(vec![instance("y")], Vec::new());
+    while next().await.answer.stored < 4 {}
+    let aside = || {
+        let names =
+            std::fs::read_dir(&spool).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.ends_with(".aside")).count()
+    };
+    assert_eq!(aside(), 2);
+    let hosts = running.get("/v1/hosts").await;
+    assert_eq!((&hosts[0]["instances"], &hosts[0]["reports"]["taken"]), (&json!(1), &json!(2)), "{hosts}");
+    drop(reporter);
     running.stop().await;
 }

@@ -16,6 +16,8 @@ use crate::{HostName, InstanceReport, Report, Running, placements::Placements};
 pub const GONE_MS: u64 = 5 * 60_000;
 /// A host that has not reported for so many intervals is away.
 pub const AWAY_INTERVALS: u64 = 3;
+/// Measured links that are kept of a host at most.
+pub const MOST_LINKS: usize = 1_000;
 
 /// One host, as it was when it last reported.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -64,6 +66,8 @@ pub struct Inventory {
     placed: Placements,
     /// Appeared, and may be the one named here, which its host had in its last report; since when.
     unclear: BTreeMap<(HostName, InstanceName), (InstanceName, UnixMillis)>,
+    /// Since when reports are listened to.
+    since: UnixMillis,
 }
 
 impl Inventory {
@@ -72,7 +76,7 @@ impl Inventory {
         owners: impl IntoIterator<Item = (InstanceName, HostName, InstanceName)>,
         now: UnixMillis,
     ) -> Self {
-        let mut new = Self::default();
+        let mut new = Self { since: now, ..Self::default() };
         for (name, host, local) in owners {
             // Gone until its host says that it is there.
             let placed = Placed { host, local, identity: String::new(), gone: Some(now) };
@@ -84,7 +88,12 @@ impl Inventory {
     /// Takes in a report that is newer than all others of its host.
     pub fn take(&mut self, report: &Report, heard: UnixMillis) -> Vec<Change> {
         let mut links = self.hosts.get(&report.host).map_or_else(BTreeMap::new, |host| host.links.clone());
-        links.extend(report.links.iter().map(|link| (link.to, link.bytes_per_s)));
+        let measured = || report.links.iter().map(|link| (link.to, link.bytes_per_s));
+        links.extend(measured());
+        if links.len() > MOST_LINKS {
+            // More than any host migrates to: what it says now is all that is known.
+            links = measured().take(MOST_LINKS).collect();
+        }
         let instances = report.instances.iter().map(|one| {
             // What was used is history, not how it is.
             let one = InstanceReport { used: BTreeMap::new(), ..one.clone() };
@@ -257,8 +266,9 @@ impl Inventory {
         self.placed.names(host)
     }
 
-    /// Whether a host has not reported for long.
+    /// Whether a host has not reported for long, which one that was not heard of yet has had time for since the beginning.
     pub fn is_away(&self, host: &HostName, interval_ms: u64, now: UnixMillis) -> bool {
-        self.hosts.get(host).is_none_or(|host| now.since(host.heard) > interval_ms * AWAY_INTERVALS)
+        let heard = self.hosts.get(host).map_or(self.since, |host| host.heard);
+        now.since(heard) > interval_ms.saturating_mul(AWAY_INTERVALS)
     }
 }

@@ -8,6 +8,9 @@
 //!               +--- too long, or the host is away --> Stuck <--------------------+ it is not back, ready to be used, in time
 //! ```
 //!
+//! Nothing that a host said before its turn makes it Empty: it has to have said since then that it is being emptied and that nothing runs
+//! there, and nothing may be on its way to it.
+//!
 //! At most `at_once` hosts are between Waiting and Done. One that is stuck stays drained and stops the roll: no further host is begun
 //! until somebody has decided ([`Roll::retry`], [`Roll::skip`]). It is a pure function of what is seen: after a new start of the controller
 //! it goes on from what was kept.
@@ -66,8 +69,19 @@ pub struct Seen {
     pub heard: UnixMillis,
     /// It says that it may be used: its own pool is neither drained nor unavailable, and its agent acts.
     pub ready: bool,
+    /// It says that it is being emptied: it takes nobody in by itself.
+    pub draining: bool,
+    /// Migrations to it that were ordered, and of which its last report may not say yet what became of them.
+    pub coming: usize,
     /// Which agent it is, in which run of the kernel.
     pub running: Option<Running>,
+}
+
+impl Seen {
+    /// Whether nothing runs there, and nothing will, by what it has said since its turn began.
+    fn is_empty(&self, since: UnixMillis) -> bool {
+        self.present && self.heard > since && self.draining && self.instances == 0 && self.coming == 0
+    }
 }
 
 /// A roll over some hosts.
@@ -110,21 +124,26 @@ impl Roll {
         Self { at_once: at_once.max(1), limit_ms, order, stages }
     }
 
-    /// One round: what is seen moves hosts on, and the next ones begin where there is room.
-    pub fn round(&mut self, seen: &BTreeMap<HostName, Seen>, now: UnixMillis) {
+    /// One round: what is seen moves hosts on, and the next ones begin where there is room. Nobody has listened before `from`: no host is
+    /// late by what it may have said until then.
+    pub fn round(&mut self, seen: &BTreeMap<HostName, Seen>, from: UnixMillis, now: UnixMillis) {
         for (host, stage) in &mut self.stages {
             let seen = seen.get(host).cloned().unwrap_or_default();
             let limit_ms = self.limit_ms;
-            let late = |since: UnixMillis| now.since(since) >= limit_ms;
+            let late = |since: UnixMillis| now.since(since.max(from)) >= limit_ms;
             let stuck = |reason: String| Stage::Stuck { since: now, reason };
             let next = match &*stage {
-                Stage::Draining { .. } if seen.present && seen.instances == 0 => {
+                Stage::Draining { since } if seen.is_empty(*since) => {
                     Some(Stage::Empty { since: now, was: seen.running })
                 }
-                Stage::Draining { since } if late(*since) => Some(match seen.present {
-                    true => stuck(format!("{} instances have not left it", seen.instances)),
-                    false => stuck("it does not report while it is emptied".to_owned()),
-                }),
+                Stage::Draining { since } if late(*since) => Some(stuck(match &seen {
+                    Seen { present: false, .. } => "it does not report while it is emptied".to_owned(),
+                    Seen { instances: 1.., .. } => format!("{} instances have not left it", seen.instances),
+                    Seen { coming: 1.., .. } => {
+                        format!("{} instances are still on their way to it", seen.coming)
+                    }
+                    _ => "its agent does not say that it is being emptied".to_owned(),
+                })),
                 // Somebody has started something there.
                 Stage::Empty { .. } if seen.present && seen.instances > 0 => {
                     Some(Stage::Draining { since: now })
@@ -218,9 +237,9 @@ impl Roll {
         self.stages.iter().filter(|(_, stage)| matches!(stage, Stage::Back { .. })).map(|(host, _)| host)
     }
 
-    /// Whether a host is between its turn and its end.
-    pub fn holds(&self, host: &HostName) -> bool {
-        self.stages.get(host).is_some_and(is_busy)
+    /// Where a host is that the roll is not done with: what is wanted of it until then is the roll's to say.
+    pub fn holds(&self, host: &HostName) -> Option<&Stage> {
+        self.stages.get(host).filter(|stage| is_busy(stage) || **stage == Stage::Waiting)
     }
 
     /// Hosts that are emptied or worked on at once, and how long a host may take for each, in milliseconds.

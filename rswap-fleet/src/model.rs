@@ -4,7 +4,7 @@
 //! what the *others* taught. So nothing counts twice, however often it is sent. Of each part, the lessons of those hosts are kept that
 //! know most: a prior counts as few series anyway (`rswap_forecast::Priors`), so that more of them would cost memory and tell nothing new.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rswap_forecast::{Lessons, Part, StateError};
 use rswap_types::UnixMillis;
@@ -14,8 +14,13 @@ use crate::HostName;
 
 /// Hosts whose lessons are kept, per part.
 pub const TEACHERS: usize = 32;
-/// Parts that are kept at most: those that most is known of.
+/// Parts that are kept at most: those that several hosts teach, and those that most is known of. What only one host teaches makes room
+/// first, of the host that has most of that: nobody's lessons push out what others taught.
 pub const MOST_PARTS: usize = 2_000;
+/// Bytes of a class's name at most.
+pub const MOST_CLASS_BYTES: usize = 4 << 10;
+/// Horizons of lessons at most.
+pub const MOST_HORIZONS: usize = 64;
 /// A part is told again when so much more is known of it, as a share.
 const GROWN: f64 = 0.1;
 /// A part that goes on changing without growing is told again after so long, in milliseconds.
@@ -39,6 +44,10 @@ pub struct Model {
     life: u64,
     number: u64,
     parts: BTreeMap<(Leads, Part), Taught>,
+    /// [`MOST_PARTS`].
+    most: usize,
+    /// What was pushed out since that was last asked.
+    dropped: BTreeSet<(HostName, Part)>,
 }
 
 #[derive(Clone, Debug)]
@@ -54,7 +63,13 @@ struct Taught {
 impl Model {
     /// Nothing is known yet, in this life of the controller.
     pub fn new(life: u64) -> Self {
-        Self { life, ..Self::default() }
+        Self { life, most: MOST_PARTS, ..Self::default() }
+    }
+
+    /// The same, with fewer parts.
+    #[cfg(test)]
+    pub(crate) fn with_most(self, most: usize) -> Self {
+        Self { most, ..self }
     }
 
     /// Takes in what a host's instances have taught of a part, in place of what they had before.
@@ -70,6 +85,12 @@ impl Model {
         now: UnixMillis,
     ) -> Result<(), StateError> {
         lessons.check()?;
+        if matches!(part, Part::Class(class) if class.len() > MOST_CLASS_BYTES) {
+            return Err(StateError::Damaged("the class's name is too long"));
+        }
+        if lessons.leads().1.len() > MOST_HORIZONS {
+            return Err(StateError::Damaged("there are too many horizons"));
+        }
         // Whatever else is in it is left out.
         let lessons = lessons.part(part);
         if lessons.series() <= 0.0 {
@@ -89,6 +110,7 @@ impl Model {
             let least = taught.by_host.iter().min_by(|(_, a), (_, b)| a.series().total_cmp(&b.series()));
             let Some(least) = least.map(|(host, _)| host.clone()) else { break };
             taught.by_host.remove(&least);
+            self.dropped.insert((least, part.clone()));
         }
         let new = new && taught.by_host.contains_key(host);
         let mut all = taught.by_host.values();
@@ -107,12 +129,29 @@ impl Model {
     }
 
     fn bound(&mut self) {
-        while self.parts.len() > MOST_PARTS {
-            let least =
-                self.parts.iter().min_by(|(_, a), (_, b)| a.whole.series().total_cmp(&b.whole.series()));
+        while self.parts.len() > self.most {
+            let mut alone = BTreeMap::<&HostName, usize>::new();
+            self.parts
+                .values()
+                .filter_map(Taught::only)
+                .for_each(|host| *alone.entry(host).or_default() += 1);
+            let has = |taught: &Taught| taught.only().and_then(|host| alone.get(host)).copied().unwrap_or(0);
+            let least = self.parts.iter().min_by(|(_, a), (_, b)| {
+                has(b).cmp(&has(a)).then(a.whole.series().total_cmp(&b.whole.series()))
+            });
             let Some(key) = least.map(|(key, _)| key.clone()) else { break };
-            self.parts.remove(&key);
+            let Some(taught) = self.parts.remove(&key) else { break };
+            self.dropped.extend(taught.by_host.into_keys().map(|host| (host, key.1.clone())));
         }
+    }
+
+    /// What was pushed out since this was last called: of whom, and of what, as far as nothing is known of it any more.
+    pub fn dropped(&mut self) -> Vec<(HostName, Part)> {
+        let dropped = std::mem::take(&mut self.dropped);
+        let stays = |(host, part): &(HostName, Part)| {
+            self.parts.iter().any(|((_, of), taught)| of == part && taught.by_host.contains_key(host))
+        };
+        dropped.into_iter().filter(|one| !stays(one)).collect()
     }
 
     /// What the others have taught that `host` does not know yet, in the order in which it was told, until `most_series_parts`
@@ -149,6 +188,11 @@ impl Model {
 }
 
 impl Taught {
+    /// Who teaches it, if that is one alone.
+    fn only(&self) -> Option<&HostName> {
+        self.by_host.keys().next().filter(|_| self.by_host.len() == 1)
+    }
+
     fn by_others(&self, host: &HostName) -> Option<Lessons> {
         if !self.by_host.contains_key(host) {
             return Some(self.whole.clone());

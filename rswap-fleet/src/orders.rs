@@ -224,6 +224,11 @@ impl Book {
         token
     }
 
+    /// The order about this that waits.
+    pub fn about(&self, host: &HostName, subject: Subject) -> Option<&Order> {
+        self.waiting.get(&(host.clone(), subject))
+    }
+
     /// What a host is to be told.
     pub fn of(&self, host: &HostName) -> Vec<Order> {
         self.waiting.values().filter(|order| order.host == *host).cloned().collect()

@@ -65,26 +65,32 @@ impl Seen {
 }
 
 /// Plans a fleet, and gives the orders.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct FleetPlanner {
     planner: Planner,
     interval_ms: u64,
     /// What was ordered and has not ended, by the name in the fleet.
     moving: BTreeMap<InstanceName, Moving>,
+    /// Hosts that were to be left when the last round was looked at.
+    drained: BTreeSet<HostName>,
 }
 
 #[derive(Clone, Debug)]
 struct Moving {
     from: HostName,
+    to: HostName,
     /// Its name there.
     local: InstanceName,
     until: UnixMillis,
+    /// When it was heard that it is done.
+    done: Option<UnixMillis>,
 }
 
 impl FleetPlanner {
     /// Reports come every `interval_ms` milliseconds.
     pub fn new(config: PlanConfig, interval_ms: u64) -> Self {
-        Self { planner: Planner::new(config).with_windows(interval_ms), interval_ms, moving: BTreeMap::new() }
+        let planner = Planner::new(config).with_windows(interval_ms);
+        Self { planner, interval_ms, moving: BTreeMap::new(), drained: BTreeSet::new() }
     }
 
     /// One round. Hosts that are `drained` are to be left.
@@ -96,6 +102,7 @@ impl FleetPlanner {
     /// The first half of a round: all that it looks at, so that the fleet may go on while it is decided.
     pub fn look(&mut self, fleet: &Inventory, drained: &BTreeSet<HostName>, now: UnixMillis) -> Scene {
         self.follow(fleet, now);
+        self.drained.clone_from(drained);
         let by_address: BTreeMap<_, _> =
             fleet.hosts().iter().filter_map(|(name, host)| Some((host.address?, name))).collect();
         for (address, bytes_per_s) in fleet.hosts().values().flat_map(|host| &host.links) {
@@ -118,20 +125,34 @@ impl FleetPlanner {
         self.planner.plan(scene.at, &scene.views(), &scene.pools())
     }
 
-    /// Gives the orders for what a plan decided and would be late if it waited for the round after the next.
-    pub fn order(&mut self, plan: &Plan, fleet: &Inventory, book: &mut Book, now: UnixMillis) {
+    /// Gives the orders for what a plan decided and would be late if it waited for the round after the next. `drained` are the hosts that
+    /// are to be left now: of those of which something else was wanted when the plan was begun, the next one decides.
+    pub fn order(
+        &mut self,
+        plan: &Plan,
+        fleet: &Inventory,
+        drained: &BTreeSet<HostName>,
+        book: &mut Book,
+        now: UnixMillis,
+    ) {
+        let other_wish: BTreeSet<HostName> = self.drained.symmetric_difference(drained).cloned().collect();
         let soon = UnixMillis(now.0.saturating_add(2 * self.interval_ms));
         for decision in plan.decisions.iter().filter(|decision| decision.kind == MoveKind::Host) {
             let Outcome::Move { to, start_by, .. } = &decision.outcome else { continue };
             let (Ok(to), Some(placed)) = (to.parse::<HostName>(), fleet.placed(&decision.instance)) else {
                 continue;
             };
+            if drained.contains(&to) || [&to, &placed.host].into_iter().any(|host| other_wish.contains(host))
+            {
+                continue;
+            }
             let address = fleet.hosts().get(&to).and_then(|host| host.address);
             let acts = fleet.hosts().get(&placed.host).is_some_and(|host| host.acts);
             let Some(address) = address.filter(|_| acts && *start_by <= soon) else { continue };
             self.planner.started(&decision.instance, to.as_str());
             let until = UnixMillis(now.0.saturating_add(MOVES_WITHIN_MS));
-            let moving = Moving { from: placed.host.clone(), local: placed.local.clone(), until };
+            let (from, local) = (placed.host.clone(), placed.local.clone());
+            let moving = Moving { from, to: to.clone(), local, until, done: None };
             let action = Action::Migrate { instance: placed.local.clone(), to, address };
             book.give(&placed.host, action, BEGIN_WITHIN_MS, now);
             self.moving.insert(decision.instance.clone(), moving);
@@ -141,11 +162,15 @@ impl FleetPlanner {
     /// Takes in what became of an order; `None` if nobody began it in time.
     pub fn ended(&mut self, order: &Order, outcome: Option<&OrderOutcome>, now: UnixMillis) {
         let Action::Migrate { instance, .. } = &order.action else { return };
+        let is_it = |moving: &Moving| moving.from == order.host && moving.local == *instance;
         // What is done is seen where it is then.
         if outcome.is_some_and(|outcome| outcome.result == OrderResult::Done) {
+            self.moving
+                .values_mut()
+                .filter(|moving| is_it(moving))
+                .for_each(|moving| moving.done = Some(now));
             return;
         }
-        let is_it = |moving: &Moving| moving.from == order.host && moving.local == *instance;
         let name = self.moving.iter().find(|(_, moving)| is_it(moving)).map(|(name, _)| name.clone());
         if let Some(name) = name {
             self.moving.remove(&name);
@@ -173,6 +198,18 @@ impl FleetPlanner {
     pub fn forget(&mut self, name: &InstanceName) {
         self.moving.remove(name);
         self.planner.forget(name);
+    }
+
+    /// How many migrations go to each host of which its last report may not say what became of them.
+    pub fn coming(&self, fleet: &Inventory) -> BTreeMap<HostName, usize> {
+        let mut coming = BTreeMap::new();
+        for Moving { to, done, .. } in self.moving.values() {
+            let told = |at| fleet.hosts().get(to).is_some_and(|host| host.heard > at);
+            if !done.is_some_and(told) {
+                *coming.entry(to.clone()).or_default() += 1;
+            }
+        }
+        coming
     }
 
     /// What is on its way: the name in the fleet, and from where.

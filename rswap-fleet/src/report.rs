@@ -15,10 +15,30 @@ pub const VERSION: u32 = 1;
 pub const MOST_INSTANCES: usize = 10_000;
 /// Pools in one report at most.
 pub const MOST_POOLS: usize = 1_000;
+/// Reports in one envelope at most.
+pub const MOST_REPORTS: usize = 1_000;
 /// Bytes of a version, or of a boot id, at most.
 pub const MOST_VERSION_BYTES: usize = 200;
-/// Parts of lessons in one envelope at most.
-pub const MOST_PARTS: usize = 1_000;
+
+/// What is taken of a host at once: more than any has, unless a controller is told otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of the body of a call.
+    pub body_bytes: usize,
+    /// Instances in one report.
+    pub instances: usize,
+    /// Measured links in one report.
+    pub links: usize,
+    /// Parts of lessons in one envelope.
+    pub lessons: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        // Reports that were kept while the controller was away come many at once.
+        Self { body_bytes: 32 << 20, instances: MOST_INSTANCES, links: 1_000, lessons: 64 }
+    }
+}
 
 /// What a host did since its last report, and how it is now. It is kept until the controller has it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -147,7 +167,7 @@ impl Report {
     /// # Errors
     ///
     /// If it is of another version, has too much in it, names something twice, or a number in it is none.
-    pub fn check(&self) -> Result<(), ReportError> {
+    pub fn check(&self, limits: &Limits) -> Result<(), ReportError> {
         if self.version != VERSION {
             return Err(ReportError::Version(self.version));
         }
@@ -158,11 +178,12 @@ impl Report {
             true => Err(ReportError::Many(count, what, most)),
             false => Ok(()),
         };
-        many(self.instances.len(), "instances", MOST_INSTANCES)?;
-        many(self.gone.len(), "instances", MOST_INSTANCES)?;
+        many(self.instances.len(), "instances", limits.instances)?;
+        // Those that ended between two reports.
+        many(self.gone.len(), "instances that are gone", limits.instances)?;
         many(self.pools.len(), "pools", MOST_POOLS)?;
-        many(self.links.len(), "links", MOST_POOLS)?;
-        many(self.outcomes.len(), "outcomes", MOST_INSTANCES)?;
+        many(self.links.len(), "links", limits.links)?;
+        many(self.outcomes.len(), "outcomes", limits.instances)?;
         if let Some(Running { version, boot }) = &self.running {
             many(version.len().max(boot.len()), "bytes of a version", MOST_VERSION_BYTES)?;
         }

@@ -11,11 +11,11 @@ use rswap_types::{Capacity, InstanceName, Pool, PoolKind, PoolState, THIS_HOST, 
 
 use crate::{
     amounts::Sum,
-    inventory::{Change, GONE_MS},
-    model::{REFRESH_MS, Revision, TEACHERS, Teaching},
+    inventory::{AWAY_INTERVALS, Change, GONE_MS, MOST_LINKS},
+    model::{MOST_CLASS_BYTES, REFRESH_MS, Revision, TEACHERS, Teaching},
     orders::{Book, OrderResult},
     plan::FleetPlanner,
-    report::{ReportError, Used},
+    report::{Limits, ReportError, Used},
     *,
 };
 
@@ -167,10 +167,10 @@ fn a_drained_host_is_emptied_by_orders_and_what_fails_waits() {
     let (mut planner, mut book) = (FleetPlanner::new(config, INTERVAL_MS), Book::new(1));
     let (nobody, drained) = (BTreeSet::new(), BTreeSet::from([host("a")]));
     let plan = planner.plan(&fleet, &nobody, UnixMillis(1));
-    planner.order(&plan, &fleet, &mut book, UnixMillis(1));
+    planner.order(&plan, &fleet, &nobody, &mut book, UnixMillis(1));
     assert_eq!(book.waiting().count(), 0, "the cheap host is left by nobody");
     let plan = planner.plan(&fleet, &drained, UnixMillis(2));
-    planner.order(&plan, &fleet, &mut book, UnixMillis(2));
+    planner.order(&plan, &fleet, &drained, &mut book, UnixMillis(2));
     let orders = book.of(&host("a"));
     let address = ([10, 0, 0, 2], 7791).into();
     let wanted = |local| Action::Migrate { instance: name(local), to: host("b"), address };
@@ -181,7 +181,7 @@ fn a_drained_host_is_emptied_by_orders_and_what_fails_waits() {
 
     // The next round orders nothing twice.
     let plan = planner.plan(&fleet, &drained, UnixMillis(3));
-    planner.order(&plan, &fleet, &mut book, UnixMillis(3));
+    planner.order(&plan, &fleet, &drained, &mut book, UnixMillis(3));
     assert_eq!(book.of(&host("a")), orders);
 
     let failed =
@@ -194,14 +194,14 @@ fn a_drained_host_is_emptied_by_orders_and_what_fails_waits() {
     fleet.take(&report("a", 1, 0.01, vec![instance("x", "x", 1.0)]), UnixMillis(5));
     fleet.take(&report("b", 2, 0.04, vec![instance("y", "y", 1.0)]), UnixMillis(6));
     let plan = planner.plan(&fleet, &drained, UnixMillis(7));
-    planner.order(&plan, &fleet, &mut book, UnixMillis(7));
+    planner.order(&plan, &fleet, &drained, &mut book, UnixMillis(7));
     assert_eq!(book.waiting().count(), 0, "what failed waits");
     let at = UnixMillis(60_000);
     for (of, number, local) in [("a", 1, "x"), ("b", 2, "y")] {
         fleet.take(&report(of, number, 0.01, vec![instance(local, local, 1.0)]), at);
     }
     let plan = planner.plan(&fleet, &drained, at);
-    planner.order(&plan, &fleet, &mut book, at);
+    planner.order(&plan, &fleet, &drained, &mut book, at);
     assert_eq!(book.of(&host("a")).len(), 1);
     assert_eq!(planner.moving().count(), 1);
 }
@@ -217,7 +217,7 @@ fn nothing_is_planned_with_hosts_that_are_away_or_take_nobody() {
     fleet.take(&watching, UnixMillis(100_000));
     let (mut planner, mut book) = (FleetPlanner::new(PlanConfig::default(), INTERVAL_MS), Book::new(1));
     let plan = planner.plan(&fleet, &BTreeSet::new(), UnixMillis(100_000));
-    planner.order(&plan, &fleet, &mut book, UnixMillis(100_000));
+    planner.order(&plan, &fleet, &BTreeSet::new(), &mut book, UnixMillis(100_000));
     let targets: Vec<_> = book.waiting().map(|order| (order.host.as_str(), &order.action)).collect();
     assert!(
         targets.iter().all(|(_, action)| matches!(action, Action::Migrate { to, .. } if to.as_str() == "b")),
@@ -232,7 +232,7 @@ fn nothing_is_planned_with_hosts_that_are_away_or_take_nobody() {
     );
     let (mut planner, mut book) = (FleetPlanner::new(PlanConfig::default(), INTERVAL_MS), Book::new(1));
     let plan = planner.plan(&fleet, &BTreeSet::new(), UnixMillis(100_001));
-    planner.order(&plan, &fleet, &mut book, UnixMillis(100_001));
+    planner.order(&plan, &fleet, &BTreeSet::new(), &mut book, UnixMillis(100_001));
     assert!(
         book.of(&host("a")).is_empty() && plan.decisions.iter().any(|d| d.instance == name("x") && d.moves())
     );
@@ -241,13 +241,13 @@ fn nothing_is_planned_with_hosts_that_are_away_or_take_nobody() {
 #[test]
 fn a_report_that_cannot_be_is_refused() {
     let good = report("a", 1, 0.1, vec![instance("x", "x", 1.0)]);
-    assert_eq!(good.check(), Ok(()));
+    assert_eq!(good.check(&Limits::default()), Ok(()));
     let text = serde_json::to_string(&good).unwrap();
     assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), good);
     let but = |change: &dyn Fn(&mut Report)| {
         let mut report = good.clone();
         change(&mut report);
-        report.check()
+        report.check(&Limits::default())
     };
     assert_eq!(but(&|report| report.version = 9), Err(ReportError::Version(9)));
     assert_eq!(but(&|report| report.sequence = 0), Err(ReportError::Number("sequence")));
@@ -259,6 +259,89 @@ fn a_report_that_cannot_be_is_refused() {
     );
     let many = |report: &mut Report| report.pools = vec![whole(1.0, 0.1); report::MOST_POOLS + 1];
     assert!(matches!(but(&many), Err(ReportError::Many(..))));
+    // What a controller was told that it takes.
+    let link = LinkMeasured { to: ([10, 0, 0, 2], 1).into(), bytes_per_s: 1.0 };
+    let outcome = OrderOutcome { token: Token { life: 1, number: 1 }, result: OrderResult::Done };
+    let two = Report {
+        instances: vec![instance("x", "x", 1.0), instance("y", "y", 1.0)],
+        links: vec![link.clone(), link],
+        gone: [(name("p"), BTreeMap::new()), (name("q"), BTreeMap::new())].into(),
+        outcomes: vec![outcome.clone(), outcome],
+        ..good
+    };
+    let limits = Limits { instances: 2, links: 2, ..Limits::default() };
+    assert_eq!(two.check(&limits), Ok(()));
+    assert_eq!(two.check(&Limits { links: 1, ..limits }), Err(ReportError::Many(2, "links", 1)));
+    let less = Limits { instances: 1, ..limits };
+    assert_eq!(two.check(&less), Err(ReportError::Many(2, "instances", 1)));
+    let gone = Report { instances: Vec::new(), ..two };
+    assert_eq!(gone.check(&less), Err(ReportError::Many(2, "instances that are gone", 1)));
+    let outcomes = Report { gone: BTreeMap::new(), ..gone };
+    assert_eq!(outcomes.check(&less), Err(ReportError::Many(2, "outcomes", 1)));
+}
+
+#[test]
+fn a_host_has_time_to_be_heard_since_the_beginning_and_so_many_links() {
+    let mut fleet = Inventory::with_owners([], UnixMillis(100_000));
+    let away = |fleet: &Inventory, at| fleet.is_away(&host("a"), INTERVAL_MS, UnixMillis(at));
+    let last = 100_000 + AWAY_INTERVALS * INTERVAL_MS;
+    assert!(!away(&fleet, last) && away(&fleet, last + 1), "it was not heard of yet");
+    fleet.take(&report("a", 1, 0.1, vec![]), UnixMillis(last));
+    let last = last + AWAY_INTERVALS * INTERVAL_MS;
+    assert!(!away(&fleet, last) && away(&fleet, last + 1));
+
+    let link = |port| LinkMeasured { to: ([10, 0, 0, 2], port).into(), bytes_per_s: 1.0 };
+    let said = |from: u16, count: usize| {
+        let links = (from..).take(count).map(link).collect();
+        Report { links, ..report("a", 1, 0.1, vec![]) }
+    };
+    let kept = |fleet: &Inventory| fleet.hosts()[&host("a")].links.len();
+    fleet.take(&said(1, MOST_LINKS), UnixMillis(last));
+    fleet.take(&said(1, 10), UnixMillis(last));
+    assert_eq!(kept(&fleet), MOST_LINKS);
+    fleet.take(&said(5_000, 10), UnixMillis(last));
+    assert_eq!(kept(&fleet), 10, "only what it says now");
+}
+
+#[test]
+fn nothing_is_ordered_of_a_host_of_which_something_else_is_wanted_since_the_plan_began() {
+    let mut fleet = Inventory::default();
+    fleet.take(&report("a", 1, 0.01, vec![instance("x", "x", 1.0)]), UnixMillis(0));
+    fleet.take(&report("b", 2, 0.04, vec![]), UnixMillis(0));
+    let (nobody, a, b) = (BTreeSet::new(), BTreeSet::from([host("a")]), BTreeSet::from([host("b")]));
+    let orders = |begun: &BTreeSet<HostName>, now: &BTreeSet<HostName>| {
+        let (mut planner, mut book) = (FleetPlanner::new(PlanConfig::default(), INTERVAL_MS), Book::new(1));
+        let plan = planner.plan(&fleet, begun, UnixMillis(1));
+        planner.order(&plan, &fleet, now, &mut book, UnixMillis(1));
+        (book.waiting().count(), planner.coming(&fleet))
+    };
+    assert_eq!(orders(&a, &a), (1, [(host("b"), 1)].into()));
+    let both = a.union(&b).cloned().collect();
+    assert_eq!(orders(&a, &both), (0, BTreeMap::new()), "it is to be left itself");
+    assert_eq!(orders(&a, &nobody), (0, BTreeMap::new()), "it need not be left any more");
+}
+
+#[test]
+fn an_instance_comes_until_its_host_has_reported_after_its_end() {
+    let mut fleet = Inventory::default();
+    fleet.take(&report("a", 1, 0.01, vec![instance("x", "x", 1.0)]), UnixMillis(0));
+    fleet.take(&report("b", 2, 0.04, vec![]), UnixMillis(0));
+    let (mut planner, mut book) = (FleetPlanner::new(PlanConfig::default(), INTERVAL_MS), Book::new(1));
+    let drained = BTreeSet::from([host("a")]);
+    let plan = planner.plan(&fleet, &drained, UnixMillis(1));
+    planner.order(&plan, &fleet, &drained, &mut book, UnixMillis(1));
+    let order = book.of(&host("a")).remove(0);
+    let mut failing = planner.clone();
+    let done = OrderOutcome { token: order.token, result: OrderResult::Done };
+    planner.ended(&order, Some(&done), UnixMillis(5));
+    let one: BTreeMap<_, _> = [(host("b"), 1)].into();
+    fleet.take(&report("b", 2, 0.04, vec![]), UnixMillis(5));
+    assert_eq!(planner.coming(&fleet), one, "b may have said that before");
+    fleet.take(&report("b", 2, 0.04, vec![]), UnixMillis(6));
+    assert_eq!(planner.coming(&fleet), BTreeMap::new());
+    assert_eq!(failing.coming(&fleet), one);
+    failing.ended(&order, None, UnixMillis(7));
+    assert_eq!(failing.coming(&fleet), BTreeMap::new());
 }
 
 #[test]
@@ -346,6 +429,35 @@ fn a_model_is_told_in_portions_and_keeps_those_who_know_most() {
     }
     assert_eq!(all.len(), 5);
     assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 5);
+}
+
+#[test]
+fn nobody_pushes_out_what_others_taught() {
+    let most = 20;
+    let mut model = Model::new(1).with_most(most);
+    let at = UnixMillis(0);
+    let class = |name: String| Part::Class(name);
+    let mut teach = |of: &str, name: String, cores| {
+        let lessons = taught(&name, cores);
+        model.teach(&host(of), &class(name), &lessons, at).unwrap();
+    };
+    teach("good", "alone".to_owned(), 1.0);
+    for of in ["good", "other"] {
+        teach(of, "shared".to_owned(), 1.0);
+    }
+    for number in 0..most + 3 {
+        teach("talker", format!("c{number:05}"), 1.0);
+    }
+    let known: BTreeSet<_> = model.known().map(|(part, _, _)| part.clone()).collect();
+    assert_eq!(known.len(), most);
+    assert!(known.contains(&class("alone".to_owned())) && known.contains(&class("shared".to_owned())));
+    let dropped = model.dropped();
+    assert_eq!(dropped.len(), 5, "{dropped:?}");
+    assert!(dropped.iter().all(|(of, part)| *of == host("talker") && !known.contains(part)));
+    assert_eq!(model.dropped(), []);
+    // A name that is none, and horizons that nobody has.
+    let long = "c".repeat(MOST_CLASS_BYTES + 1);
+    assert!(model.teach(&host("a"), &class(long.clone()), &taught(&long, 1.0), at).is_err());
 }
 
 #[test]

@@ -235,6 +235,13 @@ pub trait Knowledge: Send + Sync {
     ///
     /// If the store fails.
     fn put_lessons(&self, taught: &[Taught]) -> Result<(), StoreError>;
+
+    /// Keeps nothing more of what these hosts have taught of these parts.
+    ///
+    /// # Errors
+    ///
+    /// If the store fails.
+    fn drop_lessons(&self, of: &[(HostName, Part)]) -> Result<(), StoreError>;
 }
 
 /// The tiers of a store that nobody has configured: reports for an hour, minutes for two days, hours for half a year.

@@ -247,6 +247,24 @@ impl Knowledge for Store {
         }
         write.commit().map_err(failed(attempted))
     }
+
+    fn drop_lessons(&self, of: &[(HostName, Part)]) -> Result<(), StoreError> {
+        if of.is_empty() {
+            return Ok(());
+        }
+        let attempted = "drop what was taught";
+        let mut write = self.database.begin_write().map_err(failed(attempted))?;
+        // What comes back is dropped again.
+        write.set_durability(Durability::None).map_err(failed(attempted))?;
+        {
+            let mut table = write.open_table(LESSONS).map_err(failed(attempted))?;
+            for (host, part) in of {
+                let part = encode(part, "a part")?;
+                table.remove((host.as_str(), part.as_slice())).map_err(failed(attempted))?;
+            }
+        }
+        write.commit().map_err(failed(attempted))
+    }
 }
 
 pub(crate) fn encode(value: &impl Serialize, what: &'static str) -> Result<Vec<u8>, StoreError> {

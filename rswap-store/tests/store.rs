@@ -18,10 +18,10 @@ use rswap_fleet::{
     amounts::{Sum, Tier},
     maintenance::Seen,
 };
-use rswap_forecast::Resource;
+use rswap_forecast::{ForecastConfig, Forecaster, Kin, Lessons, Observation, Part, Resource, Usage};
 use rswap_store::{
-    Entry, History, Maintenance, Member, Membership, Owner, OwnerChange, Ownership, Query, Store, StoreError,
-    TIERS,
+    Entry, History, Knowledge, Maintenance, Member, Membership, Owner, OwnerChange, Ownership, Query, Store,
+    StoreError, TIERS,
 };
 use rswap_types::{InstanceName, UnixMillis};
 
@@ -177,15 +177,49 @@ fn a_roll_is_kept_as_it_is_until_it_is_over() {
     store.put_roll(Some(&roll)).unwrap();
     drop(store);
     let running = Some(Running { version: "1".to_owned(), boot: "x".to_owned() });
-    let seen = Seen { present: true, running, ..Seen::default() };
-    roll.round(&[(host("a"), seen.clone())].into(), UnixMillis(1));
-    roll.round(&[(host("a"), seen)].into(), UnixMillis(2));
+    let seen = Seen { present: true, draining: true, heard: UnixMillis(2), running, ..Seen::default() };
+    roll.round(&[(host("a"), seen.clone())].into(), UnixMillis(0), UnixMillis(1));
+    roll.round(&[(host("a"), seen)].into(), UnixMillis(0), UnixMillis(2));
     let store = open(directory.path(), &TIERS);
     assert_ne!(store.roll().unwrap().as_ref(), Some(&roll));
     store.put_roll(Some(&roll)).unwrap();
     assert_eq!(store.roll().unwrap(), Some(roll));
     store.put_roll(None).unwrap();
     assert_eq!(store.roll().unwrap(), None);
+}
+
+fn lessons(class: &str) -> Lessons {
+    let config = ForecastConfig { horizons_ms: vec![2_000], min_seen: 20 };
+    let mut forecaster = Forecaster::new(config, 1_000);
+    let kin = Kin { class: class.to_owned(), identity: "a".to_owned() };
+    forecaster.introduce(&instance("a"), kin, 1);
+    for window in 1..=100 {
+        let usage = Usage { reference_cores: 1.0, memory_bytes: 1e8, ..Usage::default() };
+        let at = UnixMillis(window * 1_000);
+        forecaster.observe(&Observation { instance: &instance("a"), at, usage });
+    }
+    forecaster.lessons()
+}
+
+#[test]
+fn what_was_taught_is_kept_until_it_is_dropped() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path(), &TIERS);
+    let part = |class: &str| Part::Class(class.to_owned());
+    let of = |class: &str| (part(class), lessons(class).part(&part(class)));
+    store.drop_lessons(&[(host("a"), part("web"))]).unwrap();
+    store.put_lessons(&[(host("a"), vec![of("web"), of("db")]), (host("b"), vec![of("web")])]).unwrap();
+    let kept = |store: &Store| {
+        let all = store.lessons().unwrap().into_iter();
+        all.map(|(host, part, _)| (host, part)).collect::<Vec<_>>()
+    };
+    assert_eq!(kept(&store).len(), 3);
+    store.drop_lessons(&[(host("a"), part("web")), (host("c"), part("web"))]).unwrap();
+    // On the disk with the next append.
+    store.append(&[entry(1, 1_000, 1.0)], UnixMillis(1_000)).unwrap();
+    drop(store);
+    let store = open(directory.path(), &TIERS);
+    assert_eq!(kept(&store), [(host("a"), part("db")), (host("b"), part("web"))]);
 }
 
 const CHILD: &str = "RSWAP_STORE_TEST";

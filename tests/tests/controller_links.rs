@@ -32,6 +32,8 @@ use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(30);
 const REPORT_EVERY_MS: u64 = 300;
+/// The number of a report that nothing came before: whoever takes it counts what it skips.
+const SKIPS: u64 = 1_000;
 
 /// Two hosts whose agents report to a controller elsewhere.
 struct Scene {
@@ -132,13 +134,13 @@ impl Scene {
 /// An answer, or what was said instead.
 type Called = anyhow::Result<Result<Value, String>>;
 
-/// What `host`'s agent might report.
-fn report_of(host: &str) -> anyhow::Result<Vec<u8>> {
+/// What `host`'s agent might report, as the `sequence`th of a spool of its own.
+fn report_of(host: &str, sequence: u64) -> anyhow::Result<Vec<u8>> {
     let report = Report {
         version: VERSION,
         host: host.parse()?,
         epoch: 77,
-        sequence: 1,
+        sequence,
         at: rswap_agent::units::UnixMillis::now(),
         acts: true,
         address: None,
@@ -248,23 +250,29 @@ fn an_agent_says_nothing_of_another_host_and_wants_nothing_of_the_fleet() -> any
     let drain = |host: &str, undo| serde_json::to_vec(&json!({ "host": host, "undo": undo })).map(Some);
     let own = scene.a.files().clone();
     // Another host's report, a wish, a look.
-    let before = scene.taken("b")?;
+    let foreign = || -> anyhow::Result<u64> {
+        let status: Value = scene.controller.get("/v1/status")?;
+        status["counts"]["reports_foreign"].as_u64().context("no count of foreign reports")
+    };
+    let before = foreign()?;
     refused(
         &own,
         "/v1/report",
-        Some(report_of("b")?),
+        Some(report_of("b", SKIPS)?),
         "the report is of host b, and comes from the agent of a",
     )?;
     refused(&own, "/v1/drain", drain("b", false)?, "may not say what is wanted of the fleet")?;
     refused(&own, "/v1/instances", None, "may not look at the fleet")?;
-    ensure!(scene.taken("b")? >= before, "the report was taken");
     let hosts: Vec<Value> = scene.controller.get("/v1/hosts")?;
     ensure!(hosts.iter().all(|host| host["drained"] == false), "{hosts:?}");
     // Whoever watches may look only; an operator may say what is wanted, and is no host.
     let watcher = scene.fleet.issue("watcher", &["--role", "operator"])?;
     let operator = scene.fleet.issue("somebody", &["--role", "operator"])?;
     refused(&watcher, "/v1/drain", drain("b", false)?, "may not say what is wanted of the fleet")?;
-    refused(&operator, "/v1/report", Some(report_of("b")?), "comes from the operator somebody")?;
+    refused(&operator, "/v1/report", Some(report_of("b", SKIPS)?), "comes from the operator somebody")?;
+    ensure!(foreign()? == before + 2, "a foreign report was not counted as one");
+    // Had one been taken, it would count as skipped what came before it; the right ones go on.
+    scene.reports("b", 2)?;
     for files in [&watcher, &operator] {
         let hosts = scene.call(&scene.a, files, PORT, "/v1/hosts", None)?;
         ensure!(hosts.as_ref().is_ok_and(|hosts| hosts[0]["host"] == "a"), "{hosts:?}");
@@ -299,7 +307,7 @@ fn strangers_and_clear_text_get_nothing_and_keep_nobody_out() -> anyhow::Result<
     // A right report, recorded on its way, and said again.
     let (address, said) = record(scene.a.netns(), door)?;
     let port = address.rsplit(':').next().context("no port")?.parse()?;
-    let taken = scene.call(&scene.a, scene.a.files(), port, "/v1/report", Some(report_of("a")?))?;
+    let taken = scene.call(&scene.a, scene.a.files(), port, "/v1/report", Some(report_of("a", 1)?))?;
     ensure!(taken.as_ref().is_ok_and(|answer| answer["stored"] == 1), "{taken:?}");
     let recorded = said.lock().unwrap_or_else(PoisonError::into_inner).clone();
     ensure!(recorded.len() > 1000, "little was recorded: {} bytes", recorded.len());

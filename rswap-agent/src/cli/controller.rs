@@ -44,6 +44,7 @@ pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
         interval_ms: fleet.report_every_ms,
         plan_every_ms: fleet.plan_every_ms,
         plan: config.plan.clone(),
+        limits: fleet.limits.limits(),
     };
     let audit = Audit::open(fleet.audit_log(), fleet.audit_kib << 10).with_context(|| {
         format!("cannot open the audit log {} (fleet.audit_log)", fleet.audit_log().display())

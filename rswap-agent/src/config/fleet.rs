@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use rswap_controller::link::Whereabouts;
-use rswap_fleet::amounts::Tier;
+use rswap_fleet::{amounts::Tier, report::Limits};
 use rswap_trust::Name;
 use rswap_types::bounds::positive_integer;
 use serde::{Deserialize, Serialize};
@@ -80,6 +80,48 @@ pub struct FleetConfig {
     /// How long with a row per hour, in hours.
     #[serde(deserialize_with = "positive_integer")]
     pub hours_kept_h: u64,
+    /// What is taken of a host at once.
+    pub limits: LimitsConfig,
+}
+
+/// `[fleet.limits]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsConfig {
+    /// The body of a call, in MiB. What is kept while the controller is away comes in bodies of 4 MiB, or of one report.
+    #[serde(deserialize_with = "positive_integer")]
+    pub body_mib: u64,
+    /// Instances in one report; a report with more is refused, and set aside by its agent.
+    #[serde(deserialize_with = "positive_integer")]
+    pub instances: u64,
+    /// Links in one report that were measured since the one before.
+    #[serde(deserialize_with = "positive_integer")]
+    pub links: u64,
+    /// Classes in one call of which something was taught.
+    #[serde(deserialize_with = "positive_integer")]
+    pub lessons: u64,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        let Limits { body_bytes, instances, links, lessons } = Limits::default();
+        let [body_mib, instances, links, lessons] =
+            [body_bytes >> 20, instances, links, lessons].map(|most| most as u64);
+        Self { body_mib, instances, links, lessons }
+    }
+}
+
+impl LimitsConfig {
+    /// The same, as the controller has it.
+    pub fn limits(&self) -> Limits {
+        let most = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+        Limits {
+            body_bytes: most(self.body_mib.saturating_mul(1 << 20)),
+            instances: most(self.instances),
+            links: most(self.links),
+            lessons: most(self.lessons),
+        }
+    }
 }
 
 impl Default for FleetConfig {
@@ -98,6 +140,7 @@ impl Default for FleetConfig {
             reports_kept_h: reports,
             minutes_kept_h: minutes,
             hours_kept_h: hours,
+            limits: LimitsConfig::default(),
         }
     }
 }

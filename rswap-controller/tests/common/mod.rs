@@ -24,7 +24,7 @@ use rswap_fleet::{
     report::{Envelope, VERSION},
 };
 use rswap_forecast::{Demand, DemandPoint, Evidence, Kin, Quantiles, Resource};
-use rswap_plan::{InstanceView, MoveKind, PlanConfig};
+use rswap_plan::{InstanceView, MoveKind};
 use rswap_store::{Store, TIERS};
 use rswap_types::{Capacity, InstanceName, Pool, PoolKind, PoolState, THIS_HOST, UnixMillis};
 use serde_json::Value;
@@ -40,7 +40,8 @@ pub fn name(name: &str) -> InstanceName {
 }
 
 pub fn settings() -> Settings {
-    Settings { acts: true, interval_ms: 1_000, plan_every_ms: 100, plan: PlanConfig::default() }
+    let (plan, limits) = Default::default();
+    Settings { acts: true, interval_ms: 1_000, plan_every_ms: 100, plan, limits }
 }
 
 pub fn whole(state: PoolState) -> Pool {
@@ -104,9 +105,13 @@ pub fn envelope(reports: Vec<Report>) -> Envelope {
 }
 
 pub fn open(directory: &Path) -> Arc<Controller> {
+    open_with(directory, settings())
+}
+
+pub fn open_with(directory: &Path, settings: Settings) -> Arc<Controller> {
     let store = Store::open(&directory.join("store"), &TIERS).unwrap();
     let audit = Audit::open(directory.join("audit.jsonl"), 1 << 20).unwrap();
-    Controller::new(Stores::from(store), settings(), audit).unwrap()
+    Controller::new(Stores::from(store), settings, audit).unwrap()
 }
 
 pub async fn answers(address: &Address) {
