@@ -43,8 +43,14 @@ pub const NEEDED: [(Set, &str); 16] = [
     (Set::IPC_OWNER, "it reads SysV objects of every user"),
 ];
 
-/// What it keeps if it has it: without it, instances whose limits or OOM scores only that can set are refused.
-const USED: Set = Set::SYS_RESOURCE;
+/// What it keeps if it has it, and what some instances need it for: without it, those can't come here.
+pub const USED: [(Set, &str); 2] = [
+    (Set::SYS_RESOURCE, "instances with limits or OOM scores that only it can set are refused"),
+    (
+        Set::NET_BROADCAST,
+        "instances with netlink sockets that hear of all network namespaces (NETLINK_LISTEN_ALL_NSID) are refused",
+    ),
+];
 
 /// What a thread keeps that serves calls: the audit log may be in another user's directory.
 const SERVING: Set = Set::DAC_OVERRIDE;
@@ -62,7 +68,7 @@ pub enum PrivilegeError {
 
 /// All that the agent keeps, if it has it.
 pub fn kept() -> Set {
-    NEEDED.iter().fold(USED, |all, (one, _)| all | *one)
+    NEEDED.iter().chain(&USED).fold(Set::empty(), |all, (one, _)| all | *one)
 }
 
 /// What is missing in `permitted`, and what for; `None` when nothing is.
@@ -111,6 +117,23 @@ pub fn needed_feature(whom: &str, held: &io::Result<Held>) -> Feature {
     feature("capabilities", finding, "the agent does not start")
 }
 
+/// Whether `held`, that of `whom`, is enough for what only some instances need.
+pub fn used_feature(whom: &str, held: &io::Result<Held>) -> Feature {
+    let lacking =
+        |held: &Held| USED.into_iter().filter(|(one, _)| !held.permitted.contains(*one)).collect::<Vec<_>>();
+    let lacking = held.as_ref().map(lacking);
+    let finding = match &lacking {
+        Err(error) => Err(format!("{whom}: {error}")),
+        Ok(lacking) if lacking.is_empty() => Ok(format!("{whom} has all")),
+        Ok(lacking) => {
+            let set = lacking.iter().fold(Set::empty(), |all, (one, _)| all | *one);
+            Err(format!("{whom} has all but {}", names(set)))
+        }
+    };
+    let costs: Vec<&str> = lacking.iter().flatten().map(|(_, cost)| *cost).collect();
+    feature("capabilities for some instances", finding, &costs.join("; "))
+}
+
 /// Whether instances that arrive can get all that they might have elsewhere from `held`, that of `whom`.
 pub fn bounding_feature(whom: &str, held: &io::Result<Held>) -> Feature {
     let finding = match held {
@@ -140,7 +163,9 @@ mod tests {
     #[test]
     fn what_is_missing_is_named_with_what_it_is_for() {
         assert_eq!(missing(Set::all()), None);
-        assert_eq!(missing(kept().difference(USED)), None, "it does without these");
+        let used = USED.into_iter().fold(Set::empty(), |all, (one, _)| all | one);
+        assert_eq!(missing(kept().difference(used)), None, "it does without these");
+        assert!(kept().contains(used));
         for (one, why) in NEEDED {
             let said = missing(Set::all().difference(one)).unwrap();
             assert_eq!(said, format!("{} is missing ({why})", names(one)));
@@ -187,6 +212,13 @@ mod tests {
         let (needed, bounding) = (needed_feature("pid 7", &Ok(held)), bounding_feature("pid 7", &Ok(held)));
         assert!(!needed.present && needed.detail.starts_with("pid 7: CAP_KILL is missing"), "{needed:?}");
         assert_eq!((bounding.present, &*bounding.detail), (false, "pid 7 has all but CAP_SYS_RESOURCE"));
+        let held = Held { permitted: kept().difference(Set::NET_BROADCAST), bounding: Set::all() };
+        let used = used_feature("pid 7", &Ok(held));
+        assert_eq!((used.present, &*used.detail), (false, "pid 7 has all but CAP_NET_BROADCAST"));
+        assert!(
+            used.cost_of_lack.contains("NETLINK_LISTEN_ALL_NSID") && !used.cost_of_lack.contains("OOM"),
+            "{used:?}"
+        );
         let gone = needed_feature("pid 7", &Err(io::Error::other("gone")));
         assert_eq!((gone.present, &*gone.detail), (false, "pid 7: gone"));
     }

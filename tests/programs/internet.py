@@ -125,6 +125,66 @@ class Idle(Held):
                 data = data[(length + 3) & ~3 :]
 
 
+class Everywhere(Held):
+    """A netlink socket that hears of other network namespaces, too (NETLINK_LISTEN_ALL_NSID)."""
+
+    NETLINK, LISTEN_ALL_NSID = 270, 8
+    NEWRULE, NEWNSID = 32, 88
+    # Nothing but what is made here changes rules (RTMGRP_IPV4_RULE).
+    GROUP = 0x80
+
+    def __init__(self):
+        self.ears = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self.ears.setsockopt(self.NETLINK, self.LISTEN_ALL_NSID, 1)
+        self.ears.bind((0, self.GROUP))
+        self.ears.settimeout(20)
+
+    def check(self):
+        expect(self.ears.getsockopt(self.NETLINK, self.LISTEN_ALL_NSID), 1, "whether it listens everywhere")
+
+    def ask(self, kind, flags, content):
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
+            # NLM_F_REQUEST, NLM_F_ACK
+            kernel.send(struct.pack("IHHII", 16 + len(content), kind, 5 | flags, 1, 0) + content)
+            kind, error = struct.unpack_from("4xH10xi", kernel.recv(1 << 16))
+            expect((kind, error), (2, 0), "what the kernel answers")
+
+    def drain(self):
+        """Another namespace is made, has a number here, and says something."""
+        told, tell = os.pipe()
+        made, make = os.pipe()
+
+        def elsewhere():
+            import ctypes
+
+            expect(ctypes.CDLL(None).unshare(0x40000000), 0, "unshare(CLONE_NEWNET)")
+            os.write(make, b"x")
+            os.read(told, 1)
+            # A rule of IPv4 that looks into the main table, new.
+            self.ask(self.NEWRULE, 0x600, struct.pack("BBBBBBBBI", socket.AF_INET, 0, 0, 0, 254, 0, 0, 1, 0))
+            return 0
+
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os._exit(elsewhere())
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+                os._exit(99)
+        try:
+            os.read(made, 1)
+            self.ask(self.NEWNSID, 0, struct.pack("B3xHHiHHI", socket.AF_UNSPEC, 8, 1, -1, 8, 2, pid))
+        finally:
+            os.write(tell, b"x")
+            ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            for fd in (told, tell, made, make):
+                os.close(fd)
+        expect(ended, 0, "how the other namespace's process ended")
+        data, about, _, _ = self.ears.recvmsg(1 << 16, 100)
+        expect(struct.unpack_from("4xH", data)[0], self.NEWRULE, "what was heard")
+        expect([one[:2] for one in about], [(self.NETLINK, self.LISTEN_ALL_NSID)], "of which namespace")
+
+
 class Ended(Held):
     """TCP connections that have ended in both directions, with data that nobody has read."""
 
@@ -240,6 +300,13 @@ class Routes(Held):
 
 def main():
     held = [Routes(), Listening(), Buffers(), Ended(), Udp(socket.AF_INET, "0.0.0.0"), Udp(socket.AF_INET, "127.0.0.1"), Udp(socket.AF_INET6, "::1"), Group(), Idle()]
+    # Kernels that do not tell the option can't have it carried.
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
+        try:
+            kernel.getsockopt(Everywhere.NETLINK, Everywhere.LISTEN_ALL_NSID)
+            held.append(Everywhere())
+        except OSError:
+            pass
     run(held)
 
 

@@ -82,7 +82,7 @@ fn an_agent_that_may_not_enough_names_what_is_missing_and_touches_nothing() -> a
         let wanted = host.rswap(arguments)?;
         let mut command = Command::new("timeout");
         command
-            .args(["20", "setpriv", "--bounding-set", "-sys_ptrace,-kill"])
+            .args(["20", "setpriv", "--bounding-set", "-sys_ptrace,-kill,-net_broadcast"])
             .arg(wanted.get_program())
             .args(wanted.get_args());
         Ok(command.stdin(Stdio::null()).output()?)
@@ -91,7 +91,7 @@ fn an_agent_that_may_not_enough_names_what_is_missing_and_touches_nothing() -> a
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(!refused.status.success(), "it started");
     ensure!(said.contains("CAP_SYS_PTRACE is missing") && said.contains("CAP_KILL is missing"), "{said}");
-    ensure!(!said.contains("CAP_SYS_ADMIN"), "{said}");
+    ensure!(!said.contains("CAP_SYS_ADMIN") && !said.contains("CAP_NET_BROADCAST"), "{said}");
     ensure!(!host.socket().exists(), "it has made its socket");
     let doctor = limited(&["doctor", "--json"])?;
     let features: Vec<serde_json::Value> = serde_json::from_slice(&doctor.stdout)?;
@@ -101,6 +101,12 @@ fn an_agent_that_may_not_enough_names_what_is_missing_and_touches_nothing() -> a
         of("capabilities")?["present"] == false && detail.contains("CAP_SYS_PTRACE is missing"),
         "{detail}"
     );
+    let some = of("capabilities for some instances")?;
+    ensure!(
+        some["present"] == false && some["detail"].to_string().contains("all but CAP_NET_BROADCAST"),
+        "{some}"
+    );
+    ensure!(some["cost_of_lack"].to_string().contains("NETLINK_LISTEN_ALL_NSID"), "{some}");
     let detail = of("bounding set of capabilities")?["detail"].to_string();
     ensure!(detail.contains("CAP_SYS_PTRACE"), "{detail}");
     host.start_agent()?;

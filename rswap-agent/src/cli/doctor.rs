@@ -44,6 +44,7 @@ pub(super) fn doctor(session: &Session, output: Output) -> anyhow::Result<ExitCo
     let mut found = features::features();
     let (whom, held) = held(session);
     found.push(privilege::needed_feature(&whom, &held));
+    found.push(privilege::used_feature(&whom, &held));
     found.push(privilege::bounding_feature(&whom, &held));
     found.push(links(&session.config));
     if output.json {

@@ -8,6 +8,7 @@ use super::{TraceeError, remote::Remote};
 use crate::sys::socket;
 
 const SOL_NETLINK: i32 = 270;
+const LISTEN_ALL_NSID: i32 = 8;
 /// Protocols (include/uapi/linux/netlink.h) whose groups and answers mean the same on every host.
 const CARRIED: [(i32, &str); 3] = [
     (libc::NETLINK_ROUTE, "route"),
@@ -25,7 +26,7 @@ const OPTIONS: [(i32, i32); 8] = [
     (SOL_NETLINK, 3),
     (SOL_NETLINK, 4),
     (SOL_NETLINK, 5),
-    (SOL_NETLINK, 8),
+    (SOL_NETLINK, LISTEN_ALL_NSID),
     (SOL_NETLINK, 10),
     (SOL_NETLINK, 11),
     (SOL_NETLINK, 12),
@@ -96,8 +97,7 @@ pub fn make(remote: &mut Remote, image: &NetlinkImage) -> Result<RawFd, TraceeEr
     let ours = remote.share_descriptor(made)?;
     let failed = |what| move |error| TraceeError::call(what, pid)(error);
     for &(level, name, value) in &image.options {
-        socket::set_option(&ours, level, name, value)
-            .map_err(failed("setting a netlink socket's options"))?;
+        socket::set_option(&ours, level, name, value).map_err(|error| not_set((level, name), pid, error))?;
     }
     socket::set_option(&ours, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, image.receive_buffer / 2)
         .map_err(failed("SO_RCVBUF"))?;
@@ -112,4 +112,30 @@ pub fn make(remote: &mut Remote, image: &NetlinkImage) -> Result<RawFd, TraceeEr
             .map_err(failed("joining a netlink group"))?;
     }
     Ok(made)
+}
+
+/// Why an option could not be set, by the name of what is missing where that is known.
+fn not_set(option: (i32, i32), pid: i32, error: std::io::Error) -> TraceeError {
+    if option == (SOL_NETLINK, LISTEN_ALL_NSID) && error.kind() == std::io::ErrorKind::PermissionDenied {
+        let what =
+            "a netlink socket that hears of all network namespaces: the agent here has no CAP_NET_BROADCAST";
+        return TraceeError::Unsupported(what.into());
+    }
+    TraceeError::call("setting a netlink socket's options", pid)(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Error;
+
+    use super::*;
+
+    #[test]
+    fn who_may_not_listen_everywhere_says_what_it_lacks() {
+        let said = |option, code| not_set(option, 7, Error::from_raw_os_error(code)).to_string();
+        let all = (SOL_NETLINK, LISTEN_ALL_NSID);
+        assert!(said(all, libc::EPERM).contains("CAP_NET_BROADCAST"));
+        assert!(!said(all, libc::ENOPROTOOPT).contains("CAP_NET_BROADCAST"));
+        assert!(!said((SOL_NETLINK, 3), libc::EPERM).contains("CAP_NET_BROADCAST"));
+    }
 }
