@@ -4,12 +4,17 @@
 use std::{
     fs::{self, File},
     io::Write as _,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context, ensure};
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
 use rswap_tests::{
     Fleet, binary,
     fleet::{MIGRATE_PORT, pki},
@@ -79,12 +84,51 @@ impl Site {
         Ok(())
     }
 
-    fn deploy(&self, to: &[&Machine], options: &[&str]) -> anyhow::Result<Deployed> {
-        let mut command = self.fleet.client.command(&binary("xtask")?);
+    /// The command that deploys, without certificates.
+    fn bare_deployment(&self, to: &[&Machine], options: &[&str]) -> anyhow::Result<Command> {
+        // Modes are the deployment's to set, whatever the umask is.
+        let mut command = self.fleet.client.command(Path::new("sh"));
+        command.args(["-c", "umask 077; exec \"$@\"", "sh"]).arg(binary("xtask")?);
         command.arg("deploy").args(to.iter().map(|machine| format!("root@{}", machine.name())));
-        command.arg("--config").arg(&self.config).arg("--pki").arg(self.fleet.authority());
+        command.arg("--config").arg(&self.config);
         command.arg("--binary").arg(&self.binary).arg("--ssh-config").arg(Machine::ssh_config(&self.fleet));
         command.args(options);
+        Ok(command)
+    }
+
+    fn deployment(&self, to: &[&Machine], options: &[&str]) -> anyhow::Result<Command> {
+        let mut command = self.bare_deployment(to, options)?;
+        command.arg("--pki").arg(self.fleet.authority());
+        Ok(command)
+    }
+
+    /// A deployment that is cut off, with its ssh, as soon as `script` succeeds on the machine.
+    fn cut_off(&self, machine: &Machine, options: &[&str], script: &str) -> anyhow::Result<()> {
+        let log = self.fleet.scratch().join("cut-off.log");
+        let mut command = self.deployment(&[machine], options)?;
+        command
+            .stdin(Stdio::null())
+            .stdout(File::create(&log)?)
+            .stderr(File::options().append(true).open(&log)?);
+        let mut deploying = command.process_group(0).spawn().context("cannot start xtask")?;
+        let seen =
+            wait_for(&format!("{script:?}"), LIMIT, || Ok(self.sh(machine, script).is_ok().then_some(())));
+        let ended = deploying.try_wait()?;
+        let group = Pid::from_raw(i32::try_from(deploying.id())?);
+        let killed = killpg(group, Signal::SIGKILL);
+        deploying.wait()?;
+        println!("cut off: {}", fs::read_to_string(&log)?);
+        seen?;
+        killed.context("cannot kill the deployment")?;
+        ensure!(ended.is_none(), "it has ended before: {ended:?}");
+        Ok(())
+    }
+
+    fn deploy(&self, to: &[&Machine], options: &[&str]) -> anyhow::Result<Deployed> {
+        Self::run(self.deployment(to, options)?)
+    }
+
+    fn run(mut command: Command) -> anyhow::Result<Deployed> {
         let output = command.stdin(Stdio::null()).output().context("cannot start xtask")?;
         let said = [&*output.stdout, &*output.stderr].map(String::from_utf8_lossy).concat();
         println!("{said}");
@@ -177,13 +221,32 @@ fn instances_run_on_while_their_agent_is_installed_exchanged_and_left_alone() ->
     let agent = site.agent(&a)?;
     ensure!(agent.1 == format!("/opt/rswap/{first}/rswap"), "{agent:?}");
     ensure!(site.sh(&a, "systemctl is-enabled rswap")? == "enabled");
-    ensure!(site.sh(&a, "stat -Lc %a /etc/rswap/tls/key.pem")? == "600");
+    // Whatever umask either side has.
+    for (path, mode) in [
+        ("tls/key.pem", "600"),
+        ("tls", "755"),
+        ("tls/ca.pem", "644"),
+        ("rswap.toml", "644"),
+        ("rswap", "755"),
+    ] {
+        let is = site.sh(&a, &format!("stat -Lc %U:%a /opt/rswap/{first}/{path}"))?;
+        ensure!(is == format!("root:{mode}"), "{path}: {is}");
+    }
+    ensure!(
+        site.sh(&a, "stat -Lc %a /etc/rswap")? == "755" && site.sh(&a, "stat -Lc %a /opt/rswap")? == "755"
+    );
     site.start_work(&a)?;
     let work = site.work(&a)?.context("it does not run")?;
 
     let said = site.deployed(&[&a, &b])?;
     ensure!(said.matches("nothing to do").count() == 2, "the same once more");
     ensure!(site.agent(&a)? == agent, "the agent was started anew for nothing");
+    // That it runs is not all: it has to be in order, too, and stays as it is where it is not.
+    site.sh(&a, &format!("kill -STOP {}", agent.0))?;
+    let Deployed { success, said } = site.deploy(&[&a, &b], &["--within", "2"])?;
+    site.sh(&a, &format!("kill -CONT {}", agent.0))?;
+    ensure!(!success && said.contains("it stays as it is") && !said.contains("nothing to do"), "{said}");
+    ensure!(said.contains("not touched: root@b") && site.agent(&a)? == agent, "it was touched");
 
     site.next_version()?;
     site.deployed(&[&a, &b])?;
@@ -237,6 +300,31 @@ fn instances_run_on_while_their_agent_is_installed_exchanged_and_left_alone() ->
     ensure!(site.sh(&a, "stat -c %U:%a /var/lib/rswap/fleet")? == "root:600");
     ensure!(site.sh(&a, "ls -d /opt/rswap/*-* | wc -l")? == "2");
     site.sh(&a, &format!("[ $(readlink /opt/rswap/previous) = {second} ] && ! [ -e /opt/rswap/{first} ]"))?;
+
+    // It doesn't stop being the controller's host by an option that somebody forgot.
+    let third = site.current(&a)?;
+    let Deployed { success, said } = site.deploy(&[&a], &[])?;
+    ensure!(
+        !success && said.contains("it runs the fleet's controller") && said.contains("--drop-controller")
+    );
+    ensure!(site.sh(&a, "systemctl is-active rswap-controller")? == "active" && site.current(&a)? == third);
+    // One that goes back has to have its controller back, too: here that can't start any more.
+    site.sh(
+        &a,
+        "systemctl stop rswap-controller && mv /var/lib/rswap/fleet /root && mkdir /var/lib/rswap/fleet",
+    )?;
+    site.configure(&a, "192.0.2.1:7791")?;
+    let Deployed { success, said } = site.deploy(&[&a], &["--controller", "a", "--within", "4"])?;
+    ensure!(!success && said.contains("ROLL BACK FAILED"), "it says that all is as before");
+    ensure!(said.contains(&format!("the controller of {third} does not")), "it does not say what is amiss");
+    site.sh(&a, "rmdir /var/lib/rswap/fleet && mv /root/fleet /var/lib/rswap")?;
+    site.configure(&a, &format!("{}:{MIGRATE_PORT}", a.address()))?;
+    ensure!(site.deploy(&[&a], &["--controller", "a"])?.success && site.current(&a)? == third);
+    ensure!(site.deploy(&[&a], &["--drop-controller"])?.success, "not deployed");
+    site.sh(
+        &a,
+        "! [ -e /etc/systemd/system/rswap-controller.service ] && ! systemctl is-active rswap-controller",
+    )?;
     Ok(())
 }
 
@@ -280,6 +368,19 @@ fn a_host_that_does_not_take_it_goes_back_and_no_further_one_is_touched() -> any
         "! [ -e /etc/systemd/system/rswap.service ] && ! [ -e /etc/rswap/rswap.toml ] && ! pgrep -x rswap",
     )?;
 
+    // Certificates that somebody has brought by hand are in nobody's way but those of others.
+    site.sh(&b, "mkdir -p /etc/rswap/tls && echo mine >/etc/rswap/tls/key.pem")?;
+    let Deployed { success, said } = site.deploy(&[&b], &[])?;
+    ensure!(!success && said.contains("/etc/rswap/tls is there, and was not made by a deployment"));
+    let Deployed { success, said } = Site::run(site.bare_deployment(&[&b], &["--dry-run"])?)?;
+    ensure!(success && said.contains("copying 4 files"), "in the way of one that brings none");
+    site.sh(&b, "[ $(cat /etc/rswap/tls/key.pem) = mine ] && rm -r /etc/rswap/tls")?;
+    // A link of somebody else that leads nowhere is somebody's, too.
+    site.sh(&b, "ln -s /nowhere /etc/rswap/tls")?;
+    let Deployed { success, said } = site.deploy(&[&b], &[])?;
+    ensure!(!success && said.contains("/etc/rswap/tls is there"));
+    site.sh(&b, "[ $(readlink /etc/rswap/tls) = /nowhere ] && rm /etc/rswap/tls")?;
+
     // A configuration that somebody has made there by hand is not overwritten.
     site.sh(&b, "mkdir -p /etc/rswap && echo '[agent]' >/etc/rswap/rswap.toml")?;
     let Deployed { success, said } = site.deploy(&[&b], &[])?;
@@ -294,4 +395,65 @@ fn a_host_that_does_not_take_it_goes_back_and_no_further_one_is_touched() -> any
     site.works_on(&a, &work)?;
     ensure!(site.current(&a)? != first && Path::new(&site.agent(&b)?.1).starts_with("/opt/rswap"));
     Ok(())
+}
+
+#[test]
+fn a_deployment_that_is_cut_off_is_found_and_what_worked_before_is_never_lost() -> anyhow::Result<()> {
+    if skipped("a_deployment_that_is_cut_off_is_found_and_what_worked_before_is_never_lost") {
+        return Ok(());
+    }
+    let mut site = Site::new()?;
+    let a = site.machine("a")?;
+    let good = |site: &Site| site.sh(&a, "readlink /opt/rswap/good");
+    let listen = format!("{}:{MIGRATE_PORT}", a.address());
+    // In the middle of the first copy: nothing runs there, and no key is left.
+    let shape = |words: &str| -> anyhow::Result<()> {
+        let status = site.fleet.client.command(Path::new("tc")).args(words.split(' ')).status()?;
+        ensure!(status.success(), "tc {words}");
+        Ok(())
+    };
+    shape("qdisc replace dev eth0 root tbf rate 20mbit burst 64k latency 400ms")?;
+    site.cut_off(&a, &[], "[ -s /opt/rswap/.incoming/rswap ]")?;
+    shape("qdisc del dev eth0 root")?;
+    wait_for("what came of it to be gone", LIMIT, || {
+        Ok(site.sh(&a, "! [ -e /opt/rswap/.incoming ]").is_ok().then_some(()))
+    })?;
+    ensure!(site.sh(&a, "find /tmp /var/tmp /opt -xdev -name '*.pem' | wc -l")? == "0", "a key is left");
+    site.sh(&a, "! [ -e /opt/rswap/current ] && ! [ -e /etc/systemd/system/rswap.service ]")?;
+    site.deployed(&[&a])?;
+    let first = site.current(&a)?;
+    ensure!(good(&site)? == first);
+    site.start_work(&a)?;
+    let work = site.work(&a)?.context("it does not run")?;
+
+    // After the switch to one that does not work: the one before is what is gone back to, also the second time.
+    site.next_version()?;
+    site.configure(&a, "192.0.2.1:7791")?;
+    for _ in 0..2 {
+        let switched = format!(
+            "[ $(readlink /opt/rswap/current) != {first} ] && [ $(systemctl show --property=NRestarts --value rswap) -gt 0 ]"
+        );
+        site.cut_off(&a, &["--within", "120"], &switched)?;
+        ensure!(site.current(&a)? != first && good(&site)? == first);
+    }
+    let Deployed { success, said } = site.deploy(&[&a], &["--within", "3"])?;
+    ensure!(!success && said.contains(&format!("was cut off; {first} was last in order")), "it is not seen");
+    ensure!(said.contains(&format!("rolled back: {first} runs there again")), "not rolled back");
+    ensure!(site.current(&a)? == first && good(&site)? == first);
+    ensure!(site.agent(&a)?.1 == format!("/opt/rswap/{first}/rswap"));
+    site.works_on(&a, &work)?;
+
+    // One that works, and was not yet found to: it is looked at, and only then counts as done.
+    site.configure(&a, &listen)?;
+    let watched = format!("[ $(readlink /opt/rswap/current) != {first} ] && rswap health");
+    site.cut_off(&a, &[], &watched)?;
+    let second = site.current(&a)?;
+    ensure!(second != first);
+    if good(&site)? == first {
+        let said = site.deployed(&[&a])?;
+        ensure!(said.contains("was cut off") && said.contains("is in order: nothing to do"), "{said}");
+    }
+    ensure!(good(&site)? == second && site.sh(&a, "readlink /opt/rswap/previous")? == first);
+    site.works_on(&a, &work)?;
+    site.wait_until_watched(&a)
 }

@@ -1,5 +1,7 @@
 //! One host, over ssh: each step is a script that its shell runs as root.
 
+use std::process::{Command, Stdio};
+
 use anyhow::{Context, ensure};
 use xshell::{Cmd, Shell, cmd};
 
@@ -71,13 +73,16 @@ impl<'a> Host<'a> {
     /// Looks, and touches nothing.
     pub(super) fn look(&self, release: &Release) -> anyhow::Result<Found> {
         let mut found = Found { root: self.is_root, ..Found::default() };
-        let text = self.call(&format!("look {} {}", release.name, release.controller));
+        let text = self.call(&format!("look {}", release.name));
         for line in text.context("cannot look at it")?.lines() {
             match line.split_once('=') {
                 Some(("system", value)) => found.system = value.to_owned(),
                 Some(("systemd", _)) => found.systemd = true,
                 Some(("certificates", _)) => found.certificates = true,
                 Some(("current", value)) => found.current = Some(value.to_owned()),
+                Some(("previous", value)) => found.previous = Some(value.to_owned()),
+                Some(("good", value)) => found.good = Some(value.to_owned()),
+                Some(("controller", _)) => found.controller = true,
                 Some(("copied", value)) => found.copied = Some(value.to_owned()),
                 Some(("active", _)) => found.active = true,
                 Some(("foreign", value)) => found.foreign.push(value.to_owned()),
@@ -89,14 +94,26 @@ impl<'a> Host<'a> {
         Ok(found)
     }
 
-    /// Brings the release, whole.
+    /// Brings the release, whole: as a stream from where its files are into root's own directory there. There is no copy in between that
+    /// an end of either side could leave behind.
     pub(super) fn copy(&self, release: &Release) -> anyhow::Result<()> {
-        let directory = self.ssh(&["mktemp", "-d"]).read().context("cannot make a directory there")?;
-        let (shell, options, from) = (self.shell, self.options(), &release.directory);
-        let to = format!("{}:{directory}", self.target);
-        cmd!(shell, "scp {options...} -r -p -q {from} {to}").quiet().run().context("cannot copy it there")?;
-        let staged = from.file_name().unwrap_or_default().to_string_lossy();
-        self.call(&format!("receive {} {directory}/{staged}; rmdir {directory}", release.name)).map(drop)
+        let mut archive = Command::new("tar");
+        archive.args(["-c", "-f", "-", "--dereference", "-C"]).arg(&release.directory).args(&release.files);
+        let mut archive = archive.stdout(Stdio::piped()).spawn().context("cannot start tar")?;
+        let from = archive.stdout.take().context("tar has no output")?;
+        // Its input is the archive, so the script is a word.
+        let script = quoted(&format!("{PRELUDE}\nreceive {}\n", release.name));
+        let words = [self.become_root.as_slice(), &["sh", "-c", &script]].concat();
+        let mut command = Command::new("ssh");
+        command.args(self.options()).arg(self.target).args(words).stdin(Stdio::from(from));
+        let received = command.output().context("cannot start ssh")?;
+        // `command` still holds the other end of what tar writes to.
+        drop(command);
+        let sent = archive.wait().context("cannot wait for tar")?;
+        let problem = String::from_utf8_lossy(&received.stderr);
+        ensure!(received.status.success(), "cannot copy it there: {}", problem.trim());
+        ensure!(sent.success(), "tar could not read all of it: {sent}");
+        Ok(())
     }
 
     /// Has the binary read the configuration there.
@@ -104,20 +121,16 @@ impl<'a> Host<'a> {
         self.call(&format!("try_out {}", release.name)).map(drop)
     }
 
-    /// Makes it the one that runs.
-    pub(super) fn switch(&self, release: &Release) -> anyhow::Result<()> {
-        self.call(&format!("switch {}", release.name)).map(drop)
+    /// Makes the release `name` the one that runs.
+    pub(super) fn switch(&self, name: &str) -> anyhow::Result<()> {
+        self.call(&format!("switch {name}")).map(drop)
     }
 
-    /// Makes an earlier one run again.
-    pub(super) fn switch_back(&self, name: &str) -> anyhow::Result<()> {
-        self.call(&format!("switch_back {name}")).map(drop)
-    }
-
-    /// Waits until the agent of the release `name` is in order; those of `before` that it does not watch must have ended.
-    pub(super) fn health(&self, name: &str, controller: bool, before: &[Watched]) -> anyhow::Result<()> {
+    /// Waits until the agent of the release `name` is in order, and its controller if it has one; those of `before` that it does not watch
+    /// must have ended.
+    pub(super) fn health(&self, name: &str, before: &[Watched]) -> anyhow::Result<()> {
         let within = self.deploy.within;
-        let said = self.call(&format!("health {name} {within} {controller}"))?;
+        let said = self.call(&format!("health {name} {within}"))?;
         let now = said.lines().find_map(|line| line.strip_prefix("instances=")).unwrap_or_default();
         let now = instances(now)?;
         let lost: Vec<_> = before.iter().filter(|was| !now.iter().any(|is| is.name == was.name)).collect();
@@ -139,9 +152,9 @@ impl<'a> Host<'a> {
         self.call("remove").map(drop)
     }
 
-    /// Makes room: two releases are kept.
-    pub(super) fn forget_old(&self) -> anyhow::Result<()> {
-        self.call("forget_old").map(drop)
+    /// Writes down that the release `name` is in order, and that the one before it is now `before`, and makes room: both are kept.
+    pub(super) fn settle(&self, name: &str, before: Option<&str>) -> anyhow::Result<()> {
+        self.call(&format!("settle {name} {}", before.unwrap_or_default())).map(drop)
     }
 }
 

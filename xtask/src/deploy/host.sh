@@ -1,13 +1,29 @@
 # What `cargo xtask deploy` does on a host: a function per step, run by root's shell. Nothing here needs more than systemd,
-# coreutils, diffutils and grep.
+# coreutils, diffutils, grep, tar and flock (util-linux).
+#
+#   /opt/rswap/RELEASE    all of one
+#             /current    what is started
+#             /good       what was last seen to be in order: a deployment that was cut off has not come to this
+#             /previous   what was in order before that
 set -eu
 export LC_ALL=C
+# Whatever root's is: what is to be read by others has to be, and what is not is said below.
+umask 022
 releases=/opt/rswap
 units=/etc/systemd/system
+# What has not come whole, with keys in it: root's alone, and gone with this shell.
+incoming=$releases/.incoming
 
 fail() {
     echo "$1" >&2
     exit 1
+}
+
+# A step of a deployment that was cut off may still be at it.
+locked() {
+    mkdir -p "$releases"
+    exec 9>"$releases/.lock"
+    flock --wait 120 9 || fail "a step of another deployment does not end ($releases/.lock)"
 }
 
 # The last word on a path is a rename: there is always either the old or the new.
@@ -38,45 +54,69 @@ runs() { # UNIT RELEASE
 }
 
 instances() {
-    # Not by echo, which may take a backslash for more than it is.
-    printf 'instances=%s\n' "$("$releases/current/rswap" ps --json 2>/dev/null | tr -d '\n')"
+    # Not by echo, which may take a backslash for more than it is. An agent that takes a call and does not answer is none.
+    printf 'instances=%s\n' "$(timeout 10 "$releases/current/rswap" ps --json 2>/dev/null | tr -d '\n')"
 }
 
-look() { # RELEASE CONTROLLER
+# What a link within the releases points to, if that is there.
+points_to() { # LINK
+    there=$(readlink "$releases/$1") && [ -e "$releases/$there/SHA256SUMS" ] && echo "$there"
+}
+
+# Whether everything of a release runs.
+all_run() { # RELEASE
+    runs rswap "$1" && { [ ! -e "$releases/$1/rswap-controller.service" ] || runs rswap-controller "$1"; }
+}
+
+# Something is there that is not ours to replace.
+is_foreign() { # PATH
+    { [ -e "$1" ] || [ -L "$1" ]; } && ! is_link_of_ours "$1"
+}
+
+look() { # RELEASE
     echo "system=$(uname -s) $(uname -m)"
     [ ! -d /run/systemd/system ] || echo systemd=yes
     for path in /usr/local/bin/rswap /etc/rswap/rswap.toml /etc/rswap/tls; do
-        [ ! -e "$path" ] || is_link_of_ours "$path" || echo "foreign=$path"
+        ! is_foreign "$path" || echo "foreign=$path"
     done
     for unit in rswap rswap-controller; do
         [ ! -e "$units/$unit.service" ] || is_unit_of_ours "$unit" || echo "foreign=$units/$unit.service"
         [ ! -e "/usr/lib/systemd/system/$unit.service" ] || echo "foreign=/usr/lib/systemd/system/$unit.service"
     done
     ! is_link_of_ours /etc/rswap/tls || echo certificates=yes
+    [ ! -e "$units/rswap-controller.service" ] || ! is_unit_of_ours rswap-controller || echo controller=yes
+    ! good=$(points_to good) || echo "good=$good"
+    ! previous=$(points_to previous) || echo "previous=$previous"
     if (cd "$releases/$1" && sha256sum --check --status SHA256SUMS) 2>/dev/null; then
         echo "copied=$1"
     fi
     if current=$(readlink "$releases/current"); then
         echo "current=$current"
-        if runs rswap "$current" && { [ "$2" = false ] || runs rswap-controller "$current"; }; then
-            echo active=yes
-        fi
+        ! all_run "$current" || echo active=yes
         instances
     fi
 }
 
-# Takes over what scp has brought, if it came whole.
-receive() { # RELEASE DIRECTORY
-    mkdir -p "$releases"
-    rm -rf "$releases/.incoming"
-    cp -r --preserve=mode "$2" "$releases/.incoming"
-    rm -rf "$2"
-    cd "$releases/.incoming"
+# Takes over what comes as a tar archive, if it comes whole.
+receive() { # RELEASE
+    locked
+    trap 'rm -rf "$incoming" "$incoming.old"' EXIT
+    trap 'exit 1' HUP INT PIPE TERM
+    rm -rf "$incoming" "$incoming.old"
+    mkdir -m 700 "$incoming"
+    cd "$incoming"
+    tar -x -f - --no-same-owner || fail "it did not arrive whole"
     sha256sum --check --quiet SHA256SUMS || fail "what arrived is not what was sent"
-    chown -R root:root .
+    # Whatever modes they had, and whatever was made of them on the way.
+    find . -type d -exec chmod 755 {} +
+    find . -type f -exec chmod 644 {} +
+    chmod 755 rswap
+    [ ! -e tls/key.pem ] || chmod 600 tls/key.pem
     sync
-    rm -rf "${releases:?}/$1"
-    mv -T "$releases/.incoming" "$releases/$1"
+    # One of that name is damaged. It may be the one that runs: it is never gone for longer than between two renames.
+    [ ! -e "$releases/$1" ] || mv -T "$releases/$1" "$incoming.old"
+    mv -T "$incoming" "$releases/$1"
+    cd /
 }
 
 # Whether the binary runs here, and reads its configuration.
@@ -88,9 +128,14 @@ try_out() { # RELEASE
 # Makes `current` what runs.
 start() {
     mkdir -p /etc/rswap /usr/local/bin
+    # Somebody may have been there since it was looked at.
+    for path in /usr/local/bin/rswap /etc/rswap/rswap.toml; do
+        ! is_foreign "$path" || fail "$path is there, and was not made by a deployment"
+    done
     point /usr/local/bin/rswap "$releases/current/rswap"
     point /etc/rswap/rswap.toml "$releases/current/rswap.toml"
     if [ -d "$releases/current/tls" ]; then
+        ! is_foreign /etc/rswap/tls || fail "/etc/rswap/tls is there, and was not made by a deployment"
         point /etc/rswap/tls "$releases/current/tls"
     elif is_link_of_ours /etc/rswap/tls; then
         rm /etc/rswap/tls
@@ -116,26 +161,44 @@ start() {
 }
 
 switch() { # RELEASE
-    if old=$(readlink "$releases/current") && [ "$old" != "$1" ]; then
-        point "$releases/previous" "$old"
-    fi
+    locked
     point "$releases/current" "$1"
     start
 }
 
-switch_back() { # RELEASE
-    point "$releases/current" "$1"
-    start
+# Whether the controller answers, for as long as it may take.
+controller_answers() { # RELEASE SECONDS
+    until said=$(timeout 10 "$releases/$1/rswap" fleet status 2>&1 >/dev/null); do
+        [ "$(date +%s)" -lt "$2" ] || fail "the controller of $1 does not answer: $said"
+        sleep 0.2
+    done
 }
 
-health() { # RELEASE SECONDS CONTROLLER
-    "$releases/$1/rswap" health --within "$2"
+health() { # RELEASE SECONDS
+    until=$(($(date +%s) + $2))
+    # Also of an agent that takes the call and does not answer.
+    timeout $(($2 + 5)) "$releases/$1/rswap" health --within "$2" || fail "the agent of $1 is not in order within $2 s"
     runs rswap "$1" || fail "the agent that answers is not the one of $1"
+    controller=$releases/$1/rswap-controller.service
+    [ ! -e "$controller" ] || controller_answers "$1" "$until"
     pids="$(main_pid rswap) $(main_pid rswap-controller)"
     sleep 2
     [ "$pids" = "$(main_pid rswap) $(main_pid rswap-controller)" ] || fail "it does not stay: systemd has started it anew"
-    [ "$3" = false ] || runs rswap-controller "$1" || fail "the controller of $1 does not run"
+    [ ! -e "$controller" ] || runs rswap-controller "$1" || fail "the controller of $1 does not run"
     instances
+}
+
+# It is in order. It is kept, as is what was in order before, if another was; all others go.
+settle() { # RELEASE [BEFORE]
+    locked
+    [ -z "${2-}" ] || point "$releases/previous" "$2"
+    point "$releases/good" "$1"
+    for path in "$releases"/*-*; do
+        case ${path##*/} in
+        "$1" | "$(readlink "$releases/current")" | "$(readlink "$releases/previous" || true)") ;;
+        *) rm -rf "$path" ;;
+        esac
+    done
 }
 
 # Whether nothing runs in a cgroup any longer.
@@ -144,11 +207,12 @@ has_ended() { # CGROUP
 }
 
 last_words() {
-    journalctl --unit=rswap --lines=10 --output=cat --no-pager 2>/dev/null || systemctl status --no-pager rswap || true
+    journalctl --unit=rswap --unit=rswap-controller --lines=10 --output=cat --no-pager 2>/dev/null || systemctl status --no-pager rswap || true
 }
 
 # All but the releases themselves and what agents keep.
 remove() {
+    locked
     for unit in rswap rswap-controller; do
         if [ -e "$units/$unit.service" ]; then
             systemctl disable --quiet --now "$unit"
@@ -159,15 +223,5 @@ remove() {
     for path in /usr/local/bin/rswap /etc/rswap/rswap.toml /etc/rswap/tls; do
         if is_link_of_ours "$path"; then rm "$path"; fi
     done
-    rm -f "$releases/current" "$releases/previous"
-}
-
-# Keeps the current release and the one before.
-forget_old() {
-    for path in "$releases"/*-*; do
-        case ${path##*/} in
-        "$(readlink "$releases/current")" | "$(readlink "$releases/previous" || true)") ;;
-        *) rm -rf "$path" ;;
-        esac
-    done
+    rm -f "$releases/current" "$releases/previous" "$releases/good"
 }

@@ -6,9 +6,13 @@
 //!   look              what is there; refused before anything is touched where it can't be done
 //!   copy, install     to /opt/rswap/RELEASE, digests compared, and the binary reads the configuration there
 //!   switch            /opt/rswap/current, the unit; the agent starts anew, instances keep running
-//!   health            the agent answers, works, and is the new one, and every instance that was watched is watched or has ended
+//!   health            the agent answers, works, and is the new one, and every instance that was watched is watched or has ended;
+//!                     so does a controller
 //!     or else         switched back, and the one before has to be in order; no further host is touched
+//!   settle            /opt/rswap/good: whoever finds another release there than `current` knows that somebody was cut off
 //! ```
+//!
+//! Where the release runs already, it is looked at all the same (health), and settled.
 
 mod host;
 mod release;
@@ -23,7 +27,7 @@ use xshell::Shell;
 use crate::{compile, project_root, setup, step};
 use host::Host;
 use release::Release;
-use rule::{Found, Next};
+use rule::{Back, Found, Next};
 
 /// Where everything comes from, and where it goes.
 #[derive(Debug, Args)]
@@ -40,6 +44,9 @@ pub(crate) struct Deploy {
     /// This host (one of those above, without USER@) runs the controller, too
     #[arg(long, value_name = "HOST")]
     controller: Option<String>,
+    /// A host that runs the controller, and is not --controller any more, is to stop it
+    #[arg(long)]
+    drop_controller: bool,
     /// A binary that is there, instead of one that is built now
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
@@ -81,7 +88,7 @@ pub(crate) fn run(deploy: &Deploy) -> anyhow::Result<()> {
     let mut done = 0;
     for (target, release) in deploy.hosts.iter().zip(&releases) {
         let host = Host::new(&shell, deploy, target)?;
-        if let Err(error) = one(&host, release, deploy.dry_run) {
+        if let Err(error) = one(&host, release, deploy) {
             let left = deploy.hosts[done + 1..].join(", ");
             let left = if left.is_empty() { String::new() } else { format!("; not touched: {left}") };
             return Err(
@@ -114,61 +121,81 @@ fn binary(deploy: &Deploy) -> anyhow::Result<PathBuf> {
 }
 
 /// Brings one host to `release`.
-fn one(host: &Host<'_>, release: &Release, dry_run: bool) -> anyhow::Result<()> {
+fn one(host: &Host<'_>, release: &Release, deploy: &Deploy) -> anyhow::Result<()> {
+    let dry_run = deploy.dry_run;
     let (target, name) = (host.target(), &release.name);
     step(&format!("{target}: looking at it"));
     let found = host.look(release)?;
-    let to_copy = match rule::next(&found, release) {
-        Next::Refuse(why) => bail!("{why}"),
-        Next::Nothing => {
-            step(&format!("{target}: {name} runs there already: nothing to do"));
-            return Ok(());
-        }
-        Next::Install { to_copy } => to_copy,
-    };
-    let current = found.current.as_deref();
-    let from = current.unwrap_or("nothing");
+    let from = found.current.as_deref().unwrap_or("nothing");
+    if let Some(good) = found.good.as_deref().filter(|good| *good != from) {
+        step(&format!("{target}: a deployment of {from} was cut off; {good} was last in order there"));
+    }
     let say = |what: String| {
         step(&format!("{target}: {what}{}", if dry_run { " (dry run: not done)" } else { "" }));
         !dry_run
     };
-    if to_copy && say(format!("copying {} files, {} bytes", release.files, release.bytes)) {
-        host.copy(release)?;
-    }
-    if say(format!("reading its configuration with /opt/rswap/{name}/rswap")) {
-        host.try_out(release).context("nothing was switched: what ran there before still does")?;
-    }
-    let controller = if release.controller { ", and the controller" } else { "" };
-    let mut outcome = Ok(());
-    if say(format!("switching from {from} to {name}, and starting the agent{controller} anew")) {
-        outcome = host.switch(release);
-    }
-    if outcome.is_ok() && say("waiting for it to be in order".to_owned()) {
-        outcome = host.health(name, release.controller, &found.instances);
-    }
+    let outcome = match rule::next(&found, release, deploy.drop_controller) {
+        Next::Refuse(why) => bail!("{why}"),
+        Next::Check => {
+            let outcome = host.health(name, &found.instances);
+            if outcome.is_ok() {
+                step(&format!("{target}: {name} runs there already, and is in order: nothing to do"));
+            } else if dry_run {
+                return outcome.context(format!("{name} runs there, and is not in order (dry run: left so)"));
+            }
+            outcome
+        }
+        Next::Install { to_copy } => {
+            if to_copy && say(format!("copying {} files, {} bytes", release.files.len(), release.bytes)) {
+                host.copy(release)?;
+            }
+            if say(format!("reading its configuration with /opt/rswap/{name}/rswap")) {
+                host.try_out(release).context("nothing was switched: what ran there before still does")?;
+            }
+            let controller = if release.controller { ", and the controller" } else { "" };
+            let mut outcome = Ok(());
+            if say(format!("switching from {from} to {name}, and starting the agent{controller} anew")) {
+                outcome = host.switch(name);
+            }
+            if outcome.is_ok() && say("waiting for it to be in order".to_owned()) {
+                outcome = host.health(name, &found.instances);
+            }
+            outcome
+        }
+    };
     match outcome {
         Err(error) => {
             eprintln!("{target}: {name} does not work there: {error:#}\n{}", host.last_words());
             roll_back(host, release, &found, error)
         }
         Ok(()) if dry_run => Ok(()),
-        Ok(()) => host.forget_old(),
+        Ok(()) => match rule::back(&found, release) {
+            Back::To(before) => host.settle(name, Some(&before)),
+            Back::Stay | Back::Remove => host.settle(name, None),
+        },
     }
 }
 
 /// Goes back to what was there before, and says what came of it. Always an error.
 fn roll_back(host: &Host<'_>, release: &Release, found: &Found, why: anyhow::Error) -> anyhow::Result<()> {
     let target = host.target();
-    let Some(before) = found.current.as_deref().filter(|before| *before != release.name) else {
-        step(&format!(
-            "{target}: nothing was there before: stopping the agent, and taking it out of the way"
-        ));
-        host.remove().context("ROLL BACK FAILED: see to this host")?;
-        return Err(why.context("rolled back: no agent runs there, as before"));
+    let before = match rule::back(found, release) {
+        Back::To(before) => before,
+        Back::Stay => {
+            let stays = "it stays as it is, since nothing else is known to have been in order there: see to this host";
+            return Err(why.context(format!("{}: {stays}", release.name)));
+        }
+        Back::Remove => {
+            step(&format!(
+                "{target}: nothing was there before: stopping the agent, and taking it out of the way"
+            ));
+            host.remove().context("ROLL BACK FAILED: see to this host")?;
+            return Err(why.context("rolled back: no agent runs there, as before"));
+        }
     };
     step(&format!("{target}: going back to {before}"));
-    let back = host.switch_back(before).and_then(|()| host.health(before, false, &found.instances));
-    match back {
+    let back = host.switch(&before).and_then(|()| host.health(&before, &found.instances));
+    match back.and_then(|()| host.settle(&before, None)) {
         Ok(()) => Err(why.context(format!("rolled back: {before} runs there again"))),
         Err(error) => Err(why.context(format!(
             "ROLL BACK FAILED: see to this host: {before} is not in order either: {error:#}"

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
@@ -19,10 +19,10 @@ pub(super) const SUMS: &str = "SHA256SUMS";
 pub(super) struct Release {
     /// Version of the program, and the beginning of the digest of everything: the same for the same content.
     pub(super) name: String,
-    /// Where it is.
+    /// Where it is. What is in it are links: nothing of a key is ever written here, so nothing of it can be left behind.
     pub(super) directory: PathBuf,
-    /// How many files it has.
-    pub(super) files: usize,
+    /// The names of its files, from there.
+    pub(super) files: Vec<String>,
     /// How much that is.
     pub(super) bytes: u64,
     /// Certificates come with it.
@@ -49,27 +49,31 @@ impl Release {
         ensure!(host.chars().all(plain) && !host.starts_with(['.', '-']), "{host:?} is no name of a host");
         fs::create_dir_all(to)?;
         let mut files = vec![
-            ("rswap".to_owned(), binary.to_owned(), 0o755),
-            ("rswap.toml".to_owned(), deploy.config.join(format!("{host}.toml")), 0o644),
+            ("rswap".to_owned(), binary.to_owned()),
+            ("rswap.toml".to_owned(), deploy.config.join(format!("{host}.toml"))),
         ];
         let controller = deploy.controller.as_deref() == Some(host);
         let units: &[&str] = if controller { &["rswap", "rswap-controller"] } else { &["rswap"] };
         for unit in units {
-            files.push((format!("{unit}.service"), packaging().join(format!("{unit}.service")), 0o644));
+            files.push((format!("{unit}.service"), packaging().join(format!("{unit}.service"))));
         }
         if let Some(pki) = &deploy.pki {
             fs::create_dir(to.join("tls"))?;
-            for (file, mode) in [("ca.pem", 0o644), ("certificate.pem", 0o644), ("key.pem", 0o600)] {
-                files.push((format!("tls/{file}"), pki.join("issued").join(host).join(file), mode));
+            for file in ["ca.pem", "certificate.pem", "key.pem"] {
+                files.push((format!("tls/{file}"), pki.join("issued").join(host).join(file)));
             }
         }
         let mut bytes = 0;
-        for (name, from, mode) in &files {
-            let to = to.join(name);
-            bytes += fs::copy(from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
-            fs::set_permissions(&to, fs::Permissions::from_mode(*mode))?;
+        for (name, from) in &files {
+            let missing = || format!("cannot find {}", from.display());
+            let from = fs::canonicalize(from).with_context(missing)?;
+            let found = fs::metadata(&from).with_context(missing)?;
+            ensure!(found.is_file(), "{} is no file", from.display());
+            bytes += found.len();
+            symlink(&from, to.join(name))?;
         }
-        let names = files.iter().map(|(name, ..)| name);
+        let mut files: Vec<String> = files.into_iter().map(|(name, _)| name).collect();
+        let names = &files;
         let _here = shell.push_dir(to);
         let sums =
             cmd!(shell, "sha256sum --binary {names...}").quiet().read().context("sha256sum (coreutils)")?;
@@ -79,10 +83,12 @@ impl Release {
         let version =
             cmd!(shell, "./rswap --version").quiet().read().context("this binary does not run here")?;
         let version = version.split(' ').next_back().unwrap_or_default();
+        let name = format!("{version}-{digest}");
+        files.push(SUMS.to_owned());
         Ok(Self {
-            name: format!("{version}-{digest}"),
+            name,
             directory: to.to_owned(),
-            files: files.len(),
+            files,
             bytes,
             certificates: deploy.pki.is_some(),
             controller,

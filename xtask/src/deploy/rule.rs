@@ -1,8 +1,14 @@
 //! What is to be done with a host, by what was found there. Pure.
+//!
+//! A host may have been left in the middle of an earlier deployment. What tells is `good`: the release that was last seen to be in order
+//! there, and named so on the disk. `current` only says what is started.
 
 use serde::Deserialize;
 
 use super::release::Release;
+
+/// Where certificates are.
+const TLS: &str = "/etc/rswap/tls";
 
 /// An instance, as an agent lists it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -24,10 +30,16 @@ pub(super) struct Found {
     pub(super) systemd: bool,
     /// The release that `current` points to.
     pub(super) current: Option<String>,
+    /// The release that `previous` points to, if it is there.
+    pub(super) previous: Option<String>,
+    /// The release that was last in order, if it is there; those that deployed before it was written down have none.
+    pub(super) good: Option<String>,
     /// The wanted release, if it has been installed whole.
     pub(super) copied: Option<String>,
     /// The units that should run do, and they are from `current`.
     pub(super) active: bool,
+    /// It has a controller's unit of a deployment.
+    pub(super) controller: bool,
     /// Files of somebody else where a link of ours would be.
     pub(super) foreign: Vec<String>,
     /// A deployment has brought certificates.
@@ -39,16 +51,27 @@ pub(super) struct Found {
 /// What is to be done.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// It is as it should be.
-    Nothing,
+    /// It is what runs: only whether it is in order is to be looked at.
+    Check,
     /// The release is to be installed; its files have to be copied first, or are there.
     Install { to_copy: bool },
     /// It can't be done.
     Refuse(String),
 }
 
-/// Decides.
-pub(super) fn next(found: &Found, release: &Release) -> Next {
+/// What becomes of a host where the wanted release is not in order.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Back {
+    /// An earlier one is started again.
+    To(String),
+    /// It stays as it is: nothing is known to be better.
+    Stay,
+    /// Nothing has ever been in order there: what was made for it to be found goes.
+    Remove,
+}
+
+/// Decides. `drop_controller`: somebody wants a controller to go.
+pub(super) fn next(found: &Found, release: &Release, drop_controller: bool) -> Next {
     let here = format!("Linux {}", std::env::consts::ARCH);
     let refuse = |why: String| Next::Refuse(why);
     if found.system != here {
@@ -67,22 +90,44 @@ pub(super) fn next(found: &Found, release: &Release) -> Next {
                 .into(),
         );
     }
-    if let [first, ..] = found.foreign.as_slice() {
+    // Certificates that were brought by hand are left alone by who brings none.
+    let in_the_way = |path: &&String| *path != TLS || release.certificates;
+    if let Some(path) = found.foreign.iter().find(in_the_way) {
         return refuse(format!(
-            "{first} is there, and was not made by a deployment: bring it into the directories given here (--config, --pki), \
+            "{path} is there, and was not made by a deployment: bring it into the directories given here (--config, --pki), \
              move it away, and deploy again"
         ));
     }
     if found.certificates && !release.certificates {
+        return refuse(format!(
+            "a deployment has brought its certificates: give --pki again, or remove {TLS} there"
+        ));
+    }
+    if found.controller && !release.controller && !drop_controller {
         return refuse(
-            "a deployment has brought its certificates: give --pki again, or remove /etc/rswap/tls there"
+            "it runs the fleet's controller: give --controller again, or --drop-controller, by which it is stopped there"
                 .into(),
         );
     }
     if found.current.as_deref() == Some(&release.name) && found.active {
-        return Next::Nothing;
+        return Next::Check;
     }
     Next::Install { to_copy: found.copied.as_deref() != Some(&release.name) }
+}
+
+/// Decides where to go back to from `release`.
+pub(super) fn back(found: &Found, release: &Release) -> Back {
+    let other = |name: &&String| **name != release.name;
+    if let Some(good) = &found.good {
+        return if *good == release.name { Back::Stay } else { Back::To(good.clone()) };
+    }
+    // Before it was written down what was in order: what ran is the best guess, and what ran before that where this one runs already.
+    match (found.current.iter().find(other), found.previous.iter().find(other)) {
+        (Some(current), _) => Back::To(current.clone()),
+        (None, Some(previous)) => Back::To(previous.clone()),
+        (None, None) if found.current.is_some() && found.active => Back::Stay,
+        (None, None) => Back::Remove,
+    }
 }
 
 #[cfg(test)]
@@ -91,7 +136,8 @@ mod tests {
 
     fn release() -> Release {
         let directory = std::path::PathBuf::new();
-        Release { name: "1-a".into(), directory, files: 4, bytes: 9, certificates: true, controller: false }
+        let files = vec!["rswap".to_owned(); 4];
+        Release { name: "1-a".into(), directory, files, bytes: 9, certificates: true, controller: false }
     }
 
     fn fresh() -> Found {
@@ -100,23 +146,27 @@ mod tests {
     }
 
     fn refusal(found: Found) -> String {
-        match next(&found, &release()) {
+        match next(&found, &release(), false) {
             Next::Refuse(why) => why,
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn what_runs_is_left_alone_and_what_does_not_is_installed() {
+    fn what_runs_is_only_looked_at_and_what_does_not_is_installed() {
+        let next = |found: &Found| next(found, &release(), false);
         let (copied, current) = (Some("1-a".to_owned()), Some("1-a".to_owned()));
-        assert_eq!(next(&fresh(), &release()), Next::Install { to_copy: true });
+        assert_eq!(next(&fresh()), Next::Install { to_copy: true });
         let there = Found { copied, ..fresh() };
-        assert_eq!(next(&there, &release()), Next::Install { to_copy: false });
+        assert_eq!(next(&there), Next::Install { to_copy: false });
         let other = Found { current: Some("0-b".into()), active: true, ..there.clone() };
-        assert_eq!(next(&other, &release()), Next::Install { to_copy: false });
+        assert_eq!(next(&other), Next::Install { to_copy: false });
         let dead = Found { current: current.clone(), active: false, ..there.clone() };
-        assert_eq!(next(&dead, &release()), Next::Install { to_copy: false }, "it does not run");
-        assert_eq!(next(&Found { current, active: true, ..there }, &release()), Next::Nothing);
+        assert_eq!(next(&dead), Next::Install { to_copy: false }, "it does not run");
+        let runs = Found { current, active: true, ..there };
+        for good in [None, Some("1-a".to_owned()), Some("0-b".to_owned())] {
+            assert_eq!(next(&Found { good, ..runs.clone() }), Next::Check, "that it runs says little");
+        }
     }
 
     #[test]
@@ -128,7 +178,63 @@ mod tests {
         assert!(refusal(foreign).contains("/etc/rswap/rswap.toml"));
         let bare = Release { certificates: false, ..release() };
         let secured = Found { certificates: true, ..fresh() };
-        assert!(matches!(next(&secured, &bare), Next::Refuse(why) if why.contains("--pki")));
-        assert_eq!(next(&secured, &release()), Next::Install { to_copy: true });
+        assert!(matches!(next(&secured, &bare, false), Next::Refuse(why) if why.contains("--pki")));
+        assert_eq!(next(&secured, &release(), false), Next::Install { to_copy: true });
+        // Certificates of somebody else are in the way of ours, and of nothing else.
+        let by_hand = Found { foreign: vec![TLS.to_owned()], ..fresh() };
+        assert!(refusal(by_hand.clone()).contains(TLS));
+        assert_eq!(next(&by_hand, &bare, false), Next::Install { to_copy: true });
+        let both = Found { foreign: vec![TLS.to_owned(), "/usr/local/bin/rswap".into()], ..by_hand };
+        assert!(
+            matches!(next(&both, &bare, false), Next::Refuse(why) if why.contains("/usr/local/bin/rswap"))
+        );
+    }
+
+    #[test]
+    fn a_controller_goes_only_if_that_is_wanted() {
+        let has = Found { controller: true, ..fresh() };
+        assert!(refusal(has.clone()).contains("--drop-controller"));
+        assert_eq!(next(&has, &release(), true), Next::Install { to_copy: true });
+        let stays = Release { controller: true, ..release() };
+        assert_eq!(next(&has, &stays, false), Next::Install { to_copy: true });
+    }
+
+    #[test]
+    fn the_way_back_is_to_what_was_in_order_whatever_a_deployment_that_was_cut_off_has_left() {
+        let (new, old, older) = ("1-a", "0-b", "0-c");
+        let releases = [None, Some(new), Some(old), Some(older)];
+        let mut seen = 0;
+        for good in releases {
+            for current in releases {
+                for previous in releases {
+                    for active in [false, true] {
+                        let own = |name: Option<&str>| name.map(str::to_owned);
+                        let (good, current, previous) = (own(good), own(current), own(previous));
+                        let found = Found { good, current, previous, active, ..fresh() };
+                        let back = back(&found, &release());
+                        let name = |name: &Option<String>| name.clone().filter(|name| name != new);
+                        let expected = match (&found.good, name(&found.current), name(&found.previous)) {
+                            // It was in order before, or nothing was: neither is a reason to take away what is there.
+                            (Some(good), _, _) if good == new => Back::Stay,
+                            (Some(good), _, _) => Back::To(good.clone()),
+                            (None, Some(current), _) => Back::To(current),
+                            (None, None, Some(previous)) => Back::To(previous),
+                            (None, None, None) if found.current.is_some() && active => Back::Stay,
+                            (None, None, None) => Back::Remove,
+                        };
+                        assert_eq!(back, expected, "{found:?}");
+                        assert_ne!(
+                            back,
+                            Back::To(new.to_owned()),
+                            "there is no way back to itself: {found:?}"
+                        );
+                        let something = found.good.is_some() || (found.current.is_some() && active);
+                        assert!(back != Back::Remove || !something, "what works is not removed: {found:?}");
+                        seen += 1;
+                    }
+                }
+            }
+        }
+        assert_eq!(seen, 128);
     }
 }
