@@ -11,6 +11,7 @@
 //! ```
 
 pub mod bench;
+pub mod claims;
 pub mod client;
 pub mod cold;
 pub mod controller;

@@ -47,6 +47,18 @@ impl Pattern {
         low + (high - low) * ((share - from) / (to - from)).clamp(0.0, 1.0)
     }
 
+    /// When more than `amount` is offered on day `day` (from 0) for the first time, after the first day's beginning; `None` if never.
+    pub fn first_above(&self, amount: f64, day: u32) -> Option<Duration> {
+        let ends = self.cores[1..].iter().copied().chain([(1.0, self.cores[0].1)]);
+        let share =
+            self.cores.iter().zip(ends).find_map(|(&(from, low), (to, high))| match low > amount {
+                true => Some(from),
+                false if high > amount => Some(from + (to - from) * (amount - low) / (high - low)),
+                false => None,
+            })?;
+        Some(self.day * day + self.day.mul_f64(share))
+    }
+
     /// Which day it is, from 0, `at` after the first one's beginning.
     pub fn day_at(&self, at: Duration) -> u32 {
         (at.as_secs_f64() / self.day.as_secs_f64()) as u32
@@ -211,5 +223,12 @@ mod tests {
         assert_eq!(pattern.peak_start(2), Duration::from_secs(52));
         assert_eq!(pattern.peak_end(2), Duration::from_secs(56));
         assert_eq!(pattern.day_at(Duration::from_secs(39)), 1);
+        let above = |amount: f64, day| pattern.first_above(amount, day).map(|at| at.as_secs_f64());
+        let close =
+            |found: Option<f64>, s: f64| assert!((found.unwrap() - s).abs() < 1e-6, "{found:?}, not {s}");
+        close(above(0.6, 0), 11.0);
+        close(above(0.6, 2), 51.0);
+        close(above(0.05, 1), 20.0);
+        assert_eq!(above(1.1, 0), None);
     }
 }
