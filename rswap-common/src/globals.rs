@@ -15,6 +15,10 @@ globals! {
     SLOT_COUNT;
     /// Number of shards of the block records, less one: the mask of a CPU's number.
     BLOCK_SHARD_MASK;
+    /// 1: several CPUs share a shard, and add atomically.
+    BLOCK_SHARDS_SHARED;
+    /// `__REQ_BACKGROUND` as a mask.
+    REQUEST_BACKGROUND;
     /// 0: the programs log nothing. 4: they log each event that they count (slow; for their developers).
     AYA_LOG_LEVEL;
     /// 1: a block request is charged to its `bio`'s cgroup where that one is tracked (cgroup v2 with `io`).
@@ -24,6 +28,12 @@ globals! {
 
     /// `task_struct.pid`.
     TASK_PID;
+    /// 1: the tracepoint says in which state the task is that goes, and the two below are known.
+    SWITCH_HAS_STATE;
+    /// `task_struct.in_iowait`: the byte that it is in.
+    TASK_IN_IOWAIT;
+    /// `task_struct.in_iowait`: a mask in that byte.
+    TASK_IN_IOWAIT_MASK;
     /// `task_struct.cgroups`.
     TASK_CGROUPS;
     /// `task_struct.sched_info.last_queued`.

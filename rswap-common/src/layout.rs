@@ -2,7 +2,7 @@
 //!
 //! Every tracked instance has a slot. Scheduler and TCP records are kept once per slot and CPU, so no two
 //! CPUs write to the same record and plain (not atomic) additions are enough. Block records are larger (one
-//! per device and direction) and their events are rarer: these are kept in a few shards, with atomic
+//! per device and operation) and their events are rarer: these are kept in a few shards, with atomic
 //! additions. All counters only ever grow (and wrap); the agent works with differences.
 
 use crate::histogram::BUCKETS;
@@ -20,9 +20,6 @@ pub const MAX_DEVICES: u32 = 8;
 /// Index under which devices that are not in the table are counted.
 pub const OTHER_DEVICE: u32 = MAX_DEVICES - 1;
 
-/// Block requests in flight whose submitter is remembered at a time.
-pub const MAX_REQUESTS: u32 = 16384;
-
 /// A wait for a core that is shorter than this, in nanoseconds, is none for somebody else's sake: so long it takes until a task that
 /// gives way has gone.
 pub const LEAST_WAIT_NS: u64 = 100_000;
@@ -32,12 +29,14 @@ pub const MAX_BLOCK_SHARDS: u32 = 4;
 
 /// Names of the maps in the eBPF object.
 pub mod map_names {
-    /// Hash: kernfs cgroup id (`u64`) -> slot (`u32`).
-    pub const CGROUP_SLOTS: &str = "CGROUP_SLOTS";
+    /// Array of [`crate::tables::CgroupSet`]: kernfs cgroup id -> slot.
+    pub const CGROUPS: &str = "CGROUPS";
     /// Array of [`super::SlotRecord`], index by [`super::slot_index`]; can be mapped into memory.
     pub const SLOTS: &str = "SLOTS";
     /// Array of [`super::BlockRecord`], index by [`super::block_index`]; can be mapped into memory.
     pub const BLOCKS: &str = "BLOCKS";
+    /// Array of [`super::UnownedRecord`], index by CPU; can be mapped into memory.
+    pub const UNOWNED: &str = "UNOWNED";
     /// Array of one [`super::DeviceTable`]; can be mapped into memory.
     pub const DEVICES: &str = "DEVICES";
     /// Ring buffer of [`super::WrittenRecord`].
@@ -83,6 +82,33 @@ impl HistogramRecord {
     pub const EMPTY: Self = Self { sum: 0, buckets: [0; BUCKETS] };
 }
 
+/// Why a task is off the CPU, and not waiting for it.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OffCpu {
+    /// It waits for something to happen: a timer, a message, a child, a lock of its own program.
+    Sleep = 0,
+    /// It waits for I/O, and says so to the kernel (`in_iowait`).
+    IoWait = 1,
+    /// It can't be interrupted, but says nothing of I/O: locks inside of the kernel, memory that is made free.
+    Blocked = 2,
+    /// It was stopped, is traced, or frozen.
+    Stopped = 3,
+}
+
+/// Number of kinds in [`OffCpu`].
+pub const OFF_CPU_KINDS: usize = 4;
+
+/// Time off the CPU for one reason.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OffCpuCount {
+    /// How long, in nanoseconds.
+    pub ns: u64,
+    /// How often.
+    pub times: u64,
+}
+
 /// What one CPU saw of one slot's instance: scheduler and TCP.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +130,8 @@ pub struct SlotRecord {
     pub foreign_wait_ns: u64,
     /// When a task of it last left the CPU, by the run queue's clock: for the programs.
     pub left_ns: u64,
+    /// Time off the CPU that ended, by [`OffCpu`].
+    pub off_cpu: [OffCpuCount; OFF_CPU_KINDS],
 }
 
 impl SlotRecord {
@@ -117,32 +145,75 @@ impl SlotRecord {
         others_wait_ns: 0,
         foreign_wait_ns: 0,
         left_ns: 0,
+        off_cpu: [OffCpuCount { ns: 0, times: 0 }; OFF_CPU_KINDS],
     };
 }
 
-/// What one shard saw of one slot's instance on one device in one direction.
+/// What one shard saw of one slot's instance on one device in one operation.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockRecord {
-    /// Issue to completion, in nanoseconds.
-    pub latency_ns: HistogramRecord,
+    /// From when the driver was given the request to its end, in nanoseconds; of a request of which that is not known, from when it was made.
+    pub device_ns: HistogramRecord,
+    /// From when the request was made to when the driver was given it, in nanoseconds, where both are known.
+    pub queue_ns: HistogramRecord,
     /// Bytes completed.
     pub bytes: u64,
+    /// Requests in `device_ns` that are not in `queue_ns`.
+    pub not_split: u64,
 }
 
 impl BlockRecord {
     /// One without events.
-    pub const EMPTY: Self = Self { latency_ns: HistogramRecord::EMPTY, bytes: 0 };
+    pub const EMPTY: Self =
+        Self { device_ns: HistogramRecord::EMPTY, queue_ns: HistogramRecord::EMPTY, bytes: 0, not_split: 0 };
 }
 
-/// Direction of a block request, as its records are indexed.
+/// What a block request does, as its records are indexed.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BlockDirection {
-    /// From the device.
+pub enum BlockOperation {
+    /// Takes data from the device.
     Read = 0,
-    /// To the device.
+    /// Gives data to the device.
     Write = 1,
+    /// Makes what was written lasting.
+    Flush = 2,
+    /// Discards, erases or zeroes, without data that go there.
+    Discard = 3,
+}
+
+/// Requests that were nobody's who is tracked.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UnownedCount {
+    /// How many.
+    pub requests: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// What requests that are nobody's who is tracked are counted as.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unowned {
+    /// Reads.
+    Read = 0,
+    /// Writes that somebody waits for, or that the kernel does not call background ones.
+    Write = 1,
+    /// Writes in the background: of pages that anybody, instances included, may have written before.
+    WriteBack = 2,
+}
+
+/// Number of kinds in [`Unowned`].
+pub const UNOWNED_KINDS: usize = 3;
+
+/// What one CPU saw of requests that were nobody's who is tracked, by the device's place and by [`Unowned`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnownedRecord {
+    /// All of them.
+    pub by_device: [[UnownedCount; UNOWNED_KINDS]; MAX_DEVICES as usize],
 }
 
 /// The devices told apart, by their place in the table; 0 is an empty place.
@@ -165,10 +236,21 @@ pub const fn slot_index(cpu: u32, slot: u32, slots: u32) -> u32 {
     cpu * slots + slot
 }
 
-/// Place of a slot's record of one shard, device and direction, with `slots` slots.
+/// Place of a slot's record of one shard, device and operation, with `slots` slots. Flushes and discards are rare: they share one shard.
 #[inline(always)]
-pub const fn block_index(shard: u32, slot: u32, slots: u32, device: u32, direction: BlockDirection) -> u32 {
-    ((shard * slots + slot) * MAX_DEVICES + device) * 2 + direction as u32
+pub const fn block_index(shard: u32, slot: u32, slots: u32, device: u32, operation: BlockOperation) -> u32 {
+    let (part, column) = match operation {
+        BlockOperation::Flush => (0, 0),
+        BlockOperation::Discard => (0, 1),
+        BlockOperation::Read => (shard + 1, 0),
+        BlockOperation::Write => (shard + 1, 1),
+    };
+    ((part * slots + slot) * MAX_DEVICES + device) * 2 + column
+}
+
+/// Number of block records.
+pub const fn block_records(shards: u32, slots: u32) -> u32 {
+    (shards + 1) * slots * MAX_DEVICES * 2
 }
 
 /// Shards of the block records on a host with `cpus` CPUs: a power of two.
@@ -182,8 +264,9 @@ pub const fn block_shards(cpus: u32) -> u32 {
 
 // Both sides are compiled apart: the layout must not depend on the target's alignment rules.
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
-const _: () = assert!(size_of::<SlotRecord>() == 3 * size_of::<HistogramRecord>() + 40);
-const _: () = assert!(size_of::<BlockRecord>() == size_of::<HistogramRecord>() + 8);
+const _: () = assert!(size_of::<SlotRecord>() == 3 * size_of::<HistogramRecord>() + 40 + 16 * OFF_CPU_KINDS);
+const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);
+const _: () = assert!(size_of::<UnownedRecord>() == MAX_DEVICES as usize * UNOWNED_KINDS * 16);
 
 #[cfg(test)]
 mod tests {
@@ -199,14 +282,18 @@ mod tests {
         for shard in 0..shards {
             for slot in 0..slots {
                 for device in 0..MAX_DEVICES {
-                    for direction in [BlockDirection::Read, BlockDirection::Write] {
-                        assert!(seen.insert(block_index(shard, slot, slots, device, direction)));
+                    for operation in [BlockOperation::Read, BlockOperation::Write] {
+                        assert!(seen.insert(block_index(shard, slot, slots, device, operation)));
+                    }
+                    for operation in [BlockOperation::Flush, BlockOperation::Discard] {
+                        let place = block_index(shard, slot, slots, device, operation);
+                        assert_eq!(seen.insert(place), shard == 0, "one for all shards");
                     }
                 }
             }
         }
-        assert_eq!(seen.len() as u32, shards * slots * MAX_DEVICES * 2);
-        assert_eq!(seen.last().copied(), Some(shards * slots * MAX_DEVICES * 2 - 1));
+        assert_eq!(seen.len() as u32, block_records(shards, slots));
+        assert_eq!(seen.last().copied(), Some(block_records(shards, slots) - 1));
     }
 
     #[test]

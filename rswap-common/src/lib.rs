@@ -4,3 +4,4 @@
 pub mod globals;
 pub mod histogram;
 pub mod layout;
+pub mod tables;

@@ -12,10 +12,12 @@ async function load() {
 
 const rate = (bytes, profile) => (bytes * 1000) / Math.max(1, profile.window_ms);
 
+const movesData = (block) => block.operation === "read" || block.operation === "write";
+
 export const ioRate = (profile) =>
   profile?.block_counted
     ? rate(
-        profile.block.reduce((sum, block) => sum + block.bytes, 0),
+        profile.block.filter(movesData).reduce((sum, block) => sum + block.bytes, 0),
         profile,
       )
     : null;

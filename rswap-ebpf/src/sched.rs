@@ -1,4 +1,4 @@
-//! Scheduler: run-queue latency of the task that comes, time on the CPU of the task that goes.
+//! Scheduler: run-queue latency of the task that comes, time on the CPU of the task that goes, and between going and being woken.
 //!
 //! The kernel keeps both starting points itself (`sched_info`), on the run queue's clock. So one program at
 //! `sched_switch` is enough: no hook on wake-ups, no map of start times, no call for the time. The figures
@@ -9,14 +9,17 @@
 //! another task of its own, which counted then what that one had waited itself: no moment counts twice. A CPU may be idle meanwhile
 //! only if a limit of the group held the task back: that is no waiting for others.
 
-use aya_ebpf::{macros::btf_tracepoint, programs::BtfTracePointContext};
+use aya_ebpf::{Global, macros::btf_tracepoint, programs::BtfTracePointContext};
 use aya_log_ebpf::debug;
 
-use rswap_common::layout::{LEAST_WAIT_NS, SlotRecord};
+use rswap_common::{
+    layout::{LEAST_WAIT_NS, OffCpu, OffCpuCount, SlotRecord},
+    tables::{slept_ns, why_of_word},
+};
 
 use crate::{
     kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{Leavers, count, leavers, slot_of, slot_record},
+    maps::{Leavers, count, leavers, remember_sleeper, slot_of, slot_record, take_sleeper},
 };
 
 offsets!(
@@ -28,9 +31,25 @@ offsets!(
     CFS_RQ_RQ,
     RQ_CLOCK,
     CSS_SET_DFL_CGRP,
+    TASK_IN_IOWAIT,
 );
 
-/// `sched_switch(preempt, prev, next, ..)`.
+#[unsafe(no_mangle)]
+static SWITCH_HAS_STATE: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+static TASK_IN_IOWAIT_MASK: Global<u32> = Global::new(0);
+
+/// Bits of a task's state, which have kept their numbers since the tracepoint tells it.
+const TASK_UNINTERRUPTIBLE: u32 = 2;
+const TASK_STOPPED: u32 = 4;
+const TASK_TRACED: u32 = 8;
+const TASK_DEAD: u32 = 0x80;
+/// A kernel thread that waits for work is not held up.
+const TASK_NOLOAD: u32 = 0x400;
+const TASK_FROZEN: u32 = 0x8000;
+
+/// `sched_switch(preempt, prev, next, prev_state)`.
 #[btf_tracepoint(function = "sched_switch")]
 fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let prev: KernelPtr = ctx.arg(1);
@@ -39,6 +58,15 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     if let Some(slot) = slot_of(task_cgroup_id(prev)) {
         let arrived: u64 = field(prev, &TASK_LAST_ARRIVAL);
         let now = run_queue_clock(prev);
+        // Constant: a kernel whose tracepoint has no such argument does not see it asked for.
+        if SWITCH_HAS_STATE.load() == 1 {
+            let (preempted, state): (u64, u32) = (ctx.arg(0), ctx.arg(3));
+            if preempted & 1 == 0
+                && let Some(why) = why_off(prev, state)
+            {
+                remember_sleeper(field(prev, &TASK_PID), now, why);
+            }
+        }
         if arrived != 0
             && let Some(record) = slot_record(slot)
         {
@@ -66,6 +94,17 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         if queued != 0
             && let Some(record) = slot_record(slot)
         {
+            if SWITCH_HAS_STATE.load() == 1
+                && let Some(word) = take_sleeper(field(next, &TASK_PID))
+                && let Some(slept_ns) = slept_ns(word, field(next, &TASK_LAST_ARRIVAL), queued)
+            {
+                // SAFETY: the map gave the pointer, and only this program on this CPU writes this record; there are as many kinds.
+                unsafe {
+                    let of = (&raw mut (*record).off_cpu).cast::<OffCpuCount>().add(why_of_word(word));
+                    (*of).ns = (*of).ns.wrapping_add(slept_ns);
+                    (*of).times = (*of).times.wrapping_add(1);
+                }
+            }
             let now = run_queue_clock(next);
             let waited_ns = now.saturating_sub(queued);
             // SAFETY: the map gave the pointer, and only this program on this CPU writes this record.
@@ -80,6 +119,24 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         }
     }
     0
+}
+
+/// Why a task goes that is in this state; `None` if it could go on at once, or is at its end.
+#[inline(always)]
+fn why_off(task: KernelPtr, state: u32) -> Option<OffCpu> {
+    if state == 0 || state & TASK_DEAD != 0 {
+        return None;
+    }
+    if u32::from(field::<u8>(task, &TASK_IN_IOWAIT)) & TASK_IN_IOWAIT_MASK.load() != 0 {
+        return Some(OffCpu::IoWait);
+    }
+    if state & (TASK_STOPPED | TASK_TRACED | TASK_FROZEN) != 0 {
+        return Some(OffCpu::Stopped);
+    }
+    if state & TASK_UNINTERRUPTIBLE != 0 && state & TASK_NOLOAD == 0 {
+        return Some(OffCpu::Blocked);
+    }
+    Some(OffCpu::Sleep)
 }
 
 /// Counts what a task that was queued then, and comes now, has waited for others than its own instance, and for others than instances.

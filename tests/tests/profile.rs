@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rswap_agent::profile::Direction;
+use rswap_agent::profile::Operation;
 use rswap_tests::{
     profiled::{TestCgroup, begin, end, profiler, reap, schedstat, supervisor_cpu_ns, wait},
     skip,
@@ -161,7 +161,7 @@ fn block_requests_are_those_that_fio_counts() {
     let output: serde_json::Value = serde_json::from_str(&output[output.find('{').unwrap()..]).unwrap();
     let read = &output["jobs"][0]["read"];
     let (requests, bytes) = (read["total_ios"].as_u64().unwrap(), read["io_bytes"].as_u64().unwrap());
-    let reads: Vec<_> = profile.block.iter().filter(|block| block.direction == Direction::Read).collect();
+    let reads: Vec<_> = profile.block.iter().filter(|block| block.operation == Operation::Read).collect();
     assert_eq!(reads.len(), 1, "one device: {:?}", profile.block);
     let latency = &reads[0].latency_ns;
     eprintln!(

@@ -161,13 +161,20 @@ fn begins_with_header(path: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::profile::{BlockProfile, CpuProfile, Direction, MemoryProfile, TcpProfile};
+    use crate::profile::{BlockProfile, CpuProfile, MemoryProfile, Operation, TcpProfile};
 
     fn window(second: u64) -> Profile {
         let mut latency_ns = Histogram::default();
         (0..200).for_each(|request| latency_ns.record(if request < 10 { 1 << 24 } else { 1 << 20 }));
-        let block =
-            BlockProfile { device: "8:0".to_owned(), direction: Direction::Read, bytes: 4096, latency_ns };
+        let block = BlockProfile {
+            device: "8:0".to_owned(),
+            operation: Operation::Read,
+            bytes: 4096,
+            latency_ns,
+            queue_ns: Histogram::default(),
+            not_split: 0,
+            in_flight: 0.0,
+        };
         Profile {
             instance: "web".parse().unwrap(),
             at: UnixMillis(second * 1000),

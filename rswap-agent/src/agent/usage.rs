@@ -27,21 +27,29 @@ pub(super) fn of(profile: &Profile, speed: f64, parts: PartsUsage) -> Usage {
 mod tests {
     use super::*;
     use crate::{
-        profile::{BlockProfile, CpuProfile, Direction, MemoryProfile, TcpProfile, histogram::Histogram},
+        profile::{BlockProfile, CpuProfile, MemoryProfile, Operation, TcpProfile, histogram::Histogram},
         units::UnixMillis,
     };
 
     fn profile(counted: bool, latencies: &[u64]) -> Profile {
         let mut latency_ns = Histogram::default();
         latencies.iter().for_each(|&ns| latency_ns.record(ns));
-        let block = |direction, bytes| BlockProfile {
+        let block = |operation, bytes| BlockProfile {
             device: "8:0".to_owned(),
-            direction,
+            operation,
             bytes,
             latency_ns: latency_ns.clone(),
+            queue_ns: Histogram::default(),
+            not_split: 0,
+            in_flight: 0.0,
         };
         let did = counted && !latencies.is_empty();
-        let block = vec![block(Direction::Read, 3_000), block(Direction::Write, 1_000)];
+        // Nothing is moved by a discard, however much it is of.
+        let block = vec![
+            block(Operation::Read, 3_000),
+            block(Operation::Write, 1_000),
+            block(Operation::Discard, 1 << 30),
+        ];
         Profile {
             instance: "a".parse().unwrap(),
             at: UnixMillis(5_000),

@@ -416,7 +416,7 @@ impl Wiring {
         plan: Plan,
         began: Instant,
     ) {
-        let programs = self.profiler.program_costs();
+        let (programs, block) = (self.profiler.program_costs(), self.profiler.host_block());
         let mut in_swap = self.cold.shown();
         let kin =
             |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
@@ -444,7 +444,7 @@ impl Wiring {
             for decision in &plan.decisions {
                 board.keep_decision(&decision.instance, decision.clone());
             }
-            (board.pools, board.plan, board.programs) = (pools, plan, programs);
+            (board.pools, board.plan, board.programs, board.block) = (pools, plan, programs, block);
             board.windows += 1;
             board.last_window_work_us = began.elapsed().as_micros() as u64;
         });

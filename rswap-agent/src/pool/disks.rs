@@ -17,7 +17,7 @@ use rswap_types::{LatencyCurve, LatencyPoint};
 use super::{Flow, Inventory, Known, LocalKind, LocalPool, Pool, PoolKind};
 use crate::{
     instance::InstanceName,
-    profile::{BlockProfile, Direction, OTHER_DEVICE, Profile},
+    profile::{BlockProfile, OTHER_DEVICE, Operation, Profile},
     units::UnixMillis,
 };
 
@@ -36,18 +36,21 @@ pub struct Done {
     pub bytes: u64,
 }
 
-/// What was done on these devices in a window; `apart` are all devices that are told apart.
+/// What was read and written on these devices in a window; `apart` are all devices that are told apart.
 pub fn done_on(block: &[BlockProfile], numbers: &BTreeSet<String>, apart: &[String], window_ms: u64) -> Flow {
     let unknown = !numbers.iter().any(|number| apart.contains(number));
     let counts =
         |block: &&BlockProfile| numbers.contains(&block.device) || unknown && block.device == OTHER_DEVICE;
     let seconds = window_ms.max(1) as f64 / 1e3;
-    block.iter().filter(counts).fold(Flow::default(), |sum, block| {
-        sum.plus(Flow {
-            operations_per_s: block.latency_ns.count as f64 / seconds,
-            bytes_per_s: block.bytes as f64 / seconds,
-        })
-    })
+    block.iter().filter(|block| block.operation.moves_data()).filter(counts).fold(
+        Flow::default(),
+        |sum, block| {
+            sum.plus(Flow {
+                operations_per_s: block.latency_ns.count as f64 / seconds,
+                bytes_per_s: block.bytes as f64 / seconds,
+            })
+        },
+    )
 }
 
 /// The disks (those of `devices` that lie on no other) that a storage pool lies on in the end.
@@ -201,11 +204,11 @@ impl Disks {
 impl Of {
     fn learn(&mut self, pool: &LocalPool, numbers: &BTreeSet<String>, window: &Window<'_>) {
         // What is counted for all devices that are not told apart may be another one's.
-        let here = |block: &&BlockProfile| numbers.contains(&block.device);
+        let here = |block: &&BlockProfile| block.operation.moves_data() && numbers.contains(&block.device);
         let blocks = window.profiles.iter().flat_map(|profile| &profile.block).filter(here);
         let requests: Vec<Requests<'_>> = blocks
             .map(|block| Requests {
-                writes: block.direction == Direction::Write,
+                writes: block.operation == Operation::Write,
                 bytes: block.bytes,
                 latency_ns: &block.latency_ns.buckets,
             })

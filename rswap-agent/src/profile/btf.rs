@@ -174,6 +174,20 @@ impl KernelTypes {
         Ok(offset_bits / 8)
     }
 
+    /// Where a field of one bit lies in a structure itself: the byte, and the mask in it.
+    pub fn bit(&self, in_struct: &str, field: &str) -> Result<(u64, u8), BtfError> {
+        let id = *self.structs.get(in_struct).ok_or_else(|| BtfError::NoStruct(in_struct.to_owned()))?;
+        let missing = || BtfError::NoField { in_struct: in_struct.to_owned(), field: field.to_owned() };
+        let outer = self.without_qualifiers(id).filter(|outer| outer.kind_flag).ok_or_else(missing)?;
+        let bits = (0..outer.member_count).find_map(|index| {
+            let at = outer.data + index * 12;
+            let name = string_at(&self.bytes, self.strings, u32_at(&self.bytes, at)?)?;
+            let place = u32_at(&self.bytes, at + 8)?;
+            (name == field && place >> 24 == 1).then_some(place & 0xff_ffff)
+        });
+        bits.map(|bits| (u64::from(bits / 8), 1 << (bits % 8))).ok_or_else(missing)
+    }
+
     /// The number that `enum in_enum` gives `name`, unless it is negative.
     pub fn enumerator(&self, in_enum: &str, name: &str) -> Option<u32> {
         let named = |described: &Type, wanted: &str| {
@@ -330,6 +344,7 @@ mod tests {
             let _ = types.field_offset(in_struct, "a.b");
             let _ = types.field_offset(in_struct, "");
             let _ = types.enumerator(in_struct, "a");
+            let _ = types.bit(in_struct, "a");
         }
         for tracepoint in types.tracepoints.keys() {
             let _ = types.tracepoint_arguments(tracepoint);
@@ -384,6 +399,12 @@ mod tests {
         assert_eq!(types.tracepoint_arguments("sched_switch").unwrap()[1], "struct task_struct *");
         assert_eq!(types.enumerator("pageflags", "PG_locked"), Some(0));
         assert!(types.enumerator("pageflags", "PG_head").is_some());
+        // Neither is a field of one bit.
+        assert!(types.bit("task_struct", "pid").is_err() && types.bit("task_struct", "in_no_wait").is_err());
+        assert!(
+            types.bit("task_struct", "in_iowait").is_ok()
+                && types.field_offset("task_struct", "in_iowait").is_err()
+        );
         assert_eq!(types.enumerator("pageflags", "PG_none_of_these"), None);
     }
 

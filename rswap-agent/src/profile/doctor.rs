@@ -9,7 +9,7 @@ use super::{
     ProbeState, ProbeStatus, ProfileConfig,
     btf::{KERNEL_BTF, KernelTypes},
     cgroup,
-    probes::Probes,
+    probes::{Probes, SWITCH_STATE},
 };
 use crate::sys;
 
@@ -90,6 +90,7 @@ pub fn features() -> Vec<Feature> {
 fn probe_cost(tracepoint: &str) -> &'static str {
     match tracepoint {
         "sched_switch" => "no run-queue latency and no on-CPU times",
+        SWITCH_STATE => "time off the CPU is not told apart by its reason",
         "block_rq_complete" => "no block latency and no block bytes",
         "block_io_start" => "block I/O is charged to instances only where cgroup v2 has the io controller",
         "tcp_probe" => "no TCP round-trip times",
@@ -100,10 +101,11 @@ fn probe_cost(tracepoint: &str) -> &'static str {
 }
 
 fn typed_tracepoints(probes: &[ProbeStatus]) -> Finding {
-    let active = probes.iter().filter(|probe| probe.state == ProbeState::Active).count();
+    let programs = || probes.iter().filter(|probe| probe.name != SWITCH_STATE);
+    let active = programs().filter(|probe| probe.state == ProbeState::Active).count();
     match (active, probes.first()) {
         (0, Some(ProbeStatus { state: ProbeState::Unavailable { reason }, .. })) => Err(reason.clone()),
-        _ => Ok(format!("{active} of {} programs attach", probes.len())),
+        _ => Ok(format!("{active} of {} programs attach", programs().count())),
     }
 }
 

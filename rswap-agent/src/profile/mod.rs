@@ -16,6 +16,7 @@
 
 pub mod btf;
 mod cgroup;
+mod cgroup_table;
 pub mod doctor;
 mod empty;
 pub mod histogram;
@@ -32,6 +33,7 @@ use crate::{instance::InstanceName, units::UnixMillis};
 use histogram::Histogram;
 
 pub use cgroup::unified_mount;
+pub use cgroup_table::CgroupTableError;
 pub use empty::EmptyProgram;
 pub use probes::{ProbeState, ProbeStatus, ProgramCost};
 pub use profiler::{ProfileConfig, Profiler};
@@ -84,7 +86,7 @@ pub enum ProfileError {
         id: u64,
         /// Why.
         #[source]
-        source: aya::maps::MapError,
+        source: CgroupTableError,
     },
 }
 
@@ -99,7 +101,7 @@ pub struct Profile {
     pub window_ms: u64,
     /// Scheduler.
     pub cpu: CpuProfile,
-    /// One entry per device and direction that had I/O.
+    /// One entry per device and operation that had I/O.
     pub block: Vec<BlockProfile>,
     /// Whether I/O was counted: without the probe, or a slot, no entry says nothing.
     #[serde(default)]
@@ -116,15 +118,20 @@ pub struct Profile {
 impl Profile {
     /// Bytes per second read and written; `None` where they were not counted.
     pub fn io_bytes_per_s(&self) -> Option<f64> {
-        let bytes: u64 = self.block.iter().map(|block| block.bytes).sum();
+        let bytes: u64 = self.block_data().map(|block| block.bytes).sum();
         self.block_counted.then(|| self.per_second(bytes))
     }
 
-    /// Latencies of all its requests, in nanoseconds.
+    /// Times that devices took for all its reads and writes, in nanoseconds.
     pub fn io_latency_ns(&self) -> Histogram {
         let mut all = Histogram::default();
-        self.block.iter().for_each(|block| all.merge(&block.latency_ns));
+        self.block_data().for_each(|block| all.merge(&block.latency_ns));
         all
+    }
+
+    /// Its reads and writes.
+    fn block_data(&self) -> impl Iterator<Item = &BlockProfile> {
+        self.block.iter().filter(|block| block.operation.moves_data())
     }
 
     /// TCP bytes received per second, and sent; `None` where they were not counted.
@@ -151,6 +158,9 @@ pub struct CpuProfile {
     /// Of each CPU on which it ran or waited.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub by_cpu: Vec<OnCpu>,
+    /// Why its threads were not on a CPU and not waiting for one; `None` where the kernel does not tell.
+    #[serde(default)]
+    pub off_cpu: Option<OffCpuProfile>,
     /// Whether turns on CPUs were counted: without the probe, or a slot, none says nothing.
     #[serde(default)]
     pub counted: bool,
@@ -172,6 +182,29 @@ impl CpuProfile {
     }
 }
 
+/// Time of threads off the CPU until they could run again, by reason. What they waited for a CPU then is in [`CpuProfile::run_queue_ns`]. Counted when it
+/// ends: a thread that goes on sleeping is in no window yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffCpuProfile {
+    /// Waiting for something to happen: a timer, a message, a child, a lock of the program's own; or in a frozen cgroup.
+    pub sleep: OffCpuTime,
+    /// Waiting for I/O.
+    pub io_wait: OffCpuTime,
+    /// Held up inside of the kernel by something else than I/O: its locks, memory that is made free.
+    pub blocked: OffCpuTime,
+    /// Stopped by a signal, or by a tracer.
+    pub stopped: OffCpuTime,
+}
+
+/// Time off the CPU for one reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffCpuTime {
+    /// How long, in nanoseconds, over all threads.
+    pub ns: u64,
+    /// How often.
+    pub times: u64,
+}
+
 /// What an instance did on one CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OnCpu {
@@ -185,27 +218,91 @@ pub struct OnCpu {
     pub foreign_wait_ns: u64,
 }
 
-/// Direction of block I/O.
+/// What block requests do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Direction {
-    /// From the device.
+pub enum Operation {
+    /// Take data from the device.
     Read,
-    /// To the device.
+    /// Give data to the device.
     Write,
+    /// Make what was written lasting.
+    Flush,
+    /// Discard, erase or zero, without data that go there.
+    Discard,
 }
 
-/// Block I/O of one device and direction.
+impl Operation {
+    /// Whether data go to the device or come from it.
+    pub fn moves_data(self) -> bool {
+        matches!(self, Self::Read | Self::Write)
+    }
+
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+        }
+    }
+}
+
+/// Block I/O of one device and operation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockProfile {
     /// `major:minor`; `other` for the devices past the [`rswap_common::layout::MAX_DEVICES`] told apart.
     pub device: String,
-    /// Which way.
-    pub direction: Direction,
+    /// What the requests do.
+    pub operation: Operation,
     /// Bytes completed in the window.
     pub bytes: u64,
-    /// Issue to completion, in nanoseconds: one sample per request.
+    /// From when the driver was given a request to its end, in nanoseconds: one sample per request.
     pub latency_ns: Histogram,
+    /// From when a request was made to when the driver was given it, in nanoseconds: one sample per request of which both are known.
+    pub queue_ns: Histogram,
+    /// Requests without a sample in `queue_ns`: that time is in `latency_ns`. Flushes always, others where the kernel keeps no statistics.
+    pub not_split: u64,
+    /// Requests that were under way, on average over the window, as far as they ended in it.
+    pub in_flight: f64,
+}
+
+/// Block I/O of nobody who is profiled, on one device, since the agent's start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnownedBlock {
+    /// As in [`BlockProfile::device`].
+    pub device: String,
+    /// Reads of others than instances.
+    pub reads: RequestCount,
+    /// Writes of others than instances, and write-back that the kernel does not call a background one.
+    pub writes: RequestCount,
+    /// Write-back in the background, of pages that anybody may have written before, instances included.
+    pub write_back: RequestCount,
+}
+
+/// Block requests that have ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestCount {
+    /// How many.
+    pub requests: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+impl From<rswap_common::layout::UnownedCount> for RequestCount {
+    fn from(count: rswap_common::layout::UnownedCount) -> Self {
+        Self { requests: count.requests, bytes: count.bytes }
+    }
+}
+
+/// What there is to know of block devices beside instances' profiles.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostBlock {
+    /// I/O that is nobody's who is profiled, by device.
+    pub unowned: Vec<UnownedBlock>,
+    /// Devices in use of which nothing is counted: they complete no requests (dm, md, zram). What they pass on to disks is counted there.
+    pub not_covered: Vec<String>,
 }
 
 /// TCP traffic.

@@ -4,17 +4,17 @@ use std::os::fd::OwnedFd;
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData},
+    maps::{Array, Map, MapData},
     programs::BtfTracePoint,
     sys::{Stats, enable_stats},
 };
 use rswap_common::{
     globals as g,
-    layout::{BlockRecord, MAX_DEVICES, SlotRecord, block_shards, map_names},
+    layout::{BlockRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{ProfileConfig, btf::KernelTypes};
+use super::{ProfileConfig, btf::KernelTypes, cgroup_table::CgroupTable};
 use crate::sys::bpf_mmap::{BpfRecord, MappedArray};
 
 /// The object that `cargo xtask build` made, if it was there when the agent was built.
@@ -86,9 +86,14 @@ const SOCK_FIELDS: [(&str, &str, &str); 4] = [
 
 const BLOCK_IO_START: &str = "block_io_start";
 
+const SCHED_SWITCH: &str = "sched_switch";
+
+/// What the program at [`SCHED_SWITCH`] does beside, where it can: it counts why tasks go.
+pub(super) const SWITCH_STATE: &str = "sched_switch.prev_state";
+
 pub(super) const PROBES: [Probe; 6] = [
     Probe {
-        tracepoint: "sched_switch",
+        tracepoint: SCHED_SWITCH,
         arguments: &["bool", "struct task_struct *", "struct task_struct *"],
         fields: &[
             CGROUP_FIELDS[0],
@@ -167,6 +172,17 @@ impl Probe {
     }
 }
 
+/// Where the kernel keeps that a task waits for I/O: a byte of it, and the mask there; or why it can't be told why tasks go.
+pub(super) fn switch_states(types: &KernelTypes) -> Result<(u64, u8), String> {
+    let found = types.tracepoint_arguments(SCHED_SWITCH).map_err(|error| error.to_string())?;
+    if !found.get(3).is_some_and(|argument| integers("unsigned int", argument)) {
+        return Err(format!(
+            "this kernel's tracepoint {SCHED_SWITCH} does not say in which state a task goes"
+        ));
+    }
+    types.bit("task_struct", "in_iowait").map_err(|error| error.to_string())
+}
+
 /// Numbers pass in a register of one size whatever their C type is called.
 fn integers(expected: &str, found: &str) -> bool {
     let integer = |name: &str| matches!(name, "int" | "unsigned int" | "blk_status_t" | "u32" | "u8");
@@ -176,13 +192,15 @@ fn integers(expected: &str, found: &str) -> bool {
 /// What the loaded programs share with the agent.
 pub(super) struct Maps {
     /// kernfs cgroup id -> slot.
-    pub(super) cgroup_slots: HashMap<MapData, u64, u32>,
+    pub(super) cgroups: CgroupTable,
     /// The table of devices, one entry.
     pub(super) devices: Array<MapData, [u32; MAX_DEVICES as usize]>,
     /// Scheduler and TCP records per CPU and slot.
     pub(super) slots: MappedArray<SlotRecord>,
-    /// Block records per shard, slot, device and direction.
+    /// Block records per shard, slot, device and operation.
     pub(super) blocks: MappedArray<BlockRecord>,
+    /// Requests that were nobody's, by CPU.
+    pub(super) unowned: MappedArray<UnownedRecord>,
     /// CPUs in `slots`.
     pub(super) cpus: u32,
     /// Shards in `blocks`.
@@ -207,6 +225,8 @@ impl Probes {
             this.maps = None;
             this.ebpf = None;
             this.statuses = PROBES.iter().map(|probe| status(probe, Err(reason.clone()))).collect();
+            let state = ProbeState::Unavailable { reason };
+            this.statuses.push(ProbeStatus { name: SWITCH_STATE.to_owned(), state });
         }
         if config.measure_program_cost {
             this.statistics = enable_stats(Stats::RunTime)
@@ -222,6 +242,10 @@ impl Probes {
         let object = OBJECT.ok_or(NO_OBJECT)?;
         let types = KernelTypes::of_this_kernel().map_err(|error| error.to_string())?;
         let resolved: Vec<_> = PROBES.iter().map(|probe| probe.resolve(&types)).collect();
+        let states = switch_states(&types);
+        // A kernel without this flag has no such requests either, as far as could be told.
+        let background = types.enumerator("req_flag_bits", "__REQ_BACKGROUND");
+        let background = background.and_then(|bit| 1u32.checked_shl(bit)).unwrap_or(0);
         drop(types);
 
         let cpus =
@@ -236,19 +260,25 @@ impl Probes {
         let words = [
             (g::SLOT_COUNT, config.slots),
             (g::BLOCK_SHARD_MASK, shards - 1),
+            (g::BLOCK_SHARDS_SHARED, (shards < cpus).into()),
+            (g::SWITCH_HAS_STATE, states.is_ok().into()),
+            (g::TASK_IN_IOWAIT_MASK, states.as_ref().map_or(0, |(_, mask)| u32::from(*mask))),
+            (g::REQUEST_BACKGROUND, background),
             (g::BLOCK_BY_BLKCG, by_blkcg.into()),
             (g::BLOCK_BY_SUBMITTER, by_submitter.into()),
         ];
         let log_level: u8 = if config.debug_programs { 4 } else { 0 };
-        let offsets: Vec<(&str, u64)> = resolved.iter().flatten().flatten().copied().collect();
+        let mut offsets: Vec<(&str, u64)> = resolved.iter().flatten().flatten().copied().collect();
+        offsets.extend(states.as_ref().ok().map(|(byte, _)| (g::TASK_IN_IOWAIT, *byte)));
 
-        let block_entries = shards * config.slots * MAX_DEVICES * 2;
+        let block_entries = block_records(shards, config.slots);
         let btf =
             Btf::from_sys_fs().map_err(|error| format!("read the kernel's type information: {error}"))?;
         let mut loader = EbpfLoader::new();
         loader.btf(Some(&btf)).override_global(g::AYA_LOG_LEVEL, &log_level, true);
         loader.map_max_entries(map_names::SLOTS, cpus * config.slots);
         loader.map_max_entries(map_names::BLOCKS, block_entries);
+        loader.map_max_entries(map_names::UNOWNED, cpus);
         for (name, value) in &words {
             loader.override_global(name, value, true);
         }
@@ -264,12 +294,13 @@ impl Probes {
         let unmapped =
             |name: &str, error: &dyn std::fmt::Display| format!("use the eBPF map {name}: {error}");
         // The programs find their maps by file descriptor when they are loaded: the maps stay open in `Maps`.
-        let cgroup_slots = HashMap::try_from(map(map_names::CGROUP_SLOTS, &mut ebpf)?)
-            .map_err(|error| unmapped(map_names::CGROUP_SLOTS, &error))?;
+        let cgroups = Array::try_from(map(map_names::CGROUPS, &mut ebpf)?)
+            .map_err(|error| unmapped(map_names::CGROUPS, &error))?;
         let devices = Array::try_from(map(map_names::DEVICES, &mut ebpf)?)
             .map_err(|error| unmapped(map_names::DEVICES, &error))?;
         let slots = mapped(&ebpf, map_names::SLOTS, cpus * config.slots)?;
         let blocks = mapped(&ebpf, map_names::BLOCKS, block_entries)?;
+        let unowned = mapped(&ebpf, map_names::UNOWNED, cpus)?;
 
         self.statuses = PROBES
             .iter()
@@ -278,10 +309,18 @@ impl Probes {
                 status(probe, found.and_then(|_offsets| attach(&mut ebpf, probe.tracepoint, &btf)))
             })
             .collect();
+        let counts = |name| self.statuses.iter().any(|of| of.name == name && of.state == ProbeState::Active);
+        let states = match states {
+            Ok(_) if counts(SCHED_SWITCH) => ProbeState::Active,
+            Ok(_) => ProbeState::Unavailable { reason: format!("without {SCHED_SWITCH} there is none") },
+            Err(reason) => ProbeState::Unavailable { reason },
+        };
+        self.statuses.push(ProbeStatus { name: SWITCH_STATE.to_owned(), state: states });
         if config.debug_programs {
             self.flush_log = log_reader(&mut ebpf);
         }
-        self.maps = Some(Maps { cgroup_slots, devices, slots, blocks, cpus, shards });
+        self.maps =
+            Some(Maps { cgroups: CgroupTable::new(cgroups), devices, slots, blocks, unowned, cpus, shards });
         self.ebpf = Some(ebpf);
         Ok(())
     }

@@ -10,9 +10,10 @@ use rswap_common::layout::MAX_SLOTS;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    CpuProfile, MemoryProfile, ProbeStatus, Profile, ProfileError, ProgramCost, TcpProfile, cgroup,
-    probes::Probes,
-    slots::{Counters, Devices, FreeSlots},
+    CpuProfile, HostBlock, MemoryProfile, ProbeStatus, Profile, ProfileError, ProgramCost, TcpProfile,
+    cgroup,
+    probes::{Probes, SWITCH_STATE},
+    slots::{self, Counters, Devices, FreeSlots},
 };
 use crate::{instance::InstanceName, units::UnixMillis};
 
@@ -21,7 +22,7 @@ use crate::{instance::InstanceName, units::UnixMillis};
 #[serde(default, deny_unknown_fields)]
 pub struct ProfileConfig {
     /// Most instances whose kernel events are counted (at most [`MAX_SLOTS`]). Each takes about 4 KiB of
-    /// kernel memory per CPU, and 20 KiB for each of up to four block shards.
+    /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside.
     pub slots: u32,
     /// Whether the eBPF programs log each event that they count: slow, for developers.
     pub debug_programs: bool,
@@ -158,6 +159,13 @@ impl Profiler {
         self.lock().devices.names()
     }
 
+    /// Block I/O that is in no instance's profile, since [`Self::start`], and devices as [`Self::sample`] saw them last.
+    pub fn host_block(&self) -> HostBlock {
+        let state = self.lock();
+        let unowned = state.probes.maps.as_ref().map(|maps| slots::unowned(maps, &state.devices));
+        HostBlock { unowned: unowned.unwrap_or_default(), not_covered: state.devices.not_covered() }
+    }
+
     /// What each program has cost since [`Self::start`]; empty unless
     /// [`ProfileConfig::measure_program_cost`] is on.
     pub fn program_costs(&self) -> Vec<ProgramCost> {
@@ -199,7 +207,7 @@ impl State {
         let (Some(maps), Some(slot)) = (&mut self.probes.maps, tracked.slot) else { return Ok(()) };
         let present = cgroup::ids(&tracked.cgroup)?;
         for &id in present.difference(&tracked.registered.clone()) {
-            maps.cgroup_slots.insert(id, slot, 0).map_err(|source| ProfileError::Register {
+            maps.cgroups.insert(id, slot).map_err(|source| ProfileError::Register {
                 name: name.clone(),
                 id,
                 source,
@@ -207,8 +215,7 @@ impl State {
             tracked.registered.insert(id);
         }
         for id in tracked.registered.difference(&present) {
-            // Gone already is as good as removed.
-            let _gone = maps.cgroup_slots.remove(id);
+            maps.cgroups.remove(*id);
         }
         tracked.registered = present;
         Ok(())
@@ -218,7 +225,7 @@ impl State {
         let Some(tracked) = self.tracked.remove(name) else { return };
         if let (Some(maps), Some(slot)) = (&mut self.probes.maps, tracked.slot) {
             for id in &tracked.registered {
-                let _gone = maps.cgroup_slots.remove(id);
+                maps.cgroups.remove(*id);
             }
             self.free.give_back(slot);
         }
@@ -290,8 +297,10 @@ impl State {
                 reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
             );
             profile.cpu.counted = self.probes.are_active(&["sched_switch"]);
+            let told = self.probes.are_active(&[SWITCH_STATE]);
+            profile.cpu.off_cpu = told.then(|| later.off_cpu_since(earlier));
             profile.tcp = later.tcp_since(earlier);
-            profile.block = later.block_since(earlier, &self.devices);
+            profile.block = later.block_since(earlier, &self.devices, window_ms);
             profile.block_counted = self.probes.are_active(&["block_rq_complete"]);
             profile.tcp_counted = self.probes.are_active(&["sock_send_length", "sock_recv_length"]);
         }

@@ -1,14 +1,18 @@
 //! Slots of the eBPF maps: who has which, and what is counted there.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use rswap_common::layout::{
-    BlockDirection, BlockRecord, MAX_DEVICES, OTHER_DEVICE, SlotRecord, block_index, device_number,
-    slot_index,
+    BlockOperation, BlockRecord, MAX_DEVICES, OTHER_DEVICE, OffCpu, SlotRecord, UNOWNED_KINDS, Unowned,
+    UnownedCount, block_index, device_number, slot_index,
 };
 
 use super::{
-    BlockProfile, CpuProfile, Direction, OnCpu, TcpProfile,
+    BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpProfile, UnownedBlock,
     histogram::{Histogram, add_record},
     probes::Maps,
 };
@@ -37,12 +41,24 @@ pub(super) struct Counters {
     slot: SlotRecord,
     /// By CPU.
     cpus: Vec<OnCpu>,
-    /// By device, then direction.
+    /// By device, then operation.
     block: Vec<BlockRecord>,
 }
 
-const DIRECTIONS: [(BlockDirection, Direction); 2] =
-    [(BlockDirection::Read, Direction::Read), (BlockDirection::Write, Direction::Write)];
+const OPERATIONS: [(BlockOperation, Operation); 4] = [
+    (BlockOperation::Read, Operation::Read),
+    (BlockOperation::Write, Operation::Write),
+    (BlockOperation::Flush, Operation::Flush),
+    (BlockOperation::Discard, Operation::Discard),
+];
+
+/// Shards that an operation is counted in.
+fn shards_of(operation: BlockOperation, shards: u32) -> u32 {
+    match operation {
+        BlockOperation::Read | BlockOperation::Write => shards,
+        BlockOperation::Flush | BlockOperation::Discard => 1,
+    }
+}
 
 impl Counters {
     /// Reads them from the maps.
@@ -60,19 +76,25 @@ impl Counters {
                 add_record(&mut total.run_queue_ns, &record.run_queue_ns);
                 add_record(&mut total.on_cpu_ns, &record.on_cpu_ns);
                 add_record(&mut total.tcp_rtt_us, &record.tcp_rtt_us);
+                for (total, count) in total.off_cpu.iter_mut().zip(&record.off_cpu) {
+                    total.ns = total.ns.wrapping_add(count.ns);
+                    total.times = total.times.wrapping_add(count.times);
+                }
                 total.tcp_bytes_in = total.tcp_bytes_in.wrapping_add(record.tcp_bytes_in);
                 total.tcp_bytes_out = total.tcp_bytes_out.wrapping_add(record.tcp_bytes_out);
             }
         }
-        let mut block = Vec::with_capacity(MAX_DEVICES as usize * 2);
+        let mut block = Vec::with_capacity(MAX_DEVICES as usize * OPERATIONS.len());
         for device in 0..MAX_DEVICES {
-            for (direction, _) in DIRECTIONS {
+            for (operation, _) in OPERATIONS {
                 let mut total = BlockRecord::EMPTY;
-                for shard in 0..maps.shards {
-                    if let Some(record) = maps.blocks.read(block_index(shard, slot, slots, device, direction))
+                for shard in 0..shards_of(operation, maps.shards) {
+                    if let Some(record) = maps.blocks.read(block_index(shard, slot, slots, device, operation))
                     {
-                        add_record(&mut total.latency_ns, &record.latency_ns);
+                        add_record(&mut total.device_ns, &record.device_ns);
+                        add_record(&mut total.queue_ns, &record.queue_ns);
                         total.bytes = total.bytes.wrapping_add(record.bytes);
+                        total.not_split = total.not_split.wrapping_add(record.not_split);
                     }
                 }
                 block.push(total);
@@ -95,6 +117,20 @@ impl Counters {
         cpu.by_cpu = by_cpu.filter(|of| of.ran_ns > 0 || of.others_wait_ns > 0).collect();
     }
 
+    /// Why and how long tasks were off the CPU, of those times that ended since `earlier`.
+    pub(super) fn off_cpu_since(&self, earlier: &Self) -> OffCpuProfile {
+        let of = |why: OffCpu| {
+            let (now, earlier) = (self.slot.off_cpu[why as usize], earlier.slot.off_cpu[why as usize]);
+            OffCpuTime { ns: now.ns.wrapping_sub(earlier.ns), times: now.times.wrapping_sub(earlier.times) }
+        };
+        OffCpuProfile {
+            sleep: of(OffCpu::Sleep),
+            io_wait: of(OffCpu::IoWait),
+            blocked: of(OffCpu::Blocked),
+            stopped: of(OffCpu::Stopped),
+        }
+    }
+
     /// What the TCP probes counted since `earlier`.
     pub(super) fn tcp_since(&self, earlier: &Self) -> TcpProfile {
         TcpProfile {
@@ -104,20 +140,51 @@ impl Counters {
         }
     }
 
-    /// What the block probe counted since `earlier`, for devices and directions that had I/O.
-    pub(super) fn block_since(&self, earlier: &Self, devices: &Devices) -> Vec<BlockProfile> {
-        let places = (0..MAX_DEVICES).flat_map(|device| DIRECTIONS.map(|(_, direction)| (device, direction)));
+    /// What the block probe counted since `earlier`, `window_ms` ago, for devices and operations that had I/O.
+    pub(super) fn block_since(&self, earlier: &Self, devices: &Devices, window_ms: u64) -> Vec<BlockProfile> {
+        let places = (0..MAX_DEVICES).flat_map(|device| OPERATIONS.map(|(_, operation)| (device, operation)));
         places
             .zip(self.block.iter().zip(&earlier.block))
-            .map(|((device, direction), (now, earlier))| BlockProfile {
-                device: devices.name(device),
-                direction,
-                bytes: now.bytes.wrapping_sub(earlier.bytes),
-                latency_ns: Histogram::between(&earlier.latency_ns, &now.latency_ns),
+            .map(|((device, operation), (now, earlier))| {
+                let latency_ns = Histogram::between(&earlier.device_ns, &now.device_ns);
+                let queue_ns = Histogram::between(&earlier.queue_ns, &now.queue_ns);
+                let under_way_ns = latency_ns.sum.saturating_add(queue_ns.sum) as f64;
+                BlockProfile {
+                    device: devices.name(device),
+                    operation,
+                    bytes: now.bytes.wrapping_sub(earlier.bytes),
+                    in_flight: under_way_ns / (window_ms.max(1) as f64 * 1e6),
+                    not_split: now.not_split.wrapping_sub(earlier.not_split),
+                    latency_ns,
+                    queue_ns,
+                }
             })
             .filter(|profile| profile.bytes > 0 || profile.latency_ns.count > 0)
             .collect()
     }
+}
+
+/// Requests that were nobody's who is tracked, on all CPUs, for devices that had some.
+pub(super) fn unowned(maps: &Maps, devices: &Devices) -> Vec<UnownedBlock> {
+    let mut total = [[UnownedCount::default(); UNOWNED_KINDS]; MAX_DEVICES as usize];
+    for record in (0..maps.cpus).filter_map(|cpu| maps.unowned.read(cpu)) {
+        for (total, count) in total.iter_mut().flatten().zip(record.by_device.iter().flatten()) {
+            total.requests = total.requests.wrapping_add(count.requests);
+            total.bytes = total.bytes.wrapping_add(count.bytes);
+        }
+    }
+    let of = |(place, counts): (usize, &[UnownedCount; UNOWNED_KINDS])| {
+        let of = |kind: Unowned| counts[kind as usize].into();
+        UnownedBlock {
+            device: devices.name(place as u32),
+            reads: of(Unowned::Read),
+            writes: of(Unowned::Write),
+            write_back: of(Unowned::WriteBack),
+        }
+    };
+    let had_some =
+        |(_, counts): &(usize, &[UnownedCount; UNOWNED_KINDS])| counts.iter().any(|of| of.requests > 0);
+    total.iter().enumerate().filter(had_some).map(of).collect()
 }
 
 /// The block devices told apart, by their place in the programs' table. A place, once given, is kept: the
@@ -125,21 +192,29 @@ impl Counters {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Devices {
     found: Vec<(u32, u32)>,
+    not_covered: Vec<String>,
 }
 
 impl Devices {
     /// Adds the devices that /sys shows now; true if there was a new one and place for it.
     pub(super) fn rescan(&mut self) -> bool {
-        let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
-        let mut found: Vec<(bool, (u32, u32))> = entries
-            .map(|entry| entry.path())
-            // Only devices with a hardware queue complete requests (dm, md and zram pass on bios). One without
-            // a size is not in use: eight idle loop devices must not take the places of real disks.
-            .filter(|path| {
-                path.join("mq/0").exists() && read(path, "size").is_some_and(|size| size.trim() != "0")
-            })
+        self.rescan_in(Path::new("/sys/block"))
+    }
+
+    fn rescan_in(&mut self, directory: &Path) -> bool {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        // One without a size is not in use: eight idle loop devices must not take the places of real disks.
+        let in_use = |path: &PathBuf| read(path, "size").is_some_and(|size| size.trim() != "0");
+        // Only devices with a hardware queue complete requests. Others (dm, md, zram) pass bios on, or serve them at once.
+        let (requests, others): (Vec<_>, Vec<_>) =
+            entries.map(|entry| entry.path()).filter(in_use).partition(|path| path.join("mq/0").exists());
+        let mut found: Vec<(bool, (u32, u32))> = requests
+            .into_iter()
             .filter_map(|path| Some((!path.join("device").exists(), parse_number(&read(&path, "dev")?)?)))
             .collect();
+        self.not_covered =
+            others.iter().filter_map(|path| Some(path.file_name()?.to_str()?.replace('!', "/"))).collect();
+        self.not_covered.sort_unstable();
         // Disks that hardware (or the hypervisor) stands behind come first.
         found.sort_unstable();
         let numbers: Vec<(u32, u32)> = found.into_iter().map(|(_, number)| number).collect();
@@ -170,6 +245,11 @@ impl Devices {
         (0..self.found.len() as u32).map(|place| self.name(place)).collect()
     }
 
+    /// Names of the block devices in use of which nothing is counted, as they complete no requests.
+    pub(super) fn not_covered(&self) -> Vec<String> {
+        self.not_covered.clone()
+    }
+
     fn name(&self, place: u32) -> String {
         match self.found.get(place as usize) {
             Some((major, minor)) => format!("{major}:{minor}"),
@@ -197,6 +277,28 @@ mod tests {
         assert_eq!((free.take(), free.take(), free.take()), (Some(0), Some(1), None));
         free.give_back(0);
         assert_eq!(free.take(), Some(0));
+    }
+
+    #[test]
+    fn a_device_that_passes_its_bios_on_is_named_as_not_covered() {
+        let directory = tempfile::tempdir().unwrap();
+        let device = |name: &str, number: &str, size: &str, has_queue: bool| {
+            let path = directory.path().join(name);
+            fs::create_dir_all(if has_queue { path.join("mq/0") } else { path.clone() }).unwrap();
+            fs::write(path.join("dev"), number).unwrap();
+            fs::write(path.join("size"), size).unwrap();
+        };
+        device("vda", "254:0\n", "100\n", true);
+        device("loop0", "7:0\n", "0\n", true);
+        device("dm-0", "253:0\n", "50\n", false);
+        device("zram0", "252:0\n", "0\n", false);
+        device("cciss!c0d0", "104:0\n", "9\n", false);
+        let mut devices = Devices::default();
+        assert!(devices.rescan_in(directory.path()));
+        assert_eq!(
+            (devices.names(), devices.not_covered()),
+            (vec!["254:0".into()], vec!["cciss/c0d0".into(), "dm-0".into()])
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
     migrate::links::LinksView,
     plan::{Decision, Plan, VolumeView},
     pool::{Inventory, Pool},
-    profile::{ProbeStatus, Profile, ProgramCost},
+    profile::{HostBlock, ProbeStatus, Profile, ProgramCost},
     swap::memory::InSwap,
     units::UnixMillis,
 };
@@ -202,6 +202,8 @@ pub struct BoardState {
     pub probes: Vec<ProbeStatus>,
     /// What its programs cost.
     pub programs: Vec<ProgramCost>,
+    /// Block I/O that is in no instance's profile.
+    pub block: HostBlock,
     /// Instances by name.
     pub instances: BTreeMap<InstanceName, InstanceView>,
     /// Pools as plans see them, this host's and others.

@@ -138,6 +138,7 @@ async fn status(State(board): State<Board>) -> Response {
         "links": board.links,
         "probes": board.probes,
         "programs": board.programs,
+        "block": board.block,
     }))
     .into_response()
 }

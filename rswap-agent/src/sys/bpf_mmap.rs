@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use rswap_common::layout::{BlockRecord, SlotRecord};
+use rswap_common::layout::{BlockRecord, SlotRecord, UnownedRecord};
 
 /// A record that eBPF programs fill.
 ///
@@ -24,6 +24,8 @@ pub unsafe trait BpfRecord: Copy {}
 unsafe impl BpfRecord for SlotRecord {}
 // SAFETY: as above.
 unsafe impl BpfRecord for BlockRecord {}
+// SAFETY: as above.
+unsafe impl BpfRecord for UnownedRecord {}
 
 /// An array map of `T`, mapped read-only until it is dropped.
 #[derive(Debug)]

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     forecast::{Evidence, Resource},
-    profile::{Profile, histogram::Histogram},
+    profile::{BlockProfile, OffCpuTime, Operation, Profile, histogram::Histogram},
     status::InstanceView,
 };
 
@@ -163,9 +163,19 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         &history.wait_p99_ns,
     );
     distribution(&mut lines, "on a core", &profile.cpu.on_cpu_ns, nanoseconds, &VecDeque::new());
+    if let Some(off) = &profile.cpu.off_cpu {
+        let of = |time: OffCpuTime| format!("{} ({} times)", nanoseconds(time.ns as f64), time.times);
+        lines.push(Line::from("off the CPU, over all threads").bold());
+        lines.push(Line::from(format!(
+            "  asleep {}  waiting for I/O {}  blocked {}  stopped {}",
+            of(off.sleep),
+            of(off.io_wait),
+            of(off.blocked),
+            of(off.stopped),
+        )));
+    }
     for block in &profile.block {
-        let name = format!("{:?}s of {}", block.direction, block.device).to_lowercase();
-        distribution(&mut lines, &name, &block.latency_ns, nanoseconds, &history.io_p99_ns);
+        block_lines(&mut lines, block, profile.window_ms, &history.io_p99_ns);
     }
     let microseconds = |us: f64| nanoseconds(us * 1e3);
     distribution(&mut lines, "TCP round trips", &profile.tcp.rtt_us, microseconds, &VecDeque::new());
@@ -206,6 +216,34 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         )));
     }
     lines
+}
+
+/// How long requests of one kind took, on the device and before.
+fn block_lines(
+    lines: &mut Vec<Line<'static>>,
+    block: &BlockProfile,
+    window_ms: u64,
+    p99: &VecDeque<Option<f64>>,
+) {
+    let operations = match block.operation {
+        Operation::Read => "reads",
+        Operation::Write => "writes",
+        Operation::Flush => "flushes",
+        Operation::Discard => "discards",
+    };
+    let name = format!("{operations} of {}", block.device);
+    let none = VecDeque::new();
+    let curve = if block.operation.moves_data() { p99 } else { &none };
+    distribution(lines, &name, &block.latency_ns, nanoseconds, curve);
+    if block.queue_ns.count > 0 {
+        distribution(lines, &format!("{name}, in the queue before"), &block.queue_ns, nanoseconds, &none);
+    }
+    let per_s = block.bytes as f64 * 1e3 / window_ms.max(1) as f64;
+    let not_split = match block.not_split {
+        0 => String::new(),
+        count => format!("  {count} of them with the time in the queue"),
+    };
+    lines.push(Line::from(format!("  {}/s  {:.2} under way{not_split}", bytes(per_s), block.in_flight)));
 }
 
 /// A histogram by powers of two, with its quantiles and how its p99 went.

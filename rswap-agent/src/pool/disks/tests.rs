@@ -4,19 +4,27 @@ use crate::{
     profile::{CpuProfile, MemoryProfile, TcpProfile, histogram::Histogram},
 };
 
-fn block(device: &str, direction: Direction, requests: u32, bytes: u64) -> BlockProfile {
+fn block(device: &str, operation: Operation, requests: u32, bytes: u64) -> BlockProfile {
     let mut latency_ns = Histogram::default();
     (0..requests).for_each(|_| latency_ns.record(1_000));
-    BlockProfile { device: device.to_owned(), direction, bytes, latency_ns }
+    BlockProfile {
+        device: device.to_owned(),
+        operation,
+        bytes,
+        latency_ns,
+        queue_ns: Histogram::default(),
+        not_split: 0,
+        in_flight: 0.0,
+    }
 }
 
 #[test]
 fn only_what_is_on_the_volumes_device_counts_and_both_ways_do() {
     let blocks = [
-        block("7:0", Direction::Write, 10, 40_960),
-        block("7:0", Direction::Read, 5, 20_480),
-        block("254:0", Direction::Read, 100, 1 << 20),
-        block(OTHER_DEVICE, Direction::Write, 3, 12_288),
+        block("7:0", Operation::Write, 10, 40_960),
+        block("7:0", Operation::Read, 5, 20_480),
+        block("254:0", Operation::Read, 100, 1 << 20),
+        block(OTHER_DEVICE, Operation::Write, 3, 12_288),
     ];
     let apart = ["7:0".to_owned(), "254:0".to_owned()];
     let on = |device: &str| done_on(&blocks, &BTreeSet::from([device.to_owned()]), &apart, 500);
@@ -137,9 +145,12 @@ impl Scene {
         (0..of_a).for_each(|_| latency_ns.record(us * 1000));
         let own = BlockProfile {
             device: "8:0".to_owned(),
-            direction: Direction::Write,
+            operation: Operation::Write,
             bytes: u64::from(of_a) * 4096,
             latency_ns,
+            queue_ns: Histogram::default(),
+            not_split: 0,
+            in_flight: 0.0,
         };
         let profiles = [profile("a", vec![own])];
         let done = [("8:0", self.on_sda), ("8:16", Done::default())];

@@ -118,6 +118,17 @@ fn what_would_load_on_other_kernels() {
 }
 
 #[test]
+fn why_tasks_go_is_told_by_kernels_that_have_it() {
+    let of = |kernel: usize| probes::switch_states(&types_of(KERNELS[kernel].1));
+    let refused = of(0).unwrap_err();
+    assert!(refused.contains("does not say in which state"), "{refused}");
+    // As `pahole` counts the bits of `in_iowait`.
+    let found = [1, 2, 3].map(|kernel| of(kernel).expect(KERNELS[kernel].0));
+    println!("{found:?}");
+    assert!(found.iter().all(|(byte, mask)| *byte > 0 && mask.is_power_of_two()), "{found:?}");
+}
+
+#[test]
 fn offsets_are_each_kernels_own() {
     let offset = |kernel: usize, global| {
         let types = types_of(KERNELS[kernel].1);

@@ -1,0 +1,224 @@
+//! Small tables of words in array maps: which slot a cgroup has, whose a block request in flight is, and since when a task is off the CPU.
+//!
+//! An array map is read by a few instructions in place, a hash map by a call; and what one program looks for in a table is in one cache line. The
+//! tables are cut into sets: the key's hash chooses the set, and the set is searched.
+
+use crate::layout::OffCpu;
+
+/// An odd number whose bits are mixed: multiplied by it, keys that differ little differ in the upper bits.
+const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Bits of a word that hold the slot.
+const SLOT_BITS: u32 = 8;
+
+const SLOT_MASK: u64 = (1 << SLOT_BITS) - 1;
+
+const _: () = assert!(crate::layout::MAX_SLOTS as u64 <= SLOT_MASK + 1);
+
+/// The number of sets of the table of cgroups is two to this power.
+const CGROUP_SET_BITS: u32 = 13;
+
+/// Sets of the table of cgroups.
+pub const CGROUP_SETS: u32 = 1 << CGROUP_SET_BITS;
+
+/// Cgroups of one set: as many words as a cache line has.
+pub type CgroupSet = [u64; 8];
+
+/// A set without cgroups. Its used words are always the first ones.
+pub const NO_CGROUPS: CgroupSet = [0; 8];
+
+/// The set that a cgroup's slot is looked for in.
+#[inline(always)]
+pub const fn cgroup_set(cgroup_id: u64) -> u32 {
+    (cgroup_id.wrapping_mul(MIX) >> (u64::BITS - CGROUP_SET_BITS)) as u32
+}
+
+/// What stands for a cgroup and its slot. The kernel numbers cgroups upwards from 1, and would need years of nothing else to come to 2^56.
+#[inline(always)]
+pub const fn cgroup_word(cgroup_id: u64, slot: u32) -> u64 {
+    cgroup_id << SLOT_BITS | (slot as u64 & SLOT_MASK)
+}
+
+/// The cgroup that a word stands for; 0: none.
+#[inline(always)]
+pub const fn cgroup_of_word(word: u64) -> u64 {
+    word >> SLOT_BITS
+}
+
+/// The slot in a word of either table.
+#[inline(always)]
+pub const fn slot_of_word(word: u64) -> u32 {
+    (word & SLOT_MASK) as u32
+}
+
+/// The number of sets of the table of requests is two to this power.
+const REQUEST_SET_BITS: u32 = 12;
+
+/// Sets of the table of requests.
+pub const REQUEST_SETS: u32 = 1 << REQUEST_SET_BITS;
+
+/// Requests of one set. With 512 requests in flight one in a million finds its set full.
+pub type RequestSet = [u64; 4];
+
+/// Times are kept in units of about a microsecond.
+const TIME_SHIFT: u32 = 10;
+
+/// A number whose every part depends on every part of `key`.
+#[inline(always)]
+const fn mixed(key: u64) -> u64 {
+    (key ^ (key >> 32)).wrapping_mul(MIX)
+}
+
+/// The set that a request is looked for in; `key` follows from its address alone.
+#[inline(always)]
+pub const fn request_set(key: u64) -> u32 {
+    (mixed(key) >> (u64::BITS - REQUEST_SET_BITS)) as u32
+}
+
+/// What stands for a request and the slot that submitted it. Never 0, which is an empty place. Two requests of one set never have the same.
+#[inline(always)]
+pub const fn request_word(key: u64, slot: u32) -> u64 {
+    // The set is told by the upper bits; those that are shifted in below have place for the slot and a mark.
+    const MARK: u64 = 1 << SLOT_BITS;
+    mixed(key) << REQUEST_SET_BITS | MARK | (slot as u64 & SLOT_MASK)
+}
+
+/// Whether two words of one set stand for the same request.
+#[inline(always)]
+pub const fn same_request(word: u64, other: u64) -> bool {
+    word >> SLOT_BITS == other >> SLOT_BITS
+}
+
+const _: () = assert!(REQUEST_SET_BITS > SLOT_BITS);
+
+/// The number of sets of the table of tasks that are off the CPU is two to this power.
+const SLEEPER_SET_BITS: u32 = 13;
+
+/// Sets of the table of tasks that are off the CPU.
+pub const SLEEPER_SETS: u32 = 1 << SLEEPER_SET_BITS;
+
+/// Tasks of one set.
+pub type SleeperSet = [u64; 4];
+
+const SLEEPER_TIME_BITS: u32 = 40;
+const SLEEPER_TIME_MASK: u64 = (1 << SLEEPER_TIME_BITS) - 1;
+const SLEEPER_TAG_SHIFT: u32 = SLEEPER_TIME_BITS + 2;
+
+/// The set that a task is looked for in.
+#[inline(always)]
+pub const fn sleeper_set(pid: u32) -> u32 {
+    (mixed(pid as u64) >> (u64::BITS - SLEEPER_SET_BITS)) as u32
+}
+
+/// What stands for a task that is off the CPU since then, by the run queue's clock in nanoseconds, and why. Never 0, which is an empty place.
+#[inline(always)]
+pub const fn sleeper_word(pid: u32, since_ns: u64, why: OffCpu) -> u64 {
+    let tag = (mixed(pid as u64) << SLEEPER_SET_BITS >> SLEEPER_TAG_SHIFT) | 1;
+    tag << SLEEPER_TAG_SHIFT
+        | (why as u64) << SLEEPER_TIME_BITS
+        | (since_ns >> TIME_SHIFT) & SLEEPER_TIME_MASK
+}
+
+/// Whether two words stand for the same task.
+#[inline(always)]
+pub const fn same_sleeper(word: u64, other: u64) -> bool {
+    word >> SLEEPER_TAG_SHIFT == other >> SLEEPER_TAG_SHIFT
+}
+
+/// Why the task of a word is off the CPU, as [`OffCpu`] numbers it.
+#[inline(always)]
+pub const fn why_of_word(word: u64) -> usize {
+    ((word >> SLEEPER_TIME_BITS) & 3) as usize
+}
+
+/// How long the task of a word had been off the CPU when it woke, in nanoseconds, to within 1024; `None` if it was on a CPU since: then the word is of
+/// an earlier time, and the task was elsewhere meanwhile.
+#[inline(always)]
+pub const fn slept_ns(word: u64, arrived_ns: u64, woke_ns: u64) -> Option<u64> {
+    /// Later than this is earlier.
+    const HALF: u64 = 1 << (SLEEPER_TIME_BITS - 1);
+    let since = word & SLEEPER_TIME_MASK;
+    let after_arrival = since.wrapping_sub(arrived_ns >> TIME_SHIFT) & SLEEPER_TIME_MASK;
+    if after_arrival >= HALF {
+        return None;
+    }
+    let slept = (woke_ns >> TIME_SHIFT).wrapping_sub(since) & SLEEPER_TIME_MASK;
+    // The clocks of two CPUs may differ a little.
+    Some(if slept >= HALF { 0 } else { slept << TIME_SHIFT })
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_task_slept_from_when_it_went_to_when_it_woke() {
+        let word = sleeper_word(1234, 5_000_000, OffCpu::IoWait);
+        assert_eq!(why_of_word(word), OffCpu::IoWait as usize);
+        assert!(same_sleeper(word, sleeper_word(1234, 7, OffCpu::Sleep)));
+        assert!(!same_sleeper(word, sleeper_word(1235, 5_000_000, OffCpu::IoWait)));
+        let slept = slept_ns(word, 4_000_000, 9_000_000).unwrap();
+        assert!(slept.abs_diff(4_000_000) <= 1024, "{slept}");
+        assert_eq!(slept_ns(word, 4_000_000, 4_990_000), Some(0), "another CPU's clock");
+        assert_eq!(slept_ns(word, 6_000_000, 9_000_000), None, "it ran since");
+        // The kernel's clock may have come further than there are bits.
+        let late = (1 << 50) - 2_000_000;
+        let word = sleeper_word(1, late, OffCpu::Stopped);
+        assert_eq!(why_of_word(word), OffCpu::Stopped as usize);
+        assert!(slept_ns(word, late - 5_000, late + 10_000_000).unwrap().abs_diff(10_000_000) <= 1024);
+    }
+
+    #[test]
+    fn a_cgroups_word_holds_it_and_its_slot() {
+        let word = cgroup_word(0x1234_5678_9abc, 255);
+        assert_eq!((cgroup_of_word(word), slot_of_word(word)), (0x1234_5678_9abc, 255));
+        assert_eq!(cgroup_of_word(NO_CGROUPS[0]), 0);
+    }
+
+    #[test]
+    fn a_requests_word_tells_it_from_all_others_of_its_set() {
+        let keys = (0..200_000u64).map(|n| (0xffff_8880_0000_0000 + n * 64).swap_bytes());
+        let words: std::collections::BTreeSet<u64> =
+            keys.filter(|&key| request_set(key) == 7).map(|key| request_word(key, 3)).collect();
+        assert!(words.len() > 20, "{}", words.len());
+        let words: std::vec::Vec<u64> = words.into_iter().collect();
+        assert!(words.windows(2).all(|two| !same_request(two[0], two[1]) && slot_of_word(two[0]) == 3));
+        assert!(same_request(request_word(9, 1), request_word(9, 255)));
+        assert!(!same_request(request_word(0, 0), 0), "an empty place");
+    }
+
+    proptest! {
+        #[test]
+        fn sets_are_in_range_and_words_are_not_empty(key: u64, slot in 0..256u32) {
+            prop_assert!(cgroup_set(key) < CGROUP_SETS && request_set(key) < REQUEST_SETS);
+            prop_assert!(sleeper_set(key as u32) < SLEEPER_SETS);
+            let word = request_word(key, slot);
+            prop_assert_ne!(word, 0);
+            prop_assert_eq!(slot_of_word(word), slot);
+        }
+    }
+
+    /// The kernel numbers cgroups one after the other, with their files between, and makes requests at a distance of their size.
+    #[test]
+    fn as_many_as_there_may_be_find_their_places() {
+        for files in [1, 20, 64, 77] {
+            let mut sets = std::vec![0; CGROUP_SETS as usize];
+            for n in 0..u64::from(crate::layout::MAX_CGROUPS) {
+                sets[cgroup_set(5_000 + n * files) as usize] += 1;
+            }
+            assert!(sets.iter().all(|&used| used <= NO_CGROUPS.len()), "{files}: {:?}", sets.iter().max());
+        }
+        for size in [320, 448, 704, 4096] {
+            let mut sets = std::vec![0; REQUEST_SETS as usize];
+            for n in 0..1024u64 {
+                // As the programs have them.
+                sets[request_set((0xffff_8880_0400_0000 + n * size).swap_bytes()) as usize] += 1;
+            }
+            assert!(sets.iter().all(|&used| used <= 4), "{size}: {:?}", sets.iter().max());
+        }
+    }
+}
