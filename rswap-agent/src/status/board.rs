@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Moves, Series, series::windows_kept};
+use super::{Decisions, Moves, Series, decisions::kept_whole, series::windows_kept};
 use crate::{
     forecast::{Demand, Kin, Usage},
     instance::{Instance, InstanceName},
@@ -19,9 +19,6 @@ use crate::{
     swap::memory::InSwap,
     units::UnixMillis,
 };
-
-/// Decisions kept per instance; the oldest go first.
-pub const DECISIONS_KEPT: usize = 200;
 
 /// Ended migrations kept; the oldest go first. Running ones are always kept.
 pub const MIGRATIONS_KEPT: usize = 100;
@@ -213,7 +210,7 @@ pub struct BoardState {
     /// The last plan.
     pub plan: Plan,
     /// Past decisions per instance, oldest first.
-    pub decisions: BTreeMap<InstanceName, VecDeque<Decision>>,
+    pub decisions: BTreeMap<InstanceName, Decisions>,
     /// What instances did window by window.
     pub series: BTreeMap<InstanceName, Series>,
     /// Migrations, oldest first.
@@ -233,13 +230,10 @@ pub struct BoardState {
 }
 
 impl BoardState {
-    /// Keeps the instance's decision, and forgets the oldest past [`DECISIONS_KEPT`].
+    /// Keeps the instance's decision, and of the older ones as many as fit next to those of the other instances.
     pub fn keep_decision(&mut self, instance: &InstanceName, decision: Decision) {
-        let kept = self.decisions.entry(instance.clone()).or_default();
-        kept.push_back(decision);
-        while kept.len() > DECISIONS_KEPT {
-            kept.pop_front();
-        }
+        let whole = kept_whole(self.instances.len());
+        self.decisions.entry(instance.clone()).or_default().keep(decision, whole);
     }
 
     /// Keeps what was used in a window, next to what was shown of it before.

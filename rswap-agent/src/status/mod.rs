@@ -5,6 +5,7 @@
 //! The routes and their JSON are documented in `docs/api.md` and stay stable.
 
 mod board;
+mod decisions;
 mod metrics;
 mod moves;
 mod router;
@@ -21,9 +22,10 @@ use axum::{
 use tokio::net::TcpListener;
 
 pub use board::{
-    Board, BoardState, DECISIONS_KEPT, InstanceView, MIGRATIONS_KEPT, MigrationProgress, MigrationReport,
-    MigrationRound, MigrationState, MigrationView, Present,
+    Board, BoardState, InstanceView, MIGRATIONS_KEPT, MigrationProgress, MigrationReport, MigrationRound,
+    MigrationState, MigrationView, Present,
 };
+pub use decisions::{DECISIONS_KEPT, Decisions};
 pub use moves::{AskedBy, MOVES_KEPT, MoveState, MoveView, MovedKind, Moves, NewMove};
 pub use router::{ApiError, router};
 pub use series::{Series, WINDOWS_KEPT, Window};
