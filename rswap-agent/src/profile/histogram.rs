@@ -1,7 +1,9 @@
 //! Mergeable log-linear histograms (relative error at most 1/16).
 
+use std::{iter::Peekable, slice::Iter};
+
 use rswap_common::{
-    histogram::{BUCKETS, bounds_of, index_of},
+    histogram::{bounds_of, index_of},
     layout::HistogramRecord,
 };
 use serde::{Deserialize, Serialize};
@@ -19,11 +21,19 @@ pub struct Histogram {
 
 impl Histogram {
     /// What was counted between two readings of the same record, however the counters wrapped meanwhile.
-    pub fn between(earlier: &HistogramRecord, later: &HistogramRecord) -> Self {
-        let buckets: Vec<(u16, u64)> = (0..BUCKETS)
-            .map(|index| (index as u16, u64::from(later.buckets[index].wrapping_sub(earlier.buckets[index]))))
-            .filter(|&(_, count)| count > 0)
-            .collect();
+    pub(super) fn between(earlier: &Counts, later: &Counts) -> Self {
+        let (mut before, mut now) = (earlier.buckets.iter().peekable(), later.buckets.iter().peekable());
+        let mut buckets = Vec::new();
+        while let Some(index) = before.peek().into_iter().chain(now.peek()).map(|(index, _)| *index).min() {
+            let of = |counts: &mut Peekable<Iter<'_, (u16, u32)>>| {
+                counts.next_if(|(found, _)| *found == index).map_or(0, |(_, count)| *count)
+            };
+            let (before, now) = (of(&mut before), of(&mut now));
+            let count = u64::from(now.wrapping_sub(before));
+            if count > 0 {
+                buckets.push((index, count));
+            }
+        }
         let count = buckets.iter().map(|&(_, count)| count).sum();
         Self { buckets, count, sum: later.sum.wrapping_sub(earlier.sum) }
     }
@@ -77,6 +87,29 @@ impl Histogram {
     }
 }
 
+/// A reading of a record that is kept: most buckets have never counted anything.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Counts {
+    sum: u64,
+    /// (bucket index, count), ascending, those that are not 0.
+    buckets: Box<[(u16, u32)]>,
+}
+
+impl Counts {
+    pub(super) fn of(record: &HistogramRecord) -> Self {
+        let counted = record.buckets.iter().enumerate().filter(|(_, count)| **count > 0);
+        // Counted first, so that no more is reserved than there is.
+        let mut buckets = Vec::with_capacity(counted.clone().count());
+        buckets.extend(counted.map(|(index, count)| (index as u16, *count)));
+        Self { sum: record.sum, buckets: buckets.into_boxed_slice() }
+    }
+
+    /// Whether nothing was ever counted.
+    pub(super) fn is_empty(&self) -> bool {
+        self.sum == 0 && self.buckets.is_empty()
+    }
+}
+
 /// Adds what another CPU's record of the same metric counted.
 pub(super) fn add_record(total: &mut HistogramRecord, shard: &HistogramRecord) {
     total.sum = total.sum.wrapping_add(shard.sum);
@@ -111,11 +144,31 @@ mod tests {
         let mut later = earlier;
         later.sum = 8;
         later.buckets[5] = 1;
-        let difference = Histogram::between(&earlier, &later);
-        assert_eq!(difference, Histogram { buckets: vec![(5, 2)], count: 2, sum: 10 });
+        // One of them to 0.
+        earlier.buckets[7] = u32::MAX - 2;
+        later.buckets[7] = 0;
+        let difference = Histogram::between(&Counts::of(&earlier), &Counts::of(&later));
+        assert_eq!(difference, Histogram { buckets: vec![(5, 2), (7, 3)], count: 5, sum: 10 });
     }
 
     proptest! {
+        #[test]
+        fn what_was_counted_between_readings_is_what_was_counted_then(before: Vec<u32>, then: Vec<u32>) {
+            let (before, then): (Vec<u64>, Vec<u64>) =
+                (before.into_iter().map(u64::from).collect(), then.into_iter().map(u64::from).collect());
+            let read = |values: &[u64]| {
+                let mut record = HistogramRecord::EMPTY;
+                values.iter().for_each(|&value| {
+                    record.buckets[index_of(value)] += 1;
+                    record.sum += value;
+                });
+                Counts::of(&record)
+            };
+            let (earlier, later) = (read(&before), read(&[before.as_slice(), &then].concat()));
+            prop_assert_eq!(Histogram::between(&earlier, &later), of(&then));
+            prop_assert_eq!(Histogram::between(&Counts::default(), &later), of(&[before, then].concat()));
+        }
+
         #[test]
         fn merging_is_counting_together(a: Vec<u32>, b: Vec<u32>) {
             let (a, b): (Vec<u64>, Vec<u64>) =

@@ -7,13 +7,13 @@ use std::{
 };
 
 use rswap_common::layout::{
-    BlockOperation, BlockRecord, MAX_DEVICES, OTHER_DEVICE, OffCpu, SlotRecord, UNOWNED_KINDS, Unowned,
-    UnownedCount, block_index, device_number, slot_index,
+    BlockOperation, BlockRecord, MAX_DEVICES, OFF_CPU_KINDS, OTHER_DEVICE, OffCpu, OffCpuCount, SlotRecord,
+    UNOWNED_KINDS, Unowned, UnownedCount, block_index, device_number, slot_index,
 };
 
 use super::{
     BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpProfile, UnownedBlock,
-    histogram::{Histogram, add_record},
+    histogram::{Counts, Histogram, add_record},
     probes::Maps,
 };
 
@@ -36,13 +36,29 @@ impl FreeSlots {
 }
 
 /// A slot's counters at one moment, over all CPUs. A new owner takes them as its start: slots are reused
-/// without being cleared.
+/// without being cleared. Kept from window to window, hence only what has counted anything.
 pub(super) struct Counters {
-    slot: SlotRecord,
+    run_queue_ns: Counts,
+    on_cpu_ns: Counts,
+    tcp_rtt_us: Counts,
+    tcp_bytes_in: u64,
+    tcp_bytes_out: u64,
     /// By CPU.
     cpus: Vec<OnCpu>,
-    /// By device, then operation.
-    block: Vec<BlockRecord>,
+    off_cpu: [OffCpuCount; OFF_CPU_KINDS],
+    /// By their place, ascending; those that have counted anything.
+    blocks: Vec<Block>,
+}
+
+/// What is counted for one device and operation.
+#[derive(Default)]
+struct Block {
+    /// Of the device and the operation, among all.
+    place: usize,
+    device_ns: Counts,
+    queue_ns: Counts,
+    bytes: u64,
+    not_split: u64,
 }
 
 const OPERATIONS: [(BlockOperation, Operation); 4] = [
@@ -58,6 +74,12 @@ fn shards_of(operation: BlockOperation, shards: u32) -> u32 {
         BlockOperation::Read | BlockOperation::Write => shards,
         BlockOperation::Flush | BlockOperation::Discard => 1,
     }
+}
+
+/// Every device and operation, by place.
+fn places() -> impl Iterator<Item = (usize, u32, (BlockOperation, Operation))> {
+    let all = (0..MAX_DEVICES).flat_map(|device| OPERATIONS.map(|operation| (device, operation)));
+    all.enumerate().map(|(place, (device, operation))| (place, device, operation))
 }
 
 impl Counters {
@@ -84,29 +106,40 @@ impl Counters {
                 total.tcp_bytes_out = total.tcp_bytes_out.wrapping_add(record.tcp_bytes_out);
             }
         }
-        let mut block = Vec::with_capacity(MAX_DEVICES as usize * OPERATIONS.len());
-        for device in 0..MAX_DEVICES {
-            for (operation, _) in OPERATIONS {
-                let mut total = BlockRecord::EMPTY;
-                for shard in 0..shards_of(operation, maps.shards) {
-                    if let Some(record) = maps.blocks.read(block_index(shard, slot, slots, device, operation))
-                    {
-                        add_record(&mut total.device_ns, &record.device_ns);
-                        add_record(&mut total.queue_ns, &record.queue_ns);
-                        total.bytes = total.bytes.wrapping_add(record.bytes);
-                        total.not_split = total.not_split.wrapping_add(record.not_split);
-                    }
+        let mut blocks = Vec::new();
+        for (place, device, (operation, _)) in places() {
+            let mut total = BlockRecord::EMPTY;
+            for shard in 0..shards_of(operation, maps.shards) {
+                if let Some(record) = maps.blocks.read(block_index(shard, slot, slots, device, operation)) {
+                    add_record(&mut total.device_ns, &record.device_ns);
+                    add_record(&mut total.queue_ns, &record.queue_ns);
+                    total.bytes = total.bytes.wrapping_add(record.bytes);
+                    total.not_split = total.not_split.wrapping_add(record.not_split);
                 }
-                block.push(total);
+            }
+            let (device_ns, queue_ns) = (Counts::of(&total.device_ns), Counts::of(&total.queue_ns));
+            let (bytes, not_split) = (total.bytes, total.not_split);
+            if bytes > 0 || not_split > 0 || !device_ns.is_empty() || !queue_ns.is_empty() {
+                blocks.push(Block { place, device_ns, queue_ns, bytes, not_split });
             }
         }
-        Self { slot: total, cpus, block }
+        blocks.shrink_to_fit();
+        Self {
+            run_queue_ns: Counts::of(&total.run_queue_ns),
+            on_cpu_ns: Counts::of(&total.on_cpu_ns),
+            tcp_rtt_us: Counts::of(&total.tcp_rtt_us),
+            tcp_bytes_in: total.tcp_bytes_in,
+            tcp_bytes_out: total.tcp_bytes_out,
+            cpus,
+            off_cpu: total.off_cpu,
+            blocks,
+        }
     }
 
     /// What the scheduler probe counted since `earlier`.
     pub(super) fn add_cpu_since(&self, earlier: &Self, cpu: &mut CpuProfile) {
-        cpu.run_queue_ns = Histogram::between(&earlier.slot.run_queue_ns, &self.slot.run_queue_ns);
-        cpu.on_cpu_ns = Histogram::between(&earlier.slot.on_cpu_ns, &self.slot.on_cpu_ns);
+        cpu.run_queue_ns = Histogram::between(&earlier.run_queue_ns, &self.run_queue_ns);
+        cpu.on_cpu_ns = Histogram::between(&earlier.on_cpu_ns, &self.on_cpu_ns);
         let since = |(now, earlier): (&OnCpu, &OnCpu)| OnCpu {
             cpu: now.cpu,
             ran_ns: now.ran_ns.wrapping_sub(earlier.ran_ns),
@@ -120,7 +153,7 @@ impl Counters {
     /// Why and how long tasks were off the CPU, of those times that ended since `earlier`.
     pub(super) fn off_cpu_since(&self, earlier: &Self) -> OffCpuProfile {
         let of = |why: OffCpu| {
-            let (now, earlier) = (self.slot.off_cpu[why as usize], earlier.slot.off_cpu[why as usize]);
+            let (now, earlier) = (self.off_cpu[why as usize], earlier.off_cpu[why as usize]);
             OffCpuTime { ns: now.ns.wrapping_sub(earlier.ns), times: now.times.wrapping_sub(earlier.times) }
         };
         OffCpuProfile {
@@ -134,18 +167,19 @@ impl Counters {
     /// What the TCP probes counted since `earlier`.
     pub(super) fn tcp_since(&self, earlier: &Self) -> TcpProfile {
         TcpProfile {
-            bytes_in: self.slot.tcp_bytes_in.wrapping_sub(earlier.slot.tcp_bytes_in),
-            bytes_out: self.slot.tcp_bytes_out.wrapping_sub(earlier.slot.tcp_bytes_out),
-            rtt_us: Histogram::between(&earlier.slot.tcp_rtt_us, &self.slot.tcp_rtt_us),
+            bytes_in: self.tcp_bytes_in.wrapping_sub(earlier.tcp_bytes_in),
+            bytes_out: self.tcp_bytes_out.wrapping_sub(earlier.tcp_bytes_out),
+            rtt_us: Histogram::between(&earlier.tcp_rtt_us, &self.tcp_rtt_us),
         }
     }
 
     /// What the block probe counted since `earlier`, `window_ms` ago, for devices and operations that had I/O.
     pub(super) fn block_since(&self, earlier: &Self, devices: &Devices, window_ms: u64) -> Vec<BlockProfile> {
-        let places = (0..MAX_DEVICES).flat_map(|device| OPERATIONS.map(|(_, operation)| (device, operation)));
-        places
-            .zip(self.block.iter().zip(&earlier.block))
-            .map(|((device, operation), (now, earlier))| {
+        let nothing = Block::default();
+        places()
+            .map(|(place, device, (_, operation))| {
+                let (now, earlier) =
+                    (self.block(place).unwrap_or(&nothing), earlier.block(place).unwrap_or(&nothing));
                 let latency_ns = Histogram::between(&earlier.device_ns, &now.device_ns);
                 let queue_ns = Histogram::between(&earlier.queue_ns, &now.queue_ns);
                 let under_way_ns = latency_ns.sum.saturating_add(queue_ns.sum) as f64;
@@ -161,6 +195,10 @@ impl Counters {
             })
             .filter(|profile| profile.bytes > 0 || profile.latency_ns.count > 0)
             .collect()
+    }
+
+    fn block(&self, place: usize) -> Option<&Block> {
+        self.blocks.iter().find(|block| block.place == place)
     }
 }
 
@@ -277,6 +315,44 @@ mod tests {
         assert_eq!((free.take(), free.take(), free.take()), (Some(0), Some(1), None));
         free.give_back(0);
         assert_eq!(free.take(), Some(0));
+    }
+
+    fn counters(blocks: &[(usize, u64, &[usize])]) -> Counters {
+        let block = |&(place, bytes, requests): &(usize, u64, &[usize])| {
+            let mut record = BlockRecord::EMPTY;
+            requests.iter().for_each(|bucket| record.device_ns.buckets[*bucket] += 1);
+            Block { place, device_ns: Counts::of(&record.device_ns), bytes, ..Block::default() }
+        };
+        Counters {
+            run_queue_ns: Counts::default(),
+            on_cpu_ns: Counts::default(),
+            tcp_rtt_us: Counts::default(),
+            tcp_bytes_in: 0,
+            tcp_bytes_out: 0,
+            cpus: Vec::new(),
+            off_cpu: SlotRecord::EMPTY.off_cpu,
+            blocks: blocks.iter().map(block).collect(),
+        }
+    }
+
+    #[test]
+    fn a_device_that_had_no_io_before_is_told_apart_from_those_that_had() {
+        let mut devices = Devices::default();
+        devices.add(&[(254, 0), (8, 0)]);
+        let earlier = counters(&[(0, 100, &[5][..]), (28, 4_000, &[9][..])]);
+        // Of one, all counters have wrapped to 0: it has gone from the list.
+        let later = counters(&[(0, 100, &[5][..]), (5, 512, &[7, 7][..])]);
+        let shown = later.block_since(&earlier, &devices, 1_000);
+        let shown: Vec<_> = shown
+            .iter()
+            .map(|of| (of.device.as_str(), of.operation, of.bytes, of.latency_ns.buckets.clone()))
+            .collect();
+        let wrapped = (9, u64::from(u32::MAX));
+        let expected = [
+            ("8:0", Operation::Write, 512, vec![(7, 2)]),
+            ("other", Operation::Read, 4_000_u64.wrapping_neg(), vec![wrapped]),
+        ];
+        assert_eq!(shown, expected);
     }
 
     #[test]
