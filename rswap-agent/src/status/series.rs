@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     forecast::{Demand, Evidence, Resource, Usage},
@@ -47,7 +47,7 @@ pub struct Band {
 }
 
 /// A window's histograms, in short.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Latencies {
     /// From runnable to running, in nanoseconds.
     pub run_queue_ns: Spread,
@@ -71,7 +71,7 @@ impl Latencies {
 }
 
 /// A histogram by powers of two, with the quantiles that it had before.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// Samples.
     pub count: u64,
@@ -103,14 +103,32 @@ impl Spread {
     }
 }
 
+/// What is kept of a window.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Seen {
+    /// `None`: unknown.
+    used: [Option<f32>; RESOURCES],
+    /// What was forecast then, for `horizon_ms` later: p50 and p95.
+    made: [Option<[f32; 2]>; RESOURCES],
+    latencies: Latencies,
+}
+
+/// A window, and what is kept of it as bytes (postcard): of most, little is known or other than 0, and it is hardly ever looked at.
 #[derive(Clone, Debug)]
 struct Kept {
     at: UnixMillis,
-    /// Not a number: unknown.
-    used: [f32; RESOURCES],
-    /// What was forecast then, for `horizon_ms` later.
-    made: [[f32; 2]; RESOURCES],
-    latencies: Latencies,
+    packed: Box<[u8]>,
+}
+
+impl Kept {
+    fn new(at: UnixMillis, seen: &Seen) -> Self {
+        let packed = postcard::to_stdvec(seen).expect("plain data of known lengths");
+        Self { at, packed: packed.into_boxed_slice() }
+    }
+
+    fn seen(&self) -> Seen {
+        postcard::from_bytes(&self.packed).expect("as it was packed by this process")
+    }
 }
 
 /// An instance's last windows.
@@ -124,8 +142,9 @@ pub struct Series {
 impl Series {
     /// Takes in a window; of those that it has then, `keep` stay.
     pub fn record(&mut self, profile: &Profile, usage: &Usage, demand: Option<&Demand>, keep: usize) {
-        const UNKNOWN: f32 = f32::NAN;
-        let used = Resource::ALL.map(|resource| usage.of(resource).map_or(UNKNOWN, |amount| amount as f32));
+        let number = |amount: &f32| !amount.is_nan();
+        let used =
+            Resource::ALL.map(|resource| usage.of(resource).map(|amount| amount as f32).filter(number));
         let points = demand.map_or(&[][..], |demand| demand.points.as_slice());
         let horizon_ms = points.iter().map(|point| point.horizon_ms).min();
         let made = Resource::ALL.map(|resource| {
@@ -133,7 +152,8 @@ impl Series {
             let point = points.iter().find(|point| {
                 point.resource == resource && Some(point.horizon_ms) == horizon_ms && believed(point.evidence)
             });
-            point.map_or([UNKNOWN; 2], |point| [point.need.p50 as f32, point.need.p95 as f32])
+            let band = point.map(|point| [point.need.p50 as f32, point.need.p95 as f32]);
+            band.filter(|band| band.iter().all(number))
         });
         self.window_ms = profile.window_ms;
         self.horizon_ms = horizon_ms.or(self.horizon_ms);
@@ -143,7 +163,8 @@ impl Series {
             self.kept.shrink_to(keep);
         }
         self.kept.reserve_exact(keep.saturating_sub(self.kept.len()));
-        self.kept.push_back(Kept { at: profile.at, used, made, latencies: Latencies::of(profile) });
+        let seen = Seen { used, made, latencies: Latencies::of(profile) };
+        self.kept.push_back(Kept::new(profile.at, &seen));
     }
 
     /// How far ahead the forecasts were made that windows are shown with, in milliseconds.
@@ -154,26 +175,26 @@ impl Series {
     /// The windows that ended after `since`, oldest first.
     pub fn windows(&self, since: UnixMillis) -> impl Iterator<Item = Window> {
         self.kept.iter().filter(move |kept| kept.at > since).map(move |kept| {
-            let known = Resource::ALL.into_iter().zip(kept.used).filter(|(_, used)| !used.is_nan());
+            let Seen { used, latencies, .. } = kept.seen();
+            let used = Resource::ALL.into_iter().zip(used);
+            let known = used.filter_map(|(resource, used)| Some((resource, used?)));
             let made =
                 self.made_for(kept.at).into_iter().flat_map(|made| Resource::ALL.into_iter().zip(made));
-            let made = made.filter(|(_, [p50, _])| !p50.is_nan());
-            Window {
-                at: kept.at,
-                used: known.collect(),
-                forecast: made.map(|(resource, [p50, p95])| (resource, Band { p50, p95 })).collect(),
-                latencies: kept.latencies.clone(),
-            }
+            let made = made.filter_map(|(resource, made)| {
+                let [p50, p95] = made?;
+                Some((resource, Band { p50, p95 }))
+            });
+            Window { at: kept.at, used: known.collect(), forecast: made.collect(), latencies }
         })
     }
 
     /// What was forecast for the window that ended `at`: windows are some milliseconds off.
-    fn made_for(&self, at: UnixMillis) -> Option<[[f32; 2]; RESOURCES]> {
+    fn made_for(&self, at: UnixMillis) -> Option<[Option<[f32; 2]>; RESOURCES]> {
         let made_at = at.0.checked_sub(self.horizon_ms?)?;
         let after = self.kept.partition_point(|kept| kept.at.0 < made_at);
         let near = [after.checked_sub(1), Some(after)].into_iter().flatten().filter_map(|i| self.kept.get(i));
         let nearest = near.min_by_key(|kept| kept.at.0.abs_diff(made_at))?;
-        (nearest.at.0.abs_diff(made_at) <= self.window_ms / 2).then_some(nearest.made)
+        (nearest.at.0.abs_diff(made_at) <= self.window_ms / 2).then(|| nearest.seen().made)
     }
 }
 
@@ -253,6 +274,29 @@ mod tests {
         assert_eq!(window.latencies.rtt_us, Spread::default());
         let json = serde_json::to_value(&window).unwrap();
         assert_eq!(json["used"], serde_json::json!({ "cpu": 0.0, "memory": 0.0 }));
+        let unknown = Usage { reference_cores: f64::NAN, ..Usage::default() };
+        series.record(&profile(1_000, &[]), &unknown, Some(&demand(1_000, f64::NAN, BELIEVED)), 100);
+        let json = serde_json::to_value(series.windows(UnixMillis(500)).next().unwrap()).unwrap();
+        assert_eq!(json["used"], serde_json::json!({ "memory": 0.0 }));
+    }
+
+    #[test]
+    fn a_window_in_which_little_happened_takes_little() {
+        let mut series = Series::default();
+        let waits: Vec<u64> = (0..40).map(|n| 1_000 << (n % 8)).collect();
+        let usage =
+            Usage { reference_cores: 0.01, memory_bytes: 1e7, io_bytes_per_s: Some(0.0), ..Usage::default() };
+        for n in 0..60 {
+            series.record(
+                &profile(n * WINDOW_MS, &waits),
+                &usage,
+                Some(&demand(n * WINDOW_MS, 0.01, BELIEVED)),
+                60,
+            );
+        }
+        let bytes: usize = series.kept.iter().map(|kept| size_of::<Kept>() + kept.packed.len()).sum();
+        assert!(bytes <= 60 * 160, "{bytes}");
+        assert!(series.kept.iter().all(|kept| kept.seen().latencies.run_queue_ns.octaves.len() == 8));
     }
 
     #[test]
