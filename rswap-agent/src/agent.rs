@@ -155,7 +155,7 @@ pub fn run(config: Config) -> Result<(), AgentError> {
     // While there is but this thread: those that it starts have no more.
     privilege::keep_what_is_needed()?;
     open_as_many_as_allowed().map_err(failed("raise the limit of open files"))?;
-    heap::limit_arenas().map_err(failed("limit the arenas of the heap"))?;
+    heap::limit().map_err(failed("limit what the heap keeps"))?;
     // Two threads serve; the windows' work is done on this one.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -244,6 +244,8 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     let mut wiring = wiring.map_err(failed("open what is kept for the controller (controller.spool)"))?;
     let owing = ledger.clone();
     std::thread::spawn(move || recover_for_ever(recovery, &owing));
+    // The kernel's type information and the state that was read are large, and no longer needed.
+    drop(heap::GiveBack);
     // Before anybody can ask: an empty answer would mean that nothing runs here.
     wiring.refresh();
     let serving_status = tokio::spawn(status::serve(listener, board.clone(), stopping(stopped.clone())));

@@ -182,14 +182,16 @@ impl Lessons {
 }
 
 fn written(learnt: &Lessons, instances: &BTreeMap<InstanceName, Watched>) -> Vec<u8> {
-    let payload = postcard::to_stdvec(&Written { learnt, instances });
-    let payload = payload.expect("plain data of known lengths");
-    let mut state = Vec::with_capacity(HEAD + payload.len() + 8);
+    let mut state = Vec::new();
     state.extend_from_slice(MAGIC);
     state.extend_from_slice(&VERSION.to_le_bytes());
-    state.extend_from_slice(&(payload.len() as u64).to_le_bytes());
-    state.extend_from_slice(&payload);
-    state.extend_from_slice(&xxh3_64(&payload).to_le_bytes());
+    state.extend_from_slice(&[0; 8]);
+    // In place: it is tens of megabytes, and two of them would be the largest of all that the agent holds.
+    let mut state =
+        postcard::to_extend(&Written { learnt, instances }, state).expect("plain data of known lengths");
+    let (len, digest) = ((state.len() - HEAD) as u64, xxh3_64(&state[HEAD..]));
+    state[HEAD - 8..HEAD].copy_from_slice(&len.to_le_bytes());
+    state.extend_from_slice(&digest.to_le_bytes());
     state
 }
 

@@ -8,15 +8,28 @@ use std::io;
 /// come and go with moves and spend their time in system calls, not in the allocator.
 const ARENAS: libc::c_int = 1;
 
-/// Limits how many arenas the heap has. To be called before there are threads.
+/// What is larger, in bytes, is mapped by itself, and goes back to the kernel at once when it is freed.
+///
+/// By default glibc raises this to the largest that was ever freed (up to 32 MiB), and keeps twice as much at the end of the heap:
+/// what the forecaster's state needs for a moment, once a minute, would stay for good. Buffers of moves are smaller (1 MiB): to
+/// map these anew each time would cost more than it saves.
+const MAPPED_FROM: libc::c_int = 4 << 20;
+/// So much may lie free at the end of the heap, in bytes, before it goes back to the kernel: a window's work.
+const FREE_AT_THE_END: libc::c_int = 4 << 20;
+
+/// Limits how many arenas the heap has, and what it keeps of what was freed. To be called before there are threads.
 ///
 /// # Errors
 /// The allocator refuses it. On another C library than glibc there is nothing to limit.
-pub fn limit_arenas() -> io::Result<()> {
+pub fn limit() -> io::Result<()> {
     #[cfg(target_env = "gnu")]
-    {
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, ARENAS),
+        (libc::M_MMAP_THRESHOLD, MAPPED_FROM),
+        (libc::M_TRIM_THRESHOLD, FREE_AT_THE_END),
+    ] {
         // SAFETY: mallopt takes two numbers and has no memory of ours.
-        if unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) } == 0 {
+        if unsafe { libc::mallopt(parameter, value) } == 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
     }
