@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Decisions, Moves, Series, decisions::kept_whole, series::windows_kept};
+use super::{Decisions, Distributions, Moves, Series, decisions::kept_whole, series::windows_kept};
 use crate::{
     forecast::{Demand, Kin, Usage},
     instance::{Instance, InstanceName},
@@ -213,6 +213,8 @@ pub struct BoardState {
     pub decisions: BTreeMap<InstanceName, Decisions>,
     /// What instances did window by window.
     pub series: BTreeMap<InstanceName, Series>,
+    /// How long things took instances over more than a window.
+    pub distributions: BTreeMap<InstanceName, Distributions>,
     /// Migrations, oldest first.
     pub migrations: VecDeque<MigrationView>,
     /// Moves of every kind.
@@ -241,6 +243,7 @@ impl BoardState {
         let keep = windows_kept(self.instances.len());
         if self.instances.contains_key(&profile.instance) {
             self.series.entry(profile.instance.clone()).or_default().record(profile, usage, demand, keep);
+            self.distributions.entry(profile.instance.clone()).or_default().record(profile);
         }
     }
 
@@ -271,6 +274,7 @@ impl BoardState {
         }
         let (instances, migrations) = (&self.instances, &self.migrations);
         self.series.retain(|name, _| instances.contains_key(name));
+        self.distributions.retain(|name, _| instances.contains_key(name));
         self.decisions
             .retain(|name, _| instances.contains_key(name) || migrations.iter().any(|m| m.instance == *name));
     }

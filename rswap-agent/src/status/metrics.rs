@@ -7,13 +7,17 @@ use std::{
 };
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text},
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, text},
+    metrics::{MetricType, counter::Counter, family::Family, gauge::Gauge},
     registry::{Registry, Unit},
 };
+use rswap_common::histogram::bounds_of;
 
-use super::{BoardState, MigrationState};
-use crate::{profile::ProbeState, units::UnixMillis};
+use super::{BoardState, Metric, MigrationState};
+use crate::{
+    profile::{ProbeState, RequestCount, histogram::Histogram},
+    units::UnixMillis,
+};
 
 type FloatGauge = Gauge<f64, AtomicU64>;
 
@@ -35,6 +39,75 @@ struct Forecast {
     quantile: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfBlock {
+    instance: String,
+    device: String,
+    operation: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfReason {
+    instance: String,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Unowned {
+    device: String,
+    kind: &'static str,
+}
+
+/// Histograms with a bucket for every power of two that has samples or lies between two that have, in seconds.
+#[derive(Debug)]
+struct Histograms<L> {
+    of: Vec<(L, Histogram)>,
+    /// Of their unit in a second.
+    per_second: f64,
+}
+
+impl<L: EncodeLabelSet + fmt::Debug + Send + Sync + 'static> EncodeMetric for Histograms<L> {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        for (labels, histogram) in &self.of {
+            let (buckets, sum) =
+                (by_octave(histogram, self.per_second), histogram.sum as f64 / self.per_second);
+            let mut of = encoder.encode_family(labels)?;
+            of.encode_histogram::<[(&str, &str); 0]>(sum, histogram.count, &buckets, None)?;
+        }
+        Ok(())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
+
+    fn is_empty(&self) -> bool {
+        self.of.is_empty()
+    }
+}
+
+/// The largest value of each power of two in seconds, with how many samples lie in it. Values are whole numbers, so that no sample lies between.
+fn by_octave(histogram: &Histogram, per_second: f64) -> Vec<(f64, u64)> {
+    let mut octaves: Vec<(u32, u64)> = Vec::new();
+    for &(index, count) in &histogram.buckets {
+        // 0 is counted with 1.
+        let octave = bounds_of(usize::from(index)).low.max(1).ilog2();
+        let mut next = octaves.last().map_or(octave, |(last, _)| last + 1);
+        while next <= octave {
+            octaves.push((next, 0));
+            next += 1;
+        }
+        if let Some((_, sum)) = octaves.last_mut() {
+            *sum += count;
+        }
+    }
+    let bound = |octave: u32| ((1u64 << (octave + 1)) - 1) as f64 / per_second;
+    let mut buckets: Vec<(f64, u64)> =
+        octaves.into_iter().map(|(octave, count)| (bound(octave), count)).collect();
+    buckets.push((f64::INFINITY, 0));
+    buckets
+}
+
 fn named(name: &str) -> Named {
     Named { name: name.to_owned() }
 }
@@ -50,6 +123,8 @@ pub(super) fn encode(board: &BoardState, now: UnixMillis) -> Result<String, fmt:
     let mut registry = Registry::with_prefix("rswap");
     agent(&mut registry, board, now);
     instances(&mut registry, board);
+    distributions(&mut registry, board);
+    block(&mut registry, board);
     pools(&mut registry, board);
     let mut out = String::new();
     text::encode(&mut out, &registry)?;
@@ -172,6 +247,104 @@ fn instances(registry: &mut Registry, board: &BoardState) {
     );
 }
 
+/// Since the instance is shown: Prometheus takes differences, over whatever time.
+fn distributions(registry: &mut Registry, board: &BoardState) {
+    let (mut waits, mut turns, mut round_trips) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut on_device, mut in_queue) = (Vec::new(), Vec::new());
+    for (name, of) in &board.distributions {
+        let own = || OfInstance { instance: name.to_string() };
+        for (metric, total) in of.totals() {
+            let total = total.clone();
+            let block = |device: &String, operation: crate::profile::Operation| OfBlock {
+                instance: name.to_string(),
+                device: device.clone(),
+                operation: operation.name(),
+            };
+            match metric {
+                Metric::RunQueueNs => waits.push((own(), total)),
+                Metric::OnCpuNs => turns.push((own(), total)),
+                Metric::TcpRttUs => round_trips.push((own(), total)),
+                Metric::BlockDeviceNs { device, operation } => {
+                    on_device.push((block(device, *operation), total))
+                }
+                Metric::BlockQueueNs { device, operation } => {
+                    in_queue.push((block(device, *operation), total))
+                }
+            }
+        }
+    }
+    for (name, help, of, per_second) in [
+        ("instance_run_queue", "Time from runnable to running", waits, 1e9),
+        ("instance_on_cpu", "Time on a CPU between two switches", turns, 1e9),
+        ("instance_tcp_rtt", "Smoothed TCP round trips, one sample per segment received", round_trips, 1e6),
+    ] {
+        registry.register_with_unit(name, help, Unit::Seconds, Histograms { of, per_second });
+    }
+    for (name, help, of) in [
+        ("instance_block_device", "Time of block requests from when the driver was given them", on_device),
+        ("instance_block_queue", "Time of block requests until the driver was given them", in_queue),
+    ] {
+        registry.register_with_unit(name, help, Unit::Seconds, Histograms { of, per_second: 1e9 });
+    }
+}
+
+/// Block I/O beside how long it took.
+fn block(registry: &mut Registry, board: &BoardState) {
+    let [bytes, in_flight] = std::array::from_fn(|_| Family::<OfBlock, FloatGauge>::default());
+    let off_cpu = Family::<OfReason, FloatGauge>::default();
+    for (name, view) in &board.instances {
+        let Some(profile) = &view.profile else { continue };
+        let per_s = 1e3 / profile.window_ms.max(1) as f64;
+        for block in &profile.block {
+            let labels = OfBlock {
+                instance: name.to_string(),
+                device: block.device.clone(),
+                operation: block.operation.name(),
+            };
+            bytes.get_or_create(&labels).set(block.bytes as f64 * per_s);
+            in_flight.get_or_create(&labels).set(block.in_flight);
+        }
+        let Some(off) = &profile.cpu.off_cpu else { continue };
+        for (reason, time) in [
+            ("sleep", off.sleep),
+            ("io_wait", off.io_wait),
+            ("blocked", off.blocked),
+            ("stopped", off.stopped),
+        ] {
+            let labels = OfReason { instance: name.to_string(), reason };
+            off_cpu.get_or_create(&labels).set(time.ns as f64 / 1e9 * per_s);
+        }
+    }
+    registry.register("instance_block_bytes_per_second", "Block I/O in the last window, by operation", bytes);
+    registry.register(
+        "instance_block_in_flight",
+        "Block requests under way on average in the last window",
+        in_flight,
+    );
+    registry.register(
+        "instance_off_cpu_threads",
+        "Threads off the CPU on average, by reason, of those times that ended in the last window",
+        off_cpu,
+    );
+    let [requests, bytes] = std::array::from_fn(|_| Family::<Unowned, Counter>::default());
+    for of in &board.block.unowned {
+        let kinds: [(&str, RequestCount); 3] =
+            [("read", of.reads), ("write", of.writes), ("write_back", of.write_back)];
+        for (kind, count) in kinds {
+            let labels = Unowned { device: of.device.clone(), kind };
+            requests.get_or_create(&labels).inner().store(count.requests, Relaxed);
+            bytes.get_or_create(&labels).inner().store(count.bytes, Relaxed);
+        }
+    }
+    registry.register("block_unowned_requests", "Block requests of no instance", requests);
+    registry.register_with_unit("block_unowned", "Block I/O of no instance", Unit::Bytes, bytes);
+    let not_covered = Family::<Named, Gauge>::default();
+    for device in &board.block.not_covered {
+        not_covered.get_or_create(&named(device)).set(1);
+    }
+    registry.register("block_not_covered", "A device in use of which nothing is counted", not_covered);
+}
+
 fn pools(registry: &mut Registry, board: &BoardState) {
     let capacity = Family::<Named, FloatGauge>::default();
     let used = Family::<Named, FloatGauge>::default();
@@ -181,4 +354,21 @@ fn pools(registry: &mut Registry, board: &BoardState) {
     }
     registry.register("pool_capacity_cores", "Cores of a pool", capacity);
     registry.register("pool_used_cores", "Cores of a pool in use", used);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_powers_of_two_without_gaps_and_hold_every_sample() {
+        let mut histogram = Histogram::default();
+        [0, 1, 2, 3, 8, 15, 16, 1 << 39].iter().for_each(|value| histogram.record(*value));
+        let buckets = by_octave(&histogram, 1.0);
+        assert_eq!(buckets[..5], [(1.0, 2), (3.0, 2), (7.0, 0), (15.0, 2), (31.0, 1)]);
+        assert_eq!(buckets.len(), 41);
+        assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), histogram.count);
+        assert_eq!(buckets.last(), Some(&(f64::INFINITY, 0)));
+        assert_eq!(by_octave(&Histogram::default(), 1.0), [(f64::INFINITY, 0)]);
+    }
 }

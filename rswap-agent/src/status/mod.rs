@@ -6,6 +6,7 @@
 
 mod board;
 mod decisions;
+mod distributions;
 mod metrics;
 mod moves;
 mod router;
@@ -26,6 +27,7 @@ pub use board::{
     MigrationState, MigrationView, Present,
 };
 pub use decisions::{DECISIONS_KEPT, Decisions};
+pub use distributions::{Distribution, Distributions, Metric, Span};
 pub use moves::{AskedBy, MOVES_KEPT, MoveState, MoveView, MovedKind, Moves, NewMove};
 pub use router::{ApiError, router};
 pub use series::{Series, WINDOWS_KEPT, Window};

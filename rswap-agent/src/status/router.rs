@@ -101,6 +101,7 @@ pub fn router(board: Board) -> Router {
         .route("/v1/decisions", get(decisions))
         .route("/v1/explain", get(explain))
         .route("/v1/windows", get(windows))
+        .route("/v1/distributions", get(distributions))
         .route("/metrics", get(metrics_text))
         .fallback(|| async {
             ApiError::new(
@@ -172,6 +173,22 @@ async fn profiles(
         None => Ok(Json(board.instances.values().cloned().collect())),
         Some(name) => Ok(Json(board.instances.get(&name).cloned().into_iter().collect())),
     }
+}
+
+/// What an instance's times were over the last window, minute and hour.
+async fn distributions(
+    State(board): State<Board>,
+    query: Result<Query<OneOrAll>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let one = query
+        .map(|Query(asked)| asked.instance)
+        .map_err(|rejection| unreadable(&rejection, "/v1/distributions"))?;
+    let board = board.read();
+    let wanted = |name: &InstanceName| one.as_ref().is_none_or(|one| one == name);
+    let shown = board.distributions.iter().filter(|(name, _)| wanted(name));
+    let shown =
+        shown.map(|(name, of)| json!({ "name": name, "distributions": of.shown().collect::<Vec<_>>() }));
+    Ok(Json(shown.collect::<Vec<_>>()).into_response())
 }
 
 async fn pools(State(board): State<Board>) -> Json<Vec<Pool>> {

@@ -10,7 +10,10 @@ use crate::{
     control::client::{Client, Target},
     instance::InstanceName,
     plan::Plan,
-    profile::{ProbeState, ProbeStatus},
+    profile::{
+        BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, Operation, ProbeState, ProbeStatus, Profile,
+        RequestCount, UnownedBlock, histogram::Histogram,
+    },
     units::UnixMillis,
 };
 
@@ -133,6 +136,73 @@ async fn shows_moves_with_why_and_rounds_as_they_go() {
     }
 }
 
+/// An instance that was measured once.
+fn show_a_profile(board: &mut BoardState) {
+    let view = serde_json::json!({
+        "name": "db", "labels": {}, "cgroup": "/x", "cgroup_id": 1, "origin": "run", "init_pid": 1, "command": ["db"],
+        "network": null, "pool": null, "since": 0, "profile": null, "demand": null,
+    });
+    let mut view: InstanceView = serde_json::from_value(view).unwrap();
+    let of = |values: &[u64]| {
+        let mut histogram = Histogram::default();
+        values.iter().for_each(|value| histogram.record(*value));
+        histogram
+    };
+    let io_wait = OffCpuTime { ns: 500_000_000, times: 9 };
+    let off_cpu = Some(OffCpuProfile { io_wait, ..OffCpuProfile::default() });
+    let profile = Profile {
+        instance: view.instance.name.clone(),
+        at: UnixMillis::now(),
+        window_ms: 1000,
+        cpu: CpuProfile { run_queue_ns: of(&[1000]), off_cpu, ..CpuProfile::default() },
+        block: vec![BlockProfile {
+            device: "8:0".into(),
+            operation: Operation::Write,
+            bytes: 8192,
+            latency_ns: of(&[2_000_000_000, 4_000_000_000]),
+            queue_ns: of(&[1000, 2000]),
+            not_split: 0,
+            in_flight: 6.0,
+        }],
+        block_counted: true,
+        tcp: Default::default(),
+        tcp_counted: true,
+        memory: Default::default(),
+    };
+    view.profile = Some(profile.clone());
+    board.instances.insert(profile.instance.clone(), view);
+    board.keep_window(&profile, &Default::default(), None);
+    board.block.not_covered.push("dm-0".into());
+    let write_back = RequestCount { requests: 1, bytes: 4096 };
+    let (reads, writes) = Default::default();
+    board.block.unowned.push(UnownedBlock { device: "8:0".into(), reads, writes, write_back });
+}
+
+#[tokio::test]
+async fn shows_distributions_of_one_instance_or_all() {
+    let board = board();
+    board.write(show_a_profile);
+    let client = served(board).await;
+    let shown: serde_json::Value = client.get("/v1/distributions?instance=db").await.unwrap();
+    let of = &shown[0]["distributions"];
+    assert_eq!(
+        (&shown[0]["name"], &of[0]["metric"], &of[0]["hour"]["sum"]),
+        (&"db".into(), &"run_queue_ns".into(), &1000.into())
+    );
+    assert_eq!((&of[1]["metric"], &of[1]["operation"]), (&"block_device_ns".into(), &"write".into()));
+    assert_eq!((&of[1]["minute"]["count"], &of[1]["total"]["sum"]), (&2.into(), &6_000_000_000_u64.into()));
+    let all: serde_json::Value = client.get("/v1/distributions").await.unwrap();
+    assert_eq!(all, shown);
+    let none: serde_json::Value = client.get("/v1/distributions?instance=gone").await.unwrap();
+    assert_eq!(none, serde_json::json!([]));
+    let status: serde_json::Value = client.get("/v1/status").await.unwrap();
+    assert_eq!(
+        status["block"]["unowned"][0]["write_back"],
+        serde_json::json!({ "requests": 1, "bytes": 4096 })
+    );
+    assert_eq!(status["block"]["not_covered"], serde_json::json!(["dm-0"]));
+}
+
 #[tokio::test]
 async fn exposes_metrics() {
     let board = board();
@@ -143,7 +213,20 @@ async fn exposes_metrics() {
             state: ProbeState::Unavailable { reason: "no BTF".into() },
         });
     });
+    board.write(show_a_profile);
     let text = served(board).await.get_text("/metrics").await.unwrap();
+    for line in [
+        "rswap_instance_block_device_seconds_count{instance=\"db\",device=\"8:0\",operation=\"write\"} 2",
+        "rswap_instance_block_device_seconds_sum{instance=\"db\",device=\"8:0\",operation=\"write\"} 6.0",
+        "rswap_instance_block_device_seconds_bucket{le=\"+Inf\",instance=\"db\",device=\"8:0\",operation=\"write\"} 2",
+        "rswap_instance_run_queue_seconds_count{instance=\"db\"} 1",
+        "rswap_block_unowned_bytes_total{device=\"8:0\",kind=\"write_back\"} 4096",
+        "rswap_block_not_covered{name=\"dm-0\"} 1",
+        "rswap_instance_off_cpu_threads{instance=\"db\",reason=\"io_wait\"} 0.5",
+    ] {
+        assert!(text.lines().any(|found| found == line), "no {line} in {text}");
+    }
+    assert!(text.contains("# TYPE rswap_instance_block_device_seconds histogram"), "{text}");
     assert!(text.contains("rswap_core_swaps_total 4"), "{text}");
     assert!(text.contains("rswap_probe_active{name=\"sched\"} 0"), "{text}");
     assert!(text.ends_with("# EOF\n"), "{text}");
