@@ -57,7 +57,7 @@ const REQUEST_SET_BITS: u32 = 12;
 /// Sets of the table of requests.
 pub const REQUEST_SETS: u32 = 1 << REQUEST_SET_BITS;
 
-/// Requests of one set. With 512 requests in flight one in a million finds its set full.
+/// Requests of one set. With 512 requests in flight one in a hundred thousand finds its set full.
 pub type RequestSet = [u64; 4];
 
 /// Times are kept in units of about a microsecond.
@@ -137,6 +137,10 @@ pub const fn why_of_word(word: u64) -> usize {
 pub const fn slept_ns(word: u64, arrived_ns: u64, woke_ns: u64) -> Option<u64> {
     /// Later than this is earlier.
     const HALF: u64 = 1 << (SLEEPER_TIME_BITS - 1);
+    if arrived_ns == 0 {
+        // A new task, which has the number of one that is remembered.
+        return None;
+    }
     let since = word & SLEEPER_TIME_MASK;
     let after_arrival = since.wrapping_sub(arrived_ns >> TIME_SHIFT) & SLEEPER_TIME_MASK;
     if after_arrival >= HALF {

@@ -154,6 +154,11 @@ fn count_unowned(device: u32, operation: BlockOperation, flags: u32, bytes: u32,
 /// The slot that a request is charged to; forgets the submitter once the request is `complete`.
 #[inline(always)]
 fn slot_of_request(request: KernelPtr, complete: bool) -> Option<u32> {
+    // Looked up also where the bio says whose it is: the next request at this address may be nobody's.
+    let submitter = match BLOCK_BY_SUBMITTER.load() {
+        1 => request_submitter(number_of(request), complete),
+        _ => None,
+    };
     if BLOCK_BY_BLKCG.load() == 1 {
         let bio: KernelPtr = field(request, &REQUEST_BIO);
         let blkg: KernelPtr = field(bio, &BIO_BLKG);
@@ -163,10 +168,7 @@ fn slot_of_request(request: KernelPtr, complete: bool) -> Option<u32> {
             return Some(slot);
         }
     }
-    if BLOCK_BY_SUBMITTER.load() == 1 {
-        return request_submitter(number_of(request), complete);
-    }
-    None
+    submitter
 }
 
 /// The request's device's place in the table.

@@ -71,7 +71,8 @@ const ROOT_CGROUP_ID: u64 = 1;
 /// The slot of a cgroup, if it is tracked.
 #[inline(always)]
 pub fn slot_of(cgroup_id: u64) -> Option<u32> {
-    if cgroup_id == ROOT_CGROUP_ID {
+    // 0 is no cgroup's: it is what an empty place holds, and what is read where there is none.
+    if cgroup_id <= ROOT_CGROUP_ID {
         return None;
     }
     for &word in CGROUPS.get(tables::cgroup_set(cgroup_id))? {

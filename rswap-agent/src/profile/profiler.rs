@@ -206,6 +206,10 @@ impl State {
     fn register_cgroups(&mut self, name: &InstanceName, tracked: &mut Tracked) -> Result<(), ProfileError> {
         let (Some(maps), Some(slot)) = (&mut self.probes.maps, tracked.slot) else { return Ok(()) };
         let present = cgroup::ids(&tracked.cgroup)?;
+        for id in tracked.registered.difference(&present) {
+            maps.cgroups.remove(*id);
+        }
+        tracked.registered.retain(|id| present.contains(id));
         for &id in present.difference(&tracked.registered.clone()) {
             maps.cgroups.insert(id, slot).map_err(|source| ProfileError::Register {
                 name: name.clone(),
@@ -214,10 +218,6 @@ impl State {
             })?;
             tracked.registered.insert(id);
         }
-        for id in tracked.registered.difference(&present) {
-            maps.cgroups.remove(*id);
-        }
-        tracked.registered = present;
         Ok(())
     }
 
