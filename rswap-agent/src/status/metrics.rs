@@ -58,7 +58,8 @@ struct Unowned {
     kind: &'static str,
 }
 
-/// Histograms with a bucket for every power of two that has samples or lies between two that have, in seconds.
+/// Histograms with a bucket for every power of two from about a microsecond to about a minute, in seconds: the same for all, so that they can be
+/// added up.
 #[derive(Debug)]
 struct Histograms<L> {
     of: Vec<(L, Histogram)>,
@@ -86,25 +87,22 @@ impl<L: EncodeLabelSet + fmt::Debug + Send + Sync + 'static> EncodeMetric for Hi
     }
 }
 
-/// The largest value of each power of two in seconds, with how many samples lie in it. Values are whole numbers, so that no sample lies between.
+/// Powers of two from about a microsecond to about a minute.
+const OCTAVES: u32 = 27;
+
+/// The largest value of each power of two in seconds, with how many samples lie in it: below the first, they are in that, and above the last, in the
+/// one without an end. Values are whole numbers, so that no sample lies between.
 fn by_octave(histogram: &Histogram, per_second: f64) -> Vec<(f64, u64)> {
-    let mut octaves: Vec<(u32, u64)> = Vec::new();
+    let first = (per_second / 1e6).max(1.0).log2() as u32;
+    let bound = |octave: u32| ((1u64 << (octave + 1)) - 1) as f64 / per_second;
+    let mut buckets: Vec<(f64, u64)> = (first..first + OCTAVES).map(|octave| (bound(octave), 0)).collect();
+    buckets.push((f64::INFINITY, 0));
     for &(index, count) in &histogram.buckets {
         // 0 is counted with 1.
         let octave = bounds_of(usize::from(index)).low.max(1).ilog2();
-        let mut next = octaves.last().map_or(octave, |(last, _)| last + 1);
-        while next <= octave {
-            octaves.push((next, 0));
-            next += 1;
-        }
-        if let Some((_, sum)) = octaves.last_mut() {
-            *sum += count;
-        }
+        let place = (octave.saturating_sub(first) as usize).min(buckets.len() - 1);
+        buckets[place].1 += count;
     }
-    let bound = |octave: u32| ((1u64 << (octave + 1)) - 1) as f64 / per_second;
-    let mut buckets: Vec<(f64, u64)> =
-        octaves.into_iter().map(|(octave, count)| (bound(octave), count)).collect();
-    buckets.push((f64::INFINITY, 0));
     buckets
 }
 
@@ -361,14 +359,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buckets_are_powers_of_two_without_gaps_and_hold_every_sample() {
+    fn buckets_are_the_same_powers_of_two_for_all_and_hold_every_sample() {
         let mut histogram = Histogram::default();
-        [0, 1, 2, 3, 8, 15, 16, 1 << 39].iter().for_each(|value| histogram.record(*value));
-        let buckets = by_octave(&histogram, 1.0);
-        assert_eq!(buckets[..5], [(1.0, 2), (3.0, 2), (7.0, 0), (15.0, 2), (31.0, 1)]);
-        assert_eq!(buckets.len(), 41);
-        assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), histogram.count);
-        assert_eq!(buckets.last(), Some(&(f64::INFINITY, 0)));
-        assert_eq!(by_octave(&Histogram::default(), 1.0), [(f64::INFINITY, 0)]);
+        [0, 1, 2, 3, 8, 15, 16, 1 << 26, 1 << 39].iter().for_each(|value| histogram.record(*value));
+        let buckets = by_octave(&histogram, 1e6);
+        let counts: Vec<u64> = buckets.iter().map(|(_, count)| *count).collect();
+        assert_eq!(buckets[..5], [(1e-6, 2), (3e-6, 2), (7e-6, 0), (15e-6, 2), (31e-6, 1)]);
+        assert_eq!(buckets[26], (((1u64 << 27) - 1) as f64 / 1e6, 1));
+        assert_eq!(buckets[27..], [(f64::INFINITY, 1)]);
+        assert_eq!(counts.iter().sum::<u64>(), histogram.count);
+        let bounds =
+            |of: &Histogram| by_octave(of, 1e9).into_iter().map(|(bound, _)| bound).collect::<Vec<_>>();
+        assert_eq!(bounds(&histogram), bounds(&Histogram::default()));
+        // In nanoseconds the first one ends at a microsecond, and has all that is less.
+        assert_eq!(by_octave(&histogram, 1e9)[0], (1.023e-6, 7));
     }
 }

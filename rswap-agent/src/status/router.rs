@@ -183,11 +183,16 @@ async fn distributions(
     let one = query
         .map(|Query(asked)| asked.instance)
         .map_err(|rejection| unreadable(&rejection, "/v1/distributions"))?;
-    let board = board.read();
     let wanted = |name: &InstanceName| one.as_ref().is_none_or(|one| one == name);
-    let shown = board.distributions.iter().filter(|(name, _)| wanted(name));
-    let shown =
-        shown.map(|(name, of)| json!({ "name": name, "distributions": of.shown().collect::<Vec<_>>() }));
+    // Copied, and added up afterwards: the board is waited for.
+    let kept: Vec<_> = {
+        let board = board.read();
+        let kept = board.distributions.iter().filter(|(name, _)| wanted(name));
+        kept.map(|(name, of)| (name.clone(), of.clone())).collect()
+    };
+    let shown = kept
+        .iter()
+        .map(|(name, of)| json!({ "name": name, "distributions": of.shown().collect::<Vec<_>>() }));
     Ok(Json(shown.collect::<Vec<_>>()).into_response())
 }
 
