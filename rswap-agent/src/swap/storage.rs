@@ -51,6 +51,8 @@ use crate::{
 
 /// Looks at an instance that changes all the time, before what was found is taken as it is.
 const LOOKS: usize = 5;
+/// How long what an earlier swap left may take to be removed, before the next one is refused.
+const EARLIER_LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks.
 const NAP: Duration = Duration::from_millis(2);
 
@@ -125,6 +127,17 @@ pub fn record_path(order: &StorageOrder) -> PathBuf {
         .join(format!("{}.{}.json", order.instance.name, order.volume.name))
 }
 
+/// Keeps others from a volume's record. What an earlier swap left on a disk that hangs is not waited for.
+fn own(path: &Path) -> Result<std::fs::File, StorageError> {
+    let locked = record::lock_within(path, EARLIER_LIMIT);
+    locked.map_err(StorageError::io(format!("locking {}", path.display())))?.ok_or_else(|| {
+        StorageError::Unfit(
+            "what an earlier swap of it left is still being removed: the disk that it is on does not answer"
+                .into(),
+        )
+    })
+}
+
 /// Moves the volume. Blocks; the thread must live until it returns.
 pub fn move_to(
     order: &StorageOrder,
@@ -137,10 +150,11 @@ pub fn move_to(
     require_fit(order)?;
     let path = record_path(order);
     if path.exists() {
+        drop(own(&path)?);
         // It would be forgotten by this one.
         recover(&path)?;
     }
-    let lock = record::lock(&path).map_err(StorageError::io(format!("locking {}", path.display())))?;
+    let lock = own(&path)?;
     place::require_mounted(&pool.mount_point, &pool.directory)?;
     let switch = Switch::plan(&place.volumes, name, volume_name, &pool.directory)?;
     place::make(&pool.directory)?;

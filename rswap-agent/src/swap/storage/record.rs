@@ -1,9 +1,11 @@
 //! What is written down of a storage swap, so that another process can bring it to its end.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::{self, Write},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,9 @@ use crate::{
     tracee::{hand::Task, rehome::Plan},
     volume::place::Switch,
 };
+
+/// How often it is tried whether a record is free.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// A storage swap that is under way.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,10 +41,28 @@ pub(super) fn directory(state_dir: &Path) -> PathBuf {
 
 /// Keeps others from what the record in `path` tells of, as long as the file is open.
 pub(super) fn lock(path: &Path) -> io::Result<File> {
-    fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
-    let file = File::create(path.with_extension("lock"))?;
+    let file = lock_file(path)?;
     file.lock()?;
     Ok(file)
+}
+
+/// The same; `None` if somebody else keeps it for longer than `patience`.
+pub(super) fn lock_within(path: &Path, patience: Duration) -> io::Result<Option<File>> {
+    let file = lock_file(path)?;
+    let deadline = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(LOOK_EVERY),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
+
+fn lock_file(path: &Path) -> io::Result<File> {
+    fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+    File::create(path.with_extension("lock"))
 }
 
 /// Where the record in `path` is once more, with the plan. It is written while the instance stands still, so it is not waited for
