@@ -26,6 +26,8 @@ const LEAST_SEEN_S: f64 = 0.001;
 /// Together they say which part of the CPUs they waited for only if they wanted at least this share of the CPUs' time: of a few turns one wait is most, and
 /// the next window none; and who is content with a hundredth of the cores does not tell what one would get who needs half of them.
 const LEAST_SEEN_SHARE: f64 = 0.05;
+/// ... or that share of so many CPUs, where the pool has more: a fifth of a core is enough to tell of any number.
+const CPUS_TO_TELL: f64 = 4.0;
 /// How long it is remembered which part instances waited for, in milliseconds.
 const REMEMBERED_MS: u64 = 600_000;
 /// ... as long as others don't use more than then by this share of the CPUs.
@@ -243,7 +245,7 @@ impl Of {
         }
         let (others, cpus) = (used.others(), self.cpus.len() as f64);
         let wanted_s = ran_s + waited_s;
-        if wanted_s > 0.0 && wanted_s >= LEAST_SEEN_SHARE * cpus * window_s {
+        if wanted_s > 0.0 && wanted_s >= LEAST_SEEN_SHARE * cpus.min(CPUS_TO_TELL) * window_s {
             self.waited = Some(Waited { at: now, others, share: waited_s / wanted_s });
         }
         let as_before = |waited: &Waited| {
