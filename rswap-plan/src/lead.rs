@@ -176,6 +176,10 @@ impl Planner {
             false => self.memory.get_mut(instance),
         };
         let Some((from, bytes)) = memory.and_then(|memory| memory.departed.take()) else { return };
+        if bytes == 0 && matches!(kind, MoveKind::Storage | MoveKind::Host) {
+            // How much that was is not known yet, and what it took can't be scaled.
+            return;
+        }
         self.durations.add(kind, &from, to, Took { ms: took_ms, bytes });
     }
 
