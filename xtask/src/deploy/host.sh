@@ -107,13 +107,15 @@ receive() { # RELEASE
     cd "$incoming"
     tar -x -f - --no-same-owner || fail "it did not arrive whole"
     sha256sum --check --quiet SHA256SUMS || fail "what arrived is not what was sent"
-    # Whatever modes they had, and whatever was made of them on the way.
-    find . -type d -exec chmod 755 {} +
-    find . -type f -exec chmod 644 {} +
-    chmod 755 rswap
+    # Whatever modes they had, and whatever was made of them on the way. The key is nobody else's at any time.
     [ ! -e tls/key.pem ] || chmod 600 tls/key.pem
+    find . -mindepth 1 -type d -exec chmod 755 {} +
+    find . -type f ! -path ./tls/key.pem -exec chmod 644 {} +
+    chmod 755 rswap
+    chmod 755 .
     sync
     # One of that name is damaged. It may be the one that runs: it is never gone for longer than between two renames.
+    trap '' HUP INT PIPE TERM
     [ ! -e "$releases/$1" ] || mv -T "$releases/$1" "$incoming.old"
     mv -T "$incoming" "$releases/$1"
     cd /
@@ -162,6 +164,10 @@ start() {
 
 switch() { # RELEASE
     locked
+    # Nothing says yet what was in order here: what ran is gone back to.
+    if ! points_to good >/dev/null && ran=$(points_to current) && [ "$ran" != "$1" ]; then
+        point "$releases/previous" "$ran"
+    fi
     point "$releases/current" "$1"
     start
 }
