@@ -71,6 +71,16 @@ impl Claim {
         let (began, ended) = (at("started")?, at("ended")?);
         let need = self.pattern.first_above(self.more_than, self.pattern.day_at(began));
         let need = need.with_context(|| format!("nothing needs the {what}"))?;
+        // Of another pool, too, and whoever asked for it.
+        let goes_on = |one: &&Value| {
+            let began =
+                one["started"].as_u64().map(|at| Duration::from_millis(UnixMillis(at).since(load_began)));
+            one["kind"] == self.kind && began.is_some_and(|began| began >= ended && began < need)
+        };
+        ensure!(
+            !moves.iter().any(|one| goes_on(&one)),
+            "after the {what} there was another one before the need"
+        );
         let why = one["why"].as_array().into_iter().flatten();
         Ok(Made {
             began,
@@ -134,6 +144,10 @@ mod tests {
         assert_eq!(broken(&[]), none);
         assert!(with("forced", false.into()).contains("but to save"));
         assert!(with("ended", Value::Null).contains("no time \"ended\""));
+        let mut back = one(27_600, 27_700);
+        back["to"] = "disk".into();
+        let again = "after the storage swap there was another one before the need";
+        assert_eq!(broken(&[one(25_000, 27_500), back]), again);
         // The first one counts, not a later one that was in time.
         assert!(broken(&[one(8_500, 8_600), one(15_000, 15_100)]).contains("began 0.5 s after"));
     }
