@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 const LIMIT: Duration = Duration::from_secs(40);
 /// One core, kept busy.
 const BUSY: &[&str] = &["sh", "-c", "while :; do :; done"];
-/// Of the migration that is looked at: its memory takes some seconds then.
+/// Of the migration that is looked at: its memory takes some seconds then, and so do the rounds after the first, since what is written meanwhile is
+/// more than half of what goes through.
 const SLOW_UPLINK: &[&str] =
     &["qdisc", "add", "dev", "up0", "root", "tbf", "rate", "160mbit", "burst", "1mb", "latency", "50ms"];
 
@@ -53,7 +54,7 @@ fn prepare(fleet: &Fleet, a: &Host) -> anyhow::Result<()> {
     let log = fleet.scratch().join("hold.log");
     a.run("shop", &["--label", "app=shop"], &["python3", &program("day.py"), &directory, "6"])?;
     a.run("busy", &["--pool", "slow"], BUSY)?;
-    a.run("hold", &[], &["python3", &program("hold.py"), &log.to_string_lossy(), "192", "800"])?;
+    a.run("hold", &[], &["python3", &program("hold.py"), &log.to_string_lossy(), "192", "3000"])?;
     wait_for("the memory to be filled", LIMIT, || {
         Ok(fs::metadata(&log).is_ok_and(|log| log.len() > 0).then_some(()))
     })?;
