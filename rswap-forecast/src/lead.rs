@@ -9,7 +9,7 @@ use super::{
     analogs::{self, Analogs, KEPT, Sorted},
     history::MOST,
     mixture::{EXPERTS, Mixture, Opinions},
-    numeric::{Position, Short, displaced},
+    numeric::{Position, Short, displaced, within},
     prior::Prior,
     regression::{ABOVE, BACK, Features, Regression},
     steered::{Signs, Steered},
@@ -240,7 +240,7 @@ impl Lead {
     /// Forecasts from the present moment.
     pub(super) fn forecast(&mut self, now: &Moment, features: &Features, season: Option<f32>) {
         let predicted =
-            self.regression.predict(features).clamp(now.range.0 - now.level, now.range.1 - now.level);
+            within(self.regression.predict(features), now.range.0 - now.level, now.range.1 - now.level);
         // A feature is how far the value is from where it usually is at the time that is forecast.
         let signs = [now.typical, now.unrest, now.moving + MOVING * now.typical, features[BACK]];
         let said = (self.analogs.len() >= MIN_OUTCOMES)
@@ -291,7 +291,7 @@ impl Lead {
         put(GONE, 0.0, self.analogs.gone(&like));
         // Rounded as where outcomes came to: what never moves is forecast as itself.
         put(CAME, -Position::new(now.level).get(), self.analogs.came(&like));
-        put(LONG, -now.level, now.long.map(|position| position.clamp(now.range.0, now.range.1)));
+        put(LONG, -now.level, now.long.map(|position| within(position, now.range.0, now.range.1)));
         if let (Some(errors), Some(season)) = (&self.season, season) {
             put(SEASON, season - now.level, errors.quantiles());
         }
@@ -304,7 +304,7 @@ impl Lead {
         let most = (HIGHEST * now.highest) as f32 - value;
         for quantile in &mut far {
             for distance in quantile.iter_mut() {
-                *distance = displaced(value, slope, *distance).clamp(-value, most);
+                *distance = within(displaced(value, slope, *distance), -value, most);
             }
         }
         far

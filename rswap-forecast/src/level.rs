@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::numeric::within;
+
 /// Windows over which level and spread are taken.
 const WINDOWS: u32 = 144;
 /// Windows without which nothing is said.
@@ -82,12 +84,12 @@ impl Level {
             && (self.up.add(unexplained, position) | self.down.add(-unexplained, position));
         // A window that stands out counts as one at the limit: the spread is that of the level, not of the changes.
         let most = 2.0 * MOST * deviation;
-        let held = off.clamp(-most, most);
+        let held = within(off, -most, most);
         let step = 1.0 / self.seen.min(WINDOWS) as f32;
         self.mean += step * held;
         self.square += step * (held * held - self.square);
         self.product += step * (held * self.off - self.product);
-        self.off = off.clamp(-most, most);
+        self.off = held;
         if changed {
             let side = if self.up.sum > self.down.sum { &self.up } else { &self.down };
             self.since = Some(u32::from(side.windows) - 1);
@@ -110,7 +112,10 @@ impl Level {
     /// Whether its numbers are ones.
     pub(super) fn is_sound(&self) -> bool {
         let sides = [self.up.sum, self.up.positions, self.down.sum, self.down.positions];
-        [self.mean, self.square, self.product, self.off].into_iter().chain(sides).all(f32::is_finite)
+        let all_finite =
+            [self.mean, self.square, self.product, self.off].into_iter().chain(sides).all(f32::is_finite);
+        // A mean of squares.
+        all_finite && self.square >= 0.0
     }
 
     /// The unit of the scale has changed.
@@ -136,5 +141,22 @@ impl Side {
         self.windows += 1;
         self.positions += position;
         self.sum > CHANGED
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spread_that_is_no_number_does_not_make_it_fail() {
+        for square in [-1e30, f32::MAX] {
+            let mut level = Level { seen: 5, square, ..Level::default() };
+            for position in [0.0, f32::MAX, -f32::MAX, 1.0] {
+                level.learn(position);
+            }
+        }
+        assert!(!Level { square: -1.0, ..Level::default() }.is_sound());
+        assert!(Level::default().is_sound());
     }
 }

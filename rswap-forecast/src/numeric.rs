@@ -3,6 +3,12 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The nearest to `value` from `low` to `high`. What was read back may be so large that a range is none: `clamp` would end the program then.
+#[inline]
+pub(super) fn within(value: f32, low: f32, high: f32) -> f32 {
+    value.max(low).min(high)
+}
+
 /// e^x - 1, exact near 0; the argument is held within [-30, 30].
 #[inline]
 pub(super) fn expm1(x: f32) -> f32 {
