@@ -2,6 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -129,4 +130,11 @@ pub fn finish(name: &str, client: Running) -> anyhow::Result<()> {
 /// A program of the tests.
 pub fn program(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("programs").join(name)
+}
+
+/// Python itself: what stands for it on the PATH may be a script, which takes its time and makes processes of its own before it starts this.
+pub fn python() -> anyhow::Result<PathBuf> {
+    let asked = Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output();
+    let path = String::from_utf8(asked.context("cannot start python3")?.stdout)?;
+    Ok(PathBuf::from(path.trim()))
 }

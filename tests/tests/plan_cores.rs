@@ -1,7 +1,7 @@
 //! Plans know what others take of cores, by what instances wait for them: a niced job that uses all that an instance leaves of a core takes
 //! nothing. And they know how much longer work takes there: a fast core on which work waits is slower than an idle slow one.
 
-use std::{process::Command, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use nix::{
@@ -16,7 +16,7 @@ use rswap_agent::{
 use rswap_tests::{
     Fleet, Host, HostOptions,
     hog::{Hog, set_nice},
-    moves::program,
+    moves::{program, python},
     reason_to_skip, wait_for,
 };
 
@@ -40,9 +40,8 @@ fn options(plan: &str, pools: [&str; 2]) -> HostOptions {
 fn run_paced(host: &Host, name: &str, more: &[&str], cpu_ms: u32, period_ms: u32) -> anyhow::Result<()> {
     let program = program("paced.py").to_string_lossy().into_owned();
     let options = [&["--pool", "one"], more].concat();
-    // Not what stands for it, which may be a script: starting should take next to nothing.
-    let asked = Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output()?;
-    let python = String::from_utf8(asked.stdout)?.trim().to_owned();
+    // Starting should take next to nothing.
+    let python = python()?.to_string_lossy().into_owned();
     host.run(name, &options, &[&python, &program, &cpu_ms.to_string(), &period_ms.to_string()])?;
     // Until the program itself runs, there are others that only start it.
     let pid = wait_for("the program", LIMIT, || {

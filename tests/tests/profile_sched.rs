@@ -15,6 +15,7 @@ use nix::{
 use rswap_agent::profile::{CpuProfile, OffCpuProfile, ProbeState, Profiler};
 use rswap_tests::{
     loop_device::{FileSystem, LoopDevice},
+    moves,
     profiled::{TestCgroup, begin, end, profiler, reap, wait},
     served_disk::Speed,
     skip,
@@ -56,9 +57,9 @@ fn profile_of(
 }
 
 fn python(script: &str) -> Command {
-    let mut python = Command::new("python3");
-    python.args(["-c", script]);
-    python
+    let mut command = Command::new(moves::python().expect("python3"));
+    command.args(["-c", script]);
+    command
 }
 
 /// The time that a program says it has taken, in nanoseconds.
