@@ -15,6 +15,7 @@ mod gate;
 pub mod link;
 mod metrics;
 mod peer;
+mod rate;
 pub mod reporter;
 mod roll_routes;
 mod rolling;

@@ -228,6 +228,8 @@ pub enum LinkError {
         status: u16,
         /// What it said.
         error: String,
+        /// When it can be tried again, in seconds, if it said so.
+        retry_after_s: Option<u64>,
     },
     /// What it answered can't be read.
     #[error(
@@ -277,6 +279,8 @@ pub async fn call<T: DeserializeOwned>(
         let request = request.map_err(|error| answer(error.to_string()))?;
         let response = sender.send_request(request).await.map_err(http)?;
         let status = response.status();
+        let retry_after = response.headers().get(header::RETRY_AFTER);
+        let retry_after_s = retry_after.and_then(|seconds| seconds.to_str().ok()?.parse().ok());
         let bytes = Limited::new(response.into_body(), LONGEST_ANSWER_BYTES).collect().await;
         let bytes = bytes.map_err(|error| answer(error.to_string()))?.to_bytes();
         connection.abort();
@@ -287,7 +291,8 @@ pub async fn call<T: DeserializeOwned>(
                 }
                 _ => String::from_utf8_lossy(&bytes[..bytes.len().min(200)]).into_owned(),
             };
-            return Err(LinkError::Refused { path: path.to_owned(), status: status.as_u16(), error });
+            let (path, status) = (path.to_owned(), status.as_u16());
+            return Err(LinkError::Refused { path, status, error, retry_after_s });
         }
         serde_json::from_slice(&bytes).map_err(|error| answer(error.to_string()))
     };

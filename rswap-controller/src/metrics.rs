@@ -86,6 +86,11 @@ pub(crate) fn encode(controller: &Controller, state: &State, now: UnixMillis) ->
         "Reports of a host by the certificate of another",
         counter(counts.reports_foreign),
     );
+    registry.register(
+        "reports_hasty",
+        "Calls of hosts that report more often than fleet.limits lets them",
+        counter(counts.reports_hasty),
+    );
     registry.register("lessons", "Parts of lessons taken", counter(counts.lessons_taken));
     registry.register(
         "lessons_refused",

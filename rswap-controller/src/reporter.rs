@@ -5,6 +5,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     thread,
+    time::{Duration, Instant},
 };
 
 use rswap_fleet::{
@@ -32,6 +33,12 @@ const NEVER: u16 = 422;
 const TOO_MUCH: u16 = 413;
 /// What it answers to a report of another version than its own.
 const OTHER_VERSION: u16 = 409;
+/// What it answers to a host that reports more often than it may.
+const TOO_OFTEN: u16 = 429;
+/// A controller that does not say how long to wait is left alone for so long, in seconds.
+const WAIT_S: u64 = 1;
+/// It is never left alone for longer, whatever it says, in seconds.
+const LONGEST_WAIT_S: u64 = 300;
 
 /// What is to be told.
 #[derive(Debug)]
@@ -73,8 +80,13 @@ impl Reporter {
         most_bytes: u64,
         answered: mpsc::UnboundedSender<Answered>,
     ) -> io::Result<Self> {
-        let mut sender =
-            Sender { connect, spool: Spool::open(directory, most_bytes)?, answered, unreached: None };
+        let mut sender = Sender {
+            connect,
+            spool: Spool::open(directory, most_bytes)?,
+            answered,
+            unreached: None,
+            not_before: None,
+        };
         let (outgoing, incoming) = std::sync::mpsc::channel::<Outgoing>();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         thread::spawn(move || {
@@ -105,6 +117,8 @@ struct Sender {
     answered: mpsc::UnboundedSender<Answered>,
     /// Why the last call had no answer, if it had none.
     unreached: Option<String>,
+    /// The controller has said that it takes nothing before; it has not got everything since.
+    not_before: Option<Instant>,
 }
 
 impl Sender {
@@ -116,6 +130,9 @@ impl Sender {
 
     async fn send(&mut self, next: Outgoing) {
         let Outgoing { report: _, mut lessons, knows, leads } = next;
+        if self.not_before.is_some_and(|moment| Instant::now() < moment) {
+            return;
+        }
         let mut batch = BATCH;
         while !self.spool.is_empty() {
             let reports = self.spool.oldest(batch, BATCH_BYTES);
@@ -145,6 +162,15 @@ impl Sender {
                     }
                     // Nobody asks any more when the agent ends.
                     drop(self.answered.send(Answered { answer, told: envelope.lessons }));
+                }
+                // What is kept is handed in as fast as the controller takes it.
+                Err(LinkError::Refused { status: TOO_OFTEN, error, retry_after_s, .. }) => {
+                    let wait_s = retry_after_s.unwrap_or(WAIT_S).min(LONGEST_WAIT_S);
+                    if self.not_before.is_none() {
+                        tracing::info!(error, wait_s, waiting = self.spool.len(), "reports wait");
+                    }
+                    self.not_before = Some(Instant::now() + Duration::from_secs(wait_s));
+                    return;
                 }
                 // One of them is it: which is known when each is sent alone.
                 Err(LinkError::Refused { status: NEVER | OTHER_VERSION | TOO_MUCH, .. })
@@ -183,6 +209,7 @@ impl Sender {
                 }
             }
         }
+        self.not_before = None;
     }
 }
 

@@ -1,6 +1,6 @@
 //! The controller's HTTP.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use axum::{
     Json, Router,
@@ -26,7 +26,7 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use crate::{
-    Peer, gate,
+    Peer, Who, gate,
     link::Hint,
     metrics, roll_routes,
     server::Controller,
@@ -47,19 +47,26 @@ pub(crate) struct Refusal {
     status: StatusCode,
     error: String,
     hint: &'static str,
+    /// When it can be tried again, in seconds from now.
+    retry_after_s: Option<u64>,
 }
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let details = ProblemDetails::from_status_code(self.status).with_detail(self.error);
         let details = details.with_extensions(Hint { hint: self.hint.into() });
-        (self.status, [(header::CONTENT_TYPE, "application/problem+json")], Json(details)).into_response()
+        let kind = [(header::CONTENT_TYPE, "application/problem+json")];
+        let mut response = (self.status, kind, Json(details)).into_response();
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+        }
+        response
     }
 }
 
 impl Refusal {
     pub(crate) fn new(status: StatusCode, error: impl Into<String>, hint: &'static str) -> Self {
-        Self { status, error: error.into(), hint }
+        Self { status, error: error.into(), hint, retry_after_s: None }
     }
 
     /// For people.
@@ -115,6 +122,10 @@ async fn take_report(
 ) -> Result<Json<Answer>, Refusal> {
     let limits = &controller.settings.limits;
     let body = body.map_err(|rejection| unread(&rejection, limits))?;
+    // Before anything is made of it. Of who comes by the socket it is known by what it says, below.
+    if let Who::Agent(host) = &peer.who {
+        in_time(&controller, host)?;
+    }
     let same = "use an agent and a controller of the same version";
     // What can't be taken now can't be taken later: the agent sets it aside.
     let never = |error: String| Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error, same);
@@ -137,7 +148,11 @@ async fn take_report(
         }
         error => never(error.to_string()),
     })?;
+    if peer.who == Who::Own {
+        in_time(&controller, &host)?;
+    }
     let Envelope { reports, lessons, knows, leads } = envelope;
+    controller.with_rates(|rates| rates.brought(&host, reports.len(), Instant::now()));
     let last = reports.last().map_or(0, |report| report.sequence);
     let (stored, answer) = oneshot::channel();
     let gone = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the controller is ending", "send it again");
@@ -151,6 +166,19 @@ async fn take_report(
         let orders = if controller.settings.acts { state.book.of(&host) } else { Vec::new() };
         Answer { stored: last, lessons, knows, orders, places: controller.settings.acts }
     })))
+}
+
+/// Whether this member may report again already.
+fn in_time(controller: &Controller, host: &HostName) -> Result<(), Refusal> {
+    let wait = controller.with_rates(|rates| rates.take(host, Instant::now()));
+    let Err(wait) = wait else { return Ok(()) };
+    controller.with_state(|state| state.counts.reports_hasty += 1);
+    let per_s = controller.settings.limits.reports_per_s;
+    let error =
+        format!("host {host} reports more often than {per_s} times a second (fleet.limits.reports_per_s)");
+    let mut refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, error, BOUNDS);
+    refusal.retry_after_s = Some(wait.as_secs_f64().ceil().max(1.0) as u64);
+    Err(refusal)
 }
 
 const BOUNDS: &str = "what a controller takes of a host is bounded by its configuration: [fleet.limits]";

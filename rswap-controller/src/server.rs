@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Peer,
     door::{self, Door},
+    rate::Rates,
     routes,
     serving::{self, Entrance},
     state::{Counts, State},
@@ -95,7 +96,7 @@ pub struct Settings {
     pub plan_every_ms: u64,
     /// The planner's.
     pub plan: PlanConfig,
-    /// What is taken of a host at once.
+    /// What is taken of a host.
     pub limits: Limits,
 }
 
@@ -154,6 +155,8 @@ pub struct Controller {
     /// What people want is followed one after the other.
     pub(crate) wishes: Mutex<()>,
     state: Mutex<State>,
+    /// How often each member may report. Not in `state`: who comes too often does not wait for it.
+    rates: Mutex<Rates>,
     stopping: AtomicBool,
 }
 
@@ -197,8 +200,15 @@ impl Controller {
             order_counts: Default::default(),
             roll: stores.maintenance.roll()?,
         };
-        let (state, wishes, stopping) = (Mutex::new(state), Mutex::new(()), AtomicBool::new(false));
-        Ok(Arc::new(Self { life, started: now, settings, stores, audit, wishes, state, stopping }))
+        let rates = Rates::new(settings.limits.reports_per_s, settings.limits.reports_at_once);
+        let (state, wishes, rates) = (Mutex::new(state), Mutex::new(()), Mutex::new(rates));
+        let stopping = AtomicBool::new(false);
+        Ok(Arc::new(Self { life, started: now, settings, stores, audit, wishes, state, rates, stopping }))
+    }
+
+    /// What members may still report.
+    pub(crate) fn with_rates<T>(&self, look: impl FnOnce(&mut Rates) -> T) -> T {
+        look(&mut self.rates.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Looks at the state, or changes it. Briefly: everybody else waits.

@@ -58,6 +58,8 @@ pub(crate) struct Counts {
     pub(crate) reports_taken: u64,
     /// Of a host, by the certificate of somebody else.
     pub(crate) reports_foreign: u64,
+    /// Calls of members that report more often than they may.
+    pub(crate) reports_hasty: u64,
     pub(crate) lessons_taken: u64,
     pub(crate) lessons_refused: u64,
 }

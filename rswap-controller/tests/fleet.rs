@@ -446,7 +446,7 @@ async fn a_page_of_another_site_changes_nothing_through_a_forwarded_socket() {
 #[tokio::test]
 async fn more_than_the_controller_takes_of_a_host_is_refused_and_said() {
     let directory = tempfile::tempdir().unwrap();
-    let limits = Limits { body_bytes: 64 << 10, instances: 2, links: 1, lessons: 1 };
+    let limits = Limits { body_bytes: 64 << 10, instances: 2, links: 1, lessons: 1, ..Limits::default() };
     let running = Running::start_with(directory.path(), Settings { limits, ..settings() }).await;
     let refused = async |envelope: &Envelope, expected: u16, why: &str| {
         let error = running.report(envelope).await.unwrap_err();
@@ -579,7 +579,7 @@ async fn a_report_of_before_makes_no_host_empty_and_a_new_start_none_away() {
 #[tokio::test]
 async fn an_agent_goes_on_after_what_a_controller_does_not_take() {
     let directory = tempfile::tempdir().unwrap();
-    let limits = Limits { body_bytes: 64 << 10, instances: 2, links: 1, lessons: 1 };
+    let limits = Limits { body_bytes: 64 << 10, instances: 2, links: 1, lessons: 1, ..Limits::default() };
     let running = Running::start_with(directory.path(), Settings { limits, ..settings() }).await;
     let (answered, mut answers) = tokio::sync::mpsc::unbounded_channel();
     let spool = directory.path().join("spool");
@@ -610,6 +610,89 @@ async fn an_agent_goes_on_after_what_a_controller_does_not_take() {
     assert_eq!(aside(), 2);
     let hosts = running.get("/v1/hosts").await;
     assert_eq!((&hosts[0]["instances"], &hosts[0]["reports"]["taken"]), (&json!(1), &json!(2)), "{hosts}");
+    drop(reporter);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_that_reports_too_often_has_to_wait_and_no_other_has() {
+    let directory = tempfile::tempdir().unwrap();
+    let limits = Limits { reports_per_s: 1, reports_at_once: 5, ..Limits::default() };
+    let running = Running::start_with(directory.path(), Settings { limits, ..settings() }).await;
+    let numbered = |of: &str, sequence: u64| envelope(vec![Report { sequence, ..report(of, 1, vec![]) }]);
+    let since = Instant::now();
+    let mut refused = 0;
+    for sequence in 1..=100 {
+        match running.report(&numbered("flood", sequence)).await {
+            Ok(_) => {}
+            Err(LinkError::Refused { status: 429, retry_after_s: Some(1), error, .. }) => {
+                assert!(error.contains("flood") && error.contains("fleet.limits.reports_per_s"), "{error}");
+                refused += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+        // Whoever comes as it should is taken meanwhile.
+        if sequence % 50 == 0 {
+            running.report(&numbered("other", sequence)).await.unwrap();
+        }
+    }
+    let taken = 100 - refused;
+    assert!((5..=6 + since.elapsed().as_secs()).contains(&taken), "{taken} were taken");
+    let body = serde_json::to_string(&numbered("flood", 101)).unwrap();
+    let lines = ["host: rswap", "content-type: application/json"];
+    let (head, said) = running.raw("/v1/report", &lines, &body).await;
+    assert!(head.starts_with("http/1.1 429") && head.contains("application/problem+json"), "{head}");
+    assert!(head.contains("\r\nretry-after: 1\r\n") && said["status"] == 429, "{head} {said}");
+    let status = running.get("/v1/status").await;
+    assert_eq!(status["counts"]["reports_hasty"], refused + 1, "{status}");
+    // Many at once are taken, and paid for by those that come after them.
+    let many = (1..=10).map(|sequence| Report { sequence, ..report("many", 1, vec![]) }).collect();
+    assert_eq!(running.report(&envelope(many)).await.unwrap().stored, 10);
+    let error = running.report(&numbered("many", 11)).await.unwrap_err();
+    assert!(matches!(error, LinkError::Refused { retry_after_s: Some(6), .. }), "{error:?}");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_waits_as_it_is_told_and_hands_in_all_that_it_has_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let limits = Limits { reports_per_s: 40, reports_at_once: 8, ..Limits::default() };
+    let (answered, mut answers) = tokio::sync::mpsc::unbounded_channel();
+    let spool = directory.path().join("spool");
+    let address = Address(directory.path().join("controller.sock"));
+    let reporter = Reporter::start(Box::new(address), &spool, 1 << 20, answered).unwrap();
+    let mut made = 0;
+    let mut say = || {
+        let (knows, leads) = (Default::default(), (LEADS.0, LEADS.1.to_vec()));
+        reporter.report(Outgoing { report: report("a", 1, vec![]), lessons: Vec::new(), knows, leads });
+        made += 1;
+        made
+    };
+    // Nobody is there yet, and more come than will be taken at once.
+    while say() < 150 {}
+    let running = Running::start_with(directory.path(), Settings { limits, ..settings() }).await;
+    let since = Instant::now();
+    let mut calls = 0;
+    loop {
+        let made = say();
+        let last = tokio::time::timeout(Duration::from_millis(100), answers.recv()).await;
+        let Ok(Some(last)) = last else { continue };
+        calls += 1;
+        if last.answer.stored == made {
+            break;
+        }
+        assert!(since.elapsed() < Duration::from_secs(60), "{made} were made, {} taken", last.answer.stored);
+    }
+    let status = running.get("/v1/status").await;
+    let hasty = status["counts"]["reports_hasty"].as_u64().unwrap();
+    // It is told how long to wait, and does not ask meanwhile.
+    assert!((1..=1 + since.elapsed().as_secs()).contains(&hasty), "{hasty} in {:?}", since.elapsed());
+    let hosts = running.get("/v1/hosts").await;
+    assert_eq!(
+        hosts[0]["reports"],
+        json!({ "taken": made, "skipped": 0, "repeated": 0 }),
+        "{hosts} after {calls}"
+    );
     drop(reporter);
     running.stop().await;
 }

@@ -20,7 +20,7 @@ pub const MOST_REPORTS: usize = 1_000;
 /// Bytes of a version, or of a boot id, at most.
 pub const MOST_VERSION_BYTES: usize = 200;
 
-/// What is taken of a host at once: more than any has, unless a controller is told otherwise.
+/// What is taken of a host: more than any has, unless a controller is told otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes of the body of a call.
@@ -31,12 +31,18 @@ pub struct Limits {
     pub links: usize,
     /// Parts of lessons in one envelope.
     pub lessons: usize,
+    /// Reports in a second, over time.
+    pub reports_per_s: u32,
+    /// Reports that may come at once, of what was saved by reporting less often.
+    pub reports_at_once: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         // Reports that were kept while the controller was away come many at once.
-        Self { body_bytes: 32 << 20, instances: MOST_INSTANCES, links: 1_000, lessons: 64 }
+        let (reports_per_s, reports_at_once) = (20, 1_000);
+        let (body_bytes, instances, links, lessons) = (32 << 20, MOST_INSTANCES, 1_000, 64);
+        Self { body_bytes, instances, links, lessons, reports_per_s, reports_at_once }
     }
 }
 

@@ -7,12 +7,12 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     process::Command,
     sync::{Arc, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
 use rswap_agent::pool::{Pool, PoolState, THIS_HOST};
-use rswap_controller::link::{self, Secure};
+use rswap_controller::link::{self, LinkError, Secure};
 use rswap_fleet::{
     Report,
     model::Revision,
@@ -48,11 +48,16 @@ struct Scene {
 
 impl Scene {
     fn set() -> anyhow::Result<Self> {
+        Self::set_with("")
+    }
+
+    /// With these further sections of the controller's configuration.
+    fn set_with(more: &str) -> anyhow::Result<Self> {
         let mut fleet = Fleet::new()?;
         let files = fleet.issue("controller", &["--role", "controller"])?;
         let keys = format!("mode = \"act\"\nreport_every_ms = {REPORT_EVERY_MS}\n");
         let tls = "allow = [\"a\", \"b\"]\nreaders = [\"watcher\"]\n";
-        let controller = Controller::start_at(&fleet, &keys, &files, tls, "")?;
+        let controller = Controller::start_at(&fleet, &keys, &files, tls, more)?;
         let spool = |name: &str| fleet.scratch().join(format!("spool-{name}"));
         let options = |name: &str| HostOptions {
             mode: "act",
@@ -429,4 +434,52 @@ fn whoever_has_a_key_and_keeps_connections_open_keeps_nobody_else_out() -> anyho
     scene.reports("b", 5)?;
     held.join().map_err(|_| anyhow::anyhow!("the held connections panicked"))??;
     scene.both_report(2)
+}
+
+#[test]
+fn whoever_has_a_key_and_floods_is_told_to_wait_and_no_report_is_lost() -> anyhow::Result<()> {
+    if reason_to_skip("whoever_has_a_key_and_floods_is_told_to_wait_and_no_report_is_lost").is_some() {
+        return Ok(());
+    }
+    const PER_S: u64 = 5;
+    const AT_ONCE: u64 = 10;
+    let scene =
+        Scene::set_with(&format!("[fleet.limits]\nreports_per_s = {PER_S}\nreports_at_once = {AT_ONCE}\n"))?;
+    let before = scene.a.log()?.len();
+    let own = Arc::new(Credentials::open(scene.a.files().clone())?);
+    let to = Secure { host: CLIENT.to_owned(), port: PORT, name: "controller".parse()?, own };
+    let flood = scene.a.netns().spawn("flood", move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let since = Instant::now();
+        let (mut looked_at, mut told_to_wait) = (0, 0);
+        while since.elapsed() < Duration::from_secs(8) {
+            // What can't be read: if it is looked at, that is said.
+            match runtime.block_on(link::call::<Value>(&to, "/v1/report", Some(b"{".to_vec()))) {
+                Err(LinkError::Refused { status: 422, .. }) => looked_at += 1,
+                Err(LinkError::Refused { status: 429, retry_after_s: Some(_), .. }) => told_to_wait += 1,
+                other => anyhow::bail!("{other:?}"),
+            }
+        }
+        Ok((looked_at, told_to_wait, since.elapsed()))
+    })?;
+    // Others do not notice.
+    let since = Instant::now();
+    scene.reports("b", 10)?;
+    ensure!(!flood.is_finished(), "it was over before, after {:?}", since.elapsed());
+    let (looked_at, told_to_wait, took) =
+        flood.join().map_err(|_| anyhow::anyhow!("the flood panicked"))??;
+    println!("of a flood for {took:?}, {looked_at} were looked at, {told_to_wait} were told to wait");
+    ensure!(looked_at <= AT_ONCE + PER_S * (took.as_secs() + 1), "{looked_at} in {took:?}");
+    ensure!(told_to_wait > 100, "{told_to_wait} are no flood");
+    // The host whose key it was has waited meanwhile, and lost nothing: what it kept is handed in.
+    ensure!(scene.a.log()?[before..].contains("reports wait"), "its own agent was never told to wait");
+    scene.both_report(3)?;
+    let spool = scene.fleet.scratch().join("spool-a");
+    wait_for("all that was kept to be handed in", LIMIT, || {
+        let waiting = fs::read_dir(&spool)?.filter_map(Result::ok);
+        let waiting =
+            waiting.filter(|entry| entry.path().extension().is_some_and(|kind| kind == "report")).count();
+        Ok((waiting <= 1).then_some(()))
+    })?;
+    scene.both_report(1)
 }

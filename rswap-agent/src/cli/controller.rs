@@ -34,6 +34,13 @@ pub(super) fn run(config: &Config) -> anyhow::Result<ExitCode> {
              Set ca, certificate and key in [fleet.tls] (`rswap pki issue --role controller` makes them)"
         ),
     };
+    // Or every agent that reports as often as it is to would be told to wait.
+    let (per_s, every_ms) = (fleet.limits.reports_per_s, fleet.report_every_ms);
+    if u64::from(per_s).saturating_mul(every_ms) < 1000 {
+        bail!(
+            "fleet.limits.reports_per_s = {per_s} is less than one report in fleet.report_every_ms = {every_ms}: raise either"
+        );
+    }
     if let Some(directory) = fleet.file.parent() {
         std::fs::create_dir_all(directory)
             .with_context(|| format!("cannot make {} (fleet.file)", directory.display()))?;

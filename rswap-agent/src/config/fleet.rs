@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use rswap_controller::link::Whereabouts;
 use rswap_fleet::{amounts::Tier, report::Limits};
 use rswap_trust::Name;
-use rswap_types::bounds::positive_integer;
+use rswap_types::bounds::{positive_integer, positive_u32};
 use serde::{Deserialize, Serialize};
 
 use super::{Mode, tls::ControllerTls};
@@ -80,7 +80,7 @@ pub struct FleetConfig {
     /// How long with a row per hour, in hours.
     #[serde(deserialize_with = "positive_integer")]
     pub hours_kept_h: u64,
-    /// What is taken of a host at once.
+    /// What is taken of a host.
     pub limits: LimitsConfig,
 }
 
@@ -100,14 +100,21 @@ pub struct LimitsConfig {
     /// Classes in one call of which something was taught.
     #[serde(deserialize_with = "positive_integer")]
     pub lessons: u64,
+    /// Reports in a second, over time. Who brings more has to wait (429); agents keep theirs meanwhile.
+    #[serde(deserialize_with = "positive_u32")]
+    pub reports_per_s: u32,
+    /// Reports that may come at once, of what was saved by reporting less often: what was kept while the controller was away.
+    #[serde(deserialize_with = "positive_u32")]
+    pub reports_at_once: u32,
 }
 
 impl Default for LimitsConfig {
     fn default() -> Self {
-        let Limits { body_bytes, instances, links, lessons } = Limits::default();
+        let Limits { body_bytes, instances, links, lessons, reports_per_s, reports_at_once } =
+            Limits::default();
         let [body_mib, instances, links, lessons] =
             [body_bytes >> 20, instances, links, lessons].map(|most| most as u64);
-        Self { body_mib, instances, links, lessons }
+        Self { body_mib, instances, links, lessons, reports_per_s, reports_at_once }
     }
 }
 
@@ -120,6 +127,8 @@ impl LimitsConfig {
             instances: most(self.instances),
             links: most(self.links),
             lessons: most(self.lessons),
+            reports_per_s: self.reports_per_s,
+            reports_at_once: self.reports_at_once,
         }
     }
 }
