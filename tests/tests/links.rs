@@ -1,14 +1,29 @@
 //! Links between agents: who is not an agent of the fleet, under the name that is expected, gets nothing and is told why, at both
 //! ends; whatever it does, the next right one succeeds. (Those that have a host's key, and lie: `hostile_peer.rs`.)
 
-use std::{fs, net::SocketAddr, path::PathBuf, sync::PoisonError, time::Duration};
+use std::{
+    fs,
+    io::Write as _,
+    net::{SocketAddr, TcpStream},
+    path::PathBuf,
+    sync::PoisonError,
+    time::Duration,
+};
 
 use anyhow::{Context, ensure};
+use rswap_agent::migrate::{
+    journal::MigrationId,
+    rules::Fate,
+    wire::{Frame, Hello, Tag, read_frame, write_frame},
+};
 use rswap_tests::{
     Fleet, Host, HostOptions, binary,
     fleet::{files_in, pki},
-    heartbeat, moves, reason_to_skip,
+    heartbeat, moves,
+    proxy::{Fault, Proxy},
+    reason_to_skip,
     strangers::{certificate, garbage, hours, kept, put, record, replay, show, slow_handshakes},
+    tls::Secured,
     wait_for,
 };
 use rswap_trust::{Files, Role};
@@ -269,4 +284,68 @@ fn certificates_are_rotated_while_an_instance_moves_there_and_back() -> anyhow::
     heartbeat::wait_for_progress(&scene.log)?;
     ensure!([scene.a.agent_pid(), scene.b.agent_pid()] == agents, "an agent was started anew");
     Ok(())
+}
+
+/// What the agent at `to` says to a question, or a word, about a migration of the host that has these files.
+fn ask(host: &Host, to: SocketAddr, tag: Tag, id: MigrationId) -> anyhow::Result<Frame> {
+    let files = host.files().clone();
+    let asking = host.netns().spawn("question", move || {
+        let stream = TcpStream::connect(to)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        let mut link = Secured::dialled(stream, &files)?;
+        write_frame(&mut link, Tag::Hello, &postcard::to_stdvec(&Hello::ours())?)?;
+        link.flush()?;
+        ensure!(read_frame(&mut link)?.tag == Tag::Hello, "no greeting");
+        write_frame(&mut link, tag, &id.0.to_le_bytes())?;
+        link.flush()?;
+        Ok(read_frame(&mut link)?)
+    })?;
+    asking.join().map_err(|_| anyhow::anyhow!("the question panicked"))?
+}
+
+#[test]
+fn of_a_migration_nobody_is_told_but_who_takes_part_in_it() -> anyhow::Result<()> {
+    if reason_to_skip("of_a_migration_nobody_is_told_but_who_takes_part_in_it").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    let options = HostOptions { max_unavailability_ms: 10_000, ..HostOptions::default() };
+    let [a, b, c] = ["a", "b", "c"].map(|name| fleet.host(name, &options));
+    let (a, b, c) = (a?, b?, c?);
+    let to: SocketAddr = b.migrate_address().parse()?;
+    let (memcheck, log) = (binary("memcheck")?, fleet.scratch().join("memcheck.log"));
+    a.run(NAME, &[], &[&*memcheck.to_string_lossy(), &log.to_string_lossy(), "1", "8", "2"])?;
+    a.wait_for_instance(NAME)?;
+
+    // It runs at host b, and host a does not know it: only b can say so, and only as long as nobody has it forgotten.
+    let proxy = Proxy::start(&a, &b, Fault::HoldAt { tag: Tag::Activated, nth: 0 })?;
+    let migration = a.migrate(NAME, &proxy.address())?;
+    proxy.wait_for_fault()?;
+    proxy.break_down();
+    println!("{}", migration.end()?.err().context("it ended well without an answer")?);
+    let journals = a.open_journals()?;
+    let [journal] = &journals[..] else { anyhow::bail!("{journals:?}") };
+    let id: MigrationId = journal.split('.').next().unwrap_or_default().parse().ok().context("no id")?;
+    let kept = b.open_journals()?;
+
+    // Host c is of the fleet, and may send to b. Of this migration it is told nothing, and its word is not taken for it.
+    for tag in [Tag::Inquire, Tag::Settled] {
+        let before = b.log()?.len();
+        let Frame { tag: answer, payload } = ask(&c, to, tag, id)?;
+        let said = String::from_utf8_lossy(&payload).into_owned();
+        ensure!(answer == Tag::Abort && said.contains("c is told nothing of it"), "{answer:?}: {said}");
+        Scene::said(&b, before, "c is told nothing of it")?;
+        ensure!(b.open_journals()? == kept, "host c has changed it: {:?}", b.open_journals()?);
+    }
+    // Of one that is not there it is told just that.
+    let unknown = ask(&c, to, Tag::Inquire, MigrationId(7))?;
+    ensure!((unknown.tag, &*unknown.payload) == (Tag::Fate, &[Fate::Unknown as u8][..]), "{unknown:?}");
+    // Host a is told, ends its copy, and lets b forget it.
+    proxy.heal();
+    wait_for("one copy to be left, and nothing in doubt", LIMIT, || {
+        let alone = !a.has_instance(NAME)? && !a.has_processes()? && b.has_instance(NAME)?;
+        let closed = [a.open_journals()?, b.open_journals()?].concat().is_empty();
+        Ok((alone && closed).then_some(()))
+    })?;
+    heartbeat::wait_for_more(&log, 2, 1)
 }

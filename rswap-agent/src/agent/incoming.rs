@@ -88,7 +88,7 @@ impl Incoming {
 impl Serving {
     fn serve(self, stream: std::net::TcpStream, from: SocketAddr, stranger: Stranger) -> std::io::Result<()> {
         let (mut link, name) = self.links.take(stream)?;
-        let peer = name.map_or_else(|| from.to_string(), |name| format!("{name} ({from})"));
+        let peer = name.as_ref().map_or_else(|| from.to_string(), |name| format!("{name} ({from})"));
         let Ok(_connection) = self.connections.try_acquire_owned() else {
             destination::turn_away(&mut link, "too many connections: try again");
             tracing::warn!(peer, at_once = CONNECTIONS_AT_ONCE, "turned away: too many connections");
@@ -101,8 +101,8 @@ impl Serving {
             drop(self.arrived.send(instance.clone()));
         };
         let place_for = || self.free.try_acquire_owned().ok();
-        let received =
-            linux::receive(&self.place, &self.ledger, &mut link, self.deadline_s, place_for, &mut tell);
+        let talk = (&mut link, name.as_ref());
+        let received = linux::receive(&self.place, &self.ledger, talk, self.deadline_s, place_for, &mut tell);
         if let Err(error) = received.map_err(|error| refused(ATTEMPTED, &error)) {
             tracing::warn!(peer, %error, "an arrival failed");
             link.linger();

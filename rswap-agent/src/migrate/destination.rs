@@ -5,6 +5,8 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
+use rswap_trust::Name;
+
 use super::{
     MigrateError, codec,
     digest::MemoryDigest,
@@ -32,11 +34,12 @@ pub enum Opening {
     Answered,
 }
 
-/// Greets a peer, and answers whatever it wants but an offer.
+/// Greets the peer of this name, if the link says one, and answers whatever it wants but an offer: of its own migrations only.
 pub fn greet<S: Read + Write, T: DestinationTask>(
     stream: &mut S,
     task: &mut T,
     ledger: &Ledger,
+    peer: Option<&Name>,
 ) -> Result<Opening, MigrateError> {
     let mut talk = Talk { stream, doing: "greeting" };
     let theirs = talk.expect(Tag::Hello)?;
@@ -61,7 +64,7 @@ pub fn greet<S: Read + Write, T: DestinationTask>(
             Tag::Inquire => {
                 talk.doing = "answering";
                 let id = wire::parse_id(tag, &payload).map_err(|error| talk.wire(error))?;
-                let fate = ledger.inquire(id)?;
+                let fate = ledger.inquire_for(id, peer).inspect_err(|error| talk.refuse(error))?;
                 tracing::info!(%id, ?fate, "asked for a migration's fate");
                 talk.send(Tag::Fate, &[fate as u8])?;
             }
@@ -73,7 +76,9 @@ pub fn greet<S: Read + Write, T: DestinationTask>(
             }
             Tag::Settled => {
                 talk.doing = "answering";
-                talk.settle(&payload, ledger)?;
+                let id = wire::parse_id(tag, &payload).map_err(|error| talk.wire(error))?;
+                ledger.settle_for(id, peer).inspect_err(|error| talk.refuse(error))?;
+                talk.send(Tag::Settled, &id.0.to_le_bytes())?;
             }
             other => return Err(talk.broken(format!("{other:?} came where an offer or a question was due"))),
         }
@@ -262,7 +267,8 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     /// The journal is kept until the source has removed its copy.
     fn wait_until_settled(&mut self, ledger: &Ledger, id: MigrationId) {
         self.talk.doing = "waiting for the source to end";
-        let settled = self.talk.expect(Tag::Settled).and_then(|payload| self.talk.settle(&payload, ledger));
+        let settled =
+            self.talk.expect(Tag::Settled).and_then(|payload| self.talk.settle(id, &payload, ledger));
         if let Err(error) = settled {
             tracing::info!(%id, %error, "the source has still to say that its copy is gone");
         }
@@ -304,10 +310,18 @@ fn task_failed(doing: &'static str) -> impl FnOnce(TaskError) -> MigrateError {
 }
 
 impl<S: Read + Write> Talk<'_, S> {
-    fn settle(&mut self, payload: &[u8], ledger: &Ledger) -> Result<(), MigrateError> {
+    fn settle(&mut self, own: MigrationId, payload: &[u8], ledger: &Ledger) -> Result<(), MigrateError> {
         let id = wire::parse_id(Tag::Settled, payload).map_err(|error| self.wire(error))?;
+        if id != own {
+            return Err(self.broken(format!("migration {id} was to be settled, and this is {own}")));
+        }
         ledger.settle(id)?;
         self.send(Tag::Settled, &id.0.to_le_bytes())
+    }
+
+    /// Says why there is no answer; the peer may be gone.
+    fn refuse(&mut self, error: &MigrateError) {
+        let _ = self.send(Tag::Abort, error.to_string().as_bytes());
     }
 
     fn send(&mut self, tag: Tag, payload: &[u8]) -> Result<(), MigrateError> {

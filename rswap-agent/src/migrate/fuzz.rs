@@ -253,7 +253,7 @@ proptest! {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let ledger = Ledger::new(directory.path().to_owned());
         let (mut stream, mut copy) = (Said(Cursor::new(said)), Copy::default());
-        let opening = destination::greet(&mut stream, &mut copy, &ledger);
+        let opening = destination::greet(&mut stream, &mut copy, &ledger, None);
         if let Ok(Opening::Offer { id, requirements }) = opening {
             let ended = destination::run(&mut stream, &mut copy, &ledger, id, &requirements);
             prop_assert_eq!(ended.is_ok(), copy.is_running());

@@ -10,6 +10,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use rswap_trust::Name;
+use serde::Deserialize;
+
 use super::{
     MigrateError,
     journal::{self, Entry, Journal, MigrationId},
@@ -85,7 +88,21 @@ impl Ledger {
     /// What became of `id`. After the answer `Never` it stays so.
     pub fn inquire(&self, id: MigrationId) -> Result<Fate, MigrateError> {
         let _alone = self.alone();
+        self.fate(id, self.entry(id)?)
+    }
+
+    /// [`Ledger::inquire`] for the peer that has this name, if the link says one.
+    ///
+    /// # Errors
+    /// It is somebody else's.
+    pub fn inquire_for(&self, id: MigrationId, peer: Option<&Name>) -> Result<Fate, MigrateError> {
+        let _alone = self.alone();
         let entry = self.entry(id)?;
+        require_own(id, entry.as_ref(), peer)?;
+        self.fate(id, entry)
+    }
+
+    fn fate(&self, id: MigrationId, entry: Option<Entry<DestinationState>>) -> Result<Fate, MigrateError> {
         let started_anew = match &entry {
             Some(entry) => entry.started_anew().map_err(self.failed(id))?,
             None => false,
@@ -103,7 +120,20 @@ impl Ledger {
     /// # Errors
     /// It was committed and does not run yet: without the journal nobody would let it after a crash.
     pub fn settle(&self, id: MigrationId) -> Result<(), MigrateError> {
+        self.forget(&self.alone(), id)
+    }
+
+    /// [`Ledger::settle`] for the peer that has this name, if the link says one.
+    ///
+    /// # Errors
+    /// Also: it is somebody else's.
+    pub fn settle_for(&self, id: MigrationId, peer: Option<&Name>) -> Result<(), MigrateError> {
         let pending = self.alone();
+        require_own(id, self.entry(id)?.as_ref(), peer)?;
+        self.forget(&pending, id)
+    }
+
+    fn forget(&self, pending: &BTreeSet<MigrationId>, id: MigrationId) -> Result<(), MigrateError> {
         if pending.contains(&id) {
             let problem = format!("migration {id} is still being let run here: ask again");
             return Err(MigrateError::Protocol { doing: "settling", problem });
@@ -145,6 +175,31 @@ impl Ledger {
     }
 }
 
+/// What is kept of the other end.
+#[derive(Deserialize)]
+struct Between {
+    #[serde(default)]
+    peer_name: Option<Name>,
+}
+
+/// Whether `peer` is the other end of the migration. Of a journal that names nobody (the link was in the clear) anybody may speak, and
+/// of what is not known here there is nothing to tell.
+fn require_own(
+    id: MigrationId,
+    entry: Option<&Entry<DestinationState>>,
+    peer: Option<&Name>,
+) -> Result<(), MigrateError> {
+    let Some(entry) = entry else { return Ok(()) };
+    let broken = |problem: String| MigrateError::Protocol { doing: "answering", problem };
+    let Between { peer_name } = serde_json::from_slice(&entry.particulars)
+        .map_err(|error| broken(format!("the journal of migration {id} can't be understood: {error}")))?;
+    if peer_name.is_none() || peer_name.as_ref() == peer {
+        return Ok(());
+    }
+    let who = peer.map_or("somebody whom the link does not name", Name::as_str);
+    Err(broken(format!("migration {id} is between this host and another one: {who} is told nothing of it")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,7 +215,7 @@ mod tests {
     fn a_commit_that_comes_after_the_answer_never_is_refused() {
         let (_directory, ledger) = ledger();
         let id = MigrationId(1);
-        ledger.prepare(id, b"x").expect("prepare");
+        ledger.prepare(id, b"{}").expect("prepare");
         assert_eq!(ledger.inquire(id).expect("inquire"), Fate::Never);
         assert!(
             !ledger.commit(id).expect("commit"),
@@ -170,10 +225,36 @@ mod tests {
     }
 
     #[test]
+    fn nobody_but_the_other_end_is_told_anything_or_has_it_forgotten() {
+        let (_directory, ledger) = ledger();
+        let name = |name: &str| name.parse::<Name>().expect("a name");
+        let (source, other) = (name("a"), name("b"));
+        let (named, open, unknown) = (MigrationId(4), MigrationId(5), MigrationId(6));
+        ledger.prepare(named, br#"{ "peer_name": "a" }"#).expect("prepare");
+        ledger.prepare(open, b"{}").expect("prepare");
+        for stranger in [Some(&other), None] {
+            let error = ledger.inquire_for(named, stranger).expect_err("it was told").to_string();
+            assert!(error.contains("is between this host and another one"), "{error}");
+            assert!(ledger.settle_for(named, stranger).is_err(), "it was forgotten");
+            assert_eq!(ledger.inquire_for(unknown, stranger).expect("nothing is known"), Fate::Unknown);
+        }
+        // Nor was it called off by the question.
+        assert!(ledger.commit(named).expect("commit"));
+        ledger.activated(named);
+        assert_eq!(ledger.inquire_for(named, Some(&source)).expect("its source"), Fate::Running);
+        ledger.settle_for(named, Some(&source)).expect("its source");
+        assert_eq!(ledger.inquire_for(named, Some(&source)).expect("its source"), Fate::Unknown);
+        // A link in the clear says nobody's name.
+        assert_eq!(ledger.inquire_for(open, Some(&other)).expect("anybody"), Fate::Never);
+        std::fs::write(ledger.file(open), [b' '; 4096]).expect("write");
+        assert!(ledger.inquire_for(open, Some(&source)).is_err(), "a journal that can't be read");
+    }
+
+    #[test]
     fn what_ran_before_the_host_was_started_anew_is_lost() {
         let (_directory, ledger) = ledger();
         let id = MigrationId(3);
-        ledger.prepare(id, b"x").expect("prepare");
+        ledger.prepare(id, b"{}").expect("prepare");
         assert!(ledger.commit(id).expect("commit"));
         ledger.activated(id);
         assert_eq!(ledger.inquire(id).expect("inquire"), Fate::Running);
@@ -185,8 +266,8 @@ mod tests {
     fn a_commit_is_taken_once_and_then_it_runs() {
         let (_directory, ledger) = ledger();
         let id = MigrationId(2);
-        ledger.prepare(id, b"x").expect("prepare");
-        assert!(ledger.prepare(id, b"x").is_err(), "offered twice");
+        ledger.prepare(id, b"{}").expect("prepare");
+        assert!(ledger.prepare(id, b"{}").is_err(), "offered twice");
         assert!(ledger.commit(id).expect("commit"));
         assert!(!ledger.commit(id).expect("commit"));
         ledger.never(id).expect("never");

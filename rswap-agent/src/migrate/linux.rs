@@ -107,18 +107,19 @@ pub fn send(
 
 /// Serves the agent at the other end of `stream`: takes the instance that it offers, or answers its question. Blocks.
 ///
-/// `place_for` is asked for a place among the arrivals when an instance is offered; `arrived` is told when it runs.
+/// `peer` is who is there, if the link says it. `place_for` is asked for a place among the arrivals when an instance is offered;
+/// `arrived` is told when it runs.
 pub fn receive<P>(
     place: &Place,
     ledger: &Ledger,
-    stream: &mut Link,
+    (stream, peer): (&mut Link, Option<&Name>),
     deadline_s: u64,
     place_for: impl FnOnce() -> Option<P>,
     arrived: &mut dyn FnMut(&Instance),
 ) -> Result<(), MigrateError> {
     stream.set_deadline(Instant::now() + PROBING);
-    let mut task = LinuxDestination::new(HostReception { place: place.clone(), arrived });
-    let Opening::Offer { id, requirements } = destination::greet(stream, &mut task, ledger)? else {
+    let mut task = LinuxDestination::new(HostReception { place: place.clone(), arrived }, peer.cloned());
+    let Opening::Offer { id, requirements } = destination::greet(stream, &mut task, ledger, peer)? else {
         return Ok(());
     };
     let Some(_place) = place_for() else {

@@ -5,6 +5,8 @@ mod tree;
 
 use std::{collections::BTreeMap, os::fd::AsFd, time::Instant};
 
+use rswap_trust::Name;
+
 use self::{side_by_side::Job, tree::make_beside_or_below};
 use super::{
     offer::{self, HostTraits, Objection, Requirements},
@@ -62,6 +64,8 @@ pub trait Reception {
 /// The instance under construction, as the engine sees it.
 pub struct LinuxDestination<R> {
     reception: R,
+    /// Where it comes from, if the link says it.
+    source: Option<Name>,
     arrival: Option<Arrival>,
     main_pid: i32,
     /// The source runs under the same kernel.
@@ -89,10 +93,11 @@ struct BuiltProcess {
 }
 
 impl<R: Reception> LinuxDestination<R> {
-    /// Waits for an offer.
-    pub fn new(reception: R) -> Self {
+    /// Waits for an offer of the host of this name.
+    pub fn new(reception: R, source: Option<Name>) -> Self {
         Self {
             reception,
+            source,
             arrival: None,
             main_pid: 0,
             same_kernel: false,
@@ -282,7 +287,7 @@ impl<R: Reception> DestinationTask for LinuxDestination<R> {
         self.main_pid = requirements.main_pid;
         self.same_kernel = HostTraits::here()?.boot_id == requirements.host.boot_id;
         self.compared = requirements.files;
-        Particulars { instance, peer: None, peer_name: None, volumes }.to_bytes()
+        Particulars { instance, peer: None, peer_name: self.source.clone(), volumes }.to_bytes()
     }
 
     fn begin(&mut self) -> Result<(), TaskError> {

@@ -50,7 +50,8 @@ pub struct Particulars {
     pub instance: Instance,
     /// Where it goes to, in the source's journal.
     pub peer: Option<SocketAddr>,
-    /// Who was there: nobody else is asked. Not known of links in the clear.
+    /// Who is at the other end, by its certificate: at the source nobody else is asked, at the destination nobody else is answered.
+    /// Not known of links in the clear.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_name: Option<Name>,
     /// Where its volumes were built and where they go, in the destination's.

@@ -162,7 +162,11 @@ impl Copy {
 impl DestinationTask for Copy {
     fn prepare(&mut self, requirements: &[u8]) -> Result<Vec<u8>, TaskError> {
         self.prepared = true;
-        if requirements == b"needs" { Ok(b"what is here".to_vec()) } else { Err("can't do that".into()) }
+        if requirements == b"needs" {
+            Ok(br#"{ "here": true }"#.to_vec())
+        } else {
+            Err("can't do that".into())
+        }
     }
     fn apply_layout(&mut self, _layout: &[u8]) -> Result<(), TaskError> {
         Ok(())
@@ -334,12 +338,14 @@ impl Hosts {
             let arriving = scope.spawn(|| {
                 let mut stream = faulty(there, back);
                 let result =
-                    destination::greet(&mut stream, &mut copy, &ledger).and_then(|opening| match opening {
-                        Opening::Offer { id, requirements } => {
-                            destination::run(&mut stream, &mut copy, &ledger, id, &requirements)
-                        }
-                        Opening::Answered => Ok(()),
-                    });
+                    destination::greet(&mut stream, &mut copy, &ledger, None).and_then(
+                        |opening| match opening {
+                            Opening::Offer { id, requirements } => {
+                                destination::run(&mut stream, &mut copy, &ledger, id, &requirements)
+                            }
+                            Opening::Answered => Ok(()),
+                        },
+                    );
                 assert_eq!(result.is_ok(), copy.running);
                 assert_eq!(result.is_err() && copy.prepared, copy.abandoned);
                 copy
@@ -438,14 +444,14 @@ fn a_destination_answers_questions_on_the_wire() {
     let ledger = hosts.ledger();
     let (committed, open, unknown) = (MigrationId(1), MigrationId(2), MigrationId(3));
     for id in [committed, open] {
-        ledger.prepare(id, b"x").expect("prepare");
+        ledger.prepare(id, b"{}").expect("prepare");
     }
     assert!(ledger.commit(committed).expect("commit"));
     ledger.activated(committed);
     let (here, mut there) = UnixStream::pair().expect("a pipe");
     std::thread::scope(|scope| {
         let answering = scope.spawn(|| {
-            let opening = destination::greet(&mut there, &mut Copy::default(), &ledger);
+            let opening = destination::greet(&mut there, &mut Copy::default(), &ledger, None);
             assert!(matches!(opening, Ok(Opening::Answered)), "{opening:?}");
         });
         let mut inquiry = Inquiry::begin(here).expect("a conversation");
@@ -520,7 +526,7 @@ fn a_program_that_never_rests_is_given_up() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let Ok(Opening::Offer { id, requirements }) =
-                destination::greet(&mut there, &mut Copy::default(), &ledger)
+                destination::greet(&mut there, &mut Copy::default(), &ledger, None)
             else {
                 panic!("no offer came")
             };
