@@ -248,6 +248,16 @@ fn instances_run_on_while_their_agent_is_installed_exchanged_and_left_alone() ->
     ensure!(!success && said.contains("it stays as it is") && !said.contains("nothing to do"), "{said}");
     ensure!(said.contains("not touched: root@b") && site.agent(&a)? == agent, "it was touched");
 
+    // Nor is it the release if somebody has changed a file of it: also what runs, and works, is brought back to what was sent.
+    site.sh(&a, &format!("echo '[plan]' >>/opt/rswap/{first}/rswap.toml"))?;
+    let Deployed { success, said } = site.deploy(&[&a], &["--dry-run"])?;
+    ensure!(success && said.contains("its files are not those that were sent") && said.contains("copying"));
+    let said = site.deployed(&[&a, &b])?;
+    ensure!(said.matches("nothing to do").count() == 1, "host a was as it should be");
+    site.sh(&a, &format!("cd /opt/rswap/{first} && sha256sum --check --quiet SHA256SUMS"))?;
+    ensure!(site.current(&a)? == first && site.agent(&a)?.0 != agent.0, "what was sent does not run");
+    site.works_on(&a, &work)?;
+
     site.next_version()?;
     site.deployed(&[&a, &b])?;
     let second = site.current(&a)?;

@@ -12,7 +12,7 @@
 //!   settle            /opt/rswap/good: whoever finds another release there than `current` knows that somebody was cut off
 //! ```
 //!
-//! Where the release runs already, it is looked at all the same (health), and settled.
+//! Where the release runs already, with each file as it was sent, it is looked at all the same (health), and settled.
 
 mod host;
 mod release;
@@ -146,6 +146,9 @@ fn one(host: &Host<'_>, release: &Release, deploy: &Deploy) -> anyhow::Result<()
             outcome
         }
         Next::Install { to_copy } => {
+            if to_copy && found.current.as_deref() == Some(name) {
+                step(&format!("{target}: {name} is there, and its files are not those that were sent"));
+            }
             if to_copy && say(format!("copying {} files, {} bytes", release.files.len(), release.bytes)) {
                 host.copy(release)?;
             }

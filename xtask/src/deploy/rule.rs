@@ -34,7 +34,7 @@ pub(super) struct Found {
     pub(super) previous: Option<String>,
     /// The release that was last in order, if it is there; those that deployed before it was written down have none.
     pub(super) good: Option<String>,
-    /// The wanted release, if it has been installed whole.
+    /// The wanted release, if it is there whole: each file as it was sent.
     pub(super) copied: Option<String>,
     /// The units that should run do, and they are from `current`.
     pub(super) active: bool,
@@ -109,10 +109,12 @@ pub(super) fn next(found: &Found, release: &Release, drop_controller: bool) -> N
                 .into(),
         );
     }
-    if found.current.as_deref() == Some(&release.name) && found.active {
+    // Somebody may have changed files of it since: what runs then is not what was wanted.
+    let whole = found.copied.as_deref() == Some(&release.name);
+    if found.current.as_deref() == Some(&release.name) && found.active && whole {
         return Next::Check;
     }
-    Next::Install { to_copy: found.copied.as_deref() != Some(&release.name) }
+    Next::Install { to_copy: !whole }
 }
 
 /// Decides where to go back to from `release`.
@@ -163,6 +165,8 @@ mod tests {
         assert_eq!(next(&other), Next::Install { to_copy: false });
         let dead = Found { current: current.clone(), active: false, ..there.clone() };
         assert_eq!(next(&dead), Next::Install { to_copy: false }, "it does not run");
+        let changed = Found { current: current.clone(), active: true, ..fresh() };
+        assert_eq!(next(&changed), Next::Install { to_copy: true }, "its files are others now");
         let runs = Found { current, active: true, ..there };
         for good in [None, Some("1-a".to_owned()), Some("0-b".to_owned())] {
             assert_eq!(next(&Found { good, ..runs.clone() }), Next::Check, "that it runs says little");
