@@ -416,14 +416,18 @@ fn a_deployment_that_is_cut_off_is_found_and_what_worked_before_is_never_lost() 
     let a = site.machine("a")?;
     let good = |site: &Site| site.sh(&a, "readlink /opt/rswap/good");
     let listen = format!("{}:{MIGRATE_PORT}", a.address());
-    // In the middle of the first copy: nothing runs there, and no key is left.
+    // In the middle of the first copy, when the key is there already: nothing runs there, and no key is left.
     let shape = |words: &str| -> anyhow::Result<()> {
         let status = site.fleet.client.command(Path::new("tc")).args(words.split(' ')).status()?;
         ensure!(status.success(), "tc {words}");
         Ok(())
     };
     shape("qdisc replace dev eth0 root tbf rate 20mbit burst 64k latency 400ms")?;
-    site.cut_off(&a, &[], "[ -s /opt/rswap/.incoming/rswap ]")?;
+    site.cut_off(
+        &a,
+        &[],
+        "[ -s /opt/rswap/.incoming/tls/key.pem ] && [ $(stat -c %a /opt/rswap/.incoming) = 700 ] && [ -s /opt/rswap/.incoming/rswap ]",
+    )?;
     shape("qdisc del dev eth0 root")?;
     wait_for("what came of it to be gone", LIMIT, || {
         Ok(site.sh(&a, "! [ -e /opt/rswap/.incoming ]").is_ok().then_some(()))

@@ -48,21 +48,22 @@ impl Release {
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         ensure!(host.chars().all(plain) && !host.starts_with(['.', '-']), "{host:?} is no name of a host");
         fs::create_dir_all(to)?;
-        let mut files = vec![
-            ("rswap".to_owned(), binary.to_owned()),
-            ("rswap.toml".to_owned(), deploy.config.join(format!("{host}.toml"))),
-        ];
-        let controller = deploy.controller.as_deref() == Some(host);
-        let units: &[&str] = if controller { &["rswap", "rswap-controller"] } else { &["rswap"] };
-        for unit in units {
-            files.push((format!("{unit}.service"), packaging().join(format!("{unit}.service"))));
-        }
+        // Small ones first, in the order in which they are sent: what is cut off is mostly cut off in the binary, with all the others
+        // there, the key among them.
+        let mut files = Vec::new();
         if let Some(pki) = &deploy.pki {
             fs::create_dir(to.join("tls"))?;
             for file in ["ca.pem", "certificate.pem", "key.pem"] {
                 files.push((format!("tls/{file}"), pki.join("issued").join(host).join(file)));
             }
         }
+        files.push(("rswap.toml".to_owned(), deploy.config.join(format!("{host}.toml"))));
+        let controller = deploy.controller.as_deref() == Some(host);
+        let units: &[&str] = if controller { &["rswap", "rswap-controller"] } else { &["rswap"] };
+        for unit in units {
+            files.push((format!("{unit}.service"), packaging().join(format!("{unit}.service"))));
+        }
+        files.push(("rswap".to_owned(), binary.to_owned()));
         let mut bytes = 0;
         for (name, from) in &files {
             let missing = || format!("cannot find {}", from.display());
