@@ -29,7 +29,7 @@ use std::{
 
 use nix::{
     fcntl::OFlag,
-    poll::{PollFd, PollFlags, poll},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     unistd,
 };
 use serde::{Deserialize, Serialize};
@@ -266,7 +266,18 @@ fn take_volume(
     // Its descriptors go before it lets go of what it traces.
     let mut end = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     if poll(&mut end, READY_LIMIT.as_millis() as u16)? == 0 {
-        return Err("the agent does not end: the instance stands still until the next one".into());
+        eprintln!(
+            "rswap: the agent {pid} does not end, a disk does not answer it: {} stands still",
+            instance.name
+        );
+        // Until then a volume has two masters.
+        loop {
+            match poll(&mut end, PollTimeout::NONE) {
+                Err(nix::errno::Errno::EINTR) => {}
+                Ok(_) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
     eprintln!("rswap: the agent can't bring a volume of {} to its end: its guard does", instance.name);
     Ok(storage::recover(record)?)

@@ -22,6 +22,7 @@ mod pace;
 mod record;
 mod recover;
 mod room;
+mod work;
 
 use std::{
     fs,
@@ -31,7 +32,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use self::{copy::Copy, record::Record};
+use self::{copy::Copy, freeze::Left, record::Record};
 pub use self::{
     error::StorageError,
     recover::{recover, recover_all},
@@ -77,7 +78,7 @@ pub struct StorageOrder {
     pub pool: VolumePool,
     /// How long the instance may stand still for copying.
     pub allowed: Duration,
-    /// How long the instance may stand still for the new disk, until it has written what came last.
+    /// How long the instance may stand still, in all, until the new disk has done its part.
     pub patience: Duration,
     /// How long copying may take in all.
     pub limit: Duration,
@@ -159,7 +160,7 @@ pub fn move_to(
     let switch = Switch::plan(&place.volumes, name, volume_name, &pool.directory)?;
     place::make(&pool.directory)?;
     let built = place::arriving(&pool.directory)?;
-    require_rehomable(order, switch.old())?;
+    require_rehomable(order, switch.old()?)?;
     let mut record = Record {
         instance: instance.clone(),
         volume: volume.clone(),
@@ -169,17 +170,19 @@ pub fn move_to(
         tasks: Vec::new(),
     };
     record.write(&path).map_err(StorageError::io(format!("writing {}", path.display())))?;
-    let mut copy = None;
-    let done = copied(order, &mut record, &path, watch, on_progress, &mut copy);
+    let mut left = Left::default();
+    let done = copied(order, &mut record, &path, watch, on_progress, &mut left);
     // One whose way back failed is brought to its end by the next agent.
-    if !matches!(done, Err(StorageError::NotRestored { .. })) {
-        // Nobody has to wait for that but who comes next.
-        std::thread::spawn(move || {
-            drop(copy);
+    let is_over = !matches!(done, Err(StorageError::NotRestored { .. }));
+    let lock = is_over.then_some(lock);
+    // Nobody has to wait for that but who comes next.
+    std::thread::spawn(move || {
+        drop(left);
+        if let Some(lock) = lock {
             recover::finish(&record, &path);
             drop(lock);
-        });
-    }
+        }
+    });
     let mut report = done?;
     report.directory = switch.after;
     report.duration_ms = began.elapsed().as_secs_f64() * 1e3;
@@ -226,17 +229,17 @@ fn require_rehomable(order: &StorageOrder, directory: &Path) -> Result<(), Stora
     Ok(())
 }
 
-/// `copy` is left to the caller: what may be left of it is removed when nobody waits any more.
+/// What was used is left to the caller: it goes when nobody waits any more, and nobody watches.
 fn copied(
     order: &StorageOrder,
     record: &mut Record,
     path: &Path,
     watch: &dyn Watch,
     on_progress: &mut dyn FnMut(&StorageProgress),
-    copy: &mut Option<Copy>,
+    left: &mut Left,
 ) -> Result<StorageReport, StorageError> {
     let StorageOrder { instance, volume, allowed, limit, .. } = order;
-    let copy = copy.insert(Copy::begin(record.switch.old(), &record.built)?);
+    let copy = left.copy.insert(Copy::begin(record.switch.old()?, &record.built)?);
     let deadline = Instant::now() + *limit;
     copy.run(instance, volume, *allowed, deadline, &mut |passes, bytes_copied, took| {
         let expected_ms = took.as_secs_f64() * 1e3;
@@ -246,7 +249,8 @@ fn copied(
     record.switch.prepare()?;
     hold::prepare(instance)?;
     watch.arm().map_err(StorageError::Watch)?;
-    let moved = freeze::run(order, record, path, copy);
+    let moved = freeze::run(order, record, path, left);
     watch.disarm();
+    hold::bury(std::mem::take(&mut left.processes));
     moved
 }

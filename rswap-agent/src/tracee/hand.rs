@@ -46,6 +46,14 @@ pub struct Task {
     pub process: i32,
     /// The process's number of the end of its socket.
     end: RawFd,
+    /// The number that every descriptor gets which it is [given](Hand::give): it is closed before the next.
+    #[serde(default = "no_descriptor")]
+    given: RawFd,
+}
+
+/// One that was written down before there was such a number.
+fn no_descriptor() -> RawFd {
+    -1
 }
 
 impl Hand {
@@ -65,7 +73,7 @@ impl Hand {
         ptrace::make_stub(pid).map_err(TraceeError::call("PTRACE_SETOPTIONS", pid))?;
         let moved = fs::write(cgroup.join("cgroup.procs"), pid.to_string());
         let remote = Remote::stub(pid)?;
-        let task = Task { process, end: -1 };
+        let task = Task { process, end: -1, given: -1 };
         let mut hand = Self { pid, task, remote, link: None };
         hand.remote.keep_changes();
         moved.map_err(TraceeError::call("moving a task to its cgroup", pid))?;
@@ -88,8 +96,8 @@ impl Hand {
         // From here on a descriptor may wait in it, and if we are killed, it is found by its name.
         leftovers::name_socket(&trial).map_err(TraceeError::call("naming a socket", self.task.process))?;
         self.link = Some(Link::of(ours));
-        let given = self.give(&trial)?;
-        self.close(given)
+        self.task.given = self.give(&trial)?;
+        self.close(self.task.given)
     }
 
     /// The process whose calls it makes.
@@ -113,15 +121,19 @@ impl Hand {
         link.give(&mut self.remote, self.task.end, descriptor)
     }
 
-    /// Closes what an earlier one has left in the process, which has stood still since.
+    /// Closes what an earlier one has left in the process, which has stood still since: its socket, and what it was given at the moment of its
+    /// end, which may be a file of either copy.
     pub fn clean_after(&mut self, earlier: &Task) -> Result<(), TraceeError> {
-        if earlier.end < 0 || earlier.end == self.task.end {
-            return Ok(());
+        for left in [earlier.end, earlier.given] {
+            if left < 0 || left == self.task.end {
+                continue;
+            }
+            match self.close(left) {
+                Err(TraceeError::Remote { source, .. }) if source.raw_os_error() == Some(libc::EBADF) => {}
+                closed => closed?,
+            }
         }
-        match self.close(earlier.end) {
-            Err(TraceeError::Remote { source, .. }) if source.raw_os_error() == Some(libc::EBADF) => Ok(()),
-            closed => closed,
-        }
+        Ok(())
     }
 
     /// Closes a descriptor of the process.

@@ -12,7 +12,10 @@ use std::{
 };
 
 use procfs::process::Process;
-use rustix::fs::{AtFlags, CWD, RenameFlags, StatVfs, Statx, StatxAttributes, StatxFlags};
+use rustix::{
+    fs::{AtFlags, CWD, RenameFlags, StatVfs, Statx, StatxAttributes, StatxFlags},
+    io::Errno,
+};
 use serde::{Deserialize, Serialize};
 
 use super::VolumeError;
@@ -52,14 +55,22 @@ impl Switch {
     }
 
     /// Whether the new directory is the volume.
-    pub fn is_made(&self) -> bool {
-        fs::read_link(&self.place).is_ok_and(|to| to == self.after)
+    ///
+    /// # Errors
+    /// Nobody can tell, as where the file system of the place is not mounted: neither directory may be used or removed then.
+    pub fn is_made(&self) -> Result<bool, VolumeError> {
+        match fs::read_link(&self.place) {
+            Ok(to) => Ok(to == self.after),
+            // It is the old directory itself.
+            Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(false),
+            Err(error) => Err(VolumeError::host("looking which directory is", &self.place)(error)),
+        }
     }
 
     /// Where the old directory is.
-    pub fn old(&self) -> &Path {
+    pub fn old(&self) -> Result<&Path, VolumeError> {
         // It stood at the place itself, and was put aside.
-        if self.is_made() && self.before == self.place { &self.aside } else { &self.before }
+        Ok(if self.before == self.place && self.is_made()? { &self.aside } else { &self.before })
     }
 
     /// Makes ready for [`Self::make`], and the way to the new directory's place, which is on the disk when this returns.
@@ -95,8 +106,11 @@ impl Switch {
     }
 
     /// Removes the directory that is not the volume, and what only the change needed. It takes long.
-    pub fn clean(&self) {
-        let loser = if self.is_made() { self.old().to_owned() } else { self.after.clone() };
+    ///
+    /// # Errors
+    /// Which of them it is can't be told, and both are left.
+    pub fn clean(&self) -> Result<(), VolumeError> {
+        let loser = if self.is_made()? { self.old()?.to_owned() } else { self.after.clone() };
         if fs::symlink_metadata(&self.aside).is_ok_and(|found| found.is_symlink())
             && let Err(error) = fs::remove_file(&self.aside)
         {
@@ -110,6 +124,7 @@ impl Switch {
         }
         // Other volumes may be in it.
         let _ = loser.parent().map(fs::remove_dir);
+        Ok(())
     }
 }
 
@@ -294,10 +309,12 @@ mod tests {
             let switch = Switch::plan(&home, "db", "data", to).expect("plan");
             copy(&switch, &number.to_string());
             switch.prepare().expect("prepare");
-            assert!(!switch.is_made() && switch.old().join("file").exists());
+            assert!(!switch.is_made().expect("look"));
+            assert!(switch.old().expect("look").join("file").exists());
             switch.make().expect("make");
-            assert!(switch.is_made() && switch.old().join("file").exists());
-            switch.clean();
+            assert!(switch.is_made().expect("look"));
+            assert!(switch.old().expect("look").join("file").exists());
+            switch.clean().expect("clean");
             assert_eq!(fs::read_to_string(place.join("file")).expect("read"), number.to_string());
             let left: Vec<_> = names(&home.join("db")).into_iter().chain(names(&pool.join("db"))).collect();
             assert_eq!(left.len(), 2, "{left:?}");
@@ -314,10 +331,28 @@ mod tests {
             for _ in 0..2 * usize::from(made) {
                 switch.make().expect("make");
             }
-            switch.clean();
+            switch.clean().expect("clean");
             assert_eq!(fs::read_to_string(of(&home, "db", "data").join("file")).expect("read"), "old");
             assert_eq!((names(&home.join("db")), names(&pool)), (vec!["data".to_owned()], vec![]));
         }
+    }
+
+    #[test]
+    fn where_the_place_can_not_be_seen_neither_copy_is_removed() {
+        let (directory, home, pool) = volume();
+        let switch = Switch::plan(&home, "db", "data", &pool).expect("plan");
+        copy(&switch, "new");
+        switch.prepare().and_then(|()| switch.make()).expect("switch");
+        // As it is before that file system is mounted.
+        let elsewhere = directory.path().join("elsewhere");
+        fs::rename(&home, &elsewhere).expect("rename");
+        switch.clean().expect_err("nobody can tell");
+        assert!(switch.old().is_err());
+        assert_eq!(fs::read_to_string(switch.after.join("file")).expect("read"), "new");
+        fs::rename(&elsewhere, &home).expect("rename");
+        switch.clean().expect("clean");
+        assert_eq!(fs::read_to_string(of(&home, "db", "data").join("file")).expect("read"), "new");
+        assert_eq!(names(&home.join("db")), ["data"]);
     }
 
     #[test]
@@ -348,7 +383,7 @@ mod tests {
         let switch = Switch::plan(&home, "db", "data", &pool).expect("plan");
         copy(&switch, "new");
         switch.prepare().and_then(|()| switch.make()).and_then(|()| switch.sync()).expect("switch");
-        switch.clean();
+        switch.clean().expect("clean");
         remove(&home, "db", "data").expect("remove");
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
         while switch.after.exists() || !names(&home).is_empty() {

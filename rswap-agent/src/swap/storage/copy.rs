@@ -4,8 +4,9 @@ use std::{
     cell::RefCell,
     collections::BTreeSet,
     fs::File,
+    os::fd::OwnedFd,
     path::Path,
-    sync::mpsc::{self, RecvTimeoutError},
+    sync::atomic::{AtomicBool, Ordering},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -17,7 +18,7 @@ use crate::{
     tracee::{layout, tree},
     volume::{
         VolumeError,
-        built::BuiltVolume,
+        built::{BuiltVolume, Unsynced},
         place,
         record::{self, Frames},
         source::SourceVolume,
@@ -44,19 +45,17 @@ pub(super) struct Copy {
     log: Option<JoinHandle<Result<Watched, String>>>,
 }
 
-/// A copy that is complete, and being written through to its disk.
-pub(super) struct Written(mpsc::Receiver<Result<(), VolumeError>>);
+/// What of a complete copy may not be on the disk yet.
+pub(super) struct Unwritten {
+    root: OwnedFd,
+    unsynced: Unsynced,
+    above: Vec<OwnedFd>,
+}
 
-impl Written {
-    /// It is on the disk when this returns. A disk that hangs is waited for no longer than this.
-    pub(super) fn wait(self, limit: Duration) -> Result<(), StorageError> {
-        match self.0.recv_timeout(limit) {
-            Ok(written) => Ok(written?),
-            Err(RecvTimeoutError::Timeout) => Err(StorageError::DiskHangs { waited_ms: limit.as_millis() }),
-            Err(RecvTimeoutError::Disconnected) => {
-                Err(StorageError::Unfit("writing the copy through panicked".into()))
-            }
-        }
+impl Unwritten {
+    /// It is on the disk when this returns.
+    pub(super) fn write_through(self) -> Result<(), VolumeError> {
+        self.unsynced.write_through(&self.root, self.above)
     }
 }
 
@@ -149,24 +148,26 @@ impl Copy {
         Ok(())
     }
 
-    /// What is left; the instance stands still. The copy is put to `place`, and nothing of it is on the disk for certain.
+    /// What is left; the instance stands still. The copy is put to `place`, and nothing of it is on the disk for certain. It ends early when it is
+    /// `given_up`: the instance goes on then, and writes.
     pub(super) fn complete(
         &mut self,
         volume: &Volume,
         pids: &[i32],
         place: &Path,
-    ) -> Result<Written, StorageError> {
+        given_up: &AtomicBool,
+    ) -> Result<Unwritten, StorageError> {
+        let is_wanted = || match given_up.load(Ordering::Acquire) {
+            true => Err(VolumeError::Send("nobody waits for it any more".into())),
+            false => Ok(()),
+        };
         self.built.defer();
-        self.pass(true, volume, pids, &mut || Ok(()))?;
+        self.pass(true, volume, pids, &mut || is_wanted().map_err(Into::into))?;
         self.built.finish()?;
         let (root, unsynced) = (self.built.handle()?, self.built.take_unsynced());
+        is_wanted()?;
         self.built.put(place)?;
-        let above = place::above(place)?;
-        // Written through by another thread: the instance waits for it only where it has to.
-        let (tell, told) = mpsc::channel();
-        // Nobody may wait for it any more.
-        thread::spawn(move || drop(tell.send(unsynced.write_through(&root, above))));
-        Ok(Written(told))
+        Ok(Unwritten { root, unsynced, above: place::above(place)? })
     }
 
     /// Compares both, when it is complete.
@@ -263,10 +264,19 @@ mod tests {
         let (directory, volume, mut copy) = copied();
         // Where a directory is needed there is a file.
         let place = directory.path().join("from/file/place");
-        let failed = copy.complete(&volume, &[], &place).err();
+        let failed = copy.complete(&volume, &[], &place, &AtomicBool::new(false)).err();
         assert!(matches!(failed, Some(StorageError::Volume(VolumeError::Io { .. }))), "{failed:?}");
         assert!(directory.path().join("arriving/tree/file").exists(), "whoever waits for it stands still");
         drop(copy);
         assert!(!directory.path().join("arriving").exists());
+    }
+
+    #[test]
+    fn one_that_nobody_waits_for_comes_to_no_place() {
+        let (directory, volume, mut copy) = copied();
+        let place = directory.path().join("place");
+        let failed = copy.complete(&volume, &[], &place, &AtomicBool::new(true)).err();
+        assert!(matches!(failed, Some(StorageError::Volume(VolumeError::Send(_)))), "{failed:?}");
+        assert!(!place.exists());
     }
 }

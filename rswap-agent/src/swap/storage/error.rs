@@ -47,10 +47,10 @@ pub enum StorageError {
         /// How long it may take.
         allowed_ms: f64,
     },
-    /// The new disk has not written what came last.
+    /// The new disk has not done what it was asked for in the freeze.
     #[error(
-        "its disk has not written the last of the copy in {waited_ms} ms: it hangs, or others keep it busy (half of migrate.freeze_limit_ms is \
-         waited)"
+        "in {waited_ms} ms its disk has not done all that was asked of it while the instance stood still: it hangs, or others keep it busy \
+         (half of migrate.freeze_limit_ms is waited)"
     )]
     DiskHangs {
         /// How long it was waited for.

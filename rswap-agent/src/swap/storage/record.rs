@@ -78,7 +78,8 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
     fs::remove_file(path)
 }
 
-fn remove_plan(path: &Path) -> io::Result<()> {
+/// Removes what the record in `path` says of processes.
+pub(super) fn remove_plan(path: &Path) -> io::Result<()> {
     match fs::remove_file(with_plan(path)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
@@ -163,6 +164,8 @@ mod tests {
         record.plan = Some(Plan {
             point: "/data".into(),
             init: 1,
+            mounts: 1,
+            mounts_aside: 1,
             descriptions: Vec::new(),
             mappings: Vec::new(),
             working: Vec::new(),

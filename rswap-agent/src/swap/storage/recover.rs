@@ -1,6 +1,12 @@
 //! The end of a swap, whoever brings it about: what is not needed any more goes, and what was broken off is completed.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{
     StorageError, freeze,
@@ -9,6 +15,11 @@ use super::{
 };
 use crate::instance::cgroup;
 
+/// How long an instance stands still, once more, for a disk that it was brought to.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long an agent that starts waits until instances are let go.
+const START_LIMIT: Duration = Duration::from_secs(5);
+
 /// Takes away what only the swap needed, and the copy that is not the volume.
 pub(super) fn finish(record: &Record, path: &Path) {
     if record.built.exists()
@@ -16,18 +27,42 @@ pub(super) fn finish(record: &Record, path: &Path) {
     {
         tracing::warn!(path = %record.built.display(), %error, "a copy that was not finished is left");
     }
-    record.switch.clean();
+    if let Err(error) = record.switch.clean() {
+        tracing::error!(%error, "both copies of a volume are left, and the record of its swap");
+        return;
+    }
     if let Err(error) = record::remove(path) {
         tracing::warn!(path = %path.display(), %error, "the record of a storage swap is left");
     }
 }
 
+/// A swap that is over for its instance: what is left of it is still to be removed, which may take long.
+struct Over {
+    record: Record,
+    lock: fs::File,
+}
+
+impl Over {
+    fn finish(self, path: &Path) {
+        finish(&self.record, path);
+        drop(self.lock);
+    }
+}
+
 /// Brings the swap that `path` tells of to its end: to the side that is the volume. Waits for whoever is at it.
 pub fn recover(path: &Path) -> Result<(), StorageError> {
-    let _lock = record::lock(path).map_err(StorageError::io(format!("locking {}", path.display())))?;
+    if let Some(over) = let_go(path)? {
+        over.finish(path);
+    }
+    Ok(())
+}
+
+/// The same as far as the instance is concerned; `None` if there was nothing to do any more.
+fn let_go(path: &Path) -> Result<Option<Over>, StorageError> {
+    let lock = record::lock(path).map_err(StorageError::io(format!("locking {}", path.display())))?;
     let mut record = match Record::read(path) {
         // Done meanwhile.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         record => record.map_err(StorageError::io(format!("reading {}", path.display())))?,
     };
     let Record { instance, switch, plan, tasks, .. } = record.clone();
@@ -38,7 +73,7 @@ pub fn recover(path: &Path) -> Result<(), StorageError> {
         tracing::warn!(
             instance = %instance.name,
             volume = %record.volume.name,
-            moved = switch.is_made(),
+            moved = switch.is_made()?,
             "a storage swap that was broken off is brought to its end"
         );
         let stopped = Stopped::all(instance)?;
@@ -53,26 +88,49 @@ pub fn recover(path: &Path) -> Result<(), StorageError> {
                 hand.clean_after(earlier)?;
             }
         }
-        freeze::bring(switch, plan, &mut hands)?;
+        freeze::bring(switch, plan, &mut hands, PATIENCE)?;
         // Whoever was killed may have been so before.
         switch.sync()?;
-        hold::let_go(instance, hands)?;
+        freeze::let_go(instance, path, hands)?;
     }
     if here {
         hold::clean(instance);
     }
-    finish(&record, path);
-    Ok(())
+    Ok(Some(Over { record, lock }))
 }
 
-/// Brings all swaps of this host to their ends that an agent has left.
+/// Brings all swaps of this host to their ends that an agent has left. What is on a disk that hangs is not waited for: it is done when that
+/// answers.
 pub fn recover_all(state_dir: &Path) {
-    for entry in fs::read_dir(record::directory(state_dir)).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "json")
-            && let Err(error) = recover(&path)
-        {
-            tracing::error!(path = %path.display(), %error, "a storage swap could not be brought to its end");
+    let entries = fs::read_dir(record::directory(state_dir)).into_iter().flatten().flatten();
+    let records = entries.map(|entry| entry.path()).filter(|path| path.extension() == Some("json".as_ref()));
+    let begun: Vec<_> = records.map(|path| (begin(path.clone()), path)).collect();
+    let deadline = Instant::now() + START_LIMIT;
+    for (over, path) in begun {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Err(RecvTimeoutError::Timeout) = over.recv_timeout(left) {
+            tracing::error!(
+                path = %path.display(),
+                "a storage swap that was broken off is not at its end yet: who is at it, or a disk, does not answer"
+            );
         }
     }
+}
+
+/// Brings one to its end on a thread of its own, which tells when the instance is let go.
+fn begin(path: PathBuf) -> mpsc::Receiver<()> {
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || {
+        let over = let_go(&path);
+        // Nobody may wait for it any more.
+        let _ = tell.send(());
+        match over {
+            Ok(Some(over)) => over.finish(&path),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!(path = %path.display(), %error, "a storage swap could not be brought to its end");
+            }
+        }
+    });
+    told
 }

@@ -12,8 +12,8 @@ use std::{
 };
 
 use super::{
-    super::{TraceeError, descriptors, hand::Hand, layout, tree},
-    Description, Part, Plan, Target,
+    super::{TraceeError, descriptors, hand::Hand, layout},
+    Description, Member, Part, Plan, Target,
     side::Side,
 };
 use crate::sys::{
@@ -28,35 +28,31 @@ const CHUNK: u64 = 256 << 10;
 /// The tasks that make calls, by process.
 pub type Hands = BTreeMap<i32, Hand>;
 
-/// Brings all that `plan` names to `side`, which has all of it open, from `other`. The instance is held by its cgroup. Processes
-/// may be killed all the same: what they had needs nothing.
-pub fn apply(plan: &Plan, side: &Side, other: &Side, hands: &mut Hands) -> Result<(), TraceeError> {
+/// Brings all that `plan` names to `side`, which has all of it open, from `other`, if anything is to be known of that. The instance is held
+/// by its cgroup. Processes may be killed all the same: what they had needs nothing.
+pub fn apply(plan: &Plan, side: &Side, other: Option<&Side>, hands: &mut Hands) -> Result<(), TraceeError> {
+    of_the_living(plan, |plan| once(plan, side, other, hands))
+}
+
+/// Does `work` with what living processes have of `plan`, anew as often as one of them is killed meanwhile.
+fn of_the_living(
+    plan: &Plan,
+    mut work: impl FnMut(&Plan) -> Result<(), TraceeError>,
+) -> Result<(), TraceeError> {
     let mut plan = plan.clone();
     loop {
-        let ended = |plan: &Plan| plan.processes().into_iter().find(|pid| tree::has_ended(*pid));
-        while let Some(pid) = ended(&plan) {
-            plan.forget(pid);
-        }
-        match once(&plan, side, other, hands) {
-            Err(error) if ended(&plan).is_some() => tracing::debug!(%error, "a process was killed"),
+        plan.forget_ended();
+        match work(&plan) {
+            Err(error) if plan.has_ended_one() => tracing::debug!(%error, "a process was killed"),
             done => return done,
         }
     }
 }
 
-fn once(plan: &Plan, side: &Side, other: &Side, hands: &mut Hands) -> Result<(), TraceeError> {
+fn once(plan: &Plan, side: &Side, other: Option<&Side>, hands: &mut Hands) -> Result<(), TraceeError> {
     side.mount(plan, other).map_err(TraceeError::call("mounting a volume in the namespace", plan.init))?;
     for one in &plan.descriptions {
         description(one, side, hands)?;
-    }
-    // Only now: a process that closes any descriptor of a file loses all its locks on it.
-    for one in &plan.descriptions {
-        for member in one.members.iter().filter(|member| !member.locks.is_empty()) {
-            let hand = hand(hands, member.pid)?;
-            for lock in &member.locks {
-                descriptors::set_here(hand.remote(), member.fd, *lock)?;
-            }
-        }
     }
     for part in &plan.mappings {
         mapping(part, plan, side, hands)?;
@@ -65,20 +61,68 @@ fn once(plan: &Plan, side: &Side, other: &Side, hands: &mut Hands) -> Result<(),
         let directory = side.describe(target, libc::O_PATH | libc::O_DIRECTORY);
         let hand = hand(hands, *pid)?;
         let given = hand.give(&directory.map_err(TraceeError::call("opening a directory", *pid))?)?;
-        hand.remote().call("fchdir", libc::SYS_fchdir, [given as u64, 0, 0, 0, 0, 0])?;
+        let done = hand.remote().call("fchdir", libc::SYS_fchdir, [given as u64, 0, 0, 0, 0, 0]);
         hand.close(given)?;
+        done?;
     }
+    set_again(plan, hands)?;
     verify(plan, side)?;
-    other.forget_mount(plan).map_err(TraceeError::call("unmounting a volume in the namespace", plan.init))
+    Side::forget_aside(plan).map_err(TraceeError::call("unmounting a volume in the namespace", plan.init))
+}
+
+/// Sets what descriptors and mappings lose when they are made anew, and must have: locks, and advice. What is set already stays as it is. Behind
+/// all the rest: a process that closes any descriptor of a file, one that it was given for a mapping as well, loses all its own locks on it.
+pub fn renew(plan: &Plan, hands: &mut Hands) -> Result<(), TraceeError> {
+    of_the_living(plan, |plan| set_again(plan, hands))
+}
+
+fn set_again(plan: &Plan, hands: &mut Hands) -> Result<(), TraceeError> {
+    for one in &plan.descriptions {
+        let first = one.members.first().into_iter();
+        let of_all = first.flat_map(|first| one.locks.iter().map(move |lock| (first, lock)));
+        let members = one.members.iter();
+        let of_each = members.flat_map(|member| member.locks.iter().map(move |lock| (member, lock)));
+        for (member, lock) in of_all.chain(of_each) {
+            descriptors::set_here(hand(hands, member.pid)?.remote(), member.fd, *lock)?;
+        }
+    }
+    for part in &plan.mappings {
+        let Part { pid, start, end, .. } = *part;
+        for advice in &part.advice {
+            let args = [start, end - start, *advice as u64, 0, 0, 0];
+            hand(hands, pid)?.remote().call("madvise", libc::SYS_madvise, args)?;
+        }
+    }
+    match unlocked(plan)? {
+        Some(what) => Err(TraceeError::Unsupported(format!("a lock of {what} could not be set"))),
+        None => Ok(()),
+    }
+}
+
+/// The first descriptor without a lock that it must have.
+fn unlocked(plan: &Plan) -> Result<Option<String>, TraceeError> {
+    for one in &plan.descriptions {
+        for Member { pid, fd, locks, .. } in &one.members {
+            if one.locks.is_empty() && locks.is_empty() {
+                continue;
+            }
+            let path = format!("/proc/{pid}/fdinfo/{fd}");
+            let text = fs::read_to_string(&path).map_err(TraceeError::proc(path))?;
+            let found = descriptors::of_fdinfo(&text)
+                .map_err(|(what, reason)| TraceeError::Unsupported(format!("{what}: {reason}")))?;
+            if one.locks.iter().chain(locks).any(|lock| !found.contains(lock)) {
+                return Ok(Some(format!("descriptor {fd} of process {pid}")));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Whether all that `plan` names is still on `side`, on which it was found, and no mount of the other copy is left. The other copy is not
 /// looked at: it may be on a disk that has failed. The instance is held by its cgroup.
 pub fn stays(plan: &Plan, side: &Side) -> Result<bool, TraceeError> {
     let mut plan = plan.clone();
-    for pid in plan.processes().into_iter().filter(|pid| tree::has_ended(*pid)) {
-        plan.forget(pid);
-    }
+    plan.forget_ended();
     let failed = || TraceeError::call("looking at a mount", plan.init);
     if Side::any_is_aside(&plan).map_err(failed())? {
         return Ok(false);
@@ -165,9 +209,6 @@ fn description(one: &Description, side: &Side, hands: &mut Hands) -> Result<(), 
         hand.close(given)?;
         done?;
     }
-    for lock in &one.locks {
-        descriptors::set_here(hand(hands, first.pid)?.remote(), first.fd, *lock)?;
-    }
     Ok(())
 }
 
@@ -190,35 +231,42 @@ fn is_mapped(part: &Part, plan: &Plan, wanted: (u64, u64)) -> Result<bool, Trace
 }
 
 fn mapping(part: &Part, plan: &Plan, side: &Side, hands: &mut Hands) -> Result<(), TraceeError> {
-    let Part { pid, start, end, offset, protection, .. } = *part;
+    let pid = part.pid;
     let failed = |what| TraceeError::call(what, pid);
     if is_mapped(part, plan, side.inode(&part.target).map_err(failed("looking at a file"))?)? {
         return Ok(());
     }
     let access = if part.shared && part.may_write { libc::O_RDWR } else { libc::O_RDONLY };
-    let file: File = side.describe(&part.target, access).map_err(failed("opening a mapped file"))?;
+    // To map a file is to read it. Where its time of reading is noted, the process would wait for the disk, with its memory locked.
+    let flags = access | libc::O_NOATIME;
+    let file: File = side.describe(&part.target, flags).map_err(failed("opening a mapped file"))?;
     let hand = hand(hands, pid)?;
-    let given = hand.give(&file)? as u64;
-    let bytes = end - start;
-    let protection = protection as u64;
-    let done = if part.shared {
+    let given = hand.give(&file)?;
+    let done = map(part, hand, given);
+    hand.close(given)?;
+    done
+}
+
+/// Puts a part of the file that a process has as `given` to the part's place.
+fn map(part: &Part, hand: &mut Hand, given: RawFd) -> Result<(), TraceeError> {
+    let Part { start, end, offset, protection, .. } = *part;
+    let (bytes, protection, given) = (end - start, protection as u64, given as u64);
+    if part.shared {
         let flags = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
-        hand.remote().call("mmap", libc::SYS_mmap, [start, bytes, protection, flags, given, offset])
-    } else {
-        // Made elsewhere, with the pages that the program has written, and put to its place in one step.
-        let flags = libc::MAP_PRIVATE as u64;
-        let made =
-            hand.remote().call("mmap", libc::SYS_mmap, [0, bytes, protection, flags, given, offset])?;
-        copy_written(hand.remote().tid(), start, end, made)?;
+        let args = [start, bytes, protection, flags, given, offset];
+        return hand.remote().call("mmap", libc::SYS_mmap, args).map(drop);
+    }
+    // Made elsewhere, with the pages that the program has written, and put to its place in one step.
+    let flags = libc::MAP_PRIVATE as u64;
+    let made = hand.remote().call("mmap", libc::SYS_mmap, [0, bytes, protection, flags, given, offset])?;
+    let put = copy_written(hand.remote().tid(), start, end, made).and_then(|()| {
         let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
         hand.remote().call("mremap", libc::SYS_mremap, [made, bytes, bytes, flags, start, 0])
-    };
-    hand.close(given as RawFd)?;
-    done?;
-    for advice in &part.advice {
-        hand.remote().call("madvise", libc::SYS_madvise, [start, bytes, *advice as u64, 0, 0, 0])?;
+    });
+    if put.is_err() {
+        hand.remote().call("munmap", libc::SYS_munmap, [made, bytes, 0, 0, 0, 0])?;
     }
-    Ok(())
+    put.map(drop)
 }
 
 /// Copies the pages of a private mapping that are no longer the file's. `pid`: a task that this thread traces.

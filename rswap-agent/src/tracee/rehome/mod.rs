@@ -17,7 +17,7 @@ use std::{os::fd::RawFd, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::descriptors::Lock;
+use super::{descriptors::Lock, tree};
 
 /// All that refers to a directory of an instance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,12 @@ pub struct Plan {
     pub point: PathBuf,
     /// The instance's init, as the agent sees it: it is in the instance's mount namespace.
     pub init: i32,
+    /// How many mounts there are at that place, one over the other: the directory's is the last of them.
+    #[serde(default = "one")]
+    pub mounts: usize,
+    /// How many there are where the other copy's is put for a while.
+    #[serde(default = "one")]
+    pub mounts_aside: usize,
     /// Open file descriptions.
     pub descriptions: Vec<Description>,
     /// Mappings of files.
@@ -34,6 +40,11 @@ pub struct Plan {
     pub working: Vec<(i32, Target)>,
     /// Files without a name, by what [`Target::Nameless`] counts.
     pub nameless: Vec<Nameless>,
+}
+
+/// Of plans that were written down before mounts were counted.
+fn one() -> usize {
+    1
 }
 
 /// Which file or directory.
@@ -114,6 +125,17 @@ impl Plan {
         self.descriptions.retain(|one| !one.members.is_empty());
         self.mappings.retain(|part| part.pid != pid);
         self.working.retain(|(of, _)| *of != pid);
+    }
+
+    fn has_ended_one(&self) -> bool {
+        self.processes().into_iter().any(tree::has_ended)
+    }
+
+    /// Processes that have ended need nothing.
+    fn forget_ended(&mut self) {
+        for pid in self.processes().into_iter().filter(|pid| tree::has_ended(*pid)) {
+            self.forget(pid);
+        }
     }
 
     /// The processes that have to make calls.

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     fs::{self, File, Permissions},
-    io,
+    io::{self, Seek, SeekFrom},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use procfs::process::Process;
+use procfs::{FromRead, process::MountInfos};
 use rustix::{
     fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid},
     io::Errno,
@@ -28,7 +28,7 @@ use crate::{
 const CHUNK: u64 = 1 << 20;
 
 /// Where the other copy's mount is in the instance's namespace while it is frozen, and nobody looks: a directory that each has.
-const ASIDE: &str = "/proc";
+pub(super) const ASIDE: &str = "/proc";
 
 /// A copy, with a mount of it that is or will be the instance's.
 #[derive(Debug)]
@@ -82,9 +82,12 @@ impl Side {
 
     /// Mounts it at `plan`'s point in the instance's mount namespace, in place of `other`. That is put [aside](ASIDE): what is open
     /// by it may have to go back.
-    pub fn mount(&self, plan: &Plan, other: &Self) -> io::Result<()> {
+    ///
+    /// Without the `other`, because its disk does not answer: what is mounted there is it, if as much is mounted there as ever.
+    pub fn mount(&self, plan: &Plan, other: Option<&Self>) -> io::Result<()> {
         let aside = Path::new(ASIDE);
         let no_flags = MoveMountFlags::empty();
+        let mounts = Mounts::of(plan)?;
         namespace::inside(plan.init, &["mnt"], || {
             while !self.is_at(&plan.point)? {
                 let at_point = root_at(&plan.point)?;
@@ -92,7 +95,11 @@ impl Side {
                     // It is not this one, unless this one tells nothing, either.
                     rustix::fs::fstat(&self.mount)?;
                 }
-                if at_point.is_none() || at_point == Some(other.root) {
+                let is_other = match other {
+                    Some(other) => at_point.is_none() || at_point == Some(other.root),
+                    None => mounts.at(&plan.point)? >= plan.mounts,
+                };
+                if is_other {
                     // On the way back this one's is there already. A mount in one that others share can't be moved.
                     let taken = self.is_at(aside)?;
                     if taken || rustix::mount::move_mount(CWD, &plan.point, CWD, aside, no_flags).is_err() {
@@ -112,10 +119,11 @@ impl Side {
         })
     }
 
-    /// Takes its mount away that was put aside: nothing is open by it any more.
-    pub fn forget_mount(&self, plan: &Plan) -> io::Result<()> {
+    /// Takes away the mount of the copy that was put aside: nothing is open by it any more.
+    pub fn forget_aside(plan: &Plan) -> io::Result<()> {
+        let mounts = Mounts::of(plan)?;
         namespace::inside(plan.init, &["mnt"], || {
-            while root_at(Path::new(ASIDE))?.is_none_or(|at_aside| at_aside == self.root) {
+            while mounts.at(Path::new(ASIDE))? > plan.mounts_aside {
                 rustix::mount::unmount(ASIDE, UnmountFlags::DETACH)?;
             }
             Ok(())
@@ -124,8 +132,7 @@ impl Side {
 
     /// Whether the mount of some copy is still [aside](ASIDE) in the instance's namespace.
     pub fn any_is_aside(plan: &Plan) -> io::Result<bool> {
-        let mounts = Process::new(plan.init).and_then(|init| init.mountinfo()).map_err(io::Error::other)?;
-        Ok(mounts.into_iter().any(|mount| mount.mount_point == Path::new(ASIDE) && mount.fs_type != "proc"))
+        Ok(Mounts::of(plan)?.at(Path::new(ASIDE))? > plan.mounts_aside)
     }
 
     fn is_at(&self, path: &Path) -> io::Result<bool> {
@@ -258,6 +265,23 @@ fn mount_id(process: &str, fd: RawFd) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/{process}/fdinfo/{fd}"))?;
     let id = text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
     id.ok_or_else(|| io::Error::other("a descriptor without a mount"))
+}
+
+/// The list of the mounts in the instance's namespace, whoever reads it. Nothing is asked of their disks.
+struct Mounts(File);
+
+impl Mounts {
+    fn of(plan: &Plan) -> io::Result<Self> {
+        File::open(format!("/proc/{}/mountinfo", plan.init)).map(Self)
+    }
+
+    /// How many there are at `path`, one over the other.
+    fn at(&self, path: &Path) -> io::Result<usize> {
+        let mut list = &self.0;
+        list.seek(SeekFrom::Start(0))?;
+        let all = MountInfos::from_read(list).map_err(io::Error::other)?;
+        Ok(all.into_iter().filter(|mount| mount.mount_point == path).count())
+    }
 }
 
 /// Device and inode of what is at `path`; `None` if that is on a disk that has failed: some file systems tell nothing any more then.

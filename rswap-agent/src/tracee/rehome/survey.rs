@@ -14,7 +14,7 @@ use procfs::process::{MountInfo, Process};
 
 use super::{
     super::{TraceeError, stopped::list_threads, tree, unix},
-    Plan, Target,
+    Plan, Target, side,
 };
 use crate::{
     instance::{Instance, volume::Volume},
@@ -66,6 +66,8 @@ pub fn survey(subject: &Subject<'_>, pids: &[i32]) -> Result<(Plan, Vec<Refused>
     let plan = Plan {
         point: subject.volume.path.clone(),
         init,
+        mounts: 0,
+        mounts_aside: 0,
         descriptions: Vec::new(),
         mappings: Vec::new(),
         working: Vec::new(),
@@ -126,6 +128,8 @@ impl Look<'_> {
             return Err(TraceeError::Unsupported(text));
         };
         self.mount = ours.mnt_id;
+        let at = |path: &Path| all.iter().filter(|mount| mount.mount_point == path).count();
+        (self.plan.mounts, self.plan.mounts_aside) = (at(point), at(Path::new(side::ASIDE)));
         let (major, minor) = ours.majmin.split_once(':').unwrap_or_default();
         let number = |text: &str| text.parse::<u64>().unwrap_or_default();
         self.kernel_device = number(major) << 20 | number(minor);
