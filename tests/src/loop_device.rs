@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use anyhow::{Context, bail};
@@ -41,6 +42,8 @@ pub struct LoopDevice {
     mount_point: PathBuf,
     file_system: FileSystem,
     bytes: u64,
+    /// Its file system lets nobody write.
+    held: AtomicBool,
     /// Who serves its image, if it can be made slow and fail. Dropped last: the others need it.
     served: Option<ServedDisk>,
 }
@@ -80,7 +83,8 @@ impl LoopDevice {
         served: Option<ServedDisk>,
     ) -> anyhow::Result<Self> {
         // From here on the device is given back, whatever fails.
-        let made = Self { device, mount_point: directory.join("mounted"), file_system, bytes, served };
+        let (mount_point, held) = (directory.join("mounted"), AtomicBool::new(false));
+        let made = Self { device, mount_point, file_system, bytes, held, served };
         fs::create_dir(&made.mount_point)?;
         file_system.make(&made.device)?;
         made.mount()?;
@@ -104,9 +108,27 @@ impl LoopDevice {
         Ok(())
     }
 
+    /// From here on whoever writes to its file system waits in the kernel, and no signal reaches him (`FIFREEZE`): as where a disk hangs, at the
+    /// very first write. Until it [goes on](Self::release), or is pulled out.
+    pub fn hold(&self) -> anyhow::Result<()> {
+        call("fsfreeze", &["--freeze", &self.mount_point.to_string_lossy()])?;
+        self.held.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whoever waits goes on.
+    pub fn release(&self) -> anyhow::Result<()> {
+        if self.held.swap(false, Ordering::AcqRel) {
+            call("fsfreeze", &["--unfreeze", &self.mount_point.to_string_lossy()])?;
+        }
+        Ok(())
+    }
+
     /// It is pulled out while it is in use: no request is answered any more, and its file system is not mounted any more.
     pub fn vanish(&self) -> anyhow::Result<()> {
         self.served()?.vanish()?;
+        // Whoever waits is told so.
+        self.release()?;
         call("umount", &["--lazy", &self.mount_point.to_string_lossy()]).map(drop)
     }
 
@@ -160,6 +182,9 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         if let Some(served) = &self.served {
             served.set_speed(Speed::default());
+        }
+        if let Err(error) = self.release() {
+            eprintln!("cannot clean up: {error:#}");
         }
         // It may be unmounted already.
         let _ = call("umount", &["--lazy", &self.mount_point.to_string_lossy()]);

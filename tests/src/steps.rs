@@ -54,6 +54,10 @@ pub enum Place {
     RenameInto(&'static str),
     /// Before it exchanges two names (`RENAME_EXCHANGE`).
     Exchange,
+    /// Before its `nth` ptrace request, from 0, after it has exchanged two names once: it brings a volume to its new directory.
+    WayThere(usize),
+    /// The same after it has done so twice: it brings it back.
+    WayBack(usize),
 }
 
 /// Requests that tell where the agent is (include/uapi/linux/ptrace.h).
@@ -133,7 +137,8 @@ fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow
                     && match registers.orig_rax as i64 {
                         libc::SYS_ptrace => {
                             let progress = threads.entry(tid.as_raw()).or_default();
-                            progress.reaches(place, registers.rdi, requests.next())
+                            // Each takes note of it.
+                            calls.goes_on(place) | progress.reaches(place, registers.rdi, requests.next())
                         }
                         _ => calls.reaches(place, tid, &registers),
                     }
@@ -161,6 +166,9 @@ struct Calls {
     placed: usize,
     read: usize,
     advised: BTreeMap<i32, usize>,
+    exchanged: usize,
+    /// ptrace requests since then.
+    since: usize,
 }
 
 impl Calls {
@@ -177,8 +185,9 @@ impl Calls {
                 let advice = registers.r10 as i32;
                 place == Place::Advice(advice, count(self.advised.entry(advice).or_default()))
             }
-            libc::SYS_renameat2 => {
-                place == Place::Exchange && registers.r8 & u64::from(libc::RENAME_EXCHANGE) != 0
+            libc::SYS_renameat2 if registers.r8 & u64::from(libc::RENAME_EXCHANGE) != 0 => {
+                (self.exchanged, self.since) = (self.exchanged + 1, 0);
+                place == Place::Exchange
             }
             libc::SYS_rename => match place {
                 Place::RenameTo(end) => {
@@ -188,6 +197,18 @@ impl Calls {
                     .is_some_and(|path| path.windows(part.len()).any(|found| found == part.as_bytes())),
                 _ => false,
             },
+            _ => false,
+        }
+    }
+}
+
+impl Calls {
+    /// Takes note of a ptrace request that is about to be made; whether it is at `place`.
+    fn goes_on(&mut self, place: Place) -> bool {
+        self.since += 1;
+        match place {
+            Place::WayThere(nth) => (self.exchanged, self.since) == (1, nth + 1),
+            Place::WayBack(nth) => (self.exchanged, self.since) == (2, nth + 1),
             _ => false,
         }
     }
@@ -226,6 +247,7 @@ impl Progress {
             Place::BeforeRegistersBack => request == SET_REGISTERS && self.masked == 2,
             Place::Affinity(_) | Place::Advice(..) | Place::Read(_) => false,
             Place::RenameTo(_) | Place::RenameInto(_) | Place::Exchange => false,
+            Place::WayThere(_) | Place::WayBack(_) => false,
         };
         match request {
             TO_CALL if self.half == 1 => self.half = 2,

@@ -3,11 +3,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
+use nix::sys::signal::Signal;
 use rswap_agent::{control::SwapVolumeEvent, swap::storage::StorageReport};
 
 use crate::{
@@ -16,11 +17,18 @@ use crate::{
     moves::program,
     rounds,
     served_disk::Speed,
+    steps::{Follower, Place},
     wait_for,
 };
 
 /// How long a program may take for what a scenario waits for.
 const LIMIT: Duration = Duration::from_secs(40);
+/// Looks at what a program has open, and the time between two of them: it opens files for a moment.
+const LOOKS: usize = 20;
+const NAP: Duration = Duration::from_millis(3);
+
+/// For as long a further move waits until what an earlier one left is removed.
+const REFUSED_AFTER: Duration = Duration::from_secs(10);
 
 /// A pool's disk.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +69,28 @@ impl Disk {
         let disk = LoopDevice::create_served(directory, self.bytes, self.file_system)?;
         disk.set_speed(speed)?;
         Ok(disk)
+    }
+}
+
+/// What happens to a disk.
+#[derive(Clone, Copy, Debug)]
+pub enum End {
+    /// Every request fails, reads as well, from one on that is so many behind this moment.
+    Fails(u64),
+    /// It is pulled out, and unmounted.
+    Vanishes,
+    /// It answers nothing for a minute, and nobody is told that it failed.
+    Hangs,
+}
+
+impl End {
+    /// Strikes it.
+    pub fn strike(self, disk: &LoopDevice) -> anyhow::Result<()> {
+        match self {
+            Self::Fails(after) => disk.fail_after(after),
+            Self::Vanishes => disk.vanish(),
+            Self::Hangs => disk.set_speed(Speed::of(Duration::from_secs(60))),
+        }
     }
 }
 
@@ -234,6 +264,50 @@ impl StorageScene {
     /// Where the agent looks for the volume.
     pub fn place(&self) -> PathBuf {
         self.fleet.scratch().join("a/volumes/worker/data")
+    }
+
+    /// A move that has begun; what it says is for whoever waits for it.
+    pub fn begin(&self, pool: &str) -> anyhow::Result<Child> {
+        Ok(self.swap(pool)?.stdout(Stdio::piped()).spawn()?)
+    }
+
+    /// One whose agent stands still before `place`.
+    pub fn stopped_before(&self, pool: &str, place: Place) -> anyhow::Result<Child> {
+        let agent = self.host.agent_pid().context("no agent")?;
+        let follower = Follower::start(agent, place, Signal::SIGSTOP)?;
+        let swap = self.begin(pool)?;
+        wait_for("the agent to be stopped", LIMIT, || {
+            let stat = fs::read_to_string(format!("/proc/{agent}/stat"))?;
+            Ok(stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")).then_some(()))
+        })?;
+        ensure!(follower.has_struck()?, "it does not come to {place:?}");
+        Ok(swap)
+    }
+
+    /// While what was copied to the disk of pool `to` can't be removed, a further move is refused, and soon.
+    pub fn is_refused_meanwhile(&self, at: &str, to: &str) -> anyhow::Result<()> {
+        let began = Instant::now();
+        let Err(refused) = self.moved(to)? else { anyhow::bail!("it has moved") };
+        let took = began.elapsed();
+        println!("and then, after {took:?}: {refused}");
+        ensure!(refused.contains("what an earlier swap of it left is still being removed"), "{refused}");
+        ensure!(took > REFUSED_AFTER && took < 2 * REFUSED_AFTER, "it was refused after {took:?}");
+        self.goes_on()?;
+        self.is_in(at)
+    }
+
+    /// How many descriptors its processes have for longer than a moment.
+    pub fn descriptors(&self) -> anyhow::Result<usize> {
+        let mut all = 0;
+        for pid in self.host.pids("worker")? {
+            let mut least = usize::MAX;
+            for _ in 0..LOOKS {
+                least = least.min(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
+                std::thread::sleep(NAP);
+            }
+            all += least;
+        }
+        Ok(all)
     }
 
     /// No process of the instance has a child that is none of its own.

@@ -54,6 +54,23 @@ fn descriptors_locks_mappings_and_deleted_files_are_re_homed() -> anyhow::Result
     Ok(())
 }
 
+/// As SQLite holds them on the index of its log: a descriptor that is closed when its file is mapped must not take the locks with it.
+#[test]
+fn locks_on_files_that_are_mapped_are_kept() -> anyhow::Result<()> {
+    if reason_to_skip("locks_on_files_that_are_mapped_are_kept").is_some() {
+        return Ok(());
+    }
+    let scene = StorageScene::set([128 * MIB, 128 * MIB])?;
+    scene.python("locked", &[])?;
+    fs::write(scene.log.with_extension("log.free"), "")?;
+    scene.goes_on()?;
+    for pool in ["one", "two", "one"] {
+        scene.moves(pool)?;
+        scene.nothing_is_left()?;
+    }
+    Ok(())
+}
+
 /// Its blocks are shared, not copied; what changes afterwards changes in one of both.
 #[test]
 fn a_volume_that_stays_on_its_file_system_shares_its_blocks() -> anyhow::Result<()> {

@@ -4,7 +4,7 @@
 use std::{
     fs,
     os::unix::fs::FileExt,
-    process::{Child, Stdio},
+    process::Child,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -16,12 +16,12 @@ use nix::{
     unistd::Pid,
 };
 use rswap_tests::{
-    loop_device::{FileSystem, LoopDevice},
+    loop_device::FileSystem,
     moves::program,
     reason_to_skip, rounds,
     served_disk::Speed,
-    steps::{Follower, Place},
-    storage::{Disk, StorageScene},
+    steps::Place,
+    storage::{Disk, End, StorageScene},
     wait_for,
 };
 
@@ -31,27 +31,6 @@ const LIMIT: Duration = Duration::from_secs(30);
 const STEP_BEFORE_LAST_DELTA: usize = 2;
 /// A step in the freeze at which the plan is not yet written, and one at which the instance is held by its cgroup.
 const STEPS_IN_FREEZE: [usize; 2] = [40, 120];
-
-/// What happens to a disk.
-#[derive(Clone, Copy, Debug)]
-enum End {
-    /// Every request fails, reads as well, from one on that is so many behind this moment.
-    Fails(u64),
-    /// It is pulled out, and unmounted.
-    Vanishes,
-    /// It answers nothing for a minute, and nobody is told that it failed.
-    Hangs,
-}
-
-impl End {
-    fn strike(self, disk: &LoopDevice) -> anyhow::Result<()> {
-        match self {
-            Self::Fails(after) => disk.fail_after(after),
-            Self::Vanishes => disk.vanish(),
-            Self::Hangs => disk.set_speed(Speed::of(Duration::from_secs(60))),
-        }
-    }
-}
 
 /// In the middle of the copy, and when the instance stands still already.
 #[test]
@@ -67,10 +46,10 @@ fn a_disk_that_fails_or_vanishes_leaves_the_volume_where_it_was() -> anyhow::Res
             let swap = if in_freeze {
                 let swap = stopped_at(&scene, "two", STEP_BEFORE_LAST_DELTA)?;
                 end.strike(&scene.disks[1])?;
-                signal(&scene, Signal::SIGCONT)?;
+                scene.host.signal_agent(Signal::SIGCONT)?;
                 swap
             } else {
-                let swap = begin(&scene, "two")?;
+                let swap = scene.begin("two")?;
                 scene.wait_for_copy("two")?;
                 end.strike(&scene.disks[1])?;
                 swap
@@ -115,21 +94,21 @@ fn a_disk_that_fails_while_the_last_delta_is_written_through_leaves_nobody_froze
         [(End::Fails(0), false), (End::Fails(0), true), (End::Vanishes, false), (End::Vanishes, true)];
     for (end, killed) in fails.into_iter().chain([(End::Hangs, false)]) {
         // The last delta is in the page cache, and the copy is about to be put to its place.
-        let mut swap = stopped_before(&scene, "two", Place::RenameInto("/rswap/worker/.data-"))?;
+        let mut swap = scene.stopped_before("two", Place::RenameInto("/rswap/worker/.data-"))?;
         // What is written through waits for the disk, and so does the instance.
         scene.disks[1].set_speed(Speed::of(Duration::from_secs(2)))?;
-        signal(&scene, Signal::SIGCONT)?;
+        scene.host.signal_agent(Signal::SIGCONT)?;
         wait_for("the instance to be held by its cgroup", LIMIT, || {
             ensure!(swap.try_wait()?.is_none(), "it has not waited for its disk");
             Ok(is_frozen(&scene)?.then_some(()))
         })?;
-        signal(&scene, Signal::SIGSTOP)?;
+        scene.host.signal_agent(Signal::SIGSTOP)?;
         scene.disks[1].set_speed(Speed::default())?;
         end.strike(&scene.disks[1])?;
         if killed {
             scene.host.kill_agent()?;
         } else {
-            signal(&scene, Signal::SIGCONT)?;
+            scene.host.signal_agent(Signal::SIGCONT)?;
         }
         let output = swap.wait_with_output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -147,6 +126,7 @@ fn a_disk_that_fails_while_the_last_delta_is_written_through_leaves_nobody_froze
         scene.is_in("one")?;
         scene.nothing_is_left()?;
         if matches!(end, End::Hangs) {
+            scene.is_refused_meanwhile("one", "two")?;
             // Whoever waits for it is told now.
             scene.disks[1].vanish()?;
         }
@@ -170,14 +150,14 @@ fn a_disk_that_fails_before_anything_is_re_homed_to_it_gives_the_volume_back() -
     scene.moves("one")?;
     for (number, pool) in [(1, "two"), (2, "three")] {
         for end in [End::Fails(0), End::Vanishes] {
-            let swap = stopped_before(&scene, pool, Place::Exchange)?;
+            let swap = scene.stopped_before(pool, Place::Exchange)?;
             let disk = &scene.disks[number];
             let written = fs::File::create(disk.mount_point().join("written"))?;
             end.strike(disk)?;
             // So that its file system notices: its journal can't be written.
             let noticed = written.set_len(4096).and_then(|()| written.sync_all());
             ensure!(noticed.is_err(), "the disk works");
-            signal(&scene, Signal::SIGCONT)?;
+            scene.host.signal_agent(Signal::SIGCONT)?;
             let output = swap.wait_with_output()?;
             let said = String::from_utf8_lossy(&output.stdout).into_owned();
             println!("{pool}, {end:?}: {}", said.lines().last().unwrap_or_default());
@@ -204,7 +184,7 @@ fn a_disk_that_fails_with_the_volume_on_it_stops_nobody_else() -> anyhow::Result
     let mut scene = StorageScene::set_on([Disk::of(256 * MIB), Disk::that_can_fail(256 * MIB)], 3000)?;
     scene.python("volume", &["0.005", "30000000"])?;
     scene.moves("two")?;
-    let swap = begin(&scene, "one")?;
+    let swap = scene.begin("one")?;
     scene.wait_for_copy("one")?;
     End::Fails(0).strike(&scene.disks[1])?;
     let (told, tells) = std::sync::mpsc::channel();
@@ -295,7 +275,7 @@ fn a_guard_that_is_killed_costs_at_most_the_swap() -> anyhow::Result<()> {
     scene.python("rehomed", &["0.005"])?;
     scene.moves("one")?;
     // While it is copied: nothing is frozen without a guard.
-    let swap = begin(&scene, "two")?;
+    let swap = scene.begin("two")?;
     scene.wait_for_copy("two")?;
     kill_guard(&scene)?;
     let output = swap.wait_with_output()?;
@@ -309,7 +289,7 @@ fn a_guard_that_is_killed_costs_at_most_the_swap() -> anyhow::Result<()> {
         let to = if at == "one" { "two" } else { "one" };
         // In the freeze: the agent needs it for nothing.
         let swap = in_freeze(&scene, to, step)?;
-        signal(&scene, Signal::SIGCONT)?;
+        scene.host.signal_agent(Signal::SIGCONT)?;
         let output = swap.wait_with_output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
         scene.goes_on()?;
@@ -334,10 +314,6 @@ fn a_guard_that_is_killed_costs_at_most_the_swap() -> anyhow::Result<()> {
     scene.nothing_is_left()
 }
 
-fn begin(scene: &StorageScene, pool: &str) -> anyhow::Result<Child> {
-    Ok(scene.swap(pool)?.stdout(Stdio::piped()).spawn()?)
-}
-
 /// A swap whose agent stands still at `step`, and whose guard is gone.
 fn in_freeze(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Child> {
     let swap = stopped_at(scene, pool, step)?;
@@ -347,30 +323,12 @@ fn in_freeze(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Ch
 
 /// A swap whose agent stands still at `step`.
 fn stopped_at(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Child> {
-    stopped_before(scene, pool, Place::Step(step))
-}
-
-/// A swap whose agent stands still before `place`.
-fn stopped_before(scene: &StorageScene, pool: &str, place: Place) -> anyhow::Result<Child> {
-    let agent = scene.host.agent_pid().context("no agent")?;
-    let follower = Follower::start(agent, place, Signal::SIGSTOP)?;
-    let swap = begin(scene, pool)?;
-    wait_for("the agent to be stopped", LIMIT, || {
-        let stat = fs::read_to_string(format!("/proc/{agent}/stat"))?;
-        Ok(stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")).then_some(()))
-    })?;
-    ensure!(follower.has_struck()?, "it does not come to {place:?}");
-    Ok(swap)
+    scene.stopped_before(pool, Place::Step(step))
 }
 
 /// Whether the instance is held by its cgroup.
 fn is_frozen(scene: &StorageScene) -> anyhow::Result<bool> {
     Ok(fs::read_to_string(scene.host.cgroup()?.join("worker/cgroup.freeze"))?.trim() == "1")
-}
-
-fn signal(scene: &StorageScene, signal: Signal) -> anyhow::Result<()> {
-    let agent = scene.host.agent_pid().context("no agent")?;
-    Ok(kill(Pid::from_raw(agent as i32), signal)?)
 }
 
 /// Kills the guard that the agent has started, when there is one.

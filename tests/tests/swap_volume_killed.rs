@@ -34,6 +34,7 @@ fn killed(test: &str, program: &str, arguments: &[&str], first: usize) -> anyhow
     let stride = std::env::var("RSWAP_STRIDE").map_or(Ok(STRIDE), |stride| stride.parse())?;
     let mut scene = StorageScene::set([128 * MIB, 128 * MIB])?;
     scene.python(program, arguments)?;
+    let descriptors = scene.descriptors()?;
     let mut at = None;
     let mut kills = 0;
     for step in (first..).step_by(stride) {
@@ -49,6 +50,8 @@ fn killed(test: &str, program: &str, arguments: &[&str], first: usize) -> anyhow
         }
         kills += 1;
         at = and_then(&mut scene, at, target).with_context(|| format!("killed at step {step}"))?;
+        let left = scene.descriptors()?;
+        ensure!(left == descriptors, "killed at step {step}: {left} descriptors instead of {descriptors}");
         println!("step {step}: it is on {at:?}");
     }
     ensure!(kills > 5, "only {kills} steps");
