@@ -77,12 +77,64 @@ pub struct Distributions {
     of: BTreeMap<Metric, Kept>,
 }
 
+/// A metric's samples, each kept once: a part of a minute is added to the hour's and to the total when it is full.
 #[derive(Clone, Debug, Default)]
 struct Kept {
-    last: Histogram,
-    total: Histogram,
+    last: Packed,
     minute: Parts,
     hour: Parts,
+    /// Without what is in the part of a minute that is being filled.
+    total: Packed,
+}
+
+/// A histogram as bytes (postcard): of hundreds of buckets few have samples, most of these few, and it is hardly ever looked at.
+#[derive(Clone, Debug, Default)]
+struct Packed(Box<[u8]>);
+
+impl Packed {
+    /// Buckets as `(distance from the one before, samples)`.
+    fn of(histogram: &Histogram) -> Self {
+        if histogram.count == 0 {
+            return Self::default();
+        }
+        let mut before = 0;
+        let distances = histogram.buckets.iter().map(|&(index, count)| {
+            let distance = index - std::mem::replace(&mut before, index);
+            (distance, count)
+        });
+        let distances: Vec<(u16, u64)> = distances.collect();
+        let packed = postcard::to_stdvec(&(histogram.count, histogram.sum, distances));
+        Self(packed.expect("plain data of known lengths").into_boxed_slice())
+    }
+
+    fn histogram(&self) -> Histogram {
+        if self.0.is_empty() {
+            return Histogram::default();
+        }
+        let unpacked: (u64, u64, Vec<(u16, u64)>) =
+            postcard::from_bytes(&self.0).expect("as it was packed by this process");
+        let (count, sum, mut buckets) = unpacked;
+        let mut index = 0;
+        for bucket in &mut buckets {
+            index += bucket.0;
+            bucket.0 = index;
+        }
+        Histogram { buckets, count, sum }
+    }
+
+    fn add(&mut self, histogram: &Histogram) {
+        if self.0.is_empty() {
+            *self = Self::of(histogram);
+        } else if histogram.count > 0 {
+            let mut sum = self.histogram();
+            sum.merge(histogram);
+            *self = Self::of(&sum);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// The parts of a span.
@@ -90,37 +142,67 @@ struct Kept {
 struct Parts {
     /// Number of the part that is being filled, from the epoch.
     filling: u64,
-    now: Histogram,
+    now: Packed,
     /// Whole parts that had samples, oldest first, by their number.
-    whole: VecDeque<(u64, Histogram)>,
+    whole: VecDeque<(u64, Packed)>,
 }
 
 impl Parts {
-    fn go_on_to(&mut self, at: UnixMillis, span: Span) {
+    /// Goes on to the part that is filled then; answers when the one that was filled until now began, and what is in it, if it is full.
+    fn go_on_to(&mut self, at: UnixMillis, span: Span) -> Option<(UnixMillis, Histogram)> {
         let (part_ms, kept) = span.parts();
         let number = at.0 / part_ms;
+        let mut full = None;
         // The clock of the host may have been set back: then the part that is being filled is filled on.
         if number > self.filling {
-            let mut full = std::mem::take(&mut self.now);
-            if full.count > 0 {
-                full.buckets.shrink_to_fit();
-                self.whole.push_back((self.filling, full));
+            if !self.now.is_empty() {
+                let now = std::mem::take(&mut self.now);
+                full = Some((UnixMillis(self.filling * part_ms), now.histogram()));
+                self.whole.push_back((self.filling, now));
             }
             self.filling = number;
         }
         while self.whole.front().is_some_and(|(oldest, _)| oldest + (kept as u64) < self.filling) {
             self.whole.pop_front();
         }
+        full
     }
 
     fn sum(&self) -> Histogram {
-        let mut sum = self.now.clone();
-        self.whole.iter().for_each(|(_, part)| sum.merge(part));
+        let mut sum = self.now.histogram();
+        self.whole.iter().for_each(|(_, part)| sum.merge(&part.histogram()));
         sum
     }
 
     fn is_empty(&self) -> bool {
-        self.now.count == 0 && self.whole.is_empty()
+        self.now.is_empty() && self.whole.is_empty()
+    }
+}
+
+impl Kept {
+    fn go_on_to(&mut self, at: UnixMillis) {
+        if let Some((then, full)) = self.minute.go_on_to(at, Span::Minute) {
+            self.hour.go_on_to(then, Span::Hour);
+            self.hour.now.add(&full);
+            self.total.add(&full);
+        }
+        self.hour.go_on_to(at, Span::Hour);
+    }
+
+    fn hour(&self) -> Histogram {
+        let mut sum = self.hour.sum();
+        sum.merge(&self.minute.now.histogram());
+        sum
+    }
+
+    fn total(&self) -> Histogram {
+        let mut sum = self.total.histogram();
+        sum.merge(&self.minute.now.histogram());
+        sum
+    }
+
+    fn had_some_in_the_hour(&self) -> bool {
+        !self.hour.is_empty() || !self.minute.now.is_empty()
     }
 }
 
@@ -128,9 +210,8 @@ impl Distributions {
     /// Takes in a window.
     pub fn record(&mut self, profile: &Profile) {
         for kept in self.of.values_mut() {
-            kept.last = Histogram::default();
-            kept.minute.go_on_to(profile.at, Span::Minute);
-            kept.hour.go_on_to(profile.at, Span::Hour);
+            kept.last = Packed::default();
+            kept.go_on_to(profile.at);
         }
         self.add(profile.at, Metric::RunQueueNs, &profile.cpu.run_queue_ns);
         self.add(profile.at, Metric::OnCpuNs, &profile.cpu.on_cpu_ns);
@@ -148,28 +229,42 @@ impl Distributions {
             return;
         }
         let kept = self.of.entry(metric).or_default();
-        for (parts, span) in [(&mut kept.minute, Span::Minute), (&mut kept.hour, Span::Hour)] {
-            parts.go_on_to(at, span);
-            parts.now.merge(histogram);
-        }
-        kept.total.merge(histogram);
-        kept.last = histogram.clone();
+        kept.go_on_to(at);
+        kept.minute.now.add(histogram);
+        kept.last = Packed::of(histogram);
     }
 
     /// All that had samples in the last hour.
     pub fn shown(&self) -> impl Iterator<Item = Distribution> {
-        self.of.iter().filter(|(_, kept)| !kept.hour.is_empty()).map(|(metric, kept)| Distribution {
+        self.of.iter().filter(|(_, kept)| kept.had_some_in_the_hour()).map(|(metric, kept)| Distribution {
             metric: metric.clone(),
-            window: kept.last.clone(),
+            window: kept.last.histogram(),
             minute: kept.minute.sum(),
-            hour: kept.hour.sum(),
-            total: kept.total.clone(),
+            hour: kept.hour(),
+            total: kept.total(),
         })
     }
 
     /// Everything since the instance is shown.
-    pub fn totals(&self) -> impl Iterator<Item = (&Metric, &Histogram)> {
-        self.of.iter().map(|(metric, kept)| (metric, &kept.total))
+    pub fn totals(&self) -> impl Iterator<Item = (&Metric, Histogram)> {
+        self.of.iter().map(|(metric, kept)| (metric, kept.total()))
+    }
+
+    /// What it takes of memory, in bytes, as far as it grows with the samples.
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        let parts = |parts: &Parts| {
+            let whole = parts.whole.capacity() * size_of::<(u64, Packed)>();
+            whole + parts.now.0.len() + parts.whole.iter().map(|(_, part)| part.0.len()).sum::<usize>()
+        };
+        let of = |kept: &Kept| {
+            size_of::<(Metric, Kept)>()
+                + kept.last.0.len()
+                + kept.total.0.len()
+                + parts(&kept.minute)
+                + parts(&kept.hour)
+        };
+        self.of.values().map(of).sum()
     }
 }
 
@@ -250,9 +345,48 @@ mod tests {
         assert_eq!(sums, [10, 20, 30, 1, 2]);
     }
 
+    #[test]
+    fn an_hour_of_an_instance_that_uses_a_disk_takes_little() {
+        let mut kept = Distributions::default();
+        for second in 0..4000 {
+            // Spread over four powers of two: 32 buckets.
+            let waits: Vec<u64> = (0..300).map(|n| (1000 + n * 53) << (second % 2)).collect();
+            let block = |operation| BlockProfile {
+                device: "8:0".to_owned(),
+                operation,
+                bytes: 1,
+                latency_ns: of(&waits),
+                queue_ns: of(&waits),
+                not_split: 0,
+                in_flight: 0.0,
+            };
+            let mut seen = profile(second, &waits);
+            (seen.cpu.on_cpu_ns, seen.tcp.rtt_us) = (of(&waits), of(&waits));
+            seen.block = vec![block(Operation::Read), block(Operation::Write)];
+            kept.record(&seen);
+        }
+        let bytes = kept.bytes();
+        // As lists of buckets it was about four times as much.
+        assert!(bytes < 30 << 10, "{bytes}");
+        let waits = waits(&kept).unwrap();
+        assert_eq!((waits.window.count, waits.total.count), (300, 4000 * 300));
+        assert_eq!(waits.minute.count, 70 * 300);
+        assert_eq!(waits.hour.count, 3700 * 300, "12 parts, and 100 seconds");
+    }
+
     proptest! {
         #[test]
-        fn a_span_is_the_sum_of_its_windows(windows in prop::collection::vec((1..20u64, prop::collection::vec(0..1u64 << 30, 0..5)), 1..80)) {
+        fn what_is_packed_is_unpacked_the_same(values in prop::collection::vec(any::<u64>(), 0..40), more in prop::collection::vec(any::<u64>(), 0..40)) {
+            let mut packed = Packed::of(&of(&values));
+            prop_assert_eq!(packed.histogram(), of(&values));
+            packed.add(&of(&more));
+            let mut sum = of(&values);
+            sum.merge(&of(&more));
+            prop_assert_eq!(packed.histogram(), sum);
+        }
+
+        #[test]
+        fn a_span_is_the_sum_of_its_windows(windows in prop::collection::vec((1..200u64, prop::collection::vec(0..1u64 << 30, 0..5)), 1..80)) {
             let mut kept = Distributions::default();
             let (mut now, mut all) = (1_000_000, Vec::new());
             for (seconds, waits_ns) in &windows {
@@ -265,6 +399,11 @@ mod tests {
             let within: Vec<u64> = all.iter().filter(|(at, _)| *at >= since).flat_map(|(_, waits)| waits.clone()).collect();
             let minute = waits(&kept).map(|of| of.minute).unwrap_or_default();
             prop_assert_eq!(minute, of(&within));
+            let since = (now / 300 - 12) * 300;
+            let within: Vec<u64> = all.iter().filter(|(at, _)| *at >= since).flat_map(|(_, waits)| waits.clone()).collect();
+            prop_assert_eq!(waits(&kept).map(|of| of.hour).unwrap_or_default(), of(&within));
+            let total: Vec<u64> = all.iter().flat_map(|(_, waits)| waits.clone()).collect();
+            prop_assert_eq!(kept.totals().map(|(_, total)| total).find(|total| total.count > 0).unwrap_or_default(), of(&total));
         }
     }
 }

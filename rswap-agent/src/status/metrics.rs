@@ -252,7 +252,6 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
     for (name, of) in &board.distributions {
         let own = || OfInstance { instance: name.to_string() };
         for (metric, total) in of.totals() {
-            let total = total.clone();
             let block = |device: &String, operation: crate::profile::Operation| OfBlock {
                 instance: name.to_string(),
                 device: device.clone(),
