@@ -151,6 +151,8 @@ impl Wiring {
             tracing::warn!(%error, "going on with the instances known");
         }
         self.look_at_pools(now);
+        // Whoever moves has its memory read.
+        self.profiler.disturbed(|name| self.moving.contains_key(name));
         let profiles = self.profiler.sample(now);
         self.look_at_cores(now, &profiles);
         self.parts.begin_window(|name| self.known.contains_key(name));
@@ -417,6 +419,7 @@ impl Wiring {
         began: Instant,
     ) {
         let (programs, block) = (self.profiler.program_costs(), self.profiler.host_block());
+        let ages = self.profiler.ages_cost();
         let mut in_swap = self.cold.shown();
         let kin =
             |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
@@ -445,6 +448,7 @@ impl Wiring {
                 board.keep_decision(&decision.instance, decision.clone());
             }
             (board.pools, board.plan, board.programs, board.block) = (pools, plan, programs, block);
+            board.memory_ages = ages;
             board.windows += 1;
             board.last_window_work_us = began.elapsed().as_micros() as u64;
         });

@@ -98,7 +98,7 @@ pub(super) fn resident_bytes(cgroup: &Path) -> Result<u64, ProfileError> {
 }
 
 /// The processes of a cgroup and of all below it.
-fn pids(cgroup: &Path) -> Result<BTreeSet<i32>, ProfileError> {
+pub(super) fn pids(cgroup: &Path) -> Result<BTreeSet<i32>, ProfileError> {
     let mut pids = BTreeSet::new();
     walk(cgroup, 0, &mut |path| {
         // A threaded cgroup below lists no processes of its own (EOPNOTSUPP); they are listed above it.

@@ -14,11 +14,13 @@
 //!   cpu.stat, *.pressure, /proc/PID/statm ---------+--> Profile
 //! ```
 
+mod ages;
 pub mod btf;
 mod cgroup;
 mod cgroup_table;
 pub mod doctor;
 mod empty;
+mod faults;
 pub mod histogram;
 mod probes;
 mod profiler;
@@ -32,9 +34,11 @@ use serde::{Deserialize, Serialize};
 use crate::{instance::InstanceName, units::UnixMillis};
 use histogram::Histogram;
 
+pub use ages::{AgesCost, PageAges, SPANS_S, UsedWithin};
 pub use cgroup::unified_mount;
 pub use cgroup_table::CgroupTableError;
 pub use empty::EmptyProgram;
+pub use faults::Faults;
 pub use probes::{ProbeState, ProbeStatus, ProgramCost};
 pub use profiler::{ProfileConfig, Profiler};
 
@@ -325,6 +329,15 @@ pub struct MemoryProfile {
     pub dirty_bytes_per_s: Option<f64>,
     /// PSI `some` share of the window, 0 to 1, where the kernel has it.
     pub pressure_some: Option<f64>,
+    /// Page faults in the window.
+    #[serde(default)]
+    pub faults: Option<Faults>,
+    /// Pages in the window that reclaim had taken, and that were fetched again; `None` without the memory controller of cgroup v2.
+    #[serde(default)]
+    pub refaults: Option<u64>,
+    /// How long ago its memory was used; `None` where that is not looked at, or not yet.
+    #[serde(default)]
+    pub ages: Option<PageAges>,
 }
 
 #[cfg(test)]

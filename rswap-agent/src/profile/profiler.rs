@@ -4,21 +4,25 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use rswap_common::layout::MAX_SLOTS;
+use rswap_types::bounds::share;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    CpuProfile, HostBlock, MemoryProfile, ProbeStatus, Profile, ProfileError, ProgramCost, TcpProfile,
-    cgroup,
+    AgesCost, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus, Profile, ProfileError,
+    ProgramCost, TcpProfile,
+    ages::Scanner,
+    cgroup, faults,
     probes::{Probes, SWITCH_STATE},
     slots::{self, Counters, Devices, FreeSlots},
 };
 use crate::{instance::InstanceName, units::UnixMillis};
 
 /// How profiling is done.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProfileConfig {
     /// Most instances whose kernel events are counted (at most [`MAX_SLOTS`]). Each takes about 4 KiB of
@@ -28,11 +32,22 @@ pub struct ProfileConfig {
     pub debug_programs: bool,
     /// Whether the kernel measures what the eBPF programs cost; measuring costs a little too.
     pub measure_program_cost: bool,
+    /// Share of one core that looking at the ages of memory may take; it is done less often where it would take more. 0: not done.
+    #[serde(deserialize_with = "share")]
+    pub memory_budget: f64,
+    /// Memory of processes that would be kept from mapping any for longer than so many milliseconds is left out of the ages.
+    pub memory_lock_ms: u64,
 }
 
 impl Default for ProfileConfig {
     fn default() -> Self {
-        Self { slots: MAX_SLOTS, debug_programs: false, measure_program_cost: false }
+        Self {
+            slots: MAX_SLOTS,
+            debug_programs: false,
+            measure_program_cost: false,
+            memory_budget: 0.01,
+            memory_lock_ms: 20,
+        }
     }
 }
 
@@ -40,7 +55,12 @@ impl Default for ProfileConfig {
 pub struct Profiler {
     config: ProfileConfig,
     state: Mutex<State>,
+    /// Looks at ages, or why nobody does.
+    ages: Result<Scanner, String>,
 }
+
+/// What looking at ages is called among the probes.
+const AGES: &str = "memory.ages";
 
 struct State {
     probes: Probes,
@@ -68,6 +88,7 @@ struct Reading {
     cpu_held_back_us: u64,
     cpu_pressure_us: Option<u64>,
     memory_pressure_us: Option<u64>,
+    faults: faults::Reading,
 }
 
 impl Profiler {
@@ -85,12 +106,31 @@ impl Profiler {
             tracked: BTreeMap::new(),
         };
         state.look_for_devices();
-        Self { config, state: Mutex::new(state) }
+        let ages = Scanner::start(config.memory_budget, Duration::from_millis(config.memory_lock_ms));
+        Self { config, state: Mutex::new(state), ages }
     }
 
     /// What became of each probe.
     pub fn probes(&self) -> Vec<ProbeStatus> {
-        self.lock().probes.statuses.clone()
+        let mut all = self.lock().probes.statuses.clone();
+        let state = match &self.ages {
+            Ok(_) => ProbeState::Active,
+            Err(reason) => ProbeState::Unavailable { reason: reason.clone() },
+        };
+        all.push(ProbeStatus { name: AGES.to_owned(), state });
+        all
+    }
+
+    /// What looking at the ages of memory costs; nothing where that is not done.
+    pub fn ages_cost(&self) -> Option<AgesCost> {
+        self.ages.as_ref().ok().map(Scanner::cost)
+    }
+
+    /// Ages of these are not looked at for now: somebody else reads their memory, which looks as if they used it.
+    pub fn disturbed(&self, is_disturbed: impl Fn(&InstanceName) -> bool) {
+        if let Ok(ages) = &self.ages {
+            ages.disturbed(is_disturbed);
+        }
     }
 
     /// Begins to profile an instance; its window begins with the next [`Self::sample`]. Past
@@ -129,12 +169,18 @@ impl Profiler {
             state.forget(name);
             return Err(error);
         }
+        if let Ok(ages) = &self.ages {
+            ages.track(name, cgroup);
+        }
         Ok(())
     }
 
     /// Stops profiling an instance; nothing happens if it is not tracked.
     pub fn untrack(&self, name: &InstanceName) {
         self.lock().forget(name);
+        if let Ok(ages) = &self.ages {
+            ages.untrack(name);
+        }
     }
 
     /// What the write tracker measured for an instance, in bytes per second; `None` when it no longer tracks.
@@ -151,7 +197,14 @@ impl Profiler {
         state.probes.flush_log();
         state.look_for_devices();
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
-        names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots)).collect()
+        let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
+        let ages = |name: &InstanceName| self.ages.as_ref().ok()?.ages(name);
+        sampled
+            .map(|mut profile| {
+                profile.memory.ages = ages(&profile.instance);
+                profile
+            })
+            .collect()
     }
 
     /// Block devices that are told apart, as `major:minor`.
@@ -188,6 +241,7 @@ impl Reading {
             cpu_held_back_us,
             cpu_pressure_us: cgroup::pressure_some_us(path, "cpu"),
             memory_pressure_us: cgroup::pressure_some_us(path, "memory"),
+            faults: faults::Reading::take(path)?,
         })
     }
 }
@@ -271,6 +325,7 @@ impl State {
         let share = |later: Option<u64>, earlier: Option<u64>| {
             Some((later?.saturating_sub(earlier?) as f64 / (window_ms as f64 * 1e3)).min(1.0))
         };
+        let faults = reading.faults.since(&last.faults);
         let mut profile = Profile {
             instance: name.clone(),
             at: now,
@@ -289,6 +344,9 @@ impl State {
                 resident_bytes,
                 dirty_bytes_per_s: tracked.dirty_bytes_per_s,
                 pressure_some: share(reading.memory_pressure_us, last.memory_pressure_us),
+                faults: faults.map(|(faults, _)| faults),
+                refaults: faults.and_then(|(_, refaults)| refaults),
+                ages: None,
             },
         };
         if let (Some(earlier), Some(later)) = (&last.counters, &reading.counters) {

@@ -15,7 +15,7 @@ use crate::{
     migrate::links::LinksView,
     plan::{Decision, Plan, VolumeView},
     pool::{Inventory, Pool},
-    profile::{HostBlock, ProbeStatus, Profile, ProgramCost},
+    profile::{AgesCost, HostBlock, ProbeStatus, Profile, ProgramCost},
     swap::memory::InSwap,
     units::UnixMillis,
 };
@@ -199,6 +199,8 @@ pub struct BoardState {
     pub probes: Vec<ProbeStatus>,
     /// What its programs cost.
     pub programs: Vec<ProgramCost>,
+    /// What looking at the ages of memory costs; `None` where that is not done.
+    pub memory_ages: Option<AgesCost>,
     /// Block I/O that is in no instance's profile.
     pub block: HostBlock,
     /// Instances by name.

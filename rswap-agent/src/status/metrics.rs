@@ -47,6 +47,18 @@ struct OfBlock {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct UsedWithin {
+    instance: String,
+    span_s: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfFaults {
+    instance: String,
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfReason {
     instance: String,
     reason: &'static str,
@@ -122,6 +134,7 @@ pub(super) fn encode(board: &BoardState, now: UnixMillis) -> Result<String, fmt:
     agent(&mut registry, board, now);
     instances(&mut registry, board);
     distributions(&mut registry, board);
+    memory(&mut registry, board);
     block(&mut registry, board);
     pools(&mut registry, board);
     let mut out = String::new();
@@ -173,6 +186,10 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
         "Time in an eBPF program, while BPF statistics are on",
         run_time,
     );
+    if let Some(ages) = board.memory_ages {
+        let help = "Share of a core that looking at the ages of memory takes";
+        registry.register("memory_ages_core_share", help, float(ages.used_share));
+    }
 }
 
 fn instances(registry: &mut Registry, board: &BoardState) {
@@ -283,6 +300,36 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
     ] {
         registry.register_with_unit(name, help, Unit::Seconds, Histograms { of, per_second: 1e9 });
     }
+}
+
+/// Memory beside how much of it there is.
+fn memory(registry: &mut Registry, board: &BoardState) {
+    let used = Family::<UsedWithin, FloatGauge>::default();
+    let faults = Family::<OfFaults, FloatGauge>::default();
+    let refaults = Family::<OfInstance, FloatGauge>::default();
+    for (name, view) in &board.instances {
+        let Some(profile) = &view.profile else { continue };
+        let per_s = 1e3 / profile.window_ms.max(1) as f64;
+        for of in profile.memory.ages.iter().flat_map(|ages| &ages.used) {
+            let labels = UsedWithin { instance: name.to_string(), span_s: of.span_s };
+            used.get_or_create(&labels).set(of.bytes as f64);
+        }
+        if let Some(seen) = profile.memory.faults {
+            for (kind, count) in [("minor", seen.minor), ("major", seen.major)] {
+                let labels = OfFaults { instance: name.to_string(), kind };
+                faults.get_or_create(&labels).set(count as f64 * per_s);
+            }
+        }
+        if let Some(count) = profile.memory.refaults {
+            let of = OfInstance { instance: name.to_string() };
+            refaults.get_or_create(&of).set(count as f64 * per_s);
+        }
+    }
+    let help = "Memory that was used at least once within so many seconds";
+    registry.register_with_unit("instance_working_set", help, Unit::Bytes, used);
+    registry.register("instance_page_faults_per_second", "Page faults in the last window", faults);
+    let help = "Pages fetched again in the last window that reclaim had taken";
+    registry.register("instance_refaults_per_second", help, refaults);
 }
 
 /// Block I/O beside how long it took.

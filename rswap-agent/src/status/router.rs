@@ -139,6 +139,7 @@ async fn status(State(board): State<Board>) -> Response {
         "links": board.links,
         "probes": board.probes,
         "programs": board.programs,
+        "memory_ages": board.memory_ages,
         "block": board.block,
     }))
     .into_response()

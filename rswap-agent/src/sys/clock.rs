@@ -1,9 +1,14 @@
 //! Clocks, and the offsets that a time namespace gives them (time_namespaces(7)).
 
-use std::{fs, io};
+use std::{fs, io, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+
+/// Time that this thread has spent on a CPU; 0 where the kernel does not tell.
+pub fn thread_cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
 
 /// A value for each of the two clocks that a time namespace shifts, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

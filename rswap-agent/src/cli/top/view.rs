@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     forecast::{Evidence, Resource},
-    profile::{BlockProfile, OffCpuTime, Operation, Profile, histogram::Histogram},
+    profile::{BlockProfile, OffCpuTime, Operation, Profile, UsedWithin, histogram::Histogram},
     status::InstanceView,
 };
 
@@ -116,6 +116,20 @@ fn row(model: &Model, view: &InstanceView) -> [String; HEADER.len()] {
     ]
 }
 
+/// What is known of its memory's use.
+fn memory_lines(lines: &mut Vec<Line<'static>>, profile: &Profile) {
+    if let Some(faults) = profile.memory.faults {
+        let refaults = or_dash(profile.memory.refaults.map(|pages| pages.to_string()));
+        let (minor, major) = (faults.minor, faults.major);
+        lines.push(Line::from(format!("  faults: {minor} minor  {major} major  fetched again: {refaults}")));
+    }
+    if let Some(ages) = &profile.memory.ages {
+        let within = |of: &UsedWithin| format!("{} s {}", of.span_s, bytes(of.bytes as f64));
+        let spans: Vec<String> = ages.used.iter().map(within).collect();
+        lines.push(Line::from(format!("  used within {}", spans.join("  "))));
+    }
+}
+
 /// The last `width` values as a line of bars, the largest of them as high as can be; a space where nothing was told.
 fn curve(values: &VecDeque<Option<f64>>, width: usize) -> String {
     let last = values.iter().skip(values.len().saturating_sub(width));
@@ -185,6 +199,7 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         bytes(profile.memory.resident_bytes as f64),
         or_dash(profile.memory.dirty_bytes_per_s.map(bytes)),
     )));
+    memory_lines(&mut lines, profile);
     if let Some(seen) = &view.in_swap {
         let size = |size: u64| bytes(size as f64);
         lines.push(Line::from(format!(

@@ -1,0 +1,204 @@
+//! Takes marks away and counts them, in a thread of its own: no window waits for that.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use super::{AgesCost, Budget, Count, Cycle, PageAges};
+use crate::{instance::InstanceName, profile::cgroup, sys::clock::thread_cpu_time, units::UnixMillis};
+
+/// What takes marks away.
+const CLEAR_ALL: &str = "1";
+/// Where there is nothing to do, it is looked after so long whether there is.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// The thread, until it is dropped.
+pub(in crate::profile) struct Scanner {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    instances: BTreeMap<InstanceName, Instance>,
+    cost: AgesCost,
+    stopping: bool,
+}
+
+struct Instance {
+    cgroup: PathBuf,
+    cycle: Cycle,
+    /// Its pages are being read by somebody else than itself, which marks them.
+    disturbed: bool,
+}
+
+impl Scanner {
+    /// Starts it, or says why it can't be had.
+    pub(in crate::profile) fn start(budget_share: f64, lock_limit: Duration) -> Result<Self, String> {
+        if budget_share <= 0.0 {
+            return Err("profile.memory_budget is 0".to_owned());
+        }
+        for file in ["clear_refs", "smaps_rollup"] {
+            let path = format!("/proc/self/{file}");
+            fs::metadata(&path).map_err(|error| format!("this kernel has no {path}: {error}"))?;
+        }
+        let shared = Arc::new(Shared::default());
+        let of_thread = shared.clone();
+        let run = move || of_thread.run(budget_share, lock_limit);
+        let thread = thread::Builder::new().name("ages".to_owned()).spawn(run);
+        Ok(Self { shared, thread: Some(thread.map_err(|error| format!("start a thread: {error}"))?) })
+    }
+
+    /// From now on this one, too.
+    pub(in crate::profile) fn track(&self, name: &InstanceName, cgroup: &Path) {
+        let (cycle, disturbed) = Default::default();
+        let instance = Instance { cgroup: cgroup.to_owned(), cycle, disturbed };
+        self.shared.lock().instances.insert(name.clone(), instance);
+        self.shared.changed.notify_all();
+    }
+
+    /// No longer this one.
+    pub(in crate::profile) fn untrack(&self, name: &InstanceName) {
+        self.shared.lock().instances.remove(name);
+    }
+
+    /// Leaves those alone whose pages are read by others: that marks them all.
+    pub(in crate::profile) fn disturbed(&self, is_disturbed: impl Fn(&InstanceName) -> bool) {
+        for (name, instance) in &mut self.shared.lock().instances {
+            instance.disturbed = is_disturbed(name);
+            if instance.disturbed {
+                instance.cycle = Cycle::default();
+            }
+        }
+    }
+
+    /// What is known of one.
+    pub(in crate::profile) fn ages(&self, name: &InstanceName) -> Option<PageAges> {
+        self.shared.lock().instances.get(name)?.cycle.ages()
+    }
+
+    /// What it costs.
+    pub(in crate::profile) fn cost(&self) -> AgesCost {
+        self.shared.lock().cost
+    }
+}
+
+impl Drop for Scanner {
+    fn drop(&mut self) {
+        self.shared.lock().stopping = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // It ends after the look that it is at. One that has panicked has nothing to say here.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, budget_share: f64, lock_limit: Duration) {
+        let (began, mut budget) = (Instant::now(), Budget::new(budget_share));
+        let cpu_before = thread_cpu_time();
+        let mut state = self.lock();
+        state.cost.budget_share = budget_share;
+        while !state.stopping {
+            let now = began.elapsed();
+            let next = state.instances.iter().filter(|(_, of)| !of.disturbed);
+            let next =
+                next.min_by_key(|(_, of)| of.cycle.due()).map(|(name, of)| (name.clone(), of.cycle.due()));
+            let due = next.as_ref().map_or(IDLE, |(_, due)| due.saturating_sub(now).min(IDLE));
+            let wait = due.max(budget.pause(now));
+            if let Some((_, due)) = &next {
+                let overdue = if due.is_zero() { Duration::ZERO } else { now.saturating_sub(*due) };
+                state.cost.behind_ms = overdue.as_millis() as u64;
+            }
+            let Some((name, _)) = next.filter(|_| wait.is_zero()) else {
+                let waited = self.changed.wait_timeout(state, wait.min(IDLE));
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            };
+            let Some(of) = state.instances.get(&name) else { continue };
+            let (cgroup, mut cycle) = (of.cgroup.clone(), of.cycle.clone());
+            drop(state);
+            look(&cgroup, &mut cycle, began, lock_limit);
+            let spent = thread_cpu_time().saturating_sub(cpu_before);
+            budget.spend(spent.saturating_sub(budget.spent));
+            state = self.lock();
+            if let Some(of) = state.instances.get_mut(&name).filter(|of| !of.disturbed && of.cgroup == cgroup)
+            {
+                of.cycle = cycle;
+            }
+            state.cost.looks += 1;
+            state.cost.used_share = spent.as_secs_f64() / began.elapsed().as_secs_f64().max(1e-3);
+        }
+    }
+}
+
+/// One look at an instance: counts what is marked, and takes the marks away where it is time to.
+fn look(cgroup: &Path, cycle: &mut Cycle, began: Instant, lock_limit: Duration) {
+    // Of a cgroup that has gone there is nothing to count; who tracks it will say so.
+    let pids = cgroup::pids(cgroup).unwrap_or_default();
+    let (mut count, mut small) = (Count::default(), Vec::new());
+    for pid in pids {
+        let before = Instant::now();
+        // One that has ended has no memory.
+        let Ok(of) = rollup(pid) else { continue };
+        count.resident_bytes += of.resident_bytes;
+        // Taking marks away takes as long as counting them, and meanwhile the process can't map anything.
+        if before.elapsed() > lock_limit {
+            count.left_out_bytes += of.resident_bytes;
+        } else {
+            count.used_bytes += of.used_bytes;
+            small.push(pid);
+        }
+    }
+    if cycle.count(began.elapsed(), UnixMillis::now(), count) {
+        for pid in small {
+            if let Err(error) = fs::write(format!("/proc/{pid}/clear_refs"), CLEAR_ALL) {
+                tracing::debug!(pid, %error, "its page ages are not measured");
+            }
+        }
+        cycle.was_cleared(began.elapsed());
+    }
+}
+
+/// Memory of a process, and what of it is marked.
+fn rollup(pid: i32) -> io::Result<Count> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    parse(&text).ok_or_else(|| io::Error::other("no Rss or no Referenced"))
+}
+
+fn parse(text: &str) -> Option<Count> {
+    let field = |name| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
+    };
+    Some(Count { used_bytes: field("Referenced:")?, resident_bytes: field("Rss:")?, left_out_bytes: 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marked_memory_is_read_from_the_kernels_summary() {
+        let text = "55d0-7fff ---p 00000000 00:00 0   [rollup]\nRss:      884 kB\nPss:  385 kB\nReferenced:      12 kB\n";
+        let count = Count { used_bytes: 12 << 10, resident_bytes: 884 << 10, left_out_bytes: 0 };
+        assert_eq!(parse(text), Some(count));
+        assert_eq!(parse("Rss: 884 kB\n"), None);
+    }
+}

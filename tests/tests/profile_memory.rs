@@ -1,0 +1,253 @@
+//! What the profile says of memory, with programs that touch a known number of pages at known times.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Write},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rswap_agent::{
+    profile::{PageAges, Profile, ProfileConfig, Profiler},
+    units::UnixMillis,
+};
+use rswap_tests::{
+    moves,
+    profiled::{TestCgroup, begin, reap},
+    reason_to_skip,
+};
+
+const MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+/// What Python uses of itself while it waits, reads and touches; what others use of the same files counts, too.
+const INTERPRETER: u64 = 12 * MIB;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Touches what it is told to: a line has the first page, how many pages apart, and how many. Answers each.
+const TOUCHER: &str = r#"
+import mmap, sys
+size, advice = int(sys.argv[1]), int(sys.argv[2])
+memory = mmap.mmap(-1, size + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(advice)
+for at in range(0, size, 4096): memory[at] = 1
+print("ready", flush=True)
+for line in sys.stdin:
+    first, apart, count = map(int, line.split())
+    for page in range(first, first + apart * count, apart): memory[page * 4096]
+    print("done", flush=True)
+"#;
+
+struct Toucher {
+    child: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+}
+
+impl Toucher {
+    fn start(cgroup: &TestCgroup, bytes: u64, advice: i32) -> Self {
+        let mut command = Command::new(moves::python().expect("python3"));
+        command.args(["-c", TOUCHER, &bytes.to_string(), &advice.to_string()]);
+        let mut child = cgroup.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let to = child.stdin.take().expect("its input");
+        let from = BufReader::new(child.stdout.take().expect("its output"));
+        let mut this = Self { child, to, from };
+        this.answer("ready");
+        this
+    }
+
+    fn answer(&mut self, expected: &str) {
+        let mut line = String::new();
+        self.from.read_line(&mut line).expect("an answer");
+        assert_eq!(line.trim(), expected);
+    }
+
+    fn touch(&mut self, first: u64, apart: u64, count: u64) {
+        writeln!(self.to, "{first} {apart} {count}").expect("it listens");
+        self.answer("done");
+    }
+}
+
+fn profiler(test: &str, memory_lock_ms: u64) -> Option<Profiler> {
+    reason_to_skip(test).is_none().then_some(())?;
+    // As much as it needs: others build on this machine, and the test is of what is counted, not of the budget.
+    let config = ProfileConfig { slots: 8, memory_budget: 0.5, memory_lock_ms, ..ProfileConfig::default() };
+    Some(Profiler::start(&config))
+}
+
+fn sample(profiler: &Profiler) -> Profile {
+    thread::sleep(Duration::from_millis(2));
+    profiler.sample(UnixMillis::now()).pop().expect("a tracked instance has a profile")
+}
+
+/// Waits for the first count over a span.
+fn ages(profiler: &Profiler, span_s: u64) -> PageAges {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let ages = sample(profiler).memory.ages;
+        if let Some(ages) = ages.filter(|ages| ages.within(span_s).is_some()) {
+            return ages;
+        }
+        assert!(Instant::now() < deadline, "nothing over {span_s} s");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn bytes_within(ages: &PageAges, span_s: u64) -> u64 {
+    ages.within(span_s).expect("it was waited for").bytes
+}
+
+#[test]
+fn ages_are_those_of_the_pages_that_were_touched() {
+    const SIZE: u64 = 96 * MIB;
+    let Some(profiler) = profiler("ages_are_those_of_the_pages_that_were_touched", 1000) else { return };
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
+    let (first, second, third) = (2 * MIB, 16 * MIB, 8 * MIB);
+    begin(&profiler, &cgroup.0);
+    // Until the first second has passed; what is touched is never the same for two spans.
+    thread::sleep(Duration::from_millis(200));
+    toucher.touch(0, 1, first / PAGE);
+    let one = ages(&profiler, 1);
+    toucher.touch(8192, 1, second / PAGE);
+    let two = ages(&profiler, 2);
+    toucher.touch(16_384, 2, third / PAGE);
+    let four = ages(&profiler, 4);
+    let eight = ages(&profiler, 8);
+    eprintln!("{eight:?}\n{:?}\n{:?}", eight.by_age(), profiler.ages_cost());
+    let of_one = bytes_within(&one, 1);
+    assert!((first..first + INTERPRETER).contains(&of_one), "{of_one}");
+    for (later, earlier, touched) in [
+        (bytes_within(&two, 2), of_one, second),
+        (bytes_within(&four, 4), bytes_within(&two, 2), third),
+        (bytes_within(&eight, 8), bytes_within(&four, 4), 0),
+    ] {
+        let more = later - earlier;
+        assert!(more >= touched && more <= touched + MIB / 2, "{more} against {touched}");
+    }
+    let [.., (_, None, old)] = eight.by_age()[..] else { panic!("the oldest have no end") };
+    let untouched = SIZE - first - second - third;
+    assert!((untouched..untouched + 16 * MIB).contains(&old), "{old} against {untouched}");
+    assert!(eight.within(8).expect("waited for").within_ms < 9000, "the budget is large");
+    let cost = profiler.ages_cost().expect("it is looked at");
+    assert!(cost.looks >= 5 && cost.used_share > 0.0 && cost.used_share < 0.5, "{cost:?}");
+    drop(cgroup);
+    reap(toucher.child);
+}
+
+#[test]
+fn a_huge_page_is_used_as_a_whole_and_what_is_too_large_is_left_out() {
+    const SIZE: u64 = 64 * MIB;
+    let test = "a_huge_page_is_used_as_a_whole_and_what_is_too_large_is_left_out";
+    let Some(of_small) = profiler(test, 1000) else { return };
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_HUGEPAGE);
+    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", toucher.child.id())).expect("smaps");
+    let huge = smaps.lines().find_map(|line| line.strip_prefix("AnonHugePages:")).expect("a line");
+    let huge: u64 = huge.trim().trim_end_matches(" kB").parse().expect("a number");
+    if huge << 10 < SIZE - 4 * MIB {
+        rswap_tests::skip(test, "there are no huge pages here");
+        return;
+    }
+    begin(&of_small, &cgroup.0);
+    thread::sleep(Duration::from_millis(200));
+    // A page in each of eight, with one between.
+    toucher.touch(1024, 1024, 8);
+    let seen = ages(&of_small, 1);
+    let used = bytes_within(&seen, 1);
+    eprintln!("{seen:?}");
+    assert!((16 * MIB..16 * MIB + INTERPRETER + 2 * MIB).contains(&used), "{used}");
+    drop(of_small);
+    let Some(of_none) = profiler(test, 0) else { return };
+    begin(&of_none, &cgroup.0);
+    let seen = ages(&of_none, 1);
+    assert_eq!((bytes_within(&seen, 1), seen.left_out_bytes), (0, seen.resident_bytes));
+    assert!(seen.left_out_bytes >= SIZE);
+    drop(cgroup);
+    reap(toucher.child);
+}
+
+#[test]
+fn nothing_is_said_of_memory_that_others_read_and_the_budget_slows() {
+    let test = "nothing_is_said_of_memory_that_others_read_and_the_budget_slows";
+    let Some(_) = reason_to_skip(test).is_none().then_some(()) else { return };
+    let config = ProfileConfig { slots: 8, memory_budget: 0.0004, ..ProfileConfig::default() };
+    let profiler = Profiler::start(&config);
+    let cgroup = TestCgroup::create();
+    let toucher = Toucher::start(&cgroup, 128 * MIB, nix::libc::MADV_NOHUGEPAGE);
+    begin(&profiler, &cgroup.0);
+    // The first look takes some milliseconds: at 0.4 ms per second, the next is late.
+    thread::sleep(Duration::from_secs(5));
+    let (slowed, cost) = (sample(&profiler).memory.ages, profiler.ages_cost().expect("it is looked at"));
+    eprintln!("{cost:?}");
+    assert!(slowed.is_none() && cost.looks == 1 && cost.behind_ms > 2000, "{cost:?} {slowed:?}");
+    drop(profiler);
+    let profiler = Profiler::start(&ProfileConfig { memory_budget: 0.5, ..config });
+    begin(&profiler, &cgroup.0);
+    ages(&profiler, 1);
+    profiler.disturbed(|_| true);
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(sample(&profiler).memory.ages, None);
+    profiler.disturbed(|_| false);
+    ages(&profiler, 1);
+    drop(cgroup);
+    reap(toucher.child);
+}
+
+#[test]
+fn faults_are_those_that_the_program_makes_in_children_too() {
+    const PAGES: u64 = 10_000;
+    const FILE_PAGES: u64 = 500;
+    let test = "faults_are_those_that_the_program_makes_in_children_too";
+    let Some(profiler) = profiler(test, 20) else { return };
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let path = directory.path().join("data");
+    let mut file = File::create(&path).expect("a file");
+    file.write_all(&vec![7; (FILE_PAGES * PAGE) as usize]).and_then(|()| file.sync_all()).expect("written");
+    let script = r#"
+import mmap, os, sys
+pages, path = int(sys.argv[1]), sys.argv[2]
+def touch():
+    memory = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(15)
+    for at in range(0, pages * 4096, 4096): memory[at] = 1
+print("ready", flush=True)
+sys.stdin.readline()
+if os.fork() == 0:
+    touch()
+    os._exit(0)
+os.wait()
+touch()
+file = open(path, "rb")
+os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+data.madvise(mmap.MADV_RANDOM)
+for at in range(0, len(data), 4096): data[at]
+print("done", flush=True)
+sys.stdin.readline()
+"#;
+    let cgroup = TestCgroup::create();
+    let mut command = Command::new(moves::python().expect("python3"));
+    command.args(["-c", script, &PAGES.to_string()]).arg(&path);
+    let mut child = cgroup.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    let mut to = child.stdin.take().expect("its input");
+    let mut from = BufReader::new(child.stdout.take().expect("its output"));
+    let mut answer = |expected: &str| {
+        let mut line = String::new();
+        from.read_line(&mut line).expect("an answer");
+        assert_eq!(line.trim(), expected);
+    };
+    answer("ready");
+    begin(&profiler, &cgroup.0);
+    writeln!(to).expect("it listens");
+    answer("done");
+    let faults = sample(&profiler).memory.faults.expect("they are counted");
+    eprintln!("{faults:?}");
+    // What the fork and the interpreter take is some hundreds.
+    assert!((2 * PAGES..2 * PAGES + 2000).contains(&faults.minor), "{faults:?}");
+    assert!((FILE_PAGES..FILE_PAGES + 100).contains(&faults.major), "{faults:?}");
+    let idle = sample(&profiler).memory.faults.expect("they are counted");
+    assert!(idle.minor < 10 && idle.major == 0, "{idle:?}");
+    drop(cgroup);
+    reap(child);
+}
