@@ -419,7 +419,7 @@ impl Wiring {
         began: Instant,
     ) {
         let (programs, block) = (self.profiler.program_costs(), self.profiler.host_block());
-        let ages = self.profiler.ages_cost();
+        let (ages, cost, probes) = (self.profiler.ages_cost(), self.profiler.cost(), self.profiler.probes());
         let mut in_swap = self.cold.shown();
         let kin =
             |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
@@ -448,7 +448,7 @@ impl Wiring {
                 board.keep_decision(&decision.instance, decision.clone());
             }
             (board.pools, board.plan, board.programs, board.block) = (pools, plan, programs, block);
-            board.memory_ages = ages;
+            (board.memory_ages, board.profile_cost, board.probes) = (ages, cost, probes);
             board.windows += 1;
             board.last_window_work_us = began.elapsed().as_micros() as u64;
         });

@@ -71,7 +71,7 @@ pub fn features() -> Vec<Feature> {
     for ProbeStatus { name, state } in probes {
         let finding = match state {
             ProbeState::Active => Ok("the program loads and attaches".to_owned()),
-            ProbeState::Unavailable { reason } => Err(reason),
+            ProbeState::Unavailable { reason } | ProbeState::Dropped { reason } => Err(reason),
         };
         found.push(feature(&format!("tracepoint {name}"), finding, probe_cost(&name)));
     }

@@ -1,12 +1,13 @@
 //! A program that does nothing at every switch: the floor of what any profiler of the scheduler costs.
 
-use aya::{Btf, Ebpf, EbpfLoader};
+use aya::{Btf, Ebpf, EbpfLoader, programs::tp_btf::BtfTracePointLink};
 
 use super::probes::{NO_OBJECT, OBJECT, attach_program, chain};
 
 /// The program, as long as it is attached.
 pub struct EmptyProgram {
     _ebpf: Ebpf,
+    _link: BtfTracePointLink,
 }
 
 impl std::fmt::Debug for EmptyProgram {
@@ -25,7 +26,7 @@ impl EmptyProgram {
             .btf(Some(&btf))
             .load(object)
             .map_err(|error| format!("load the eBPF object: {}", chain(&error)))?;
-        attach_program(&mut ebpf, "empty_switch", "sched_switch", &btf)?;
-        Ok(Self { _ebpf: ebpf })
+        let link = attach_program(&mut ebpf, "empty_switch", "sched_switch", &btf)?;
+        Ok(Self { _ebpf: ebpf, _link: link })
     }
 }

@@ -25,6 +25,7 @@ pub mod histogram;
 mod probes;
 mod profiler;
 mod slots;
+mod tiers;
 pub mod written;
 
 use std::{io, path::PathBuf};
@@ -41,6 +42,7 @@ pub use empty::EmptyProgram;
 pub use faults::Faults;
 pub use probes::{ProbeState, ProbeStatus, ProgramCost};
 pub use profiler::{ProfileConfig, Profiler};
+pub use tiers::{ProfileCost, Tier, TierCost};
 
 /// What devices are called that are not told apart.
 pub const OTHER_DEVICE: &str = "other";

@@ -1,11 +1,11 @@
 //! The eBPF programs: what each needs of the kernel, loading them, and what became of each.
 
-use std::os::fd::OwnedFd;
+use std::{collections::BTreeMap, os::fd::OwnedFd};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, Map, MapData},
-    programs::BtfTracePoint,
+    programs::{BtfTracePoint, tp_btf::BtfTracePointLink},
     sys::{Stats, enable_stats},
 };
 use rswap_common::{
@@ -14,7 +14,7 @@ use rswap_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{ProfileConfig, btf::KernelTypes, cgroup_table::CgroupTable};
+use super::{ProfileConfig, Tier, btf::KernelTypes, cgroup_table::CgroupTable};
 use crate::sys::bpf_mmap::{BpfRecord, MappedArray};
 
 /// The object that `cargo xtask build` made, if it was there when the agent was built.
@@ -37,6 +37,11 @@ pub enum ProbeState {
     Active,
     /// It does not, and why.
     Unavailable {
+        /// For people.
+        reason: String,
+    },
+    /// It could, and costs more than it may: it is tried again after a while.
+    Dropped {
         /// For people.
         reason: String,
     },
@@ -212,28 +217,33 @@ pub(super) struct Probes {
     pub(super) statuses: Vec<ProbeStatus>,
     pub(super) maps: Option<Maps>,
     ebpf: Option<Ebpf>,
+    /// What holds each program at its tracepoint.
+    links: BTreeMap<&'static str, BtfTracePointLink>,
     flush_log: Option<Box<dyn FnMut() + Send>>,
+    /// The kernel measures the programs as long as it is open.
     statistics: Option<OwnedFd>,
+    /// It does always.
+    always_measured: bool,
+    was_measured: bool,
 }
 
 impl Probes {
     /// Loads and attaches what this kernel takes. Never fails as a whole.
     pub(super) fn load(config: &ProfileConfig) -> Self {
+        let (statuses, maps, ebpf, links, flush_log, statistics) = Default::default();
+        let (always_measured, was_measured) = (config.measure_program_cost, false);
         let mut this =
-            Self { statuses: Vec::new(), maps: None, ebpf: None, flush_log: None, statistics: None };
+            Self { statuses, maps, ebpf, links, flush_log, statistics, always_measured, was_measured };
         if let Err(reason) = this.try_load(config) {
             this.maps = None;
             this.ebpf = None;
+            this.links.clear();
             this.statuses = PROBES.iter().map(|probe| status(probe, Err(reason.clone()))).collect();
             let state = ProbeState::Unavailable { reason };
             this.statuses.push(ProbeStatus { name: SWITCH_STATE.to_owned(), state });
         }
         if config.measure_program_cost {
-            this.statistics = enable_stats(Stats::RunTime)
-                .inspect_err(
-                    |error| tracing::warn!(%error, "the cost of the eBPF programs can't be measured"),
-                )
-                .ok();
+            this.measure();
         }
         this
     }
@@ -302,11 +312,13 @@ impl Probes {
         let blocks = mapped(&ebpf, map_names::BLOCKS, block_entries)?;
         let unowned = mapped(&ebpf, map_names::UNOWNED, cpus)?;
 
+        let links = &mut self.links;
         self.statuses = PROBES
             .iter()
             .zip(resolved)
             .map(|(probe, found)| {
-                status(probe, found.and_then(|_offsets| attach(&mut ebpf, probe.tracepoint, &btf)))
+                let attached = found.and_then(|_offsets| attach(&mut ebpf, probe.tracepoint, &btf));
+                status(probe, attached.map(|link| _ = links.insert(probe.tracepoint, link)))
             })
             .collect();
         let counts = |name| self.statuses.iter().any(|of| of.name == name && of.state == ProbeState::Active);
@@ -340,16 +352,86 @@ impl Probes {
         }
     }
 
-    /// What each program has cost since the statistics are on; empty while they are off.
+    /// What each program has cost while the statistics were on; empty if they never were.
     pub(super) fn costs(&self) -> Vec<ProgramCost> {
-        let (Some(ebpf), Some(_on)) = (&self.ebpf, &self.statistics) else { return Vec::new() };
-        let cost = |(name, program): (&str, &aya::programs::Program)| {
-            let info = program.info().ok()?;
-            let runs = info.run_count();
-            let ns_per_run = if runs == 0 { 0.0 } else { info.run_time().as_nanos() as f64 / runs as f64 };
-            Some(ProgramCost { name: name.to_owned(), runs, ns_per_run })
+        let cost = |(name, runs, ran_ns): (&str, u64, u64)| {
+            let ns_per_run = if runs == 0 { 0.0 } else { ran_ns as f64 / runs as f64 };
+            ProgramCost { name: name.to_owned(), runs, ns_per_run }
         };
-        ebpf.programs().filter_map(cost).collect()
+        if self.was_measured { self.ran().map(cost).collect() } else { Vec::new() }
+    }
+
+    /// How long the programs of each tier ran while the statistics were on, in nanoseconds.
+    pub(super) fn ran_by_tier(&self) -> BTreeMap<Tier, u64> {
+        let mut all: BTreeMap<Tier, u64> = Tier::ALL.into_iter().map(|tier| (tier, 0)).collect();
+        for (name, _, ran_ns) in self.ran() {
+            Tier::of(name).into_iter().for_each(|tier| *all.entry(tier).or_default() += ran_ns);
+        }
+        all
+    }
+
+    /// Each program, how often it ran, and for how long in nanoseconds.
+    fn ran(&self) -> impl Iterator<Item = (&str, u64, u64)> {
+        let of = |(name, program): (_, &aya::programs::Program)| {
+            let info = program.info().ok()?;
+            Some((name, info.run_count(), info.run_time().as_nanos() as u64))
+        };
+        self.ebpf.iter().flat_map(Ebpf::programs).filter_map(of)
+    }
+
+    /// From now on the kernel measures the programs.
+    pub(super) fn measure(&mut self) {
+        if self.statistics.is_some() {
+            return;
+        }
+        match enable_stats(Stats::RunTime) {
+            Ok(statistics) => (self.statistics, self.was_measured) = (Some(statistics), true),
+            Err(error) => tracing::warn!(%error, "the cost of the eBPF programs can't be measured"),
+        }
+    }
+
+    /// No longer, unless it is always to.
+    pub(super) fn stop_measuring(&mut self) {
+        if !self.always_measured {
+            self.statistics = None;
+        }
+    }
+
+    /// Takes a tier's programs off their tracepoints: they cost nothing any more.
+    pub(super) fn drop_tier(&mut self, tier: Tier, reason: &str) {
+        self.links.retain(|name, _| Tier::of(name) != Some(tier));
+        for status in &mut self.statuses {
+            if Tier::of(&status.name) == Some(tier) && status.state == ProbeState::Active {
+                status.state = ProbeState::Dropped { reason: reason.to_owned() };
+            }
+        }
+    }
+
+    /// Whether a tier's programs are off their tracepoints.
+    pub(super) fn is_dropped(&self, tier: Tier) -> bool {
+        let dropped = |of: &ProbeStatus| matches!(of.state, ProbeState::Dropped { .. });
+        self.statuses.iter().any(|of| Tier::of(&of.name) == Some(tier) && dropped(of))
+    }
+
+    /// Puts them back.
+    pub(super) fn return_tier(&mut self, tier: Tier) {
+        let Some(ebpf) = &mut self.ebpf else { return };
+        for status in &mut self.statuses {
+            if Tier::of(&status.name) != Some(tier) || !matches!(status.state, ProbeState::Dropped { .. }) {
+                continue;
+            }
+            let probe = PROBES.iter().find(|probe| probe.tracepoint == status.name);
+            // What is no program of its own is there with the one that it belongs to.
+            let put = probe.map_or(Ok(()), |probe| {
+                let link = attach_again(ebpf, probe.tracepoint)?;
+                self.links.insert(probe.tracepoint, link);
+                Ok(())
+            });
+            status.state = match put {
+                Ok(()) => ProbeState::Active,
+                Err(reason) => ProbeState::Unavailable { reason },
+            };
+        }
     }
 }
 
@@ -360,24 +442,34 @@ fn mapped<T: BpfRecord>(ebpf: &Ebpf, name: &str, entries: u32) -> Result<MappedA
     MappedArray::new(map.fd(), entries).map_err(|error| format!("map {name} into memory: {error}"))
 }
 
-pub(super) fn attach(ebpf: &mut Ebpf, tracepoint: &str, btf: &Btf) -> Result<(), String> {
+pub(super) fn attach(ebpf: &mut Ebpf, tracepoint: &str, btf: &Btf) -> Result<BtfTracePointLink, String> {
     attach_program(ebpf, tracepoint, tracepoint, btf)
 }
 
 /// The same for a program that is not called as its tracepoint is.
 pub(super) fn attach_program(
     ebpf: &mut Ebpf,
-    program: &str,
+    name: &str,
     tracepoint: &str,
     btf: &Btf,
-) -> Result<(), String> {
-    let program = ebpf.program_mut(program).ok_or("the eBPF object has no such program: build it again")?;
-    let program: &mut BtfTracePoint = program.try_into().map_err(|error| chain(&error))?;
+) -> Result<BtfTracePointLink, String> {
+    let program = typed(ebpf, name)?;
     program
         .load(tracepoint, btf)
         .map_err(|error| format!("the kernel refuses the program: {}", chain(&error)))?;
-    program.attach().map_err(|error| format!("attach to the tracepoint: {}", chain(&error)))?;
-    Ok(())
+    attach_again(ebpf, name)
+}
+
+/// Attaches a program that is loaded.
+fn attach_again(ebpf: &mut Ebpf, name: &str) -> Result<BtfTracePointLink, String> {
+    let program = typed(ebpf, name)?;
+    let attached = program.attach().and_then(|link| program.take_link(link));
+    attached.map_err(|error| format!("attach to the tracepoint: {}", chain(&error)))
+}
+
+fn typed<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, String> {
+    let program = ebpf.program_mut(name).ok_or("the eBPF object has no such program: build it again")?;
+    program.try_into().map_err(|error| chain(&error))
 }
 
 fn log_reader(ebpf: &mut Ebpf) -> Option<Box<dyn FnMut() + Send>> {

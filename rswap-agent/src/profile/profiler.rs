@@ -8,16 +8,17 @@ use std::{
 };
 
 use rswap_common::layout::MAX_SLOTS;
-use rswap_types::bounds::share;
+use rswap_types::bounds::{non_negative, share};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AgesCost, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus, Profile, ProfileError,
+    AgesCost, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus, Profile, ProfileCost, ProfileError,
     ProgramCost, TcpProfile,
     ages::Scanner,
     cgroup, faults,
     probes::{Probes, SWITCH_STATE},
     slots::{self, Counters, Devices, FreeSlots},
+    tiers::{Change, Judge, Meter, Tier},
 };
 use crate::{instance::InstanceName, units::UnixMillis};
 
@@ -32,6 +33,11 @@ pub struct ProfileConfig {
     pub debug_programs: bool,
     /// Whether the kernel measures what the eBPF programs cost; measuring costs a little too.
     pub measure_program_cost: bool,
+    /// What all eBPF programs together may take, in shares of one core. Where it is more, a tier of them is detached for a while. 0: whatever it takes.
+    #[serde(deserialize_with = "non_negative")]
+    pub budget: f64,
+    /// After so many seconds a tier that was detached is tried again; after twice that, if it has to go again, and so on.
+    pub budget_retry_s: u64,
     /// Share of one core that looking at the ages of memory may take; it is done less often where it would take more. 0: not done.
     #[serde(deserialize_with = "share")]
     pub memory_budget: f64,
@@ -45,6 +51,8 @@ impl Default for ProfileConfig {
             slots: MAX_SLOTS,
             debug_programs: false,
             measure_program_cost: false,
+            budget: 0.25,
+            budget_retry_s: 60,
             memory_budget: 0.01,
             memory_lock_ms: 20,
         }
@@ -64,6 +72,7 @@ const AGES: &str = "memory.ages";
 
 struct State {
     probes: Probes,
+    meter: Meter,
     free: FreeSlots,
     devices: Devices,
     tracked: BTreeMap<InstanceName, Tracked>,
@@ -99,8 +108,10 @@ impl Profiler {
         for status in &probes.statuses {
             tracing::debug!(probe = status.name, state = ?status.state, "probe");
         }
+        let judge = Judge::new(config.budget, Duration::from_secs(config.budget_retry_s));
         let mut state = State {
             probes,
+            meter: Meter::new(judge),
             free: FreeSlots::new(config.slots),
             devices: Devices::default(),
             tracked: BTreeMap::new(),
@@ -199,12 +210,14 @@ impl Profiler {
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
         let ages = |name: &InstanceName| self.ages.as_ref().ok()?.ages(name);
-        sampled
-            .map(|mut profile| {
-                profile.memory.ages = ages(&profile.instance);
-                profile
-            })
-            .collect()
+        let with_ages = |mut profile: Profile| {
+            profile.memory.ages = ages(&profile.instance);
+            profile
+        };
+        let profiles = sampled.map(with_ages).collect();
+        // Behind the last one: a window is counted as a whole, or not.
+        state.keep_budget(now);
+        profiles
     }
 
     /// Block devices that are told apart, as `major:minor`.
@@ -223,6 +236,11 @@ impl Profiler {
     /// [`ProfileConfig::measure_program_cost`] is on.
     pub fn program_costs(&self) -> Vec<ProgramCost> {
         self.lock().probes.costs()
+    }
+
+    /// What the programs cost, and which were dropped for that.
+    pub fn cost(&self) -> ProfileCost {
+        self.lock().meter.judge.cost()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -247,6 +265,33 @@ impl Reading {
 }
 
 impl State {
+    /// Has the programs measured now and then, and takes those away that cost more than they may.
+    fn keep_budget(&mut self, now: UnixMillis) {
+        let change = self.meter.end(now, &self.probes.ran_by_tier());
+        match change {
+            Some(Change::Drop(tier)) => {
+                let cost = self.meter.judge.cost();
+                let (used, budget) = (cost.used_share.unwrap_or(0.0) * 100.0, cost.budget_share * 100.0);
+                let reason = format!(
+                    "the programs take {used:.3} % of a core, and profile.budget is {budget:.3} %: not measured for now"
+                );
+                tracing::warn!(%tier, "{reason}");
+                self.probes.drop_tier(tier, &reason);
+            }
+            Some(Change::Return(tier)) => {
+                tracing::info!(%tier, "measured again");
+                self.probes.return_tier(tier);
+            }
+            None => {}
+        }
+        if self.meter.is_due() {
+            self.probes.measure();
+            self.meter.begin(self.probes.ran_by_tier());
+        } else {
+            self.probes.stop_measuring();
+        }
+    }
+
     fn look_for_devices(&mut self) {
         if let Some(maps) = &mut self.probes.maps
             && self.devices.rescan()
@@ -350,15 +395,23 @@ impl State {
             },
         };
         if let (Some(earlier), Some(later)) = (&last.counters, &reading.counters) {
-            later.add_cpu_since(earlier, &mut profile.cpu);
-            profile.cpu.without_own_limit(
-                reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
-            );
+            // What was counted until a tier was dropped is a part of the window only.
+            let is_here = |tier| !self.probes.is_dropped(tier);
+            if is_here(Tier::Scheduler) {
+                later.add_cpu_since(earlier, &mut profile.cpu);
+                profile.cpu.without_own_limit(
+                    reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
+                );
+            }
             profile.cpu.counted = self.probes.are_active(&["sched_switch"]);
             let told = self.probes.are_active(&[SWITCH_STATE]);
             profile.cpu.off_cpu = told.then(|| later.off_cpu_since(earlier));
-            profile.tcp = later.tcp_since(earlier);
-            profile.block = later.block_since(earlier, &self.devices, window_ms);
+            if is_here(Tier::Tcp) {
+                profile.tcp = later.tcp_since(earlier);
+            }
+            if is_here(Tier::Block) {
+                profile.block = later.block_since(earlier, &self.devices, window_ms);
+            }
             profile.block_counted = self.probes.are_active(&["block_rq_complete"]);
             profile.tcp_counted = self.probes.are_active(&["sock_send_length", "sock_recv_length"]);
         }

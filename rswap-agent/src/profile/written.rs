@@ -15,7 +15,7 @@ use std::{
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, MapData, RingBuf},
-    programs::RawTracePoint,
+    programs::{RawTracePoint, tp_btf::BtfTracePointLink},
 };
 use rswap_common::{
     globals as g,
@@ -82,6 +82,7 @@ const OF_EXT4: [&str; 6] = [
 /// The programs that tell, as long as they are attached.
 pub struct Watched {
     _ebpf: Ebpf,
+    _links: Vec<BtfTracePointLink>,
     ring: RingBuf<MapData>,
     counts: Array<MapData, [u64; 2]>,
     /// Records that were taken from the ring.
@@ -126,9 +127,8 @@ impl Watched {
         let unmapped = |error: &dyn std::fmt::Display| format!("use an eBPF map: {error}");
         let ring = RingBuf::try_from(ring).map_err(|error| unmapped(&error))?;
         let counts = Array::try_from(counts).map_err(|error| unmapped(&error))?;
-        for probe in &TYPED {
-            attach(&mut ebpf, probe.tracepoint, &btf)?;
-        }
+        let links = TYPED.iter().map(|probe| attach(&mut ebpf, probe.tracepoint, &btf));
+        let links = links.collect::<Result<Vec<_>, _>>()?;
         for name in OF_EXT4 {
             let mut attached = || -> Result<(), Box<dyn std::error::Error>> {
                 let program = ebpf.program_mut(name).ok_or("the eBPF object has no such program")?;
@@ -139,7 +139,7 @@ impl Watched {
             };
             attached().map_err(|error| format!("attach to {name}: {}", chain(&*error)))?;
         }
-        Ok(Self { _ebpf: ebpf, ring, counts, seen: 0, found: BTreeMap::new() })
+        Ok(Self { _ebpf: ebpf, _links: links, ring, counts, seen: 0, found: BTreeMap::new() })
     }
 
     fn counts(&self) -> Option<WrittenCounts> {

@@ -15,7 +15,7 @@ use crate::{
     migrate::links::LinksView,
     plan::{Decision, Plan, VolumeView},
     pool::{Inventory, Pool},
-    profile::{AgesCost, HostBlock, ProbeStatus, Profile, ProgramCost},
+    profile::{AgesCost, HostBlock, ProbeStatus, Profile, ProfileCost, ProgramCost},
     swap::memory::InSwap,
     units::UnixMillis,
 };
@@ -199,6 +199,8 @@ pub struct BoardState {
     pub probes: Vec<ProbeStatus>,
     /// What its programs cost.
     pub programs: Vec<ProgramCost>,
+    /// What all of them cost, and which had to go for that.
+    pub profile_cost: ProfileCost,
     /// What looking at the ages of memory costs; `None` where that is not done.
     pub memory_ages: Option<AgesCost>,
     /// Block I/O that is in no instance's profile.

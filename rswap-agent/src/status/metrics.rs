@@ -186,6 +186,18 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
         "Time in an eBPF program, while BPF statistics are on",
         run_time,
     );
+    let (tier_share, dropped) = (Family::<Named, FloatGauge>::default(), Family::<Named, Gauge>::default());
+    for of in &board.profile_cost.tiers {
+        tier_share.get_or_create(&named(of.tier.name())).set(of.core_share);
+        dropped.get_or_create(&named(of.tier.name())).set(of.dropped_until.is_some().into());
+    }
+    let help = "Share of a core that a tier's eBPF programs took when they were measured last";
+    registry.register("profile_tier_core_share", help, tier_share);
+    registry.register(
+        "profile_tier_dropped",
+        "1 if a tier costs more than it may, and is not measured",
+        dropped,
+    );
     if let Some(ages) = board.memory_ages {
         let help = "Share of a core that looking at the ages of memory takes";
         registry.register("memory_ages_core_share", help, float(ages.used_share));

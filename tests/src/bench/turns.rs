@@ -9,7 +9,7 @@ use std::{
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
@@ -18,6 +18,8 @@ use rswap_agent::instance::cgroup;
 
 use crate::sweep;
 
+/// How long a program may take to be in its cgroup.
+const STARTS_WITHIN: Duration = Duration::from_secs(10);
 /// Bytes of a request over TCP, and of its answer.
 const MESSAGE: usize = 64;
 /// Real-time priority of the players; any is above all ordinary work.
@@ -119,6 +121,18 @@ impl OwnCgroup {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// Starts a command in the cgroup, and waits until it is there: then it can be adopted.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start(&self, command: &[&str]) -> anyhow::Result<Child> {
+        let child = self.command(command).stdin(Stdio::null()).spawn()?;
+        crate::wait_for("a program to be in its cgroup", STARTS_WITHIN, || {
+            Ok(cgroup::is_populated(&self.0).then_some(()))
+        })?;
+        Ok(child)
     }
 
     /// A command that is in the cgroup from its first instruction on.
