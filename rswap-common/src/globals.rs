@@ -52,6 +52,16 @@ globals! {
     CGROUP_KN;
     /// `kernfs_node.id`.
     KERNFS_ID;
+    /// 1: cgroups that are made in instances' are known from that moment on, and the four below are known.
+    CHILDREN_KNOWN;
+    /// `cgroup.self.parent`.
+    CGROUP_PARENT;
+    /// `cgroup_subsys_state.cgroup`.
+    CSS_CGROUP;
+    /// `cgroup.root`.
+    CGROUP_ROOT;
+    /// `cgroup_root.hierarchy_id`.
+    ROOT_HIERARCHY_ID;
 
     /// `request.q`.
     REQUEST_Q;

@@ -31,6 +31,10 @@ pub const MAX_BLOCK_SHARDS: u32 = 4;
 pub mod map_names {
     /// Array of [`crate::tables::CgroupSet`]: kernfs cgroup id -> slot.
     pub const CGROUPS: &str = "CGROUPS";
+    /// Array of [`crate::tables::CgroupSet`]: kernfs id of a cgroup that was made in an instance's -> slot; the programs fill it.
+    pub const CHILDREN: &str = "CHILDREN";
+    /// Array of one [`super::ChildCounts`].
+    pub const CHILD_COUNTS: &str = "CHILD_COUNTS";
     /// Array of [`super::SlotRecord`], index by [`super::slot_index`]; can be mapped into memory.
     pub const SLOTS: &str = "SLOTS";
     /// Array of [`super::BlockRecord`], index by [`super::block_index`]; can be mapped into memory.
@@ -65,6 +69,18 @@ pub struct WrittenCounts {
     pub due: u64,
     /// For which there was no room.
     pub lost: u64,
+}
+
+/// Cgroups that were made in instances'.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChildCounts {
+    /// How many, so far.
+    pub made: u64,
+    /// Of these, how many have gone since.
+    pub gone: u64,
+    /// For which another one's place was taken.
+    pub displaced: u64,
 }
 
 /// One histogram as the programs fill it.

@@ -9,6 +9,7 @@
 #![feature(asm_experimental_arch, core_intrinsics)]
 
 mod block;
+mod cgroups;
 mod empty;
 mod kernel;
 mod maps;

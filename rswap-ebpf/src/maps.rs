@@ -10,11 +10,11 @@ use aya_ebpf::{
 use rswap_common::{
     histogram::{BUCKETS, index_of},
     layout::{
-        BlockOperation, BlockRecord, DeviceTable, HistogramRecord, MAX_DEVICES, OffCpu, SlotRecord,
+        BlockOperation, BlockRecord, ChildCounts, DeviceTable, HistogramRecord, MAX_DEVICES, OffCpu, SlotRecord,
         UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
     },
     tables::{
-        self, CGROUP_SETS, CgroupSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, cgroup_of_word,
+        self, CGROUP_SETS, CgroupSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, cgroup_of_word, cgroup_word,
         request_word, same_request, same_sleeper, sleeper_word, slot_of_word,
     },
 };
@@ -22,6 +22,18 @@ use rswap_common::{
 /// kernfs cgroup id -> slot. What can be mapped into memory begins with a page, so that a set is in one cache line.
 #[map]
 static CGROUPS: Array<CgroupSet> = Array::with_max_entries(CGROUP_SETS, BPF_F_MMAPABLE);
+
+/// The same of cgroups that were made in those, from the moment on at which they are made. Only the programs write it, one at a time: the kernel makes
+/// and removes cgroups under a lock.
+#[map]
+static CHILDREN: Array<CgroupSet> = Array::with_max_entries(CGROUP_SETS, BPF_F_MMAPABLE);
+
+/// How many there were.
+#[map]
+static CHILD_COUNTS: Array<ChildCounts> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+#[unsafe(no_mangle)]
+static CHILDREN_KNOWN: Global<u32> = Global::new(0);
 
 /// Scheduler and TCP records; the agent sets the number of entries.
 #[map]
@@ -83,7 +95,72 @@ pub fn slot_of(cgroup_id: u64) -> Option<u32> {
             break;
         }
     }
+    if CHILDREN_KNOWN.load() == 1 { child_slot(cgroup_id) } else { None }
+}
+
+/// The slot of a cgroup that was made in a tracked one.
+#[inline(always)]
+fn child_slot(cgroup_id: u64) -> Option<u32> {
+    let words = CHILDREN.get_ptr_mut(tables::cgroup_set(cgroup_id))?.cast::<u64>();
+    let mut way = 0;
+    while way < size_of::<CgroupSet>() / size_of::<u64>() {
+        // SAFETY: as in `remember_request`.
+        let word = unsafe { words.add(way).read_volatile() };
+        if cgroup_of_word(word) == cgroup_id {
+            return Some(slot_of_word(word));
+        }
+        way += 1;
+    }
     None
+}
+
+/// From now on the cgroup's events are counted for this slot. Of a set that is full, one is forgotten: the agent finds it, if it lives for long.
+#[inline(always)]
+pub fn remember_child(cgroup_id: u64, slot: u32) {
+    let Some(set) = CHILDREN.get_ptr_mut(tables::cgroup_set(cgroup_id)) else { return };
+    let words = set.cast::<u64>();
+    let (mut place, mut found, mut way) = (words, false, 0);
+    while way < size_of::<CgroupSet>() / size_of::<u64>() {
+        // SAFETY: as in `remember_request`.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if word == 0 {
+            (place, found) = (at, true);
+        }
+        way += 1;
+    }
+    // SAFETY: as in `remember_request`.
+    unsafe { place.write_volatile(cgroup_word(cgroup_id, slot)) };
+    if let Some(counts) = CHILD_COUNTS.get_ptr_mut(0) {
+        // SAFETY: the map gave the pointer, and only one program writes it at a time.
+        unsafe {
+            (*counts).made += 1;
+            if !found {
+                (*counts).displaced += 1;
+            }
+        }
+    }
+}
+
+/// Forgets a cgroup that has gone.
+#[inline(always)]
+pub fn forget_child(cgroup_id: u64) {
+    let Some(set) = CHILDREN.get_ptr_mut(tables::cgroup_set(cgroup_id)) else { return };
+    let words = set.cast::<u64>();
+    let mut way = 0;
+    while way < size_of::<CgroupSet>() / size_of::<u64>() {
+        // SAFETY: as in `remember_request`.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if word != 0 && cgroup_of_word(word) == cgroup_id {
+            // SAFETY: as in `remember_request`.
+            unsafe { at.write_volatile(0) };
+            if let Some(counts) = CHILD_COUNTS.get_ptr_mut(0) {
+                // SAFETY: as in `remember_child`.
+                unsafe { (*counts).gone += 1 };
+            }
+            break;
+        }
+        way += 1;
+    }
 }
 
 /// Remembers which slot submitted a request; `key` follows from its address alone. Another CPU that takes the same free place in the same moment

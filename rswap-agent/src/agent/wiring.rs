@@ -420,6 +420,7 @@ impl Wiring {
     ) {
         let (programs, block) = (self.profiler.program_costs(), self.profiler.host_block());
         let (ages, cost, probes) = (self.profiler.ages_cost(), self.profiler.cost(), self.profiler.probes());
+        let (cgroups, shared) = (self.profiler.cgroups_known(), self.profiler.shared());
         let mut in_swap = self.cold.shown();
         let kin =
             |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
@@ -448,6 +449,7 @@ impl Wiring {
                 board.keep_decision(&decision.instance, decision.clone());
             }
             (board.pools, board.plan, board.programs, board.block) = (pools, plan, programs, block);
+            (board.cgroups, board.shared) = (cgroups, shared);
             (board.memory_ages, board.profile_cost, board.probes) = (ages, cost, probes);
             board.windows += 1;
             board.last_window_work_us = began.elapsed().as_micros() as u64;

@@ -33,6 +33,12 @@ pub(super) fn has_controller(mount: &Path, controller: &str) -> bool {
         .is_ok_and(|text| text.split_whitespace().any(|name| name == controller))
 }
 
+/// The kernel's id of a cgroup: its directory's inode number.
+pub(super) fn id(cgroup: &Path) -> Result<u64, ProfileError> {
+    let found = fs::metadata(cgroup);
+    found.map(|found| found.ino()).map_err(|source| ProfileError::Read { path: cgroup.to_owned(), source })
+}
+
 /// The kernel's ids of a cgroup and all below it: their directories' inode numbers.
 pub(super) fn ids(cgroup: &Path) -> Result<BTreeSet<u64>, ProfileError> {
     let mut ids = BTreeSet::new();

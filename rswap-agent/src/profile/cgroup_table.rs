@@ -10,7 +10,7 @@ use rswap_common::{
 
 /// Why the programs can't be told about a cgroup.
 #[derive(Debug, thiserror::Error)]
-pub enum CgroupTableError {
+pub(super) enum CgroupTableError {
     /// As many are known as can be.
     #[error("{MAX_CGROUPS} cgroups are profiled, and more can't be")]
     Full,
@@ -41,6 +41,11 @@ impl CgroupTable {
         self.map.set(cgroup_set(id), set, 0)?;
         self.sets.keep(id, set);
         Ok(())
+    }
+
+    /// How many are in it.
+    pub(super) fn len(&self) -> u64 {
+        self.sets.cgroups.into()
     }
 
     /// From now on, events of the cgroup are counted for nobody.

@@ -93,6 +93,9 @@ fn probe_cost(tracepoint: &str) -> &'static str {
         SWITCH_STATE => "time off the CPU is not told apart by its reason",
         "block_rq_complete" => "no block latency and no block bytes",
         "block_io_start" => "block I/O is charged to instances only where cgroup v2 has the io controller",
+        "cgroup_mkdir" | "cgroup_release" => {
+            "cgroups in an instance's own that live for less than a window are not counted"
+        }
         "tcp_probe" => "no TCP round-trip times",
         "sock_send_length" => "no count of TCP bytes sent",
         "sock_recv_length" => "no count of TCP bytes received",

@@ -18,6 +18,7 @@ mod ages;
 pub mod btf;
 mod cgroup;
 mod cgroup_table;
+mod children;
 pub mod doctor;
 mod empty;
 mod faults;
@@ -37,11 +38,11 @@ use histogram::Histogram;
 
 pub use ages::{AgesCost, PageAges, SPANS_S, UsedWithin};
 pub use cgroup::unified_mount;
-pub use cgroup_table::CgroupTableError;
+pub use children::CgroupsKnown;
 pub use empty::EmptyProgram;
 pub use faults::Faults;
 pub use probes::{ProbeState, ProbeStatus, ProgramCost};
-pub use profiler::{ProfileConfig, Profiler};
+pub use profiler::{ProfileConfig, Profiler, SharedProfile};
 pub use tiers::{ProfileCost, Tier, TierCost};
 
 /// What devices are called that are not told apart.
@@ -82,17 +83,6 @@ pub enum ProfileError {
         name: InstanceName,
         /// Its cgroup.
         path: PathBuf,
-    },
-    /// A cgroup could not be mapped to its slot.
-    #[error("tell the eBPF programs about cgroup {id} of {name}")]
-    Register {
-        /// The instance.
-        name: InstanceName,
-        /// The cgroup's id.
-        id: u64,
-        /// Why.
-        #[source]
-        source: CgroupTableError,
     },
 }
 

@@ -14,7 +14,12 @@ use rswap_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{ProfileConfig, Tier, btf::KernelTypes, cgroup_table::CgroupTable};
+use super::{
+    ProfileConfig, Tier,
+    btf::KernelTypes,
+    cgroup_table::CgroupTable,
+    children::{CHILD_PROBES, Children},
+};
 use crate::sys::bpf_mmap::{BpfRecord, MappedArray};
 
 /// The object that `cargo xtask build` made, if it was there when the agent was built.
@@ -79,7 +84,7 @@ pub(super) struct Probe {
     pub(super) fields: &'static [(&'static str, &'static str, &'static str)],
 }
 
-const CGROUP_FIELDS: [(&str, &str, &str); 2] =
+pub(super) const CGROUP_FIELDS: [(&str, &str, &str); 2] =
     [(g::CGROUP_KN, "cgroup", "kn"), (g::KERNFS_ID, "kernfs_node", "id")];
 
 const SOCK_FIELDS: [(&str, &str, &str); 4] = [
@@ -177,6 +182,11 @@ impl Probe {
     }
 }
 
+/// All of them. Those that know cgroups come first: what is made while the others are attached is known.
+fn probes() -> impl Iterator<Item = &'static Probe> {
+    CHILD_PROBES.iter().chain(&PROBES)
+}
+
 /// Where the kernel keeps that a task waits for I/O: a byte of it, and the mask there; or why it can't be told why tasks go.
 pub(super) fn switch_states(types: &KernelTypes) -> Result<(u64, u8), String> {
     let found = types.tracepoint_arguments(SCHED_SWITCH).map_err(|error| error.to_string())?;
@@ -198,6 +208,8 @@ fn integers(expected: &str, found: &str) -> bool {
 pub(super) struct Maps {
     /// kernfs cgroup id -> slot.
     pub(super) cgroups: CgroupTable,
+    /// The same of cgroups that were made in those, where the kernel takes the programs.
+    pub(super) children: Option<Children>,
     /// The table of devices, one entry.
     pub(super) devices: Array<MapData, [u32; MAX_DEVICES as usize]>,
     /// Scheduler and TCP records per CPU and slot.
@@ -238,7 +250,7 @@ impl Probes {
             this.maps = None;
             this.ebpf = None;
             this.links.clear();
-            this.statuses = PROBES.iter().map(|probe| status(probe, Err(reason.clone()))).collect();
+            this.statuses = probes().map(|probe| status(probe, Err(reason.clone()))).collect();
             let state = ProbeState::Unavailable { reason };
             this.statuses.push(ProbeStatus { name: SWITCH_STATE.to_owned(), state });
         }
@@ -251,7 +263,7 @@ impl Probes {
     fn try_load(&mut self, config: &ProfileConfig) -> Result<(), String> {
         let object = OBJECT.ok_or(NO_OBJECT)?;
         let types = KernelTypes::of_this_kernel().map_err(|error| error.to_string())?;
-        let resolved: Vec<_> = PROBES.iter().map(|probe| probe.resolve(&types)).collect();
+        let resolved: Vec<_> = probes().map(|probe| probe.resolve(&types)).collect();
         let states = switch_states(&types);
         // A kernel without this flag has no such requests either, as far as could be told.
         let background = types.enumerator("req_flag_bits", "__REQ_BACKGROUND");
@@ -263,10 +275,11 @@ impl Probes {
         let shards = block_shards(cpus);
         let by_blkcg =
             super::cgroup::unified_mount().is_ok_and(|mount| super::cgroup::has_controller(&mount, "io"));
-        let by_submitter = PROBES
-            .iter()
-            .zip(&resolved)
-            .any(|(probe, found)| probe.tracepoint == BLOCK_IO_START && found.is_ok());
+        let resolves = |name: &str| {
+            probes().zip(&resolved).any(|(probe, found)| probe.tracepoint == name && found.is_ok())
+        };
+        let by_submitter = resolves(BLOCK_IO_START);
+        let children_known = CHILD_PROBES.iter().all(|probe| resolves(probe.tracepoint));
         let words = [
             (g::SLOT_COUNT, config.slots),
             (g::BLOCK_SHARD_MASK, shards - 1),
@@ -276,6 +289,7 @@ impl Probes {
             (g::REQUEST_BACKGROUND, background),
             (g::BLOCK_BY_BLKCG, by_blkcg.into()),
             (g::BLOCK_BY_SUBMITTER, by_submitter.into()),
+            (g::CHILDREN_KNOWN, children_known.into()),
         ];
         let log_level: u8 = if config.debug_programs { 4 } else { 0 };
         let mut offsets: Vec<(&str, u64)> = resolved.iter().flatten().flatten().copied().collect();
@@ -313,8 +327,8 @@ impl Probes {
         let unowned = mapped(&ebpf, map_names::UNOWNED, cpus)?;
 
         let links = &mut self.links;
-        self.statuses = PROBES
-            .iter()
+        let children = if children_known { Some(Children::new(&ebpf)?) } else { None };
+        self.statuses = probes()
             .zip(resolved)
             .map(|(probe, found)| {
                 let attached = found.and_then(|_offsets| attach(&mut ebpf, probe.tracepoint, &btf));
@@ -331,8 +345,9 @@ impl Probes {
         if config.debug_programs {
             self.flush_log = log_reader(&mut ebpf);
         }
-        self.maps =
-            Some(Maps { cgroups: CgroupTable::new(cgroups), devices, slots, blocks, unowned, cpus, shards });
+        let children = children.filter(|_| self.are_active(&CHILD_PROBES.map(|probe| probe.tracepoint)));
+        let cgroups = CgroupTable::new(cgroups);
+        self.maps = Some(Maps { cgroups, children, devices, slots, blocks, unowned, cpus, shards });
         self.ebpf = Some(ebpf);
         Ok(())
     }
@@ -435,7 +450,7 @@ impl Probes {
     }
 }
 
-fn mapped<T: BpfRecord>(ebpf: &Ebpf, name: &str, entries: u32) -> Result<MappedArray<T>, String> {
+pub(super) fn mapped<T: BpfRecord>(ebpf: &Ebpf, name: &str, entries: u32) -> Result<MappedArray<T>, String> {
     let Some(Map::Array(map)) = ebpf.map(name) else {
         return Err(format!("the eBPF object has no array map {name}: build it again"));
     };

@@ -1,7 +1,7 @@
 //! Tracks instances and makes their profiles, window by window.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -12,10 +12,12 @@ use rswap_types::bounds::{non_negative, share};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AgesCost, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus, Profile, ProfileCost, ProfileError,
-    ProgramCost, TcpProfile,
+    AgesCost, BlockProfile, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus, Profile,
+    ProfileCost, ProfileError, ProgramCost, TcpProfile,
     ages::Scanner,
-    cgroup, faults,
+    cgroup,
+    children::{CgroupsKnown, Children, Members},
+    faults,
     probes::{Probes, SWITCH_STATE},
     slots::{self, Counters, Devices, FreeSlots},
     tiers::{Change, Judge, Meter, Tier},
@@ -26,9 +28,12 @@ use crate::{instance::InstanceName, units::UnixMillis};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProfileConfig {
-    /// Most instances whose kernel events are counted (at most [`MAX_SLOTS`]). Each takes about 4 KiB of
+    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 4 KiB of
     /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside.
     pub slots: u32,
+    /// Cgroups in an instance's own that live for less than so many seconds are left to an eBPF program, which counts them as the instance's from their first
+    /// moment on. Where the kernel does not take it, they are known at the window's end.
+    pub short_lived_s: u64,
     /// Whether the eBPF programs log each event that they count: slow, for developers.
     pub debug_programs: bool,
     /// Whether the kernel measures what the eBPF programs cost; measuring costs a little too.
@@ -48,7 +53,8 @@ pub struct ProfileConfig {
 impl Default for ProfileConfig {
     fn default() -> Self {
         Self {
-            slots: MAX_SLOTS,
+            slots: MAX_SLOTS - 1,
+            short_lived_s: 2,
             debug_programs: false,
             measure_program_cost: false,
             budget: 0.25,
@@ -76,6 +82,32 @@ struct State {
     free: FreeSlots,
     devices: Devices,
     tracked: BTreeMap<InstanceName, Tracked>,
+    /// Of the slot that is shared by those that have none of their own.
+    shared: Option<Shared>,
+    short_lived_ms: u64,
+    slots: u32,
+}
+
+/// What instances without a slot of their own did.
+struct Shared {
+    at: UnixMillis,
+    counters: Counters,
+    shown: Option<SharedProfile>,
+}
+
+/// What instances did in the last window for which there was no slot left, all together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SharedProfile {
+    /// How many.
+    pub instances: usize,
+    /// Length of the window, in milliseconds.
+    pub window_ms: u64,
+    /// Waiting for CPUs, and turns on them.
+    pub cpu: CpuProfile,
+    /// Block I/O.
+    pub block: Vec<BlockProfile>,
+    /// TCP.
+    pub tcp: TcpProfile,
 }
 
 struct Tracked {
@@ -83,7 +115,9 @@ struct Tracked {
     /// `None`: there is no slot left, or no probe.
     slot: Option<u32>,
     /// The cgroups that the programs know as this instance's.
-    registered: BTreeSet<u64>,
+    members: Members,
+    /// Its own is among them.
+    is_known: bool,
     last: Reading,
     dirty_bytes_per_s: Option<f64>,
 }
@@ -103,7 +137,9 @@ struct Reading {
 impl Profiler {
     /// Loads the probes that this kernel takes; the others are in [`Self::probes`], with the reason.
     pub fn start(config: &ProfileConfig) -> Self {
-        let config = ProfileConfig { slots: config.slots.clamp(1, MAX_SLOTS), ..config.clone() };
+        // The last one is shared by those for whom there is none left.
+        let slots = config.slots.clamp(1, MAX_SLOTS - 1) + 1;
+        let config = ProfileConfig { slots, ..config.clone() };
         let probes = Probes::load(&config);
         for status in &probes.statuses {
             tracing::debug!(probe = status.name, state = ?status.state, "probe");
@@ -112,9 +148,12 @@ impl Profiler {
         let mut state = State {
             probes,
             meter: Meter::new(judge),
-            free: FreeSlots::new(config.slots),
+            free: FreeSlots::new(slots - 1),
             devices: Devices::default(),
             tracked: BTreeMap::new(),
+            shared: None,
+            short_lived_ms: config.short_lived_s.saturating_mul(1000),
+            slots,
         };
         state.look_for_devices();
         let ages = Scanner::start(config.memory_budget, Duration::from_millis(config.memory_lock_ms));
@@ -162,19 +201,21 @@ impl Profiler {
                 reading.counters = Some(Counters::read(maps, self.config.slots, slot));
             }
             (Some(_), None) => tracing::warn!(
-                %name, slots = self.config.slots,
-                "all slots are taken: this instance's profile will have no kernel events (raise profile.slots)"
+                %name, slots = self.config.slots - 1,
+                "all slots are taken: this instance's kernel events are counted with those of others (raise profile.slots)"
             ),
             (None, _) => {}
         }
+        let (members, is_known) = Default::default();
         let mut tracked = Tracked {
             cgroup: cgroup.to_owned(),
             slot,
-            registered: BTreeSet::new(),
+            members,
+            is_known,
             last: reading,
             dirty_bytes_per_s: None,
         };
-        let registered = state.register_cgroups(name, &mut tracked);
+        let registered = state.register_cgroups(&mut tracked, None);
         state.tracked.insert(name.clone(), tracked);
         if let Err(error) = registered {
             state.forget(name);
@@ -207,6 +248,7 @@ impl Profiler {
         let mut state = self.lock();
         state.probes.flush_log();
         state.look_for_devices();
+        state.give_free_slots();
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
         let ages = |name: &InstanceName| self.ages.as_ref().ok()?.ages(name);
@@ -215,6 +257,7 @@ impl Profiler {
             profile
         };
         let profiles = sampled.map(with_ages).collect();
+        state.sample_shared(now);
         // Behind the last one: a window is counted as a whole, or not.
         state.keep_budget(now);
         profiles
@@ -230,6 +273,27 @@ impl Profiler {
         let state = self.lock();
         let unowned = state.probes.maps.as_ref().map(|maps| slots::unowned(maps, &state.devices));
         HostBlock { unowned: unowned.unwrap_or_default(), not_covered: state.devices.not_covered() }
+    }
+
+    /// Which cgroups the programs know.
+    pub fn cgroups_known(&self) -> CgroupsKnown {
+        let state = self.lock();
+        let Some(maps) = &state.probes.maps else { return CgroupsKnown::default() };
+        let children = maps.children.as_ref();
+        let counts = children.map(Children::counts).unwrap_or_default();
+        CgroupsKnown {
+            known: maps.cgroups.len(),
+            children: children.map_or(0, Children::present),
+            children_made: counts.made,
+            children_displaced: counts.displaced,
+            unplaced: state.tracked.values().map(|tracked| tracked.members.unplaced()).sum(),
+            instances_without_slot: state.without_slot() as u64,
+        }
+    }
+
+    /// What instances without a slot of their own did in the last window, together; `None` where each has one.
+    pub fn shared(&self) -> Option<SharedProfile> {
+        self.lock().shared.as_ref()?.shown.clone()
     }
 
     /// What each program has cost since [`Self::start`]; empty unless
@@ -301,33 +365,93 @@ impl State {
         }
     }
 
-    /// Tells the programs about cgroups of the instance that are new, and to forget those that have gone.
-    fn register_cgroups(&mut self, name: &InstanceName, tracked: &mut Tracked) -> Result<(), ProfileError> {
-        let (Some(maps), Some(slot)) = (&mut self.probes.maps, tracked.slot) else { return Ok(()) };
+    /// Tells the programs about cgroups of the instance that are new, and to forget those that have gone. When it is tracked first, about all.
+    fn register_cgroups(
+        &mut self,
+        tracked: &mut Tracked,
+        now: Option<UnixMillis>,
+    ) -> Result<(), ProfileError> {
+        let Some(maps) = &mut self.probes.maps else { return Ok(()) };
+        let slot = tracked.slot.unwrap_or(self.slots - 1);
+        let own = cgroup::id(&tracked.cgroup)?;
+        if now.is_none() {
+            // What is made in it from now on, a program makes known; the others are found afterwards.
+            tracked.members.told(own, maps.cgroups.insert(own, slot).is_ok());
+        }
         let present = cgroup::ids(&tracked.cgroup)?;
-        for id in tracked.registered.difference(&present) {
-            maps.cgroups.remove(*id);
+        let short_lived_ms = now.and(maps.children.as_ref()).map(|_| self.short_lived_ms);
+        let due = tracked.members.look(&present, now.unwrap_or_default(), short_lived_ms);
+        for id in due.forget {
+            maps.cgroups.remove(id);
         }
-        tracked.registered.retain(|id| present.contains(id));
-        for &id in present.difference(&tracked.registered.clone()) {
-            maps.cgroups.insert(id, slot).map_err(|source| ProfileError::Register {
-                name: name.clone(),
-                id,
-                source,
-            })?;
-            tracked.registered.insert(id);
+        for id in due.insert {
+            let told = maps.cgroups.insert(id, slot);
+            if let Err(error) = &told {
+                tracing::debug!(%error, id, cgroup = %tracked.cgroup.display(), "not counted");
+            }
+            tracked.members.told(id, told.is_ok());
         }
+        tracked.is_known = tracked.members.registered().contains(&own);
         Ok(())
     }
 
     fn forget(&mut self, name: &InstanceName) {
         let Some(tracked) = self.tracked.remove(name) else { return };
-        if let (Some(maps), Some(slot)) = (&mut self.probes.maps, tracked.slot) {
-            for id in &tracked.registered {
-                maps.cgroups.remove(*id);
+        let Some(maps) = &mut self.probes.maps else { return };
+        for id in tracked.members.registered() {
+            maps.cgroups.remove(*id);
+        }
+        if let Some(slot) = tracked.slot {
+            if let Some(children) = &maps.children {
+                children.forget(slot);
             }
             self.free.give_back(slot);
         }
+    }
+
+    fn without_slot(&self) -> usize {
+        let has_none = |tracked: &&Tracked| tracked.slot.is_none();
+        if self.probes.maps.is_some() { self.tracked.values().filter(has_none).count() } else { 0 }
+    }
+
+    /// Slots that have become free go to those that have none.
+    fn give_free_slots(&mut self) {
+        let Some(maps) = &mut self.probes.maps else { return };
+        for tracked in self.tracked.values_mut().filter(|tracked| tracked.slot.is_none()) {
+            let Some(slot) = self.free.take() else { return };
+            tracked.last.counters = Some(Counters::read(maps, self.slots, slot));
+            for id in tracked.members.registered() {
+                // It is there: it is given another slot, which takes no place.
+                if let Err(error) = maps.cgroups.insert(*id, slot) {
+                    tracing::warn!(%error, id, "a cgroup is counted with others");
+                }
+            }
+            tracked.slot = Some(slot);
+        }
+    }
+
+    fn sample_shared(&mut self, now: UnixMillis) {
+        let instances = self.without_slot();
+        let Some(maps) = self.probes.maps.as_ref().filter(|_| instances > 0) else {
+            self.shared = None;
+            return;
+        };
+        let counters = Counters::read(maps, self.slots, self.slots - 1);
+        let window_ms = self.shared.as_ref().map_or(0, |shared| now.since(shared.at));
+        let shown = self.shared.as_ref().filter(|_| window_ms > 0).map(|before| {
+            let mut cpu = CpuProfile::default();
+            counters.add_cpu_since(&before.counters, &mut cpu);
+            cpu.counted = self.probes.are_active(&["sched_switch"]);
+            cpu.cores = cpu.on_cpu_ns.sum as f64 / (window_ms as f64 * 1e6);
+            SharedProfile {
+                instances,
+                window_ms,
+                cpu,
+                block: counters.block_since(&before.counters, &self.devices, window_ms),
+                tcp: counters.tcp_since(&before.counters),
+            }
+        });
+        self.shared = Some(Shared { at: now, counters, shown });
     }
 
     fn sample_one(&mut self, name: &InstanceName, now: UnixMillis, slots: u32) -> Option<Profile> {
@@ -350,10 +474,10 @@ impl State {
         now: UnixMillis,
         slots: u32,
     ) -> Result<Option<Profile>, ProfileError> {
-        self.register_cgroups(name, tracked)?;
+        self.register_cgroups(tracked, Some(now))?;
         let mut reading = Reading::of_cgroup(&tracked.cgroup)?;
         reading.at = Some(now);
-        if let (Some(maps), Some(slot)) = (&self.probes.maps, tracked.slot) {
+        if let (Some(maps), Some(slot), true) = (&self.probes.maps, tracked.slot, tracked.is_known) {
             reading.counters = Some(Counters::read(maps, slots, slot));
         }
         let resident_bytes = cgroup::resident_bytes(&tracked.cgroup)?;

@@ -15,7 +15,9 @@ use crate::{
     migrate::links::LinksView,
     plan::{Decision, Plan, VolumeView},
     pool::{Inventory, Pool},
-    profile::{AgesCost, HostBlock, ProbeStatus, Profile, ProfileCost, ProgramCost},
+    profile::{
+        AgesCost, CgroupsKnown, HostBlock, ProbeStatus, Profile, ProfileCost, ProgramCost, SharedProfile,
+    },
     swap::memory::InSwap,
     units::UnixMillis,
 };
@@ -199,6 +201,10 @@ pub struct BoardState {
     pub probes: Vec<ProbeStatus>,
     /// What its programs cost.
     pub programs: Vec<ProgramCost>,
+    /// Which cgroups they know.
+    pub cgroups: CgroupsKnown,
+    /// What instances did that share a slot.
+    pub shared: Option<SharedProfile>,
     /// What all of them cost, and which had to go for that.
     pub profile_cost: ProfileCost,
     /// What looking at the ages of memory costs; `None` where that is not done.

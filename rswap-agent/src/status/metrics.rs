@@ -186,6 +186,23 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
         "Time in an eBPF program, while BPF statistics are on",
         run_time,
     );
+    let known = &board.cgroups;
+    for (name, help, value) in [
+        ("cgroups_known", "Instances' cgroups that the eBPF programs know", known.known),
+        (
+            "cgroups_short_lived",
+            "Cgroups made in instances' that the programs know by themselves",
+            known.children,
+        ),
+        ("cgroups_unplaced", "Instances' cgroups that are not counted for lack of a place", known.unplaced),
+        ("instances_without_slot", "Instances that are counted together", known.instances_without_slot),
+    ] {
+        registry.register(name, help, float(value as f64));
+    }
+    let help = "Cgroups made in instances'";
+    registry.register("cgroups_made", help, counter(known.children_made));
+    let help = "Cgroups made in instances' that were displaced before they had gone";
+    registry.register("cgroups_displaced", help, counter(known.children_displaced));
     let (tier_share, dropped) = (Family::<Named, FloatGauge>::default(), Family::<Named, Gauge>::default());
     for of in &board.profile_cost.tiers {
         tier_share.get_or_create(&named(of.tier.name())).set(of.core_share);

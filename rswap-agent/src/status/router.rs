@@ -139,6 +139,8 @@ async fn status(State(board): State<Board>) -> Response {
         "links": board.links,
         "probes": board.probes,
         "programs": board.programs,
+        "cgroups": board.cgroups,
+        "without_slot": board.shared,
         "profile_cost": board.profile_cost,
         "memory_ages": board.memory_ages,
         "block": board.block,

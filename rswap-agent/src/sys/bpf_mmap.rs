@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use rswap_common::layout::{BlockRecord, SlotRecord, UnownedRecord};
+use rswap_common::layout::{BlockRecord, ChildCounts, SlotRecord, UnownedRecord};
 
 /// A record that eBPF programs fill.
 ///
@@ -26,6 +26,8 @@ unsafe impl BpfRecord for SlotRecord {}
 unsafe impl BpfRecord for BlockRecord {}
 // SAFETY: as above.
 unsafe impl BpfRecord for UnownedRecord {}
+// SAFETY: as above: three u64.
+unsafe impl BpfRecord for ChildCounts {}
 
 /// An array map of `T`, mapped read-only until it is dropped.
 #[derive(Debug)]
@@ -83,6 +85,61 @@ impl<T: BpfRecord> Drop for MappedArray<T> {
     fn drop(&mut self) {
         // SAFETY: this very mapping was made in `new`, and no reference into it outlives a call of `read`.
         if let Err(error) = unsafe { munmap(self.address.cast(), self.length_bytes.get()) } {
+            tracing::warn!(%error, "could not unmap an eBPF map");
+        }
+    }
+}
+
+/// An array map of words, mapped until it is dropped; programs write it meanwhile.
+#[derive(Debug)]
+pub struct MappedWords {
+    address: NonNull<AtomicU64>,
+    words: NonZeroUsize,
+}
+
+// SAFETY: the mapping belongs to the value, and is only ever used word by word and atomically.
+unsafe impl Send for MappedWords {}
+// SAFETY: as above.
+unsafe impl Sync for MappedWords {}
+
+impl MappedWords {
+    /// Maps all words of the array map behind `map`, which was made with `BPF_F_MMAPABLE`.
+    pub fn new(map: impl AsFd, words: u32) -> io::Result<Self> {
+        let invalid = || io::Error::new(io::ErrorKind::InvalidInput, "an array map without entries");
+        let words = NonZeroUsize::new(words as usize).ok_or_else(invalid)?;
+        let length_bytes =
+            words.checked_mul(NonZeroUsize::new(8).ok_or_else(invalid)?).ok_or_else(invalid)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: as in `MappedArray::new`.
+        let address = unsafe { mmap(None, length_bytes, protection, MapFlags::MAP_SHARED, map, 0) }?;
+        Ok(Self { address: address.cast(), words })
+    }
+
+    /// How many words are so.
+    pub fn count(&self, is_it: impl Fn(u64) -> bool) -> u64 {
+        self.all().iter().filter(|word| is_it(word.load(Ordering::Relaxed))).count() as u64
+    }
+
+    /// Makes words 0 that are so; answers how many there were.
+    pub fn clear(&self, is_it: impl Fn(u64) -> bool) -> u64 {
+        let cleared = self.all().iter().filter(|word| {
+            let seen = word.load(Ordering::Relaxed);
+            // A program may have written it meanwhile: then it is looked at the next time.
+            is_it(seen) && word.compare_exchange(seen, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        });
+        cleared.count() as u64
+    }
+
+    fn all(&self) -> &[AtomicU64] {
+        // SAFETY: so many words were mapped, until the value is dropped, and everybody uses them atomically.
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.words.get()) }
+    }
+}
+
+impl Drop for MappedWords {
+    fn drop(&mut self) {
+        // SAFETY: what was mapped by `new`, and nobody has a reference to it any more.
+        if let Err(error) = unsafe { munmap(self.address.cast(), self.words.get() * 8) } {
             tracing::warn!(%error, "could not unmap an eBPF map");
         }
     }
