@@ -55,6 +55,9 @@ enum Command {
         /// How many
         #[arg(long, default_value_t = 200)]
         moves: u32,
+        /// Instead: so many minutes of instances that come and go, and what the profiler keeps of them
+        #[arg(long, value_name = "MINUTES", conflicts_with = "moves")]
+        profile: Option<u32>,
     },
     /// Random inputs for every decoder; `test` tries 256 each
     Fuzz {
@@ -91,7 +94,8 @@ fn main() -> anyhow::Result<()> {
         Command::Run { arguments } => daemon::run(&arguments),
         Command::Doctor => daemon::doctor(),
         Command::Test { only } => suite::run(only.as_deref()),
-        Command::Soak { moves } => long::soak(moves),
+        Command::Soak { profile: Some(minutes), .. } => long::soak_profile(minutes),
+        Command::Soak { moves, profile: None } => long::soak(moves),
         Command::Fuzz { cases } => long::fuzz(cases),
         Command::Bench { what } => bench::run(&what),
         Command::Deploy(deploy) => deploy::run(&deploy),

@@ -356,7 +356,7 @@ fn agent(instances: usize, seconds: Duration) -> anyhow::Result<Map<String, Valu
     for number in 0..instances {
         let cgroup = OwnCgroup::new(&format!("nap{number}"))?;
         let nap = "import time\nwhile True: time.sleep(0.1)";
-        nappers.push(cgroup.command(&["python3", "-c", nap]).stdin(Stdio::null()).spawn()?);
+        nappers.push(cgroup.start(&["python3", "-c", nap])?);
         let path = cgroup.path().to_str().context("a path that is no text")?;
         host.call(&["adopt", path, "--name", &format!("nap{number}")])?;
         cgroups.push(cgroup);

@@ -1,0 +1,124 @@
+//! Instances that come and go leave nothing in the profiler: no entries of maps, no descriptors, no memory. `cargo xtask soak --profile MINUTES` does it for long.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use rswap_agent::status::InstanceView;
+use rswap_tests::{
+    Fleet, Host, HostOptions,
+    bench::{process, turns::OwnCgroup},
+    moves, reason_to_skip, wait_for,
+};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(30);
+/// At a time.
+const INSTANCES: usize = 8;
+/// How long it takes in the suite, in seconds: what is learnt of the first rounds is not a leak.
+const SECONDS: u64 = 20;
+const WARM_UP_ROUNDS: usize = 3;
+/// What an agent may grow by: the allocator keeps some of what was free. By the minute it may be less.
+const GROWTH_KIB: u64 = 3 << 10;
+
+/// Each makes cgroups in its own, and sleeps.
+const COMES_AND_GOES: &str = r#"
+import os, sys, time
+root, number = sys.argv[1], 0
+while True:
+    path = f"{root}/{number % 4}"
+    os.mkdir(path)
+    time.sleep(0.01)
+    os.rmdir(path)
+    number += 1
+"#;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Size {
+    resident_kib: u64,
+    descriptors: usize,
+    known: u64,
+    children: u64,
+}
+
+fn size(host: &Host) -> anyhow::Result<Size> {
+    let pid = host.agent_pid().context("no agent runs")?;
+    let status: Value = host.get("/v1/status")?;
+    let number =
+        |name: &str| status["cgroups"][name].as_u64().with_context(|| format!("no {name}: {status}"));
+    Ok(Size {
+        resident_kib: process::status_kib(pid, "VmRSS:")?,
+        descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
+        known: number("known")?,
+        children: number("children")?,
+    })
+}
+
+/// Some instances come, are profiled, and go.
+fn round(host: &Host, number: usize) -> anyhow::Result<()> {
+    let python = moves::python()?;
+    let python = python.to_str().context("a path that is no text")?;
+    let (mut cgroups, mut children) = (Vec::new(), Vec::new());
+    for place in 0..INSTANCES {
+        let cgroup = OwnCgroup::new(&format!("soak{number}-{place}"))?;
+        let path = cgroup.path().to_str().context("a path that is no text")?.to_owned();
+        let command = [python, "-c", COMES_AND_GOES, &path];
+        children.push(cgroup.start(&command)?);
+        // Half of the names are new ones each time.
+        let name = if place % 2 == 0 { format!("i{place}") } else { format!("i{place}-{number}") };
+        host.call(&["adopt", &path, "--name", &name])?;
+        cgroups.push(cgroup);
+    }
+    wait_for("all to be profiled", LIMIT, || {
+        let views: Vec<InstanceView> = host.get("/v1/profiles")?;
+        Ok((views.iter().filter(|view| view.profile.is_some()).count() == INSTANCES).then_some(()))
+    })?;
+    let during = size(host)?;
+    ensure!(during.known >= INSTANCES as u64, "{during:?}");
+    drop(cgroups);
+    children.iter_mut().for_each(|child| drop(child.wait()));
+    wait_for("none to be left", LIMIT, || {
+        let status: Value = host.get("/v1/status")?;
+        Ok((status["instances"] == 0).then_some(()))
+    })
+}
+
+#[test]
+fn instances_that_come_and_go_leave_nothing_in_the_profiler() -> anyhow::Result<()> {
+    if reason_to_skip("instances_that_come_and_go_leave_nothing_in_the_profiler").is_some() {
+        return Ok(());
+    }
+    let seconds = match std::env::var("RSWAP_SOAK_PROFILE_SECONDS") {
+        Ok(seconds) => seconds.parse().context("RSWAP_SOAK_PROFILE_SECONDS is no number")?,
+        Err(_) => SECONDS,
+    };
+    let mut fleet = Fleet::new()?;
+    let host = fleet.host("a", &HostOptions { window_ms: 200, ..HostOptions::default() })?;
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut seen = Vec::new();
+    while seen.len() < WARM_UP_ROUNDS + 2 || Instant::now() < end {
+        round(&host, seen.len())?;
+        let now = wait_for("nothing to be known", LIMIT, || {
+            let now = size(&host)?;
+            Ok((now.known == 0 && now.children == 0).then_some(now))
+        })?;
+        println!("round {}: {now:?}", seen.len() + 1);
+        seen.push(now);
+    }
+    let (first, last) = (seen[WARM_UP_ROUNDS - 1], seen.iter().rev().take(2));
+    let descriptors = last.clone().map(|size| size.descriptors).min().context("two rounds")?;
+    let resident_kib = last.map(|size| size.resident_kib).min().context("two rounds")?;
+    ensure!(
+        descriptors <= first.descriptors,
+        "{} descriptors were open, and are {descriptors}",
+        first.descriptors
+    );
+    ensure!(
+        resident_kib <= first.resident_kib + GROWTH_KIB,
+        "it grew from {} to {resident_kib} KiB",
+        first.resident_kib
+    );
+    Ok(())
+}
