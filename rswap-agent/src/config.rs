@@ -23,7 +23,7 @@ pub use memory::MemoryConfig;
 pub use pools::{PoolConfig, PoolKindConfig, VolumePool, core_share, settings, volume_pool};
 pub use tls::{ControllerTls, TlsConfig};
 
-use crate::profile::ProfileConfig;
+use crate::{migrate::lanes::MAX_LANES, profile::ProfileConfig};
 pub use crate::{forecast::ForecastConfig, plan::PlanConfig};
 
 /// Read when no path is given and it exists.
@@ -254,9 +254,21 @@ pub struct MigrateConfig {
     /// Pre-copy rounds at most.
     #[serde(deserialize_with = "positive_u32")]
     pub max_rounds: u32,
+    /// Connections that carry a migration, 1 to 8 [default: as many as make up for the round trip to the destination; one on a
+    /// local network].
+    #[serde(deserialize_with = "streams")]
+    pub streams: Option<u8>,
     /// Nothing is copied before the freeze; asked for with each migration.
     #[serde(skip)]
     pub stop_and_copy: bool,
+}
+
+/// As many connections as a migration may have.
+fn streams<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<u8>, D::Error> {
+    match u8::deserialize(from)? {
+        streams @ 1..=MAX_LANES => Ok(Some(streams)),
+        streams => Err(serde::de::Error::custom(format!("{streams} is not possible here: use 1 to {MAX_LANES}"))),
+    }
 }
 
 impl Default for MigrateConfig {
@@ -270,6 +282,7 @@ impl Default for MigrateConfig {
             deadline_s: 120,
             cache_bytes: None,
             max_rounds: 30,
+            streams: None,
             stop_and_copy: false,
         }
     }

@@ -39,6 +39,8 @@ pub struct HostOptions {
     pub max_unavailability_ms: u64,
     /// How long a freeze may last before its guard ends it, in milliseconds.
     pub freeze_limit_ms: u64,
+    /// Connections of a migration, if not as many as its way is worth.
+    pub streams: Option<u8>,
     /// Further sections of the configuration, in TOML: `[plan]`, `[forecast]`, `[[pool]]`.
     pub more: String,
     /// What only this host has: each first path is mounted over the second. The hosts share all other files.
@@ -54,6 +56,7 @@ impl Default for HostOptions {
             window_ms: 1000,
             max_unavailability_ms: 100,
             freeze_limit_ms: 15_000,
+            streams: None,
             more: String::new(),
             mounts: Vec::new(),
             own_links: false,
@@ -116,12 +119,13 @@ impl Host {
         } else {
             format!("[tls]\nca = {ca:?}\ncertificate = {certificate:?}\nkey = {key:?}\n\n")
         };
+        let streams = options.streams.map_or_else(String::new, |streams| format!("streams = {streams}\n"));
         format!(
             "[agent]\nhost = {:?}\nstate_dir = {:?}\ncalibrations_dir = {:?}\ncontrol_socket = {:?}\nstatus_address = \"127.0.0.1:7790\"\n\
              mode = {:?}\nwindow_ms = {}\ncgroup_parent = {:?}\n\n\
              [network]\nbridge = \"br0\"\nuplink = \"up0\"\n\n\
              [learnt]\nfile = {:?}\n\n\
-             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\nfreeze_limit_ms = {}\njournal_dir = {:?}\n\n{tls}{shared}{}",
+             [migrate]\nlisten = \"{}\"\nmax_unavailability_ms = {}\nfreeze_limit_ms = {}\njournal_dir = {:?}\n{streams}\n{tls}{shared}{}",
             self.name,
             self.dir,
             self.dir.join("calibrations"),

@@ -24,6 +24,7 @@ pub mod host;
 pub mod hot;
 pub mod huge_pages;
 pub mod load;
+pub mod long_way;
 pub mod loop_device;
 pub mod machine;
 pub mod mangle;

@@ -37,6 +37,12 @@ pub(crate) enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// A migration over a long way: several connections, next to one
+    Streams {
+        /// Passed on to the benchmark: `--runs N`, `--round-trips-ms 0,20`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// What a swap on one host costs: volumes of 100 MB and 1 GB between disks, 1000 threads between core sets
     Swap {
         /// Passed on to the benchmark: `--runs N`, `--only TEXT`
@@ -72,6 +78,10 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
                 "the benchmark loads eBPF programs, makes cgroups and network namespaces, and runs an agent",
             )?;
             measure("bench_profile", arguments)
+        }
+        Bench::Streams { arguments } => {
+            need_root("the benchmark makes network namespaces and cgroups, and runs three agents in them")?;
+            measure("bench_streams", arguments)
         }
         Bench::Swap { arguments } => {
             need_root("the benchmark makes network namespaces, cgroups and loop devices, and runs an agent")?;

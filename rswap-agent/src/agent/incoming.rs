@@ -15,7 +15,8 @@ use crate::{
         destination,
         ledger::Ledger,
         links::{HANDSHAKE, Links},
-        linux,
+        linux::{self, Caller},
+        meeting::Meeting,
     },
     sys::heap,
 };
@@ -40,6 +41,7 @@ struct Serving {
     place: Place,
     links: Links,
     ledger: Arc<Ledger>,
+    meeting: Meeting,
     deadline_s: u64,
     connections: Arc<Semaphore>,
     free: Arc<Semaphore>,
@@ -56,7 +58,9 @@ impl Incoming {
     ) -> Self {
         let free = Arc::new(Semaphore::new(ARRIVALS_AT_ONCE));
         let connections = Arc::new(Semaphore::new(CONNECTIONS_AT_ONCE));
-        let serving = Serving { place, links, ledger, deadline_s, connections, free: free.clone(), arrived };
+        let meeting = Meeting::default();
+        let serving =
+            Serving { place, links, ledger, meeting, deadline_s, connections, free: free.clone(), arrived };
         Self { serving, free, strangers: Strangers::default() }
     }
 
@@ -101,11 +105,11 @@ impl Serving {
             drop(self.arrived.send(instance.clone()));
         };
         let place_for = || self.free.try_acquire_owned().ok();
-        let talk = (&mut link, name.as_ref());
-        let received = linux::receive(&self.place, &self.ledger, talk, self.deadline_s, place_for, &mut tell);
+        let caller = Caller { link, peer: name, meeting: self.meeting };
+        let received =
+            linux::receive(&self.place, &self.ledger, caller, self.deadline_s, place_for, &mut tell);
         if let Err(error) = received.map_err(|error| refused(ATTEMPTED, &error)) {
             tracing::warn!(peer, %error, "an arrival failed");
-            link.linger();
         }
         Ok(())
     }

@@ -374,6 +374,7 @@ fn reported(report: &Report) -> MigrationReport {
         bytes_sent: report.bytes_sent,
         memory_bytes_per_s: report.memory_bytes_per_s,
         freeze_steps_ms: report.freeze_steps_ms.clone(),
+        streams: report.streams,
         digest: report.digest.clone(),
     }
 }

@@ -11,6 +11,7 @@ use super::{
     MigrateError, codec,
     digest::MemoryDigest,
     journal::MigrationId,
+    lanes::Gather,
     ledger::Ledger,
     probe,
     traits::{DestinationTask, PAGE_SIZE, TaskError},
@@ -29,6 +30,13 @@ pub enum Opening {
         id: MigrationId,
         /// It needs this.
         requirements: Vec<u8>,
+    },
+    /// To be a lane of a migration.
+    Join {
+        /// Of this one.
+        id: MigrationId,
+        /// Which of its lanes, from 0.
+        number: u8,
     },
     /// To know what became of a migration, or to tell that it is settled: it was answered.
     Answered,
@@ -61,6 +69,10 @@ pub fn greet<S: Read + Write, T: DestinationTask>(
                 let (id, requirements) = wire::parse_offer(&payload).map_err(|error| talk.wire(error))?;
                 return Ok(Opening::Offer { id, requirements: requirements.to_vec() });
             }
+            Tag::Join => {
+                let (id, number) = wire::parse_join(&payload).map_err(|error| talk.wire(error))?;
+                return Ok(Opening::Join { id, number });
+            }
             Tag::Inquire => {
                 talk.doing = "answering";
                 let id = wire::parse_id(tag, &payload).map_err(|error| talk.wire(error))?;
@@ -85,6 +97,11 @@ pub fn greet<S: Read + Write, T: DestinationTask>(
     }
 }
 
+/// Tells a lane that it is expected.
+pub fn welcome<S: Read + Write>(stream: &mut S, id: MigrationId) -> Result<(), MigrateError> {
+    Talk { stream, doing: "joining a migration" }.send(Tag::Accept, &id.0.to_le_bytes())
+}
+
 /// Turns an offer away; the peer may be gone.
 pub fn turn_away<S: Read + Write>(stream: &mut S, reason: &str) {
     let _ = Talk { stream, doing: "refusing" }.send(Tag::Abort, reason.as_bytes());
@@ -94,7 +111,7 @@ pub fn turn_away<S: Read + Write>(stream: &mut S, reason: &str) {
 ///
 /// # Errors
 /// Nothing of it is left here, nor ever will run here.
-pub fn run<S: Read + Write, T: DestinationTask>(
+pub fn run<S: Read + Write + Gather, T: DestinationTask>(
     stream: &mut S,
     task: &mut T,
     ledger: &Ledger,
@@ -144,7 +161,7 @@ struct Talk<'a, S> {
     doing: &'static str,
 }
 
-impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
+impl<S: Read + Write + Gather, T: DestinationTask> Destination<'_, S, T> {
     /// Everything before the commit, and writing it down: any failure leaves nothing here.
     fn until_commit(
         &mut self,
@@ -171,9 +188,12 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
     /// Takes rounds of memory until the image comes, which is returned.
     fn transfer(&mut self) -> Result<Vec<u8>, MigrateError> {
         self.talk.doing = "copying memory";
+        let mut first = true;
         loop {
             let Frame { tag, payload } = self.talk.receive()?;
+            let was_first = std::mem::replace(&mut first, false);
             match tag {
+                Tag::Lanes if was_first => self.gather(&payload)?,
                 Tag::Layout => self.task.apply_layout(&payload).map_err(self.task_failed())?,
                 Tag::Discard => self.discard(&payload)?,
                 Tag::Pages => self.take_pages(&payload)?,
@@ -183,6 +203,12 @@ impl<S: Read + Write, T: DestinationTask> Destination<'_, S, T> {
                 other => return Err(self.talk.broken(format!("{other:?} came during the transfer"))),
             }
         }
+    }
+
+    fn gather(&mut self, payload: &[u8]) -> Result<(), MigrateError> {
+        let lanes = wire::parse_lanes(payload).map_err(|error| self.talk.wire(error))?;
+        let doing = self.talk.doing;
+        self.talk.stream.gather(lanes).map_err(|source| MigrateError::Link { doing, source })
     }
 
     fn discard(&mut self, payload: &[u8]) -> Result<(), MigrateError> {

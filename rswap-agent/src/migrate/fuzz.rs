@@ -14,6 +14,7 @@ use super::{
     codec::{self, Encoding},
     destination::{self, Opening},
     journal::{self, Journal, MigrationId},
+    lanes::Gather,
     ledger::Ledger,
     offer::{HostTraits, Objection, Requirements},
     recovery::Particulars,
@@ -129,6 +130,8 @@ fn damaged(original: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
 
 /// A peer that has said all that it will, and hears nothing.
 struct Said(Cursor<Vec<u8>>);
+
+impl Gather for Said {}
 
 impl Read for Said {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {

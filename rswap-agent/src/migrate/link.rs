@@ -15,24 +15,26 @@ pub const SILENCE: Duration = Duration::from_secs(10);
 /// and the reset would overtake the reason.
 const LINGER: (Duration, u64) = (Duration::from_millis(500), 64 << 10);
 
-/// A TCP connection on which no single wait is longer than [`SILENCE`], and none goes past a deadline.
+/// A TCP connection on which no single wait is longer than [`SILENCE`], if nothing else is set, and none goes past a deadline.
 #[derive(Debug)]
 pub struct Timed {
     stream: TcpStream,
     deadline: Instant,
+    /// How long a single wait may be.
+    patience: Duration,
 }
 
 impl Timed {
     /// Connects to `address`.
     pub fn connect(address: SocketAddr, deadline: Instant) -> io::Result<Self> {
-        let limit = left(deadline)?;
+        let limit = left(deadline, SILENCE)?;
         Self::new(TcpStream::connect_timeout(&address, limit)?, deadline)
     }
 
     /// Takes over a connection.
     pub fn new(stream: TcpStream, deadline: Instant) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        Ok(Self { stream, deadline })
+        Ok(Self { stream, deadline, patience: SILENCE })
     }
 
     /// Closes it so that the peer can read what was said last.
@@ -56,9 +58,23 @@ pub enum Link {
 impl Link {
     /// Nothing waits past this moment.
     pub fn set_deadline(&mut self, deadline: Instant) {
+        self.set_limits(deadline, SILENCE);
+    }
+
+    /// Nothing waits past this moment, nor at once for longer than `patience`.
+    pub fn set_limits(&mut self, deadline: Instant, patience: Duration) {
+        let timed = match self {
+            Self::Clear(timed) => timed,
+            Self::Secure(channel) => channel.stream_mut(),
+        };
+        (timed.deadline, timed.patience) = (deadline, patience);
+    }
+
+    /// Its socket: to ask it something, or to shut it down from another thread.
+    pub fn socket(&self) -> &TcpStream {
         match self {
-            Self::Clear(timed) => timed.deadline = deadline,
-            Self::Secure(channel) => channel.stream_mut().deadline = deadline,
+            Self::Clear(timed) => &timed.stream,
+            Self::Secure(channel) => &channel.stream().stream,
         }
     }
 
@@ -100,24 +116,24 @@ impl Write for Link {
 }
 
 /// How long one wait may be.
-fn left(deadline: Instant) -> io::Result<Duration> {
+pub(super) fn left(deadline: Instant, patience: Duration) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Err(io::Error::new(io::ErrorKind::TimedOut, "the time for this conversation is over"));
     }
-    Ok(left.min(SILENCE))
+    Ok(left.min(patience))
 }
 
 impl Read for Timed {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(Some(left(self.deadline)?))?;
+        self.stream.set_read_timeout(Some(left(self.deadline, self.patience)?))?;
         self.stream.read(buf)
     }
 }
 
 impl Write for Timed {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(Some(left(self.deadline)?))?;
+        self.stream.set_write_timeout(Some(left(self.deadline, self.patience)?))?;
         self.stream.write(data)
     }
 

@@ -17,6 +17,7 @@ use super::{
     links::Links,
     linux_destination::{LinuxDestination, Reception},
     linux_source::{LinuxSource, Uplink},
+    meeting::{Departing, Meeting},
     offer::{FileDigests, Objection, Requirements, available_memory_bytes},
     probe,
     recovery::{self, Particulars, Recovery},
@@ -102,32 +103,59 @@ pub fn send(
     let mut ask = |id| recovery::ask_within(links, host, peer.as_ref(), id, ASK_AT_ONCE);
     let cache_bytes = config.cache_bytes.or_else(|| Some(available_memory_bytes().ok()? / CACHE_PART));
     let config = &MigrateConfig { cache_bytes, ..config.clone() };
+    let stream = Departing::new(stream, links, (host, peer.clone()), config.streams, deadline);
     source::run(stream, &mut task, config, &mut journal, &mut ask, on_progress)
 }
 
-/// Serves the agent at the other end of `stream`: takes the instance that it offers, or answers its question. Blocks.
+/// Who calls, and the other migrations that arrive here, of which this may be a lane.
+#[derive(Debug)]
+pub struct Caller {
+    /// The connection.
+    pub link: Link,
+    /// Who it is, as its certificate says.
+    pub peer: Option<Name>,
+    /// What arrives here.
+    pub meeting: Meeting,
+}
+
+/// Serves the agent that called: takes the instance that it offers, makes the connection a lane, or answers its question. Blocks.
 ///
-/// `peer` is who is there, if the link says it. `place_for` is asked for a place among the arrivals when an instance is offered;
-/// `arrived` is told when it runs.
+/// `place_for` is asked for a place among the arrivals when an instance is offered; `arrived` is told when it runs.
 pub fn receive<P>(
     place: &Place,
     ledger: &Ledger,
-    (stream, peer): (&mut Link, Option<&Name>),
+    Caller { mut link, peer, meeting }: Caller,
     deadline_s: u64,
     place_for: impl FnOnce() -> Option<P>,
     arrived: &mut dyn FnMut(&Instance),
 ) -> Result<(), MigrateError> {
-    stream.set_deadline(Instant::now() + PROBING);
-    let mut task = LinuxDestination::new(HostReception { place: place.clone(), arrived }, peer.cloned());
-    let Opening::Offer { id, requirements } = destination::greet(stream, &mut task, ledger, peer)? else {
-        return Ok(());
+    link.set_deadline(Instant::now() + PROBING);
+    let mut task = LinuxDestination::new(HostReception { place: place.clone(), arrived }, peer.clone());
+    let (id, requirements) = match destination::greet(&mut link, &mut task, ledger, peer.as_ref()) {
+        Ok(Opening::Offer { id, requirements }) => (id, requirements),
+        Ok(Opening::Join { id, number }) => {
+            let welcome = |link: &mut Link| destination::welcome(link, id);
+            return meeting.join(id, number, peer.as_ref(), link, welcome).map_err(|(mut link, error)| {
+                destination::turn_away(&mut link, &error.to_string());
+                link.linger();
+                error
+            });
+        }
+        Ok(Opening::Answered) => return Ok(()),
+        Err(error) => {
+            link.linger();
+            return Err(error);
+        }
     };
     let Some(_place) = place_for() else {
-        destination::turn_away(stream, "too many migrations arrive here at the moment: try again");
+        destination::turn_away(&mut link, "too many migrations arrive here at the moment: try again");
+        link.linger();
         return Err(MigrateError::Peer { doing: "offering", reason: "turned away: too many arrive".into() });
     };
-    stream.set_deadline(Instant::now() + Duration::from_secs(deadline_s) + SILENCE);
-    destination::run(stream, &mut task, ledger, id, &requirements)
+    let deadline = Instant::now() + Duration::from_secs(deadline_s) + SILENCE;
+    link.set_deadline(deadline);
+    let mut stream = meeting.arriving(id, link, peer, deadline);
+    destination::run(&mut stream, &mut task, ledger, id, &requirements).inspect_err(|_| stream.linger())
 }
 
 /// Which processors the threads of an instance chose, if it was moved between sets of cores.

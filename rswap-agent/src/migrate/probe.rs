@@ -1,4 +1,5 @@
-//! The question before an offer: what would the destination refuse? Nothing is made at either end.
+//! Short conversations beside a migration's own: the question before an offer, what would the destination refuse, after which
+//! nothing has been made at either end; and a further connection that joins a migration.
 //!
 //! A source that only asks closes the link after the answer.
 
@@ -6,6 +7,7 @@ use std::io::{Read, Write};
 
 use super::{
     MigrateError,
+    journal::MigrationId,
     offer::Objection,
     wire::{self, Hello, Tag, WireError},
 };
@@ -14,16 +16,33 @@ const DOING: &str = "asking the destination";
 
 /// Asks the destination behind `stream` what it would refuse of `requirements`.
 pub fn ask(mut stream: impl Read + Write, requirements: &[u8]) -> Result<Vec<Objection>, MigrateError> {
-    let hello = postcard::to_stdvec(&Hello::ours()).unwrap_or_default();
-    wire::write_frame(&mut stream, Tag::Hello, &hello).map_err(wire_failed)?;
-    stream.flush().map_err(|error| wire_failed(error.into()))?;
-    let theirs = postcard::from_bytes(&expect(&mut stream, Tag::Hello)?)
-        .map_err(|_| broken("a malformed Hello".into()))?;
-    wire::negotiate(&Hello::ours(), &theirs).map_err(broken)?;
-    wire::write_frame(&mut stream, Tag::Probe, requirements).map_err(wire_failed)?;
-    stream.flush().map_err(|error| wire_failed(error.into()))?;
+    greet(&mut stream)?;
+    send(&mut stream, Tag::Probe, requirements)?;
     let answer = expect(&mut stream, Tag::ProbeAnswer)?;
     postcard::from_bytes(&answer).map_err(|_| broken("a malformed answer".into()))
+}
+
+/// Makes `stream` the lane of this `number` of a migration that the destination has accepted.
+pub(super) fn join(stream: &mut (impl Read + Write), id: MigrationId, number: u8) -> Result<(), MigrateError> {
+    greet(stream)?;
+    send(stream, Tag::Join, &wire::write_join(id, number))?;
+    let accepted = expect(stream, Tag::Accept)?;
+    match wire::parse_id(Tag::Accept, &accepted) {
+        Ok(accepted) if accepted == id => Ok(()),
+        _ => Err(broken("another migration was joined".into())),
+    }
+}
+
+fn greet(stream: &mut (impl Read + Write)) -> Result<(), MigrateError> {
+    send(stream, Tag::Hello, &postcard::to_stdvec(&Hello::ours()).unwrap_or_default())?;
+    let theirs = postcard::from_bytes(&expect(stream, Tag::Hello)?)
+        .map_err(|_| broken("a malformed Hello".into()))?;
+    wire::negotiate(&Hello::ours(), &theirs).map(drop).map_err(broken)
+}
+
+fn send(stream: &mut impl Write, tag: Tag, payload: &[u8]) -> Result<(), MigrateError> {
+    wire::write_frame(stream, tag, payload).map_err(wire_failed)?;
+    stream.flush().map_err(|error| wire_failed(error.into()))
 }
 
 /// As many of them as a frame holds: thousands of files may differ.

@@ -63,6 +63,8 @@ pub struct Report {
     pub freeze_ms: f64,
     /// From the offer to the end, in milliseconds.
     pub total_ms: f64,
+    /// Connections that carried it.
+    pub streams: u8,
     /// Digest of all memory and of the task's state, in hexadecimal, the same on both sides.
     pub digest: String,
     /// Where the time of the freeze went: (step, milliseconds).

@@ -12,6 +12,7 @@ use super::{
     converge::{self, Budget, Observed, Step},
     digest::MemoryDigest,
     journal::{Journal, MigrationId},
+    lanes::Widen,
     progress::{Phase, Progress, Report},
     rules::{self, Fate, SourceState, Verdict},
     runs::runs_at_once,
@@ -37,7 +38,7 @@ pub type Ask<'a> = &'a mut dyn FnMut(MigrationId) -> Result<Fate, MigrateError>;
 ///
 /// The journal is finished when the destination knows how it ended, and says [`SourceState::Ended`] when it has still
 /// to be told; after [`MigrateError::InDoubt`] it says that there is still something to `ask`.
-pub fn run<S: Read + Write, T: SourceTask>(
+pub fn run<S: Read + Write + Widen, T: SourceTask>(
     stream: S,
     task: &mut T,
     config: &MigrateConfig,
@@ -112,7 +113,7 @@ impl<S: Write> Write for Stream<S> {
     }
 }
 
-impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
+impl<'a, S: Read + Write + Widen, T: SourceTask> Source<'a, S, T> {
     fn new(
         stream: S,
         task: &'a mut T,
@@ -158,7 +159,19 @@ impl<'a, S: Read + Write, T: SourceTask> Source<'a, S, T> {
         if accepted != id {
             return Err(self.broken(format!("migration {accepted} was accepted, and {id} offered")));
         }
-        Ok(())
+        self.widen(id)
+    }
+
+    /// Has what follows go over several connections, where that is worth while.
+    fn widen(&mut self, id: MigrationId) -> Result<(), MigrateError> {
+        let lanes = self.stream.get_mut().0.make_lanes(id);
+        self.report.streams = lanes.max(1);
+        if lanes == 0 {
+            return Ok(());
+        }
+        self.send(Tag::Lanes, &[lanes])?;
+        let doing = self.doing;
+        self.stream.get_mut().0.spread().map_err(|source| MigrateError::Link { doing, source })
     }
 
     /// Pre-copy rounds, until what is left fits the budget.

@@ -10,6 +10,7 @@ use super::{
     MigrateError, Report,
     destination::{self, Opening},
     journal::{self, Journal, MigrationId},
+    lanes::{Gather, Widen},
     ledger::Ledger,
     resolve::Inquiry,
     rules::{DestinationState, Fate, SourceState},
@@ -30,7 +31,7 @@ fn random_page(random: &mut fastrand::Rng) -> Vec<u8> {
 }
 
 /// A program that changes its memory between the looks.
-struct Program {
+pub(super) struct Program {
     memory: Memory,
     dirty: Vec<u64>,
     dropped: Vec<u64>,
@@ -45,7 +46,7 @@ struct Program {
 }
 
 impl Program {
-    fn new(seed: u64, pages: u64, busy: u64) -> Self {
+    pub(super) fn new(seed: u64, pages: u64, busy: u64) -> Self {
         let mut random = fastrand::Rng::with_seed(seed);
         let memory: Memory =
             (0..pages).map(|page| (page * PAGE_SIZE as u64, random_page(&mut random))).collect();
@@ -54,6 +55,16 @@ impl Program {
         let (frozen, destroyed, thawed) = (false, false, false);
         let volumes = 7;
         Self { memory, dirty, dropped, random, looks, busy, frozen, destroyed, thawed, volumes }
+    }
+
+    /// It goes on where it was.
+    pub(super) fn goes_on(&self) -> bool {
+        self.thawed && !self.destroyed
+    }
+
+    /// It is gone, and `copy` is what it was.
+    pub(super) fn became(&self, copy: &Copy) -> bool {
+        self.destroyed && !self.thawed && copy.running && copy.memory == self.memory
     }
 
     fn run_a_little(&mut self) {
@@ -276,13 +287,18 @@ impl Write for Faulty {
     }
 }
 
+impl Widen for Faulty {}
+impl Gather for Faulty {}
+impl Widen for UnixStream {}
+impl Gather for UnixStream {}
+
 impl Read for Faulty {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.pipe.read(buf)
     }
 }
 
-fn config() -> MigrateConfig {
+pub(super) fn config() -> MigrateConfig {
     MigrateConfig { max_unavailability_ms: 5_000, max_rounds: 6, deadline_s: 60, ..MigrateConfig::default() }
 }
 
@@ -343,7 +359,7 @@ impl Hosts {
                             Opening::Offer { id, requirements } => {
                                 destination::run(&mut stream, &mut copy, &ledger, id, &requirements)
                             }
-                            Opening::Answered => Ok(()),
+                            Opening::Join { .. } | Opening::Answered => Ok(()),
                         },
                     );
                 assert_eq!(result.is_ok(), copy.running);

@@ -11,13 +11,14 @@ use serde::{Deserialize, Serialize};
 use super::{
     codec::Encoding,
     journal::MigrationId,
+    lanes::MAX_LANES,
     traits::{PAGE_SIZE, PageRange},
 };
 
 /// First bytes of a [`Hello`].
 pub const MAGIC: u32 = u32::from_le_bytes(*b"RSWP");
 /// The newest version that this build speaks, which is also the oldest.
-pub const VERSION: u16 = 10;
+pub const VERSION: u16 = 11;
 /// Pages of a batch at most.
 pub const BATCH_PAGES: usize = 64;
 
@@ -69,6 +70,11 @@ pub enum Tag {
     Fate = 18,
     /// Nothing of this migration is in doubt at the source; from the destination: it has forgotten it.
     Settled = 19,
+    // 20 to 24 are the first bytes of TLS records.
+    /// Instead of an offer: this connection is a lane of a migration.
+    Join = 25,
+    /// How many lanes there are: what follows comes over them.
+    Lanes = 26,
 }
 
 /// Bytes of a migration's id.
@@ -97,6 +103,8 @@ impl Tag {
             Inquire,
             Fate,
             Settled,
+            Join,
+            Lanes,
         ]
         .into_iter()
         .find(|tag| *tag as u8 == number)
@@ -113,7 +121,8 @@ impl Tag {
             Self::Pages => BATCH_PAGES * (PAGE_SIZE + PAGE_HEADER),
             Self::Verified => 16,
             Self::Accept | Self::Inquire | Self::Settled => ID_BYTES,
-            Self::Fate => 1,
+            Self::Join => ID_BYTES + 1,
+            Self::Fate | Self::Lanes => 1,
             Self::Abort => 16 * KIB,
             Self::RoundEnd | Self::RoundAck | Self::Commit | Self::Activated => 0,
         }
@@ -250,6 +259,29 @@ pub fn parse_id(tag: Tag, payload: &[u8]) -> Result<MigrationId, WireError> {
     Ok(MigrationId(u128::from_le_bytes(id)))
 }
 
+/// The payload of a `Join` frame: the migration's id, and which of its lanes this is.
+pub fn write_join(id: MigrationId, number: u8) -> Vec<u8> {
+    let mut payload = id.0.to_le_bytes().to_vec();
+    payload.put_u8(number);
+    payload
+}
+
+/// Reads the payload of a `Join` frame.
+pub fn parse_join(payload: &[u8]) -> Result<(MigrationId, u8), WireError> {
+    match payload.split_first_chunk() {
+        Some((id, &[number])) => Ok((MigrationId(u128::from_le_bytes(*id)), number)),
+        _ => Err(WireError::Malformed(Tag::Join)),
+    }
+}
+
+/// Reads the payload of a `Lanes` frame: how many.
+pub fn parse_lanes(payload: &[u8]) -> Result<u8, WireError> {
+    match payload {
+        &[lanes @ 1..=MAX_LANES] => Ok(lanes),
+        _ => Err(WireError::Malformed(Tag::Lanes)),
+    }
+}
+
 /// Adds a page to a batch.
 pub fn push_page(batch: &mut Vec<u8>, space: u32, addr: u64, encoding: Encoding, data: &[u8]) {
     batch.put_u32_le(space);
@@ -340,6 +372,8 @@ mod tests {
             let _ = parse_ranges(&bytes);
             let _ = parse_offer(&bytes);
             let _ = parse_id(Tag::Inquire, &bytes);
+            let _ = parse_join(&bytes);
+            let _ = parse_lanes(&bytes);
         }
 
         #[test]

@@ -112,6 +112,9 @@ pub struct MigrationReport {
     pub memory_bytes_per_s: f64,
     /// Where the unavailability went: (step, milliseconds).
     pub freeze_steps_ms: Vec<(String, f64)>,
+    /// Connections that carried it.
+    #[serde(default)]
+    pub streams: u8,
     /// Digest of all memory and of the task's state, in hexadecimal, the same on both hosts.
     pub digest: String,
 }

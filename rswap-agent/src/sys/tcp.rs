@@ -3,7 +3,9 @@
 
 use std::{
     io,
+    net::TcpStream,
     os::fd::{AsRawFd, OwnedFd},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -180,6 +182,23 @@ pub fn unsent(socket: &OwnedFd) -> io::Result<u32> {
     // SAFETY: no safe wrapper; the request writes one int.
     super::check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) }.into())?;
     Ok(bytes as u32)
+}
+
+/// The shortest round trip that a connection has seen (`tcpi_min_rtt`).
+pub fn least_round_trip(stream: &TcpStream) -> io::Result<Duration> {
+    /// Offset of `tcpi_min_rtt` in `struct tcp_info` (include/uapi/linux/tcp.h; since Linux 4.6).
+    const AT: usize = 148;
+    let socket = OwnedFd::from(stream.try_clone()?);
+    let info = socket::option_bytes(&socket, libc::IPPROTO_TCP, libc::TCP_INFO, AT + 4)?;
+    let us = info.get(AT..).and_then(|rest| rest.first_chunk()).map(|bytes| u32::from_ne_bytes(*bytes));
+    let us = us.ok_or_else(|| io::Error::other("TCP_INFO is too short"))?;
+    Ok(Duration::from_micros(us.into()))
+}
+
+/// What a connection's send buffer grows to in this network namespace, in bytes (`tcp_wmem` of tcp(7)).
+pub fn largest_send_buffer_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_wmem").ok()?;
+    text.split_whitespace().nth(2)?.parse().ok()
 }
 
 /// How many bytes the peer has acknowledged since the socket was made, the end of the stream included.
