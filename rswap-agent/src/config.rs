@@ -23,8 +23,8 @@ pub use memory::MemoryConfig;
 pub use pools::{PoolConfig, PoolKindConfig, VolumePool, core_share, settings, volume_pool};
 pub use tls::{ControllerTls, TlsConfig};
 
-use crate::{migrate::lanes::MAX_LANES, profile::ProfileConfig};
 pub use crate::{forecast::ForecastConfig, plan::PlanConfig};
+use crate::{migrate::lanes::MAX_LANES, profile::ProfileConfig};
 
 /// Read when no path is given and it exists.
 pub const DEFAULT_PATH: &str = "/etc/rswap/rswap.toml";
@@ -267,7 +267,9 @@ pub struct MigrateConfig {
 fn streams<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<u8>, D::Error> {
     match u8::deserialize(from)? {
         streams @ 1..=MAX_LANES => Ok(Some(streams)),
-        streams => Err(serde::de::Error::custom(format!("{streams} is not possible here: use 1 to {MAX_LANES}"))),
+        streams => {
+            Err(serde::de::Error::custom(format!("{streams} is not possible here: use 1 to {MAX_LANES}")))
+        }
     }
 }
 

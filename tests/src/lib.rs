@@ -41,6 +41,7 @@ pub mod proxy;
 pub mod rounds;
 pub mod scene;
 pub mod served_disk;
+pub mod shown;
 pub mod steps;
 pub mod stopping;
 pub mod storage;

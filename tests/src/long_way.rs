@@ -76,7 +76,8 @@ impl Drop for LongWay {
 /// The end at `here`, through which it sends to `there`.
 fn end(here: &Host, there: &Host) -> anyhow::Result<SyncDevice> {
     let make = || {
-        let device = DeviceBuilder::new().name(INTERFACE).mtu(MTU).build_sync().context("cannot make a TUN device")?;
+        let device =
+            DeviceBuilder::new().name(INTERFACE).mtu(MTU).build_sync().context("cannot make a TUN device")?;
         device.set_nonblocking(true)?;
         Ok(device)
     };
@@ -114,7 +115,11 @@ fn take(
 }
 
 /// Gives it out at the other end, each packet at its time.
-fn give(device: &SyncDevice, cut: &AtomicBool, packets: &mpsc::Receiver<(Instant, Vec<u8>)>) -> io::Result<()> {
+fn give(
+    device: &SyncDevice,
+    cut: &AtomicBool,
+    packets: &mpsc::Receiver<(Instant, Vec<u8>)>,
+) -> io::Result<()> {
     for (due, packet) in packets {
         thread::sleep(due.saturating_duration_since(Instant::now()));
         if cut.load(Ordering::Acquire) {

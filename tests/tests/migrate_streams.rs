@@ -4,9 +4,7 @@ use std::{path::PathBuf, thread, time::Duration};
 
 use anyhow::ensure;
 use nix::sys::signal::Signal;
-use rswap_tests::{
-    Fleet, Host, HostOptions, binary, heartbeat, long_way::LongWay, reason_to_skip, wait_for,
-};
+use rswap_tests::{Fleet, Host, HostOptions, binary, heartbeat, long_way::LongWay, reason_to_skip, wait_for};
 
 const NAME: &str = "memcheck";
 /// Nothing of it can be compressed, so that it takes a while.

@@ -325,7 +325,10 @@ mod tests {
         bytes.resize(CHUNK_BYTES + 100, 0);
         let error = read_chunk(&mut &bytes[..]).expect_err("it was taken");
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-        assert_eq!(read_chunk(&mut &[0; 8][..]).expect_err("it was taken").kind(), io::ErrorKind::InvalidData);
+        assert_eq!(
+            read_chunk(&mut &[0; 8][..]).expect_err("it was taken").kind(),
+            io::ErrorKind::InvalidData
+        );
     }
 
     #[test]

@@ -67,8 +67,8 @@ impl<'a> Departing<'a> {
     fn make_lane(&self, id: MigrationId, number: u8) -> Result<Link, MigrateError> {
         let until = self.deadline.min(Instant::now() + SILENCE);
         let dialled = self.links.dial(self.to, self.whose.as_ref(), until);
-        let (mut link, _) =
-            dialled.map_err(|source| MigrateError::Link { doing: "connecting to the destination", source })?;
+        let (mut link, _) = dialled
+            .map_err(|source| MigrateError::Link { doing: "connecting to the destination", source })?;
         probe::join(&mut link, id, number)?;
         link.set_deadline(self.deadline);
         Ok(link)
@@ -142,7 +142,13 @@ impl Meeting {
         if fresh {
             self.lock().insert(id, expecting);
         }
-        Arriving { link, lanes, gathered: None, deadline, place: fresh.then(|| Place { id, meeting: self.clone() }) }
+        Arriving {
+            link,
+            lanes,
+            gathered: None,
+            deadline,
+            place: fresh.then(|| Place { id, meeting: self.clone() }),
+        }
     }
 
     /// Takes a lane to its migration: `answer` tells its source that it is expected.
@@ -157,7 +163,8 @@ impl Meeting {
         mut link: Link,
         answer: impl FnOnce(&mut Link) -> Result<(), MigrateError>,
     ) -> Result<(), (Link, MigrateError)> {
-        let refused = |reason: &str| MigrateError::Peer { doing: "joining a migration", reason: reason.into() };
+        let refused =
+            |reason: &str| MigrateError::Peer { doing: "joining a migration", reason: reason.into() };
         let sender = {
             let mut expected = self.lock();
             match expected.get_mut(&id) {

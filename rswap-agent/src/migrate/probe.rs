@@ -23,7 +23,11 @@ pub fn ask(mut stream: impl Read + Write, requirements: &[u8]) -> Result<Vec<Obj
 }
 
 /// Makes `stream` the lane of this `number` of a migration that the destination has accepted.
-pub(super) fn join(stream: &mut (impl Read + Write), id: MigrationId, number: u8) -> Result<(), MigrateError> {
+pub(super) fn join(
+    stream: &mut (impl Read + Write),
+    id: MigrationId,
+    number: u8,
+) -> Result<(), MigrateError> {
     greet(stream)?;
     send(stream, Tag::Join, &wire::write_join(id, number))?;
     let accepted = expect(stream, Tag::Accept)?;
@@ -35,8 +39,8 @@ pub(super) fn join(stream: &mut (impl Read + Write), id: MigrationId, number: u8
 
 fn greet(stream: &mut (impl Read + Write)) -> Result<(), MigrateError> {
     send(stream, Tag::Hello, &postcard::to_stdvec(&Hello::ours()).unwrap_or_default())?;
-    let theirs = postcard::from_bytes(&expect(stream, Tag::Hello)?)
-        .map_err(|_| broken("a malformed Hello".into()))?;
+    let theirs =
+        postcard::from_bytes(&expect(stream, Tag::Hello)?).map_err(|_| broken("a malformed Hello".into()))?;
     wire::negotiate(&Hello::ours(), &theirs).map(drop).map_err(broken)
 }
 

@@ -53,7 +53,14 @@ fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let mut cases = BTreeMap::new();
     let mut table = Table::new();
-    table.set_header(["round trip", "streams", "one, ms", "several, ms", "times as fast", "still: one, several, ms"]);
+    table.set_header([
+        "round trip",
+        "streams",
+        "one, ms",
+        "several, ms",
+        "times as fast",
+        "still: one, several, ms",
+    ]);
     for &ms in &cli.round_trips_ms {
         let case = measure(&cli, ms)?;
         table.add_row([
@@ -80,7 +87,8 @@ fn measure(cli: &Cli, round_trip_ms: u64) -> anyhow::Result<Case> {
     // A stop that is too long is a figure here, and no reason to give up.
     let options = |streams| HostOptions { max_unavailability_ms: 5_000, streams, ..HostOptions::default() };
     let there = fleet.host("there", &options(Some(1)))?;
-    let (one, several) = (fleet.host("one", &options(Some(1)))?, fleet.host("several", &options(cli.streams))?);
+    let (one, several) =
+        (fleet.host("one", &options(Some(1)))?, fleet.host("several", &options(cli.streams))?);
     let logs = ["one", "several"].map(|name| fleet.scratch().join(format!("{name}.memcheck")));
     for (host, log) in [(&one, &logs[0]), (&several, &logs[1])] {
         let (memcheck, mib) = (binary("memcheck")?, cli.mib.to_string());

@@ -6,17 +6,12 @@
 
 use std::{
     net::Ipv4Addr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
 use comfy_table::{Table, presets};
-use nix::sys::signal::{SigSet, Signal};
 use rswap_agent::{
     forecast::{Evidence, Resource},
     status::{InstanceView, MigrationReport, MigrationState, MigrationView},
@@ -28,6 +23,7 @@ use rswap_tests::{
     client::{ClientReport, DataSet, Manner, REDIS, VerifyingClient},
     load::{self, Load, Pattern},
     loop_device::LoopDevice,
+    stopping::Stop,
     wait_for,
 };
 use serde_json::{Value, json};
@@ -118,7 +114,7 @@ const SLOW_DISK: &str = "operations_per_s = 300\nmbyte_per_s = 1.0\ncost_per_gib
 const FAST_DISK: &str = "operations_per_s = 5000\nmbyte_per_s = 200\ncost_per_gib_hour = 0.02";
 
 fn main() -> anyhow::Result<()> {
-    let stop = stop_on_signals()?;
+    let stop = Stop::on_signals()?;
     say("two hosts, each a network namespace with an agent; the clients are on a third");
     let mut fleet = Fleet::new()?;
     let scratch = fleet.scratch().to_owned();
@@ -190,29 +186,13 @@ fn say(what: &str) {
     println!("==> {what}");
 }
 
-/// Set when the user wants it to end: then everything is cleaned up, as at the end.
-fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.thread_block().context("cannot block signals")?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let set = stop.clone();
-    thread::spawn(move || {
-        if signals.wait().is_ok() {
-            set.store(true, Ordering::Release);
-        }
-    });
-    Ok(stop)
-}
-
 /// Shows what happens until the instance has moved and the peak is over, or all days are.
 fn watch(
     a: &Host,
     b: &Host,
     client: &VerifyingClient,
     load_began: Instant,
-    stop: &AtomicBool,
+    stop: &Stop,
 ) -> anyhow::Result<()> {
     println!(
         "{:>5} {:>3} {:>7} {:>5} {:>18} {:>8} {:>6}  it runs on",
@@ -221,7 +201,7 @@ fn watch(
     let mut moved_on_day = None;
     loop {
         thread::sleep(Duration::from_secs(1));
-        ensure!(!stop.load(Ordering::Acquire), "stopped by the user");
+        stop.check()?;
         let at = load_began.elapsed();
         let day = PATTERN.day_at(at);
         let moved = !a.has_instance("redis")?;
