@@ -7,9 +7,9 @@ use nix::sys::signal::Signal;
 use rswap_tests::{Fleet, Host, HostOptions, binary, heartbeat, long_way::LongWay, reason_to_skip, wait_for};
 
 const NAME: &str = "memcheck";
-/// Nothing of it can be compressed, so that it takes a while.
+/// Enough that a part of it is still under way when something happens.
 const MIB_PER_THREAD: &str = "128";
-/// One connection takes seconds for it: its buffer is sent once in each round trip.
+/// As far as two continents are from each other.
 const ROUND_TRIP: Duration = Duration::from_millis(60);
 /// Longer than a peer may be silent, and the roll-back after it.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -88,9 +88,12 @@ fn a_way_that_is_cut_in_silence_leaves_it_where_it_was() -> anyhow::Result<()> {
     way.cut();
     let reason = migration.end()?.expect_err("it arrived over nothing");
     println!("{reason}");
+    heartbeat::wait_for_more(&scene.log, 20, 20)?;
     // The destination finds out by itself, as nobody can tell it.
-    scene.runs_only(&scene.a, &scene.b)?;
+    wait_for("what has arrived to be gone", LIMIT, || Ok((!scene.b.has_processes()?).then_some(())))?;
+    // How it ended can be told when there is a way again.
     drop(way);
+    scene.runs_only(&scene.a, &scene.b)?;
     scene.there_and_back()
 }
 

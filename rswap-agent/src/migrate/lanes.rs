@@ -29,14 +29,11 @@ const HEADER: usize = 4;
 
 /// What one engine sends per second at most, in bytes: above, further lanes have nothing to carry. Compressing is what bounds it.
 const PACE_BYTES_PER_S: f64 = 512.0 * (1 << 20) as f64;
-/// The part of a socket's buffer that is payload under way; the rest is what the kernel keeps with it
-/// (`tcp_adv_win_scale` of ip-sysctl.rst), and what the peer has not acknowledged yet.
-const UNDER_WAY: f64 = 0.5;
-
 /// How many lanes make a migration as fast as its engine, over a way with this round trip, where a connection's buffer is
 /// at most `buffer_bytes`. 1 is no lane but the connection itself.
 pub fn worth_while(round_trip: Duration, buffer_bytes: u64) -> u8 {
-    let per_lane = buffer_bytes as f64 * UNDER_WAY / round_trip.as_secs_f64();
+    // In a round trip no more is sent than is kept until it is acknowledged.
+    let per_lane = buffer_bytes as f64 / round_trip.as_secs_f64();
     // As a float's cast goes: no number is 0, and too large ones are the largest.
     ((PACE_BYTES_PER_S / per_lane).ceil() as u8).clamp(1, MAX_LANES)
 }
@@ -96,8 +93,9 @@ impl Spread {
 
     fn send_chunk(&mut self) -> io::Result<()> {
         let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK_BYTES));
-        let lane = &mut self.lanes[self.next];
-        self.next = (self.next + 1) % self.lanes.len();
+        let turn = self.next;
+        self.next = (turn + 1) % self.lanes.len();
+        let lane = &mut self.lanes[turn];
         lane.chunks.send(chunk).map_err(|_| lane.failure())
     }
 }
@@ -336,8 +334,8 @@ mod tests {
         let lanes = |us, bytes| worth_while(Duration::from_micros(us), bytes);
         assert_eq!(lanes(100, 4 << 20), 1);
         assert_eq!(lanes(3_000, 4 << 20), 1);
-        assert_eq!(lanes(8_000, 4 << 20), 3);
-        assert_eq!(lanes(20_000, 4 << 20), 6);
+        assert_eq!(lanes(10_000, 4 << 20), 2);
+        assert_eq!(lanes(20_000, 4 << 20), 3);
         assert_eq!(lanes(200_000, 4 << 20), MAX_LANES);
         // What the kernel did not say is no reason for any.
         assert_eq!(lanes(0, 4 << 20), 1);

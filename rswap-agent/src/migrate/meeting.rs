@@ -4,10 +4,12 @@ use std::{
     collections::{BTreeMap, HashMap},
     io::{self, Read, Write},
     net::SocketAddr,
+    panic::resume_unwind,
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{Receiver, SyncSender, sync_channel},
     },
+    thread,
     time::Instant,
 };
 
@@ -22,6 +24,8 @@ use super::{
     probe,
 };
 use crate::sys;
+
+const _: () = assert!(MAX_LANES as u32 <= u8::BITS);
 
 /// Bytes that a connection's buffer grows to, where the kernel doesn't say.
 const USUAL_BUFFER_BYTES: u64 = 4 << 20;
@@ -77,10 +81,18 @@ impl<'a> Departing<'a> {
 
 impl Widen for Departing<'_> {
     fn make_lanes(&mut self, id: MigrationId) -> u8 {
-        for number in 0..self.lanes() {
-            match self.make_lane(id, number) {
+        // At once: each takes some round trips, and these are long.
+        let made: Vec<_> = thread::scope(|scope| {
+            let this = &*self;
+            let making: Vec<_> =
+                (0..self.lanes()).map(|number| scope.spawn(move || this.make_lane(id, number))).collect();
+            making.into_iter().map(|lane| lane.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        });
+        for (lane, number) in made.into_iter().zip(0..) {
+            match lane {
                 Ok(link) => self.made.push(link),
                 Err(error) => {
+                    // Those behind it would be in another place than the destination has them.
                     tracing::warn!(%id, number, %error, "a lane could not be made: the migration goes on with fewer");
                     break;
                 }
@@ -128,15 +140,15 @@ struct Expecting {
     /// Who sends it, and so its lanes; nobody has shown who it is where links are in the clear.
     peer: Option<Name>,
     lanes: SyncSender<(u8, Link)>,
-    /// The number of the next one.
-    next: u8,
+    /// Which of them have come, a bit each.
+    come: u8,
 }
 
 impl Meeting {
     /// A migration whose lanes may come from now on, by `link`'s `peer` only. Nothing waits past `deadline`.
     pub fn arriving(&self, id: MigrationId, link: Link, peer: Option<Name>, deadline: Instant) -> Arriving {
         let (sender, lanes) = sync_channel(usize::from(MAX_LANES));
-        let expecting = Expecting { peer, lanes: sender, next: 0 };
+        let expecting = Expecting { peer, lanes: sender, come: 0 };
         // An id that is here already is refused by the ledger; the one that came first keeps its place.
         let fresh = !self.lock().contains_key(&id);
         if fresh {
@@ -170,10 +182,11 @@ impl Meeting {
             match expected.get_mut(&id) {
                 // Who isn't its source learns no more than who guesses.
                 Some(of) if of.peer.as_ref() == peer => {
-                    if number != of.next || number >= MAX_LANES {
-                        return Err((link, refused("this lane is not the next one")));
-                    }
-                    of.next += 1;
+                    let bit = 1_u8.checked_shl(number.into()).filter(|bit| of.come & bit == 0);
+                    let Some(bit) = bit else {
+                        return Err((link, refused("there is no such lane, or it has come")));
+                    };
+                    of.come |= bit;
                     of.lanes.clone()
                 }
                 _ => return Err((link, refused("no such migration arrives here"))),
@@ -225,7 +238,7 @@ impl Arriving {
 
 impl Gather for Arriving {
     fn gather(&mut self, lanes: u8) -> io::Result<()> {
-        // Each comes on a thread of its own, and one more than is used may have been answered.
+        // Each comes on a thread of its own, and more than are used may have been answered.
         let mut links = BTreeMap::new();
         while links.len() < usize::from(lanes) {
             match self.lanes.recv_timeout(left(self.deadline, SILENCE)?) {

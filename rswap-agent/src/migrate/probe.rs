@@ -28,8 +28,10 @@ pub(super) fn join(
     id: MigrationId,
     number: u8,
 ) -> Result<(), MigrateError> {
-    greet(stream)?;
+    // Both at once: the way is long. The other speaks our version, or nothing would have been accepted.
+    hello(stream)?;
     send(stream, Tag::Join, &wire::write_join(id, number))?;
+    their_hello(stream)?;
     let accepted = expect(stream, Tag::Accept)?;
     match wire::parse_id(Tag::Accept, &accepted) {
         Ok(accepted) if accepted == id => Ok(()),
@@ -38,7 +40,15 @@ pub(super) fn join(
 }
 
 fn greet(stream: &mut (impl Read + Write)) -> Result<(), MigrateError> {
-    send(stream, Tag::Hello, &postcard::to_stdvec(&Hello::ours()).unwrap_or_default())?;
+    hello(stream)?;
+    their_hello(stream)
+}
+
+fn hello(stream: &mut impl Write) -> Result<(), MigrateError> {
+    send(stream, Tag::Hello, &postcard::to_stdvec(&Hello::ours()).unwrap_or_default())
+}
+
+fn their_hello(stream: &mut impl Read) -> Result<(), MigrateError> {
     let theirs =
         postcard::from_bytes(&expect(stream, Tag::Hello)?).map_err(|_| broken("a malformed Hello".into()))?;
     wire::negotiate(&Hello::ours(), &theirs).map(drop).map_err(broken)

@@ -25,8 +25,8 @@ struct Cli {
     /// Round trips, in milliseconds; 0 is a cable between the hosts
     #[arg(long, value_delimiter = ',', default_values_t = [0, 5, 20, 80])]
     round_trips_ms: Vec<u64>,
-    /// Memory of the instance, in MiB; nothing of it can be compressed
-    #[arg(long, default_value_t = 256)]
+    /// Memory of the instance, in MiB
+    #[arg(long, default_value_t = 1024)]
     mib: u64,
     /// Connections of the second kind; as many as the way is worth if not set
     #[arg(long)]
@@ -45,6 +45,8 @@ struct Case {
     several_ms: f64,
     one_freeze_ms: f64,
     several_freeze_ms: f64,
+    /// Sent by one of those over several connections.
+    mb_sent: f64,
     /// How many times as fast.
     ratio: f64,
 }
@@ -113,6 +115,7 @@ fn measure(cli: &Cli, round_trip_ms: u64) -> anyhow::Result<Case> {
         several_ms,
         one_freeze_ms: of(&of_one, &freeze),
         several_freeze_ms: of(&of_several, &freeze),
+        mb_sent: of(&of_several, &|report| report.bytes_sent as f64 / 1e6),
         ratio: one_ms / several_ms,
     })
 }
@@ -133,8 +136,11 @@ fn there_and_back(
     there.migrate("case", &here.migrate_address())?.succeed()?;
     here.wait_for_instance("case")?;
     println!(
-        "  {round_trip_ms} ms: {} streams, {} ms, still {:.1} ms",
-        report.streams, report.duration_ms, report.unavailability_ms
+        "  {round_trip_ms} ms: {} streams, {} ms, still {:.1} ms, {} MB sent",
+        report.streams,
+        report.duration_ms,
+        report.unavailability_ms,
+        report.bytes_sent / 1_000_000
     );
     Ok(report)
 }

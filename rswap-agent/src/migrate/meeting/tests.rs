@@ -198,9 +198,9 @@ fn a_lane_of_nothing_and_a_stranger_s_are_turned_away() {
     for (id, number, peer) in [(MigrationId(8), 0, Some("a")), (id, 0, Some("b")), (id, 0, None)] {
         assert_eq!(join(id, number, peer), Err(unknown.clone()), "{peer:?} learns something");
     }
-    assert!(join(id, 1, Some("a")).is_err(), "not the next one");
-    for number in 0..MAX_LANES {
+    for number in (0..MAX_LANES).rev() {
         join(id, number, Some("a")).expect("it is expected");
+        assert!(join(id, number, Some("a")).is_err(), "twice the same");
     }
     assert!(join(id, MAX_LANES, Some("a")).is_err(), "more than there may be");
     drop(arriving);
