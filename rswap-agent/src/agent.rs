@@ -72,7 +72,7 @@ use crate::{
 pub const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long callers may take to read their last answers.
-const CALLERS_WITHIN: Duration = Duration::from_secs(2);
+const CALLERS_WITHIN: Duration = Duration::from_secs(3);
 
 /// How often the journals are looked at for what is owed.
 const RECOVER_EVERY: Duration = Duration::from_millis(500);
@@ -304,7 +304,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
     stop.send_replace(true);
     let served = async {
         for server in [serving_status, serving_control] {
-            if let Ok(Err(error)) = server.await {
+            if let Err(error) = server.await {
                 tracing::warn!(%error, "a server ended badly");
             }
         }

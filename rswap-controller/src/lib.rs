@@ -21,10 +21,11 @@ mod roll_routes;
 mod rolling;
 mod routes;
 mod server;
-mod serving;
 pub mod spool;
 mod state;
+mod views;
 mod writer;
 
 pub use peer::{Peer, Who};
+pub use routes::document;
 pub use server::{Address, AddressError, Controller, ControllerError, Settings, Stores, serve, serve_at};

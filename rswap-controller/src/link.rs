@@ -1,17 +1,14 @@
 //! The agent's end of a connection: HTTP/1.1 over whatever stream a [`Connect`] gives.
 
-use std::{
-    borrow::Cow, fmt, future::Future, io, net::SocketAddr, pin::Pin, str::FromStr, sync::Arc, time::Duration,
-};
+use std::{fmt, future::Future, io, net::SocketAddr, pin::Pin, str::FromStr, sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
-use problem_details::ProblemDetails;
+use rswap_http::{ApiError, serving::Stream};
 use rswap_trust::{Credentials, Name, Role, Rule, asynchronous};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
     net::{TcpStream, UnixStream},
     time::timeout,
 };
@@ -26,10 +23,6 @@ const ADDRESS_WITHIN: Duration = Duration::from_millis(1_500);
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// An answer that is longer is none of a controller.
 const LONGEST_ANSWER_BYTES: usize = 64 << 20;
-
-/// Both ways.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
 
 /// A stream that is being made.
 pub type Connecting<'a> = Pin<Box<dyn Future<Output = io::Result<Box<dyn Stream>>> + Send + 'a>>;
@@ -243,14 +236,6 @@ pub enum LinkError {
     },
 }
 
-/// What rswap's problem details (RFC 9457) say beside the members of the standard.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Hint {
-    /// What to do about it.
-    #[serde(default)]
-    pub(crate) hint: Cow<'static, str>,
-}
-
 /// GET, or POST where there is a `body`; JSON both ways.
 ///
 /// # Errors
@@ -285,10 +270,8 @@ pub async fn call<T: DeserializeOwned>(
         let bytes = bytes.map_err(|error| answer(error.to_string()))?.to_bytes();
         connection.abort();
         if !status.is_success() {
-            let error = match serde_json::from_slice::<ProblemDetails<Hint>>(&bytes) {
-                Ok(ProblemDetails { detail: Some(detail), extensions: Hint { hint }, .. }) => {
-                    format!("{detail}: {hint}")
-                }
+            let error = match serde_json::from_slice::<ApiError>(&bytes) {
+                Ok(error) if !error.detail.is_empty() => error.to_string(),
                 _ => String::from_utf8_lossy(&bytes[..bytes.len().min(200)]).into_owned(),
             };
             let (path, status) = (path.to_owned(), status.as_u16());

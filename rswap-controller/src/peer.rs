@@ -3,6 +3,7 @@
 use std::fmt;
 
 use rswap_fleet::HostName;
+use rswap_http::serving::Caller;
 use rswap_trust::{Identity, Name, Role};
 
 /// The other end, as far as the transport vouches for it.
@@ -77,6 +78,20 @@ impl Peer {
             Who::Own => true,
             Who::Agent(_) => false,
             Who::Operator { operates, .. } => operates,
+        }
+    }
+}
+
+impl Caller for Peer {
+    fn from(&self) -> String {
+        self.from.clone()
+    }
+
+    fn counted_as(&self) -> Option<String> {
+        match &self.who {
+            Who::Own => None,
+            Who::Agent(name) => Some(format!("agent {name}")),
+            Who::Operator { name, .. } => Some(format!("operator {name}")),
         }
     }
 }

@@ -12,11 +12,13 @@ use rswap_fleet::{
 use rswap_store::{Member, StoreError};
 use rswap_types::{PoolState, UnixMillis};
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use crate::{server::Controller, state::State};
 
 /// What somebody has decided about a host of the roll.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[schema(as = RollDecision)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Decision {
     /// It is empty, and has been worked on.

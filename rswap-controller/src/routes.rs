@@ -1,9 +1,9 @@
 //! The controller's HTTP.
 
-use std::{sync::Arc, time::Instant};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     body::Bytes,
     extract::{
         ConnectInfo, DefaultBodyLimit, Query, State,
@@ -11,25 +11,26 @@ use axum::{
     },
     http::{StatusCode, header},
     middleware,
-    response::{IntoResponse, Response},
-    routing::{get, post},
+    response::IntoResponse,
 };
-use problem_details::ProblemDetails;
 use rswap_fleet::{
     HostName,
     report::{self, Answer, Envelope, Limits, ReportError},
 };
-use rswap_store::{Member, StoreError};
+use rswap_http::{ApiError, openapi};
+use rswap_plan::Plan;
+use rswap_store::StoreError;
 use rswap_types::{InstanceName, UnixMillis};
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
+use utoipa::{IntoParams, OpenApi, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    Peer, Who, gate,
-    link::Hint,
-    metrics, roll_routes,
+    Peer, Who, gate, metrics, roll_routes,
+    roll_routes::unwilling,
     server::Controller,
+    views::{Amounts, HostView, InstanceView, KnownPart, Orders, Row, Status},
     writer::{Handed, Writer, chain},
 };
 
@@ -42,84 +43,89 @@ pub(crate) struct Shared {
     writer: Writer,
 }
 
-/// How every error is answered, as by an agent.
-pub(crate) struct Refusal {
-    status: StatusCode,
-    error: String,
-    hint: &'static str,
-    /// When it can be tried again, in seconds from now.
-    retry_after_s: Option<u64>,
+/// The store has failed.
+pub(crate) fn store_failed(error: &StoreError) -> ApiError {
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, chain(error), "see the controller's log")
 }
 
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        let details = ProblemDetails::from_status_code(self.status).with_detail(self.error);
-        let details = details.with_extensions(Hint { hint: self.hint.into() });
-        let kind = [(header::CONTENT_TYPE, "application/problem+json")];
-        let mut response = (self.status, kind, Json(details)).into_response();
-        if let Some(seconds) = self.retry_after_s {
-            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
-        }
-        response
-    }
+/// A controller's HTTP.
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "rswap controller",
+    description = "What a fleet's controller tells, and is told: at its unix socket `fleet.socket` by root and its own user, at \
+                   `fleet.listen` over TLS with certificates at both ends, by operators, and by agents, which may report and nothing else. \
+                   Times are milliseconds since the Unix epoch, other units are in the names or with them. Members are added, not renamed \
+                   or removed: whoever reads an answer leaves out what it does not know. docs/api.md says more."
+))]
+struct Api;
+
+/// The routes by who may call them: to look, to say what is wanted, to report.
+fn described() -> [OpenApiRouter<Shared>; 3] {
+    let looks = OpenApiRouter::with_openapi(Api::openapi())
+        .routes(routes!(status))
+        .routes(routes!(hosts))
+        .routes(routes!(instances))
+        .routes(routes!(plan))
+        .routes(routes!(orders))
+        .routes(routes!(model))
+        .routes(routes!(history))
+        .routes(routes!(roll_routes::show))
+        .routes(routes!(openmetrics))
+        .routes(routes!(openapi::document))
+        .merge(rswap_dashboard::routes(rswap_dashboard::Of::Controller));
+    let operates = OpenApiRouter::new()
+        .routes(routes!(drain))
+        .routes(routes!(roll_routes::begin))
+        .routes(routes!(roll_routes::decide))
+        .routes(routes!(roll_routes::end));
+    [looks, operates, OpenApiRouter::new().routes(routes!(take_report))]
 }
 
-impl Refusal {
-    pub(crate) fn new(status: StatusCode, error: impl Into<String>, hint: &'static str) -> Self {
-        Self { status, error: error.into(), hint, retry_after_s: None }
-    }
-
-    /// For people.
-    pub(crate) fn error(&self) -> &str {
-        &self.error
-    }
-
-    pub(crate) fn store(error: &StoreError) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, chain(error), "see the controller's log")
-    }
+/// All routes as an OpenAPI document.
+pub fn document() -> serde_json::Value {
+    let [looks, operates, reports] = described();
+    openapi::finished(looks.merge(operates).merge(reports).get_openapi())
 }
 
 /// The routes; reports go to `writer`.
 pub(crate) fn router(controller: Arc<Controller>, writer: Writer) -> Router {
-    let looks = Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/hosts", get(hosts))
-        .route("/v1/instances", get(instances))
-        .route("/v1/plan", get(plan))
-        .route("/v1/orders", get(orders))
-        .route("/v1/model", get(model))
-        .route("/v1/history", get(history))
-        .route("/v1/roll", get(roll_routes::show))
-        .route("/metrics", get(openmetrics))
-        .merge(rswap_dashboard::routes(rswap_dashboard::Of::Controller))
-        .route_layer(middleware::from_fn(gate::look));
-    let operates = Router::new()
-        .route("/v1/drain", post(drain))
-        .route("/v1/roll", post(roll_routes::begin))
-        .route("/v1/roll/decide", post(roll_routes::decide))
-        .route("/v1/roll/end", post(roll_routes::end))
-        .route_layer(middleware::from_fn_with_state(controller.clone(), gate::operate));
-    let reports =
-        Router::new().route("/v1/report", post(take_report)).route_layer(middleware::from_fn(gate::report));
-    looks
-        .merge(operates)
-        .merge(reports)
+    let [looks, operates, reports] = described();
+    let operating = middleware::from_fn_with_state(controller.clone(), gate::operate);
+    let looks = looks.route_layer(middleware::from_fn(gate::look));
+    let all = looks
+        .merge(operates.route_layer(operating))
+        .merge(reports.route_layer(middleware::from_fn(gate::report)));
+    let (router, api) = all.split_for_parts();
+    router
+        .layer(Extension(openapi::Document::new(&openapi::finished(&api))))
         .layer(DefaultBodyLimit::max(controller.settings.limits.body_bytes))
         .fallback(|| async {
-            Refusal::new(
-                StatusCode::NOT_FOUND,
-                "there is no such route",
-                "the routes are listed in docs/api.md",
-            )
+            let hint = "the routes are listed in docs/api.md, and in /v1/openapi.json";
+            ApiError::new(StatusCode::NOT_FOUND, "there is no such route", hint)
         })
         .with_state(Shared { controller, writer })
 }
 
+/// Take an agent's reports
+///
+/// When it is answered, all of them are on the disk.
+#[utoipa::path(
+    post,
+    path = "/v1/report",
+    request_body = Envelope,
+    responses(
+        (status = 200, description = "They are stored; what others have taught, and what to do", body = Answer),
+        (status = 409, description = "They are of another version: kept until there is a controller of that one", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "They can never be taken, or have more than `fleet.limits` allows", body = ApiError, content_type = "application/problem+json"),
+        (status = 429, description = "The host reports too often: `Retry-After` says when it can be taken, in seconds", body = ApiError, content_type = "application/problem+json", headers(("Retry-After" = u64, description = "In seconds from now"))),
+        (status = 503, description = "The controller is ending: send it again", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn take_report(
     State(Shared { controller, writer }): State<Shared>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Json<Answer>, Refusal> {
+) -> Result<Json<Answer>, ApiError> {
     let limits = &controller.settings.limits;
     let body = body.map_err(|rejection| unread(&rejection, limits))?;
     // Before anything is made of it. Of who comes by the socket it is known by what it says, below.
@@ -128,23 +134,23 @@ async fn take_report(
     }
     let same = "use an agent and a controller of the same version";
     // What can't be taken now can't be taken later: the agent sets it aside.
-    let never = |error: String| Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error, same);
+    let never = |error: String| ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, error, same);
     // But for this: a controller of that version can take it, and the agent keeps it until there is one.
-    let other_version = |error: String| Refusal::new(StatusCode::CONFLICT, error, same);
+    let other_version = |error: String| ApiError::new(StatusCode::CONFLICT, error, same);
     let envelope: Envelope = serde_json::from_slice(&body).map_err(|error| match foreign_version(&body) {
         Some(version) => other_version(ReportError::Version(version).to_string()),
         None => never(format!("the report can't be read: {error}")),
     })?;
     drop(body);
     let host = check(&envelope, &peer, limits).map_err(|error| match error {
-        ReportError::Many(..) => Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string(), BOUNDS),
+        ReportError::Many(..) => ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string(), BOUNDS),
         ReportError::Version(_) => other_version(error.to_string()),
         ReportError::Foreign(..) => {
             tracing::warn!(from = peer.from, %error, "a report was refused");
             controller.with_state(|state| state.counts.reports_foreign += 1);
             let hint =
                 "an agent reports for the host that its certificate names: agent.host must be the same";
-            Refusal::new(StatusCode::FORBIDDEN, error.to_string(), hint)
+            ApiError::new(StatusCode::FORBIDDEN, error.to_string(), hint)
         }
         error => never(error.to_string()),
     })?;
@@ -155,11 +161,11 @@ async fn take_report(
     controller.with_rates(|rates| rates.brought(&host, reports.len(), Instant::now()));
     let last = reports.last().map_or(0, |report| report.sequence);
     let (stored, answer) = oneshot::channel();
-    let gone = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the controller is ending", "send it again");
+    let gone = || ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the controller is ending", "send it again");
     let handed = Handed { reports, lessons, host: host.clone(), stored };
     writer.send(handed).await.map_err(|_| gone())?;
     answer.await.map_err(|_| gone())?.map_err(|error| {
-        Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error, "see the controller's log; send it again")
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error, "see the controller's log; send it again")
     })?;
     Ok(Json(controller.with_state(|state| {
         let (lessons, knows) = state.model.for_host(&host, (leads.0, &leads.1), knows, PARTS_TOLD);
@@ -169,29 +175,28 @@ async fn take_report(
 }
 
 /// Whether this member may report again already.
-fn in_time(controller: &Controller, host: &HostName) -> Result<(), Refusal> {
+fn in_time(controller: &Controller, host: &HostName) -> Result<(), ApiError> {
     let wait = controller.with_rates(|rates| rates.take(host, Instant::now()));
     let Err(wait) = wait else { return Ok(()) };
     controller.with_state(|state| state.counts.reports_hasty += 1);
     let per_s = controller.settings.limits.reports_per_s;
     let error =
         format!("host {host} reports more often than {per_s} times a second (fleet.limits.reports_per_s)");
-    let mut refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, error, BOUNDS);
-    refusal.retry_after_s = Some(wait.as_secs_f64().ceil().max(1.0) as u64);
-    Err(refusal)
+    let seconds = wait.as_secs_f64().ceil().max(1.0) as u64;
+    Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, error, BOUNDS).after(seconds))
 }
 
 const BOUNDS: &str = "what a controller takes of a host is bounded by its configuration: [fleet.limits]";
 
 /// Why a body could not be read.
-fn unread(rejection: &BytesRejection, limits: &Limits) -> Refusal {
+fn unread(rejection: &BytesRejection, limits: &Limits) -> ApiError {
     let status = rejection.status();
     if status == StatusCode::PAYLOAD_TOO_LARGE {
         let error = format!("the body has more than {} bytes (fleet.limits.body_mib)", limits.body_bytes);
-        return Refusal::new(status, error, BOUNDS);
+        return ApiError::new(status, error, BOUNDS);
     }
     let error = format!("cannot read the request's body: {}", rejection.body_text());
-    Refusal::new(status, error, "send it again")
+    ApiError::new(status, error, "send it again")
 }
 
 /// What every version's envelope has.
@@ -236,123 +241,102 @@ fn check(envelope: &Envelope, peer: &Peer, limits: &Limits) -> Result<HostName, 
     }
 }
 
-async fn status(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
+/// How the controller is
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, description = "How it is", body = Status)))]
+async fn status(State(Shared { controller, .. }): State<Shared>) -> Json<Status> {
     let now = UnixMillis::now();
-    let interval_ms = controller.settings.interval_ms;
-    Json(controller.with_state(|state| {
-        let away =
-            state.inventory.hosts().keys().filter(|host| state.inventory.is_away(host, interval_ms, now));
-        json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "life": controller.life,
-            "mode": if controller.settings.acts { "act" } else { "observe" },
-            "at": now,
-            "uptime_ms": now.since(controller.started),
-            "interval_ms": interval_ms,
-            "members": state.members.len(),
-            "hosts": state.inventory.hosts().len(),
-            "hosts_away": away.count(),
-            "instances": state.inventory.instances().count(),
-            "unclear": state.inventory.unclear().map(|(host, local, instance)| {
-                json!({ "host": host, "local": local, "instance": instance })
-            }).collect::<Vec<_>>(),
-            "orders_waiting": state.book.waiting().count(),
-            "counts": state.counts,
-        })
-    }))
+    Json(controller.with_state(|state| Status::of(&controller, state, now)))
 }
 
-async fn hosts(State(Shared { controller, .. }): State<Shared>) -> Result<Json<serde_json::Value>, Refusal> {
+/// The hosts of the fleet
+#[utoipa::path(get, path = "/v1/hosts", responses((status = 200, description = "All, by name", body = [HostView])))]
+async fn hosts(State(Shared { controller, .. }): State<Shared>) -> Result<Json<Vec<HostView>>, ApiError> {
     let now = UnixMillis::now();
     let mut shown = controller.with_state(|state| {
-        let host = |(name, member): (&HostName, &Member)| {
-            let known = state.inventory.hosts().get(name);
-            let value = json!({
-                "host": name,
-                "joined": member.joined,
-                "drained": member.drained,
-                "away": state.inventory.is_away(name, controller.settings.interval_ms, now),
-                "heard": known.map(|host| host.heard),
-                "acts": known.map(|host| host.acts),
-                "address": known.and_then(|host| host.address),
-                "instances": known.map_or(0, |host| host.instances.len()),
-                "running": known.map(|host| &host.running),
-                "pools": known.map(|host| &host.pools),
-                "whole": known.and_then(|host| host.whole()),
-                "links": known.map(|host| &host.links),
-            });
-            (name.clone(), value)
-        };
+        let host = |(name, member)| HostView::of(name, member, state, controller.settings.interval_ms, now);
         state.members.iter().map(host).collect::<Vec<_>>()
     });
-    for (name, value) in &mut shown {
-        let received = controller.stores.history.received(name).map_err(|error| Refusal::store(&error))?;
-        value["reports"] = json!({
-            "taken": received.taken, "skipped": received.skipped, "repeated": received.repeated,
-        });
+    for host in &mut shown {
+        let received =
+            controller.stores.history.received(&host.host).map_err(|error| store_failed(&error))?;
+        host.reports = (&received).into();
     }
-    Ok(Json(shown.into_iter().map(|(_, value)| value).collect()))
+    Ok(Json(shown))
 }
 
-async fn instances(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
+/// What runs in the fleet
+#[utoipa::path(get, path = "/v1/instances", responses((status = 200, description = "All, by name", body = [InstanceView])))]
+async fn instances(State(Shared { controller, .. }): State<Shared>) -> Json<Vec<InstanceView>> {
     Json(controller.with_state(|state| {
-        let instance = |(name, placed)| {
-            let report = state.inventory.report(placed);
-            json!({
-                "instance": name,
-                "host": placed.host,
-                "local": placed.local,
-                "since": state.owners.get(name).map(|owner| owner.since),
-                "kin": report.map(|report| &report.kin),
-                "labels": report.map(|report| &report.view.labels),
-                "cores": report.map(|report| report.view.cores),
-                "resident_bytes": report.map(|report| report.view.resident_bytes),
-                "demand": report.map(|report| &report.view.demand),
-            })
-        };
-        state.inventory.instances().map(instance).collect()
+        state.inventory.instances().map(|(name, placed)| InstanceView::of(name, placed, state)).collect()
     }))
 }
 
-async fn plan(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
-    Json(controller.with_state(|state| json!(state.plan)))
+/// The last plan of the fleet; its pools are hosts
+#[utoipa::path(get, path = "/v1/plan", responses((status = 200, description = "The plan", body = Plan)))]
+async fn plan(State(Shared { controller, .. }): State<Shared>) -> Json<Plan> {
+    Json(controller.with_state(|state| state.plan.clone()))
 }
 
-async fn orders(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
-    Json(controller.with_state(
-        |state| json!({ "waiting": state.book.waiting().collect::<Vec<_>>(), "ended": state.outcomes }),
-    ))
+/// Orders that wait for an outcome, and the last ones that have one
+#[utoipa::path(get, path = "/v1/orders", responses((status = 200, description = "The orders", body = Orders)))]
+async fn orders(State(Shared { controller, .. }): State<Shared>) -> Json<Orders> {
+    Json(controller.with_state(|state| Orders {
+        waiting: state.book.waiting().cloned().collect(),
+        ended: state.outcomes.iter().cloned().collect(),
+    }))
 }
 
-async fn model(State(Shared { controller, .. }): State<Shared>) -> Json<serde_json::Value> {
+/// Of how many hosts and series something is known
+#[utoipa::path(get, path = "/v1/model", responses((status = 200, description = "Per part", body = [KnownPart])))]
+async fn model(State(Shared { controller, .. }): State<Shared>) -> Json<Vec<KnownPart>> {
     Json(controller.with_state(|state| {
         let known = state.model.known();
-        known.map(|(part, hosts, series)| json!({ "part": part, "hosts": hosts, "series": series })).collect()
+        known.map(|(part, hosts, series)| KnownPart { part: part.clone(), hosts, series }).collect()
     }))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct HistoryOf {
+    /// Which.
     instance: InstanceName,
+    /// Only what ended then or later, in milliseconds since the Unix epoch.
     #[serde(default)]
     from: u64,
+    /// Only what ended before, in milliseconds since the Unix epoch.
     to: Option<u64>,
+    /// How fine: 0 is a row per report, 1 per minute, 2 per hour.
     #[serde(default)]
     tier: usize,
 }
 
+/// What an instance used, on all hosts that it was on
+#[utoipa::path(
+    get,
+    path = "/v1/history",
+    params(HistoryOf),
+    responses(
+        (status = 200, description = "Oldest first", body = [Row]),
+        (status = 404, description = "There is no such instance in the fleet", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn history(
     State(Shared { controller, .. }): State<Shared>,
     query: Result<Query<HistoryOf>, QueryRejection>,
-) -> Result<Json<serde_json::Value>, Refusal> {
+) -> Result<Json<Vec<Row>>, ApiError> {
     let Query(HistoryOf { instance, from, to, tier }) = query.map_err(|rejection| {
         let error = format!("cannot read the query: {}", rejection.body_text());
-        Refusal::new(StatusCode::BAD_REQUEST, error, "ask for /v1/history?instance=NAME&from=MS&to=MS&tier=0")
+        ApiError::new(
+            StatusCode::BAD_REQUEST,
+            error,
+            "ask for /v1/history?instance=NAME&from=MS&to=MS&tier=0",
+        )
     })?;
-    let owner = controller.stores.ownership.owner(&instance).map_err(|error| Refusal::store(&error))?;
+    let owner = controller.stores.ownership.owner(&instance).map_err(|error| store_failed(&error))?;
     let owner = owner.ok_or_else(|| {
         let error = format!("there is no instance {instance} in the fleet");
-        Refusal::new(StatusCode::NOT_FOUND, error, "see /v1/instances")
+        ApiError::new(StatusCode::NOT_FOUND, error, "see /v1/instances")
     })?;
     let mut on: Vec<_> = owner.before.clone();
     on.push((owner.host, owner.local));
@@ -365,56 +349,89 @@ async fn history(
             rswap_store::Query { host: host.clone(), instance: local, from: UnixMillis(from), to, tier };
         let found = controller.stores.history.read(&query).map_err(|error| match error {
             StoreError::Tier(..) => {
-                Refusal::new(StatusCode::BAD_REQUEST, error.to_string(), "the finest is tier 0")
+                ApiError::new(StatusCode::BAD_REQUEST, error.to_string(), "the finest is tier 0")
             }
-            error => Refusal::store(&error),
+            error => store_failed(&error),
         })?;
         rows.extend(found.into_iter().map(|(at, used)| (at, host.clone(), used)));
     }
     rows.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
-    let rows = rows.into_iter().map(|(at, host, used)| {
-        let used = used.iter().map(|(resource, sum)| {
-            let value = json!({ "windows": sum.count, "mean": sum.mean(*resource),
-                "most": sum.most as f64 / rswap_fleet::amounts::unit(*resource) });
-            (resource.name().to_owned(), value)
-        });
-        json!({ "at": at, "host": host, "used": used.collect::<serde_json::Map<_, _>>() })
-    });
-    Ok(Json(rows.collect()))
+    let row = |(at, host, used): (_, _, BTreeMap<_, _>)| Row {
+        at,
+        host,
+        used: used.iter().map(|(resource, sum)| (*resource, Amounts::of(*resource, sum))).collect(),
+    };
+    Ok(Json(rows.into_iter().map(row).collect()))
 }
 
-#[derive(Deserialize)]
+/// Whether a host is to be left.
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct DrainRequest {
+    /// Which.
     host: HostName,
+    /// Let it be used again.
     #[serde(default)]
     undo: bool,
 }
 
+/// What is wanted of a host from now on.
+#[derive(Serialize, ToSchema)]
+struct DrainDone {
+    /// Which.
+    host: HostName,
+    /// Whether it is to be left.
+    draining: bool,
+    /// Whether the controller gives orders, or only plans.
+    acts: bool,
+}
+
+/// Empty a host, or let it be used again
+#[utoipa::path(
+    post,
+    path = "/v1/drain",
+    request_body = DrainRequest,
+    responses(
+        (status = 200, description = "It is stored, and will be done", body = DrainDone),
+        (status = 404, description = "There is no such host in the fleet", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "The host is in a roll", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn drain(
     State(Shared { controller, .. }): State<Shared>,
     body: Bytes,
-) -> Result<Json<serde_json::Value>, Refusal> {
+) -> Result<Json<DrainDone>, ApiError> {
     let DrainRequest { host, undo } = read(&body, "send {\"host\": NAME, \"undo\": false}")?;
-    let drained = controller.drain_host(&host, undo).map_err(|error| Refusal::unwilling(&error))?;
+    let drained = controller.drain_host(&host, undo).map_err(|error| unwilling(&error))?;
     drained.ok_or_else(|| {
-        Refusal::new(StatusCode::NOT_FOUND, format!("there is no host {host} in the fleet"), "see /v1/hosts")
+        ApiError::new(StatusCode::NOT_FOUND, format!("there is no host {host} in the fleet"), "see /v1/hosts")
     })?;
-    Ok(Json(json!({ "host": host, "draining": !undo, "acts": controller.settings.acts })))
+    Ok(Json(DrainDone { host, draining: !undo, acts: controller.settings.acts }))
 }
 
 /// The body of a wish.
-pub(crate) fn read<T: serde::de::DeserializeOwned>(body: &Bytes, hint: &'static str) -> Result<T, Refusal> {
+pub(crate) fn read<T: serde::de::DeserializeOwned>(body: &Bytes, hint: &'static str) -> Result<T, ApiError> {
     serde_json::from_slice(body).map_err(|error| {
-        Refusal::new(StatusCode::BAD_REQUEST, format!("cannot read the request: {error}"), hint)
+        ApiError::new(StatusCode::BAD_REQUEST, format!("cannot read the request: {error}"), hint)
     })
 }
 
-async fn openmetrics(State(Shared { controller, .. }): State<Shared>) -> Result<impl IntoResponse, Refusal> {
+/// Metrics for Prometheus and the like
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((
+        status = 200,
+        description = "OpenMetrics text",
+        body = String,
+        content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    ))
+)]
+async fn openmetrics(State(Shared { controller, .. }): State<Shared>) -> Result<impl IntoResponse, ApiError> {
     let now = UnixMillis::now();
     let text = controller.with_state(|state| metrics::encode(&controller, state, now));
     let text = text.map_err(|error| {
-        Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), "see the controller's log")
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), "see the controller's log")
     })?;
     Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text))
 }

@@ -15,6 +15,7 @@ use std::{
 use axum::serve::Listener;
 use rswap_audit::Audit;
 use rswap_fleet::{Inventory, Model, orders::Book, plan::FleetPlanner, report::Limits};
+use rswap_http::serving::{self, Entrance, Limits as ServingLimits};
 use rswap_plan::PlanConfig;
 use rswap_store::{History, Knowledge, Maintenance, Membership, Ownership, Store, StoreError};
 use rswap_types::UnixMillis;
@@ -25,7 +26,6 @@ use crate::{
     door::{self, Door},
     rate::Rates,
     routes,
-    serving::{self, Entrance},
     state::{Counts, State},
     writer::{self, Writer},
 };
@@ -41,6 +41,14 @@ const PLAN_NICE: i32 = 15;
 const ROLL_EVERY: Duration = Duration::from_secs(1);
 /// How often the plan's thread looks whether it is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// What is served: an agent that reports has one connection at a time.
+const SERVED: ServingLimits = ServingLimits {
+    connections: 256,
+    of_one: 8,
+    connection_within: Some(Duration::from_secs(120)),
+    end_within: Duration::from_secs(35),
+};
 
 /// A unix socket of this host, at both ends of which the kernel says who is there. Not loopback: any user of the host can call and
 /// listen there.
@@ -305,15 +313,15 @@ pub async fn serve_at(
 ) -> Result<(), ControllerError> {
     let listen = |source| ControllerError::Listen { address: address.to_string(), source };
     let socket = door::bind(&address.0).await.map_err(listen)?;
-    let mut doors: Vec<Box<dyn Entrance>> = vec![Box::new(socket)];
-    doors.extend(door.map(|door| -> Box<dyn Entrance> { Box::new(door) }));
+    let mut doors: Vec<Box<dyn Entrance<Peer>>> = vec![Box::new(socket)];
+    doors.extend(door.map(|door| -> Box<dyn Entrance<Peer>> { Box::new(door) }));
     serve_through(controller, doors, stop).await;
     Ok(())
 }
 
 async fn serve_through(
     controller: Arc<Controller>,
-    doors: Vec<Box<dyn Entrance>>,
+    doors: Vec<Box<dyn Entrance<Peer>>>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) {
     let (writer, handed): (Writer, _) = writer::channel();
@@ -322,7 +330,7 @@ async fn serve_through(
         let controller = controller.clone();
         thread::spawn(move || controller.rounds())
     };
-    serving::serve(routes::router(controller.clone(), writer), doors, stop, serving::END_WITHIN).await;
+    serving::serve(routes::router(controller.clone(), writer), doors, SERVED, stop).await;
     controller.stopping.store(true, Ordering::Release);
     // Both end by themselves now; a plan may take a while.
     let joined = tokio::task::spawn_blocking(move || (writing.join(), planning.join())).await;

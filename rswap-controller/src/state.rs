@@ -15,6 +15,7 @@ use rswap_plan::Plan;
 use rswap_store::{MOST_BEFORE, Member, Owner, OwnerChange, StoreError};
 use rswap_types::{InstanceName, PoolState, THIS_HOST, UnixMillis};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{metrics::OrderCounts, server::Controller};
 
@@ -44,23 +45,29 @@ pub(crate) struct State {
 }
 
 /// What came of an order.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
+#[schema(as = EndedOrder)]
 pub(crate) struct Ended {
+    /// The order.
     pub(crate) order: Order,
     /// `None`: nobody began it in time.
     pub(crate) outcome: Option<OrderOutcome>,
+    /// When that was known.
     pub(crate) at: UnixMillis,
 }
 
 /// Since the controller's start.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, ToSchema)]
 pub(crate) struct Counts {
+    /// Reports that were taken.
     pub(crate) reports_taken: u64,
     /// Of a host, by the certificate of somebody else.
     pub(crate) reports_foreign: u64,
     /// Calls of members that report more often than they may.
     pub(crate) reports_hasty: u64,
+    /// Parts of lessons that were taken.
     pub(crate) lessons_taken: u64,
+    /// Parts of lessons that were refused.
     pub(crate) lessons_refused: u64,
 }
 

@@ -1,5 +1,6 @@
 //! One thread writes: what has come in while it wrote is the next batch, so that one fsync serves many.
 
+pub(crate) use rswap_http::chain;
 use std::{sync::Arc, thread};
 
 use rswap_fleet::Report;
@@ -102,15 +103,4 @@ fn store(controller: &Controller, batch: Vec<Handed>, unwritten: &mut Unwritten)
             }
         }
     }
-}
-
-/// An error with its causes, as one text.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -12,12 +12,12 @@
 mod local;
 
 use axum::{
-    Router,
+    Extension,
     extract::Path,
     http::{StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
 };
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 pub use local::is_local;
 
@@ -52,10 +52,39 @@ impl Of {
 }
 
 /// `/`, and what the page is made of: `/page/NAME`.
-pub fn routes<S: Clone + Send + Sync + 'static>(of: Of) -> Router<S> {
-    Router::new()
-        .route("/", get(|| async { file("index.html") }))
-        .route("/page/{name}", get(move |Path(name): Path<String>| async move { file(of.named(&name)) }))
+pub fn routes<S: Clone + Send + Sync + 'static>(of: Of) -> OpenApiRouter<S> {
+    OpenApiRouter::new().routes(routes!(page)).routes(routes!(part)).layer(Extension(of))
+}
+
+/// The dashboard: a page that shows the other routes in a browser
+#[utoipa::path(
+    get,
+    path = "/",
+    responses(
+        (status = 200, description = "The page", body = String, content_type = "text/html; charset=utf-8"),
+        (status = 404, description = "This rswap was built without it", body = String, content_type = "text/plain; charset=utf-8")
+    )
+)]
+async fn page() -> Response {
+    file("index.html")
+}
+
+/// What the dashboard is made of: scripts, styles, pictures
+#[utoipa::path(
+    get,
+    path = "/page/{name}",
+    params(("name" = String, Path, description = "The file, as the page names it")),
+    responses(
+        (status = 200, description = "The file", content(
+            (String = "text/javascript; charset=utf-8"),
+            (String = "text/css; charset=utf-8"),
+            (String = "image/svg+xml")
+        )),
+        (status = 404, description = "There is no such file", body = String, content_type = "text/plain; charset=utf-8")
+    )
+)]
+async fn part(Extension(of): Extension<Of>, Path(name): Path<String>) -> Response {
+    file(of.named(&name))
 }
 
 fn file(name: &str) -> Response {

@@ -3,9 +3,10 @@
 use rswap_forecast::Resource;
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Amounts of one resource over some windows. Whole numbers of [`unit`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Sum {
     /// Windows in which it was known.
     pub count: u64,

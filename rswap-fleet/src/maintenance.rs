@@ -19,11 +19,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{HostName, Running};
 
 /// Where a host is in a roll.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "stage")]
 pub enum Stage {
     /// Its turn has not come.

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rswap_forecast::{Lessons, Part, StateError};
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::HostName;
 
@@ -27,7 +28,7 @@ const GROWN: f64 = 0.1;
 pub const REFRESH_MS: u64 = 30 * 60_000;
 
 /// Up to where somebody knows a [`Model`]. `(0, 0)` is nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Revision {
     /// Life of the controller: the count begins anew in each.
     pub life: u64,

@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Longest name, in bytes.
 const LONGEST: usize = 253;
@@ -13,7 +14,7 @@ const LONGEST: usize = 253;
 pub struct HostNameError(pub String);
 
 /// A host's name (`agent.host`): unique in its fleet.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct HostName(String);
 

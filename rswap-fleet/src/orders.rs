@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use rswap_types::{InstanceName, UnixMillis};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::HostName;
 
@@ -19,7 +20,9 @@ pub const SKEW_MS: u64 = 60_000;
 pub const MOST_SUBJECTS: usize = 20_000;
 
 /// Which order: later ones are greater, also those of a later life of the controller.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
+)]
 pub struct Token {
     /// Life of the controller: counts up at each of its starts, and is stored before the first order.
     pub life: u64,
@@ -28,7 +31,7 @@ pub struct Token {
 }
 
 /// What is to be done.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "action")]
 pub enum Action {
     /// Empty a pool of the host (`this-host`: the host), or let it be used again.
@@ -45,12 +48,13 @@ pub enum Action {
         /// To which host.
         to: HostName,
         /// Where that takes migrations.
+        #[schema(value_type = String)]
         address: std::net::SocketAddr,
     },
 }
 
 /// What an action is about: of two orders about one thing, the later one counts.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Subject {
     /// A pool.
@@ -70,7 +74,7 @@ impl Action {
 }
 
 /// An order.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Order {
     /// Which.
     pub token: Token,
@@ -83,7 +87,7 @@ pub struct Order {
 }
 
 /// What became of an order.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct OrderOutcome {
     /// Of which.
     pub token: Token,
@@ -93,7 +97,7 @@ pub struct OrderOutcome {
 }
 
 /// What an order came to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "result")]
 pub enum OrderResult {
     /// It has been carried out.

@@ -6,6 +6,7 @@ use rswap_forecast::{Demand, DemandPoint, Kin, Lessons, Part, Resource, Usage};
 use rswap_plan::InstanceView;
 use rswap_types::{InstanceName, Pool, PoolKind, UnixMillis};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{HostName, Order, OrderOutcome, amounts::Sum, model::Revision};
 
@@ -47,7 +48,7 @@ impl Default for Limits {
 }
 
 /// What a host did since its last report, and how it is now. It is kept until the controller has it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Report {
     /// [`VERSION`].
     pub version: u32,
@@ -62,6 +63,7 @@ pub struct Report {
     /// Whether the agent carries plans and orders out (`agent.mode`).
     pub acts: bool,
     /// Where it takes migrations; `None`: nowhere that others could reach.
+    #[schema(value_type = Option<String>)]
     pub address: Option<SocketAddr>,
     /// What runs there; `None`: an agent that doesn't say.
     #[serde(default)]
@@ -85,7 +87,7 @@ pub struct Report {
 }
 
 /// Which agent it is, and in which run of its host's kernel: another one says that somebody has worked on the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Running {
     /// The agent's version.
     pub version: String,
@@ -94,7 +96,7 @@ pub struct Running {
 }
 
 /// One instance of a report.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct InstanceReport {
     /// How plans see it: its present use, and its forecast of what plans of a fleet look at.
     pub view: InstanceView,
@@ -105,16 +107,17 @@ pub struct InstanceReport {
 }
 
 /// What a migration found of a link.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LinkMeasured {
     /// To where.
+    #[schema(value_type = String)]
     pub to: SocketAddr,
     /// Bytes of memory per second.
     pub bytes_per_s: f64,
 }
 
 /// What is sent: reports, the oldest first, and what is not kept, only current.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Envelope {
     /// The reports, in the order of their sequence.
     pub reports: Vec<Report>,
@@ -129,7 +132,7 @@ pub struct Envelope {
 }
 
 /// What the controller answers when all of an [`Envelope`] is stored.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Answer {
     /// Up to here, all reports of the epoch are stored.
     pub stored: u64,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use rswap_types::{InstanceName, UnixMillis};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
     Demand, DemandPoint, ForecastConfig, Lessons, Prior, Priors, Resource, StateError, Usage, series::Series,
@@ -18,7 +19,7 @@ const REMEMBERED: usize = 500;
 const CLASSMATES: usize = 64;
 
 /// Whom an instance is like: it learns from them, and they from it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Kin {
     /// Its kind.
     pub class: String,

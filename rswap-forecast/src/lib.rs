@@ -37,6 +37,7 @@ mod state;
 mod steered;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use config::ForecastConfig;
 pub use forecaster::{Forecaster, Kin, Observation};
@@ -51,7 +52,7 @@ pub use state::{Lessons, StateError};
 use rswap_types::{InstanceName, UnixMillis};
 
 /// Forecast quantiles, in the resource's unit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Quantiles {
     /// Exceeded in 50 % of windows.
     pub p50: f64,
@@ -64,7 +65,7 @@ pub struct Quantiles {
 }
 
 /// Which of the [`Quantiles`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Quantile {
     /// Exceeded in 50 % of windows.
@@ -90,7 +91,7 @@ impl Quantiles {
 }
 
 /// What one instance will need of one resource, at one horizon.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DemandPoint {
     /// Of what.
     pub resource: Resource,
@@ -103,7 +104,7 @@ pub struct DemandPoint {
 }
 
 /// How much a forecast rests on.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum Evidence {
     /// Fewer outcomes seen than needed to be calibrated: plans must not rest on it.
@@ -123,7 +124,7 @@ pub enum Evidence {
 }
 
 /// The forecast need of one instance.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Demand {
     /// Whose.
     pub instance: InstanceName,

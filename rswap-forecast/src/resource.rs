@@ -1,9 +1,10 @@
 //! What is forecast of an instance, and what it used of it in one window.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// A resource whose need is forecast.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Resource {
     /// CPU, in reference cores.

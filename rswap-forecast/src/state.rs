@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rswap_types::InstanceName;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{ForecastConfig, Forecaster, Priors, Resource, forecaster::Watched};
@@ -44,13 +45,16 @@ pub enum StateError {
 }
 
 /// What instances have taught, per resource.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Lessons {
+    /// Of this format.
     version: u32,
     /// Windows that it was learnt in, in milliseconds.
     pub(crate) window_ms: u64,
     /// Horizons that it was learnt for, in milliseconds.
     pub(crate) horizons_ms: Vec<u64>,
+    /// By resource: what a forecaster of the same version reads, and nobody else.
+    #[schema(value_type = BTreeMap<Resource, Object>)]
     pub(crate) priors: BTreeMap<Resource, Priors>,
 }
 

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use rswap_forecast::{Quantile, Quantiles};
 use rswap_types::{Flow, InstanceName, LatencyPoint, Pool, PoolKind, PoolState, UnixMillis};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use compare::shortfall_share;
 pub(crate) use price::FIXED_S;
@@ -24,7 +25,7 @@ use crate::{
 };
 
 /// A volume of an instance.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VolumeView {
     /// Its name.
     pub name: String,
@@ -39,7 +40,7 @@ pub struct VolumeView {
 }
 
 /// The port of an instance with an address of its own.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PortView {
     /// The link that it is on; `None` = on none that plans know.
     pub pool: Option<String>,
@@ -48,7 +49,7 @@ pub struct PortView {
 }
 
 /// The need that a decision about a volume or a port rests on.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct FlowNeed {
     /// Mean of the medians over the horizon.
     pub expected: Flow,
@@ -65,7 +66,7 @@ pub struct FlowNeed {
 }
 
 /// What a pool has for a volume or a port, and what that needs.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct FlowTerms {
     /// What must be met.
     pub limit: Flow,

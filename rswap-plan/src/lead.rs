@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{Candidate, Decision, MoveKind, Outcome, Planner, flow, memory::Memory, price};
 
@@ -25,7 +26,7 @@ const SHARE: f64 = 0.9;
 const PAIRS: usize = 256;
 
 /// When a move that the need forces has to begin, and what that rests on.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Lead {
     /// Milliseconds until it is needed: the begin of the first window in which the present pool won't be enough.
     pub due_ms: u64,

@@ -33,6 +33,7 @@ mod urgency;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use config::PlanConfig;
 pub use explain::{explain, in_words};
@@ -50,7 +51,7 @@ use rswap_forecast::{Demand, Quantile, Quantiles};
 use rswap_types::{InstanceName, UnixMillis};
 
 /// What to do in this round, and why; every candidate with its numbers is kept.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Plan {
     /// When it was made.
     pub at: UnixMillis,
@@ -59,7 +60,7 @@ pub struct Plan {
 }
 
 /// Which kind of pool a move changes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MoveKind {
     /// Another core set of this host.
@@ -73,7 +74,8 @@ pub enum MoveKind {
 }
 
 /// What the planner needs to know about one instance.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[schema(as = PlannedInstance)]
 pub struct InstanceView {
     /// Which.
     pub instance: InstanceName,
@@ -104,7 +106,7 @@ pub struct InstanceView {
 }
 
 /// The need that a decision rests on, in reference cores and bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NeedUsed {
     /// Mean of the medians over the horizon: what the money is reckoned with.
     pub expected_cores: f64,
@@ -122,7 +124,7 @@ pub struct NeedUsed {
 }
 
 /// One pool, with its numbers for one instance.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Candidate {
     /// Name of the pool.
     pub pool: String,
@@ -142,7 +144,7 @@ pub struct Candidate {
 }
 
 /// What was decided for one instance and one pool kind.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Decision {
     /// For whom.
     pub instance: InstanceName,
@@ -234,7 +236,7 @@ impl Decision {
 }
 
 /// How much memory is written now and in quiet times.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Writing {
     /// Bytes per second now.
     pub bytes_per_s: f64,
@@ -250,7 +252,7 @@ impl Writing {
 }
 
 /// The result of a decision.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "outcome")]
 pub enum Outcome {
     /// It stays where it is.

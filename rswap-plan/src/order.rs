@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{Candidate, Decision, MoveKind, Outcome, StayReason, lead};
 
@@ -36,7 +37,7 @@ impl Change {
 }
 
 /// One move of several, in their order.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Step {
     /// Of which kind.
     pub kind: MoveKind,

@@ -1,6 +1,7 @@
 //! What a move costs: time, bytes, unavailability, and all of it as money.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{Dropped, InstanceView, MoveKind, PlanConfig};
 
@@ -16,7 +17,7 @@ const ROUNDS: i32 = 5;
 const CONVERGES_BELOW: f64 = 0.8;
 
 /// What a move is expected to take, and its price.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MovePrice {
     /// Duration.
     pub seconds: f64,

@@ -4,12 +4,13 @@ use std::fmt;
 
 use rswap_types::{Flow, InstanceName};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// What to do about it.
 const UNMEASURED: &str = "run `rswap calibrate` for it, or configure what it gives";
 
 /// Why an instance stays where it is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "why")]
 pub enum StayReason {
     /// The forecast is not calibrated yet.
@@ -102,7 +103,7 @@ impl fmt::Display for StayReason {
 }
 
 /// Why a pool is out of the question for an instance.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "why")]
 pub enum Dropped {
     /// The pool takes nobody.

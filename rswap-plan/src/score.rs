@@ -13,6 +13,7 @@
 //! price that is configured for a reference core that is missing.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use rswap_forecast::Quantiles;
 use rswap_types::{Pool, PoolKind, SlowdownPoint};
@@ -20,7 +21,7 @@ use rswap_types::{Pool, PoolKind, SlowdownPoint};
 use crate::{NeedUsed, PlanConfig};
 
 /// What a score is made of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Terms {
     /// Expected need, in cores of this pool.
     pub expected_cores: f64,

@@ -3,6 +3,7 @@
 use rswap_forecast::Resource;
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{Decision, InstanceView, MoveKind, Outcome, Planner, compare::Round, need};
 
@@ -14,7 +15,7 @@ const NEARLY: f64 = 0.05;
 const MOMENTS: u32 = 8;
 
 /// What tells when little is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TimedBy {
     /// The forecast of what is written, in bytes per second.
@@ -24,7 +25,7 @@ pub enum TimedBy {
 }
 
 /// Which times a migration could begin at, and which was chosen.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Timing {
     /// What the amounts are of.
     pub by: TimedBy,

@@ -1,13 +1,14 @@
 //! Block devices: what they really are, and what they lie on.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::root::{Root, numbered};
 
 const BLOCK: &str = "/sys/class/block";
 
 /// What a block device is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DeviceKind {
     /// A disk, or what a virtual machine takes for one.
@@ -29,7 +30,7 @@ pub enum DeviceKind {
 }
 
 /// One block device. What the kernel does not say is `None`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Device {
     /// As in /sys/class/block.
     pub name: String,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use rswap_types::CpuSet;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
     Known,
@@ -17,7 +18,7 @@ const CPUS: &str = "/sys/devices/system/cpu";
 const SAME_CLASS: f64 = 0.9;
 
 /// One logical CPU. What the kernel does not say is `None`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Core {
     /// Its number.
     pub cpu: usize,
@@ -38,13 +39,14 @@ pub struct Core {
     /// Its NUMA node.
     pub node: Option<usize>,
     /// CPUs that share its core, itself among them (`topology/thread_siblings_list`).
+    #[schema(value_type = Option<BTreeSet<usize>>)]
     pub siblings: Option<CpuSet>,
     /// Its caches.
     pub caches: Vec<Cache>,
 }
 
 /// One cache.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Cache {
     /// 1, 2, 3.
     pub level: u32,
@@ -53,6 +55,7 @@ pub struct Cache {
     /// Its size.
     pub bytes: Option<u64>,
     /// CPUs that share it.
+    #[schema(value_type = Option<BTreeSet<usize>>)]
     pub shared_by: Option<CpuSet>,
 }
 

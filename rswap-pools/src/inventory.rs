@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use rswap_types::{CpuSet, Flow, UnixMillis};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
     Core, Device,
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// Where a number comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "from")]
 pub enum Source {
     /// The kernel says so.
@@ -53,7 +54,7 @@ impl Source {
 }
 
 /// A number and where it comes from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Known {
     /// In the unit of what holds it.
     pub value: f64,
@@ -69,7 +70,7 @@ impl Known {
 }
 
 /// One property of how well a pool does its work.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Measure {
     /// Which, with its unit at the end: `read_latency_p50_us`. `docs/pools.md` lists them.
     pub what: String,
@@ -79,7 +80,7 @@ pub struct Measure {
 }
 
 /// Something of this host that an instance can sit on.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LocalPool {
     /// Unique on the host.
     pub name: String,
@@ -143,12 +144,13 @@ impl LocalPool {
 }
 
 /// What a pool of this host is made of.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum LocalKind {
     /// Cores of one class, or of one configured set. Capacity in cores.
     Cores {
         /// Those that belong to it, online or not.
+        #[schema(value_type = BTreeSet<usize>)]
         cpus: CpuSet,
         /// What is known of each.
         cores: Vec<Core>,
@@ -162,8 +164,10 @@ pub enum LocalKind {
     /// Memory of one node or of several. Capacity in bytes.
     Memory {
         /// NUMA nodes; empty where the kernel knows none.
+        #[schema(value_type = BTreeSet<usize>)]
         nodes: CpuSet,
         /// CPUs of these nodes.
+        #[schema(value_type = BTreeSet<usize>)]
         cpus: CpuSet,
         /// The kernel's memory tier: a lower number is faster.
         tier: Option<u32>,
@@ -173,6 +177,7 @@ pub enum LocalKind {
     /// Where anonymous pages go. Capacity in bytes.
     Swap {
         /// The file or device.
+        #[schema(value_type = String)]
         path: PathBuf,
         /// `zram`, `partition` or `file`.
         what: String,
@@ -186,6 +191,7 @@ pub enum LocalKind {
     /// A file system. Capacity in bytes.
     Storage {
         /// Where it is mounted, the main place first.
+        #[schema(value_type = Vec<String>)]
         mount_points: Vec<PathBuf>,
         /// `ext4`, `xfs`, ...
         fs_type: String,
@@ -225,7 +231,8 @@ impl LocalKind {
 }
 
 /// Whether a pool can be used.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = LocalPoolState)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum State {
     /// It can.
@@ -270,11 +277,12 @@ impl State {
 }
 
 /// All that a host has to sit on, at one moment.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Inventory {
     /// When.
     pub at: UnixMillis,
     /// CPUs that take work.
+    #[schema(value_type = BTreeSet<usize>)]
     pub online: CpuSet,
     /// Block devices that have a size.
     pub devices: Vec<Device>,

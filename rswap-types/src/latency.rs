@@ -1,9 +1,10 @@
 //! How long a request to a storage pool takes, by the load at which it is made.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// What requests take at one load.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LatencyPoint {
     /// The load: requests per second of everybody, on the pool's disks.
     pub operations_per_s: f64,
@@ -23,7 +24,7 @@ impl LatencyPoint {
 }
 
 /// What requests take at any load.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LatencyCurve {
     /// What a request takes on the host's fastest storage without load, in microseconds.
     pub reference_us: f64,

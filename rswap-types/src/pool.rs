@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{LatencyCurve, SlowdownCurve};
 
@@ -13,7 +14,7 @@ pub const THIS_HOST: &str = "this-host";
 pub type CpuSet = BTreeSet<usize>;
 
 /// Something that an instance can sit on.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Pool {
     /// Unique on the host.
     pub name: String,
@@ -34,12 +35,13 @@ pub struct Pool {
 }
 
 /// What a pool is made of.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum PoolKind {
     /// A set of this host's cores.
     Cpu {
         /// Which.
+        #[schema(value_type = BTreeSet<usize>)]
         cpus: CpuSet,
         /// What one instance can have of them at most, in cores.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -51,6 +53,7 @@ pub enum PoolKind {
     /// Another host's agent.
     Host {
         /// Where it takes migrations.
+        #[schema(value_type = String)]
         address: SocketAddr,
     },
     /// This host as a whole: the pool that an instance leaves when it migrates.
@@ -87,7 +90,7 @@ pub enum PoolKind {
 }
 
 /// What flows in a second: requests and bytes of block I/O, or bytes over a link, which has no requests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Flow {
     /// Requests per second.
     pub operations_per_s: f64,
@@ -142,7 +145,7 @@ impl PoolKind {
 }
 
 /// An amount of what a pool offers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Capacity {
     /// Cores.
     pub cores: f64,
@@ -151,7 +154,7 @@ pub struct Capacity {
 }
 
 /// Whether a pool takes instances.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum PoolState {
     /// It does.

@@ -1,9 +1,10 @@
 //! How much longer work takes on a set of cores for waiting until others leave one, by the load.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// What work takes at one load.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SlowdownPoint {
     /// The load: share of the pool's cores that instances use, or that others take from them.
     pub load: f64,
@@ -22,7 +23,7 @@ impl SlowdownPoint {
 }
 
 /// How much longer work takes at any load.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SlowdownCurve {
     /// By load, ascending.
     pub points: Vec<SlowdownPoint>,

@@ -16,7 +16,7 @@ use rswap_trust::Files;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{Fleet, binary, fleet::CLIENT, wait_for};
+use crate::{Fleet, api::Api, binary, fleet::CLIENT, wait_for};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 
@@ -159,7 +159,10 @@ impl Controller {
 
     fn call<T: DeserializeOwned>(&self, path: &str, body: Option<Vec<u8>>) -> anyhow::Result<T> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(runtime.block_on(link::call(&self.address(), path, body))?)
+        let method = if body.is_some() { "post" } else { "get" };
+        let answer: Value = runtime.block_on(link::call(&self.address(), path, body))?;
+        Api::controller().check(method, path, 200, "application/json", &answer)?;
+        Ok(serde_json::from_value(answer)?)
     }
 }
 

@@ -20,8 +20,9 @@ use rswap_agent::{
 };
 use rswap_trust::Files;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use crate::{binary, fleet::MIGRATE_PORT, migration::Migration, netns::Netns, sweep, wait_for};
+use crate::{api::Api, binary, fleet::MIGRATE_PORT, migration::Migration, netns::Netns, sweep, wait_for};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -326,7 +327,9 @@ impl Host {
     pub fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client = Client::new(Target::Socket(self.socket()));
-        Ok(runtime.block_on(client.get(path))?)
+        let answer: Value = runtime.block_on(client.get(path))?;
+        Api::agent().check("get", path, 200, "application/json", &answer)?;
+        Ok(serde_json::from_value(answer)?)
     }
 
     /// Whether the agent lists a living instance of this name.

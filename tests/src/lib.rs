@@ -10,6 +10,7 @@
 //!                                   '-- host b: br0 -- instances
 //! ```
 
+pub mod api;
 pub mod bench;
 pub mod claims;
 pub mod client;

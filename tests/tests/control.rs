@@ -3,6 +3,7 @@
 
 use std::{
     fs::{self, Permissions},
+    io::{BufRead as _, BufReader},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -10,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use rswap_tests::{Fleet, Host, HostOptions, reason_to_skip, wait_for};
+use rswap_tests::{Fleet, Host, HostOptions, api::Api, reason_to_skip, wait_for};
 use serde_json::Value;
 
 /// A user who may read, one who may nothing, and a group that may everything.
@@ -188,4 +189,143 @@ fn without_grants_the_socket_is_its_owners_and_a_full_log_is_kept() -> anyhow::R
     ensure!(!now.is_empty() && !before.is_empty());
     ensure!(now.last().is_some_and(|line| line["outcome"] == "done"), "{now:?}");
     Ok(())
+}
+
+const JSON: &str = "content-type: application/json\r\n";
+
+/// Whether the operation has a parameter of this name.
+fn takes(api: &Api, path: &str, parameter: &str) -> bool {
+    let parameters = api.document()["paths"][path]["get"]["parameters"].as_array();
+    parameters.into_iter().flatten().any(|one| one["name"] == parameter)
+}
+
+#[test]
+fn what_every_route_answers_is_as_the_document_says() -> anyhow::Result<()> {
+    if reason_to_skip("what_every_route_answers_is_as_the_document_says").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    let a = fleet.host("a", &HostOptions { mode: "act", window_ms: 300, ..HostOptions::default() })?;
+    let busy =
+        "while :; do echo x > /tmp/rswt-api-$$; sync /tmp/rswt-api-$$; rm /tmp/rswt-api-$$; sleep 0.05; done";
+    a.run("busy", &["--label", "app=shop"], &["sh", "-c", busy])?;
+    wait_for("windows, distributions and decisions", LIMIT, || {
+        let windows: Value = a.get("/v1/windows?instance=busy")?;
+        let decisions: Vec<Value> = a.get("/v1/decisions?instance=busy")?;
+        let distributions: Vec<Value> = a.get("/v1/distributions?instance=busy")?;
+        let enough = windows["windows"].as_array().is_some_and(|all| all.len() > 5);
+        Ok((enough
+            && !decisions.is_empty()
+            && distributions.first().is_some_and(|one| one["distributions"].get(0).is_some()))
+        .then_some(()))
+    })?;
+    let (api, socket) = (Api::agent(), a.socket());
+    // A move, and one that fails.
+    let pools: Vec<Value> = a.get("/v1/pools")?;
+    let cores = pools.iter().find(|pool| pool["kind"]["kind"] == "cpu").context("no cores")?;
+    let swap = |pool: &Value| serde_json::json!({ "instance": "busy", "pool": pool }).to_string();
+    let moved = api.call(&socket, "post", "/v1/swap", JSON, &swap(&cores["name"]))?;
+    ensure!(moved.status == 200, "{moved:?}");
+    let failed = r#"{"instance":"busy","host":"10.88.0.99:1"}"#;
+    let failed = api.call(&socket, "post", "/v1/migrate", JSON, failed)?;
+    ensure!(failed.status == 200 && failed.body.contains("\"failed\""), "{failed:?}");
+
+    let mut asked = 0;
+    for path in api.paths("get") {
+        let query = if takes(api, path, "instance") { "?instance=busy" } else { "" };
+        let answer = api.call(&socket, "get", &format!("{path}{query}"), "", "")?;
+        // The page is not in every build.
+        ensure!(answer.status == 200 || !path.starts_with("/v1"), "{path}: {answer:?}");
+        asked += 1;
+    }
+    ensure!(asked >= 15, "{asked} routes");
+    let shown = api.call(&socket, "get", "/v1/openapi.json", "", "")?.json()?;
+    ensure!(shown == *api.document(), "another document is served");
+    // What is told is not told by chance only: there is something of each kind.
+    for (path, least) in [("/v1/moves", 2), ("/v1/migrations", 1), ("/v1/profiles", 1), ("/v1/pools", 1)] {
+        ensure!(a.get::<Vec<Value>>(path)?.len() >= least, "{path} has nothing");
+    }
+
+    let long = format!(r#"{{"pool":"{}"}}"#, "x".repeat(5 << 10));
+    for (method, path, headers, body, status) in [
+        ("get", "/v1/windows?instance=gone", "", "", 404),
+        ("get", "/v1/windows", "", "", 400),
+        ("get", "/v1/status", "host: evil.example\r\n", "", 403),
+        ("post", "/v1/drain", JSON, "no JSON", 400),
+        ("post", "/v1/drain", JSON, "{}", 422),
+        ("post", "/v1/drain", JSON, long.as_str(), 413),
+        // What a page can have a browser send.
+        ("post", "/v1/drain", "content-type: text/plain\r\n", r#"{"pool":"this-host"}"#, 415),
+        ("post", "/v1/drain", "", r#"{"pool":"this-host"}"#, 415),
+        (
+            "post",
+            "/v1/drain",
+            "host: localhost\r\norigin: http://evil.example\r\ncontent-type: application/json\r\n",
+            r#"{"pool":"this-host"}"#,
+            403,
+        ),
+        ("post", "/v1/swap", JSON, r#"{"instance":"gone","pool":"x"}"#, 404),
+        ("post", "/v1/recover", JSON, r#"{"instance":"busy","decision":"here"}"#, 409),
+        ("post", "/v1/drain", JSON, r#"{"pool":"this-host"}"#, 200),
+        ("post", "/v1/drain", JSON, r#"{"pool":"this-host","undo":true}"#, 200),
+        ("post", "/v1/register", JSON, r#"{"instance":"busy"}"#, 200),
+    ] {
+        let answer = api.call(&socket, method, path, headers, body)?;
+        ensure!(answer.status == status, "{method} {path} {headers:?} {body}: {answer:?}");
+    }
+    Ok(())
+}
+
+/// Becomes another user, keeps a connection to the control socket for each place that one has, and tries once more.
+const KEEP: &str = r#"
+import os, socket, sys
+path, uid = sys.argv[1:]
+os.setgroups([])
+os.setgid(int(uid))
+os.setuid(int(uid))
+def calls():
+    agent = socket.socket(socket.AF_UNIX)
+    agent.settimeout(5)
+    agent.connect(path)
+    agent.sendall(b"GET /v1/status HTTP/1.1\r\nHost: rswap\r\n\r\n")
+    return agent, agent.recv(65536).split(b" ")[1:2]
+kept = [calls() for _ in range(8)]
+print([status for _, status in kept], flush=True)
+try:
+    print(calls()[1], flush=True)
+except OSError as error:
+    print("turned away", flush=True)
+sys.stdin.read()
+"#;
+
+#[test]
+fn one_user_does_not_keep_the_others_from_the_socket() -> anyhow::Result<()> {
+    if reason_to_skip("one_user_does_not_keep_the_others_from_the_socket").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    let (a, _) = host(&mut fleet, "a", &format!("[[control.grant]]\nuid = {READER}\nright = \"read\"\n"))?;
+    let mut keeps = Vec::new();
+    for (uid, status) in [(READER, "200"), (NOBODY, "403")] {
+        let mut command = Command::new("python3");
+        command.args(["-c", KEEP]).arg(a.socket()).arg(uid.to_string());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut lines = BufReader::new(child.stdout.take().context("its output")?).lines();
+        keeps.push(child);
+        let first = lines.next().context("nothing said")??;
+        ensure!(first.matches(status).count() == 8, "{uid}: {first}");
+        let second = lines.next().context("nothing more said")??;
+        ensure!(second == "turned away" || second == "[]", "{uid}: {second}");
+        // Root and whoever else may call are answered.
+        ensure!(call(&a.socket(), (0, ""), "GET", "/v1/status", "")?.is_ok_and(|(status, _)| status == 200));
+    }
+    for mut child in keeps {
+        drop(child.stdin.take());
+        ensure!(child.wait()?.success());
+    }
+    // The places are free again.
+    let answered = |(status, _): (u16, String)| status == 200;
+    wait_for("a place for the reader", LIMIT, || {
+        Ok(call(&a.socket(), (READER, ""), "GET", "/v1/status", "")?.is_ok_and(answered).then_some(()))
+    })
 }

@@ -3,12 +3,13 @@
 
 use std::{fs, path::Path, time::Duration};
 
+use anyhow::ensure;
 use rswap_agent::{
     forecast::{DemandPoint, Evidence, Resource},
     pool::{Pool, PoolState, THIS_HOST},
     status::InstanceView,
 };
-use rswap_tests::{Fleet, Host, HostOptions, controller::Controller, reason_to_skip, wait_for};
+use rswap_tests::{Fleet, Host, HostOptions, api::Api, controller::Controller, reason_to_skip, wait_for};
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -184,4 +185,83 @@ fn a_host_that_the_controller_drains_is_emptied() -> anyhow::Result<()> {
     assert!(ended.iter().all(|one| one["outcome"]["result"] == "done"), "{ended:?}");
     controller.post::<Value>("/v1/drain", &json!({ "host": "a", "undo": true }))?;
     state(PoolState::Ready)
+}
+
+#[test]
+fn what_every_route_of_a_controller_answers_is_as_the_document_says() -> anyhow::Result<()> {
+    if reason_to_skip("what_every_route_of_a_controller_answers_is_as_the_document_says").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    let keys = format!("mode = \"act\"\nreport_every_ms = {REPORT_EVERY_MS}\nplan_every_ms = 500\n");
+    let controller = Controller::start(&fleet.scratch().join("controller"), &keys)?;
+    let options = HostOptions {
+        mode: "act",
+        window_ms: 200,
+        more: format!(
+            "[forecast]\nhorizons_ms = [1000, 2000]\nmin_seen = 20\n\n{}",
+            controller.member(&fleet.scratch().join("spool-a"), REPORT_EVERY_MS)
+        ),
+        ..HostOptions::default()
+    };
+    let a = fleet.host("a", &options)?;
+    a.run("busy", &["--label", "app=shop"], &["python3", "-c", SERVES, "0"])?;
+    let (api, socket) = (Api::controller(), controller.address().0);
+    wait_for("something of each kind to be known", LIMIT, || {
+        let known =
+            |path: &str| -> anyhow::Result<bool> { Ok(!controller.get::<Vec<Value>>(path)?.is_empty()) };
+        let plan: Value = controller.get("/v1/plan")?;
+        let planned = plan["decisions"].as_array().is_some_and(|all| !all.is_empty());
+        let known = known("/v1/hosts")? && known("/v1/instances")? && known("/v1/model")? && planned;
+        Ok(known.then_some(()))
+    })?;
+    let json = "content-type: application/json\r\n";
+    let long = "x".repeat(5 << 10);
+    for (method, path, headers, body, status) in [
+        ("post", "/v1/drain", json, r#"{"host":"a"}"#, 200),
+        ("post", "/v1/drain", json, r#"{"host":"gone"}"#, 404),
+        ("post", "/v1/drain", json, "no JSON", 400),
+        ("post", "/v1/drain", "", r#"{"host":"a"}"#, 415),
+        ("post", "/v1/drain", json, long.as_str(), 413),
+        ("post", "/v1/roll", json, r#"{"hosts":["a"]}"#, 409),
+        ("post", "/v1/roll/end", json, "", 409),
+        ("post", "/v1/report", json, "{}", 422),
+        ("get", "/v1/roll", "", "", 200),
+        ("get", "/v1/history?instance=gone", "", "", 404),
+        ("get", "/v1/history", "", "", 400),
+        ("get", "/v1/status", "host: evil.example\r\n", "", 403),
+    ] {
+        let answer = api.call(&socket, method, path, headers, body)?;
+        ensure!(answer.status == status, "{method} {path} {headers:?} {body}: {answer:?}");
+    }
+    // It is told to its agent, and has an outcome.
+    wait_for("the order to be followed", LIMIT, || {
+        let orders: Value = controller.get("/v1/orders")?;
+        Ok(orders["ended"].as_array().is_some_and(|ended| !ended.is_empty()).then_some(()))
+    })?;
+    let undo = api.call(&socket, "post", "/v1/drain", json, r#"{"host":"a","undo":true}"#)?;
+    ensure!(undo.status == 200, "{undo:?}");
+    let begun = wait_for("a roll to begin", LIMIT, || {
+        let answer = api.call(&socket, "post", "/v1/roll", json, r#"{"hosts":["a"]}"#)?;
+        Ok((answer.status == 200).then_some(answer))
+    })?;
+    ensure!(begun.json()?["hosts"][0]["host"] == "a", "{begun:?}");
+    let decided = r#"{"host":"a","decision":"retry"}"#;
+    let decided = api.call(&socket, "post", "/v1/roll/decide", json, decided)?;
+    ensure!([200, 409].contains(&decided.status), "{decided:?}");
+
+    let mut asked = 0;
+    for path in api.paths("get") {
+        let query = if path == "/v1/history" { "?instance=busy" } else { "" };
+        let answer = api.call(&socket, "get", &format!("{path}{query}"), "", "")?;
+        // The page is not in every build.
+        ensure!(answer.status == 200 || !path.starts_with("/v1"), "{path}: {answer:?}");
+        asked += 1;
+    }
+    ensure!(asked >= 10, "{asked} routes");
+    let shown = api.call(&socket, "get", "/v1/openapi.json", "", "")?.json()?;
+    ensure!(shown == *api.document(), "another document is served");
+    let end = api.call(&socket, "post", "/v1/roll/end", json, "")?;
+    ensure!(end.status == 200 && end.json()?.is_null(), "{end:?}");
+    Ok(())
 }

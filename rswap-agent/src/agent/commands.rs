@@ -8,7 +8,7 @@ use super::wiring::{Wiring, refused};
 use crate::{
     control::{AdoptRequest, RecoverDone, RecoverRequest, RegisterRequest, Reply},
     instance::{Instance, InstanceName, Origin, cgroup},
-    status::ApiError,
+    status::{ApiError, no_instance},
     units::UnixMillis,
 };
 
@@ -33,7 +33,7 @@ impl Wiring {
 
     pub(super) fn known_now(&self, name: &InstanceName) -> Result<Instance, ApiError> {
         let found = self.registry.get(name).map_err(|error| refused("look up the instance", &error))?;
-        found.ok_or_else(|| ApiError::no_instance(name.as_str()))
+        found.ok_or_else(|| no_instance(name.as_str()))
     }
 
     pub(super) fn adopt(&mut self, request: AdoptRequest) -> Result<Instance, ApiError> {

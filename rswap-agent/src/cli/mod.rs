@@ -25,7 +25,7 @@ mod volume;
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::{
@@ -90,6 +90,8 @@ enum Command {
     Simulate(simulate::SimulateArguments),
     /// Make an authority and certificates for the links between hosts
     Pki(pki::PkiArguments),
+    /// Print the HTTP routes of an agent or a controller as an OpenAPI document
+    Openapi(OpenapiArguments),
     /// Show which kernel features are there, what the agent may, and what each lack costs
     Doctor(Output),
     /// Wait until the agent answers and does its work; exit status 1 if it does not
@@ -254,6 +256,30 @@ struct CheckArguments {
     output: Output,
 }
 
+#[derive(Clone, Copy, Debug, Args)]
+struct OpenapiArguments {
+    /// Whose routes
+    of: Serving,
+}
+
+/// What serves HTTP.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Serving {
+    /// The agent's, those of its control socket included
+    Agent,
+    /// The controller's
+    Controller,
+}
+
+impl Serving {
+    fn document(self) -> serde_json::Value {
+        match self {
+            Self::Agent => crate::control::document(),
+            Self::Controller => rswap_controller::document(),
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 struct GuardArguments {
     #[arg(long)]
@@ -310,6 +336,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Guard(GuardArguments { word, life }) => return local::guard(word, life),
         Command::Pki(arguments) => return pki::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Simulate(arguments) => return simulate::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Openapi(OpenapiArguments { of }) => {
+            return print_json(&of.document()).map(|()| ExitCode::SUCCESS);
+        }
         _ => {}
     }
     let config = Config::load(cli.config.as_deref())?;
@@ -350,6 +379,7 @@ async fn ask(session: &Session, command: Command) -> anyhow::Result<ExitCode> {
         | Command::Check(_)
         | Command::Calibrate(_)
         | Command::Simulate(_)
+        | Command::Openapi(_)
         | Command::Pki(_)
         | Command::Doctor(_)
         | Command::Init(_)

@@ -90,3 +90,89 @@ fn the_internal_command_is_read_as_it_is_written() {
     let Command::Init(init) = parse("rswap __init --go=3 -- sh -c x").unwrap().command else { panic!() };
     assert_eq!(init.command, ["sh", "-c", "x"]);
 }
+
+#[test]
+fn the_documents_of_the_api_are_those_that_the_code_makes() {
+    for (of, name) in [(Serving::Agent, "agent"), (Serving::Controller, "controller")] {
+        let file = format!("{}/../docs/openapi-{name}.json", env!("CARGO_MANIFEST_DIR"));
+        let kept: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+        assert!(
+            kept == of.document(),
+            "the routes or their types have changed. Look whether whoever uses them still can (members are added, not renamed or \
+             removed), then renew docs/openapi-{name}.json: cargo run --bin rswap -- openapi {name} > docs/openapi-{name}.json"
+        );
+    }
+}
+
+/// All values of this key, wherever they are.
+fn all<'d>(value: &'d serde_json::Value, key: &str, found: &mut Vec<&'d serde_json::Value>) {
+    match value {
+        serde_json::Value::Object(members) => {
+            found.extend(members.get(key));
+            members.values().for_each(|value| all(value, key, found));
+        }
+        serde_json::Value::Array(values) => values.iter().for_each(|value| all(value, key, found)),
+        _ => {}
+    }
+}
+
+#[test]
+fn every_operation_says_what_it_is_and_what_each_answer_looks_like() {
+    for document in [Serving::Agent.document(), Serving::Controller.document()] {
+        let mut references = Vec::new();
+        all(&document, "$ref", &mut references);
+        assert!(references.len() > 50, "{}", references.len());
+        for reference in references {
+            let to = reference.as_str().unwrap().strip_prefix('#').unwrap();
+            assert!(document.pointer(to).is_some(), "there is no {to}");
+        }
+        let mut said = Vec::new();
+        for (path, item) in document["paths"].as_object().unwrap() {
+            for (method, operation) in item.as_object().unwrap() {
+                let place = format!("{method} {path}");
+                assert!(operation["summary"].as_str().is_some_and(|text| text.len() > 10), "{place}");
+                let responses = operation["responses"].as_object().unwrap();
+                assert!(responses.contains_key("200") && responses.contains_key("default"), "{place}");
+                for (status, response) in responses {
+                    assert!(!response["description"].as_str().unwrap().is_empty(), "{place}: {status}");
+                    let content = response["content"].as_object().unwrap();
+                    assert!(!content.is_empty(), "{place}: {status}");
+                    let is_error = status == "default" || status.parse::<u16>().unwrap() >= 400;
+                    let is_page = path == "/" || path.starts_with("/page/");
+                    for (kind, media) in content {
+                        assert!(media["schema"].is_object(), "{place}: {status} {kind}");
+                        assert!(
+                            !is_error || kind == "application/problem+json" || is_page,
+                            "{place}: {status}"
+                        );
+                    }
+                }
+                let bodies = operation["requestBody"]["content"]["application/json"]["schema"].is_object();
+                assert!(bodies || method == "get" || path == "/v1/roll/end", "{place} has no body");
+                said.push(operation["operationId"].as_str().unwrap());
+            }
+        }
+        let count = said.len();
+        said.sort_unstable();
+        said.dedup();
+        assert_eq!(said.len(), count, "two operations have one name");
+        // Every type, every member and every kind says what it is.
+        for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+            assert!(schema["description"].is_string(), "{name} says nothing");
+            let mut members = Vec::new();
+            all(schema, "properties", &mut members);
+            for (member, schema) in members.into_iter().flat_map(|all| all.as_object().unwrap()) {
+                // What may be null is one of two; the first one says what it is.
+                let says = |schema: &serde_json::Value| schema["description"].is_string();
+                let is_kind = schema["enum"].is_array();
+                assert!(
+                    says(schema) || says(&schema["oneOf"][0]) || is_kind,
+                    "{name}.{member} says nothing: {schema}"
+                );
+            }
+        }
+        let read = oas3::from_json(document.to_string()).unwrap();
+        assert_eq!(read.operations().count(), count);
+        assert!(read.openapi.starts_with("3.1"), "{}", read.openapi);
+    }
+}

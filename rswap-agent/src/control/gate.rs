@@ -15,14 +15,17 @@ use std::{
 use axum::{
     Router,
     body::{Body, BodyDataStream, Bytes},
-    extract::{ConnectInfo, Request, State, connect_info::Connected},
-    http::{Method, StatusCode, header},
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderMap, Method, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
-    serve::IncomingStream,
 };
 use futures_util::Stream;
-use tokio::net::UnixListener;
+use rswap_http::{
+    page,
+    serving::{self, Entered, Entrance},
+};
+use tokio::net::{UnixListener, UnixStream};
 
 use rswap_audit::{Audit, Entry, Outcome, Who};
 
@@ -47,21 +50,51 @@ pub(super) struct Caller {
     pub(super) uid: Option<u32>,
     /// Its groups.
     pub(super) gids: Vec<u32>,
+    /// Whether it is root or the agent's own user.
+    pub(super) is_own: bool,
 }
 
 impl Caller {
     fn who(&self) -> Who {
         Who { uid: self.uid, pid: self.pid, peer: None }
     }
-}
 
-impl Connected<IncomingStream<'_, UnixListener>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        let Ok(socket) = stream.io().as_fd().try_clone_to_owned() else { return Self::default() };
+    /// As the kernel says.
+    fn of(stream: &UnixStream, owner: u32) -> Self {
+        let Ok(socket) = stream.as_fd().try_clone_to_owned() else { return Self::default() };
         let Ok((pid, uid, gid)) = socket::peer_credentials(&socket) else { return Self::default() };
         let mut gids = socket::peer_groups(&socket).unwrap_or_default();
         gids.push(gid);
-        Self { pid: Some(pid), uid: Some(uid), gids }
+        Self { pid: Some(pid), uid: Some(uid), gids, is_own: uid == 0 || uid == owner }
+    }
+}
+
+impl serving::Caller for Caller {
+    fn from(&self) -> String {
+        self.uid.map_or_else(|| "an unknown user".to_owned(), |uid| format!("user {uid}"))
+    }
+
+    /// Others than root and the agent's user, whether they may call or not, have few places each.
+    fn counted_as(&self) -> Option<String> {
+        (!self.is_own).then(|| self.from())
+    }
+}
+
+/// Those who connect to the socket.
+pub(super) struct Callers {
+    listener: UnixListener,
+    owner: u32,
+}
+
+impl Entrance<Caller> for Callers {
+    fn next(&mut self) -> Pin<Box<dyn Future<Output = Entered<Caller>> + Send + '_>> {
+        Box::pin(async move {
+            // Waits a while where no descriptor is free.
+            let (stream, _) = axum::serve::Listener::accept(&mut self.listener).await;
+            let caller = Caller::of(&stream, self.owner);
+            let stream: Box<dyn serving::Stream> = Box::new(stream);
+            (stream, caller)
+        })
     }
 }
 
@@ -97,6 +130,11 @@ impl Gate {
         !self.grants.is_empty()
     }
 
+    /// Those who come in by `listener`.
+    pub(super) fn callers(&self, listener: UnixListener) -> Callers {
+        Callers { listener, owner: self.owner }
+    }
+
     /// Puts it before `routes`.
     pub(super) fn before(self, routes: Router) -> Router {
         routes.layer(middleware::from_fn_with_state(Arc::new(self), pass))
@@ -115,6 +153,16 @@ fn refused(needed: Right) -> ApiError {
     )
 }
 
+/// Whether it is no page of a stranger that a browser of the caller shows: it may come by a forwarded port (`ssh -L`).
+fn by_itself(headers: &HeaderMap, changes: bool) -> Result<(), ApiError> {
+    let hint = "call as `rswap` does; a page may only look, and asks for localhost";
+    if !rswap_dashboard::is_local(headers) {
+        let error = "another name was asked for than one of this host";
+        return Err(ApiError::new(StatusCode::FORBIDDEN, error, hint));
+    }
+    if changes { page::require_own(headers, hint) } else { Ok(()) }
+}
+
 async fn pass(
     State(gate): State<Arc<Gate>>,
     ConnectInfo(caller): ConnectInfo<Caller>,
@@ -124,17 +172,24 @@ async fn pass(
     let changes = ![Method::GET, Method::HEAD].contains(request.method());
     let needed = if changes { Right::Operate } else { Right::Read };
     let may = right_of(&caller, gate.owner, &gate.grants) >= Some(needed);
+    let allowed = match may {
+        true => by_itself(request.headers(), changes),
+        false => Err(refused(needed)),
+    };
     if !changes {
-        return if may { next.run(request).await } else { refused(needed).into_response() };
+        return match allowed {
+            Ok(()) => next.run(request).await,
+            Err(error) => error.into_response(),
+        };
     }
     let call = request.uri().path().to_owned();
     // Of whoever may not call, nothing is read.
-    if !may {
-        tracing::warn!(?caller, call, "a call was refused");
+    if let Err(error) = allowed {
+        tracing::warn!(?caller, call, why = error.detail, "a call was refused");
         if let Err(error) = gate.audit.refused(&caller.who(), &call) {
             tracing::error!(%error, "that a call was refused is not in the audit log");
         }
-        return refused(needed).into_response();
+        return error.into_response();
     }
     let (parts, body) = request.into_parts();
     let limit = body_limit(&call);
@@ -231,7 +286,7 @@ mod tests {
             Grant::Group { gid: 60, right: Right::Read },
         ];
         let may = |uid, gids: &[u32]| {
-            let caller = Caller { pid: Some(1), uid, gids: gids.to_vec() };
+            let caller = Caller { pid: Some(1), uid, gids: gids.to_vec(), is_own: false };
             right_of(&caller, 7, &grants)
         };
         assert_eq!(may(Some(0), &[0]), Some(Right::Operate));

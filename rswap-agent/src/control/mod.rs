@@ -23,20 +23,26 @@ use tokio::{
     net::{UnixListener, UnixStream},
     sync::{mpsc, oneshot},
 };
+use utoipa::ToSchema;
 
 use crate::{
     forecast::Lessons,
     instance::{Instance, InstanceName},
     migrate::recovery::Decision,
-    status::{ApiError, Board, MigrationProgress, MigrationReport},
+    status::{ApiError, Board, CALLERS_WITHIN, MigrationProgress, MigrationReport},
     swap::storage::{StorageProgress, StorageReport},
 };
 pub use gate::Gate;
-pub use routes::router;
+pub use routes::{document, router};
 pub use rswap_audit::Audit;
+use rswap_http::serving::{self, Entrance, Limits};
+
+/// What is served at a time. A migration is followed for as long as it takes, so that no connection is cut.
+const LIMITS: Limits =
+    Limits { connections: 128, of_one: 8, connection_within: None, end_within: CALLERS_WITHIN };
 
 /// Body of `POST /v1/swap`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SwapRequest {
     /// Which instance.
@@ -46,7 +52,7 @@ pub struct SwapRequest {
 }
 
 /// Answer to `POST /v1/swap`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SwapDone {
     /// Which instance.
     pub instance: InstanceName,
@@ -59,7 +65,7 @@ pub struct SwapDone {
 }
 
 /// Body of `POST /v1/swap-volume`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SwapVolumeRequest {
     /// Which instance.
@@ -71,7 +77,7 @@ pub struct SwapVolumeRequest {
 }
 
 /// One line of the answer to `POST /v1/swap-volume`. The last one is no `progress`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "event")]
 pub enum SwapVolumeEvent {
     /// It goes on.
@@ -83,7 +89,7 @@ pub enum SwapVolumeEvent {
 }
 
 /// Body of `POST /v1/migrate`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateRequest {
     /// Which instance.
@@ -96,10 +102,11 @@ pub struct MigrateRequest {
 }
 
 /// Body of `POST /v1/adopt`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AdoptRequest {
     /// An existing cgroup v2 directory: absolute, or as `/proc/PID/cgroup` shows it.
+    #[schema(value_type = String)]
     pub cgroup: PathBuf,
     /// What to call it.
     pub name: InstanceName,
@@ -109,7 +116,7 @@ pub struct AdoptRequest {
 }
 
 /// Body of `POST /v1/register`: an instance that `rswap run` has written to the registry.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RegisterRequest {
     /// Which.
@@ -117,7 +124,7 @@ pub struct RegisterRequest {
 }
 
 /// Body of `POST /v1/recover`: a person names the copy that counts.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RecoverRequest {
     /// Which instance; it is in doubt.
@@ -127,7 +134,7 @@ pub struct RecoverRequest {
 }
 
 /// Answer to `POST /v1/recover`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RecoverDone {
     /// Which instance.
     pub instance: InstanceName,
@@ -136,7 +143,7 @@ pub struct RecoverDone {
 }
 
 /// Body of `POST /v1/drain`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DrainRequest {
     /// Which pool: a core set, `this-host`, or another host.
@@ -147,7 +154,7 @@ pub struct DrainRequest {
 }
 
 /// Answer to `POST /v1/drain`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DrainDone {
     /// Which pool.
     pub pool: String,
@@ -158,14 +165,14 @@ pub struct DrainDone {
 }
 
 /// Answer to `POST /v1/learn`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LearnDone {
     /// Of how many instances, by identity, something was learnt.
     pub identities: usize,
 }
 
 /// One line of the answer to `POST /v1/migrate`. The last one is no `progress`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "event")]
 pub enum MigrateEvent {
     /// It goes on.
@@ -273,12 +280,11 @@ pub async fn serve(
     commands: mpsc::Sender<Command>,
     gate: Gate,
     stop: impl Future<Output = ()> + Send + 'static,
-) -> io::Result<()> {
+) {
     let ControlSocket { listener, file } = socket;
-    let routes = gate.before(router(board, commands)).into_make_service_with_connect_info::<gate::Caller>();
-    let served = axum::serve(listener, routes).with_graceful_shutdown(stop).await;
+    let door: Box<dyn Entrance<gate::Caller>> = Box::new(gate.callers(listener));
+    serving::serve(gate.before(router(board, commands)), vec![door], LIMITS, stop).await;
     drop(file);
-    served
 }
 
 #[cfg(test)]

@@ -3,23 +3,26 @@
 use std::convert::Infallible;
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     body::{Body, Bytes},
     extract::{DefaultBodyLimit, State, rejection::JsonRejection},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
-    routing::post,
 };
 use futures_util::stream;
+use rswap_http::openapi;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
+use utoipa::openapi::OpenApi;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    AdoptRequest, Command, DrainRequest, MigrateRequest, RecoverRequest, RegisterRequest, Reply, SwapRequest,
-    SwapVolumeRequest,
+    AdoptRequest, Command, DrainDone, DrainRequest, LearnDone, MigrateEvent, MigrateRequest, RecoverDone,
+    RecoverRequest, RegisterRequest, Reply, SwapDone, SwapRequest, SwapVolumeEvent, SwapVolumeRequest,
 };
 use crate::{
     forecast::Lessons,
+    instance::Instance,
     status::{self, ApiError, Board},
 };
 
@@ -41,32 +44,89 @@ pub(super) fn body_limit(call: &str) -> usize {
     if call == LEARN { LESSONS_LIMIT_BYTES } else { BODY_LIMIT_BYTES }
 }
 
+/// The mutating routes, described.
+fn described() -> OpenApiRouter<Commands> {
+    let wishes = OpenApiRouter::new()
+        .routes(routes!(swap))
+        .routes(routes!(swap_volume))
+        .routes(routes!(migrate))
+        .routes(routes!(adopt))
+        .routes(routes!(register))
+        .routes(routes!(recover))
+        .routes(routes!(drain))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES));
+    let lessons =
+        OpenApiRouter::new().routes(routes!(learn)).layer(DefaultBodyLimit::max(LESSONS_LIMIT_BYTES));
+    wishes.merge(lessons)
+}
+
+/// All routes as an OpenAPI document.
+pub fn document() -> serde_json::Value {
+    finished(status::described().into_openapi(), described().into_openapi())
+}
+
+fn finished(mut reading: OpenApi, changing: OpenApi) -> serde_json::Value {
+    reading.merge(changing);
+    openapi::finished(&reading)
+}
+
 /// The read-only routes over `board`, and the mutating ones over `commands`.
 pub fn router(board: Board, commands: Commands) -> Router {
-    let mutating = Router::new()
-        .route("/v1/swap", post(swap))
-        .route("/v1/swap-volume", post(swap_volume))
-        .route("/v1/migrate", post(migrate))
-        .route("/v1/adopt", post(adopt))
-        .route("/v1/register", post(register))
-        .route("/v1/recover", post(recover))
-        .route("/v1/drain", post(drain))
-        .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
-        .merge(Router::new().route(LEARN, post(learn)).layer(DefaultBodyLimit::max(LESSONS_LIMIT_BYTES)))
-        .with_state(commands);
-    status::router(board).merge(mutating)
+    let (reads, reading) = status::described().split_for_parts();
+    let (changes, changing) = described().split_for_parts();
+    let document = openapi::Document::new(&finished(reading, changing));
+    status::answering(reads, board).merge(changes.with_state(commands)).layer(Extension(document))
 }
 
 type Given<T> = Result<Json<T>, JsonRejection>;
 
+/// Move an instance to a set of cores, a link, memory or swap
+#[utoipa::path(
+    post,
+    path = "/v1/swap",
+    request_body = SwapRequest,
+    responses(
+        (status = 200, description = "It is there", body = SwapDone),
+        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
+        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn swap(State(commands): State<Commands>, given: Given<SwapRequest>) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Swap).await
 }
 
+/// Take over an existing cgroup as an instance
+#[utoipa::path(
+    post,
+    path = "/v1/adopt",
+    request_body = AdoptRequest,
+    responses(
+        (status = 200, description = "The instance", body = Instance),
+        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
+        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn adopt(State(commands): State<Commands>, given: Given<AdoptRequest>) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Adopt).await
 }
 
+/// Say that `rswap run` has started an instance
+#[utoipa::path(
+    post,
+    path = "/v1/register",
+    request_body = RegisterRequest,
+    responses(
+        (status = 200, description = "The instance", body = Instance),
+        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
+        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn register(
     State(commands): State<Commands>,
     given: Given<RegisterRequest>,
@@ -74,14 +134,53 @@ async fn register(
     ask(&commands, given, Command::Register).await
 }
 
+/// Take in what another host has learnt: what `rswap forecast export` prints
+#[utoipa::path(
+    post,
+    path = "/v1/learn",
+    request_body = Lessons,
+    responses(
+        (status = 200, description = "It is taken in", body = LearnDone),
+        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
+        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn learn(State(commands): State<Commands>, given: Given<Lessons>) -> Result<Response, ApiError> {
     ask(&commands, given, |lessons, reply| Command::Learn(Box::new(lessons), reply)).await
 }
 
+/// Empty a set of cores, storage, a link, this host or another one; or let it be used again
+#[utoipa::path(
+    post,
+    path = "/v1/drain",
+    request_body = DrainRequest,
+    responses(
+        (status = 200, description = "It is being done", body = DrainDone),
+        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
+        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn drain(State(commands): State<Commands>, given: Given<DrainRequest>) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Drain).await
 }
 
+/// Decide about an instance in doubt: say which of its copies counts
+#[utoipa::path(
+    post,
+    path = "/v1/recover",
+    request_body = RecoverRequest,
+    responses(
+        (status = 200, description = "It is carried out", body = RecoverDone),
+        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
+        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn recover(
     State(commands): State<Commands>,
     given: Given<RecoverRequest>,
@@ -89,6 +188,26 @@ async fn recover(
     ask(&commands, given, Command::Recover).await
 }
 
+/// Migrate an instance to another host
+///
+/// It goes on when the caller goes away.
+#[utoipa::path(
+    post,
+    path = "/v1/migrate",
+    request_body = MigrateRequest,
+    responses(
+        (
+            status = 200,
+            description = "An event per line, the last one is no `progress`: the status says only that it was begun",
+            body = MigrateEvent,
+            content_type = "application/x-ndjson"
+        ),
+        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
+        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn migrate(
     State(commands): State<Commands>,
     given: Given<MigrateRequest>,
@@ -96,6 +215,24 @@ async fn migrate(
     follow(&commands, given, Command::Migrate).await
 }
 
+/// Move a volume of an instance to a storage pool, while it runs
+#[utoipa::path(
+    post,
+    path = "/v1/swap-volume",
+    request_body = SwapVolumeRequest,
+    responses(
+        (
+            status = 200,
+            description = "An event per line, the last one is no `progress`: the status says only that it was begun",
+            body = SwapVolumeEvent,
+            content_type = "application/x-ndjson"
+        ),
+        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
+        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
+        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn swap_volume(
     State(commands): State<Commands>,
     given: Given<SwapVolumeRequest>,

@@ -67,24 +67,10 @@ async fn a_refusal_keeps_its_status_and_hint() {
     let request = RegisterRequest { instance: "db".parse().unwrap() };
     let (answer, ()) = tokio::join!(served.client.post::<Instance>("/v1/register", &request), async {
         let Some(Command::Register(_, reply)) = served.commands.recv().await else { panic!("no register") };
-        reply.send(Err(ApiError::no_instance("db"))).unwrap();
+        reply.send(Err(crate::status::no_instance("db"))).unwrap();
     });
     let Err(ClientError::Refused(error)) = answer else { panic!("{answer:?}") };
     assert_eq!((error.status, error.hint.as_str()), (404, "see `rswap ps`"));
-}
-
-#[test]
-fn an_error_is_a_problem_of_the_standard() {
-    let response = axum::response::IntoResponse::into_response(ApiError::no_instance("db"));
-    assert_eq!(response.headers()["content-type"], "application/problem+json");
-    assert_eq!(response.status(), 404);
-    let json = serde_json::to_value(ApiError::no_instance("db")).unwrap();
-    let wanted = serde_json::json!({
-        "title": "Not Found", "status": 404,
-        "detail": "there is no instance \"db\" on this host", "hint": "see `rswap ps`",
-    });
-    assert_eq!(json, wanted);
-    assert_eq!(serde_json::from_value::<ApiError>(json).unwrap(), ApiError::no_instance("db"));
 }
 
 #[tokio::test]
@@ -179,4 +165,97 @@ async fn says_how_to_start_a_missing_agent() {
     let client = Client::new(Target::Socket("/nonexistent/rswap.sock".into()));
     let error = client.get::<serde_json::Value>("/v1/status").await.unwrap_err();
     assert!(error.to_string().contains("rswap agent"), "{error}");
+}
+
+/// What is answered to this text: the status and the rest.
+async fn raw(served: &Served, text: &str) -> (u16, String) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let path = served.directory.path().join("run/control.sock");
+    let mut caller = UnixStream::connect(path).await.unwrap();
+    caller.write_all(text.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    caller.read_to_end(&mut answer).await.unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    (answer.split(' ').nth(1).unwrap().parse().unwrap(), answer)
+}
+
+/// The paths of this method in the document.
+fn documented(method: &str) -> Vec<String> {
+    let document = document();
+    let paths = document["paths"].as_object().unwrap().iter();
+    paths.filter(|(_, item)| item.get(method).is_some()).map(|(path, _)| path.clone()).collect()
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_changes_nothing_through_a_forwarded_socket() {
+    let mut served = served().await;
+    let (asked, json) = ("host: localhost:7790\r\n", "content-type: application/json\r\n");
+    let posts = documented("post");
+    assert!(posts.len() >= 8, "{posts:?}");
+    for path in &posts {
+        for (head, status) in [
+            (format!("{asked}content-type: text/plain\r\n"), 415),
+            (asked.to_owned(), 415),
+            (format!("{asked}{json}origin: http://evil.example\r\n"), 403),
+            (format!("host: evil.example:7790\r\n{json}origin: http://evil.example:7790\r\n"), 403),
+        ] {
+            let text =
+                format!("POST {path} HTTP/1.1\r\n{head}content-length: 2\r\nconnection: close\r\n\r\n{{}}");
+            let (said, answer) = raw(&served, &text).await;
+            assert_eq!(said, status, "{path} {head}: {answer}");
+            assert!(answer.contains("application/problem+json") && answer.contains("\"hint\""), "{answer}");
+        }
+    }
+    let text = "GET /v1/status HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n";
+    assert_eq!(raw(&served, text).await.0, 403);
+    assert!(served.commands.try_recv().is_err() && audited(&served).is_empty());
+    // Its own page could.
+    let own =
+        format!("{asked}{json}origin: http://localhost:7790\r\ncontent-length: 2\r\nconnection: close\r\n");
+    assert_eq!(raw(&served, &format!("POST /v1/drain HTTP/1.1\r\n{own}\r\n{{}}")).await.0, 422);
+}
+
+#[tokio::test]
+async fn every_documented_route_is_there_and_the_document_is_served() {
+    let served = served().await;
+    let shown: serde_json::Value = served.client.get("/v1/openapi.json").await.unwrap();
+    assert_eq!(shown, document());
+    for path in documented("get") {
+        let (status, answer) =
+            raw(&served, &format!("GET {path} HTTP/1.1\r\nhost: rswap\r\nconnection: close\r\n\r\n")).await;
+        assert!(![404, 405].contains(&status) || !path.starts_with("/v1/"), "{path}: {answer}");
+        assert!(!answer.contains("no such route"), "{path}: {answer}");
+    }
+    for path in documented("post") {
+        let head =
+            "host: rswap\r\ncontent-type: application/json\r\ncontent-length: 2\r\nconnection: close\r\n";
+        let (status, answer) = raw(&served, &format!("POST {path} HTTP/1.1\r\n{head}\r\n[]")).await;
+        assert_eq!(status, 422, "{path}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn so_many_connections_are_served_at_a_time() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let served = served().await;
+    let path = served.directory.path().join("run/control.sock");
+    let calls = async || {
+        let mut caller = UnixStream::connect(&path).await.unwrap();
+        caller.write_all(b"GET /v1/pools HTTP/1.1\r\nhost: rswap\r\n\r\n").await.unwrap();
+        caller
+    };
+    let is_answered = async |caller: &mut UnixStream, within_ms| {
+        let within = std::time::Duration::from_millis(within_ms);
+        tokio::time::timeout(within, caller.read_exact(&mut [0; 12])).await.is_ok()
+    };
+    let mut kept = Vec::new();
+    for _ in 0..LIMITS.connections {
+        let mut caller = calls().await;
+        assert!(is_answered(&mut caller, 5_000).await);
+        kept.push(caller);
+    }
+    let mut waits = calls().await;
+    assert!(!is_answered(&mut waits, 300).await, "more than {} are served", LIMITS.connections);
+    kept.pop();
+    assert!(is_answered(&mut waits, 5_000).await);
 }

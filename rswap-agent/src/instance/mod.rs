@@ -14,6 +14,7 @@ pub mod volume;
 use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use rswap_types::{InstanceName, NameError};
 
@@ -51,7 +52,7 @@ impl InstanceError {
 }
 
 /// How an instance came under rswap's care.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
     /// Started with `rswap run`: it has a PID namespace and an init of ours, so it can migrate.
@@ -63,13 +64,14 @@ pub enum Origin {
 }
 
 /// A process tree in one cgroup v2.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Instance {
     /// Unique on the host.
     pub name: InstanceName,
     /// Free `key=value` pairs of the user's.
     pub labels: BTreeMap<String, String>,
     /// Absolute path of its cgroup v2 directory.
+    #[schema(value_type = String)]
     pub cgroup: PathBuf,
     /// The cgroup's id in the kernel (its directory's inode number).
     pub cgroup_id: u64,
@@ -97,13 +99,15 @@ pub struct Instance {
 }
 
 /// What the network knows an instance by; it goes along when the instance migrates.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NetworkIdentity {
     /// IPv4 address.
+    #[schema(value_type = String)]
     pub address: std::net::Ipv4Addr,
     /// Prefix length, in bits.
     pub prefix_len: u8,
     /// Default route, if any.
+    #[schema(value_type = Option<String>)]
     pub gateway: Option<std::net::Ipv4Addr>,
     /// Ethernet address.
     pub mac: [u8; 6],
@@ -113,12 +117,14 @@ pub struct NetworkIdentity {
 }
 
 /// An IPv6 address that goes along with an instance.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Ipv6Identity {
     /// The address.
+    #[schema(value_type = String)]
     pub address: std::net::Ipv6Addr,
     /// Prefix length, in bits.
     pub prefix_len: u8,
     /// Default route, if any.
+    #[schema(value_type = Option<String>)]
     pub gateway: Option<std::net::Ipv6Addr>,
 }

@@ -7,15 +7,17 @@ use std::{
 
 use nix::mount::{MsFlags, mount};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{InstanceError, InstanceName};
 
 /// A directory that belongs to an instance and moves with it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Volume {
     /// Unique in the instance.
     pub name: InstanceName,
     /// Where the instance sees it.
+    #[schema(value_type = String)]
     pub path: PathBuf,
 }
 

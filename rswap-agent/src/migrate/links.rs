@@ -11,6 +11,7 @@ use std::{
 
 use rswap_trust::{Channel, Credentials, CredentialsError, Files, Identity, Name, Role, Rule};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::link::{Link, Timed};
 use crate::{
@@ -70,7 +71,7 @@ enum Kind {
 }
 
 /// How links are secured, as it is shown.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "security")]
 pub enum LinksView {
     /// Both ends show certificates.

@@ -15,6 +15,7 @@ use std::{
 
 use rswap_trust::Name;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{
     MigrateError, TaskError, guard,
@@ -145,7 +146,8 @@ fn converse<T>(
 }
 
 /// A person's decision about an instance in doubt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = RecoveryDecision)]
 #[serde(rename_all = "snake_case")]
 pub enum Decision {
     /// The copy here is the instance: it goes on.

@@ -11,6 +11,7 @@ mod scanner;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::units::UnixMillis;
 
@@ -23,7 +24,7 @@ pub const SPANS_S: [u64; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 const SAVED: Duration = Duration::from_secs(60);
 
 /// How much of an instance's memory was used how long ago.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PageAges {
     /// What was used within each span that has been looked at, the shortest first. A longer span never has less.
     pub used: Vec<UsedWithin>,
@@ -36,7 +37,7 @@ pub struct PageAges {
 }
 
 /// What was used within a time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct UsedWithin {
     /// One of [`SPANS_S`].
     pub span_s: u64,
@@ -67,7 +68,7 @@ impl PageAges {
 }
 
 /// What looking at ages costs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct AgesCost {
     /// `profile.memory_budget`: the share of one core that it may take.
     pub budget_share: f64,

@@ -16,6 +16,7 @@ use rswap_common::{
     tables::{CGROUP_SETS, CgroupSet, slot_of_word},
 };
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::probes::{CGROUP_FIELDS, Probe, mapped};
 use crate::{
@@ -50,7 +51,7 @@ pub(super) const CHILD_PROBES: [Probe; 2] = [
 ];
 
 /// Cgroups of instances, as the programs know them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CgroupsKnown {
     /// Written by the agent: instances' own, and those in them that live for long.
     pub known: u64,

@@ -7,11 +7,12 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{ProfileError, cgroup};
 
 /// Page faults in a window.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Faults {
     /// Served from memory: a page that is new, copied, or was there already.
     pub minor: u64,

@@ -7,9 +7,10 @@ use rswap_common::{
     layout::HistogramRecord,
 };
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Counts per log-linear bucket, with the exact number and sum of the samples.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Histogram {
     /// (bucket index, count), ascending, only buckets with samples.
     pub buckets: Vec<(u16, u64)>,

@@ -32,6 +32,7 @@ pub mod written;
 use std::{io, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{instance::InstanceName, units::UnixMillis};
 use histogram::Histogram;
@@ -87,7 +88,7 @@ pub enum ProfileError {
 }
 
 /// What one instance did in one window.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Profile {
     /// Whose.
     pub instance: InstanceName,
@@ -141,7 +142,7 @@ impl Profile {
 }
 
 /// CPU use and waiting.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CpuProfile {
     /// CPU time used in the window / its length: 1.0 is one core kept busy.
     pub cores: f64,
@@ -180,7 +181,7 @@ impl CpuProfile {
 
 /// Time of threads off the CPU until they could run again, by reason. What they waited for a CPU then is in [`CpuProfile::run_queue_ns`]. Counted when it
 /// ends: a thread that goes on sleeping is in no window yet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct OffCpuProfile {
     /// Waiting for something to happen: a timer, a message, a child, a lock of the program's own; or in a frozen cgroup.
     pub sleep: OffCpuTime,
@@ -193,7 +194,7 @@ pub struct OffCpuProfile {
 }
 
 /// Time off the CPU for one reason.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct OffCpuTime {
     /// How long, in nanoseconds, over all threads.
     pub ns: u64,
@@ -202,7 +203,7 @@ pub struct OffCpuTime {
 }
 
 /// What an instance did on one CPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct OnCpu {
     /// Number of the CPU.
     pub cpu: usize,
@@ -215,7 +216,7 @@ pub struct OnCpu {
 }
 
 /// What block requests do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Operation {
     /// Take data from the device.
@@ -246,7 +247,7 @@ impl Operation {
 }
 
 /// Block I/O of one device and operation.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BlockProfile {
     /// `major:minor`; `other` for the devices past the [`rswap_common::layout::MAX_DEVICES`] told apart.
     pub device: String,
@@ -265,7 +266,7 @@ pub struct BlockProfile {
 }
 
 /// Block I/O of nobody who is profiled, on one device, since the agent's start.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct UnownedBlock {
     /// As in [`BlockProfile::device`].
     pub device: String,
@@ -278,7 +279,7 @@ pub struct UnownedBlock {
 }
 
 /// Block requests that have ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RequestCount {
     /// How many.
     pub requests: u64,
@@ -293,7 +294,7 @@ impl From<rswap_common::layout::UnownedCount> for RequestCount {
 }
 
 /// What there is to know of block devices beside instances' profiles.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HostBlock {
     /// I/O that is nobody's who is profiled, by device.
     pub unowned: Vec<UnownedBlock>,
@@ -302,7 +303,7 @@ pub struct HostBlock {
 }
 
 /// TCP traffic.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TcpProfile {
     /// Payload bytes received in the window.
     pub bytes_in: u64,
@@ -313,7 +314,7 @@ pub struct TcpProfile {
 }
 
 /// Memory.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MemoryProfile {
     /// Resident set, in bytes.
     pub resident_bytes: u64,

@@ -13,6 +13,7 @@ use rswap_common::{
     layout::{BlockRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
 };
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{
     ProfileConfig, Tier,
@@ -35,7 +36,7 @@ const VERIFIER_LINES: usize = 6;
 pub(super) const NO_OBJECT: &str = "built without eBPF programs: use `cargo xtask build`";
 
 /// Whether a probe counts.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum ProbeState {
     /// It does.
@@ -53,7 +54,7 @@ pub enum ProbeState {
 }
 
 /// What became of one probe.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ProbeStatus {
     /// The tracepoint that it sits on.
     pub name: String,
@@ -63,7 +64,7 @@ pub struct ProbeStatus {
 }
 
 /// What one program has cost so far, from the kernel's own statistics.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ProgramCost {
     /// The tracepoint that it sits on.
     pub name: String,

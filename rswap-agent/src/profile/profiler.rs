@@ -10,6 +10,7 @@ use std::{
 use rswap_common::layout::MAX_SLOTS;
 use rswap_types::bounds::{non_negative, share};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{
     AgesCost, BlockProfile, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus, Profile,
@@ -96,7 +97,7 @@ struct Shared {
 }
 
 /// What instances did in the last window for which there was no slot left, all together.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SharedProfile {
     /// How many.
     pub instances: usize,

@@ -10,6 +10,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::units::UnixMillis;
 
@@ -23,7 +24,7 @@ const LONGEST_MS: u64 = 3_600_000;
 const MEASURED_EVERY: u32 = 16;
 
 /// What goes together, the most important first. What cgroups and /proc tell does not go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Tier {
     /// Waiting for a CPU, turns on it, time off it.
@@ -65,7 +66,7 @@ impl fmt::Display for Tier {
 }
 
 /// What profiling costs, as it was measured last.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ProfileCost {
     /// `profile.budget`, as a share of one core; 0: there is none, and nothing is measured for it.
     pub budget_share: f64,
@@ -76,7 +77,7 @@ pub struct ProfileCost {
 }
 
 /// What a tier costs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TierCost {
     /// Which.
     pub tier: Tier,

@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{Decisions, Distributions, Moves, Series, decisions::kept_whole, series::windows_kept};
 use crate::{
@@ -26,7 +27,7 @@ use crate::{
 pub const MIGRATIONS_KEPT: usize = 100;
 
 /// One instance with what was last measured and forecast.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct InstanceView {
     /// The instance itself.
     #[serde(flatten)]
@@ -43,6 +44,7 @@ pub struct InstanceView {
     pub in_doubt: Option<String>,
     /// Where each of its volumes is on this host, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(value_type = BTreeMap<InstanceName, String>)]
     pub volume_directories: BTreeMap<InstanceName, PathBuf>,
     /// How it fares on a swap pool, if it is on one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -56,7 +58,7 @@ pub struct InstanceView {
 pub type Present = (Instance, BTreeMap<InstanceName, PathBuf>, Option<String>);
 
 /// How far a running migration is.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationProgress {
     /// What it is doing: `offer`, `transfer`, `snapshot`, `verify`, `activate`, `deactivate`.
     pub phase: String,
@@ -82,7 +84,7 @@ pub struct MigrationProgress {
 const ROUNDS_KEPT: usize = 64;
 
 /// One pre-copy round of a migration.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationRound {
     /// When it was first heard of.
     pub started: UnixMillis,
@@ -94,7 +96,7 @@ pub struct MigrationRound {
 }
 
 /// What a completed migration took.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationReport {
     /// From the freeze to the activation at the destination, in milliseconds.
     pub unavailability_ms: f64,
@@ -120,7 +122,7 @@ pub struct MigrationReport {
 }
 
 /// Where a migration stands.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum MigrationState {
     /// On its way.
@@ -152,7 +154,7 @@ pub enum MigrationState {
 }
 
 /// One migration, away from this host.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationView {
     /// Unique since the agent's start; they count up.
     pub id: u64,
@@ -167,6 +169,7 @@ pub struct MigrationView {
     pub state: MigrationState,
     /// Its rounds, in their order, the present one included.
     #[serde(default)]
+    #[schema(value_type = Vec<MigrationRound>)]
     pub rounds: VecDeque<MigrationRound>,
 }
 

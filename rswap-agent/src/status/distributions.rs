@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{
     profile::{Operation, Profile, histogram::Histogram},
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// What is distributed.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "metric")]
 pub enum Metric {
     /// From runnable to running, in nanoseconds.
@@ -56,7 +57,7 @@ impl Span {
 }
 
 /// One metric over the spans.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Distribution {
     /// Which.
     #[serde(flatten)]

@@ -11,8 +11,9 @@ mod metrics;
 mod moves;
 mod router;
 mod series;
+mod views;
 
-use std::{future::Future, net::SocketAddr};
+use std::{future::Future, net::SocketAddr, time::Duration};
 
 use axum::{
     extract::Request,
@@ -20,6 +21,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
+use rswap_http::serving::{self, Entrance, Limits};
 use tokio::net::TcpListener;
 
 pub use board::{
@@ -30,6 +32,7 @@ pub use decisions::{DECISIONS_KEPT, Decisions};
 pub use distributions::{Distribution, Distributions, Metric, Span};
 pub use moves::{AskedBy, MOVES_KEPT, MoveState, MoveView, MovedKind, Moves, NewMove};
 pub use router::{ApiError, router};
+pub(crate) use router::{answering, described, no_instance};
 pub use series::{Series, WINDOWS_KEPT, Window};
 
 /// Why the status could not be served.
@@ -60,15 +63,40 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, StatusError> {
     TcpListener::bind(address).await.map_err(|source| StatusError::Listen { address, source })
 }
 
+/// How long those may take who are being served when the agent ends; then they are cut.
+pub(crate) const CALLERS_WITHIN: Duration = Duration::from_secs(2);
+/// What is served at a time: browsers and scrapers, who come again.
+const LIMITS: Limits = Limits {
+    connections: 64,
+    of_one: 64,
+    connection_within: Some(Duration::from_secs(120)),
+    end_within: CALLERS_WITHIN,
+};
+
+/// Somebody on this host.
+#[derive(Clone, Debug)]
+struct Visitor(SocketAddr);
+
+impl From<SocketAddr> for Visitor {
+    fn from(from: SocketAddr) -> Self {
+        Self(from)
+    }
+}
+
+impl serving::Caller for Visitor {
+    fn from(&self) -> String {
+        self.0.to_string()
+    }
+
+    fn counted_as(&self) -> Option<String> {
+        None
+    }
+}
+
 /// Serves the read-only routes until `stop` resolves.
-pub async fn serve(
-    listener: TcpListener,
-    board: Board,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    axum::serve(listener, router(board).layer(middleware::from_fn(only_local)))
-        .with_graceful_shutdown(stop)
-        .await
+pub async fn serve(listener: TcpListener, board: Board, stop: impl Future<Output = ()> + Send + 'static) {
+    let door: Box<dyn Entrance<Visitor>> = Box::new(listener);
+    serving::serve(router(board).layer(middleware::from_fn(only_local)), vec![door], LIMITS, stop).await;
 }
 
 /// A stranger's page, open in a browser on this host, may have its own name point here: it is not answered.

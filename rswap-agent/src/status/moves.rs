@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{
     instance::InstanceName,
@@ -14,7 +15,7 @@ use crate::{
 pub const MOVES_KEPT: usize = 200;
 
 /// What a move changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MovedKind {
     /// Its cores.
@@ -41,7 +42,7 @@ impl From<MoveKind> for MovedKind {
 }
 
 /// Who wanted it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AskedBy {
     /// This agent's plan.
@@ -53,7 +54,7 @@ pub enum AskedBy {
 }
 
 /// What is known of a move when it begins.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct NewMove {
     /// Of which instance.
     pub instance: InstanceName,
@@ -76,7 +77,7 @@ pub struct NewMove {
 }
 
 /// How a move stands.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "state")]
 pub enum MoveState {
     /// On its way.
@@ -105,7 +106,7 @@ pub enum MoveState {
 }
 
 /// One move.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct MoveView {
     /// Unique since the agent's start; they count up.
     pub id: u64,

@@ -1,170 +1,110 @@
 //! The read-only routes.
 
-use std::collections::BTreeMap;
-
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     extract::{Query, State, rejection::QueryRejection},
     http::{HeaderName, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
 };
-use problem_details::ProblemDetails;
-use serde::{Deserialize, Serialize};
-use serde_json::json;
+pub use rswap_http::ApiError;
+use rswap_http::openapi;
+use serde::Deserialize;
+use utoipa::{IntoParams, OpenApi};
+use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Board, InstanceView, MigrationState, MoveView, metrics};
+use super::{
+    Board, InstanceView, MigrationView, MoveView, metrics,
+    views::{DistributionsOf, Explained, Explanation, MovedView, Shown, Status, Windows},
+};
 use crate::{
     instance::InstanceName,
-    plan::{Decision, in_words},
-    pool::Pool,
+    plan::{Decision, Plan},
+    pool::{Inventory, Pool},
     units::UnixMillis,
 };
 
 /// Of an instance's moves, the newest are explained.
 const MOVES_EXPLAINED: usize = 10;
 
-/// The media type of errors.
-const PROBLEM_JSON: &str = "application/problem+json";
-
-/// How every error is answered: as problem details (RFC 9457).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[serde(from = "ProblemDetails<Hint>", into = "ProblemDetails<Hint>")]
-#[error("{detail}: {hint}")]
-pub struct ApiError {
-    /// What was attempted, and what went wrong.
-    pub detail: String,
-    /// What to do about it.
-    pub hint: String,
-    /// The HTTP status.
-    pub status: u16,
+/// There is no such instance.
+pub(crate) fn no_instance(name: &str) -> ApiError {
+    let error = format!("there is no instance {name:?} on this host");
+    ApiError::new(StatusCode::NOT_FOUND, error, "see `rswap ps`")
 }
 
-/// What rswap's problems say beside the members of the standard.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Hint {
-    #[serde(default)]
-    hint: String,
-}
+/// An agent's HTTP.
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "rswap agent",
+    description = "What one host's agent tells, and is told. `agent.status_address` (loopback TCP) has what can be read; what changes \
+                   something is on the unix socket `agent.control_socket` only. Times are milliseconds since the Unix epoch, other units \
+                   are in the names or with them. Members are added, not renamed or removed: whoever reads an answer leaves out what it \
+                   does not know. docs/api.md says more."
+))]
+struct Api;
 
-impl From<ApiError> for ProblemDetails<Hint> {
-    fn from(error: ApiError) -> Self {
-        let details = ProblemDetails::from_status_code(error.code()).with_detail(error.detail);
-        details.with_extensions(Hint { hint: error.hint })
-    }
-}
-
-impl From<ProblemDetails<Hint>> for ApiError {
-    fn from(details: ProblemDetails<Hint>) -> Self {
-        let status = details.status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Self::new(status, details.detail.unwrap_or_default(), details.extensions.hint)
-    }
-}
-
-impl ApiError {
-    /// An error with its HTTP status.
-    pub fn new(status: StatusCode, detail: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { detail: detail.into(), hint: hint.into(), status: status.as_u16() }
-    }
-
-    fn code(&self) -> StatusCode {
-        StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-    }
-
-    /// There is no such instance.
-    pub fn no_instance(name: &str) -> Self {
-        Self::new(
-            StatusCode::NOT_FOUND,
-            format!("there is no instance {name:?} on this host"),
-            "see `rswap ps`",
-        )
-    }
-}
-
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        (self.code(), [(header::CONTENT_TYPE, PROBLEM_JSON)], Json(self)).into_response()
-    }
+/// The read-only routes, described.
+pub(crate) fn described() -> OpenApiRouter<Board> {
+    OpenApiRouter::with_openapi(Api::openapi())
+        .routes(routes!(status))
+        .routes(routes!(instances))
+        .routes(routes!(profiles))
+        .routes(routes!(pools))
+        .routes(routes!(inventory))
+        .routes(routes!(plan))
+        .routes(routes!(migrations))
+        .routes(routes!(moves))
+        .routes(routes!(decisions))
+        .routes(routes!(explain))
+        .routes(routes!(windows))
+        .routes(routes!(distributions))
+        .routes(routes!(metrics_text))
+        .routes(routes!(openapi::document))
+        .merge(rswap_dashboard::routes(rswap_dashboard::Of::Agent))
 }
 
 /// The read-only routes over `board`.
 pub fn router(board: Board) -> Router {
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/instances", get(instances))
-        .route("/v1/profiles", get(profiles))
-        .route("/v1/pools", get(pools))
-        .route("/v1/inventory", get(inventory))
-        .route("/v1/plan", get(plan))
-        .route("/v1/migrations", get(migrations))
-        .route("/v1/moves", get(moves))
-        .route("/v1/decisions", get(decisions))
-        .route("/v1/explain", get(explain))
-        .route("/v1/windows", get(windows))
-        .route("/v1/distributions", get(distributions))
-        .route("/metrics", get(metrics_text))
-        .fallback(|| async {
-            ApiError::new(
-                StatusCode::NOT_FOUND,
-                "there is no such route",
-                "the routes are listed in docs/api.md",
-            )
-        })
-        .merge(rswap_dashboard::routes(rswap_dashboard::Of::Agent))
-        .with_state(board)
+    let (router, api) = described().split_for_parts();
+    let document = openapi::Document::new(&openapi::finished(&api));
+    answering(router, board).layer(Extension(document))
 }
 
-async fn status(State(board): State<Board>) -> Response {
-    let now = UnixMillis::now();
-    let board = board.read();
-    let running = |m: &&super::MigrationView| matches!(m.state, MigrationState::Running { .. });
-    Json(json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "host": board.host,
-        "mode": board.mode,
-        "pid": std::process::id(),
-        "at": now,
-        "started": board.started,
-        "uptime_ms": now.since(board.started),
-        "windows": board.windows,
-        "last_window_work_us": board.last_window_work_us,
-        "instances": board.instances.len(),
-        "migrations_running": board.migrations.iter().filter(running).count(),
-        "migrations_done": board.migrations_done,
-        "migrations_failed": board.migrations_failed,
-        "moves_running": board.moves.running(),
-        "moves_started": board.moves.started(),
-        "swaps_done": board.swaps_done,
-        "swaps_failed": board.swaps_failed,
-        "links": board.links,
-        "probes": board.probes,
-        "programs": board.programs,
-        "cgroups": board.cgroups,
-        "without_slot": board.shared,
-        "profile_cost": board.profile_cost,
-        "memory_ages": board.memory_ages,
-        "block": board.block,
-    }))
-    .into_response()
+/// The routes over `board`, and an answer to whoever asks for another one.
+pub(crate) fn answering(router: Router<Board>, board: Board) -> Router {
+    let fallback = || async {
+        let hint = "the routes are listed in docs/api.md, and in /v1/openapi.json";
+        ApiError::new(StatusCode::NOT_FOUND, "there is no such route", hint)
+    };
+    router.fallback(fallback).with_state(board)
 }
 
-async fn instances(State(board): State<Board>) -> Response {
-    let board = board.read();
-    let shown = board.instances.values().map(|view| {
-        let mut shown = json!(view.instance);
-        if let Some(peer) = &view.in_doubt {
-            shown["in_doubt"] = json!(peer);
-        }
-        shown
-    });
-    Json(shown.collect::<Vec<_>>()).into_response()
+/// How the agent is, and what it has done since its start
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, description = "How it is", body = Status)))]
+async fn status(State(board): State<Board>) -> Json<Status> {
+    Json(Status::of(&board.read(), UnixMillis::now()))
 }
 
-#[derive(Deserialize)]
+/// The instances of this host
+#[utoipa::path(get, path = "/v1/instances", responses((status = 200, description = "All, by name", body = [Shown])))]
+async fn instances(State(board): State<Board>) -> Json<Vec<Shown>> {
+    Json(board.read().instances.values().map(Shown::of).collect())
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct OneOrAll {
+    /// Only this one.
     instance: Option<InstanceName>,
 }
 
+/// The instances, with what was last measured and forecast of each
+#[utoipa::path(
+    get,
+    path = "/v1/profiles",
+    params(OneOrAll),
+    responses((status = 200, description = "All, by name, or the one that is asked for, or none", body = [InstanceView]))
+)]
 async fn profiles(
     State(board): State<Board>,
     query: Result<Query<OneOrAll>, QueryRejection>,
@@ -179,11 +119,19 @@ async fn profiles(
     }
 }
 
-/// What an instance's times were over the last window, minute and hour.
+/// What instances' times were over the last window, minute and hour, as histograms
+///
+/// What had no sample within the hour is left out.
+#[utoipa::path(
+    get,
+    path = "/v1/distributions",
+    params(OneOrAll),
+    responses((status = 200, description = "All, by name, or the one that is asked for, or none", body = [DistributionsOf]))
+)]
 async fn distributions(
     State(board): State<Board>,
     query: Result<Query<OneOrAll>, QueryRejection>,
-) -> Result<Response, ApiError> {
+) -> Result<Json<Vec<DistributionsOf>>, ApiError> {
     let one = query
         .map(|Query(asked)| asked.instance)
         .map_err(|rejection| unreadable(&rejection, "/v1/distributions"))?;
@@ -194,36 +142,63 @@ async fn distributions(
         let kept = board.distributions.iter().filter(|(name, _)| wanted(name));
         kept.map(|(name, of)| (name.clone(), of.clone())).collect()
     };
-    let shown = kept
-        .iter()
-        .map(|(name, of)| json!({ "name": name, "distributions": of.shown().collect::<Vec<_>>() }));
-    Ok(Json(shown.collect::<Vec<_>>()).into_response())
+    let shown =
+        kept.into_iter().map(|(name, of)| DistributionsOf { name, distributions: of.shown().collect() });
+    Ok(Json(shown.collect()))
 }
 
+/// The pools, as plans see them
+#[utoipa::path(get, path = "/v1/pools", responses((status = 200, description = "This host's, and other hosts", body = [Pool])))]
 async fn pools(State(board): State<Board>) -> Json<Vec<Pool>> {
     Json(board.read().pools.clone())
 }
 
+/// What this host has to sit on, each number with its source
+#[utoipa::path(get, path = "/v1/inventory", responses((status = 200, description = "What was last found", body = Inventory)))]
 async fn inventory(State(board): State<Board>) -> Response {
     let inventory = board.read().inventory.clone();
     Json(&*inventory).into_response()
 }
 
+/// The last plan: a decision per instance and pool kind, with every candidate's numbers
+#[utoipa::path(get, path = "/v1/plan", responses((status = 200, description = "The plan", body = Plan)))]
 async fn plan(State(board): State<Board>) -> Response {
     Json(&board.read().plan).into_response()
 }
 
+/// Migrations away from this host since the agent's start
+#[utoipa::path(
+    get,
+    path = "/v1/migrations",
+    responses((status = 200, description = "All running ones, and the last 100 others, oldest first", body = [MigrationView]))
+)]
 async fn migrations(State(board): State<Board>) -> Response {
     Json(&board.read().migrations).into_response()
 }
 
+/// Moves of every kind since the agent's start
+#[utoipa::path(
+    get,
+    path = "/v1/moves",
+    responses((status = 200, description = "All running ones, and the last 200 others, oldest first", body = [MoveView]))
+)]
 async fn moves(State(board): State<Board>) -> Response {
     Json(board.read().moves.iter().collect::<Vec<_>>()).into_response()
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Of {
+    /// Which.
     instance: InstanceName,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct Since {
+    /// Which.
+    instance: InstanceName,
+    /// Only windows that ended after this; 0 is all that are kept.
     #[serde(default)]
     since: UnixMillis,
 }
@@ -237,68 +212,98 @@ fn unreadable(rejection: &QueryRejection, route: &str) -> ApiError {
 }
 
 /// What the query asks for.
-fn asked(query: Result<Query<Of>, QueryRejection>, route: &str) -> Result<Of, ApiError> {
+fn asked<Q>(query: Result<Query<Q>, QueryRejection>, route: &str) -> Result<Q, ApiError> {
     query.map(|Query(of)| of).map_err(|rejection| unreadable(&rejection, route))
 }
 
+/// The decisions about an instance
+///
+/// At most 200. Of many instances, the older ones only where the result changed.
+#[utoipa::path(
+    get,
+    path = "/v1/decisions",
+    params(Of),
+    responses(
+        (status = 200, description = "Oldest first", body = [Decision]),
+        (status = 404, description = "There is no such instance", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn decisions(
     State(board): State<Board>,
     query: Result<Query<Of>, QueryRejection>,
 ) -> Result<Json<Vec<Decision>>, ApiError> {
-    let Of { instance, .. } = asked(query, "/v1/decisions")?;
+    let Of { instance } = asked(query, "/v1/decisions")?;
     let board = board.read();
     match board.decisions.get(&instance) {
         Some(kept) => Ok(Json(kept.iter().cloned().collect())),
         None if board.instances.contains_key(&instance) => Ok(Json(Vec::new())),
-        None => Err(ApiError::no_instance(instance.as_str())),
+        None => Err(no_instance(instance.as_str())),
     }
 }
 
-/// A decision, with what stands in `rswap explain` next to its numbers; `dropped` says of pools why they are out of the question.
-fn explained(decision: &Decision) -> serde_json::Value {
-    let pools = decision.current.iter().chain(&decision.candidates);
-    let dropped = pools.filter_map(|pool| Some((pool.pool.as_str(), pool.dropped.as_ref()?.to_string())));
-    json!({ "words": in_words(decision), "dropped": dropped.collect::<BTreeMap<_, _>>(), "decision": decision })
-}
-
+/// Why an instance is where it is: what was last decided about it, and its last moves
+#[utoipa::path(
+    get,
+    path = "/v1/explain",
+    params(Of),
+    responses(
+        (status = 200, description = "Decisions in numbers and in words", body = Explanation),
+        (status = 404, description = "There is no such instance", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn explain(
     State(board): State<Board>,
     query: Result<Query<Of>, QueryRejection>,
-) -> Result<Response, ApiError> {
-    let Of { instance, .. } = asked(query, "/v1/explain")?;
+) -> Result<Json<Explanation>, ApiError> {
+    let Of { instance } = asked(query, "/v1/explain")?;
     let board = board.read();
     let moved: Vec<&MoveView> = board.moves.iter().filter(|view| view.what.instance == instance).collect();
     if moved.is_empty() && !board.instances.contains_key(&instance) {
-        return Err(ApiError::no_instance(instance.as_str()));
+        return Err(no_instance(instance.as_str()));
     }
     let now = board.plan.decisions.iter().filter(|decision| decision.instance == instance);
-    let moved = moved.into_iter().rev().take(MOVES_EXPLAINED).map(|view| {
-        let mut shown = view.decision.as_ref().map_or_else(|| json!({}), explained);
-        shown["move"] = json!(view);
-        shown
-    });
-    Ok(Json(json!({ "now": now.map(explained).collect::<Vec<_>>(), "moved": moved.collect::<Vec<_>>() }))
-        .into_response())
+    let moved = moved.into_iter().rev().take(MOVES_EXPLAINED);
+    Ok(Json(Explanation { now: now.map(Explained::of).collect(), moved: moved.map(MovedView::of).collect() }))
 }
 
+/// An instance's last windows: what it used, what had been forecast, and how long things took
+#[utoipa::path(
+    get,
+    path = "/v1/windows",
+    params(Since),
+    responses(
+        (status = 200, description = "Oldest first", body = Windows),
+        (status = 404, description = "There is no such instance", body = ApiError, content_type = "application/problem+json")
+    )
+)]
 async fn windows(
     State(board): State<Board>,
-    query: Result<Query<Of>, QueryRejection>,
-) -> Result<Response, ApiError> {
-    let Of { instance, since } = asked(query, "/v1/windows")?;
+    query: Result<Query<Since>, QueryRejection>,
+) -> Result<Json<Windows>, ApiError> {
+    let Since { instance, since } = asked(query, "/v1/windows")?;
     let board = board.read();
     if !board.instances.contains_key(&instance) {
-        return Err(ApiError::no_instance(instance.as_str()));
+        return Err(no_instance(instance.as_str()));
     }
     let series = board.series.get(&instance);
-    Ok(Json(json!({
-        "instance": instance,
-        "horizon_ms": series.and_then(super::Series::horizon_ms),
-        "windows": series.map(|series| series.windows(since).collect::<Vec<_>>()).unwrap_or_default(),
+    Ok(Json(Windows {
+        horizon_ms: series.and_then(super::Series::horizon_ms),
+        windows: series.map(|series| series.windows(since).collect()).unwrap_or_default(),
+        instance,
     }))
-    .into_response())
 }
 
+/// Metrics for Prometheus and the like
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((
+        status = 200,
+        description = "OpenMetrics text",
+        body = String,
+        content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    ))
+)]
 async fn metrics_text(
     State(board): State<Board>,
 ) -> Result<([(HeaderName, &'static str); 1], String), ApiError> {

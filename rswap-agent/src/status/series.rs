@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
     forecast::{Demand, Evidence, Resource, Usage},
@@ -24,7 +25,7 @@ pub(super) fn windows_kept(instances: usize) -> usize {
 }
 
 /// One window of an instance. Amounts in single precision, in the resource's unit.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Window {
     /// Its end.
     pub at: UnixMillis,
@@ -38,7 +39,7 @@ pub struct Window {
 }
 
 /// A forecast, as a band.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Band {
     /// Exceeded in 50 % of windows.
     pub p50: f32,
@@ -47,7 +48,7 @@ pub struct Band {
 }
 
 /// A window's histograms, in short.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Latencies {
     /// From runnable to running, in nanoseconds.
     pub run_queue_ns: Spread,
@@ -71,7 +72,7 @@ impl Latencies {
 }
 
 /// A histogram by powers of two, with the quantiles that it had before.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Spread {
     /// Samples.
     pub count: u64,
@@ -80,6 +81,7 @@ pub struct Spread {
     /// What 99 in 100 did not exceed.
     pub p99: Option<f32>,
     /// `(e, n)`, ascending: n samples of 2^e and more, but less than twice that. 0 is counted with 1.
+    #[schema(value_type = Vec<(u8, u32)>)]
     pub octaves: Box<[(u8, u32)]>,
 }
 

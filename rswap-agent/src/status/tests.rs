@@ -244,3 +244,37 @@ fn forgets_the_oldest_ended_migrations_only() {
     assert!(state.migrations.len() <= MIGRATIONS_KEPT + 2);
     assert_eq!(state.migrations_failed, MIGRATIONS_KEPT as u64 + 5);
 }
+
+#[tokio::test]
+async fn so_many_connections_are_served_at_a_time() {
+    let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, board(), std::future::pending()));
+    let calls = async || {
+        let mut caller = TcpStream::connect(address).await.unwrap();
+        caller.write_all(b"GET /v1/pools HTTP/1.1\r\nhost: rswap\r\n\r\n").await.unwrap();
+        caller
+    };
+    let is_answered = async |caller: &mut TcpStream, within_ms| {
+        let within = Duration::from_millis(within_ms);
+        tokio::time::timeout(within, caller.read_exact(&mut [0; 12])).await.is_ok()
+    };
+    let mut kept = Vec::new();
+    for _ in 0..LIMITS.connections {
+        let mut caller = calls().await;
+        assert!(is_answered(&mut caller, 5_000).await);
+        kept.push(caller);
+    }
+    let mut waits = calls().await;
+    assert!(!is_answered(&mut waits, 300).await, "more than {} are served", LIMITS.connections);
+    kept.pop();
+    assert!(is_answered(&mut waits, 5_000).await);
+}
+
+#[tokio::test]
+async fn the_document_has_what_can_be_read_and_no_more() {
+    let document: serde_json::Value = served(board()).await.get("/v1/openapi.json").await.unwrap();
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.contains_key("/v1/status") && paths.contains_key("/v1/openapi.json"));
+    assert!(paths.values().all(|item| item.get("get").is_some() && item.get("post").is_none()), "{paths:?}");
+}

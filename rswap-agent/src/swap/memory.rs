@@ -24,6 +24,7 @@ use std::{
 
 use rswap_pools::{Root, SwapArea, swap_areas};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use error::MemoryError;
 pub use held::{Held, Looked};
@@ -86,7 +87,7 @@ pub enum Target {
 }
 
 /// How an instance on a swap pool fares.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct InSwap {
     /// The pool.
     pub pool: String,

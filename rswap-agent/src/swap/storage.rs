@@ -31,6 +31,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use self::{copy::Copy, freeze::Left, record::Record};
 pub use self::{
@@ -85,7 +86,7 @@ pub struct StorageOrder {
 }
 
 /// How far it is.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct StorageProgress {
     /// Passes that were made.
     pub passes: u32,
@@ -96,9 +97,10 @@ pub struct StorageProgress {
 }
 
 /// What it took.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct StorageReport {
     /// Where the volume is now.
+    #[schema(value_type = String)]
     pub directory: PathBuf,
     /// How long the instance stood still, in milliseconds.
     pub unavailability_ms: f64,
