@@ -100,9 +100,14 @@ impl Switch {
 
     /// The disk of the new directory answers, and its file system has not given it up.
     pub fn require_disk(&self) -> Result<(), VolumeError> {
-        fs::File::open(&self.after)
-            .and_then(|directory| directory.sync_all())
-            .map_err(VolumeError::host("syncing", &self.after))
+        let failed = || VolumeError::host("syncing", &self.after);
+        let directory = fs::File::open(&self.after).map_err(failed())?;
+        let found = directory.metadata().map_err(failed())?;
+        let (accessed, modified) = (found.accessed().map_err(failed())?, found.modified().map_err(failed())?);
+        let times = fs::FileTimes::new().set_accessed(accessed).set_modified(modified);
+        // As they are: so that there is something to be written. Of a directory that is on the disk already nothing is asked of that.
+        directory.set_times(times).map_err(failed())?;
+        directory.sync_all().map_err(VolumeError::host("syncing", &self.after))
     }
 
     /// Removes the directory that is not the volume, and what only the change needed. It takes long.
