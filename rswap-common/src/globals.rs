@@ -28,6 +28,8 @@ globals! {
 
     /// `task_struct.pid`.
     TASK_PID;
+    /// `task_struct.flags`.
+    TASK_FLAGS;
     /// 1: the tracepoint says in which state the task is that goes, and the two below are known.
     SWITCH_HAS_STATE;
     /// `task_struct.in_iowait`: the byte that it is in.

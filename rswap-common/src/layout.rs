@@ -41,6 +41,8 @@ pub mod map_names {
     pub const BLOCKS: &str = "BLOCKS";
     /// Array of [`super::UnownedRecord`], index by CPU; can be mapped into memory.
     pub const UNOWNED: &str = "UNOWNED";
+    /// Array of [`crate::neighbours::NeighbourRecord`], index by [`super::slot_index`]; can be mapped into memory.
+    pub const NEIGHBOURS: &str = "NEIGHBOURS";
     /// Array of one [`super::DeviceTable`]; can be mapped into memory.
     pub const DEVICES: &str = "DEVICES";
     /// Ring buffer of [`super::WrittenRecord`].

@@ -4,4 +4,5 @@
 pub mod globals;
 pub mod histogram;
 pub mod layout;
+pub mod neighbours;
 pub mod tables;

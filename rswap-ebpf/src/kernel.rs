@@ -11,7 +11,7 @@ pub type KernelPtr = *const c_void;
 macro_rules! offsets {
     ($($name:ident),* $(,)?) => {
         $(#[unsafe(no_mangle)]
-        static $name: ::aya_ebpf::Global<u64> = ::aya_ebpf::Global::new(0);)*
+        pub(crate) static $name: ::aya_ebpf::Global<u64> = ::aya_ebpf::Global::new(0);)*
     };
 }
 pub(crate) use offsets;

@@ -13,6 +13,7 @@ mod cgroups;
 mod empty;
 mod kernel;
 mod maps;
+mod neighbours;
 mod sched;
 mod tcp;
 mod written;

@@ -13,6 +13,7 @@ use rswap_common::{
         BlockOperation, BlockRecord, ChildCounts, DeviceTable, HistogramRecord, MAX_DEVICES, OffCpu, SlotRecord,
         UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
     },
+    neighbours::{NeighbourRecord, TURNS, Turn},
     tables::{
         self, CGROUP_SETS, CgroupSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, cgroup_of_word, cgroup_word,
         request_word, same_request, same_sleeper, sleeper_word, slot_of_word,
@@ -51,17 +52,25 @@ static SLEEPERS: Array<SleeperSet> = Array::with_max_entries(SLEEPER_SETS, BPF_F
 #[map]
 static UNOWNED: Array<UnownedRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Who left each CPU last.
+/// Who left each CPU last, and who was there.
 #[map]
 static LEAVERS: PerCpuArray<Leavers> = PerCpuArray::with_max_entries(1, 0);
 
-/// Who left a CPU last, by its run queue's clock in nanoseconds.
+/// Who left a CPU last, by its run queue's clock in nanoseconds, and its last turns.
 pub struct Leavers {
     /// The idle task: since then there has been work.
     pub idle_ns: u64,
     /// A task of any instance.
     pub instance_ns: u64,
+    /// Number of the turn that goes on.
+    pub turn: u64,
+    /// Turns by their number's last bits.
+    pub turns: [Turn; TURNS],
 }
+
+/// For whom instances waited; the agent sets the number of entries.
+#[map]
+static NEIGHBOURS: Array<NeighbourRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// The block devices told apart.
 #[map]
@@ -78,7 +87,7 @@ static SLOT_COUNT: Global<u32> = Global::new(0);
 static BLOCK_SHARD_MASK: Global<u32> = Global::new(0);
 
 /// The v2 hierarchy's root: never an instance, and where idle tasks and most kernel threads are.
-const ROOT_CGROUP_ID: u64 = 1;
+pub const ROOT_CGROUP_ID: u64 = 1;
 
 /// The slot of a cgroup, if it is tracked.
 #[inline(always)]
@@ -281,6 +290,14 @@ pub fn slot_record(slot: u32) -> Option<*mut SlotRecord> {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     let cpu = unsafe { bpf_get_smp_processor_id() } as u32;
     SLOTS.get_ptr_mut(slot_index(cpu, slot, SLOT_COUNT.load()))
+}
+
+/// This CPU's record of those for whom a slot's instance waited.
+#[inline(always)]
+pub fn neighbour_record(slot: u32) -> Option<*mut NeighbourRecord> {
+    // SAFETY: a helper without arguments; unsafe only for being foreign.
+    let cpu = unsafe { bpf_get_smp_processor_id() } as u32;
+    NEIGHBOURS.get_ptr_mut(slot_index(cpu, slot, SLOT_COUNT.load()))
 }
 
 /// Who left this CPU last.

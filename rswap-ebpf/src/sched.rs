@@ -7,7 +7,7 @@
 //! For whom a task waited follows from who left its CPU last: from the moment on at which the last task of its own instance left, others
 //! ran, and from the moment on at which the last task of any instance left, nobody's. What it waited before that, it waited for
 //! another task of its own, which counted then what that one had waited itself: no moment counts twice. A CPU may be idle meanwhile
-//! only if a limit of the group held the task back: that is no waiting for others.
+//! only if a limit of the group held the task back: that is no waiting for others. Who the others were: [`crate::neighbours`].
 
 use aya_ebpf::{Global, macros::btf_tracepoint, programs::BtfTracePointContext};
 use aya_log_ebpf::debug;
@@ -20,6 +20,7 @@ use rswap_common::{
 use crate::{
     kernel::{KernelPtr, cgroup_id, field, offsets},
     maps::{Leavers, count, leavers, remember_sleeper, slot_of, slot_record, take_sleeper},
+    neighbours::{count_neighbours, note_turn},
 };
 
 offsets!(
@@ -54,6 +55,9 @@ const TASK_FROZEN: u32 = 0x8000;
 fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let prev: KernelPtr = ctx.arg(1);
     let next: KernelPtr = ctx.arg(2);
+    let Some(leavers) = leavers() else { return 0 };
+    // SAFETY: the map gave the pointer, and only this program on this CPU uses it.
+    let leavers = unsafe { &mut *leavers };
 
     if let Some(slot) = slot_of(task_cgroup_id(prev)) {
         let arrived: u64 = field(prev, &TASK_LAST_ARRIVAL);
@@ -78,17 +82,12 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
             }
             debug!(&ctx, "slot {} ran {} ns", slot, ran_ns);
         }
-        if let Some(leavers) = leavers() {
-            // SAFETY: the map gave the pointer, and only this program on this CPU uses it.
-            unsafe { (*leavers).instance_ns = now };
-        }
-    } else if field::<i32>(prev, &TASK_PID) == 0
-        && let Some(leavers) = leavers()
-    {
-        // SAFETY: as above.
-        unsafe { (*leavers).idle_ns = run_queue_clock(prev) };
+        leavers.instance_ns = now;
+    } else if field::<i32>(prev, &TASK_PID) == 0 {
+        leavers.idle_ns = run_queue_clock(prev);
     }
-    if let Some(slot) = slot_of(task_cgroup_id(next)) {
+    let next_cgroup = task_cgroup_id(next);
+    if let Some(slot) = slot_of(next_cgroup) {
         // 0: the task never left its CPU's queue in the kernel's own accounting; it counts nothing either.
         let queued: u64 = field(next, &TASK_LAST_QUEUED);
         if queued != 0
@@ -110,14 +109,16 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
             // SAFETY: the map gave the pointer, and only this program on this CPU writes this record.
             unsafe { count(&mut (*record).run_queue_ns, waited_ns) };
             debug!(&ctx, "slot {} waited {} ns", slot, waited_ns);
-            if waited_ns >= LEAST_WAIT_NS
-                && let Some(leavers) = leavers()
-            {
-                // SAFETY: as above, of both pointers.
-                unsafe { count_others(&mut *record, &*leavers, queued, now) };
+            if waited_ns >= LEAST_WAIT_NS {
+                // SAFETY: the map gave the pointer, and only this program on this CPU writes this record.
+                let own = unsafe { count_others(&mut *record, leavers, queued, now) };
+                if let Some(own) = own {
+                    count_neighbours(slot, leavers, own, now);
+                }
             }
         }
     }
+    note_turn(leavers, next, next_cgroup);
     0
 }
 
@@ -139,18 +140,21 @@ fn why_off(task: KernelPtr, state: u32) -> Option<OffCpu> {
     Some(OffCpu::Sleep)
 }
 
-/// Counts what a task that was queued then, and comes now, has waited for others than its own instance, and for others than instances.
+/// Counts what a task that was queued then, and comes now, has waited for others than its own instance, and for others than instances: since when, if
+/// it has waited for others.
 #[inline(always)]
-fn count_others(record: &mut SlotRecord, leavers: &Leavers, queued: u64, now: u64) {
+fn count_others(record: &mut SlotRecord, leavers: &Leavers, queued: u64, now: u64) -> Option<u64> {
     let own = queued.max(leavers.idle_ns).max(record.left_ns);
     let others_ns = now.saturating_sub(own);
-    if others_ns >= LEAST_WAIT_NS {
-        record.others_wait_ns = record.others_wait_ns.wrapping_add(others_ns);
-    }
     let foreign_ns = now.saturating_sub(own.max(leavers.instance_ns));
     if foreign_ns >= LEAST_WAIT_NS {
         record.foreign_wait_ns = record.foreign_wait_ns.wrapping_add(foreign_ns);
     }
+    if others_ns < LEAST_WAIT_NS {
+        return None;
+    }
+    record.others_wait_ns = record.others_wait_ns.wrapping_add(others_ns);
+    Some(own)
 }
 
 /// The id of a task's cgroup in the v2 hierarchy (not the one that it is scheduled under: autogroup).
@@ -162,7 +166,7 @@ fn task_cgroup_id(task: KernelPtr) -> u64 {
 
 /// The clock of the run queue that a task is on. `se.cfs_rq` is kept up for tasks of every class.
 #[inline(always)]
-fn run_queue_clock(task: KernelPtr) -> u64 {
+pub fn run_queue_clock(task: KernelPtr) -> u64 {
     let cfs_rq: KernelPtr = field(task, &TASK_CFS_RQ);
     field(field(cfs_rq, &CFS_RQ_RQ), &RQ_CLOCK)
 }

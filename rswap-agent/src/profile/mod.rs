@@ -23,6 +23,7 @@ pub mod doctor;
 mod empty;
 mod faults;
 pub mod histogram;
+mod neighbours;
 mod probes;
 mod profiler;
 mod slots;
@@ -42,6 +43,7 @@ pub use cgroup::unified_mount;
 pub use children::CgroupsKnown;
 pub use empty::EmptyProgram;
 pub use faults::Faults;
+pub use neighbours::{CpuNeighbour, Who};
 pub use probes::{ProbeState, ProbeStatus, ProgramCost};
 pub use profiler::{ProfileConfig, Profiler, SharedProfile};
 pub use tiers::{ProfileCost, Tier, TierCost};
@@ -155,6 +157,9 @@ pub struct CpuProfile {
     /// Of each CPU on which it ran or waited.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub by_cpu: Vec<OnCpu>,
+    /// Who ran while one of its threads waited, the longest first: all of the time that `by_cpu` has of others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub neighbours: Vec<CpuNeighbour>,
     /// Why its threads were not on a CPU and not waiting for one; `None` where the kernel does not tell.
     #[serde(default)]
     pub off_cpu: Option<OffCpuProfile>,
@@ -175,6 +180,10 @@ impl CpuProfile {
         for of in &mut self.by_cpu {
             of.others_wait_ns = (of.others_wait_ns as f64 * left) as u64;
             of.foreign_wait_ns = (of.foreign_wait_ns as f64 * left) as u64;
+        }
+        // Nobody knows whose turns these were of.
+        for of in &mut self.neighbours {
+            of.waited_ns = (of.waited_ns as f64 * left) as u64;
         }
     }
 }
@@ -344,7 +353,10 @@ mod tests {
         let left_of = |held_back_ns| {
             let mut cpu =
                 CpuProfile { by_cpu: vec![on(0, 600, 400), on(1, 200, 0)], ..CpuProfile::default() };
+            cpu.neighbours = vec![CpuNeighbour { who: Who::KernelThreads, waited_ns: 800 }];
             cpu.without_own_limit(held_back_ns);
+            let others: u64 = cpu.by_cpu.iter().map(|of| of.others_wait_ns).sum();
+            assert_eq!(cpu.neighbours[0].waited_ns, others);
             cpu.by_cpu
         };
         assert_eq!(left_of(0), [on(0, 600, 400), on(1, 200, 0)]);

@@ -11,6 +11,7 @@ use aya::{
 use rswap_common::{
     globals as g,
     layout::{BlockRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
+    neighbours::NeighbourRecord,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -110,6 +111,7 @@ pub(super) const PROBES: [Probe; 6] = [
             CGROUP_FIELDS[0],
             CGROUP_FIELDS[1],
             (g::TASK_PID, "task_struct", "pid"),
+            (g::TASK_FLAGS, "task_struct", "flags"),
             (g::TASK_CGROUPS, "task_struct", "cgroups"),
             (g::TASK_LAST_QUEUED, "task_struct", "sched_info.last_queued"),
             (g::TASK_LAST_ARRIVAL, "task_struct", "sched_info.last_arrival"),
@@ -217,6 +219,8 @@ pub(super) struct Maps {
     pub(super) slots: MappedArray<SlotRecord>,
     /// Block records per shard, slot, device and operation.
     pub(super) blocks: MappedArray<BlockRecord>,
+    /// For whom instances waited, per CPU and slot.
+    pub(super) neighbours: MappedArray<NeighbourRecord>,
     /// Requests that were nobody's, by CPU.
     pub(super) unowned: MappedArray<UnownedRecord>,
     /// CPUs in `slots`.
@@ -302,6 +306,7 @@ impl Probes {
         let mut loader = EbpfLoader::new();
         loader.btf(Some(&btf)).override_global(g::AYA_LOG_LEVEL, &log_level, true);
         loader.map_max_entries(map_names::SLOTS, cpus * config.slots);
+        loader.map_max_entries(map_names::NEIGHBOURS, cpus * config.slots);
         loader.map_max_entries(map_names::BLOCKS, block_entries);
         loader.map_max_entries(map_names::UNOWNED, cpus);
         for (name, value) in &words {
@@ -325,6 +330,7 @@ impl Probes {
             .map_err(|error| unmapped(map_names::DEVICES, &error))?;
         let slots = mapped(&ebpf, map_names::SLOTS, cpus * config.slots)?;
         let blocks = mapped(&ebpf, map_names::BLOCKS, block_entries)?;
+        let neighbours = mapped(&ebpf, map_names::NEIGHBOURS, cpus * config.slots)?;
         let unowned = mapped(&ebpf, map_names::UNOWNED, cpus)?;
 
         let links = &mut self.links;
@@ -348,7 +354,7 @@ impl Probes {
         }
         let children = children.filter(|_| self.are_active(&CHILD_PROBES.map(|probe| probe.tracepoint)));
         let cgroups = CgroupTable::new(cgroups);
-        self.maps = Some(Maps { cgroups, children, devices, slots, blocks, unowned, cpus, shards });
+        self.maps = Some(Maps { cgroups, children, devices, slots, blocks, neighbours, unowned, cpus, shards });
         self.ebpf = Some(ebpf);
         Ok(())
     }

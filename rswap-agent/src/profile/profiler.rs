@@ -19,6 +19,7 @@ use super::{
     cgroup,
     children::{CgroupsKnown, Children, Members},
     faults,
+    neighbours::{self, Names},
     probes::{Probes, SWITCH_STATE},
     slots::{self, Counters, Devices, FreeSlots},
     tiers::{Change, Judge, Meter, Tier},
@@ -82,6 +83,7 @@ struct State {
     meter: Meter,
     free: FreeSlots,
     devices: Devices,
+    names: Names,
     tracked: BTreeMap<InstanceName, Tracked>,
     /// Of the slot that is shared by those that have none of their own.
     shared: Option<Shared>,
@@ -151,6 +153,7 @@ impl Profiler {
             meter: Meter::new(judge),
             free: FreeSlots::new(slots - 1),
             devices: Devices::default(),
+            names: Names::default(),
             tracked: BTreeMap::new(),
             shared: None,
             short_lived_ms: config.short_lived_s.saturating_mul(1000),
@@ -250,6 +253,7 @@ impl Profiler {
         state.probes.flush_log();
         state.look_for_devices();
         state.give_free_slots();
+        state.names.forget();
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
         let ages = |name: &InstanceName| self.ages.as_ref().ok()?.ages(name);
@@ -396,6 +400,17 @@ impl State {
         Ok(())
     }
 
+    /// Whose cgroup this is; `name`, whose cgroups are `own`, is looked at, and so not among those who are tracked.
+    fn who(&mut self, id: u64, name: &InstanceName, own: &BTreeSet<u64>) -> neighbours::Who {
+        let tracked = &self.tracked;
+        self.names.who(id, |id| {
+            if own.contains(&id) {
+                return Some(name.clone());
+            }
+            tracked.iter().find(|(_, of)| of.members.registered().contains(&id)).map(|(name, _)| name.clone())
+        })
+    }
+
     fn forget(&mut self, name: &InstanceName) {
         let Some(tracked) = self.tracked.remove(name) else { return };
         let Some(maps) = &mut self.probes.maps else { return };
@@ -520,14 +535,15 @@ impl State {
             },
         };
         if let (Some(earlier), Some(later)) = (&last.counters, &reading.counters) {
-            // What was counted until a tier was dropped is a part of the window only.
-            let is_here = |tier| !self.probes.is_dropped(tier);
-            if is_here(Tier::Scheduler) {
-                later.add_cpu_since(earlier, &mut profile.cpu);
-                profile.cpu.without_own_limit(
-                    reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
-                );
-            }
+            later.add_cpu_since(earlier, &mut profile.cpu);
+            let others_ns = profile.cpu.by_cpu.iter().map(|of| of.others_wait_ns).sum();
+            let waited = later.waits.since(&earlier.waits);
+            let own = tracked.members.registered();
+            let waited = waited.into_iter().map(|(id, ns)| (self.who(id, name, own), ns));
+            profile.cpu.neighbours = neighbours::ranked(waited.collect::<Vec<_>>(), others_ns);
+            profile.cpu.without_own_limit(
+                reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
+            );
             profile.cpu.counted = self.probes.are_active(&["sched_switch"]);
             let told = self.probes.are_active(&[SWITCH_STATE]);
             profile.cpu.off_cpu = told.then(|| later.off_cpu_since(earlier));

@@ -14,6 +14,7 @@ use rswap_common::layout::{
 use super::{
     BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpProfile, UnownedBlock,
     histogram::{Counts, Histogram, add_record},
+    neighbours::Waits,
     probes::Maps,
 };
 
@@ -46,6 +47,8 @@ pub(super) struct Counters {
     /// By CPU.
     cpus: Vec<OnCpu>,
     off_cpu: [OffCpuCount; OFF_CPU_KINDS],
+    /// For whom it waited.
+    pub(super) waits: Waits,
     /// By their place, ascending; those that have counted anything.
     blocks: Vec<Block>,
 }
@@ -132,6 +135,7 @@ impl Counters {
             tcp_bytes_out: total.tcp_bytes_out,
             cpus,
             off_cpu: total.off_cpu,
+            waits: Waits::read(maps, slots, slot),
             blocks,
         }
     }
@@ -331,6 +335,7 @@ mod tests {
             tcp_bytes_out: 0,
             cpus: Vec::new(),
             off_cpu: SlotRecord::EMPTY.off_cpu,
+            waits: Waits::default(),
             blocks: blocks.iter().map(block).collect(),
         }
     }

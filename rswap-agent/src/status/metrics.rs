@@ -65,6 +65,13 @@ struct OfReason {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfNeighbour {
+    instance: String,
+    kind: &'static str,
+    neighbour: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Unowned {
     device: String,
     kind: &'static str,
@@ -365,6 +372,7 @@ fn memory(registry: &mut Registry, board: &BoardState) {
 fn block(registry: &mut Registry, board: &BoardState) {
     let [bytes, in_flight] = std::array::from_fn(|_| Family::<OfBlock, FloatGauge>::default());
     let off_cpu = Family::<OfReason, FloatGauge>::default();
+    let cpu_taken = Family::<OfNeighbour, FloatGauge>::default();
     for (name, view) in &board.instances {
         let Some(profile) = &view.profile else { continue };
         let per_s = 1e3 / profile.window_ms.max(1) as f64;
@@ -376,6 +384,11 @@ fn block(registry: &mut Registry, board: &BoardState) {
             };
             bytes.get_or_create(&labels).set(block.bytes as f64 * per_s);
             in_flight.get_or_create(&labels).set(block.in_flight);
+        }
+        for of in &profile.cpu.neighbours {
+            let (kind, neighbour) = of.who.words();
+            let labels = OfNeighbour { instance: name.to_string(), kind, neighbour: neighbour.to_owned() };
+            cpu_taken.get_or_create(&labels).set(of.waited_ns as f64 / 1e9 * per_s);
         }
         let Some(off) = &profile.cpu.off_cpu else { continue };
         for (reason, time) in [
@@ -398,6 +411,11 @@ fn block(registry: &mut Registry, board: &BoardState) {
         "instance_off_cpu_threads",
         "Threads off the CPU on average, by reason, of those times that ended in the last window",
         off_cpu,
+    );
+    registry.register(
+        "instance_cpu_taken_by",
+        "Cores that the instance waited for while a neighbour ran there, in the last window",
+        cpu_taken,
     );
     let [requests, bytes] = std::array::from_fn(|_| Family::<Unowned, Counter>::default());
     for of in &board.block.unowned {

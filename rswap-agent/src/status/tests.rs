@@ -10,7 +10,7 @@ use crate::{
     control::client::{Client, Target},
     instance::InstanceName,
     plan::Plan,
-    profile::{
+    profile::{CpuNeighbour, Who, 
         BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, Operation, ProbeState, ProbeStatus, Profile,
         RequestCount, UnownedBlock, histogram::Histogram,
     },
@@ -150,11 +150,13 @@ fn show_a_profile(board: &mut BoardState) {
     };
     let io_wait = OffCpuTime { ns: 500_000_000, times: 9 };
     let off_cpu = Some(OffCpuProfile { io_wait, ..OffCpuProfile::default() });
+    let hog = Who::Cgroup("/system.slice/hog.service".into());
+    let neighbours = vec![CpuNeighbour { who: hog, waited_ns: 250_000_000 }];
     let profile = Profile {
         instance: view.instance.name.clone(),
         at: UnixMillis::now(),
         window_ms: 1000,
-        cpu: CpuProfile { run_queue_ns: of(&[1000]), off_cpu, ..CpuProfile::default() },
+        cpu: CpuProfile { run_queue_ns: of(&[1000]), off_cpu, neighbours, ..CpuProfile::default() },
         block: vec![BlockProfile {
             device: "8:0".into(),
             operation: Operation::Write,
@@ -223,6 +225,7 @@ async fn exposes_metrics() {
         "rswap_block_unowned_bytes_total{device=\"8:0\",kind=\"write_back\"} 4096",
         "rswap_block_not_covered{name=\"dm-0\"} 1",
         "rswap_instance_off_cpu_threads{instance=\"db\",reason=\"io_wait\"} 0.5",
+        "rswap_instance_cpu_taken_by{instance=\"db\",kind=\"cgroup\",neighbour=\"/system.slice/hog.service\"} 0.25",
     ] {
         assert!(text.lines().any(|found| found == line), "no {line} in {text}");
     }

@@ -11,7 +11,10 @@ use std::{
 };
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use rswap_common::layout::{BlockRecord, ChildCounts, SlotRecord, UnownedRecord};
+use rswap_common::{
+    layout::{BlockRecord, ChildCounts, SlotRecord, UnownedRecord},
+    neighbours::NeighbourRecord,
+};
 
 /// A record that eBPF programs fill.
 ///
@@ -28,6 +31,8 @@ unsafe impl BpfRecord for BlockRecord {}
 unsafe impl BpfRecord for UnownedRecord {}
 // SAFETY: as above: three u64.
 unsafe impl BpfRecord for ChildCounts {}
+// SAFETY: as above.
+unsafe impl BpfRecord for NeighbourRecord {}
 
 /// An array map of `T`, mapped read-only until it is dropped.
 #[derive(Debug)]

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     forecast::{Evidence, Resource},
-    profile::{BlockProfile, OffCpuTime, Operation, Profile, UsedWithin, histogram::Histogram},
+    profile::{BlockProfile, OffCpuTime, Operation, Profile, UsedWithin, Who, histogram::Histogram},
     status::InstanceView,
 };
 
@@ -188,6 +188,7 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
             of(off.stopped),
         )));
     }
+    waited_for(&mut lines, profile);
     for block in &profile.block {
         block_lines(&mut lines, block, profile.window_ms, &history.io_p99_ns);
     }
@@ -231,6 +232,29 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         )));
     }
     lines
+}
+
+/// Who ran while it waited for a core.
+fn waited_for(lines: &mut Vec<Line<'static>>, profile: &Profile) {
+    if profile.cpu.neighbours.is_empty() {
+        return;
+    }
+    lines.push(Line::from("a core was taken by").bold());
+    for of in &profile.cpu.neighbours {
+        let share = of.waited_ns as f64 / (profile.window_ms.max(1) as f64 * 1e4);
+        lines.push(Line::from(format!("  {share:>5.1} %  {}", who(&of.who))));
+    }
+}
+
+fn who(who: &Who) -> String {
+    match who {
+        Who::Instance(name) => name.to_string(),
+        Who::Cgroup(path) => format!("cgroup {path}"),
+        Who::KernelThreads => "kernel threads".to_owned(),
+        Who::Removed => "cgroups that have gone".to_owned(),
+        Who::Others => "others".to_owned(),
+        Who::Unknown => "unknown".to_owned(),
+    }
 }
 
 /// How long requests of one kind took, on the device and before.
