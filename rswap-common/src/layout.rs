@@ -43,6 +43,8 @@ pub mod map_names {
     pub const UNOWNED: &str = "UNOWNED";
     /// Array of [`crate::neighbours::NeighbourRecord`], index by [`super::slot_index`]; can be mapped into memory.
     pub const NEIGHBOURS: &str = "NEIGHBOURS";
+    /// Hash map of [`crate::neighbours::DiskUser`] to [`crate::neighbours::DiskUse`].
+    pub const DISK_USERS: &str = "DISK_USERS";
     /// Array of one [`super::DeviceTable`]; can be mapped into memory.
     pub const DEVICES: &str = "DEVICES";
     /// Ring buffer of [`super::WrittenRecord`].
@@ -232,6 +234,8 @@ pub const UNOWNED_KINDS: usize = 3;
 pub struct UnownedRecord {
     /// All of them.
     pub by_device: [[UnownedCount; UNOWNED_KINDS]; MAX_DEVICES as usize],
+    /// Time that devices took for requests of whom nobody knows whose they were, or for whom there was no room, in nanoseconds.
+    pub unknown_ns: [u64; MAX_DEVICES as usize],
 }
 
 /// The devices told apart, by their place in the table; 0 is an empty place.
@@ -284,7 +288,7 @@ pub const fn block_shards(cpus: u32) -> u32 {
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
 const _: () = assert!(size_of::<SlotRecord>() == 3 * size_of::<HistogramRecord>() + 40 + 16 * OFF_CPU_KINDS);
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);
-const _: () = assert!(size_of::<UnownedRecord>() == MAX_DEVICES as usize * UNOWNED_KINDS * 16);
+const _: () = assert!(size_of::<UnownedRecord>() == MAX_DEVICES as usize * (UNOWNED_KINDS * 16 + 8));
 
 #[cfg(test)]
 mod tests {

@@ -43,6 +43,29 @@ pub struct Turn {
     pub since_ns: u64,
 }
 
+/// Most cgroups that are no instances, times devices, that block I/O is counted for.
+pub const DISK_USERS: u32 = 512;
+
+/// A cgroup that is no instance's, on one device.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct DiskUser {
+    /// As in [`NeighbourCount::cgroup_id`].
+    pub cgroup_id: u64,
+    /// The device's place in the table.
+    pub device: u64,
+}
+
+/// What it had done.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskUse {
+    /// Requests.
+    pub requests: u64,
+    /// Time that the device took for them, in nanoseconds.
+    pub device_ns: u64,
+}
+
 // Both sides are compiled apart: the layout must not depend on the target's alignment rules.
 const _: () = assert!(size_of::<NeighbourRecord>() == 8 + 16 * NEIGHBOURS);
 // The verifier follows a mask, but no remainder.

@@ -12,7 +12,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
     Global,
-    helpers::{bpf_get_current_cgroup_id, bpf_ktime_get_ns},
+    helpers::bpf_ktime_get_ns,
     macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
@@ -22,8 +22,12 @@ use rswap_common::layout::{
 };
 
 use crate::{
+    disk_users::{count_disk_use, current_submitter, owner_of_submitter},
     kernel::{KernelPtr, cgroup_id, field, number_of, offsets},
-    maps::{DEVICES, block_record, bucket_of, remember_request, request_submitter, slot_of, unowned_count},
+    maps::{
+        DEVICES, ROOT_CGROUP_ID, block_record, bucket_of, remember_request, request_submitter, slot_of,
+        unowned_count,
+    },
 };
 
 offsets!(
@@ -63,15 +67,11 @@ const REQ_OP_SECURE_ERASE: u32 = 5;
 const REQ_OP_ZONE_APPEND: u32 = 7;
 const REQ_OP_WRITE_ZEROES: u32 = 9;
 
-/// `block_io_start(rq)`: remembers which tracked instance submitted the request.
+/// `block_io_start(rq)`: remembers who submitted the request.
 #[btf_tracepoint(function = "block_io_start")]
 fn block_io_start(ctx: BtfTracePointContext) -> i32 {
     let request: KernelPtr = ctx.arg(0);
-    // SAFETY: a helper without arguments; unsafe only for being foreign.
-    let submitter = unsafe { bpf_get_current_cgroup_id() };
-    if let Some(slot) = slot_of(submitter) {
-        remember_request(number_of(request), slot);
-    }
+    remember_request(number_of(request), current_submitter());
     0
 }
 
@@ -83,12 +83,15 @@ fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     let length: u32 = field(request, &REQUEST_DATA_LEN);
     let complete = bytes >= length;
 
-    let slot = slot_of_request(request, complete);
+    let (owner, slot) = owner_of_request(request, complete);
     let flags: u32 = field(request, &REQUEST_CMD_FLAGS);
     let Some(operation) = operation_of(flags, length) else { return 0 };
     let device = device_of(request);
     let Some(slot) = slot else {
         count_unowned(device, operation, flags, bytes, complete);
+        if complete {
+            count_disk_use(owner, device, device_ns(request));
+        }
         return 0;
     };
     let Some(record) = block_record(slot, device, operation) else { return 0 };
@@ -100,10 +103,7 @@ fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     if complete {
         let issued: u64 = field(request, &REQUEST_IO_START_NS);
         let made: u64 = field(request, &REQUEST_START_NS);
-        // SAFETY: a helper without arguments; unsafe only for being foreign.
-        let now = unsafe { bpf_ktime_get_ns() };
-        let since = if issued != 0 { issued } else { made };
-        let device_ns = if since == 0 { 0 } else { now.saturating_sub(since) };
+        let device_ns = device_ns(request);
         // SAFETY: the map gave the pointer.
         let (on_device, in_queue, not_split) = unsafe {
             (&raw mut (*record).device_ns, &raw mut (*record).queue_ns, &raw mut (*record).not_split)
@@ -151,24 +151,40 @@ fn count_unowned(device: u32, operation: BlockOperation, flags: u32, bytes: u32,
     }
 }
 
-/// The slot that a request is charged to; forgets the submitter once the request is `complete`.
+/// How long the device has had a request that ends now, in nanoseconds; where that is not known, for how long it has been there.
 #[inline(always)]
-fn slot_of_request(request: KernelPtr, complete: bool) -> Option<u32> {
+fn device_ns(request: KernelPtr) -> u64 {
+    let issued: u64 = field(request, &REQUEST_IO_START_NS);
+    let since = if issued != 0 { issued } else { field(request, &REQUEST_START_NS) };
+    // SAFETY: a helper without arguments; unsafe only for being foreign.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if since == 0 { 0 } else { now.saturating_sub(since) }
+}
+
+/// The cgroup that a request is charged to, and its slot, if it is tracked; forgets the submitter once the request is `complete`.
+#[inline(always)]
+fn owner_of_request(request: KernelPtr, complete: bool) -> (u64, Option<u32>) {
     // Looked up also where the bio says whose it is: the next request at this address may be nobody's.
     let submitter = match BLOCK_BY_SUBMITTER.load() {
-        1 => request_submitter(number_of(request), complete),
-        _ => None,
+        1 => owner_of_submitter(request_submitter(number_of(request), complete)),
+        _ => 0,
     };
+    let mut charged = 0;
     if BLOCK_BY_BLKCG.load() == 1 {
         let bio: KernelPtr = field(request, &REQUEST_BIO);
         let blkg: KernelPtr = field(bio, &BIO_BLKG);
         let blkcg: KernelPtr = field(blkg, &BLKG_BLKCG);
         // A null pointer on the way reads as 0 in the end, which is no cgroup's id.
-        if let Some(slot) = slot_of(cgroup_id(field(blkcg, &BLKCG_CGROUP))) {
-            return Some(slot);
+        charged = cgroup_id(field(blkcg, &BLKCG_CGROUP));
+        if let Some(slot) = slot_of(charged) {
+            return (charged, Some(slot));
         }
     }
-    submitter
+    if let Some(slot) = slot_of(submitter) {
+        return (submitter, Some(slot));
+    }
+    // The root is charged with what is nobody's, also.
+    (if charged > ROOT_CGROUP_ID { charged } else { submitter }, None)
 }
 
 /// The request's device's place in the table.

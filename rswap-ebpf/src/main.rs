@@ -10,6 +10,7 @@
 
 mod block;
 mod cgroups;
+mod disk_users;
 mod empty;
 mod kernel;
 mod maps;

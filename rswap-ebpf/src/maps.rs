@@ -16,7 +16,7 @@ use rswap_common::{
     neighbours::{NeighbourRecord, TURNS, Turn},
     tables::{
         self, CGROUP_SETS, CgroupSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, cgroup_of_word, cgroup_word,
-        request_word, same_request, same_sleeper, sleeper_word, slot_of_word,
+        request_word, same_request, same_sleeper, sleeper_word, slot_of_word, submitter_of_word,
     },
 };
 
@@ -76,7 +76,7 @@ static NEIGHBOURS: Array<NeighbourRecord> = Array::with_max_entries(1, BPF_F_MMA
 #[map]
 pub static DEVICES: Array<DeviceTable> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Requests in flight (by address) -> slot of the submitter.
+/// Requests in flight (by address) -> who submitted them.
 #[map]
 static REQUESTS: Array<RequestSet> = Array::with_max_entries(REQUEST_SETS, BPF_F_MMAPABLE);
 
@@ -172,13 +172,13 @@ pub fn forget_child(cgroup_id: u64) {
     }
 }
 
-/// Remembers which slot submitted a request; `key` follows from its address alone. Another CPU that takes the same free place in the same moment
+/// Remembers who submitted a request; `key` follows from its address alone. Another CPU that takes the same free place in the same moment
 /// makes one of both nobody's.
 #[inline(always)]
-pub fn remember_request(key: u64, slot: u32) {
+pub fn remember_request(key: u64, submitter: u32) {
     let Some(set) = REQUESTS.get_ptr_mut(tables::request_set(key)) else { return };
     let words = set.cast::<u64>();
-    let new = request_word(key, slot);
+    let new = request_word(key, submitter);
     // A set that is full loses one that it has.
     let mut place = words;
     let mut way = 0;
@@ -198,10 +198,11 @@ pub fn remember_request(key: u64, slot: u32) {
     unsafe { place.write_volatile(new) };
 }
 
-/// The slot that submitted a request; forgets it if the request is `complete`.
+/// Who submitted a request, 0 if nobody knows; forgets it if the request is `complete`.
 #[inline(always)]
-pub fn request_submitter(key: u64, complete: bool) -> Option<u32> {
-    let words = REQUESTS.get_ptr_mut(tables::request_set(key))?.cast::<u64>();
+pub fn request_submitter(key: u64, complete: bool) -> u32 {
+    let Some(set) = REQUESTS.get_ptr_mut(tables::request_set(key)) else { return 0 };
+    let words = set.cast::<u64>();
     let wanted = request_word(key, 0);
     let mut way = 0;
     while way < size_of::<RequestSet>() / size_of::<u64>() {
@@ -212,11 +213,11 @@ pub fn request_submitter(key: u64, complete: bool) -> Option<u32> {
                 // SAFETY: as in `remember_request`.
                 unsafe { at.write_volatile(0) };
             }
-            return Some(slot_of_word(word));
+            return submitter_of_word(word);
         }
         way += 1;
     }
-    None
+    0
 }
 
 /// Remembers since when a task is off the CPU, and why. Of a set that is full, one is forgotten.
@@ -315,15 +316,20 @@ pub fn block_record(slot: u32, device: u32, operation: BlockOperation) -> Option
     BLOCKS.get_ptr_mut(block_index(shard, slot, SLOT_COUNT.load(), device, operation))
 }
 
+/// This CPU's record of requests that are nobody's who is tracked.
+#[inline(always)]
+pub fn unowned_record() -> Option<*mut UnownedRecord> {
+    // SAFETY: a helper without arguments; unsafe only for being foreign.
+    UNOWNED.get_ptr_mut(unsafe { bpf_get_smp_processor_id() } as u32)
+}
+
 /// This CPU's count of requests of a device that are nobody's who is tracked.
 #[inline(always)]
 pub fn unowned_count(device: u32, kind: Unowned) -> Option<*mut UnownedCount> {
     if device >= MAX_DEVICES {
         return None;
     }
-    // SAFETY: a helper without arguments; unsafe only for being foreign.
-    let cpu = unsafe { bpf_get_smp_processor_id() } as u32;
-    let counts = UNOWNED.get_ptr_mut(cpu)?.cast::<UnownedCount>();
+    let counts = unowned_record()?.cast::<UnownedCount>();
     // SAFETY: in the record: `device` was checked, and there are as many kinds.
     Some(unsafe { counts.add(device as usize * UNOWNED_KINDS + kind as usize) })
 }

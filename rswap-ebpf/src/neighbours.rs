@@ -16,6 +16,12 @@ offsets!(TASK_FLAGS);
 /// A task's flag that says that it is a thread of the kernel's.
 const PF_KTHREAD: u32 = 0x0020_0000;
 
+/// Whether a task is a thread of the kernel's.
+#[inline(always)]
+pub fn is_kernel_thread(task: KernelPtr) -> bool {
+    field::<u32>(task, &TASK_FLAGS) & PF_KTHREAD != 0
+}
+
 /// Remembers that a task of this cgroup comes.
 #[inline(always)]
 pub fn note_turn(leavers: &mut Leavers, next: KernelPtr, cgroup_id: u64) {
@@ -24,7 +30,7 @@ pub fn note_turn(leavers: &mut Leavers, next: KernelPtr, cgroup_id: u64) {
     } else if field::<i32>(next, &TASK_PID) == 0 {
         // While a CPU is idle nobody waits there whom others hold up: no wait begins before.
         return;
-    } else if field::<u32>(next, &TASK_FLAGS) & PF_KTHREAD != 0 {
+    } else if is_kernel_thread(next) {
         KERNEL_THREADS
     } else {
         cgroup_id

@@ -18,7 +18,7 @@ use std::{
 
 use rswap_agent::{
     instance::InstanceName,
-    profile::{ProbeState, Profile, ProfileConfig, Profiler, btf::KernelTypes, unified_mount},
+    profile::{ProbeState, Profile, ProfileConfig, Profiler, Who, btf::KernelTypes, unified_mount},
     units::UnixMillis,
 };
 
@@ -46,6 +46,12 @@ impl TestCgroup {
         // fork and exec it only opens, writes and closes a file (the path was allocated before).
         unsafe { command.pre_exec(move || fs::write(&procs, "0")) };
         command.spawn().expect("start the program under test")
+    }
+
+    /// As profiles of others name it.
+    pub fn who(&self) -> Who {
+        let below = self.0.strip_prefix(unified_mount().unwrap()).unwrap();
+        Who::Cgroup(format!("/{}", below.display()))
     }
 
     /// CPU time used in it, in microseconds.

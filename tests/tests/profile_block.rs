@@ -180,6 +180,49 @@ fn what_waits_in_the_scheduler_waits_in_the_queue() {
 }
 
 #[test]
+fn who_uses_the_same_disk_is_named() {
+    let Some(profiler) = needed("who_uses_the_same_disk_is_named") else { return };
+    let _one = ONE_AT_A_TIME.lock();
+    // It serves one request after the other: of the time of one, all but its own 2 ms is for those before it.
+    let disk = Disk::slow(Duration::from_millis(2));
+    disk.set_queue("scheduler", "none");
+    let run = |depth: &str, seconds: &str| {
+        let (depth, seconds) = (format!("--iodepth={depth}"), format!("--runtime={seconds}"));
+        disk.fio(&["--rw=randread", "--bs=4k", "--ioengine=libaio", "--time_based", &depth, &seconds])
+    };
+    let next_to = TestCgroup::create();
+    let expected = next_to.who();
+    let neighbour = next_to.spawn(&mut run("6", "8"));
+    thread::sleep(Duration::from_secs(1));
+    let cgroup = TestCgroup::create();
+    let name = begin(&profiler, &cgroup.0);
+    let fio = report(&wait(cgroup.spawn(&mut run("2", "3")), Duration::from_secs(30)));
+    let profile = end(&profiler);
+    profiler.untrack(&name);
+    drop(next_to);
+    rswap_tests::profiled::reap(neighbour);
+
+    let devices: Vec<_> =
+        profile.disk_neighbours.iter().filter(|of| of.device == disk.number()).collect();
+    let [device] = devices[..] else { panic!("one device: {:?}", profile.disk_neighbours) };
+    eprintln!("{device:?}");
+    let first = device.others.first().expect("somebody used it");
+    assert_eq!(first.who, expected);
+    let read = &fio["jobs"][0]["read"];
+    let clat_ns = read["clat_ns"]["mean"].as_f64().expect("a time");
+    let runtime_s = read["runtime"].as_f64().expect("a time") / 1e3;
+    let near = |found: f64, expected: f64| {
+        assert!((found - expected).abs() <= expected * 0.1, "{found} against {expected}");
+    };
+    // Six of eight that are under way are the neighbour's, also before fio's start and after its end.
+    near(first.device_ns as f64 / 1e9, 6.0 * profile.window_ms as f64 / 1e3);
+    near(device.own_ns as f64 / 1e9, 2.0 * runtime_s);
+    let waited_share = first.waited_ns as f64 / device.own_ns as f64;
+    // As fio has it: all of it but for the instance's own two.
+    near(waited_share, (clat_ns - 2.0 * 2e6) / clat_ns);
+}
+
+#[test]
 fn flushes_and_discards_are_counted_as_such() {
     let Some(profiler) = needed("flushes_and_discards_are_counted_as_such") else { return };
     let _one = ONE_AT_A_TIME.lock();

@@ -10,7 +10,7 @@ use std::{
 
 use rswap_agent::{
     instance::InstanceName,
-    profile::{CpuProfile, Profiler, Who, unified_mount},
+    profile::{CpuProfile, Profiler, Who},
     units::UnixMillis,
 };
 use rswap_tests::{
@@ -39,12 +39,6 @@ fn loops(cgroup: &TestCgroup) -> Child {
     thread::sleep(Duration::from_millis(300));
     set_nice(child.id(), ABOVE_ALL).expect("a nice value for its session");
     child
-}
-
-fn path_of(cgroup: &TestCgroup) -> Who {
-    let mount = unified_mount().expect("cgroup v2");
-    let below = cgroup.0.strip_prefix(mount).expect("below the mount");
-    Who::Cgroup(format!("/{}", below.display()))
 }
 
 /// In nanoseconds, all of a cgroup's processes: how long they ran, and waited.
@@ -95,9 +89,9 @@ fn a_hog_on_the_same_core_is_named_with_the_time_that_it_took() {
     let (instance, hog) = (TestCgroup::create(), TestCgroup::create());
     let (profile, [hog_ran, waited]) = profile_next_to(&profiler, &instance, &hog);
     assert!(hog_ran > WINDOW.as_nanos() as f64 * 0.2, "the hog got too little for a test: {hog_ran} ns");
-    assert_eq!(profile.neighbours.first().map(|of| &of.who), Some(&path_of(&hog)));
+    assert_eq!(profile.neighbours.first().map(|of| &of.who), Some(&hog.who()));
     // The instance always waits while the hog runs. A turn that goes on when the window ends is in the next one.
-    near(waited_for(&profile, &path_of(&hog)), hog_ran, 0.05);
+    near(waited_for(&profile, &hog.who()), hog_ran, 0.05);
     let all: f64 = profile.neighbours.iter().map(|of| of.waited_ns as f64).sum();
     near(all, waited, 0.05);
     assert!(waited_for(&profile, &Who::Unknown) < all * 0.02, "{:?}", profile.neighbours);
@@ -113,7 +107,7 @@ fn an_instance_that_takes_the_core_is_named_as_one() {
     // The profile that is asked for is the last one by name.
     let (profile, [other_ran, _]) = profile_next_to(&profiler, &instance, &other);
     near(waited_for(&profile, &Who::Instance(name.clone())), other_ran, 0.05);
-    assert_eq!(waited_for(&profile, &path_of(&other)), 0.0);
+    assert_eq!(waited_for(&profile, &other.who()), 0.0);
     // To what is no instance's any more by its end belongs the time before, too.
     profiler.untrack(&name);
     let profiles = profiler.sample(UnixMillis::now());
@@ -154,7 +148,7 @@ fn many_turns_of_two_others_are_shared_out_among_both() {
     assert!(ran.iter().all(|ran| *ran > 0.1 * SECOND_NS), "they did not play: {ran:?}");
     for (cgroup, ran) in [&one, &two].into_iter().zip(ran) {
         // Waits of less than 100 us are left out.
-        near(waited_for(&profile, &path_of(cgroup)), ran, 0.15);
+        near(waited_for(&profile, &cgroup.who()), ran, 0.15);
     }
     drop((instance, one, two));
     [child].into_iter().chain(players).for_each(reap);

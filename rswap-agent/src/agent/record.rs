@@ -182,6 +182,7 @@ mod tests {
             cpu: CpuProfile { cores: f64::from(second as u32 % 2), ..CpuProfile::default() },
             block: if second.is_multiple_of(2) { vec![block] } else { vec![] },
             block_counted: true,
+            disk_neighbours: Vec::new(),
             tcp: TcpProfile { bytes_in: 100, bytes_out: 7, ..TcpProfile::default() },
             tcp_counted: true,
             memory: MemoryProfile { resident_bytes: 5, ..MemoryProfile::default() },

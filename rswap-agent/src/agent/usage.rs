@@ -57,6 +57,7 @@ mod tests {
             cpu: CpuProfile { cores: 0.5, ..CpuProfile::default() },
             block: if did { block } else { Vec::new() },
             block_counted: counted,
+            disk_neighbours: Vec::new(),
             tcp: TcpProfile { bytes_in: 10, bytes_out: 20, ..TcpProfile::default() },
             tcp_counted: counted,
             memory: MemoryProfile { resident_bytes: 7, ..MemoryProfile::default() },

@@ -70,6 +70,7 @@ mod tests {
             cpu: CpuProfile { cores: 0.8, ..CpuProfile::default() },
             block: vec![],
             block_counted: true,
+            disk_neighbours: Vec::new(),
             tcp: TcpProfile::default(),
             tcp_counted: true,
             memory: MemoryProfile { resident_bytes: 7, ..MemoryProfile::default() },

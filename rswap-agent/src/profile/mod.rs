@@ -19,6 +19,7 @@ pub mod btf;
 mod cgroup;
 mod cgroup_table;
 mod children;
+mod disk_users;
 pub mod doctor;
 mod empty;
 mod faults;
@@ -41,6 +42,7 @@ use histogram::Histogram;
 pub use ages::{AgesCost, PageAges, SPANS_S, UsedWithin};
 pub use cgroup::unified_mount;
 pub use children::CgroupsKnown;
+pub use disk_users::{DeviceNeighbours, DiskNeighbour};
 pub use empty::EmptyProgram;
 pub use faults::Faults;
 pub use neighbours::{CpuNeighbour, Who};
@@ -105,6 +107,9 @@ pub struct Profile {
     /// Whether I/O was counted: without the probe, or a slot, no entry says nothing.
     #[serde(default)]
     pub block_counted: bool,
+    /// Who used the devices that it waited for, by device.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disk_neighbours: Vec<DeviceNeighbours>,
     /// TCP.
     pub tcp: TcpProfile,
     /// Whether TCP bytes were counted.

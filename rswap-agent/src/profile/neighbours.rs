@@ -115,8 +115,10 @@ impl Names {
 
     /// Whose cgroup this is; `instance` knows those of instances.
     pub(super) fn who(&mut self, id: u64, instance: impl FnOnce(u64) -> Option<InstanceName>) -> Who {
-        if id == KERNEL_THREADS {
-            return Who::KernelThreads;
+        match id {
+            0 => return Who::Unknown,
+            KERNEL_THREADS => return Who::KernelThreads,
+            _ => {}
         }
         if let Some(who) = self.known.get(&id) {
             return who.clone();
@@ -155,11 +157,24 @@ pub(super) fn ranked(waited: impl IntoIterator<Item = (Who, u64)>, total_ns: u64
     if total_ns > known {
         *by.entry(Who::Unknown).or_default() += total_ns - known;
     }
-    let mut list: Vec<_> = by.into_iter().map(|(who, waited_ns)| CpuNeighbour { who, waited_ns }).collect();
-    list.sort_by_key(|of| std::cmp::Reverse(of.waited_ns));
+    let list = by.into_iter().map(|(who, waited_ns)| CpuNeighbour { who, waited_ns });
+    by_rank(
+        list.collect(),
+        |of| of.waited_ns,
+        |rest| CpuNeighbour { who: Who::Others, waited_ns: rest.iter().map(|of| of.waited_ns).sum() },
+    )
+}
+
+/// The largest first; those past [`MAX_SHOWN`] become one.
+pub(super) fn by_rank<T>(
+    mut list: Vec<T>,
+    size: impl Fn(&T) -> u64,
+    together: impl FnOnce(&[T]) -> T,
+) -> Vec<T> {
+    list.sort_by_key(|of| std::cmp::Reverse(size(of)));
     if list.len() > MAX_SHOWN {
         let rest = list.split_off(MAX_SHOWN);
-        list.push(CpuNeighbour { who: Who::Others, waited_ns: rest.iter().map(|of| of.waited_ns).sum() });
+        list.push(together(&rest));
     }
     list
 }

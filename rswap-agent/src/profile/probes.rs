@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, os::fd::OwnedFd};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData},
+    maps::{Array, HashMap, Map, MapData},
     programs::{BtfTracePoint, tp_btf::BtfTracePointLink},
     sys::{Stats, enable_stats},
 };
@@ -21,6 +21,7 @@ use super::{
     btf::KernelTypes,
     cgroup_table::CgroupTable,
     children::{CHILD_PROBES, Children},
+    disk_users::DiskUsers,
 };
 use crate::sys::bpf_mmap::{BpfRecord, MappedArray};
 
@@ -141,7 +142,11 @@ pub(super) const PROBES: [Probe; 6] = [
             (g::BLKCG_CGROUP, "blkcg", "css.cgroup"),
         ],
     },
-    Probe { tracepoint: BLOCK_IO_START, arguments: &["struct request *"], fields: &[] },
+    Probe {
+        tracepoint: BLOCK_IO_START,
+        arguments: &["struct request *"],
+        fields: &[(g::TASK_FLAGS, "task_struct", "flags")],
+    },
     Probe {
         tracepoint: "tcp_probe",
         arguments: &["struct sock *"],
@@ -221,6 +226,8 @@ pub(super) struct Maps {
     pub(super) blocks: MappedArray<BlockRecord>,
     /// For whom instances waited, per CPU and slot.
     pub(super) neighbours: MappedArray<NeighbourRecord>,
+    /// Who uses disks beside instances.
+    pub(super) disk_users: DiskUsers,
     /// Requests that were nobody's, by CPU.
     pub(super) unowned: MappedArray<UnownedRecord>,
     /// CPUs in `slots`.
@@ -328,6 +335,8 @@ impl Probes {
             .map_err(|error| unmapped(map_names::CGROUPS, &error))?;
         let devices = Array::try_from(map(map_names::DEVICES, &mut ebpf)?)
             .map_err(|error| unmapped(map_names::DEVICES, &error))?;
+        let disk_users = HashMap::try_from(map(map_names::DISK_USERS, &mut ebpf)?)
+            .map_err(|error| unmapped(map_names::DISK_USERS, &error))?;
         let slots = mapped(&ebpf, map_names::SLOTS, cpus * config.slots)?;
         let blocks = mapped(&ebpf, map_names::BLOCKS, block_entries)?;
         let neighbours = mapped(&ebpf, map_names::NEIGHBOURS, cpus * config.slots)?;
@@ -354,7 +363,9 @@ impl Probes {
         }
         let children = children.filter(|_| self.are_active(&CHILD_PROBES.map(|probe| probe.tracepoint)));
         let cgroups = CgroupTable::new(cgroups);
-        self.maps = Some(Maps { cgroups, children, devices, slots, blocks, neighbours, unowned, cpus, shards });
+        let disk_users = DiskUsers::new(disk_users);
+        self.maps =
+            Some(Maps { cgroups, children, devices, slots, blocks, neighbours, disk_users, unowned, cpus, shards });
         self.ebpf = Some(ebpf);
         Ok(())
     }

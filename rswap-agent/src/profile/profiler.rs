@@ -18,7 +18,7 @@ use super::{
     ages::Scanner,
     cgroup,
     children::{CgroupsKnown, Children, Members},
-    faults,
+    disk_users, faults,
     neighbours::{self, Names},
     probes::{Probes, SWITCH_STATE},
     slots::{self, Counters, Devices, FreeSlots},
@@ -261,7 +261,8 @@ impl Profiler {
             profile.memory.ages = ages(&profile.instance);
             profile
         };
-        let profiles = sampled.map(with_ages).collect();
+        let mut profiles: Vec<Profile> = sampled.map(with_ages).collect();
+        disk_users::add_neighbours(&mut profiles, state.disks_used());
         state.sample_shared(now);
         // Behind the last one: a window is counted as a whole, or not.
         state.keep_budget(now);
@@ -400,6 +401,19 @@ impl State {
         Ok(())
     }
 
+    /// Who used disks since this was called last, beside instances.
+    fn disks_used(&mut self) -> Vec<disk_users::Used> {
+        let Some(maps) = &mut self.probes.maps else { return Vec::new() };
+        let (devices, names, tracked) = (&self.devices, &mut self.names, &self.tracked);
+        let used = disk_users::used(maps).into_iter().map(|(id, device, device_ns)| {
+            // An instance's cgroup that the agent did not know yet.
+            let instance =
+                |id| tracked.iter().find(|(_, of)| of.registered.contains(&id)).map(|(name, _)| name.clone());
+            disk_users::Used { device: devices.name(device), who: names.who(id, instance), device_ns }
+        });
+        used.collect()
+    }
+
     /// Whose cgroup this is; `name`, whose cgroups are `own`, is looked at, and so not among those who are tracked.
     fn who(&mut self, id: u64, name: &InstanceName, own: &BTreeSet<u64>) -> neighbours::Who {
         let tracked = &self.tracked;
@@ -523,6 +537,7 @@ impl State {
             },
             block: Vec::new(),
             block_counted: false,
+            disk_neighbours: Vec::new(),
             tcp: TcpProfile::default(),
             tcp_counted: false,
             memory: MemoryProfile {

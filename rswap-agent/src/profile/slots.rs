@@ -292,7 +292,8 @@ impl Devices {
         self.not_covered.clone()
     }
 
-    fn name(&self, place: u32) -> String {
+    /// What a place's device is called.
+    pub(super) fn name(&self, place: u32) -> String {
         match self.found.get(place as usize) {
             Some((major, minor)) => format!("{major}:{minor}"),
             None => super::OTHER_DEVICE.to_owned(),

@@ -290,6 +290,7 @@ mod tests {
             cpu: CpuProfile { run_queue_ns: of(waits_ns), ..CpuProfile::default() },
             block: Vec::new(),
             block_counted: true,
+            disk_neighbours: Vec::new(),
             tcp: TcpProfile::default(),
             tcp_counted: true,
             memory: MemoryProfile::default(),

@@ -72,6 +72,14 @@ struct OfNeighbour {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfDiskNeighbour {
+    instance: String,
+    device: String,
+    kind: &'static str,
+    neighbour: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Unowned {
     device: String,
     kind: &'static str,
@@ -373,6 +381,7 @@ fn block(registry: &mut Registry, board: &BoardState) {
     let [bytes, in_flight] = std::array::from_fn(|_| Family::<OfBlock, FloatGauge>::default());
     let off_cpu = Family::<OfReason, FloatGauge>::default();
     let cpu_taken = Family::<OfNeighbour, FloatGauge>::default();
+    let disk_taken = Family::<OfDiskNeighbour, FloatGauge>::default();
     for (name, view) in &board.instances {
         let Some(profile) = &view.profile else { continue };
         let per_s = 1e3 / profile.window_ms.max(1) as f64;
@@ -389,6 +398,14 @@ fn block(registry: &mut Registry, board: &BoardState) {
             let (kind, neighbour) = of.who.words();
             let labels = OfNeighbour { instance: name.to_string(), kind, neighbour: neighbour.to_owned() };
             cpu_taken.get_or_create(&labels).set(of.waited_ns as f64 / 1e9 * per_s);
+        }
+        for device in &profile.disk_neighbours {
+            for of in &device.others {
+                let (kind, neighbour) = of.who.words();
+                let (instance, device) = (name.to_string(), device.device.clone());
+                let labels = OfDiskNeighbour { instance, device, kind, neighbour: neighbour.to_owned() };
+                disk_taken.get_or_create(&labels).set(of.waited_ns as f64 / 1e9 * per_s);
+            }
         }
         let Some(off) = &profile.cpu.off_cpu else { continue };
         for (reason, time) in [
@@ -416,6 +433,11 @@ fn block(registry: &mut Registry, board: &BoardState) {
         "instance_cpu_taken_by",
         "Cores that the instance waited for while a neighbour ran there, in the last window",
         cpu_taken,
+    );
+    registry.register(
+        "instance_disk_taken_by",
+        "The instance's requests that on average waited for a neighbour's in the last window, estimated",
+        disk_taken,
     );
     let [requests, bytes] = std::array::from_fn(|_| Family::<Unowned, Counter>::default());
     for of in &board.block.unowned {

@@ -220,6 +220,7 @@ mod tests {
             cpu,
             block: Vec::new(),
             block_counted: false,
+            disk_neighbours: Vec::new(),
             tcp: TcpProfile::default(),
             tcp_counted: false,
             memory: MemoryProfile::default(),

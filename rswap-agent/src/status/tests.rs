@@ -10,8 +10,8 @@ use crate::{
     control::client::{Client, Target},
     instance::InstanceName,
     plan::Plan,
-    profile::{CpuNeighbour, Who, 
-        BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, Operation, ProbeState, ProbeStatus, Profile,
+    profile::{
+        CpuNeighbour, DeviceNeighbours, DiskNeighbour, Who, BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, Operation, ProbeState, ProbeStatus, Profile,
         RequestCount, UnownedBlock, histogram::Histogram,
     },
     units::UnixMillis,
@@ -167,6 +167,15 @@ fn show_a_profile(board: &mut BoardState) {
             in_flight: 6.0,
         }],
         block_counted: true,
+        disk_neighbours: vec![DeviceNeighbours {
+            device: "8:0".into(),
+            own_ns: 6_000_000_000,
+            others: vec![DiskNeighbour {
+                who: Who::KernelThreads,
+                device_ns: 3_000_000_000,
+                waited_ns: 2_000_000_000,
+            }],
+        }],
         tcp: Default::default(),
         tcp_counted: true,
         memory: Default::default(),
@@ -226,6 +235,7 @@ async fn exposes_metrics() {
         "rswap_block_not_covered{name=\"dm-0\"} 1",
         "rswap_instance_off_cpu_threads{instance=\"db\",reason=\"io_wait\"} 0.5",
         "rswap_instance_cpu_taken_by{instance=\"db\",kind=\"cgroup\",neighbour=\"/system.slice/hog.service\"} 0.25",
+        "rswap_instance_disk_taken_by{instance=\"db\",device=\"8:0\",kind=\"kernel_threads\",neighbour=\"\"} 2.0",
     ] {
         assert!(text.lines().any(|found| found == line), "no {line} in {text}");
     }

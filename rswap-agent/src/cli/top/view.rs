@@ -192,6 +192,7 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
     for block in &profile.block {
         block_lines(&mut lines, block, profile.window_ms, &history.io_p99_ns);
     }
+    disks_used_by(&mut lines, profile);
     let microseconds = |us: f64| nanoseconds(us * 1e3);
     distribution(&mut lines, "TCP round trips", &profile.tcp.rtt_us, microseconds, &VecDeque::new());
     lines.push(Line::from("memory").bold());
@@ -243,6 +244,21 @@ fn waited_for(lines: &mut Vec<Line<'static>>, profile: &Profile) {
     for of in &profile.cpu.neighbours {
         let share = of.waited_ns as f64 / (profile.window_ms.max(1) as f64 * 1e4);
         lines.push(Line::from(format!("  {share:>5.1} %  {}", who(&of.who))));
+    }
+}
+
+/// Who used the devices that it waited for.
+fn disks_used_by(lines: &mut Vec<Line<'static>>, profile: &Profile) {
+    for device in &profile.disk_neighbours {
+        lines.push(Line::from(format!("{} was used by", device.device)).bold());
+        for of in &device.others {
+            let under_way = of.device_ns as f64 / (profile.window_ms.max(1) as f64 * 1e6);
+            let share = of.waited_ns as f64 / device.own_ns.max(1) as f64 * 100.0;
+            lines.push(Line::from(format!(
+                "  {under_way:>5.2} under way  about {share:.0} % of its time  {}",
+                who(&of.who)
+            )));
+        }
     }
 }
 

@@ -62,6 +62,7 @@ fn ran(name: &str, on: &[(usize, u64, u64, u64)]) -> Profile {
         },
         block: Vec::new(),
         block_counted: true,
+        disk_neighbours: Vec::new(),
         tcp: TcpProfile::default(),
         tcp_counted: true,
         memory: MemoryProfile::default(),

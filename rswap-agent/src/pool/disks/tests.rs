@@ -98,6 +98,7 @@ fn profile(name: &str, block: Vec<BlockProfile>) -> Profile {
         cpu: CpuProfile::default(),
         block,
         block_counted: true,
+        disk_neighbours: Vec::new(),
         tcp: TcpProfile::default(),
         tcp_counted: true,
         memory: MemoryProfile::default(),

@@ -24,6 +24,7 @@ fn seen(name: &str, cores: f64, waits_ns: &[u64], at: u64) -> InstanceView {
         cpu: CpuProfile { cores, run_queue_ns, ..CpuProfile::default() },
         block: Vec::new(),
         block_counted: false,
+        disk_neighbours: Vec::new(),
         tcp: Default::default(),
         tcp_counted: false,
         memory: Default::default(),
