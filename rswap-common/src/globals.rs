@@ -32,6 +32,8 @@ globals! {
     TASK_FLAGS;
     /// 1: the tracepoint says in which state the task is that goes, and the two below are known.
     SWITCH_HAS_STATE;
+    /// 1: waits for a CPU are measured from when somebody wakes a task; the two programs for that are loaded.
+    EXACT;
     /// `task_struct.in_iowait`: the byte that it is in.
     TASK_IN_IOWAIT;
     /// `task_struct.in_iowait`: a mask in that byte.

@@ -167,6 +167,43 @@ pub const fn slept_ns(word: u64, arrived_ns: u64, woke_ns: u64) -> Option<u64> {
     Some(if slept >= HALF { 0 } else { slept << TIME_SHIFT })
 }
 
+/// The number of sets of the table of tasks that wait for a CPU is two to this power.
+const WAITER_SET_BITS: u32 = 13;
+
+/// Sets of the table of tasks that wait for a CPU.
+pub const WAITER_SETS: u32 = 1 << WAITER_SET_BITS;
+
+/// Tasks of one set.
+pub type WaiterSet = [u64; 4];
+
+const WAITER_TIME_BITS: u32 = 40;
+const WAITER_TIME_MASK: u64 = (1 << WAITER_TIME_BITS) - 1;
+
+/// The set that a task is looked for in. Pids that follow each other are in sets that do.
+#[inline(always)]
+pub const fn waiter_set(pid: u32) -> u32 {
+    pid & (WAITER_SETS - 1)
+}
+
+/// What stands for a task that waits since then, in nanoseconds. Never 0, which is an empty place: no task that waits has the number 0. The kernel has no pid
+/// of more than 22 bits.
+#[inline(always)]
+pub const fn waiter_word(pid: u32, since_ns: u64) -> u64 {
+    (pid as u64) << WAITER_TIME_BITS | since_ns & WAITER_TIME_MASK
+}
+
+/// Whether two words stand for the same task.
+#[inline(always)]
+pub const fn same_waiter(word: u64, other: u64) -> bool {
+    word >> WAITER_TIME_BITS == other >> WAITER_TIME_BITS
+}
+
+/// How long the task of a word has waited by then, in nanoseconds, as far as it is less than 18 minutes.
+#[inline(always)]
+pub const fn waited_ns(word: u64, now_ns: u64) -> u64 {
+    now_ns.wrapping_sub(word) & WAITER_TIME_MASK
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
@@ -190,6 +227,15 @@ mod tests {
         let word = sleeper_word(1, late, OffCpu::Stopped);
         assert_eq!(why_of_word(word), OffCpu::Stopped as usize);
         assert!(slept_ns(word, late - 5_000, late + 10_000_000).unwrap().abs_diff(10_000_000) <= 1024);
+    }
+
+    #[test]
+    fn a_task_waited_since_it_was_woken_however_long_the_clock_has_run() {
+        let late = (7 << 40) - 1_000;
+        let word = waiter_word(4_194_303, late);
+        assert_eq!(waited_ns(word, late + 5_000_123), 5_000_123);
+        assert!(same_waiter(word, waiter_word(4_194_303, 1)) && !same_waiter(word, waiter_word(4_194_302, late)));
+        assert!((1..=4_194_303).step_by(997).all(|pid| waiter_set(pid) < WAITER_SETS && waiter_word(pid, 0) != 0));
     }
 
     #[test]

@@ -10,12 +10,7 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use aya_ebpf::{
-    Global,
-    helpers::bpf_ktime_get_ns,
-    macros::btf_tracepoint,
-    programs::BtfTracePointContext,
-};
+use aya_ebpf::{Global, helpers::bpf_ktime_get_ns, macros::btf_tracepoint, programs::BtfTracePointContext};
 use aya_log_ebpf::debug;
 use rswap_common::layout::{
     BlockOperation, HistogramRecord, MAX_DEVICES, OTHER_DEVICE, Unowned, device_number,

@@ -10,13 +10,14 @@ use aya_ebpf::{
 use rswap_common::{
     histogram::{BUCKETS, index_of},
     layout::{
-        BlockOperation, BlockRecord, ChildCounts, DeviceTable, HistogramRecord, MAX_DEVICES, OffCpu, SlotRecord,
-        UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
+        BlockOperation, BlockRecord, ChildCounts, DeviceTable, HistogramRecord, MAX_DEVICES, OffCpu,
+        SlotRecord, UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
     },
     neighbours::{NeighbourRecord, TURNS, Turn},
     tables::{
-        self, CGROUP_SETS, CgroupSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, cgroup_of_word, cgroup_word,
-        request_word, same_request, same_sleeper, sleeper_word, slot_of_word, submitter_of_word,
+        self, CGROUP_SETS, CgroupSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, WAITER_SETS,
+        WaiterSet, cgroup_of_word, cgroup_word, request_word, same_request, same_sleeper, same_waiter,
+        sleeper_word, slot_of_word, submitter_of_word, waited_ns, waiter_word,
     },
 };
 
@@ -47,6 +48,10 @@ static BLOCKS: Array<BlockRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// Tasks of instances that are off the CPU (by pid) -> since when, and why.
 #[map]
 static SLEEPERS: Array<SleeperSet> = Array::with_max_entries(SLEEPER_SETS, BPF_F_MMAPABLE);
+
+/// Tasks of instances that wait for a CPU (by pid) -> since when; the agent leaves one set where nobody asks.
+#[map]
+static WAITERS: Array<WaiterSet> = Array::with_max_entries(WAITER_SETS, BPF_F_MMAPABLE);
 
 /// Requests that are nobody's who is tracked; the agent sets the number of entries.
 #[map]
@@ -257,6 +262,49 @@ pub fn take_sleeper(pid: u32) -> Option<u64> {
             // SAFETY: as in `remember_request`.
             unsafe { at.write_volatile(0) };
             return Some(word);
+        }
+        way += 1;
+    }
+    None
+}
+
+/// Remembers since when a task waits for a CPU. Of a set that is full, one is forgotten.
+#[inline(always)]
+pub fn remember_waiter(pid: u32, since_ns: u64) {
+    let Some(set) = WAITERS.get_ptr_mut(tables::waiter_set(pid)) else { return };
+    let words = set.cast::<u64>();
+    let new = waiter_word(pid, since_ns);
+    let mut place = words;
+    let mut way = 0;
+    while way < size_of::<WaiterSet>() / size_of::<u64>() {
+        // SAFETY: as in `remember_request`.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if same_waiter(word, new) {
+            place = at;
+            break;
+        }
+        if word == 0 {
+            place = at;
+        }
+        way += 1;
+    }
+    // SAFETY: as in `remember_request`.
+    unsafe { place.write_volatile(new) };
+}
+
+/// How long a task has waited for a CPU, if it was remembered; it is not any more.
+#[inline(always)]
+pub fn take_waiter(pid: u32, now_ns: u64) -> Option<u64> {
+    let words = WAITERS.get_ptr_mut(tables::waiter_set(pid))?.cast::<u64>();
+    let wanted = waiter_word(pid, 0);
+    let mut way = 0;
+    while way < size_of::<WaiterSet>() / size_of::<u64>() {
+        // SAFETY: as in `remember_request`.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if same_waiter(word, wanted) {
+            // SAFETY: as in `remember_request`.
+            unsafe { at.write_volatile(0) };
+            return Some(waited_ns(word, now_ns));
         }
         way += 1;
     }

@@ -37,7 +37,8 @@ pub fn note_turn(leavers: &mut Leavers, next: KernelPtr, cgroup_id: u64) {
     };
     if leavers.turns[leavers.turn as usize % TURNS].cgroup_id != who {
         leavers.turn = leavers.turn.wrapping_add(1);
-        leavers.turns[leavers.turn as usize % TURNS] = Turn { cgroup_id: who, since_ns: run_queue_clock(next) };
+        leavers.turns[leavers.turn as usize % TURNS] =
+            Turn { cgroup_id: who, since_ns: run_queue_clock(next) };
     }
 }
 

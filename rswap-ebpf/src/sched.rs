@@ -4,12 +4,15 @@
 //! `sched_switch` is enough: no hook on wake-ups, no map of start times, no call for the time. The figures
 //! are those of `/proc/PID/schedstat`: waiting for a busy CPU, not the time that an idle one takes to wake.
 //!
+//! Where that is asked for ([`EXACT`]) waits are measured from when somebody wakes a task, or it has to give way, by the monotonic clock: with a hook on
+//! wake-ups and a table, and the time that an idle CPU takes.
+//!
 //! For whom a task waited follows from who left its CPU last: from the moment on at which the last task of its own instance left, others
 //! ran, and from the moment on at which the last task of any instance left, nobody's. What it waited before that, it waited for
 //! another task of its own, which counted then what that one had waited itself: no moment counts twice. A CPU may be idle meanwhile
 //! only if a limit of the group held the task back: that is no waiting for others. Who the others were: [`crate::neighbours`].
 
-use aya_ebpf::{Global, macros::btf_tracepoint, programs::BtfTracePointContext};
+use aya_ebpf::{Global, helpers::bpf_ktime_get_ns, macros::btf_tracepoint, programs::BtfTracePointContext};
 use aya_log_ebpf::debug;
 
 use rswap_common::{
@@ -19,7 +22,10 @@ use rswap_common::{
 
 use crate::{
     kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{Leavers, count, leavers, remember_sleeper, slot_of, slot_record, take_sleeper},
+    maps::{
+        Leavers, count, leavers, remember_sleeper, remember_waiter, slot_of, slot_record, take_sleeper,
+        take_waiter,
+    },
     neighbours::{count_neighbours, note_turn},
 };
 
@@ -37,6 +43,9 @@ offsets!(
 
 #[unsafe(no_mangle)]
 static SWITCH_HAS_STATE: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
+static EXACT: Global<u32> = Global::new(0);
 
 #[unsafe(no_mangle)]
 static TASK_IN_IOWAIT_MASK: Global<u32> = Global::new(0);
@@ -69,6 +78,8 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
                 && let Some(why) = why_off(prev, state)
             {
                 remember_sleeper(field(prev, &TASK_PID), now, why);
+            } else if EXACT.load() == 1 && state & TASK_DEAD == 0 {
+                remember_waiter(field(prev, &TASK_PID), monotonic_ns());
             }
         }
         if arrived != 0
@@ -87,12 +98,24 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         leavers.idle_ns = run_queue_clock(prev);
     }
     let next_cgroup = task_cgroup_id(next);
-    if let Some(slot) = slot_of(next_cgroup) {
+    if let Some(slot) = slot_of(next_cgroup)
+        && let Some(record) = slot_record(slot)
+    {
         // 0: the task never left its CPU's queue in the kernel's own accounting; it counts nothing either.
         let queued: u64 = field(next, &TASK_LAST_QUEUED);
-        if queued != 0
-            && let Some(record) = slot_record(slot)
+        let now = run_queue_clock(next);
+        let mut waited = if queued != 0 { Some(now.saturating_sub(queued)) } else { None };
+        if EXACT.load() == 1
+            && let Some(exact_ns) = take_waiter(field(next, &TASK_PID), monotonic_ns())
         {
+            waited = Some(exact_ns);
+        }
+        if let Some(waited_ns) = waited {
+            // SAFETY: the map gave the pointer, and only this program on this CPU writes this record.
+            unsafe { count(&mut (*record).run_queue_ns, waited_ns) };
+            debug!(&ctx, "slot {} waited {} ns", slot, waited_ns);
+        }
+        if queued != 0 {
             if SWITCH_HAS_STATE.load() == 1
                 && let Some(word) = take_sleeper(field(next, &TASK_PID))
                 && let Some(slept_ns) = slept_ns(word, field(next, &TASK_LAST_ARRIVAL), queued)
@@ -104,12 +127,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
                     (*of).times = (*of).times.wrapping_add(1);
                 }
             }
-            let now = run_queue_clock(next);
-            let waited_ns = now.saturating_sub(queued);
-            // SAFETY: the map gave the pointer, and only this program on this CPU writes this record.
-            unsafe { count(&mut (*record).run_queue_ns, waited_ns) };
-            debug!(&ctx, "slot {} waited {} ns", slot, waited_ns);
-            if waited_ns >= LEAST_WAIT_NS {
+            if now.saturating_sub(queued) >= LEAST_WAIT_NS {
                 // SAFETY: the map gave the pointer, and only this program on this CPU writes this record.
                 let own = unsafe { count_others(&mut *record, leavers, queued, now) };
                 if let Some(own) = own {
@@ -120,6 +138,32 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     }
     note_turn(leavers, next, next_cgroup);
     0
+}
+
+/// `sched_waking(p)`: somebody begins to wake a task. If it is still running, or on its way off the CPU, it waits from the next switch on, which says so.
+#[btf_tracepoint(function = "sched_waking")]
+fn sched_waking(ctx: BtfTracePointContext) -> i32 {
+    woken(ctx.arg(0))
+}
+
+/// `sched_wakeup_new(p)`: a new task may run.
+#[btf_tracepoint(function = "sched_wakeup_new")]
+fn sched_wakeup_new(ctx: BtfTracePointContext) -> i32 {
+    woken(ctx.arg(0))
+}
+
+#[inline(always)]
+fn woken(task: KernelPtr) -> i32 {
+    if slot_of(task_cgroup_id(task)).is_some() {
+        remember_waiter(field(task, &TASK_PID), monotonic_ns());
+    }
+    0
+}
+
+#[inline(always)]
+fn monotonic_ns() -> u64 {
+    // SAFETY: a helper without arguments; unsafe only for being foreign.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Why a task goes that is in this state; `None` if it could go on at once, or is at its end.

@@ -74,6 +74,12 @@ impl Drop for TestCgroup {
 
 /// A profiler whose probes of these names count; `None`, counted as skipped, where the kernel doesn't have them.
 pub fn profiler(test: &str, needed: &[&str]) -> Option<Profiler> {
+    let config = ProfileConfig { slots: 8, measure_program_cost: true, ..ProfileConfig::default() };
+    profiler_with(test, needed, &config)
+}
+
+/// The same as it is configured.
+pub fn profiler_with(test: &str, needed: &[&str], config: &ProfileConfig) -> Option<Profiler> {
     reason_to_skip(test).is_none().then_some(())?;
     let types = KernelTypes::of_this_kernel();
     for tracepoint in needed {
@@ -86,8 +92,7 @@ pub fn profiler(test: &str, needed: &[&str]) -> Option<Profiler> {
             return None;
         }
     }
-    let config = ProfileConfig { slots: 8, measure_program_cost: true, ..ProfileConfig::default() };
-    let profiler = Profiler::start(&config);
+    let profiler = Profiler::start(config);
     for status in profiler.probes() {
         if let ProbeState::Unavailable { reason } = status.state {
             assert!(!needed.contains(&status.name.as_str()), "the probe {}: {reason}", status.name);

@@ -66,7 +66,7 @@ pub fn features() -> Vec<Feature> {
     )];
     let types = types.ok();
     // Nothing but loading and attaching them shows that they work; they are detached again at once.
-    let probes = Probes::load(&ProfileConfig { slots: 1, ..ProfileConfig::default() }).statuses;
+    let probes = Probes::load(&ProfileConfig { slots: 1, exact: true, ..ProfileConfig::default() }).statuses;
     found.push(feature("eBPF typed tracepoints (tp_btf)", typed_tracepoints(&probes), "no eBPF probe loads"));
     for ProbeStatus { name, state } in probes {
         let finding = match state {
@@ -90,6 +90,7 @@ pub fn features() -> Vec<Feature> {
 fn probe_cost(tracepoint: &str) -> &'static str {
     match tracepoint {
         "sched_switch" => "no run-queue latency and no on-CPU times",
+        "sched_waking" | "sched_wakeup_new" => "profile.exact has no effect",
         SWITCH_STATE => "time off the CPU is not told apart by its reason",
         "block_rq_complete" => "no block latency and no block bytes",
         "block_io_start" => "block I/O is charged to instances only where cgroup v2 has the io controller",

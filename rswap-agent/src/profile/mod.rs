@@ -155,6 +155,9 @@ pub struct CpuProfile {
     pub cores: f64,
     /// Time from runnable to running, in nanoseconds: waiting for a busy core, as in `/proc/PID/schedstat`.
     pub run_queue_ns: Histogram,
+    /// Whether that is from when a thread was woken (`profile.exact`), and not the kernel's own time.
+    #[serde(default)]
+    pub exact: bool,
     /// Time on a core between two switches, in nanoseconds.
     pub on_cpu_ns: Histogram,
     /// PSI `some` share of the window, 0 to 1, where the kernel has it.

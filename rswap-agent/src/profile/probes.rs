@@ -12,6 +12,7 @@ use rswap_common::{
     globals as g,
     layout::{BlockRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
     neighbours::NeighbourRecord,
+    tables::WAITER_SETS,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -169,6 +170,32 @@ pub(super) const PROBES: [Probe; 6] = [
     },
 ];
 
+const WAKER_FIELDS: [(&str, &str, &str); 5] = [
+    CGROUP_FIELDS[0],
+    CGROUP_FIELDS[1],
+    (g::TASK_PID, "task_struct", "pid"),
+    (g::TASK_CGROUPS, "task_struct", "cgroups"),
+    (g::CSS_SET_DFL_CGRP, "css_set", "dfl_cgrp"),
+];
+
+const SCHED_WAKING: &str = "sched_waking";
+const SCHED_WAKEUP_NEW: &str = "sched_wakeup_new";
+
+/// Those that are loaded beside where waits for a CPU are measured exactly.
+pub(super) const EXACT_PROBES: [Probe; 2] = [
+    Probe { tracepoint: SCHED_WAKING, arguments: &["struct task_struct *"], fields: &WAKER_FIELDS },
+    Probe { tracepoint: SCHED_WAKEUP_NEW, arguments: &["struct task_struct *"], fields: &WAKER_FIELDS },
+];
+
+/// What has to count for [`ProfileConfig::exact`].
+pub(super) const EXACT: [&str; 4] = [SCHED_SWITCH, SWITCH_STATE, SCHED_WAKING, SCHED_WAKEUP_NEW];
+
+/// All that the configuration asks for. Those that know cgroups come first: what is made while the others are attached is known.
+fn wanted(config: &ProfileConfig) -> impl Iterator<Item = &'static Probe> + Clone {
+    let exact: &[Probe] = if config.exact { &EXACT_PROBES } else { &[] };
+    CHILD_PROBES.iter().chain(&PROBES).chain(exact)
+}
+
 impl Probe {
     /// The offsets that the program needs in this kernel, or why it can't run here.
     pub(super) fn resolve(&self, types: &KernelTypes) -> Result<Vec<(&'static str, u64)>, String> {
@@ -188,11 +215,6 @@ impl Probe {
         };
         self.fields.iter().map(offset).collect()
     }
-}
-
-/// All of them. Those that know cgroups come first: what is made while the others are attached is known.
-fn probes() -> impl Iterator<Item = &'static Probe> {
-    CHILD_PROBES.iter().chain(&PROBES)
 }
 
 /// Where the kernel keeps that a task waits for I/O: a byte of it, and the mask there; or why it can't be told why tasks go.
@@ -262,7 +284,7 @@ impl Probes {
             this.maps = None;
             this.ebpf = None;
             this.links.clear();
-            this.statuses = probes().map(|probe| status(probe, Err(reason.clone()))).collect();
+            this.statuses = wanted(config).map(|probe| status(probe, Err(reason.clone()))).collect();
             let state = ProbeState::Unavailable { reason };
             this.statuses.push(ProbeStatus { name: SWITCH_STATE.to_owned(), state });
         }
@@ -275,8 +297,10 @@ impl Probes {
     fn try_load(&mut self, config: &ProfileConfig) -> Result<(), String> {
         let object = OBJECT.ok_or(NO_OBJECT)?;
         let types = KernelTypes::of_this_kernel().map_err(|error| error.to_string())?;
-        let resolved: Vec<_> = probes().map(|probe| probe.resolve(&types)).collect();
+        let resolved: Vec<_> = wanted(config).map(|probe| probe.resolve(&types)).collect();
         let states = switch_states(&types);
+        // Half of it would be neither.
+        let exact = config.exact && states.is_ok() && resolved[CHILD_PROBES.len() + PROBES.len()..].iter().all(Result::is_ok);
         // A kernel without this flag has no such requests either, as far as could be told.
         let background = types.enumerator("req_flag_bits", "__REQ_BACKGROUND");
         let background = background.and_then(|bit| 1u32.checked_shl(bit)).unwrap_or(0);
@@ -288,7 +312,7 @@ impl Probes {
         let by_blkcg =
             super::cgroup::unified_mount().is_ok_and(|mount| super::cgroup::has_controller(&mount, "io"));
         let resolves = |name: &str| {
-            probes().zip(&resolved).any(|(probe, found)| probe.tracepoint == name && found.is_ok())
+            wanted(config).zip(&resolved).any(|(probe, found)| probe.tracepoint == name && found.is_ok())
         };
         let by_submitter = resolves(BLOCK_IO_START);
         let children_known = CHILD_PROBES.iter().all(|probe| resolves(probe.tracepoint));
@@ -297,6 +321,7 @@ impl Probes {
             (g::BLOCK_SHARD_MASK, shards - 1),
             (g::BLOCK_SHARDS_SHARED, (shards < cpus).into()),
             (g::SWITCH_HAS_STATE, states.is_ok().into()),
+            (g::EXACT, exact.into()),
             (g::TASK_IN_IOWAIT_MASK, states.as_ref().map_or(0, |(_, mask)| u32::from(*mask))),
             (g::REQUEST_BACKGROUND, background),
             (g::BLOCK_BY_BLKCG, by_blkcg.into()),
@@ -316,6 +341,7 @@ impl Probes {
         loader.map_max_entries(map_names::NEIGHBOURS, cpus * config.slots);
         loader.map_max_entries(map_names::BLOCKS, block_entries);
         loader.map_max_entries(map_names::UNOWNED, cpus);
+        loader.map_max_entries(map_names::WAITERS, if exact { WAITER_SETS } else { 1 });
         for (name, value) in &words {
             loader.override_global(name, value, true);
         }
@@ -344,7 +370,7 @@ impl Probes {
 
         let links = &mut self.links;
         let children = if children_known { Some(Children::new(&ebpf)?) } else { None };
-        self.statuses = probes()
+        self.statuses = wanted(config)
             .zip(resolved)
             .map(|(probe, found)| {
                 let attached = found.and_then(|_offsets| attach(&mut ebpf, probe.tracepoint, &btf));

@@ -20,7 +20,7 @@ use super::{
     children::{CgroupsKnown, Children, Members},
     disk_users, faults,
     neighbours::{self, Names},
-    probes::{Probes, SWITCH_STATE},
+    probes::{EXACT, Probes, SWITCH_STATE},
     slots::{self, Counters, Devices, FreeSlots},
     tiers::{Change, Judge, Meter, Tier},
 };
@@ -33,6 +33,9 @@ pub struct ProfileConfig {
     /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 4 KiB of
     /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside.
     pub slots: u32,
+    /// Whether waits for a CPU are measured from when a thread is woken, or has to give way, at each of them: dearer than the kernel's own times, and with
+    /// what an idle CPU takes.
+    pub exact: bool,
     /// Cgroups in an instance's own that live for less than so many seconds are left to an eBPF program, which counts them as the instance's from their first
     /// moment on. Where the kernel does not take it, they are known at the window's end.
     pub short_lived_s: u64,
@@ -56,6 +59,7 @@ impl Default for ProfileConfig {
     fn default() -> Self {
         Self {
             slots: MAX_SLOTS - 1,
+            exact: false,
             short_lived_s: 2,
             debug_programs: false,
             measure_program_cost: false,
@@ -408,7 +412,7 @@ impl State {
         let used = disk_users::used(maps).into_iter().map(|(id, device, device_ns)| {
             // An instance's cgroup that the agent did not know yet.
             let instance =
-                |id| tracked.iter().find(|(_, of)| of.registered.contains(&id)).map(|(name, _)| name.clone());
+                |id| tracked.iter().find(|(_, of)| of.members.registered().contains(&id)).map(|(name, _)| name.clone());
             disk_users::Used { device: devices.name(device), who: names.who(id, instance), device_ns }
         });
         used.collect()
@@ -559,6 +563,7 @@ impl State {
             profile.cpu.without_own_limit(
                 reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
             );
+            profile.cpu.exact = self.probes.are_active(&EXACT);
             profile.cpu.counted = self.probes.are_active(&["sched_switch"]);
             let told = self.probes.are_active(&[SWITCH_STATE]);
             profile.cpu.off_cpu = told.then(|| later.off_cpu_since(earlier));

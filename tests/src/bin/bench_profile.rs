@@ -1,6 +1,6 @@
 //! `cargo xtask bench profile`: what profiling costs those that are profiled, and the agent.
 //!
-//! Two processes on one core, real-time, play ping-pong over pipes and then over TCP, in turns with the probes off, on, and
+//! Two processes on one core, real-time, play ping-pong over pipes and then over TCP, in turns with the probes off, on, with exact waits, and
 //! with a program at every switch that does nothing. fio reads 4 KiB blocks past the page cache while the kernel measures the
 //! block programs. At last an agent has 200 instances that wake ten times a second. Figures are medians. Where bcc's tools are
 //! installed (Debian: libbpf-tools), they take their turns too.
@@ -88,7 +88,7 @@ fn main() -> anyhow::Result<()> {
     let mut programs = BTreeMap::new();
     let wanted = |what: &str| cli.only.as_deref().is_none_or(|only| only == what);
     if wanted("ping-pong") {
-        let kinds = [Kind::Empty, Kind::Probes, Kind::Tool("runqlat")];
+        let kinds = [Kind::Empty, Kind::Probes, Kind::Exact, Kind::Tool("runqlat")];
         let slowed = compare(Role::Pipe, &kinds, cli.runs)?;
         result.extend(slowed.keyed("ping_pong"));
         programs.extend(costs_of(Role::Pipe)?);
@@ -96,11 +96,9 @@ fn main() -> anyhow::Result<()> {
     if wanted("tcp") {
         let slowed = compare(Role::Tcp, &[Kind::Probes, Kind::Tool("tcprtt")], cli.runs)?;
         result.extend(slowed.keyed("tcp"));
-        programs.extend(
-            costs_of(Role::Tcp)?
-                .into_iter()
-                .filter(|(name, _)| name.starts_with("tcp") || name.starts_with("sock")),
-        );
+        programs.extend(costs_of(Role::Tcp)?.into_iter().filter(|(name, _)| {
+            name.starts_with("tcp") || name.starts_with("sock") || name.starts_with("inet")
+        }));
     }
     if wanted("block") {
         let (figures, costs) = block(cli.runs.min(5))?;
@@ -142,6 +140,8 @@ fn write(result: &Map<String, Value>, output: &Path) -> anyhow::Result<()> {
 enum Kind {
     /// All probes, with the players' cgroup tracked.
     Probes,
+    /// The same, with waits measured from when threads are woken.
+    Exact,
     /// A program at every switch that does nothing.
     Empty,
     /// One of bcc's tools.
@@ -168,6 +168,7 @@ impl Kind {
     fn key(self, of: &str) -> String {
         match self {
             Self::Probes => format!("{of}_pct"),
+            Self::Exact => format!("{of}_exact_pct"),
             Self::Empty => format!("{of}_empty_pct"),
             Self::Tool(name) => format!("{of}_{name}_pct"),
         }
@@ -193,7 +194,10 @@ impl Kind {
 
     fn attach(self, cgroup: &Path) -> anyhow::Result<Attached> {
         Ok(match self {
-            Self::Probes => Attached::Probes { _profiler: Box::new(profiler(cgroup, false)?) },
+            Self::Probes | Self::Exact => {
+                let config = ProfileConfig { exact: self == Self::Exact, ..ProfileConfig::default() };
+                Attached::Probes { _profiler: Box::new(profiler(cgroup, &config)?) }
+            }
             Self::Empty => Attached::Empty { _program: EmptyProgram::attach().map_err(anyhow::Error::msg)? },
             Self::Tool(name) => {
                 let mut command = Command::new(name);
@@ -214,8 +218,8 @@ fn installed(name: &str) -> bool {
 }
 
 /// A profiler that tracks `cgroup`. All of its probes must count: otherwise something else would be measured.
-fn profiler(cgroup: &Path, measure_program_cost: bool) -> anyhow::Result<Profiler> {
-    let profiler = Profiler::start(&ProfileConfig { measure_program_cost, ..ProfileConfig::default() });
+fn profiler(cgroup: &Path, config: &ProfileConfig) -> anyhow::Result<Profiler> {
+    let profiler = Profiler::start(config);
     for probe in profiler.probes() {
         if let ProbeState::Unavailable { reason } = probe.state {
             println!("  the probe {} is not measured: {reason}", probe.name);
@@ -225,6 +229,11 @@ fn profiler(cgroup: &Path, measure_program_cost: bool) -> anyhow::Result<Profile
     profiler.track(&name, cgroup)?;
     profiler.sample(UnixMillis::now());
     Ok(profiler)
+}
+
+/// The kernel measures the programs.
+fn measured() -> ProfileConfig {
+    ProfileConfig { measure_program_cost: true, ..ProfileConfig::default() }
 }
 
 /// By how much each kind slows two that play.
@@ -278,7 +287,7 @@ fn compare(role: Role, kinds: &[Kind], runs: usize) -> anyhow::Result<Slowed> {
 /// What each program costs while two play.
 fn costs_of(role: Role) -> anyhow::Result<BTreeMap<String, ProgramCost>> {
     let mut players = Players::start(role, last_core())?;
-    let profiler = profiler(players.cgroup(), true)?;
+    let profiler = profiler(players.cgroup(), &measured())?;
     players.turn_ns(20_000)?;
     let costs = profiler.program_costs().into_iter().filter(|cost| cost.runs > 1000);
     Ok(costs.map(|cost| (cost.name.clone(), cost)).collect())
@@ -302,7 +311,7 @@ fn block(runs: usize) -> anyhow::Result<(Map<String, Value>, BTreeMap<String, Pr
     let (mut plain, mut tool) = (Vec::new(), Vec::new());
     for _ in 0..runs {
         plain.push(fio(cgroup.command(&["fio"]), file, &read)?.0);
-        let profiler = profiler(cgroup.path(), true)?;
+        let profiler = profiler(cgroup.path(), &measured())?;
         let (_, requests) = fio(cgroup.command(&["fio"]), file, &read)?;
         let of_block = |cost: &ProgramCost| cost.name.starts_with("block");
         costs = profiler

@@ -25,7 +25,7 @@ fn types_of(release: &str) -> KernelTypes {
 }
 
 fn all_probes() -> impl Iterator<Item = &'static Probe> {
-    probes::PROBES.iter().chain(&written::TYPED)
+    probes::PROBES.iter().chain(&probes::EXACT_PROBES).chain(&written::TYPED)
 }
 
 /// Makes a file of `kernels/`: `RSWAP_BTF_FROM=vmlinux.btf RSWAP_BTF_TO=new.btf cargo test .. make_a_subset -- --ignored`.
