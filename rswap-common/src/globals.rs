@@ -96,6 +96,8 @@ globals! {
     SOCK_PROTOCOL;
     /// `sock.sk_cgrp_data.cgroup`.
     SOCK_CGROUP;
+    /// 1: the tracepoint of what is sent again says whether that failed.
+    RETRANSMIT_HAS_ERROR;
     /// `tcp_sock.srtt_us`.
     TCP_SRTT_US;
 

@@ -131,6 +131,24 @@ pub struct OffCpuCount {
     pub times: u64,
 }
 
+/// TCP connections, and what went wrong.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpCounts {
+    /// Connections that it made.
+    pub opened: u64,
+    /// Connections that others made to it.
+    pub accepted: u64,
+    /// Connections that ended, also those of which the beginning was not seen.
+    pub closed: u64,
+    /// Connections that ended of which the beginning was seen.
+    pub seen: u64,
+    /// Connections that it tried to make, without success.
+    pub failed: u64,
+    /// Times that something was sent again.
+    pub retransmits: u64,
+}
+
 /// What one CPU saw of one slot's instance: scheduler and TCP.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +163,10 @@ pub struct SlotRecord {
     pub tcp_bytes_in: u64,
     /// TCP payload sent, in bytes.
     pub tcp_bytes_out: u64,
+    /// Connections, and what went wrong.
+    pub tcp: TcpCounts,
+    /// How long connections lasted, in microseconds, of which the beginning was seen.
+    pub tcp_life_us: HistogramRecord,
     /// Time in nanoseconds for which a task of it waited while others than its own ran, from [`LEAST_WAIT_NS`] on: of several tasks that
     /// wait for the same, the time counts once.
     pub others_wait_ns: u64,
@@ -164,6 +186,8 @@ impl SlotRecord {
         tcp_rtt_us: HistogramRecord::EMPTY,
         tcp_bytes_in: 0,
         tcp_bytes_out: 0,
+        tcp: TcpCounts { opened: 0, accepted: 0, closed: 0, seen: 0, failed: 0, retransmits: 0 },
+        tcp_life_us: HistogramRecord::EMPTY,
         others_wait_ns: 0,
         foreign_wait_ns: 0,
         left_ns: 0,
@@ -288,7 +312,7 @@ pub const fn block_shards(cpus: u32) -> u32 {
 
 // Both sides are compiled apart: the layout must not depend on the target's alignment rules.
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
-const _: () = assert!(size_of::<SlotRecord>() == 3 * size_of::<HistogramRecord>() + 40 + 16 * OFF_CPU_KINDS);
+const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 88 + 16 * OFF_CPU_KINDS);
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);
 const _: () = assert!(size_of::<UnownedRecord>() == MAX_DEVICES as usize * (UNOWNED_KINDS * 16 + 8));
 

@@ -204,6 +204,43 @@ pub const fn waited_ns(word: u64, now_ns: u64) -> u64 {
     now_ns.wrapping_sub(word) & WAITER_TIME_MASK
 }
 
+/// The number of sets of the table of connections is two to this power.
+const CONNECTION_SET_BITS: u32 = 14;
+
+/// Sets of the table of connections.
+pub const CONNECTION_SETS: u32 = 1 << CONNECTION_SET_BITS;
+
+/// Connections of one set.
+pub type ConnectionSet = [u64; 4];
+
+const CONNECTION_TIME_BITS: u32 = 40;
+const CONNECTION_TIME_MASK: u64 = (1 << CONNECTION_TIME_BITS) - 1;
+
+/// The set that a connection is looked for in; `key` follows from its socket's address alone.
+#[inline(always)]
+pub const fn connection_set(key: u64) -> u32 {
+    (mixed(key) >> (u64::BITS - CONNECTION_SET_BITS)) as u32
+}
+
+/// What stands for a connection that there is since then. Never 0, which is an empty place.
+#[inline(always)]
+pub const fn connection_word(key: u64, since_ns: u64) -> u64 {
+    let tag = (mixed(key) << CONNECTION_SET_BITS >> CONNECTION_TIME_BITS) | 1;
+    tag << CONNECTION_TIME_BITS | (since_ns >> TIME_SHIFT) & CONNECTION_TIME_MASK
+}
+
+/// Whether two words of one set stand for the same connection.
+#[inline(always)]
+pub const fn same_connection(word: u64, other: u64) -> bool {
+    word >> CONNECTION_TIME_BITS == other >> CONNECTION_TIME_BITS
+}
+
+/// For how long there has been the connection of a word, in microseconds, to within 1.024; as far as it is less than 13 days.
+#[inline(always)]
+pub const fn age_us(word: u64, now_ns: u64) -> u64 {
+    ((now_ns >> TIME_SHIFT).wrapping_sub(word) & CONNECTION_TIME_MASK) * (1 << TIME_SHIFT) / 1000
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
@@ -234,8 +271,25 @@ mod tests {
         let late = (7 << 40) - 1_000;
         let word = waiter_word(4_194_303, late);
         assert_eq!(waited_ns(word, late + 5_000_123), 5_000_123);
-        assert!(same_waiter(word, waiter_word(4_194_303, 1)) && !same_waiter(word, waiter_word(4_194_302, late)));
-        assert!((1..=4_194_303).step_by(997).all(|pid| waiter_set(pid) < WAITER_SETS && waiter_word(pid, 0) != 0));
+        assert!(
+            same_waiter(word, waiter_word(4_194_303, 1)) && !same_waiter(word, waiter_word(4_194_302, late))
+        );
+        assert!(
+            (1..=4_194_303).step_by(997).all(|pid| waiter_set(pid) < WAITER_SETS && waiter_word(pid, 0) != 0)
+        );
+    }
+
+    #[test]
+    fn a_connection_is_as_old_as_the_time_since_it_came() {
+        let key = 0xffff_8881_2345_6780_u64.swap_bytes();
+        let word = connection_word(key, 5_000_000_000);
+        assert!(age_us(word, 125_000_000_000).abs_diff(120_000_000) <= 2);
+        assert!(same_connection(word, connection_word(key, 0)));
+        assert!(!same_connection(word, 0));
+        let sets = (0..10_000u64).map(|n| connection_set((0xffff_8881_0000_0000 + n * 2432).swap_bytes()));
+        let mut used = std::vec![0; CONNECTION_SETS as usize];
+        sets.for_each(|set| used[set as usize] += 1);
+        assert!(used.iter().filter(|&&used| used > 4).count() < 30, "of ten thousand few find no place");
     }
 
     #[test]

@@ -19,10 +19,8 @@ use rswap_common::layout::{
 use crate::{
     disk_users::{count_disk_use, current_submitter, owner_of_submitter},
     kernel::{KernelPtr, cgroup_id, field, number_of, offsets},
-    maps::{
-        DEVICES, ROOT_CGROUP_ID, block_record, bucket_of, remember_request, request_submitter, slot_of,
-        unowned_count,
-    },
+    maps::{DEVICES, ROOT_CGROUP_ID, block_record, bucket_of, slot_of, unowned_count},
+    sets::{remember_request, request_submitter},
 };
 
 offsets!(

@@ -16,6 +16,7 @@ mod kernel;
 mod maps;
 mod neighbours;
 mod sched;
+mod sets;
 mod tcp;
 mod written;
 

@@ -10,15 +10,11 @@ use aya_ebpf::{
 use rswap_common::{
     histogram::{BUCKETS, index_of},
     layout::{
-        BlockOperation, BlockRecord, ChildCounts, DeviceTable, HistogramRecord, MAX_DEVICES, OffCpu,
-        SlotRecord, UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
+        BlockOperation, BlockRecord, ChildCounts, DeviceTable, HistogramRecord, MAX_DEVICES, SlotRecord,
+        UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
     },
     neighbours::{NeighbourRecord, TURNS, Turn},
-    tables::{
-        self, CGROUP_SETS, CgroupSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, WAITER_SETS,
-        WaiterSet, cgroup_of_word, cgroup_word, request_word, same_request, same_sleeper, same_waiter,
-        sleeper_word, slot_of_word, submitter_of_word, waited_ns, waiter_word,
-    },
+    tables::{self, CGROUP_SETS, CgroupSet, cgroup_of_word, cgroup_word, slot_of_word},
 };
 
 /// kernfs cgroup id -> slot. What can be mapped into memory begins with a page, so that a set is in one cache line.
@@ -44,14 +40,6 @@ static SLOTS: Array<SlotRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// Block records; the agent sets the number of entries.
 #[map]
 static BLOCKS: Array<BlockRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-
-/// Tasks of instances that are off the CPU (by pid) -> since when, and why.
-#[map]
-static SLEEPERS: Array<SleeperSet> = Array::with_max_entries(SLEEPER_SETS, BPF_F_MMAPABLE);
-
-/// Tasks of instances that wait for a CPU (by pid) -> since when; the agent leaves one set where nobody asks.
-#[map]
-static WAITERS: Array<WaiterSet> = Array::with_max_entries(WAITER_SETS, BPF_F_MMAPABLE);
 
 /// Requests that are nobody's who is tracked; the agent sets the number of entries.
 #[map]
@@ -80,10 +68,6 @@ static NEIGHBOURS: Array<NeighbourRecord> = Array::with_max_entries(1, BPF_F_MMA
 /// The block devices told apart.
 #[map]
 pub static DEVICES: Array<DeviceTable> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-
-/// Requests in flight (by address) -> who submitted them.
-#[map]
-static REQUESTS: Array<RequestSet> = Array::with_max_entries(REQUEST_SETS, BPF_F_MMAPABLE);
 
 #[unsafe(no_mangle)]
 static SLOT_COUNT: Global<u32> = Global::new(0);
@@ -118,7 +102,7 @@ fn child_slot(cgroup_id: u64) -> Option<u32> {
     let words = CHILDREN.get_ptr_mut(tables::cgroup_set(cgroup_id))?.cast::<u64>();
     let mut way = 0;
     while way < size_of::<CgroupSet>() / size_of::<u64>() {
-        // SAFETY: as in `remember_request`.
+        // SAFETY: the map gave the pointer to a set, and `way` is in it. Other CPUs write words of it: one word is read at once.
         let word = unsafe { words.add(way).read_volatile() };
         if cgroup_of_word(word) == cgroup_id {
             return Some(slot_of_word(word));
@@ -135,14 +119,14 @@ pub fn remember_child(cgroup_id: u64, slot: u32) {
     let words = set.cast::<u64>();
     let (mut place, mut found, mut way) = (words, false, 0);
     while way < size_of::<CgroupSet>() / size_of::<u64>() {
-        // SAFETY: as in `remember_request`.
+        // SAFETY: as in `child_slot`; one word is written at once.
         let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
         if word == 0 {
             (place, found) = (at, true);
         }
         way += 1;
     }
-    // SAFETY: as in `remember_request`.
+    // SAFETY: as in `child_slot`; one word is written at once.
     unsafe { place.write_volatile(cgroup_word(cgroup_id, slot)) };
     if let Some(counts) = CHILD_COUNTS.get_ptr_mut(0) {
         // SAFETY: the map gave the pointer, and only one program writes it at a time.
@@ -162,10 +146,10 @@ pub fn forget_child(cgroup_id: u64) {
     let words = set.cast::<u64>();
     let mut way = 0;
     while way < size_of::<CgroupSet>() / size_of::<u64>() {
-        // SAFETY: as in `remember_request`.
+        // SAFETY: as in `child_slot`; one word is written at once.
         let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
         if word != 0 && cgroup_of_word(word) == cgroup_id {
-            // SAFETY: as in `remember_request`.
+            // SAFETY: as in `child_slot`; one word is written at once.
             unsafe { at.write_volatile(0) };
             if let Some(counts) = CHILD_COUNTS.get_ptr_mut(0) {
                 // SAFETY: as in `remember_child`.
@@ -175,140 +159,6 @@ pub fn forget_child(cgroup_id: u64) {
         }
         way += 1;
     }
-}
-
-/// Remembers who submitted a request; `key` follows from its address alone. Another CPU that takes the same free place in the same moment
-/// makes one of both nobody's.
-#[inline(always)]
-pub fn remember_request(key: u64, submitter: u32) {
-    let Some(set) = REQUESTS.get_ptr_mut(tables::request_set(key)) else { return };
-    let words = set.cast::<u64>();
-    let new = request_word(key, submitter);
-    // A set that is full loses one that it has.
-    let mut place = words;
-    let mut way = 0;
-    while way < size_of::<RequestSet>() / size_of::<u64>() {
-        // SAFETY: the map gave the pointer to a set, and `way` is in it. Other CPUs write words of it: one word is read at once.
-        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
-        if same_request(word, new) {
-            place = at;
-            break;
-        }
-        if word == 0 {
-            place = at;
-        }
-        way += 1;
-    }
-    // SAFETY: as above: a place in the set, and one word is written at once.
-    unsafe { place.write_volatile(new) };
-}
-
-/// Who submitted a request, 0 if nobody knows; forgets it if the request is `complete`.
-#[inline(always)]
-pub fn request_submitter(key: u64, complete: bool) -> u32 {
-    let Some(set) = REQUESTS.get_ptr_mut(tables::request_set(key)) else { return 0 };
-    let words = set.cast::<u64>();
-    let wanted = request_word(key, 0);
-    let mut way = 0;
-    while way < size_of::<RequestSet>() / size_of::<u64>() {
-        // SAFETY: as in `remember_request`.
-        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
-        if same_request(word, wanted) {
-            if complete {
-                // SAFETY: as in `remember_request`.
-                unsafe { at.write_volatile(0) };
-            }
-            return submitter_of_word(word);
-        }
-        way += 1;
-    }
-    0
-}
-
-/// Remembers since when a task is off the CPU, and why. Of a set that is full, one is forgotten.
-#[inline(always)]
-pub fn remember_sleeper(pid: u32, since_ns: u64, why: OffCpu) {
-    let Some(set) = SLEEPERS.get_ptr_mut(tables::sleeper_set(pid)) else { return };
-    let words = set.cast::<u64>();
-    let new = sleeper_word(pid, since_ns, why);
-    let mut place = words;
-    let mut way = 0;
-    while way < size_of::<SleeperSet>() / size_of::<u64>() {
-        // SAFETY: as in `remember_request`.
-        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
-        if same_sleeper(word, new) {
-            place = at;
-            break;
-        }
-        if word == 0 {
-            place = at;
-        }
-        way += 1;
-    }
-    // SAFETY: as in `remember_request`.
-    unsafe { place.write_volatile(new) };
-}
-
-/// What was remembered of a task, and is not any more.
-#[inline(always)]
-pub fn take_sleeper(pid: u32) -> Option<u64> {
-    let words = SLEEPERS.get_ptr_mut(tables::sleeper_set(pid))?.cast::<u64>();
-    let wanted = sleeper_word(pid, 0, OffCpu::Sleep);
-    let mut way = 0;
-    while way < size_of::<SleeperSet>() / size_of::<u64>() {
-        // SAFETY: as in `remember_request`.
-        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
-        if same_sleeper(word, wanted) {
-            // SAFETY: as in `remember_request`.
-            unsafe { at.write_volatile(0) };
-            return Some(word);
-        }
-        way += 1;
-    }
-    None
-}
-
-/// Remembers since when a task waits for a CPU. Of a set that is full, one is forgotten.
-#[inline(always)]
-pub fn remember_waiter(pid: u32, since_ns: u64) {
-    let Some(set) = WAITERS.get_ptr_mut(tables::waiter_set(pid)) else { return };
-    let words = set.cast::<u64>();
-    let new = waiter_word(pid, since_ns);
-    let mut place = words;
-    let mut way = 0;
-    while way < size_of::<WaiterSet>() / size_of::<u64>() {
-        // SAFETY: as in `remember_request`.
-        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
-        if same_waiter(word, new) {
-            place = at;
-            break;
-        }
-        if word == 0 {
-            place = at;
-        }
-        way += 1;
-    }
-    // SAFETY: as in `remember_request`.
-    unsafe { place.write_volatile(new) };
-}
-
-/// How long a task has waited for a CPU, if it was remembered; it is not any more.
-#[inline(always)]
-pub fn take_waiter(pid: u32, now_ns: u64) -> Option<u64> {
-    let words = WAITERS.get_ptr_mut(tables::waiter_set(pid))?.cast::<u64>();
-    let wanted = waiter_word(pid, 0);
-    let mut way = 0;
-    while way < size_of::<WaiterSet>() / size_of::<u64>() {
-        // SAFETY: as in `remember_request`.
-        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
-        if same_waiter(word, wanted) {
-            // SAFETY: as in `remember_request`.
-            unsafe { at.write_volatile(0) };
-            return Some(waited_ns(word, now_ns));
-        }
-        way += 1;
-    }
-    None
 }
 
 /// The bucket that counts `value`, if the verifier is to believe that there is one.

@@ -22,11 +22,9 @@ use rswap_common::{
 
 use crate::{
     kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{
-        Leavers, count, leavers, remember_sleeper, remember_waiter, slot_of, slot_record, take_sleeper,
-        take_waiter,
-    },
+    maps::{Leavers, count, leavers, slot_of, slot_record},
     neighbours::{count_neighbours, note_turn},
+    sets::{remember_sleeper, remember_waiter, take_sleeper, take_waiter},
 };
 
 offsets!(

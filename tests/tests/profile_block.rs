@@ -202,8 +202,7 @@ fn who_uses_the_same_disk_is_named() {
     drop(next_to);
     rswap_tests::profiled::reap(neighbour);
 
-    let devices: Vec<_> =
-        profile.disk_neighbours.iter().filter(|of| of.device == disk.number()).collect();
+    let devices: Vec<_> = profile.disk_neighbours.iter().filter(|of| of.device == disk.number()).collect();
     let [device] = devices[..] else { panic!("one device: {:?}", profile.disk_neighbours) };
     eprintln!("{device:?}");
     let first = device.others.first().expect("somebody used it");

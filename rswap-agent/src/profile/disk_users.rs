@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use rswap_common::layout::MAX_DEVICES;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{
     Profile,
@@ -20,7 +21,7 @@ use super::{
 const FORGET_AFTER: u32 = 60;
 
 /// Who used a device while an instance waited for it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DeviceNeighbours {
     /// As in [`super::BlockProfile::device`].
     pub device: String,
@@ -31,7 +32,7 @@ pub struct DeviceNeighbours {
 }
 
 /// Somebody who used a device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DiskNeighbour {
     /// Who.
     #[serde(flatten)]
@@ -200,11 +201,8 @@ mod tests {
 
     #[test]
     fn what_an_instance_waited_for_a_disk_is_shared_out_by_what_the_disk_did() {
-        let mut profiles = [
-            profile("a", "8:0", 50, 100),
-            profile("b", "8:0", 0, 300),
-            profile("c", "8:16", 7, 7),
-        ];
+        let mut profiles =
+            [profile("a", "8:0", 50, 100), profile("b", "8:0", 0, 300), profile("c", "8:16", 7, 7)];
         let used = |device: &str, who, device_ns| Used { device: device.to_owned(), who, device_ns };
         let fio = Who::Cgroup("/fio".into());
         add_neighbours(

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{
     ProbeState, ProbeStatus, ProfileConfig,
     btf::{KERNEL_BTF, KernelTypes},
-    cgroup,
+    cgroup, listeners,
     probes::{Probes, SWITCH_STATE},
 };
 use crate::sys;
@@ -75,6 +75,12 @@ pub fn features() -> Vec<Feature> {
         };
         found.push(feature(&format!("tracepoint {name}"), finding, probe_cost(&name)));
     }
+    let told = listeners::is_told().map(|()| "tells of sockets that listen".to_owned());
+    found.push(feature(
+        "sock_diag for TCP",
+        told.map_err(|error| format!("{error} (CONFIG_INET_DIAG)")),
+        "connections that are dropped before they are accepted are not counted",
+    ));
     found.extend(control_group_features());
     found.extend(migration_features());
     for (name, structure) in [("bridge", "net_bridge"), ("veth", "veth_priv")] {
@@ -100,6 +106,8 @@ fn probe_cost(tracepoint: &str) -> &'static str {
         "tcp_probe" => "no TCP round-trip times",
         "sock_send_length" => "no count of TCP bytes sent",
         "sock_recv_length" => "no count of TCP bytes received",
+        "inet_sock_set_state" => "no count of TCP connections, nor how long they last",
+        "tcp_retransmit_skb" => "no count of what TCP sends again",
         _ => "some events are not counted",
     }
 }

@@ -24,6 +24,7 @@ pub mod doctor;
 mod empty;
 mod faults;
 pub mod histogram;
+mod listeners;
 mod neighbours;
 mod probes;
 mod profiler;
@@ -328,6 +329,33 @@ pub struct TcpProfile {
     pub bytes_out: u64,
     /// Smoothed round-trip time, in microseconds, one sample per received segment.
     pub rtt_us: Histogram,
+    /// Connections; `None` where they are not counted.
+    #[serde(default)]
+    pub connections: Option<TcpConnections>,
+    /// Times that something was sent again in the window; `None` where that is not counted.
+    #[serde(default)]
+    pub retransmits: Option<u64>,
+    /// Connections to it that were dropped before it could accept them, as the kernel counts them at its sockets, which are looked at every five seconds:
+    /// since then. `None` where the kernel does not tell.
+    #[serde(default)]
+    pub listen_drops: Option<u64>,
+}
+
+/// TCP connections.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct TcpConnections {
+    /// Made in the window.
+    pub opened: u64,
+    /// Made to it in the window, as far as the kernel has finished them, whether the program has accepted them or not.
+    pub accepted: u64,
+    /// Ended in the window.
+    pub closed: u64,
+    /// That it tried to make in vain.
+    pub failed: u64,
+    /// At the window's end, of those that began while it was profiled.
+    pub open: u64,
+    /// How long those lasted that ended and of which the beginning was seen, in microseconds.
+    pub life_us: Histogram,
 }
 
 /// Memory.

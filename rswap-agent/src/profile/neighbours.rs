@@ -12,6 +12,7 @@ use rswap_common::{
     neighbours::{KERNEL_THREADS, NeighbourCount},
 };
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{cgroup, probes::Maps};
 use crate::{instance::InstanceName, sys};
@@ -26,7 +27,7 @@ const KERNFS_HANDLE: i32 = 0xfe;
 const GONE: [i32; 2] = [libc::ESTALE, libc::ENOENT];
 
 /// Whoever uses a CPU or a disk.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "kind", content = "name")]
 pub enum Who {
     /// An instance.
@@ -58,7 +59,7 @@ impl Who {
 }
 
 /// For whom an instance waited for a CPU.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CpuNeighbour {
     /// Who ran meanwhile.
     #[serde(flatten)]
@@ -135,7 +136,9 @@ impl Names {
         let Some((mount, at)) = &self.mount else { return Who::Unknown };
         let opened = match sys::handle::open(mount, KERNFS_HANDLE, &id.to_ne_bytes()) {
             Ok(opened) => opened,
-            Err(error) if error.raw_os_error().is_some_and(|code| GONE.contains(&code)) => return Who::Removed,
+            Err(error) if error.raw_os_error().is_some_and(|code| GONE.contains(&code)) => {
+                return Who::Removed;
+            }
             Err(error) => {
                 tracing::debug!(id, %error, "a cgroup's name can't be found");
                 return Who::Unknown;
@@ -184,7 +187,8 @@ mod tests {
     use super::*;
 
     fn waits(places: &[(u32, usize, u64, u64)]) -> Waits {
-        let of = |&(cpu, place, cgroup_id, waited_ns)| ((cpu, place), NeighbourCount { cgroup_id, waited_ns });
+        let of =
+            |&(cpu, place, cgroup_id, waited_ns)| ((cpu, place), NeighbourCount { cgroup_id, waited_ns });
         Waits(places.iter().map(of).collect())
     }
 

@@ -100,12 +100,14 @@ const SOCK_FIELDS: [(&str, &str, &str); 4] = [
 
 const BLOCK_IO_START: &str = "block_io_start";
 
+const TCP_RETRANSMIT: &str = "tcp_retransmit_skb";
+
 const SCHED_SWITCH: &str = "sched_switch";
 
 /// What the program at [`SCHED_SWITCH`] does beside, where it can: it counts why tasks go.
 pub(super) const SWITCH_STATE: &str = "sched_switch.prev_state";
 
-pub(super) const PROBES: [Probe; 6] = [
+pub(super) const PROBES: [Probe; 8] = [
     Probe {
         tracepoint: SCHED_SWITCH,
         arguments: &["bool", "struct task_struct *", "struct task_struct *"],
@@ -168,6 +170,16 @@ pub(super) const PROBES: [Probe; 6] = [
         arguments: &["struct sock *", "int", "int"],
         fields: &SOCK_FIELDS,
     },
+    Probe {
+        tracepoint: "inet_sock_set_state",
+        arguments: &["struct sock *", "int", "int"],
+        fields: &SOCK_FIELDS,
+    },
+    Probe {
+        tracepoint: TCP_RETRANSMIT,
+        arguments: &["struct sock *"],
+        fields: &[CGROUP_FIELDS[0], CGROUP_FIELDS[1], SOCK_FIELDS[3]],
+    },
 ];
 
 const WAKER_FIELDS: [(&str, &str, &str); 5] = [
@@ -226,6 +238,12 @@ pub(super) fn switch_states(types: &KernelTypes) -> Result<(u64, u8), String> {
         ));
     }
     types.bit("task_struct", "in_iowait").map_err(|error| error.to_string())
+}
+
+/// Whether the kernel tells of what could not be sent again, too, and says so.
+pub(super) fn retransmit_has_error(types: &KernelTypes) -> bool {
+    let found = types.tracepoint_arguments(TCP_RETRANSMIT).unwrap_or_default();
+    found.get(2).is_some_and(|argument| integers("int", argument))
 }
 
 /// Numbers pass in a register of one size whatever their C type is called.
@@ -304,6 +322,7 @@ impl Probes {
         // A kernel without this flag has no such requests either, as far as could be told.
         let background = types.enumerator("req_flag_bits", "__REQ_BACKGROUND");
         let background = background.and_then(|bit| 1u32.checked_shl(bit)).unwrap_or(0);
+        let retransmit_has_error = retransmit_has_error(&types);
         drop(types);
 
         let cpus =
@@ -322,6 +341,7 @@ impl Probes {
             (g::BLOCK_SHARDS_SHARED, (shards < cpus).into()),
             (g::SWITCH_HAS_STATE, states.is_ok().into()),
             (g::EXACT, exact.into()),
+            (g::RETRANSMIT_HAS_ERROR, retransmit_has_error.into()),
             (g::TASK_IN_IOWAIT_MASK, states.as_ref().map_or(0, |(_, mask)| u32::from(*mask))),
             (g::REQUEST_BACKGROUND, background),
             (g::BLOCK_BY_BLKCG, by_blkcg.into()),

@@ -19,6 +19,7 @@ use super::{
     cgroup,
     children::{CgroupsKnown, Children, Members},
     disk_users, faults,
+    listeners::Listeners,
     neighbours::{self, Names},
     probes::{EXACT, Probes, SWITCH_STATE},
     slots::{self, Counters, Devices, FreeSlots},
@@ -88,6 +89,7 @@ struct State {
     free: FreeSlots,
     devices: Devices,
     names: Names,
+    listeners: Listeners,
     tracked: BTreeMap<InstanceName, Tracked>,
     /// Of the slot that is shared by those that have none of their own.
     shared: Option<Shared>,
@@ -126,6 +128,8 @@ struct Tracked {
     /// Its own is among them.
     is_known: bool,
     last: Reading,
+    /// [`Counters::came_and_stayed`] when it began.
+    connections_then: u64,
     dirty_bytes_per_s: Option<f64>,
 }
 
@@ -158,6 +162,7 @@ impl Profiler {
             free: FreeSlots::new(slots - 1),
             devices: Devices::default(),
             names: Names::default(),
+            listeners: Listeners::default(),
             tracked: BTreeMap::new(),
             shared: None,
             short_lived_ms: config.short_lived_s.saturating_mul(1000),
@@ -220,6 +225,7 @@ impl Profiler {
             slot,
             members,
             is_known,
+            connections_then: reading.counters.as_ref().map_or(0, Counters::came_and_stayed),
             last: reading,
             dirty_bytes_per_s: None,
         };
@@ -258,6 +264,7 @@ impl Profiler {
         state.look_for_devices();
         state.give_free_slots();
         state.names.forget();
+        state.look_at_listeners(now);
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
         let ages = |name: &InstanceName| self.ages.as_ref().ok()?.ages(name);
@@ -373,6 +380,12 @@ impl State {
         {
             tracing::warn!(%error, "block devices can't be told apart");
         }
+    }
+
+    fn look_at_listeners(&mut self, now: UnixMillis) {
+        let instances =
+            self.tracked.iter().map(|(name, of)| (name, of.cgroup.as_path(), of.members.registered()));
+        self.listeners.look(now, instances);
     }
 
     /// Tells the programs about cgroups of the instance that are new, and to forget those that have gone. When it is tracked first, about all.
@@ -569,6 +582,11 @@ impl State {
             profile.cpu.off_cpu = told.then(|| later.off_cpu_since(earlier));
             if is_here(Tier::Tcp) {
                 profile.tcp = later.tcp_since(earlier);
+                let counts = |probe| self.probes.are_active(&[probe]);
+                profile.tcp.retransmits =
+                    counts("tcp_retransmit_skb").then(|| later.retransmits_since(earlier));
+                profile.tcp.connections = counts("inet_sock_set_state")
+                    .then(|| later.connections_since(earlier, tracked.connections_then));
             }
             if is_here(Tier::Block) {
                 profile.block = later.block_since(earlier, &self.devices, window_ms);
@@ -576,6 +594,7 @@ impl State {
             profile.block_counted = self.probes.are_active(&["block_rq_complete"]);
             profile.tcp_counted = self.probes.are_active(&["sock_send_length", "sock_recv_length"]);
         }
+        profile.tcp.listen_drops = self.listeners.drops(name);
         Ok(Some(profile))
     }
 }

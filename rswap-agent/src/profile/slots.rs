@@ -8,11 +8,12 @@ use std::{
 
 use rswap_common::layout::{
     BlockOperation, BlockRecord, MAX_DEVICES, OFF_CPU_KINDS, OTHER_DEVICE, OffCpu, OffCpuCount, SlotRecord,
-    UNOWNED_KINDS, Unowned, UnownedCount, block_index, device_number, slot_index,
+    TcpCounts, UNOWNED_KINDS, Unowned, UnownedCount, block_index, device_number, slot_index,
 };
 
 use super::{
-    BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpProfile, UnownedBlock,
+    BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpConnections, TcpProfile,
+    UnownedBlock,
     histogram::{Counts, Histogram, add_record},
     neighbours::Waits,
     probes::Maps,
@@ -44,6 +45,8 @@ pub(super) struct Counters {
     tcp_rtt_us: Counts,
     tcp_bytes_in: u64,
     tcp_bytes_out: u64,
+    tcp: TcpCounts,
+    tcp_life_us: Counts,
     /// By CPU.
     cpus: Vec<OnCpu>,
     off_cpu: [OffCpuCount; OFF_CPU_KINDS],
@@ -105,6 +108,8 @@ impl Counters {
                     total.ns = total.ns.wrapping_add(count.ns);
                     total.times = total.times.wrapping_add(count.times);
                 }
+                add_record(&mut total.tcp_life_us, &record.tcp_life_us);
+                add_tcp(&mut total.tcp, &record.tcp);
                 total.tcp_bytes_in = total.tcp_bytes_in.wrapping_add(record.tcp_bytes_in);
                 total.tcp_bytes_out = total.tcp_bytes_out.wrapping_add(record.tcp_bytes_out);
             }
@@ -133,6 +138,8 @@ impl Counters {
             tcp_rtt_us: Counts::of(&total.tcp_rtt_us),
             tcp_bytes_in: total.tcp_bytes_in,
             tcp_bytes_out: total.tcp_bytes_out,
+            tcp: total.tcp,
+            tcp_life_us: Counts::of(&total.tcp_life_us),
             cpus,
             off_cpu: total.off_cpu,
             waits: Waits::read(maps, slots, slot),
@@ -174,7 +181,33 @@ impl Counters {
             bytes_in: self.tcp_bytes_in.wrapping_sub(earlier.tcp_bytes_in),
             bytes_out: self.tcp_bytes_out.wrapping_sub(earlier.tcp_bytes_out),
             rtt_us: Histogram::between(&earlier.tcp_rtt_us, &self.tcp_rtt_us),
+            ..TcpProfile::default()
         }
+    }
+
+    /// Times that something was sent again since `earlier`.
+    pub(super) fn retransmits_since(&self, earlier: &Self) -> u64 {
+        self.tcp.retransmits.wrapping_sub(earlier.tcp.retransmits)
+    }
+
+    /// Connections since `earlier`; there are those now that have come and not gone since `open_then` was [`Self::came_and_stayed`].
+    pub(super) fn connections_since(&self, earlier: &Self, open_then: u64) -> TcpConnections {
+        let since = |now: u64, earlier: u64| now.wrapping_sub(earlier);
+        // Negative, if more have gone than there were: some may have come while it was profiled before.
+        let open = self.came_and_stayed().wrapping_sub(open_then) as i64;
+        TcpConnections {
+            opened: since(self.tcp.opened, earlier.tcp.opened),
+            accepted: since(self.tcp.accepted, earlier.tcp.accepted),
+            closed: since(self.tcp.closed, earlier.tcp.closed),
+            failed: since(self.tcp.failed, earlier.tcp.failed),
+            open: open.try_into().unwrap_or(0),
+            life_us: Histogram::between(&earlier.tcp_life_us, &self.tcp_life_us),
+        }
+    }
+
+    /// Connections of which the beginning was seen, and the end was not; wraps.
+    pub(super) fn came_and_stayed(&self) -> u64 {
+        self.tcp.opened.wrapping_add(self.tcp.accepted).wrapping_sub(self.tcp.seen)
     }
 
     /// What the block probe counted since `earlier`, `window_ms` ago, for devices and operations that had I/O.
@@ -203,6 +236,19 @@ impl Counters {
 
     fn block(&self, place: usize) -> Option<&Block> {
         self.blocks.iter().find(|block| block.place == place)
+    }
+}
+
+fn add_tcp(total: &mut TcpCounts, record: &TcpCounts) {
+    for (total, count) in [
+        (&mut total.opened, record.opened),
+        (&mut total.accepted, record.accepted),
+        (&mut total.closed, record.closed),
+        (&mut total.seen, record.seen),
+        (&mut total.failed, record.failed),
+        (&mut total.retransmits, record.retransmits),
+    ] {
+        *total = total.wrapping_add(count);
     }
 }
 
@@ -334,11 +380,27 @@ mod tests {
             tcp_rtt_us: Counts::default(),
             tcp_bytes_in: 0,
             tcp_bytes_out: 0,
+            tcp: TcpCounts::default(),
+            tcp_life_us: Counts::default(),
             cpus: Vec::new(),
             off_cpu: SlotRecord::EMPTY.off_cpu,
             waits: Waits::default(),
             blocks: blocks.iter().map(block).collect(),
         }
+    }
+
+    #[test]
+    fn connections_are_open_that_came_and_have_not_gone() {
+        let of = |opened, accepted, closed, seen| Counters {
+            tcp: TcpCounts { opened, accepted, closed, seen, ..TcpCounts::default() },
+            ..counters(&[])
+        };
+        // Of another owner of the slot before, two are left for ever.
+        let (begin, later) = (of(5, 0, 3, 3), of(6, 4, 9, 4));
+        let found = later.connections_since(&begin, begin.came_and_stayed());
+        assert_eq!((found.opened, found.accepted, found.closed, found.open), (1, 4, 6, 4));
+        let none = of(5, 0, 5, 5).connections_since(&begin, begin.came_and_stayed());
+        assert_eq!(none.open, 0, "more have gone than have come");
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub enum Metric {
     },
     /// Smoothed TCP round trips, in microseconds.
     TcpRttUs,
+    /// How long TCP connections lasted that ended, in microseconds.
+    TcpLifeUs,
 }
 
 /// The spans that are kept beside the last window.
@@ -217,6 +219,9 @@ impl Distributions {
         self.add(profile.at, Metric::RunQueueNs, &profile.cpu.run_queue_ns);
         self.add(profile.at, Metric::OnCpuNs, &profile.cpu.on_cpu_ns);
         self.add(profile.at, Metric::TcpRttUs, &profile.tcp.rtt_us);
+        if let Some(connections) = &profile.tcp.connections {
+            self.add(profile.at, Metric::TcpLifeUs, &connections.life_us);
+        }
         for block in &profile.block {
             let (device, operation) = (block.device.clone(), block.operation);
             let queue = Metric::BlockQueueNs { device: device.clone(), operation };

@@ -241,7 +241,7 @@ fn instances(registry: &mut Registry, board: &BoardState) {
     let resident = Family::<OfInstance, FloatGauge>::default();
     let queue_mean = Family::<OfInstance, FloatGauge>::default();
     let need = Family::<Forecast, FloatGauge>::default();
-    let [io, io_latency, net_in, net_out] =
+    let [io, io_latency, net_in, net_out, connections, opened, retransmits, listen_drops] =
         std::array::from_fn(|_| Family::<OfInstance, FloatGauge>::default());
     for (name, view) in &board.instances {
         let of = OfInstance { instance: name.to_string() };
@@ -255,6 +255,12 @@ fn instances(registry: &mut Registry, board: &BoardState) {
             set(&io_latency, profile.io_latency_ns().quantile(0.99).map(|ns| ns as f64 / 1e9));
             set(&net_in, profile.net_bytes_per_s().map(|(bytes, _)| bytes));
             set(&net_out, profile.net_bytes_per_s().map(|(_, bytes)| bytes));
+            let tcp = &profile.tcp;
+            let per_s = |count: u64| count as f64 * 1e3 / profile.window_ms.max(1) as f64;
+            set(&connections, tcp.connections.as_ref().map(|of| of.open as f64));
+            set(&opened, tcp.connections.as_ref().map(|of| per_s(of.opened + of.accepted)));
+            set(&retransmits, tcp.retransmits.map(per_s));
+            set(&listen_drops, tcp.listen_drops.map(per_s));
             let queue = &profile.cpu.run_queue_ns;
             if queue.count > 0 {
                 queue_mean.get_or_create(&of).set(queue.sum as f64 / queue.count as f64 / 1e9);
@@ -290,6 +296,14 @@ fn instances(registry: &mut Registry, board: &BoardState) {
         ("instance_io_bytes_per_second", "Block I/O in the last window, both ways", io),
         ("instance_net_in_bytes_per_second", "TCP bytes received in the last window", net_in),
         ("instance_net_out_bytes_per_second", "TCP bytes sent in the last window", net_out),
+        ("instance_tcp_connections", "TCP connections that began while it was profiled, now", connections),
+        ("instance_tcp_connections_per_second", "TCP connections begun in the last window", opened),
+        ("instance_tcp_retransmits_per_second", "What TCP sent again in the last window", retransmits),
+        (
+            "instance_tcp_listen_drops_per_second",
+            "Connections dropped before they were accepted",
+            listen_drops,
+        ),
     ] {
         registry.register(name, help, family);
     }
@@ -308,7 +322,7 @@ fn instances(registry: &mut Registry, board: &BoardState) {
 
 /// Since the instance is shown: Prometheus takes differences, over whatever time.
 fn distributions(registry: &mut Registry, board: &BoardState) {
-    let (mut waits, mut turns, mut round_trips) = (Vec::new(), Vec::new(), Vec::new());
+    let [mut waits, mut turns, mut round_trips, mut lives] = std::array::from_fn(|_| Vec::new());
     let (mut on_device, mut in_queue) = (Vec::new(), Vec::new());
     for (name, of) in &board.distributions {
         let own = || OfInstance { instance: name.to_string() };
@@ -322,6 +336,7 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
                 Metric::RunQueueNs => waits.push((own(), total)),
                 Metric::OnCpuNs => turns.push((own(), total)),
                 Metric::TcpRttUs => round_trips.push((own(), total)),
+                Metric::TcpLifeUs => lives.push((own(), total)),
                 Metric::BlockDeviceNs { device, operation } => {
                     on_device.push((block(device, *operation), total))
                 }
@@ -335,6 +350,7 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
         ("instance_run_queue", "Time from runnable to running", waits, 1e9),
         ("instance_on_cpu", "Time on a CPU between two switches", turns, 1e9),
         ("instance_tcp_rtt", "Smoothed TCP round trips, one sample per segment received", round_trips, 1e6),
+        ("instance_tcp_life", "How long TCP connections lasted", lives, 1e6),
     ] {
         registry.register_with_unit(name, help, Unit::Seconds, Histograms { of, per_second });
     }

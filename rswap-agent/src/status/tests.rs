@@ -11,8 +11,9 @@ use crate::{
     instance::InstanceName,
     plan::Plan,
     profile::{
-        CpuNeighbour, DeviceNeighbours, DiskNeighbour, Who, BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, Operation, ProbeState, ProbeStatus, Profile,
-        RequestCount, UnownedBlock, histogram::Histogram,
+        BlockProfile, CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour, OffCpuProfile, OffCpuTime,
+        Operation, ProbeState, ProbeStatus, Profile, RequestCount, TcpConnections, TcpProfile, UnownedBlock,
+        Who, histogram::Histogram,
     },
     units::UnixMillis,
 };
@@ -176,7 +177,16 @@ fn show_a_profile(board: &mut BoardState) {
                 waited_ns: 2_000_000_000,
             }],
         }],
-        tcp: Default::default(),
+        tcp: TcpProfile {
+            connections: Some(TcpConnections {
+                opened: 2,
+                open: 3,
+                life_us: of(&[1_500_000]),
+                ..Default::default()
+            }),
+            retransmits: Some(4),
+            ..Default::default()
+        },
         tcp_counted: true,
         memory: Default::default(),
     };
@@ -235,6 +245,10 @@ async fn exposes_metrics() {
         "rswap_block_not_covered{name=\"dm-0\"} 1",
         "rswap_instance_off_cpu_threads{instance=\"db\",reason=\"io_wait\"} 0.5",
         "rswap_instance_cpu_taken_by{instance=\"db\",kind=\"cgroup\",neighbour=\"/system.slice/hog.service\"} 0.25",
+        "rswap_instance_tcp_connections{instance=\"db\"} 3.0",
+        "rswap_instance_tcp_connections_per_second{instance=\"db\"} 2.0",
+        "rswap_instance_tcp_retransmits_per_second{instance=\"db\"} 4.0",
+        "rswap_instance_tcp_life_seconds_sum{instance=\"db\"} 1.5",
         "rswap_instance_disk_taken_by{instance=\"db\",device=\"8:0\",kind=\"kernel_threads\",neighbour=\"\"} 2.0",
     ] {
         assert!(text.lines().any(|found| found == line), "no {line} in {text}");

@@ -195,6 +195,18 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
     disks_used_by(&mut lines, profile);
     let microseconds = |us: f64| nanoseconds(us * 1e3);
     distribution(&mut lines, "TCP round trips", &profile.tcp.rtt_us, microseconds, &VecDeque::new());
+    let count = |count: Option<u64>| or_dash(count.map(|count| count.to_string()));
+    lines.push(Line::from(format!(
+        "  sent again {}  dropped at sockets that listen {}",
+        count(profile.tcp.retransmits),
+        count(profile.tcp.listen_drops)
+    )));
+    if let Some(of) = &profile.tcp.connections {
+        lines.push(Line::from(format!(
+            "  connections {}  opened {}  accepted {}  closed {}  failed {}",
+            of.open, of.opened, of.accepted, of.closed, of.failed
+        )));
+    }
     lines.push(Line::from("memory").bold());
     lines.push(Line::from(format!(
         "  resident {}  written {}/s",

@@ -76,10 +76,12 @@ fn what_would_load_on_other_kernels() {
             &[
                 ("block_io_start", "no tracepoint block_io_start"),
                 ("block_rq_complete", "struct request_queue has no field disk"),
+                ("inet_sock_set_state", "struct sock has no field sk_cgrp_data.cgroup"),
                 ("iomap_dio_rw_begin", "no tracepoint iomap_dio_rw_begin"),
                 ("sock_recv_length", "no tracepoint sock_recv_length"),
                 ("sock_send_length", "no tracepoint sock_send_length"),
                 ("tcp_probe", "struct sock has no field sk_cgrp_data.cgroup"),
+                ("tcp_retransmit_skb", "struct sock has no field sk_cgrp_data.cgroup"),
                 ("writeback_dirty_folio", "no tracepoint writeback_dirty_folio"),
             ],
         ),
@@ -126,6 +128,12 @@ fn why_tasks_go_is_told_by_kernels_that_have_it() {
     let found = [1, 2, 3].map(|kernel| of(kernel).expect(KERNELS[kernel].0));
     println!("{found:?}");
     assert!(found.iter().all(|(byte, mask)| *byte > 0 && mask.is_power_of_two()), "{found:?}");
+}
+
+#[test]
+fn kernels_differ_in_whether_what_could_not_be_sent_again_is_told() {
+    let told = KERNELS.map(|(_, release)| probes::retransmit_has_error(&types_of(release)));
+    assert_eq!(told, [false, false, false, true]);
 }
 
 #[test]

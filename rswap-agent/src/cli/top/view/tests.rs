@@ -5,7 +5,10 @@ use ratatui::{
 };
 
 use super::{super::model::Then, *};
-use crate::{profile::CpuProfile, units::UnixMillis};
+use crate::{
+    profile::{CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour},
+    units::UnixMillis,
+};
 
 /// An instance as the agent tells of it, in window `at`.
 fn seen(name: &str, cores: f64, waits_ns: &[u64], at: u64) -> InstanceView {
@@ -110,6 +113,30 @@ fn a_filter_takes_names_pools_and_labels() {
     press(&mut model, &[KeyCode::Enter]);
     assert_eq!(names(&model), ["gamma"]);
     assert_eq!(press(&mut model, &[KeyCode::Char('q')]), Then::End);
+}
+
+#[test]
+fn a_close_look_names_who_took_a_core_and_a_disk() {
+    let mut model = Model::default();
+    let mut view = seen("db", 0.5, &[], 1);
+    let profile = view.profile.as_mut().expect("it was measured");
+    let hog = Who::Cgroup("/hog".to_owned());
+    profile.cpu.neighbours = vec![CpuNeighbour { who: hog, waited_ns: 250_000_000 }];
+    let writer = DiskNeighbour { who: Who::KernelThreads, device_ns: 3_000_000_000, waited_ns: 750 };
+    profile.disk_neighbours =
+        vec![DeviceNeighbours { device: "8:0".to_owned(), own_ns: 1000, others: vec![writer] }];
+    profile.tcp.retransmits = Some(7);
+    model.take(vec![view], UnixMillis(1));
+    press(&mut model, &[KeyCode::Down, KeyCode::Enter]);
+    let text = shown(&mut model, 100, 30).join("\n");
+    for line in [
+        " 25.0 %  cgroup /hog",
+        "8:0 was used by",
+        "3.00 under way  about 75 % of its time  kernel threads",
+        "sent again 7  dropped at sockets that listen -",
+    ] {
+        assert!(text.contains(line), "no {line:?} in {text}");
+    }
 }
 
 #[test]

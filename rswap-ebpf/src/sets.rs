@@ -1,0 +1,136 @@
+//! Small tables of words, in sets of a few ([`rswap_common::tables`]): requests in flight, tasks off the CPU or waiting for one, connections.
+//!
+//! Several CPUs write to a set without a lock, one word at once: of two that take the same free place in the same moment, one is forgotten. So is one of a set that is full.
+
+use aya_ebpf::{bindings::BPF_F_MMAPABLE, macros::map, maps::Array};
+use rswap_common::{
+    layout::OffCpu,
+    tables::{
+        CONNECTION_SETS, ConnectionSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, WAITER_SETS,
+        WaiterSet, age_us, connection_set, connection_word, request_set, request_word, same_connection,
+        same_request, same_sleeper, same_waiter, sleeper_set, sleeper_word, submitter_of_word, waited_ns,
+        waiter_set, waiter_word,
+    },
+};
+
+// What can be mapped into memory begins with a page, so that a set is in one cache line.
+
+/// Requests in flight (by address) -> who submitted them.
+#[map]
+static REQUESTS: Array<RequestSet> = Array::with_max_entries(REQUEST_SETS, BPF_F_MMAPABLE);
+
+/// Tasks of instances that are off the CPU (by pid) -> since when, and why.
+#[map]
+static SLEEPERS: Array<SleeperSet> = Array::with_max_entries(SLEEPER_SETS, BPF_F_MMAPABLE);
+
+/// Tasks of instances that wait for a CPU (by pid) -> since when; the agent leaves one set where nobody asks.
+#[map]
+static WAITERS: Array<WaiterSet> = Array::with_max_entries(WAITER_SETS, BPF_F_MMAPABLE);
+
+/// Connections of instances (by the socket's address) -> since when.
+#[map]
+static CONNECTIONS: Array<ConnectionSet> = Array::with_max_entries(CONNECTION_SETS, BPF_F_MMAPABLE);
+
+/// Words of one set.
+const WAYS: usize = 4;
+
+/// Puts a word into a set, in the place of one that stands for the same.
+#[inline(always)]
+fn put(set: *mut [u64; WAYS], new: u64, same: impl Fn(u64, u64) -> bool) {
+    let words = set.cast::<u64>();
+    let mut place = words;
+    let mut way = 0;
+    while way < WAYS {
+        // SAFETY: the map gave the pointer to a set, and `way` is in it. Other CPUs write words of it: one word is read at once.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if same(word, new) {
+            place = at;
+            break;
+        }
+        if word == 0 {
+            place = at;
+        }
+        way += 1;
+    }
+    // SAFETY: as above: a place in the set, and one word is written at once.
+    unsafe { place.write_volatile(new) };
+}
+
+/// The word of a set that stands for the same as `wanted`; it is taken out if `take` says so.
+#[inline(always)]
+fn find(set: *mut [u64; WAYS], wanted: u64, same: impl Fn(u64, u64) -> bool, take: bool) -> Option<u64> {
+    let words = set.cast::<u64>();
+    let mut way = 0;
+    while way < WAYS {
+        // SAFETY: as in `put`.
+        let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
+        if same(word, wanted) {
+            if take {
+                // SAFETY: as in `put`.
+                unsafe { at.write_volatile(0) };
+            }
+            return Some(word);
+        }
+        way += 1;
+    }
+    None
+}
+
+/// Remembers who submitted a request; `key` follows from its address alone.
+#[inline(always)]
+pub fn remember_request(key: u64, submitter: u32) {
+    if let Some(set) = REQUESTS.get_ptr_mut(request_set(key)) {
+        put(set, request_word(key, submitter), same_request);
+    }
+}
+
+/// Who submitted a request, 0 if nobody knows; forgets it if the request is `complete`.
+#[inline(always)]
+pub fn request_submitter(key: u64, complete: bool) -> u32 {
+    let Some(set) = REQUESTS.get_ptr_mut(request_set(key)) else { return 0 };
+    find(set, request_word(key, 0), same_request, complete).map_or(0, submitter_of_word)
+}
+
+/// Remembers since when a task is off the CPU, and why.
+#[inline(always)]
+pub fn remember_sleeper(pid: u32, since_ns: u64, why: OffCpu) {
+    if let Some(set) = SLEEPERS.get_ptr_mut(sleeper_set(pid)) {
+        put(set, sleeper_word(pid, since_ns, why), same_sleeper);
+    }
+}
+
+/// What was remembered of a task, and is not any more.
+#[inline(always)]
+pub fn take_sleeper(pid: u32) -> Option<u64> {
+    find(SLEEPERS.get_ptr_mut(sleeper_set(pid))?, sleeper_word(pid, 0, OffCpu::Sleep), same_sleeper, true)
+}
+
+/// Remembers since when a task waits for a CPU.
+#[inline(always)]
+pub fn remember_waiter(pid: u32, since_ns: u64) {
+    if let Some(set) = WAITERS.get_ptr_mut(waiter_set(pid)) {
+        put(set, waiter_word(pid, since_ns), same_waiter);
+    }
+}
+
+/// How long a task has waited for a CPU, if it was remembered; it is not any more.
+#[inline(always)]
+pub fn take_waiter(pid: u32, now_ns: u64) -> Option<u64> {
+    let word = find(WAITERS.get_ptr_mut(waiter_set(pid))?, waiter_word(pid, 0), same_waiter, true)?;
+    Some(waited_ns(word, now_ns))
+}
+
+/// Remembers since when there is a connection; `key` follows from its socket's address alone.
+#[inline(always)]
+pub fn remember_connection(key: u64, since_ns: u64) {
+    if let Some(set) = CONNECTIONS.get_ptr_mut(connection_set(key)) {
+        put(set, connection_word(key, since_ns), same_connection);
+    }
+}
+
+/// For how long there was a connection, in microseconds, if it was remembered; it is not any more.
+#[inline(always)]
+pub fn take_connection(key: u64, now_ns: u64) -> Option<u64> {
+    let set = CONNECTIONS.get_ptr_mut(connection_set(key))?;
+    Some(age_us(find(set, connection_word(key, 0), same_connection, true)?, now_ns))
+}
