@@ -51,6 +51,9 @@ pub(super) struct Used {
     pub(super) device_ns: u64,
 }
 
+/// A cgroup, a device's place, and how long the device worked for it, in nanoseconds.
+type UseOf = (u64, u32, u64);
+
 /// What the programs count of cgroups that are no instances.
 pub(super) struct DiskUsers {
     map: BpfHashMap<MapData, [u64; 2], [u64; 2]>,
@@ -63,7 +66,7 @@ impl DiskUsers {
         Self { map, seen: Seen::default(), unknown_ns: [0; MAX_DEVICES as usize] }
     }
 
-    fn read(&mut self) -> Vec<(u64, u32, u64)> {
+    fn read(&mut self) -> Vec<UseOf> {
         let now: HashMap<_, _> = self.map.iter().flatten().map(|(user, [_, ns])| (user, ns)).collect();
         let (used, idle) = self.seen.since(&now);
         for user in idle {
@@ -76,7 +79,7 @@ impl DiskUsers {
 }
 
 /// By cgroup, device's place and time in nanoseconds, who used disks since this was called last; who nobody knows is cgroup 0.
-pub(super) fn used(maps: &mut Maps) -> Vec<(u64, u32, u64)> {
+pub(super) fn used(maps: &mut Maps) -> Vec<UseOf> {
     let mut used = maps.disk_users.read();
     let mut unknown = [0_u64; MAX_DEVICES as usize];
     for record in (0..maps.cpus).filter_map(|cpu| maps.unowned.read(cpu)) {
@@ -99,7 +102,7 @@ struct Seen(HashMap<[u64; 2], (u64, u32)>);
 
 impl Seen {
     /// What was done since, and who has done nothing for so long that it is forgotten.
-    fn since(&mut self, now: &HashMap<[u64; 2], u64>) -> (Vec<(u64, u32, u64)>, Vec<[u64; 2]>) {
+    fn since(&mut self, now: &HashMap<[u64; 2], u64>) -> (Vec<UseOf>, Vec<[u64; 2]>) {
         let (mut used, mut idle) = (Vec::new(), Vec::new());
         self.0.retain(|user, _| now.contains_key(user));
         for (user, ns) in now {
@@ -210,9 +213,9 @@ mod tests {
             vec![used("8:0", fio.clone(), 500), used("8:0", Who::Unknown, 100), used("8:32", fio.clone(), 9)],
         );
         let shown = |profile: &Profile| {
-            let of = |of: &DiskNeighbour| (of.who.clone(), of.device_ns, of.waited_ns);
-            let of = |of: &DeviceNeighbours| (of.own_ns, of.others.iter().map(of).collect::<Vec<_>>());
-            profile.disk_neighbours.iter().map(of).collect::<Vec<_>>()
+            let other = |of: &DiskNeighbour| (of.who.clone(), of.device_ns, of.waited_ns);
+            let device = |of: &DeviceNeighbours| (of.own_ns, of.others.iter().map(other).collect::<Vec<_>>());
+            profile.disk_neighbours.iter().map(device).collect::<Vec<_>>()
         };
         let b = Who::Instance("b".parse().unwrap());
         // Of 1000 in all, on whose account 150 were waited.
