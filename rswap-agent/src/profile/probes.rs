@@ -318,7 +318,9 @@ impl Probes {
         let resolved: Vec<_> = wanted(config).map(|probe| probe.resolve(&types)).collect();
         let states = switch_states(&types);
         // Half of it would be neither.
-        let exact = config.exact && states.is_ok() && resolved[CHILD_PROBES.len() + PROBES.len()..].iter().all(Result::is_ok);
+        let exact = config.exact
+            && states.is_ok()
+            && resolved[CHILD_PROBES.len() + PROBES.len()..].iter().all(Result::is_ok);
         // A kernel without this flag has no such requests either, as far as could be told.
         let background = types.enumerator("req_flag_bits", "__REQ_BACKGROUND");
         let background = background.and_then(|bit| 1u32.checked_shl(bit)).unwrap_or(0);
@@ -410,8 +412,18 @@ impl Probes {
         let children = children.filter(|_| self.are_active(&CHILD_PROBES.map(|probe| probe.tracepoint)));
         let cgroups = CgroupTable::new(cgroups);
         let disk_users = DiskUsers::new(disk_users);
-        self.maps =
-            Some(Maps { cgroups, children, devices, slots, blocks, neighbours, disk_users, unowned, cpus, shards });
+        self.maps = Some(Maps {
+            cgroups,
+            children,
+            devices,
+            slots,
+            blocks,
+            neighbours,
+            disk_users,
+            unowned,
+            cpus,
+            shards,
+        });
         self.ebpf = Some(ebpf);
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Tracks instances and makes their profiles, window by window.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -424,8 +424,12 @@ impl State {
         let (devices, names, tracked) = (&self.devices, &mut self.names, &self.tracked);
         let used = disk_users::used(maps).into_iter().map(|(id, device, device_ns)| {
             // An instance's cgroup that the agent did not know yet.
-            let instance =
-                |id| tracked.iter().find(|(_, of)| of.members.registered().contains(&id)).map(|(name, _)| name.clone());
+            let instance = |id| {
+                tracked
+                    .iter()
+                    .find(|(_, of)| of.members.registered().contains(&id))
+                    .map(|(name, _)| name.clone())
+            };
             disk_users::Used { device: devices.name(device), who: names.who(id, instance), device_ns }
         });
         used.collect()
@@ -567,20 +571,24 @@ impl State {
             },
         };
         if let (Some(earlier), Some(later)) = (&last.counters, &reading.counters) {
-            later.add_cpu_since(earlier, &mut profile.cpu);
-            let others_ns = profile.cpu.by_cpu.iter().map(|of| of.others_wait_ns).sum();
-            let waited = later.waits.since(&earlier.waits);
-            let own = tracked.members.registered();
-            let waited = waited.into_iter().map(|(id, ns)| (self.who(id, name, own), ns));
-            profile.cpu.neighbours = neighbours::ranked(waited.collect::<Vec<_>>(), others_ns);
-            profile.cpu.without_own_limit(
-                reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
-            );
+            // What was counted until a tier was dropped is a part of the window only.
+            let is_here = |probes: &Probes, tier| !probes.is_dropped(tier);
+            if is_here(&self.probes, Tier::Scheduler) {
+                later.add_cpu_since(earlier, &mut profile.cpu);
+                let others_ns = profile.cpu.by_cpu.iter().map(|of| of.others_wait_ns).sum();
+                let waited = later.waits.since(&earlier.waits);
+                let own = tracked.members.registered();
+                let waited = waited.into_iter().map(|(id, ns)| (self.who(id, name, own), ns));
+                profile.cpu.neighbours = neighbours::ranked(waited.collect::<Vec<_>>(), others_ns);
+                profile.cpu.without_own_limit(
+                    reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
+                );
+            }
             profile.cpu.exact = self.probes.are_active(&EXACT);
             profile.cpu.counted = self.probes.are_active(&["sched_switch"]);
             let told = self.probes.are_active(&[SWITCH_STATE]);
             profile.cpu.off_cpu = told.then(|| later.off_cpu_since(earlier));
-            if is_here(Tier::Tcp) {
+            if is_here(&self.probes, Tier::Tcp) {
                 profile.tcp = later.tcp_since(earlier);
                 let counts = |probe| self.probes.are_active(&[probe]);
                 profile.tcp.retransmits =
@@ -588,7 +596,7 @@ impl State {
                 profile.tcp.connections = counts("inet_sock_set_state")
                     .then(|| later.connections_since(earlier, tracked.connections_then));
             }
-            if is_here(Tier::Block) {
+            if is_here(&self.probes, Tier::Block) {
                 profile.block = later.block_since(earlier, &self.devices, window_ms);
             }
             profile.block_counted = self.probes.are_active(&["block_rq_complete"]);
