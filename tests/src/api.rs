@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     os::unix::net::UnixStream,
     path::Path,
     sync::{Arc, Mutex, OnceLock, PoisonError},
@@ -140,7 +140,12 @@ impl Api {
         // HTTP/1.0: what comes is in one piece, up to the end.
         let upper = method.to_uppercase();
         let length = body.len();
-        write!(stream, "{upper} {path} HTTP/1.0\r\n{headers}content-length: {length}\r\n\r\n{body}")?;
+        let request = format!("{upper} {path} HTTP/1.0\r\n{headers}content-length: {length}\r\n\r\n{body}");
+        match stream.write_all(request.as_bytes()) {
+            // It may have been refused by its head: the answer is there all the same.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+            written => written?,
+        }
         let mut all = Vec::new();
         stream.read_to_end(&mut all)?;
         let all = String::from_utf8(all)?;

@@ -107,7 +107,8 @@ impl Seen {
         self.0.retain(|user, _| now.contains_key(user));
         for (user, ns) in now {
             let (before, windows) = self.0.entry(*user).or_default();
-            let more = ns.wrapping_sub(*before);
+            // One that was taken out of the table, and came back since, begins anew.
+            let more = if ns >= before { ns - *before } else { *ns };
             *before = *ns;
             if more > 0 {
                 *windows = 0;
@@ -238,6 +239,8 @@ mod tests {
         }
         assert_eq!(forgotten, [[8, 1]]);
         assert_eq!(seen.since(&HashMap::from([([7, 0], 200)])).0.len(), 1);
+        // Taken out, and back with less than it had, before anybody looked.
+        assert_eq!(seen.since(&HashMap::from([([7, 0], 30)])).0, [(7, 0, 30)]);
         assert_eq!(seen.0.len(), 1);
     }
 }
