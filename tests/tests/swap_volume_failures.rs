@@ -95,8 +95,8 @@ fn a_disk_that_fails_while_the_last_delta_is_written_through_leaves_nobody_froze
     for (end, killed) in fails.into_iter().chain([(End::Hangs, false)]) {
         // The last delta is in the page cache, and the copy is about to be put to its place.
         let mut swap = scene.stopped_before("two", Place::RenameInto("/rswap/worker/.data-"))?;
-        // What is written through waits for the disk, and so does the instance.
-        scene.disks[1].set_speed(Speed::of(Duration::from_secs(1)))?;
+        // What is written through waits for the disk, and so does the instance; but not for as long as it would be waited for.
+        scene.disks[1].set_speed(Speed::of(Duration::from_millis(400)))?;
         scene.host.signal_agent(Signal::SIGCONT)?;
         wait_for("the instance to be held by its cgroup", LIMIT, || {
             ensure!(swap.try_wait()?.is_none(), "it has not waited for its disk");

@@ -5,9 +5,9 @@ use std::{
     thread,
 };
 
-/// The scenarios, by how their names begin, that may run beside another one: they wait for programs and peers for most of their time, and
-/// what they assert doesn't depend on how fast those are. All others run alone: they measure the machine, or load it until it
-/// has no more to give.
+/// The scenarios, by how their names begin, that may run beside another one: they wait for programs and peers for most of their time,
+/// what they assert doesn't depend on how fast those are, and they mount nothing. All others run alone: they measure the machine, load it until it
+/// has no more to give, or mount disks, which instances of another scenario would find among their own mounts, and be refused for.
 const BESIDE_OTHERS: &[&str] = &[
     "check_host",
     "control",
@@ -25,15 +25,17 @@ const BESIDE_OTHERS: &[&str] = &[
     "run_and_adopt",
     "soak",
     "swap_uplink",
-    "swap_volume",
 ];
+
+/// Those of them that mount disks.
+const ALONE_ALL_THE_SAME: &[&str] = &["migrate_volumes"];
 
 /// As many run at a time: each uses a core for less than half of its time.
 const AT_ONCE: usize = 2;
 
 /// Whether a scenario may run beside another one.
 pub(super) fn may_run_beside(name: &str) -> bool {
-    BESIDE_OTHERS.iter().any(|begins| name.starts_with(begins))
+    BESIDE_OTHERS.iter().any(|begins| name.starts_with(begins)) && !ALONE_ALL_THE_SAME.contains(&name)
 }
 
 /// Has `work` done on each of `items`, at most [`AT_ONCE`] at a time; results are in the order of the items.
@@ -84,10 +86,11 @@ mod tests {
     }
 
     #[test]
-    fn what_measures_the_machine_runs_alone() {
-        for alone in ["plan_cores", "profile_sched", "pools", "forecast", "demo", "swap_memory", "top"] {
+    fn what_measures_or_mounts_runs_alone() {
+        let alone = ["plan_cores", "profile_sched", "pools", "forecast", "demo", "swap_memory", "top"];
+        for alone in alone.into_iter().chain(["swap_volume_failures", "migrate_volumes"]) {
             assert!(!may_run_beside(alone), "{alone}");
         }
-        assert!(may_run_beside("migrate_redis") && may_run_beside("swap_volume_failures"));
+        assert!(may_run_beside("migrate_redis") && may_run_beside("controller"));
     }
 }
