@@ -64,8 +64,10 @@ impl Scene {
     /// A migration over several connections, of which a part has been sent.
     fn under_way(&self) -> anyhow::Result<(LongWay, rswap_tests::migration::Migration)> {
         let way = LongWay::lay(&self.a, &self.b, ROUND_TRIP)?;
+        let lanes = self.a.log()?.matches("sent over several connections").count();
         let mut migration = self.a.migrate(NAME, &self.b.migrate_address())?;
         migration.wait_until("a part of the memory", |progress| progress.pages_sent > 8_000)?;
+        ensure!(self.a.log()?.matches("sent over several connections").count() > lanes, "there are no lanes");
         Ok((way, migration))
     }
 }

@@ -265,7 +265,15 @@ fn take_volume(
     }
     // Its descriptors go before it lets go of what it traces.
     let mut end = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    if poll(&mut end, READY_LIMIT.as_millis() as u16)? == 0 {
+    let ends = |end: &mut [PollFd<'_>]| poll(end, READY_LIMIT.as_millis() as u16).map(|ready| ready > 0);
+    let mut has_ended = ends(&mut end)?;
+    if gone && !has_ended {
+        // It has let go of its guard in the middle of a move, and lives: what it does now nobody knows.
+        eprintln!("rswap: the agent {pid} has given {} up while it is frozen: ending it", instance.name);
+        process::pidfd_send_signal(pidfd, libc::SIGKILL)?;
+        has_ended = ends(&mut end)?;
+    }
+    if !has_ended {
         eprintln!(
             "rswap: the agent {pid} does not end, a disk does not answer it: {} stands still",
             instance.name

@@ -20,10 +20,11 @@ use super::{
 
 /// Lanes of a migration at most.
 pub const MAX_LANES: u8 = 8;
-/// Bytes of a chunk at most: about what the engine sends off at once.
-pub const CHUNK_BYTES: usize = 256 << 10;
+/// Bytes of a chunk at most. What all lanes hold counts as sent to whoever waits for an answer: with one that waits and one that is written at
+/// eight lanes it is 2 MiB, which a slow link carries long before silence is taken for death.
+pub const CHUNK_BYTES: usize = 128 << 10;
 /// Chunks of a lane that wait at each end, at most.
-const WAITING_CHUNKS: usize = 2;
+const WAITING_CHUNKS: usize = 1;
 /// Before each chunk: its length (four bytes, little-endian).
 const HEADER: usize = 4;
 
@@ -72,6 +73,8 @@ pub struct Spread {
     lanes: Vec<Sending>,
     next: usize,
     chunk: Vec<u8>,
+    /// A chunk was lost: nothing may follow it.
+    failed: bool,
 }
 
 /// A lane that is written to by a thread.
@@ -88,15 +91,21 @@ impl Spread {
     /// No thread could be started.
     pub fn over(links: Vec<Link>) -> io::Result<Self> {
         let lanes = links.into_iter().map(Sending::start).collect::<io::Result<_>>()?;
-        Ok(Self { lanes, next: 0, chunk: Vec::with_capacity(CHUNK_BYTES) })
+        Ok(Self { lanes, next: 0, chunk: Vec::with_capacity(CHUNK_BYTES), failed: false })
     }
 
     fn send_chunk(&mut self) -> io::Result<()> {
+        if self.failed {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK_BYTES));
         let turn = self.next;
         self.next = (turn + 1) % self.lanes.len();
         let lane = &mut self.lanes[turn];
-        lane.chunks.send(chunk).map_err(|_| lane.failure())
+        lane.chunks.send(chunk).map_err(|_| {
+            self.failed = true;
+            lane.failure()
+        })
     }
 }
 
@@ -148,6 +157,8 @@ pub struct Gathered {
     chunk: Vec<u8>,
     read: usize,
     deadline: Instant,
+    /// A chunk did not come: nothing is taken after it.
+    failed: bool,
 }
 
 /// A lane that is read from by a thread.
@@ -164,17 +175,23 @@ impl Gathered {
     /// No thread could be started.
     pub fn over(links: Vec<Link>, deadline: Instant) -> io::Result<Self> {
         let lanes = links.into_iter().map(|link| Receiving::start(link, deadline));
-        Ok(Self { lanes: lanes.collect::<io::Result<_>>()?, next: 0, chunk: Vec::new(), read: 0, deadline })
+        let lanes = lanes.collect::<io::Result<_>>()?;
+        Ok(Self { lanes, next: 0, chunk: Vec::new(), read: 0, deadline, failed: false })
     }
 
     fn next_chunk(&mut self) -> io::Result<Vec<u8>> {
+        if std::mem::replace(&mut self.failed, true) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let lane = &self.lanes[self.next];
         self.next = (self.next + 1) % self.lanes.len();
-        match lane.chunks.recv_timeout(left(self.deadline, SILENCE)?) {
-            Ok(chunk) => chunk,
-            Err(RecvTimeoutError::Timeout) => Err(io::ErrorKind::TimedOut.into()),
-            Err(RecvTimeoutError::Disconnected) => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
+        let chunk = match lane.chunks.recv_timeout(left(self.deadline, SILENCE)?) {
+            Ok(chunk) => chunk?,
+            Err(RecvTimeoutError::Timeout) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(RecvTimeoutError::Disconnected) => return Err(io::ErrorKind::UnexpectedEof.into()),
+        };
+        self.failed = false;
+        Ok(chunk)
     }
 }
 

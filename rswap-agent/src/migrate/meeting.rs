@@ -1,7 +1,7 @@
 //! How lanes ([`lanes`](super::lanes)) are made, and where they meet the migration that they are of.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     io::{self, Read, Write},
     net::SocketAddr,
     panic::resume_unwind,
@@ -69,7 +69,8 @@ impl<'a> Departing<'a> {
     }
 
     fn make_lane(&self, id: MigrationId, number: u8) -> Result<Link, MigrateError> {
-        let until = self.deadline.min(Instant::now() + SILENCE);
+        // The destination waits for the next frame on the first connection meanwhile, and takes silence for death.
+        let until = self.deadline.min(Instant::now() + SILENCE / 2);
         let dialled = self.links.dial(self.to, self.whose.as_ref(), until);
         let (mut link, _) = dialled
             .map_err(|source| MigrateError::Link { doing: "connecting to the destination", source })?;
@@ -84,8 +85,12 @@ impl Widen for Departing<'_> {
         // At once: each takes some round trips, and these are long.
         let made: Vec<_> = thread::scope(|scope| {
             let this = &*self;
-            let making: Vec<_> =
-                (0..self.lanes()).map(|number| scope.spawn(move || this.make_lane(id, number))).collect();
+            let making: Vec<_> = (0..self.lanes())
+                .map_while(|number| {
+                    let make = move || this.make_lane(id, number);
+                    thread::Builder::new().name("lane".into()).spawn_scoped(scope, make).ok()
+                })
+                .collect();
             making.into_iter().map(|lane| lane.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
         });
         for (lane, number) in made.into_iter().zip(0..) {
@@ -97,6 +102,9 @@ impl Widen for Departing<'_> {
                     break;
                 }
             }
+        }
+        if !self.made.is_empty() {
+            tracing::info!(%id, lanes = self.made.len(), "sent over several connections");
         }
         // At most MAX_LANES.
         self.made.len() as u8
@@ -150,10 +158,13 @@ impl Meeting {
         let (sender, lanes) = sync_channel(usize::from(MAX_LANES));
         let expecting = Expecting { peer, lanes: sender, come: 0 };
         // An id that is here already is refused by the ledger; the one that came first keeps its place.
-        let fresh = !self.lock().contains_key(&id);
-        if fresh {
-            self.lock().insert(id, expecting);
-        }
+        let fresh = match self.lock().entry(id) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(place) => {
+                place.insert(expecting);
+                true
+            }
+        };
         Arriving {
             link,
             lanes,

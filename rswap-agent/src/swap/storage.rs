@@ -253,6 +253,9 @@ fn copied(
     watch.arm().map_err(StorageError::Watch)?;
     let moved = freeze::run(order, record, path, left);
     watch.disarm();
-    hold::bury(std::mem::take(&mut left.processes));
+    // One that could not be brought back still stands, held by its cgroup: no call can be made in it.
+    if !matches!(moved, Err(StorageError::NotRestored { .. })) {
+        hold::bury(std::mem::take(&mut left.processes));
+    }
     moved
 }

@@ -63,6 +63,8 @@ fn parse_summary(line: &str) -> Option<Counts> {
 pub(super) struct Outcome {
     pub(super) counts: Counts,
     pub(super) output: Vec<String>,
+    /// It came to its summary: it did not hang, and was not killed.
+    pub(super) complete: bool,
 }
 
 /// When what a test binary says is passed on.
@@ -155,6 +157,7 @@ pub(super) fn run_binary(
     if summary.is_some() {
         reader.join().ok();
     }
+    let complete = summary.is_some();
     let mut counts = summary.unwrap_or_default();
     if !status.success() && counts.failed == 0 {
         counts.failed = 1;
@@ -172,7 +175,7 @@ pub(super) fn run_binary(
         counts.skipped += 1;
         counts.passed = counts.passed.saturating_sub(1);
     }
-    Ok(Outcome { counts, output })
+    Ok(Outcome { counts, output, complete })
 }
 
 #[cfg(test)]

@@ -149,6 +149,10 @@ pub(super) fn prepare(instance: &Instance) -> Result<PathBuf, StorageError> {
 
 /// Removes what an agent that was killed has left in the programs. What fails is left to the next one.
 pub(super) fn clean(instance: &Instance) {
+    // Somebody is at it, or has left it standing: no call can be made in it.
+    if cgroup::is_frozen(&instance.cgroup) {
+        return;
+    }
     let pids = tree::listed(instance).unwrap_or_default();
     bury(pids.iter().copied());
     for pid in pids {

@@ -1,6 +1,7 @@
 //! The end of a swap, whoever brings it about: what is not needed any more goes, and what was broken off is completed.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
     sync::mpsc::{self, RecvTimeoutError},
@@ -17,8 +18,8 @@ use crate::instance::cgroup;
 
 /// How long an instance stands still, once more, for a disk that it was brought to.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long an agent that starts waits until instances are let go.
-const START_LIMIT: Duration = Duration::from_secs(5);
+/// How long an agent that starts waits until instances are let go: longer than a guard, which may be at it and waits for the disk first.
+const START_LIMIT: Duration = Duration::from_secs(12);
 
 /// Takes away what only the swap needed, and the copy that is not the volume.
 pub(super) fn finish(record: &Record, path: &Path) {
@@ -59,6 +60,7 @@ pub fn recover(path: &Path) -> Result<(), StorageError> {
 
 /// The same as far as the instance is concerned; `None` if there was nothing to do any more.
 fn let_go(path: &Path) -> Result<Option<Over>, StorageError> {
+    let began = Instant::now();
     let lock = record::lock(path).map_err(StorageError::io(format!("locking {}", path.display())))?;
     let mut record = match Record::read(path) {
         // Done meanwhile.
@@ -93,7 +95,8 @@ fn let_go(path: &Path) -> Result<Option<Over>, StorageError> {
         switch.sync()?;
         freeze::let_go(instance, path, hands)?;
     }
-    if here {
+    // Whoever was waited for has cleaned up, and other work on the instance may be under way by now.
+    if here && began.elapsed() < START_LIMIT {
         hold::clean(instance);
     }
     Ok(Some(Over { record, lock }))
@@ -104,31 +107,46 @@ fn let_go(path: &Path) -> Result<Option<Over>, StorageError> {
 pub fn recover_all(state_dir: &Path) {
     let entries = fs::read_dir(record::directory(state_dir)).into_iter().flatten().flatten();
     let records = entries.map(|entry| entry.path()).filter(|path| path.extension() == Some("json".as_ref()));
-    let begun: Vec<_> = records.map(|path| (begin(path.clone()), path)).collect();
+    let mut of_instances: BTreeMap<PathBuf, Vec<(bool, PathBuf)>> = BTreeMap::new();
+    for path in records {
+        // What can't be read is said by whoever does it.
+        let (instance, stood) = Record::read(&path)
+            .map_or_else(|_| (path.clone(), false), |record| (record.instance.cgroup, record.plan.is_some()));
+        of_instances.entry(instance).or_default().push((!stood, path));
+    }
+    let begun: Vec<_> = of_instances
+        .into_values()
+        .map(|mut of_one| {
+            // The one in whose middle it stands comes first: the others look for what was left in its programs.
+            of_one.sort_unstable();
+            begin(of_one.into_iter().map(|(_, path)| path).collect())
+        })
+        .collect();
     let deadline = Instant::now() + START_LIMIT;
-    for (over, path) in begun {
+    for over in begun {
         let left = deadline.saturating_duration_since(Instant::now());
         if let Err(RecvTimeoutError::Timeout) = over.recv_timeout(left) {
             tracing::error!(
-                path = %path.display(),
                 "a storage swap that was broken off is not at its end yet: who is at it, or a disk, does not answer"
             );
         }
     }
 }
 
-/// Brings one to its end on a thread of its own, which tells when the instance is let go.
-fn begin(path: PathBuf) -> mpsc::Receiver<()> {
+/// Brings those of one instance to their ends, one after the other, on a thread of their own, which tells when the instance is let go.
+fn begin(paths: Vec<PathBuf>) -> mpsc::Receiver<()> {
     let (tell, told) = mpsc::channel();
     thread::spawn(move || {
-        let over = let_go(&path);
+        let over: Vec<_> = paths.into_iter().map(|path| (let_go(&path), path)).collect();
         // Nobody may wait for it any more.
         let _ = tell.send(());
-        match over {
-            Ok(Some(over)) => over.finish(&path),
-            Ok(None) => {}
-            Err(error) => {
-                tracing::error!(path = %path.display(), %error, "a storage swap could not be brought to its end");
+        for (over, path) in over {
+            match over {
+                Ok(Some(over)) => over.finish(&path),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "a storage swap could not be brought to its end");
+                }
             }
         }
     });

@@ -39,7 +39,12 @@ impl Work {
     ) -> Pending<T> {
         let (tell, told) = mpsc::channel();
         let given_up = self.given_up.clone();
-        self.threads.push(thread::spawn(move || drop(tell.send(piece(&given_up)))));
+        let work = move || drop(tell.send(piece(&given_up)));
+        match thread::Builder::new().name("disk".into()).spawn(work) {
+            Ok(thread) => self.threads.push(thread),
+            // Whoever waits for it hears that there is none: nothing may panic while an instance stands still.
+            Err(error) => tracing::error!(%error, "no thread can be had for work on a disk"),
+        }
         Pending(told)
     }
 
@@ -52,7 +57,8 @@ impl Work {
                 Err(StorageError::DiskHangs { waited_ms: self.limit.as_millis() })
             }
             Err(RecvTimeoutError::Disconnected) => Err(StorageError::Unfit(
-                "a thread that worked on the copy panicked: see the agent's log".into(),
+                "a thread that was to work on the copy panicked, or could not be had: see the agent's log"
+                    .into(),
             )),
         }
     }
