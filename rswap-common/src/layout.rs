@@ -1,14 +1,14 @@
 //! What lies in the maps that the eBPF programs write and the agent maps into its memory.
 //!
-//! Every tracked instance has a slot. Scheduler and TCP records are kept once per slot and CPU, so no two
+//! Every tracked instance has a slot ([`MAX_SLOTS`]). Scheduler and TCP records are kept once per slot and CPU, so no two
 //! CPUs write to the same record and plain (not atomic) additions are enough. Block records are larger (one
 //! per device and operation) and their events are rarer: these are kept in a few shards, with atomic
 //! additions. All counters only ever grow (and wrap); the agent works with differences.
 
 use crate::histogram::BUCKETS;
 
-/// Most instances that are tracked at a time on one host. An instance past this is not profiled by the
-/// probes, and the agent says so; its events cost no more than those of any foreign cgroup.
+/// Most slots on one host. Every instance has one of its own, as long as there are any left; the last one is shared by all
+/// past those, whose events are counted together.
 pub const MAX_SLOTS: u32 = 256;
 
 /// Most cgroups (instances' own and their descendants) that are mapped to slots at a time.

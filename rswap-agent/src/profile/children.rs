@@ -4,10 +4,7 @@
 //! costs the agent nothing. What lives for longer (`profile.short_lived_s`) the agent writes into the first table that is looked at. Where the kernel does not
 //! take the programs, it does so with all, at the next window.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use aya::Ebpf;
 use rswap_common::{
@@ -18,7 +15,7 @@ use rswap_common::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::probes::{CGROUP_FIELDS, Probe, mapped};
+use super::probes::{CGROUP_FIELDS, Probe, mapped, mapped_words};
 use crate::{
     sys::bpf_mmap::{MappedArray, MappedWords},
     units::UnixMillis,
@@ -75,13 +72,8 @@ pub(super) struct Children {
 
 impl Children {
     pub(super) fn new(ebpf: &Ebpf) -> Result<Self, String> {
-        let words = CGROUP_SETS * (size_of::<CgroupSet>() / size_of::<u64>()) as u32;
-        let map =
-            ebpf.map(map_names::CHILDREN).ok_or("the eBPF object has no map CHILDREN: build it again")?;
-        let aya::maps::Map::Array(map) = map else { return Err("CHILDREN is no array".to_owned()) };
-        let of_words = |error: io::Error| format!("map CHILDREN into memory: {error}");
         Ok(Self {
-            words: MappedWords::new(map.fd(), words).map_err(of_words)?,
+            words: mapped_words(ebpf, map_names::CHILDREN, CGROUP_SETS, size_of::<CgroupSet>())?,
             counts: mapped(ebpf, map_names::CHILD_COUNTS, 1)?,
         })
     }
@@ -155,6 +147,12 @@ impl Members {
         &self.registered
     }
 
+    /// Whether it is one of them, whoever told of it.
+    pub(super) fn contains(&self, id: u64) -> bool {
+        [&self.registered, &self.unplaced].into_iter().any(|ids| ids.contains(&id))
+            || self.young.contains_key(&id)
+    }
+
     /// How many found no place.
     pub(super) fn unplaced(&self) -> u64 {
         self.unplaced.len() as u64
@@ -180,6 +178,7 @@ mod tests {
         assert_eq!(due, Due { forget: vec![], insert: vec![1, 2] });
         told(&mut members, &due);
         assert_eq!(members.look(&ids(&[1, 2, 3, 4]), UnixMillis(1000), Some(2000)), Due::default());
+        assert!((1..=4).all(|id| members.contains(id)) && !members.contains(5), "young ones, too");
         let due = members.look(&ids(&[1, 4, 5]), UnixMillis(3000), Some(2000));
         assert_eq!(due, Due { forget: vec![2], insert: vec![4] });
         told(&mut members, &due);
@@ -196,7 +195,7 @@ mod tests {
         members.look(&ids(&[1, 2]), UnixMillis(0), None);
         members.told(1, true);
         members.told(2, false);
-        assert_eq!(members.unplaced(), 1);
+        assert!(members.unplaced() == 1 && members.contains(2));
         assert_eq!(members.look(&ids(&[1, 2]), UnixMillis(1), None).insert, [2]);
         members.told(2, true);
         assert_eq!((members.unplaced(), members.registered().len()), (0, 2));

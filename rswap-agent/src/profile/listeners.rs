@@ -48,7 +48,8 @@ pub(super) struct Listeners {
     seen: BTreeMap<InstanceName, HashMap<(u64, u64), u32>>,
     /// What instances' sockets have dropped since the last look but one.
     dropped: BTreeMap<InstanceName, u64>,
-    failed: bool,
+    /// Instances of whose sockets some could not be looked at.
+    missed: BTreeSet<InstanceName>,
 }
 
 impl Listeners {
@@ -64,40 +65,68 @@ impl Listeners {
         }
         self.looked = Some(now);
         let mut found = Vec::new();
-        let mut namespaces = BTreeSet::new();
-        self.failed = false;
-        for pid in instances.clone().filter_map(|(_, cgroup, _)| cgroup::pids(cgroup).ok()?.pop_first()) {
-            let Ok(namespace) = fs::metadata(format!("/proc/{pid}/ns/net")) else { continue };
-            if !namespaces.insert(namespace.ino()) {
+        let (mut listed, mut failed) = (BTreeSet::new(), BTreeSet::new());
+        let mut all = Vec::new();
+        for (name, cgroup, ids) in instances {
+            let pids = cgroup::pids(cgroup).unwrap_or_default();
+            // Those that have ended meanwhile have none.
+            let first = pids.into_iter().find_map(|pid| Some((pid, net_namespace(pid)?)));
+            all.push((name, first.map(|(_, namespace)| namespace), ids));
+            let Some((pid, namespace)) = first.filter(|(_, namespace)| !listed.contains(namespace)) else {
                 continue;
-            }
+            };
             match namespace::inside(pid, &["net"], list) {
-                Ok(list) => found.extend(list.into_iter().map(|of| (namespace.ino(), of))),
-                // The process may have ended.
-                Err(error) if fs::exists(format!("/proc/{pid}")).unwrap_or(false) => {
-                    tracing::debug!(pid, %error, "sockets that listen can't be listed");
-                    self.failed = true;
+                Ok(list) => {
+                    found.extend(list.into_iter().map(|of| (namespace, of)));
+                    listed.insert(namespace);
                 }
-                Err(_) => {}
+                // The process may have ended: that of another instance in the same one may do.
+                Err(error) => {
+                    tracing::debug!(pid, %error, "sockets that listen can't be listed");
+                    failed.insert(namespace);
+                }
             }
         }
-        let mut seen = BTreeMap::new();
-        for (name, _, ids) in instances {
+        self.compare(&found, &(&failed - &listed), all);
+    }
+
+    /// Takes in what was found in network namespaces, and which could not be listed; of each instance, in which it is, and the ids of its cgroups.
+    fn compare(
+        &mut self,
+        found: &[(u64, Listener)],
+        missed: &BTreeSet<u64>,
+        instances: Vec<(&InstanceName, Option<u64>, &BTreeSet<u64>)>,
+    ) {
+        let mut all_before = std::mem::take(&mut self.seen);
+        self.missed.clear();
+        for (name, namespace, ids) in instances {
+            let before = all_before.remove(name);
+            let mut namespaces =
+                before.iter().flat_map(HashMap::keys).map(|(namespace, _)| *namespace).chain(namespace);
+            if namespaces.any(|namespace| missed.contains(&namespace)) {
+                // The next look tells what was dropped since the one before.
+                self.seen.extend(before.map(|before| (name.clone(), before)));
+                self.missed.insert(name.clone());
+                continue;
+            }
             let own = found.iter().filter(|(_, of)| ids.contains(&of.cgroup_id));
             let own = own.map(|(namespace, of)| ((*namespace, of.cookie), of.drops)).collect();
             // What there was before the first look is nobody's news.
-            if let Some(before) = self.seen.get(name) {
-                self.dropped.insert(name.clone(), more(before, &own));
+            if let Some(before) = before {
+                self.dropped.insert(name.clone(), more(&before, &own));
             }
-            seen.insert(name.clone(), own);
+            self.seen.insert(name.clone(), own);
         }
-        self.seen = seen;
     }
 
     /// What an instance's sockets have dropped by the last look since that before, if that was just now; `None` where it can't be known.
     pub(super) fn drops(&self, name: &InstanceName) -> Option<u64> {
-        (!self.failed).then(|| self.dropped.get(name).copied().unwrap_or(0))
+        (!self.missed.contains(name)).then(|| self.dropped.get(name).copied().unwrap_or(0))
     }
+}
+
+fn net_namespace(pid: i32) -> Option<u64> {
+    Some(fs::metadata(format!("/proc/{pid}/ns/net")).ok()?.ino())
 }
 
 /// How much more was dropped; a socket that was not there before begins with nothing.
@@ -179,6 +208,27 @@ mod tests {
         let now = HashMap::from([((1, 1), 7), ((1, 2), 1), ((2, 1), 3)]);
         assert_eq!(more(&before, &now), 2 + 2 + 3);
         assert_eq!(more(&now, &now), 0);
+    }
+
+    #[test]
+    fn what_could_not_be_looked_at_is_told_by_the_next_look() {
+        let (web, db): (InstanceName, InstanceName) = ("web".parse().unwrap(), "db".parse().unwrap());
+        let (of_web, of_db) = (BTreeSet::from([7]), BTreeSet::from([8]));
+        let mut listeners = Listeners::default();
+        let mut look = |drops: u32, missed: &[u64]| {
+            let found = [(1, 7), (2, 8)]
+                .map(|(namespace, cgroup_id)| (namespace, Listener { cookie: cgroup_id, cgroup_id, drops }));
+            let missed: BTreeSet<u64> = missed.iter().copied().collect();
+            let found: Vec<_> = found.into_iter().filter(|(of, _)| !missed.contains(of)).collect();
+            listeners.dropped.clear();
+            listeners.compare(&found, &missed, vec![(&web, Some(1), &of_web), (&db, Some(2), &of_db)]);
+            (listeners.drops(&web), listeners.drops(&db))
+        };
+        assert_eq!(look(50, &[2]), (Some(0), None));
+        assert_eq!(look(60, &[]), (Some(10), Some(0)), "what was there before the first look is no news");
+        assert_eq!(look(63, &[1]), (None, Some(3)));
+        assert_eq!(look(65, &[1]), (None, Some(2)));
+        assert_eq!(look(66, &[]), (Some(6), Some(1)));
     }
 
     #[test]

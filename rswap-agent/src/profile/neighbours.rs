@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
     os::fd::AsRawFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use rswap_common::{
@@ -114,8 +114,13 @@ impl Names {
         self.known.clear();
     }
 
-    /// Whose cgroup this is; `instance` knows those of instances.
-    pub(super) fn who(&mut self, id: u64, instance: impl FnOnce(u64) -> Option<InstanceName>) -> Who {
+    /// Whose cgroup this is; `instance` knows those of instances by their ids, and `below` by the path of any that may be below.
+    pub(super) fn who(
+        &mut self,
+        id: u64,
+        instance: impl FnOnce(u64) -> Option<InstanceName>,
+        below: impl FnOnce(&Path) -> Option<InstanceName>,
+    ) -> Who {
         match id {
             0 => return Who::Unknown,
             KERNEL_THREADS => return Who::KernelThreads,
@@ -124,12 +129,12 @@ impl Names {
         if let Some(who) = self.known.get(&id) {
             return who.clone();
         }
-        let who = instance(id).map_or_else(|| self.path(id), Who::Instance);
+        let who = instance(id).map_or_else(|| self.path(id, below), Who::Instance);
         self.known.insert(id, who.clone());
         who
     }
 
-    fn path(&mut self, id: u64) -> Who {
+    fn path(&mut self, id: u64, instance: impl FnOnce(&Path) -> Option<InstanceName>) -> Who {
         if self.mount.is_none() {
             self.mount = cgroup::unified_mount().ok().and_then(|path| Some((File::open(&path).ok()?, path)));
         }
@@ -145,6 +150,9 @@ impl Names {
             }
         };
         let path = fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd())).ok();
+        if let Some(name) = path.as_deref().and_then(instance) {
+            return Who::Instance(name);
+        }
         let below = path.as_ref().and_then(|path| path.strip_prefix(at).ok()).and_then(|path| path.to_str());
         below.map_or(Who::Unknown, |path| Who::Cgroup(format!("/{path}")))
     }
@@ -223,15 +231,20 @@ mod tests {
         };
         let mut names = Names::default();
         let root = cgroup::ids(&mount).unwrap().into_iter().min().unwrap();
-        let found = names.who(root, |_| None);
+        let found = names.who(root, |_| None, |_| None);
         if found == Who::Unknown {
             eprintln!("not tested: files can't be opened by handles here");
             return;
         }
         assert_eq!(found, Who::Cgroup("/".into()));
-        assert_eq!(names.who(u64::from(u32::MAX), |_| None), Who::Removed);
+        assert_eq!(names.who(u64::from(u32::MAX), |_| None, |_| None), Who::Removed);
         let name: InstanceName = "db".parse().unwrap();
-        assert_eq!(names.who(5, |id| (id == 5).then(|| name.clone())), Who::Instance(name.clone()));
-        assert_eq!(names.who(KERNEL_THREADS, |_| None), Who::KernelThreads);
+        let by_id = |id| (id == 5).then(|| name.clone());
+        assert_eq!(names.who(5, by_id, |_| None), Who::Instance(name.clone()));
+        assert_eq!(names.who(KERNEL_THREADS, |_| None, |_| None), Who::KernelThreads);
+        // Of an instance's that nobody has told of yet.
+        names.forget();
+        let by_path = |path: &Path| path.starts_with(&mount).then(|| name.clone());
+        assert_eq!(names.who(root, |_| None, by_path), Who::Instance(name.clone()));
     }
 }

@@ -12,7 +12,7 @@ use rswap_common::{
     globals as g,
     layout::{BlockRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
     neighbours::NeighbourRecord,
-    tables::WAITER_SETS,
+    tables::{CONNECTION_SETS, ConnectionSet, WAITER_SETS, WaiterSet},
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -24,7 +24,7 @@ use super::{
     children::{CHILD_PROBES, Children},
     disk_users::DiskUsers,
 };
-use crate::sys::bpf_mmap::{BpfRecord, MappedArray};
+use crate::sys::bpf_mmap::{BpfRecord, MappedArray, MappedWords};
 
 /// The object that `cargo xtask build` made, if it was there when the agent was built.
 #[cfg(rswap_ebpf_object)]
@@ -97,6 +97,9 @@ const SOCK_FIELDS: [(&str, &str, &str); 4] = [
     (g::SOCK_PROTOCOL, "sock", "sk_protocol"),
     (g::SOCK_CGROUP, "sock", "sk_cgrp_data.cgroup"),
 ];
+
+/// The table of connections in the eBPF object.
+const CONNECTIONS: &str = "CONNECTIONS";
 
 const BLOCK_IO_START: &str = "block_io_start";
 
@@ -270,6 +273,10 @@ pub(super) struct Maps {
     pub(super) disk_users: DiskUsers,
     /// Requests that were nobody's, by CPU.
     pub(super) unowned: MappedArray<UnownedRecord>,
+    /// Tasks that wait for a CPU, where waits are measured exactly.
+    waiters: Option<MappedWords>,
+    /// Connections, and since when there are.
+    connections: MappedWords,
     /// CPUs in `slots`.
     pub(super) cpus: u32,
     /// Shards in `blocks`.
@@ -389,6 +396,12 @@ impl Probes {
         let blocks = mapped(&ebpf, map_names::BLOCKS, block_entries)?;
         let neighbours = mapped(&ebpf, map_names::NEIGHBOURS, cpus * config.slots)?;
         let unowned = mapped(&ebpf, map_names::UNOWNED, cpus)?;
+        let waiters = if exact {
+            Some(mapped_words(&ebpf, map_names::WAITERS, WAITER_SETS, size_of::<WaiterSet>())?)
+        } else {
+            None
+        };
+        let connections = mapped_words(&ebpf, CONNECTIONS, CONNECTION_SETS, size_of::<ConnectionSet>())?;
 
         let links = &mut self.links;
         let children = if children_known { Some(Children::new(&ebpf)?) } else { None };
@@ -421,6 +434,8 @@ impl Probes {
             neighbours,
             disk_users,
             unowned,
+            waiters,
+            connections,
             cpus,
             shards,
         });
@@ -507,23 +522,62 @@ impl Probes {
     /// Puts them back.
     pub(super) fn return_tier(&mut self, tier: Tier) {
         let Some(ebpf) = &mut self.ebpf else { return };
-        for status in &mut self.statuses {
-            if Tier::of(&status.name) != Some(tier) || !matches!(status.state, ProbeState::Dropped { .. }) {
-                continue;
-            }
-            let probe = PROBES.iter().find(|probe| probe.tracepoint == status.name);
-            // What is no program of its own is there with the one that it belongs to.
-            let put = probe.map_or(Ok(()), |probe| {
-                let link = attach_again(ebpf, probe.tracepoint)?;
-                self.links.insert(probe.tracepoint, link);
-                Ok(())
-            });
-            status.state = match put {
-                Ok(()) => ProbeState::Active,
+        if let Some(maps) = &self.maps {
+            maps.forget_begun(tier);
+        }
+        let is_due = |of: &ProbeStatus| {
+            Tier::of(&of.name) == Some(tier) && matches!(of.state, ProbeState::Dropped { .. })
+        };
+        for status in self.statuses.iter_mut().filter(|of| is_due(of)) {
+            let Some(probe) = with_program(&status.name) else { continue };
+            status.state = match attach_again(ebpf, probe.tracepoint) {
+                Ok(link) => {
+                    self.links.insert(probe.tracepoint, link);
+                    ProbeState::Active
+                }
                 Err(reason) => ProbeState::Unavailable { reason },
             };
         }
+        // It has no program of its own: it is there if that is there which it belongs to.
+        let switch = self.statuses.iter().find(|of| of.name == SCHED_SWITCH).map(|of| of.state.clone());
+        let due = self.statuses.iter_mut().find(|of| of.name == SWITCH_STATE && is_due(of));
+        if let (Some(status), Some(state)) = (due, switch) {
+            status.state = state;
+        }
     }
+}
+
+impl Maps {
+    /// What began before a tier's programs were taken away: they have not seen how it went on.
+    fn forget_begun(&self, tier: Tier) {
+        let words = match tier {
+            Tier::Scheduler => self.waiters.as_ref(),
+            Tier::Tcp => Some(&self.connections),
+            Tier::Block => None,
+        };
+        if let Some(words) = words {
+            words.clear(|word| word != 0);
+        }
+    }
+}
+
+/// What is in a tier and a program of its own.
+fn with_program(name: &str) -> Option<&'static Probe> {
+    PROBES.iter().chain(&EXACT_PROBES).find(|probe| probe.tracepoint == name)
+}
+
+/// Maps a table of sets, each of so many bytes, into memory.
+pub(super) fn mapped_words(
+    ebpf: &Ebpf,
+    name: &str,
+    sets: u32,
+    set_bytes: usize,
+) -> Result<MappedWords, String> {
+    let Some(Map::Array(map)) = ebpf.map(name) else {
+        return Err(format!("the eBPF object has no array map {name}: build it again"));
+    };
+    let words = sets * (set_bytes / size_of::<u64>()) as u32;
+    MappedWords::new(map.fd(), words).map_err(|error| format!("map {name} into memory: {error}"))
 }
 
 pub(super) fn mapped<T: BpfRecord>(ebpf: &Ebpf, name: &str, entries: u32) -> Result<MappedArray<T>, String> {
@@ -595,4 +649,36 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     }
     tracing::debug!(%text, "refused eBPF program");
     format!("{} .. {}", lines[0], lines[lines.len() - VERIFIER_LINES..].join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_tier_loses_is_found_again() {
+        let all = PROBES.iter().chain(&EXACT_PROBES).map(|probe| probe.tracepoint);
+        for name in all.filter(|name| Tier::of(name).is_some()) {
+            assert_eq!(with_program(name).map(|probe| probe.tracepoint), Some(name));
+        }
+        assert!(EXACT.iter().all(|name| *name == SWITCH_STATE || with_program(name).is_some()));
+        assert!(with_program(SWITCH_STATE).is_none() && Tier::of(SWITCH_STATE) == Some(Tier::Scheduler));
+    }
+
+    #[test]
+    fn a_tier_that_returns_has_all_of_its_programs_again() {
+        let mut probes = Probes::load(&ProfileConfig { slots: 1, exact: true, ..ProfileConfig::default() });
+        if probes.maps.is_none() {
+            eprintln!("not tested: {:?}", probes.statuses);
+            return;
+        }
+        let there = |probes: &Probes| -> Vec<&str> { probes.links.keys().copied().collect() };
+        let (links, statuses) = (there(&probes), probes.statuses.clone());
+        for tier in Tier::ALL {
+            probes.drop_tier(tier, "a test");
+            assert!(there(&probes).iter().all(|name| Tier::of(name) != Some(tier)));
+            probes.return_tier(tier);
+            assert_eq!((there(&probes), &probes.statuses), (links.clone(), &statuses));
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Tracks instances and makes their profiles, window by window.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -31,7 +31,7 @@ use crate::{instance::InstanceName, units::UnixMillis};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProfileConfig {
-    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 4 KiB of
+    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 5 KiB of
     /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside.
     pub slots: u32,
     /// Whether waits for a CPU are measured from when a thread is woken, or has to give way, at each of them: dearer than the kernel's own times, and with
@@ -115,8 +115,14 @@ pub struct SharedProfile {
     pub cpu: CpuProfile,
     /// Block I/O.
     pub block: Vec<BlockProfile>,
-    /// TCP.
+    /// Whether it was counted.
+    #[serde(default)]
+    pub block_counted: bool,
+    /// TCP, without connections: those of an instance that gets a slot meanwhile would never be seen to end.
     pub tcp: TcpProfile,
+    /// Whether its bytes were counted.
+    #[serde(default)]
+    pub tcp_counted: bool,
 }
 
 struct Tracked {
@@ -128,7 +134,7 @@ struct Tracked {
     /// Its own is among them.
     is_known: bool,
     last: Reading,
-    /// [`Counters::came_and_stayed`] when it began.
+    /// [`Counters::came_and_stayed`] when it began, or got its slot, or TCP was counted again.
     connections_then: u64,
     dirty_bytes_per_s: Option<f64>,
 }
@@ -197,7 +203,7 @@ impl Profiler {
     }
 
     /// Begins to profile an instance; its window begins with the next [`Self::sample`]. Past
-    /// [`ProfileConfig::slots`] instances the kernel's events are not counted: CPU time and memory still are.
+    /// [`ProfileConfig::slots`] instances the kernel's events are counted together ([`Self::shared`]); CPU time and memory are told of each.
     pub fn track(&self, name: &InstanceName, cgroup: &Path) -> Result<(), ProfileError> {
         let mut state = self.lock();
         if let Some(tracked) = state.tracked.get(name) {
@@ -361,6 +367,9 @@ impl State {
             }
             Some(Change::Return(tier)) => {
                 tracing::info!(%tier, "measured again");
+                if tier == Tier::Tcp {
+                    self.forget_connections();
+                }
                 self.probes.return_tier(tier);
             }
             None => {}
@@ -370,6 +379,16 @@ impl State {
             self.meter.begin(self.probes.ran_by_tier());
         } else {
             self.probes.stop_measuring();
+        }
+    }
+
+    /// Nobody has seen which of them ended while they were not counted.
+    fn forget_connections(&mut self) {
+        let Some(maps) = &self.probes.maps else { return };
+        for tracked in self.tracked.values_mut() {
+            if let Some(slot) = tracked.slot {
+                tracked.connections_then = Counters::read(maps, self.slots, slot).came_and_stayed();
+            }
         }
     }
 
@@ -421,29 +440,21 @@ impl State {
     /// Who used disks since this was called last, beside instances.
     fn disks_used(&mut self) -> Vec<disk_users::Used> {
         let Some(maps) = &mut self.probes.maps else { return Vec::new() };
-        let (devices, names, tracked) = (&self.devices, &mut self.names, &self.tracked);
         let used = disk_users::used(maps).into_iter().map(|(id, device, device_ns)| {
-            // An instance's cgroup that the agent did not know yet.
-            let instance = |id| {
-                tracked
-                    .iter()
-                    .find(|(_, of)| of.members.registered().contains(&id))
-                    .map(|(name, _)| name.clone())
-            };
-            disk_users::Used { device: devices.name(device), who: names.who(id, instance), device_ns }
+            // It may be an instance's cgroup that the agent did not know yet.
+            disk_users::Used { device: self.devices.name(device), who: self.who(id, None), device_ns }
         });
         used.collect()
     }
 
-    /// Whose cgroup this is; `name`, whose cgroups are `own`, is looked at, and so not among those who are tracked.
-    fn who(&mut self, id: u64, name: &InstanceName, own: &BTreeSet<u64>) -> neighbours::Who {
-        let tracked = &self.tracked;
-        self.names.who(id, |id| {
-            if own.contains(&id) {
-                return Some(name.clone());
-            }
-            tracked.iter().find(|(_, of)| of.members.registered().contains(&id)).map(|(name, _)| name.clone())
-        })
+    /// Whose cgroup this is; the instance that is looked at is not among those who are tracked.
+    fn who(&mut self, id: u64, looked_at: Option<(&InstanceName, &Tracked)>) -> neighbours::Who {
+        let all = self.tracked.iter().chain(looked_at);
+        let owner = |is_its: &dyn Fn(&Tracked) -> bool| {
+            all.clone().find(|(_, of)| is_its(of)).map(|(name, _)| name.clone())
+        };
+        let by_id = |id| owner(&|of| of.members.contains(id));
+        self.names.who(id, by_id, |path| owner(&|of| path.starts_with(&of.cgroup)))
     }
 
     fn forget(&mut self, name: &InstanceName) {
@@ -470,7 +481,9 @@ impl State {
         let Some(maps) = &mut self.probes.maps else { return };
         for tracked in self.tracked.values_mut().filter(|tracked| tracked.slot.is_none()) {
             let Some(slot) = self.free.take() else { return };
-            tracked.last.counters = Some(Counters::read(maps, self.slots, slot));
+            let counters = Counters::read(maps, self.slots, slot);
+            tracked.connections_then = counters.came_and_stayed();
+            tracked.last.counters = Some(counters);
             for id in tracked.members.registered() {
                 // It is there: it is given another slot, which takes no place.
                 if let Err(error) = maps.cgroups.insert(*id, slot) {
@@ -491,15 +504,35 @@ impl State {
         let window_ms = self.shared.as_ref().map_or(0, |shared| now.since(shared.at));
         let shown = self.shared.as_ref().filter(|_| window_ms > 0).map(|before| {
             let mut cpu = CpuProfile::default();
-            counters.add_cpu_since(&before.counters, &mut cpu);
-            cpu.counted = self.probes.are_active(&["sched_switch"]);
+            let earlier = &before.counters;
+            let probes = &self.probes;
+            // As in `window`.
+            if !probes.is_dropped(Tier::Scheduler) {
+                counters.add_cpu_since(earlier, &mut cpu);
+            }
+            cpu.exact = probes.are_active(&EXACT);
+            cpu.counted = probes.are_active(&["sched_switch"]);
+            cpu.off_cpu = probes.are_active(&[SWITCH_STATE]).then(|| counters.off_cpu_since(earlier));
             cpu.cores = cpu.on_cpu_ns.sum as f64 / (window_ms as f64 * 1e6);
+            let mut tcp = TcpProfile::default();
+            if !probes.is_dropped(Tier::Tcp) {
+                tcp = counters.tcp_since(earlier);
+                tcp.retransmits =
+                    probes.are_active(&["tcp_retransmit_skb"]).then(|| counters.retransmits_since(earlier));
+            }
+            let block = if probes.is_dropped(Tier::Block) {
+                Vec::new()
+            } else {
+                counters.block_since(earlier, &self.devices, window_ms)
+            };
             SharedProfile {
                 instances,
                 window_ms,
                 cpu,
-                block: counters.block_since(&before.counters, &self.devices, window_ms),
-                tcp: counters.tcp_since(&before.counters),
+                block,
+                block_counted: probes.are_active(&["block_rq_complete"]),
+                tcp,
+                tcp_counted: probes.are_active(&["sock_send_length", "sock_recv_length"]),
             }
         });
         self.shared = Some(Shared { at: now, counters, shown });
@@ -577,8 +610,8 @@ impl State {
                 later.add_cpu_since(earlier, &mut profile.cpu);
                 let others_ns = profile.cpu.by_cpu.iter().map(|of| of.others_wait_ns).sum();
                 let waited = later.waits.since(&earlier.waits);
-                let own = tracked.members.registered();
-                let waited = waited.into_iter().map(|(id, ns)| (self.who(id, name, own), ns));
+                let looked_at = Some((name, &*tracked));
+                let waited = waited.into_iter().map(|(id, ns)| (self.who(id, looked_at), ns));
                 profile.cpu.neighbours = neighbours::ranked(waited.collect::<Vec<_>>(), others_ns);
                 profile.cpu.without_own_limit(
                     reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
