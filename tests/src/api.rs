@@ -152,8 +152,9 @@ impl Api {
         let (head, body) = all.split_once("\r\n\r\n").context("no end of the head")?;
         let status = head.split(' ').nth(1).context("no status")?.parse()?;
         let kind = head.lines().filter_map(|line| line.split_once(':'));
-        let kind = kind.filter(|(name, _)| name.eq_ignore_ascii_case("content-type")).map(|(_, value)| value);
-        let content_type = kind.last().unwrap_or_default().trim().to_owned();
+        let mut kind =
+            kind.filter(|(name, _)| name.eq_ignore_ascii_case("content-type")).map(|(_, value)| value);
+        let content_type = kind.next_back().unwrap_or_default().trim().to_owned();
         let answer = Answer { status, content_type, body: body.to_owned() };
         self.check_answer(method, path, &answer)?;
         Ok(answer)
