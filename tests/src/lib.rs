@@ -19,6 +19,7 @@ pub mod controller;
 pub mod converse;
 pub mod fleet;
 pub mod foreign;
+pub mod guide;
 pub mod heartbeat;
 pub mod hog;
 pub mod host;
