@@ -313,7 +313,14 @@ impl Area<'_> {
 
 fn parts(areas: &[Area<'_>]) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();
-    for part in areas.iter().filter(|area| !area.kernels_own).map(Area::part) {
+    // What may only be executed gets a key from the kernel itself, which gives it to nothing else, and gives one again at the
+    // destination (execute_only_pkey() of arch/x86/mm/pkeys.c); it can't be asked for.
+    let has_others = |key| areas.iter().any(|area| area.key == key && area.protection != libc::PROT_EXEC);
+    for area in areas.iter().filter(|area| !area.kernels_own) {
+        let mut part = area.part();
+        if area.protection == libc::PROT_EXEC && !has_others(area.key) {
+            part.key = None;
+        }
         let alike = |last: &&mut Part| {
             last.end == part.start
                 && (&last.advice, last.locked, last.sealed, last.key)
@@ -382,6 +389,12 @@ VmFlags: mr mw me dc lo lf ac
 7f0000003000-7f0000004000 rw-p 00000000 00:00 0
 ProtectionKey:         2
 VmFlags: rd wr mr mw me hg sl
+7f0000005000-7f0000006000 --xp 00000000 00:00 0
+ProtectionKey:         1
+VmFlags: ex mr mw me
+7f0000007000-7f0000008000 --xp 00000000 00:00 0
+ProtectionKey:         2
+VmFlags: ex mr mw me
 7ffc00000000-7ffc00002000 r-xp 00000000 00:00 0                          [vdso]
 VmFlags: rd ex mr mw me de
 ";
@@ -389,7 +402,8 @@ VmFlags: rd ex mr mw me de
     #[test]
     fn neighbours_of_which_the_same_is_asked_are_one_part() {
         let found = parts(&parse(SMAPS));
-        assert_eq!(found.len(), 2, "{found:?}");
+        // What the kernel itself gave a key to, as it may only be executed, needs nothing.
+        assert_eq!(found.len(), 3, "{found:?}");
         assert_eq!((found[0].start, found[0].end), (0x7f00_0000_0000, 0x7f00_0000_3000));
         assert_eq!(
             (&found[0].advice[..], found[0].locked),
@@ -397,6 +411,7 @@ VmFlags: rd ex mr mw me de
         );
         assert_eq!((&found[1].advice[..], found[1].sealed), (&[libc::MADV_HUGEPAGE][..], true));
         assert_eq!(found[1].key, Some((2, libc::PROT_READ | libc::PROT_WRITE)));
+        assert_eq!((found[2].start, found[2].key), (0x7f00_0000_7000, Some((2, libc::PROT_EXEC))));
     }
 
     #[test]
