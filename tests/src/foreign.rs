@@ -25,12 +25,22 @@ pub struct Foreign {
 impl Foreign {
     /// Starts `command`, and puts it there.
     pub fn start(command: &[&str]) -> anyhow::Result<Self> {
+        Self::start_at(cgroup::mount_point()?.join(sweep::own_name("foreign")), command)
+    }
+
+    fn start_at(path: PathBuf, command: &[&str]) -> anyhow::Result<Self> {
         let (program, arguments) = command.split_first().context("no command")?;
-        let path = cgroup::mount_point()?.join(sweep::own_name("foreign"));
         fs::create_dir(&path)?;
         let child = Command::new(program).args(arguments).spawn()?;
         fs::write(path.join("cgroup.procs"), child.id().to_string())?;
         Ok(Self { path, child })
+    }
+
+    /// Ends it, and starts `command` in a new cgroup at the same path.
+    pub fn replaced(self, command: &[&str]) -> anyhow::Result<Self> {
+        let path = self.path.clone();
+        drop(self);
+        Self::start_at(path, command)
     }
 
     /// The processors that it may use.

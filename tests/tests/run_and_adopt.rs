@@ -170,3 +170,30 @@ fn a_program_whose_first_thread_has_ended_is_refused_and_runs_on() -> anyhow::Re
     assert!(host.has_processes()?);
     Ok(())
 }
+
+#[test]
+fn another_cgroup_at_the_place_of_an_instances_is_nobodys() -> anyhow::Result<()> {
+    if reason_to_skip("another_cgroup_at_the_place_of_an_instances_is_nobodys").is_some() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::new()?;
+    let mut host = fleet.host("a", &HostOptions::default())?;
+    let foreign = Foreign::start(&["sleep", "60"])?;
+    let path = foreign.path.to_string_lossy().into_owned();
+    host.call(&["adopt", &path, "--name", "sleeper"])?;
+
+    // Nobody looks while it goes, and somebody else's work comes to its place.
+    host.kill_agent()?;
+    let other = foreign.replaced(&["sleep", "60"])?;
+    host.start_agent()?;
+    let listed: Vec<InstanceView> = host.get("/v1/profiles")?;
+    assert!(listed.is_empty(), "{listed:?}");
+    let refused = host.call(&["swap", "sleeper", "any"]).expect_err("somebody else's work was moved");
+    assert!(format!("{refused:#}").contains("no instance"), "{refused:#}");
+
+    // It is an instance when somebody says so, of the same name even.
+    host.call(&["adopt", &path, "--name", "sleeper"])?;
+    assert!(host.has_instance("sleeper")?);
+    drop(other);
+    wait_for("the agent to see that it is gone", LIMIT, || Ok((!host.has_instance("sleeper")?).then_some(())))
+}

@@ -98,6 +98,19 @@ pub struct Instance {
     pub since: UnixMillis,
 }
 
+impl Instance {
+    /// Whether its cgroup is still there: at its path, after its end or a new start of the host, may be another one, whose processes are
+    /// somebody else's.
+    pub fn is_here(&self) -> bool {
+        cgroup::id(&self.cgroup).is_ok_and(|id| id == self.cgroup_id)
+    }
+
+    /// Whether any process of it is here.
+    pub fn is_alive(&self) -> bool {
+        self.is_here() && cgroup::is_populated(&self.cgroup)
+    }
+}
+
 /// What the network knows an instance by; it goes along when the instance migrates.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NetworkIdentity {

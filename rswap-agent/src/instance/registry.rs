@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Instance, InstanceError, InstanceName, affinity::Choices, cgroup};
+use super::{Instance, InstanceError, InstanceName, affinity::Choices};
 
 /// The instances of a host.
 #[derive(Clone, Debug)]
@@ -32,7 +32,7 @@ impl Registry {
             let path = entry.map_err(InstanceError::io(what()))?.path();
             if path.extension().is_some_and(|extension| extension == "json") {
                 match read::<Instance>(&path) {
-                    Ok(instance) if cgroup::is_populated(&instance.cgroup) => instances.push(instance),
+                    Ok(instance) if instance.is_alive() => instances.push(instance),
                     Ok(_) => {}
                     Err(error) => tracing::warn!(path = %path.display(), %error, "not an instance's file"),
                 }
@@ -45,7 +45,7 @@ impl Registry {
     /// The living instance `name`.
     pub fn get(&self, name: &InstanceName) -> Result<Option<Instance>, InstanceError> {
         match read::<Instance>(&self.path(name)) {
-            Ok(instance) => Ok(Some(instance).filter(|instance| cgroup::is_populated(&instance.cgroup))),
+            Ok(instance) => Ok(Some(instance).filter(Instance::is_alive)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(InstanceError::io(format!("reading {}", self.path(name).display()))(error)),
         }

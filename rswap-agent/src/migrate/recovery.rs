@@ -321,7 +321,7 @@ impl Recovery {
 
     /// Removes what an agent that was killed has left in the programs. What fails is left to the next migration.
     fn clean(&self, instance: &Instance) {
-        if !is_here(instance) {
+        if !instance.is_here() {
             return;
         }
         for pid in tree::listed(instance).unwrap_or_default() {
@@ -333,7 +333,7 @@ impl Recovery {
 
     /// Ends the instance at the source, for good. What was removed already, or is another one by now, is left alone.
     fn remove(&self, instance: &Instance) -> Result<(), TaskError> {
-        if !is_here(instance) {
+        if !instance.is_here() {
             return Ok(());
         }
         // Before the processes end, so that a waiting `rswap run` knows why.
@@ -374,7 +374,7 @@ impl Recovery {
     /// Does again what activation does. One that runs, and one that has left since, is left alone.
     fn activate(&self, particulars: &Particulars) -> Result<(), TaskError> {
         let instance = &particulars.instance;
-        if !is_here(instance) || !cgroup::is_populated(&instance.cgroup) {
+        if !instance.is_alive() {
             return Ok(());
         }
         let leaves =
@@ -394,15 +394,9 @@ impl Recovery {
     }
 }
 
-/// Whether the cgroup is the one that the journal speaks of: after a new start, or a new instance of the same name, it
-/// isn't.
-fn is_here(instance: &Instance) -> bool {
-    cgroup::id(&instance.cgroup).is_ok_and(|id| id == instance.cgroup_id)
-}
-
 /// Removes what an agent that was killed has left of an arrival.
 fn discard(instance: &Instance) -> Result<(), TaskError> {
-    if !is_here(instance) {
+    if !instance.is_here() {
         return Ok(());
     }
     Ok(arrival::end(instance)?)
@@ -410,7 +404,7 @@ fn discard(instance: &Instance) -> Result<(), TaskError> {
 
 /// Lets `instance` go on here, whatever a migration has taken from it: its port, its connections, its threads.
 pub fn thaw(place: &Place, instance: &Instance) -> Result<(), TaskError> {
-    if !is_here(instance) || !cgroup::is_populated(&instance.cgroup) {
+    if !instance.is_alive() {
         return Ok(());
     }
     // The port first: a connection that goes on asks its peer at once what it has. A failure must not keep the rest
