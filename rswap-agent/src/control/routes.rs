@@ -13,7 +13,7 @@ use futures_util::stream;
 use rswap_http::openapi;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, oneshot};
-use utoipa::openapi::OpenApi;
+use utoipa::{IntoResponses, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
@@ -78,6 +78,24 @@ pub fn router(board: Board, commands: Commands) -> Router {
     status::answering(reads, board).merge(changes.with_state(commands)).layer(Extension(document))
 }
 
+/// Why a wish is not followed, as the document says it.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "what is answered is an ApiError with the status; this describes it")]
+enum Refused {
+    /// There is no such instance or pool
+    #[response(status = 404, content_type = "application/problem+json")]
+    NotFound(ApiError),
+    /// It can't be done as things are
+    #[response(status = 409, content_type = "application/problem+json")]
+    Conflict(ApiError),
+    /// The body is JSON and says something else
+    #[response(status = 422, content_type = "application/problem+json")]
+    OtherBody(ApiError),
+    /// The agent is stopping
+    #[response(status = 503, content_type = "application/problem+json")]
+    Stopping(ApiError),
+}
+
 type Given<T> = Result<Json<T>, JsonRejection>;
 
 /// Move an instance to a set of cores, a link, memory or swap
@@ -85,13 +103,7 @@ type Given<T> = Result<Json<T>, JsonRejection>;
     post,
     path = "/v1/swap",
     request_body = SwapRequest,
-    responses(
-        (status = 200, description = "It is there", body = SwapDone),
-        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
-        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
-        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
-        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
-    )
+    responses((status = 200, description = "It is there", body = SwapDone), Refused)
 )]
 async fn swap(State(commands): State<Commands>, given: Given<SwapRequest>) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Swap).await
@@ -102,13 +114,7 @@ async fn swap(State(commands): State<Commands>, given: Given<SwapRequest>) -> Re
     post,
     path = "/v1/adopt",
     request_body = AdoptRequest,
-    responses(
-        (status = 200, description = "The instance", body = Instance),
-        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
-        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
-        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
-        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
-    )
+    responses((status = 200, description = "The instance", body = Instance), Refused)
 )]
 async fn adopt(State(commands): State<Commands>, given: Given<AdoptRequest>) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Adopt).await
@@ -119,13 +125,7 @@ async fn adopt(State(commands): State<Commands>, given: Given<AdoptRequest>) -> 
     post,
     path = "/v1/register",
     request_body = RegisterRequest,
-    responses(
-        (status = 200, description = "The instance", body = Instance),
-        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
-        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
-        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
-        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
-    )
+    responses((status = 200, description = "The instance", body = Instance), Refused)
 )]
 async fn register(
     State(commands): State<Commands>,
@@ -139,13 +139,7 @@ async fn register(
     post,
     path = "/v1/learn",
     request_body = Lessons,
-    responses(
-        (status = 200, description = "It is taken in", body = LearnDone),
-        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
-        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
-        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
-        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
-    )
+    responses((status = 200, description = "It is taken in", body = LearnDone), Refused)
 )]
 async fn learn(State(commands): State<Commands>, given: Given<Lessons>) -> Result<Response, ApiError> {
     ask(&commands, given, |lessons, reply| Command::Learn(Box::new(lessons), reply)).await
@@ -156,13 +150,7 @@ async fn learn(State(commands): State<Commands>, given: Given<Lessons>) -> Resul
     post,
     path = "/v1/drain",
     request_body = DrainRequest,
-    responses(
-        (status = 200, description = "It is being done", body = DrainDone),
-        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
-        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
-        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
-        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
-    )
+    responses((status = 200, description = "It is being done", body = DrainDone), Refused)
 )]
 async fn drain(State(commands): State<Commands>, given: Given<DrainRequest>) -> Result<Response, ApiError> {
     ask(&commands, given, Command::Drain).await
@@ -173,13 +161,7 @@ async fn drain(State(commands): State<Commands>, given: Given<DrainRequest>) -> 
     post,
     path = "/v1/recover",
     request_body = RecoverRequest,
-    responses(
-        (status = 200, description = "It is carried out", body = RecoverDone),
-        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
-        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
-        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
-        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
-    )
+    responses((status = 200, description = "It is carried out", body = RecoverDone), Refused)
 )]
 async fn recover(
     State(commands): State<Commands>,
@@ -202,10 +184,7 @@ async fn recover(
             body = MigrateEvent,
             content_type = "application/x-ndjson"
         ),
-        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
-        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
-        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
-        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+        Refused
     )
 )]
 async fn migrate(
@@ -227,10 +206,7 @@ async fn migrate(
             body = SwapVolumeEvent,
             content_type = "application/x-ndjson"
         ),
-        (status = 404, description = "There is no such instance or pool", body = ApiError, content_type = "application/problem+json"),
-        (status = 409, description = "It can't be done as things are", body = ApiError, content_type = "application/problem+json"),
-        (status = 422, description = "The body is JSON and says something else", body = ApiError, content_type = "application/problem+json"),
-        (status = 503, description = "The agent is stopping", body = ApiError, content_type = "application/problem+json")
+        Refused
     )
 )]
 async fn swap_volume(
