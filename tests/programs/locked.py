@@ -4,37 +4,17 @@ large file, until LOG.free exists.
 usage: locked.py LOG DIRECTORY
 """
 
-import errno
 import fcntl
 import mmap
 import os
 import resource
-import struct
 import sys
 import time
 
-log_path, directory = sys.argv[1:3]
-log = open(log_path, "a", buffering=1)
+from locks import F_OFD_SETLK, check, is_taken, lock, log
+
+directory = sys.argv[2]
 LENGTH = 64 << 20
-F_OFD_SETLK = 37
-
-
-def check(truth, *what):
-    if not truth:
-        log.write(f"WRONG: {what}\n")
-        os._exit(1)
-
-
-def lock(kind, start, length):
-    return struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
-
-
-def is_taken(attempt):
-    try:
-        attempt()
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
-    return False
 
 
 def opened(name):

@@ -4,36 +4,15 @@ left it.
 usage: rehomed.py LOG DIRECTORY PAUSE_S
 """
 
-import errno
 import fcntl
 import mmap
 import os
-import struct
 import sys
 import time
 
-log_path, directory, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
-log = open(log_path, "a", buffering=1)
-F_OFD_SETLK = 37
+from locks import F_OFD_SETLK, check, is_taken, lock, log
 
-
-def check(truth, *what):
-    if not truth:
-        log.write(f"WRONG: {what}\n")
-        os._exit(1)
-
-
-def lock(kind, start, length):
-    return struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
-
-
-def is_taken(attempt):
-    try:
-        attempt()
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
-    return False
-
+directory, pause = sys.argv[2], float(sys.argv[3])
 
 os.chdir(directory)
 os.mkdir("below")
