@@ -16,7 +16,7 @@ use rswap_trust::Files;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{Fleet, api::Api, binary, fleet::CLIENT, wait_for};
+use crate::{Fleet, Host, api::Api, binary, fleet::CLIENT, wait_for};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 
@@ -90,6 +90,21 @@ impl Controller {
             "[controller]\naddress = \"{CLIENT}:{PORT}\"\ncertificate_name = \"controller\"\nspool = {spool:?}\n\
              report_every_ms = {report_every_ms}\n\n"
         )
+    }
+
+    /// What `rswap fleet` says over the network to who has the certificate in `identity`, at `host`.
+    pub fn answer_to(host: &Host, identity: &Path, words: &[&str]) -> anyhow::Result<String> {
+        let (address, identity) = (format!("{CLIENT}:{PORT}"), identity.to_string_lossy());
+        let head =
+            ["fleet", "--controller", &address, "--certificate-name", "controller", "--identity", &identity];
+        host.call(&[&head, words].concat())
+    }
+
+    /// On which host it has the instance.
+    pub fn host_of(&self, name: &str) -> anyhow::Result<Option<String>> {
+        let all: Vec<Value> = self.get("/v1/instances")?;
+        let found = all.iter().find(|one| one["instance"] == name);
+        Ok(found.and_then(|one| one["host"].as_str()).map(str::to_owned))
     }
 
     /// Starts it again, on what it has kept.

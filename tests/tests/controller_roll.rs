@@ -53,8 +53,8 @@ impl Scene {
         scene.hosts[0].run("one", &[], IDLE)?;
         scene.hosts[1].run("two", &[], IDLE)?;
         wait_for("both hosts and both instances", LIMIT, || {
-            Ok((scene.host_of("one")?.as_deref() == Some("a")
-                && scene.host_of("two")?.as_deref() == Some("b"))
+            Ok((scene.controller.host_of("one")?.as_deref() == Some("a")
+                && scene.controller.host_of("two")?.as_deref() == Some("b"))
             .then_some(()))
         })?;
         Ok(scene)
@@ -62,23 +62,7 @@ impl Scene {
 
     /// `rswap fleet`, by the operator, at host a.
     fn fleet(&self, words: &[&str]) -> anyhow::Result<String> {
-        let identity = self.identity.to_string_lossy();
-        let head = [
-            "fleet",
-            "--controller",
-            "10.88.0.100:7792",
-            "--certificate-name",
-            "controller",
-            "--identity",
-            &identity,
-        ];
-        self.hosts[0].call(&[&head, words].concat())
-    }
-
-    fn host_of(&self, name: &str) -> anyhow::Result<Option<String>> {
-        let all: Vec<Value> = self.controller.get("/v1/instances")?;
-        let found = all.iter().find(|one| one["instance"] == name);
-        Ok(found.and_then(|one| one["host"].as_str()).map(str::to_owned))
+        Controller::answer_to(&self.hosts[0], &self.identity, words)
     }
 
     /// Waits until the hosts of the roll are at these stages; each look is at the roll as a whole.
@@ -124,18 +108,9 @@ fn host_after_host_is_emptied_worked_on_and_used_again() -> anyhow::Result<()> {
     let mut scene = Scene::set()?;
     // Nobody else may.
     let Files { certificate, .. } = scene.hosts[0].files().clone();
-    let agent = certificate.parent().context("no directory")?.to_string_lossy().into_owned();
-    let words = [
-        "fleet",
-        "--controller",
-        "10.88.0.100:7792",
-        "--certificate-name",
-        "controller",
-        "--identity",
-        &agent,
-        "status",
-    ];
-    let error = scene.hosts[0].call(&words).err().context("an agent may")?;
+    let agent = certificate.parent().context("no directory")?;
+    let told = Controller::answer_to(&scene.hosts[0], agent, &["status"]);
+    let error = told.err().context("an agent may")?;
     ensure!(format!("{error:#}").contains("it is not for an operator"), "{error:#}");
 
     // One that can't be left, since there is no other.
@@ -143,7 +118,7 @@ fn host_after_host_is_emptied_worked_on_and_used_again() -> anyhow::Result<()> {
     let error = scene.fleet(&["roll", "a", "b"]).err().context("b is drained already")?;
     ensure!(format!("{error:#}").contains("host b is drained already"), "{error:#}");
     wait_for("two to be on host a", LIMIT, || {
-        Ok((scene.host_of("two")?.as_deref() == Some("a")).then_some(()))
+        Ok((scene.controller.host_of("two")?.as_deref() == Some("a")).then_some(()))
     })?;
     scene.fleet(&["roll", "a", "--limit", "3"])?;
     let stuck = scene.stages(&[("a", "stuck")])?;
@@ -173,7 +148,7 @@ fn host_after_host_is_emptied_worked_on_and_used_again() -> anyhow::Result<()> {
     scene.controller.restart()?;
     scene.stages(&[("a", "empty"), ("b", "waiting")])?;
     for name in ["one", "two"] {
-        ensure!(scene.host_of(name)?.as_deref() == Some("b"), "{name} is not on b");
+        ensure!(scene.controller.host_of(name)?.as_deref() == Some("b"), "{name} is not on b");
         ensure!(scene.hosts[1].has_instance(name)? && !scene.hosts[0].has_instance(name)?);
     }
     // An agent that is only started anew has not been worked on; one whose host has, says so by that.

@@ -142,17 +142,7 @@ impl Scene {
 
     /// `rswap fleet`, by the operator, at host a.
     fn fleet(&self, words: &[&str]) -> anyhow::Result<String> {
-        let identity = self.identity.to_string_lossy();
-        let head = [
-            "fleet",
-            "--controller",
-            "10.88.0.100:7792",
-            "--certificate-name",
-            "controller",
-            "--identity",
-            &identity,
-        ];
-        self.hosts[0].call(&[&head, words].concat())
+        Controller::answer_to(&self.hosts[0], &self.identity, words)
     }
 
     /// Waits, as long as the user does.
@@ -161,13 +151,6 @@ impl Scene {
             self.stop.check()?;
             look()
         })
-    }
-
-    /// On which host the controller has the instance.
-    fn host_of(&self, name: &str) -> anyhow::Result<Option<String>> {
-        let all: Vec<Value> = self.controller.get("/v1/instances")?;
-        let found = all.iter().find(|one| one["instance"] == name);
-        Ok(found.and_then(|one| one["host"].as_str()).map(str::to_owned))
     }
 }
 
@@ -264,7 +247,7 @@ fn the_controller_is_lost_and_returns(scene: &mut Scene) -> anyhow::Result<Value
         skipped += counts["skipped"].as_u64().unwrap_or(u64::MAX);
     }
     scene.wait("the controller to know the new instance", || {
-        Ok(scene.host_of("meanwhile")?.filter(|host| host == "b"))
+        Ok(scene.controller.host_of("meanwhile")?.filter(|host| host == "b"))
     })?;
     say(&format!("{taken} reports taken since the beginning, {skipped} lost"));
     Ok(json!({ "reports_waited": kept, "reports_taken": taken, "reports_lost": skipped }))
@@ -277,7 +260,9 @@ fn a_host_is_emptied(scene: &Scene) -> anyhow::Result<Value> {
     say("a Redis on host a, and a client that remembers every acknowledged write");
     a.run("redis", &["--net", &format!("{SERVER}/24")], REDIS)?;
     let data = DataSet::load(client_side, SERVER, DATA_BYTES)?;
-    scene.wait("the controller to know it", || Ok(scene.host_of("redis")?.filter(|host| host == "a")))?;
+    scene.wait("the controller to know it", || {
+        Ok(scene.controller.host_of("redis")?.filter(|host| host == "a"))
+    })?;
     let client = VerifyingClient::start_in(Manner::Patient, client_side, SERVER, Duration::from_millis(2))?;
     client.wait_for_acks(200, LIMIT)?;
     say("`rswap fleet drain a`");
@@ -287,7 +272,7 @@ fn a_host_is_emptied(scene: &Scene) -> anyhow::Result<Value> {
     let mut went = Vec::new();
     scene.wait("all instances to leave host a", || {
         for name in left.clone() {
-            let Some(to) = scene.host_of(name)?.filter(|host| host != "a") else { continue };
+            let Some(to) = scene.controller.host_of(name)?.filter(|host| host != "a") else { continue };
             let took_s = UnixMillis::now().since(began) as f64 / 1e3;
             println!("    {name} runs on host {to}, {took_s:.1} s after the drain began");
             went.push(json!({ "instance": name, "host": to, "after_s": took_s }));
