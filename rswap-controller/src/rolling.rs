@@ -10,7 +10,7 @@ use rswap_fleet::{
     maintenance::{RollError, Seen, Stage},
 };
 use rswap_store::{Member, StoreError};
-use rswap_types::{PoolState, UnixMillis};
+use rswap_types::{InstanceName, PoolState, UnixMillis};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
@@ -60,6 +60,20 @@ impl State {
             })
         };
         roll.stages().filter_map(|(host, _)| Some((host.clone(), seen(host)?))).collect()
+    }
+
+    /// A host of the roll is the roll's.
+    fn no_roll_holds(&self, host: &HostName) -> Result<(), Unwilling> {
+        let Some(stage) = self.roll.as_ref().and_then(|roll| roll.holds(host)) else { return Ok(()) };
+        // One that waits, too: after its turn it would be used again.
+        let first = match stage {
+            Stage::Waiting | Stage::Stuck { .. } => {
+                "leave it out of that first (`rswap fleet roll HOST --skip`)"
+            }
+            _ => "wait until it is done with that, or end the roll",
+        };
+        let stage = stage.name();
+        Err(Unwilling::No(format!("host {host} is in the roll that is under way, and {stage}: {first}")))
     }
 
     /// Members that are not yet as the roll wants them.
@@ -193,24 +207,11 @@ impl Controller {
     /// Drains a host, or lets it be used again; `None` if there is no such host.
     pub(crate) fn drain_host(&self, host: &HostName, undo: bool) -> Result<Option<Member>, Unwilling> {
         let _one = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
-        let (known, held) = self.with_state(|state| {
-            let held = state.roll.as_ref().and_then(|roll| roll.holds(host)).cloned();
-            (state.members.get(host).copied(), held)
-        });
+        let known = self.with_state(|state| {
+            state.no_roll_holds(host)?;
+            Ok::<_, Unwilling>(state.members.get(host).copied())
+        })?;
         let Some(known) = known else { return Ok(None) };
-        if let Some(stage) = held {
-            // One that waits, too: after its turn it would be used again.
-            let first = match stage {
-                Stage::Waiting | Stage::Stuck { .. } => {
-                    "leave it out of that first (`rswap fleet roll HOST --skip`)"
-                }
-                _ => "wait until it is done with that, or end the roll",
-            };
-            let stage = stage.name();
-            return Err(Unwilling::No(format!(
-                "host {host} is in the roll that is under way, and {stage}: {first}"
-            )));
-        }
         let member = known.wanted(!undo);
         // Stored before it is answered, and before it is acted upon.
         self.keep_members(vec![(host.clone(), member)])?;
@@ -218,5 +219,40 @@ impl Controller {
             self.with_state(|state| state.overtake(host, UnixMillis::now()));
         }
         Ok(Some(member))
+    }
+
+    /// Takes a host that does not report any more out of the fleet, and says what ran there, which has to be `lost` if it is anything;
+    /// `None` if there is no such host.
+    pub(crate) fn forget_host(
+        &self,
+        host: &HostName,
+        lost: bool,
+        now: UnixMillis,
+    ) -> Result<Option<Vec<InstanceName>>, Unwilling> {
+        // No report of it is taken meanwhile, either.
+        let _one = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
+        let there = self.with_state(|state| {
+            if !state.members.contains_key(host) {
+                return Ok(None);
+            }
+            state.no_roll_holds(host)?;
+            if !state.inventory.is_away(host, self.settings.interval_ms, now) {
+                return Err(Unwilling::No(format!("host {host} reports: stop its agent first")));
+            }
+            Ok(Some(state.inventory.last_on(host)))
+        })?;
+        let Some(there) = there else { return Ok(None) };
+        if !(there.is_empty() || lost) {
+            let names = there.iter().map(InstanceName::as_str).collect::<Vec<_>>().join(", ");
+            return Err(Unwilling::No(format!(
+                "host {host} had {names} when it last reported, and they may run on: say that they are lost, if they are"
+            )));
+        }
+        self.stores.membership.remove_member(host)?;
+        self.with_state(|state| {
+            state.members.remove(host);
+            state.inventory.forget_host(host, now);
+        });
+        Ok(Some(there))
     }
 }

@@ -75,6 +75,7 @@ fn described() -> [OpenApiRouter<Shared>; 3] {
         .merge(rswap_dashboard::routes(rswap_dashboard::Of::Controller));
     let operates = OpenApiRouter::new()
         .routes(routes!(drain))
+        .routes(routes!(forget))
         .routes(routes!(roll_routes::begin))
         .routes(routes!(roll_routes::decide))
         .routes(routes!(roll_routes::end));
@@ -403,10 +404,56 @@ async fn drain(
 ) -> Result<Json<DrainDone>, ApiError> {
     let DrainRequest { host, undo } = read(&body, "send {\"host\": NAME, \"undo\": false}")?;
     let drained = controller.drain_host(&host, undo).map_err(|error| unwilling(&error))?;
-    drained.ok_or_else(|| {
-        ApiError::new(StatusCode::NOT_FOUND, format!("there is no host {host} in the fleet"), "see /v1/hosts")
-    })?;
+    drained.ok_or_else(|| no_host(&host))?;
     Ok(Json(DrainDone { host, draining: !undo, acts: controller.settings.acts }))
+}
+
+/// A host that has left the fleet.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ForgetRequest {
+    /// Which.
+    host: HostName,
+    /// What ran there when it last reported is lost.
+    #[serde(default)]
+    lost: bool,
+}
+
+/// A host that is not listed any more.
+#[derive(Serialize, ToSchema)]
+struct ForgetDone {
+    /// Which.
+    host: HostName,
+    /// What ran there when it last reported, by the names in the fleet.
+    instances: Vec<InstanceName>,
+}
+
+/// Forget a host that does not report any more
+///
+/// What it has taught and its history stay. If its agent reports once more, it is a new member.
+#[utoipa::path(
+    post,
+    path = "/v1/forget",
+    request_body = ForgetRequest,
+    responses(
+        (status = 200, description = "It is not in the fleet any more", body = ForgetDone),
+        (status = 404, description = "There is no such host in the fleet", body = ApiError, content_type = "application/problem+json"),
+        (status = 409, description = "The host reports, is in a roll, or had instances that nobody says to be lost", body = ApiError, content_type = "application/problem+json")
+    )
+)]
+async fn forget(
+    State(Shared { controller, .. }): State<Shared>,
+    body: Bytes,
+) -> Result<Json<ForgetDone>, ApiError> {
+    let ForgetRequest { host, lost } = read(&body, "send {\"host\": NAME, \"lost\": false}")?;
+    let forgotten =
+        controller.forget_host(&host, lost, UnixMillis::now()).map_err(|error| unwilling(&error))?;
+    let instances = forgotten.ok_or_else(|| no_host(&host))?;
+    Ok(Json(ForgetDone { host, instances }))
+}
+
+fn no_host(host: &HostName) -> ApiError {
+    ApiError::new(StatusCode::NOT_FOUND, format!("there is no host {host} in the fleet"), "see /v1/hosts")
 }
 
 /// The body of a wish.

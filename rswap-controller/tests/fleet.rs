@@ -5,18 +5,15 @@
 
 mod common;
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use axum::serve::Listener;
-use common::{LEADS, answers, envelope, host, instance, name, open, open_with, report, settings, whole};
+use common::{LEADS, Running, envelope, host, instance, name, open, report, settings, whole};
 use rswap_controller::{
     Address, AddressError, Peer, Settings, Who,
     link::{LinkError, call},
     reporter::{Orders, Outgoing, Reporter},
-    serve, serve_at,
+    serve,
 };
 use rswap_fleet::{
     Action, InstanceReport, Order, Report, Token,
@@ -25,68 +22,9 @@ use rswap_fleet::{
     report::{Answer, Envelope, Limits, VERSION},
 };
 use rswap_forecast::{ForecastConfig, Forecaster, Kin, Lessons, Observation, Part, Usage};
-use rswap_types::{PoolState, THIS_HOST, UnixMillis};
+use rswap_types::{PoolState, UnixMillis};
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{UnixListener, UnixStream},
-    sync::oneshot,
-};
-
-/// A controller in this process.
-struct Running {
-    address: Address,
-    stop: Option<oneshot::Sender<()>>,
-    served: tokio::task::JoinHandle<()>,
-}
-
-impl Running {
-    async fn start(directory: &Path) -> Self {
-        Self::start_with(directory, settings()).await
-    }
-
-    async fn start_with(directory: &Path, settings: Settings) -> Self {
-        let address = Address(directory.join("controller.sock"));
-        let (stop, stopped) = oneshot::channel::<()>();
-        let (controller, at) = (open_with(directory, settings), address.clone());
-        let served = tokio::spawn(async move {
-            serve_at(controller, &at, None, async { drop(stopped.await) }).await.unwrap();
-        });
-        let running = Self { address, stop: Some(stop), served };
-        answers(&running.address).await;
-        running
-    }
-
-    async fn stop(mut self) {
-        self.stop.take().unwrap().send(()).unwrap();
-        self.served.await.unwrap();
-    }
-
-    /// A POST with these lines in its head: the head of the answer, and what it says.
-    async fn raw(&self, path: &str, lines: &[&str], body: &str) -> (String, Value) {
-        let mut stream = UnixStream::connect(&self.address.0).await.unwrap();
-        let lines = lines.iter().map(|line| format!("{line}\r\n")).collect::<String>();
-        let length = body.len();
-        let text = format!(
-            "POST {path} HTTP/1.1\r\n{lines}content-length: {length}\r\nconnection: close\r\n\r\n{body}"
-        );
-        // What is too long is answered before all of it was read.
-        let _ = stream.write_all(text.as_bytes()).await;
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer).await;
-        let answer = String::from_utf8(answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (head.to_ascii_lowercase(), serde_json::from_str(body).unwrap())
-    }
-
-    async fn get(&self, path: &str) -> Value {
-        call(&self.address, path, None).await.unwrap()
-    }
-
-    async fn report(&self, envelope: &Envelope) -> Result<Answer, LinkError> {
-        call(&self.address, "/v1/report", Some(serde_json::to_vec(envelope).unwrap())).await
-    }
-}
+use tokio::{net::UnixListener, sync::oneshot};
 
 #[tokio::test]
 async fn what_is_acknowledged_counts_once_and_outlives_the_controller() {
@@ -234,71 +172,6 @@ async fn a_class_is_learnt_from_other_hosts_also_after_a_new_start() {
     running.stop().await;
 }
 
-#[tokio::test]
-async fn a_drained_host_is_told_and_emptied_and_may_be_used_again() {
-    let directory = tempfile::tempdir().unwrap();
-    let running = Running::start(directory.path()).await;
-    let (mut at_a, mut at_b) = (0, 0);
-    let mut a = |state: PoolState, instances: Vec<InstanceReport>| {
-        at_a += 1;
-        envelope(vec![Report { sequence: at_a, pools: vec![whole(state)], ..report("a", 1, instances) }])
-    };
-    let mut b = |instances: Vec<InstanceReport>| {
-        at_b += 1;
-        envelope(vec![Report { sequence: at_b, ..report("b", 2, instances) }])
-    };
-    let drain = async |undo: bool| {
-        let wish = serde_json::to_vec(&json!({ "host": "a", "undo": undo })).unwrap();
-        call::<Value>(&running.address, "/v1/drain", Some(wish)).await
-    };
-    assert!(
-        matches!(drain(false).await.unwrap_err(), LinkError::Refused { status: 404, .. }),
-        "nobody knows it"
-    );
-    running.report(&b(vec![])).await.unwrap();
-    let answer = running.report(&a(PoolState::Ready, vec![instance("x")])).await.unwrap();
-    assert!(answer.orders.is_empty() && answer.places);
-    assert_eq!(drain(false).await.unwrap()["draining"], true);
-    let mut wanted = Vec::new();
-    let since = Instant::now();
-    while wanted.len() < 2 && since.elapsed() < Duration::from_secs(20) {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        running.report(&b(vec![])).await.unwrap();
-        wanted = running.report(&a(PoolState::Ready, vec![instance("x")])).await.unwrap().orders;
-    }
-    let actions: Vec<Action> = wanted.iter().map(|order| order.action.clone()).collect();
-    let address = ([10, 0, 0, 2], 7791).into();
-    let tell = |undo| Action::Drain { pool: THIS_HOST.to_owned(), undo };
-    assert_eq!(actions, [tell(false), Action::Migrate { instance: name("x"), to: host("b"), address }]);
-    assert_eq!(running.get("/v1/orders").await["waiting"].as_array().unwrap().len(), 2);
-    // The host has done as it was told, and the instance is elsewhere.
-    let outcome = |order: &Order| rswap_fleet::OrderOutcome { token: order.token, result: OrderResult::Done };
-    let mut done = a(PoolState::Draining, vec![]);
-    done.reports[0].outcomes = wanted.iter().map(outcome).collect();
-    assert_eq!(running.report(&done).await.unwrap().orders, []);
-    running.report(&b(vec![instance("x")])).await.unwrap();
-    let instances = running.get("/v1/instances").await;
-    assert_eq!((&instances[0]["host"], instances.as_array().unwrap().len()), (&json!("b"), 1));
-    let rows = running.get("/v1/history?instance=x&tier=2").await;
-    assert_eq!(rows.as_array().unwrap().len(), 2, "of both hosts: {rows}");
-    drain(true).await.unwrap();
-    let orders = running.report(&a(PoolState::Draining, vec![])).await.unwrap().orders;
-    assert_eq!(orders.iter().map(|order| order.action.clone()).collect::<Vec<_>>(), [tell(true)]);
-    let mut done = a(PoolState::Ready, vec![]);
-    done.reports[0].outcomes = orders.iter().map(outcome).collect();
-    assert_eq!(running.report(&done).await.unwrap().orders, []);
-    // Whom a person at the host drains later is left alone.
-    assert_eq!(running.report(&a(PoolState::Draining, vec![])).await.unwrap().orders, []);
-    drain(false).await.unwrap();
-    running.stop().await;
-    let running = Running::start(directory.path()).await;
-    let hosts = running.get("/v1/hosts").await;
-    let drained =
-        hosts.as_array().unwrap().iter().map(|host| (host["host"].clone(), host["drained"].clone()));
-    assert_eq!(drained.collect::<Vec<_>>(), [(json!("a"), json!(true)), (json!("b"), json!(false))]);
-    running.stop().await;
-}
-
 #[test]
 fn an_order_is_taken_once_also_by_the_next_agent() {
     let directory = tempfile::tempdir().unwrap();
@@ -352,63 +225,6 @@ async fn one_that_two_hosts_report_is_shown_until_it_is_clear_which_it_is() {
 }
 
 #[tokio::test]
-async fn a_roll_goes_on_with_the_next_controller_and_tells_hosts_what_it_wants() {
-    let directory = tempfile::tempdir().unwrap();
-    let running = Running::start(directory.path()).await;
-    let mut sequence = 0;
-    let mut a = |state: PoolState, boot: &str, instances: Vec<InstanceReport>| {
-        sequence += 1;
-        let is = Some(rswap_fleet::Running { version: "1".to_owned(), boot: boot.to_owned() });
-        let report = Report { sequence, running: is, pools: vec![whole(state)], ..report("a", 1, instances) };
-        envelope(vec![report])
-    };
-    let drains = |answer: Answer| {
-        let undo = |order: Order| match order.action {
-            Action::Drain { undo, .. } => Some(undo),
-            Action::Migrate { .. } => None,
-        };
-        answer.orders.into_iter().filter_map(undo).collect::<Vec<_>>()
-    };
-    let post = async |running: &Running, path: &str, body: Value| {
-        call::<Value>(&running.address, path, Some(serde_json::to_vec(&body).unwrap())).await
-    };
-    let stage = async |running: &Running, wanted: &str| {
-        let since = Instant::now();
-        while running.get("/v1/roll").await["hosts"][0]["stage"] != wanted {
-            assert!(since.elapsed() < Duration::from_secs(20), "{}", running.get("/v1/roll").await);
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    running.report(&a(PoolState::Ready, "x", vec![instance("i")])).await.unwrap();
-    let unknown = post(&running, "/v1/roll", json!({ "hosts": ["z"] })).await.unwrap_err();
-    assert!(matches!(unknown, LinkError::Refused { status: 409, .. }), "{unknown}");
-    post(&running, "/v1/roll", json!({ "hosts": ["a"] })).await.unwrap();
-    assert_eq!(
-        drains(running.report(&a(PoolState::Ready, "x", vec![instance("i")])).await.unwrap()),
-        [false]
-    );
-    running.stop().await;
-    let running = Running::start(directory.path()).await;
-    assert_eq!(
-        drains(running.report(&a(PoolState::Ready, "x", vec![instance("i")])).await.unwrap()),
-        [false]
-    );
-    running.report(&a(PoolState::Draining, "x", vec![])).await.unwrap();
-    stage(&running, "empty").await;
-    running.stop().await;
-    let running = Running::start(directory.path()).await;
-    running.report(&a(PoolState::Draining, "x", vec![])).await.unwrap();
-    running.report(&a(PoolState::Draining, "y", vec![])).await.unwrap();
-    stage(&running, "back").await;
-    assert_eq!(drains(running.report(&a(PoolState::Draining, "y", vec![])).await.unwrap()), [true]);
-    stage(&running, "back").await;
-    running.report(&a(PoolState::Ready, "y", vec![])).await.unwrap();
-    stage(&running, "done").await;
-    assert_eq!(running.get("/v1/hosts").await[0]["drained"], false);
-    running.stop().await;
-}
-
-#[tokio::test]
 async fn a_page_of_another_site_changes_nothing_through_a_forwarded_socket() {
     let directory = tempfile::tempdir().unwrap();
     let running = Running::start(directory.path()).await;
@@ -424,6 +240,7 @@ async fn a_page_of_another_site_changes_nothing_through_a_forwarded_socket() {
     ] {
         for (path, body) in [
             ("/v1/drain", "{\"host\": \"a\"}"),
+            ("/v1/forget", "{\"host\": \"a\", \"lost\": true}"),
             ("/v1/roll", "{\"hosts\": [\"a\"]}"),
             ("/v1/roll/decide", "{\"host\": \"a\", \"decision\": \"skip\"}"),
             ("/v1/roll/end", ""),
@@ -473,75 +290,6 @@ async fn more_than_the_controller_takes_of_a_host_is_refused_and_said() {
     assert_eq!(running.get("/v1/hosts").await, json!([]));
     let most = envelope(vec![report("a", 1, ["x", "y"].map(instance).to_vec())]);
     assert_eq!(running.report(&most).await.unwrap().stored, 1);
-    running.stop().await;
-}
-
-#[tokio::test]
-async fn a_drain_that_waits_does_not_outlive_its_undo() {
-    let directory = tempfile::tempdir().unwrap();
-    let running = Running::start(directory.path()).await;
-    let mut sequence = 0;
-    let mut a = |state: PoolState| {
-        sequence += 1;
-        envelope(vec![Report { sequence, pools: vec![whole(state)], ..report("a", 1, vec![]) }])
-    };
-    let drain = async |undo: bool| {
-        let wish = serde_json::to_vec(&json!({ "host": "a", "undo": undo })).unwrap();
-        call::<Value>(&running.address, "/v1/drain", Some(wish)).await.unwrap();
-    };
-    let tells = |answer: &Answer| {
-        let undo = |order: &Order| matches!(order.action, Action::Drain { undo: true, .. });
-        answer.orders.iter().map(undo).collect::<Vec<_>>()
-    };
-    let done = |answer: &Answer, mut envelope: Envelope| {
-        let outcome =
-            |order: &Order| rswap_fleet::OrderOutcome { token: order.token, result: OrderResult::Done };
-        envelope.reports[0].outcomes = answer.orders.iter().map(outcome).collect();
-        envelope
-    };
-    running.report(&a(PoolState::Ready)).await.unwrap();
-    drain(false).await;
-    let stale = running.report(&a(PoolState::Ready)).await.unwrap();
-    assert_eq!(tells(&stale), [false]);
-    // The answer with the order is on its way, or lost, when it is undone.
-    drain(true).await;
-    let waiting = running.get("/v1/orders").await["waiting"].clone();
-    assert_eq!(
-        (waiting.as_array().unwrap().len(), &waiting[0]["action"]["undo"]),
-        (1, &json!(true)),
-        "{waiting}"
-    );
-    let undo = running.report(&a(PoolState::Ready)).await.unwrap();
-    assert_eq!(tells(&undo), [true]);
-    assert!(undo.orders[0].token > stale.orders[0].token, "an agent that has both follows this one");
-    // It was carried out after all, and is undone.
-    let still = running.report(&done(&stale, a(PoolState::Draining))).await.unwrap();
-    assert_eq!(tells(&still), [true]);
-    let over = running.report(&done(&undo, a(PoolState::Ready))).await.unwrap();
-    assert!(over.orders.is_empty());
-    assert!(running.report(&a(PoolState::Ready)).await.unwrap().orders.is_empty());
-    running.stop().await;
-}
-
-#[tokio::test]
-async fn a_host_that_waits_in_a_roll_is_the_rolls() {
-    let directory = tempfile::tempdir().unwrap();
-    let running = Running::start(directory.path()).await;
-    for (number, of) in [(1, "a"), (2, "b")] {
-        running.report(&envelope(vec![report(of, number, vec![instance(of)])])).await.unwrap();
-    }
-    let post = async |path: &str, body: Value| {
-        call::<Value>(&running.address, path, Some(serde_json::to_vec(&body).unwrap())).await
-    };
-    post("/v1/roll", json!({ "hosts": ["a", "b"] })).await.unwrap();
-    for undo in [false, true] {
-        let error = post("/v1/drain", json!({ "host": "b", "undo": undo })).await.unwrap_err().to_string();
-        assert!(error.contains("409") && error.contains("and waiting: leave it out"), "{error}");
-    }
-    assert_eq!(running.get("/v1/hosts").await[1]["drained"], false);
-    post("/v1/roll/decide", json!({ "host": "b", "decision": "skip" })).await.unwrap();
-    post("/v1/drain", json!({ "host": "b" })).await.unwrap();
-    assert_eq!(running.get("/v1/hosts").await[1]["drained"], true);
     running.stop().await;
 }
 

@@ -225,9 +225,19 @@ impl Inventory {
         &self.hosts
     }
 
+    /// What ran on a host when it last reported; of one that was not heard of since the beginning, what was kept of it.
+    pub fn last_on(&self, host: &HostName) -> Vec<InstanceName> {
+        let heard = self.hosts.contains_key(host);
+        let is_there =
+            |name: &InstanceName| self.placed.get(name).is_some_and(|placed| placed.gone.is_none());
+        let there = self.placed.on(host).map(|(name, _)| name);
+        there.filter(|name| !heard || is_there(name)).cloned().collect()
+    }
+
     /// Takes a host out: it has left the fleet. What ran there is gone.
     pub fn forget_host(&mut self, host: &HostName, now: UnixMillis) {
         self.hosts.remove(host);
+        self.unclear.retain(|(on, _), _| on != host);
         let there: Vec<_> = self.placed.on(host).map(|(name, _)| name.clone()).collect();
         for name in there {
             if self.placed.get(&name).is_some_and(|placed| placed.gone.is_none()) {

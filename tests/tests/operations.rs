@@ -329,7 +329,9 @@ impl Site {
                 let refused = self.call("kept-gamma", "/v1/hosts")?.err().unwrap_or_default();
                 ensure!(refused.contains("may not look"), "it is none of the fleet already: {refused}");
             }
-            ("Taking a host out of the fleet", 4) => {
+            ("Taking a host out of the fleet", 5) => {
+                let status = self.status()?;
+                ensure!(Self::of_host(&status, "gamma").is_err(), "gamma is listed: {status}");
                 let refused = self.call("kept-gamma", "/v1/hosts")?.err().unwrap_or_default();
                 ensure!(refused.contains("its role or its name is not allowed there"), "{refused}");
                 self.report_on(&["alpha", "beta"])?;

@@ -53,6 +53,16 @@ enum FleetCommand {
         #[command(flatten)]
         output: Output,
     },
+    /// Take a host out that does not report any more
+    Forget {
+        /// Which
+        host: HostName,
+        /// What ran there when it last reported is lost
+        #[arg(long)]
+        lost: bool,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Empty host after host, wait until each has been worked on, and use it again; without hosts, show how far that is
     Roll(RollArguments),
 }
@@ -135,6 +145,17 @@ pub(super) async fn fleet(config: &Config, arguments: FleetArguments) -> anyhow:
                 (false, false) => {
                     println!("{host} is to be emptied, but the controller observes only (fleet.mode)")
                 }
+            }
+            Ok(())
+        }
+        FleetCommand::Forget { host, lost, output } => {
+            let done = to.post("/v1/forget", &json!({ "host": host, "lost": lost })).await?;
+            if output.json {
+                return print_json(&done);
+            }
+            println!("{host} is not in the fleet any more");
+            for instance in rows(&done["instances"]) {
+                println!("lost: {}", text(instance));
             }
             Ok(())
         }

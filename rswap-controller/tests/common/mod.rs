@@ -16,18 +16,27 @@ use std::{
 };
 
 use rswap_audit::Audit;
-use rswap_controller::{Address, Controller, Settings, Stores, link::call};
+use rswap_controller::{
+    Address, Controller, Settings, Stores,
+    link::{LinkError, call},
+    serve_at,
+};
 use rswap_fleet::{
     HostName, InstanceReport, Report,
     amounts::Sum,
     model::Revision,
-    report::{Envelope, VERSION},
+    report::{Answer, Envelope, VERSION},
 };
 use rswap_forecast::{Demand, DemandPoint, Evidence, Kin, Quantiles, Resource};
 use rswap_plan::{InstanceView, MoveKind};
 use rswap_store::{Store, TIERS};
 use rswap_types::{Capacity, InstanceName, Pool, PoolKind, PoolState, THIS_HOST, UnixMillis};
 use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    sync::oneshot,
+};
 
 pub const LEADS: (u64, [u64; 2]) = (1_000, [2_000, 10_000]);
 
@@ -112,6 +121,61 @@ pub fn open_with(directory: &Path, settings: Settings) -> Arc<Controller> {
     let store = Store::open(&directory.join("store"), &TIERS).unwrap();
     let audit = Audit::open(directory.join("audit.jsonl"), 1 << 20).unwrap();
     Controller::new(Stores::from(store), settings, audit).unwrap()
+}
+
+/// A controller in this process.
+pub struct Running {
+    pub address: Address,
+    pub stop: Option<oneshot::Sender<()>>,
+    pub served: tokio::task::JoinHandle<()>,
+}
+
+impl Running {
+    pub async fn start(directory: &Path) -> Self {
+        Self::start_with(directory, settings()).await
+    }
+
+    pub async fn start_with(directory: &Path, settings: Settings) -> Self {
+        let address = Address(directory.join("controller.sock"));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (controller, at) = (open_with(directory, settings), address.clone());
+        let served = tokio::spawn(async move {
+            serve_at(controller, &at, None, async { drop(stopped.await) }).await.unwrap();
+        });
+        let running = Self { address, stop: Some(stop), served };
+        answers(&running.address).await;
+        running
+    }
+
+    pub async fn stop(mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+        self.served.await.unwrap();
+    }
+
+    /// A POST with these lines in its head: the head of the answer, and what it says.
+    pub async fn raw(&self, path: &str, lines: &[&str], body: &str) -> (String, Value) {
+        let mut stream = UnixStream::connect(&self.address.0).await.unwrap();
+        let lines = lines.iter().map(|line| format!("{line}\r\n")).collect::<String>();
+        let length = body.len();
+        let text = format!(
+            "POST {path} HTTP/1.1\r\n{lines}content-length: {length}\r\nconnection: close\r\n\r\n{body}"
+        );
+        // What is too long is answered before all of it was read.
+        let _ = stream.write_all(text.as_bytes()).await;
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.to_ascii_lowercase(), serde_json::from_str(body).unwrap())
+    }
+
+    pub async fn get(&self, path: &str) -> Value {
+        call(&self.address, path, None).await.unwrap()
+    }
+
+    pub async fn report(&self, envelope: &Envelope) -> Result<Answer, LinkError> {
+        call(&self.address, "/v1/report", Some(serde_json::to_vec(envelope).unwrap())).await
+    }
 }
 
 pub async fn answers(address: &Address) {
