@@ -350,7 +350,6 @@ impl Site {
 }
 
 #[test]
-#[ignore = "it takes minutes, and hosts whose cores others keep busy are emptied later than it waits"]
 fn what_the_page_has_an_operator_do_works_word_for_word() -> anyhow::Result<()> {
     let guide = guide()?;
     if machine::reason_to_skip("what_the_page_has_an_operator_do_works_word_for_word").is_some() {
