@@ -204,6 +204,15 @@ pub const fn waited_ns(word: u64, now_ns: u64) -> u64 {
     now_ns.wrapping_sub(word) & WAITER_TIME_MASK
 }
 
+/// Places of the table of tasks in page faults, a power of two. Of tasks that have the same place and fault at the same time, only the last one is timed.
+pub const FAULT_PLACES: u32 = 1 << 15;
+
+/// The place of a task in page faults. What is there is a [`waiter_word`].
+#[inline(always)]
+pub const fn fault_place(pid: u32) -> u32 {
+    pid & (FAULT_PLACES - 1)
+}
+
 /// The number of sets of the table of connections is two to this power.
 const CONNECTION_SET_BITS: u32 = 14;
 

@@ -18,7 +18,9 @@ use super::{
     ages::Scanner,
     cgroup,
     children::{CgroupsKnown, Children, Members},
-    disk_users, faults,
+    disk_users,
+    fault_latency::{MAJOR_FAULTS, PAGE_FAULT},
+    faults,
     listeners::Listeners,
     neighbours::{self, Names},
     probes::{EXACT, Probes, SWITCH_STATE},
@@ -31,12 +33,14 @@ use crate::{instance::InstanceName, units::UnixMillis};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProfileConfig {
-    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 5 KiB of
+    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 6 KiB of
     /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside.
     pub slots: u32,
     /// Whether waits for a CPU are measured from when a thread is woken, or has to give way, at each of them: dearer than the kernel's own times, and with
     /// what an idle CPU takes.
     pub exact: bool,
+    /// Whether minor page faults are timed beside major ones: dear for programs that have many.
+    pub minor_faults: bool,
     /// Cgroups in an instance's own that live for less than so many seconds are left to an eBPF program, which counts them as the instance's from their first
     /// moment on. Where the kernel does not take it, they are known at the window's end.
     pub short_lived_s: u64,
@@ -61,6 +65,7 @@ impl Default for ProfileConfig {
         Self {
             slots: MAX_SLOTS - 1,
             exact: false,
+            minor_faults: false,
             short_lived_s: 2,
             debug_programs: false,
             measure_program_cost: false,
@@ -599,6 +604,7 @@ impl State {
                 dirty_bytes_per_s: tracked.dirty_bytes_per_s,
                 pressure_some: share(reading.memory_pressure_us, last.memory_pressure_us),
                 faults: faults.map(|(faults, _)| faults),
+                fault_latency: None,
                 refaults: faults.and_then(|(_, refaults)| refaults),
                 ages: None,
             },
@@ -632,6 +638,8 @@ impl State {
             if is_here(&self.probes, Tier::Block) {
                 profile.block = later.block_since(earlier, &self.devices, window_ms);
             }
+            let timed = self.probes.are_active(&[PAGE_FAULT, MAJOR_FAULTS]);
+            profile.memory.fault_latency = timed.then(|| later.faults.since(&earlier.faults));
             profile.block_counted = self.probes.are_active(&["block_rq_complete"]);
             profile.tcp_counted = self.probes.are_active(&["sock_send_length", "sock_recv_length"]);
         }

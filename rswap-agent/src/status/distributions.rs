@@ -37,6 +37,10 @@ pub enum Metric {
     TcpRttUs,
     /// How long TCP connections lasted that ended, in microseconds.
     TcpLifeUs,
+    /// Page faults that waited, in nanoseconds.
+    MajorFaultNs,
+    /// Page faults served from memory, in nanoseconds, where `profile.minor_faults` is on.
+    MinorFaultNs,
 }
 
 /// The spans that are kept beside the last window.
@@ -221,6 +225,10 @@ impl Distributions {
         self.add(profile.at, Metric::TcpRttUs, &profile.tcp.rtt_us);
         if let Some(connections) = &profile.tcp.connections {
             self.add(profile.at, Metric::TcpLifeUs, &connections.life_us);
+        }
+        if let Some(faults) = &profile.memory.fault_latency {
+            self.add(profile.at, Metric::MajorFaultNs, &faults.major_ns);
+            faults.minor_ns.iter().for_each(|minor| self.add(profile.at, Metric::MinorFaultNs, minor));
         }
         for block in &profile.block {
             let (device, operation) = (block.device.clone(), block.operation);

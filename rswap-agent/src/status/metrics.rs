@@ -322,7 +322,8 @@ fn instances(registry: &mut Registry, board: &BoardState) {
 
 /// Since the instance is shown: Prometheus takes differences, over whatever time.
 fn distributions(registry: &mut Registry, board: &BoardState) {
-    let [mut waits, mut turns, mut round_trips, mut lives] = std::array::from_fn(|_| Vec::new());
+    let [mut waits, mut turns, mut round_trips, mut lives, mut major, mut minor] =
+        std::array::from_fn(|_| Vec::new());
     let (mut on_device, mut in_queue) = (Vec::new(), Vec::new());
     for (name, of) in &board.distributions {
         let own = || OfInstance { instance: name.to_string() };
@@ -337,6 +338,8 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
                 Metric::OnCpuNs => turns.push((own(), total)),
                 Metric::TcpRttUs => round_trips.push((own(), total)),
                 Metric::TcpLifeUs => lives.push((own(), total)),
+                Metric::MajorFaultNs => major.push((own(), total)),
+                Metric::MinorFaultNs => minor.push((own(), total)),
                 Metric::BlockDeviceNs { device, operation } => {
                     on_device.push((block(device, *operation), total))
                 }
@@ -351,6 +354,8 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
         ("instance_on_cpu", "Time on a CPU between two switches", turns, 1e9),
         ("instance_tcp_rtt", "Smoothed TCP round trips, one sample per segment received", round_trips, 1e6),
         ("instance_tcp_life", "How long TCP connections lasted", lives, 1e6),
+        ("instance_major_fault", "How long page faults took that waited", major, 1e9),
+        ("instance_minor_fault", "How long page faults took that were served from memory", minor, 1e9),
     ] {
         registry.register_with_unit(name, help, Unit::Seconds, Histograms { of, per_second });
     }
