@@ -381,6 +381,9 @@ pub struct MemoryProfile {
     /// How long ago its memory was used; `None` where that is not looked at, or not yet.
     #[serde(default)]
     pub ages: Option<PageAges>,
+    /// How long ago it was written last; `None` where that is not looked at (`profile.written_budget`), or not yet.
+    #[serde(default)]
+    pub written_ages: Option<PageAges>,
 }
 
 #[cfg(test)]

@@ -215,6 +215,8 @@ pub struct BoardState {
     pub profile_cost: ProfileCost,
     /// What looking at the ages of memory costs; `None` where that is not done.
     pub memory_ages: Option<AgesCost>,
+    /// The same of what is written.
+    pub written_ages: Option<AgesCost>,
     /// Block I/O that is in no instance's profile.
     pub block: HostBlock,
     /// Instances by name.

@@ -234,6 +234,10 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
         let help = "Share of a core that looking at the ages of memory takes";
         registry.register("memory_ages_core_share", help, float(ages.used_share));
     }
+    if let Some(ages) = board.written_ages {
+        let help = "Share of a core that looking at what is written takes";
+        registry.register("written_ages_core_share", help, float(ages.used_share));
+    }
 }
 
 fn instances(registry: &mut Registry, board: &BoardState) {
@@ -369,15 +373,17 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
 
 /// Memory beside how much of it there is.
 fn memory(registry: &mut Registry, board: &BoardState) {
-    let used = Family::<UsedWithin, FloatGauge>::default();
+    let [used, written] = std::array::from_fn(|_| Family::<UsedWithin, FloatGauge>::default());
     let faults = Family::<OfFaults, FloatGauge>::default();
     let refaults = Family::<OfInstance, FloatGauge>::default();
     for (name, view) in &board.instances {
         let Some(profile) = &view.profile else { continue };
         let per_s = 1e3 / profile.window_ms.max(1) as f64;
-        for of in profile.memory.ages.iter().flat_map(|ages| &ages.used) {
-            let labels = UsedWithin { instance: name.to_string(), span_s: of.span_s };
-            used.get_or_create(&labels).set(of.bytes as f64);
+        for (family, ages) in [(&used, &profile.memory.ages), (&written, &profile.memory.written_ages)] {
+            for of in ages.iter().flat_map(|ages| &ages.used) {
+                let labels = UsedWithin { instance: name.to_string(), span_s: of.span_s };
+                family.get_or_create(&labels).set(of.bytes as f64);
+            }
         }
         if let Some(seen) = profile.memory.faults {
             for (kind, count) in [("minor", seen.minor), ("major", seen.major)] {
@@ -392,6 +398,8 @@ fn memory(registry: &mut Registry, board: &BoardState) {
     }
     let help = "Memory that was used at least once within so many seconds";
     registry.register_with_unit("instance_working_set", help, Unit::Bytes, used);
+    let help = "Memory of the instance's own that was written at least once within so many seconds";
+    registry.register_with_unit("instance_write_set", help, Unit::Bytes, written);
     registry.register("instance_page_faults_per_second", "Page faults in the last window", faults);
     let help = "Pages fetched again in the last window that reclaim had taken";
     registry.register("instance_refaults_per_second", help, refaults);

@@ -130,10 +130,11 @@ fn memory_lines(lines: &mut Vec<Line<'static>>, profile: &Profile) {
             distribution(lines, "page faults served from memory", minor, nanoseconds, &none);
         }
     }
-    if let Some(ages) = &profile.memory.ages {
+    for (what, ages) in [("used", &profile.memory.ages), ("written", &profile.memory.written_ages)] {
+        let Some(ages) = ages else { continue };
         let within = |of: &UsedWithin| format!("{} s {}", of.span_s, bytes(of.bytes as f64));
         let spans: Vec<String> = ages.used.iter().map(within).collect();
-        lines.push(Line::from(format!("  used within {}", spans.join("  "))));
+        lines.push(Line::from(format!("  {what} within {}", spans.join("  "))));
     }
 }
 
