@@ -245,7 +245,7 @@ fn instances(registry: &mut Registry, board: &BoardState) {
     let resident = Family::<OfInstance, FloatGauge>::default();
     let queue_mean = Family::<OfInstance, FloatGauge>::default();
     let need = Family::<Forecast, FloatGauge>::default();
-    let [io, io_latency, net_in, net_out, connections, opened, retransmits, listen_drops] =
+    let [io, io_latency, net_in, net_out, connections, opened, retransmits] =
         std::array::from_fn(|_| Family::<OfInstance, FloatGauge>::default());
     for (name, view) in &board.instances {
         let of = OfInstance { instance: name.to_string() };
@@ -264,7 +264,6 @@ fn instances(registry: &mut Registry, board: &BoardState) {
             set(&connections, tcp.connections.as_ref().map(|of| of.open as f64));
             set(&opened, tcp.connections.as_ref().map(|of| per_s(of.opened + of.accepted)));
             set(&retransmits, tcp.retransmits.map(per_s));
-            set(&listen_drops, tcp.listen_drops.map(per_s));
             let queue = &profile.cpu.run_queue_ns;
             if queue.count > 0 {
                 queue_mean.get_or_create(&of).set(queue.sum as f64 / queue.count as f64 / 1e9);
@@ -303,11 +302,6 @@ fn instances(registry: &mut Registry, board: &BoardState) {
         ("instance_tcp_connections", "TCP connections that began while it was profiled, now", connections),
         ("instance_tcp_connections_per_second", "TCP connections begun in the last window", opened),
         ("instance_tcp_retransmits_per_second", "What TCP sent again in the last window", retransmits),
-        (
-            "instance_tcp_listen_drops_per_second",
-            "Connections dropped before they were accepted",
-            listen_drops,
-        ),
     ] {
         registry.register(name, help, family);
     }
@@ -329,8 +323,13 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
     let [mut waits, mut turns, mut round_trips, mut lives, mut major, mut minor] =
         std::array::from_fn(|_| Vec::new());
     let (mut on_device, mut in_queue) = (Vec::new(), Vec::new());
+    // They are looked at every few windows: a rate over the last one would tell nothing.
+    let listen_drops = Family::<OfInstance, Counter>::default();
     for (name, of) in &board.distributions {
         let own = || OfInstance { instance: name.to_string() };
+        if let Some(dropped) = of.listen_drops() {
+            listen_drops.get_or_create(&own()).inner().store(dropped, Relaxed);
+        }
         for (metric, total) in of.totals() {
             let block = |device: &String, operation: crate::profile::Operation| OfBlock {
                 instance: name.to_string(),
@@ -353,6 +352,8 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
             }
         }
     }
+    let help = "Connections dropped before they were accepted, since the instance is shown";
+    registry.register("instance_tcp_listen_drops", help, listen_drops);
     for (name, help, of, per_second) in [
         ("instance_run_queue", "Time from runnable to running", waits, 1e9),
         ("instance_on_cpu", "Time on a CPU between two switches", turns, 1e9),
