@@ -145,7 +145,7 @@ pub struct TcpCounts {
     pub accepted: u64,
     /// Connections that ended, also those of which the beginning was not seen.
     pub closed: u64,
-    /// Connections that ended of which the beginning was seen.
+    /// Connections of which the beginning was seen, and that have ended, or were forgotten for lack of room.
     pub seen: u64,
     /// Connections that it tried to make, without success.
     pub failed: u64,

@@ -15,7 +15,7 @@ use rswap_common::{
         map_names,
     },
     neighbours::NeighbourRecord,
-    tables::{CONNECTION_SETS, ConnectionSet, FAULT_PLACES, WAITER_SETS, WaiterSet},
+    tables::{CONNECTION_SETS, ConnectionSet, FAULT_PLACES, WAITER_SETS, WaiterSet, slot_of_connection},
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -594,6 +594,11 @@ impl Probes {
 }
 
 impl Maps {
+    /// Connections of a slot, which is another instance's from then on.
+    pub(super) fn forget_connections(&self, slot: u32) {
+        self.connections.clear(|word| word != 0 && slot_of_connection(word) == slot);
+    }
+
     /// What began before a tier's programs were taken away: they have not seen how it went on.
     fn forget_begun(&self, tier: Tier) {
         let words = match tier {

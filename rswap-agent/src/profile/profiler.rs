@@ -498,6 +498,7 @@ impl State {
             if let Some(children) = &maps.children {
                 children.forget(slot);
             }
+            maps.forget_connections(slot);
             self.free.give_back(slot);
         }
     }
