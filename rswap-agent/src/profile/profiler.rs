@@ -494,6 +494,18 @@ impl State {
         for id in tracked.members.registered() {
             maps.cgroups.remove(*id);
         }
+        if tracked.slot.is_none()
+            && let Some(children) = &maps.children
+        {
+            let ids = || {
+                // Of a cgroup that has gone, nothing is made in any more.
+                let mut all = cgroup::ids(&tracked.cgroup).unwrap_or_default();
+                all.extend(tracked.members.all());
+                all
+            };
+            // As in `Children::forget`.
+            while children.forget_these(self.slots - 1, &ids()) > 0 {}
+        }
         if let Some(slot) = tracked.slot {
             if let Some(children) = &maps.children {
                 children.forget(slot);
