@@ -431,13 +431,19 @@ impl Probes {
         };
         let connections = mapped_words(&ebpf, CONNECTIONS, CONNECTION_SETS, size_of::<ConnectionSet>())?;
 
+        let without_exact = "not attached: profile.exact can't be had here, as others of its programs can't";
         let links = &mut self.links;
         let children = if children_known { Some(Children::new(&ebpf)?) } else { None };
         self.statuses = wanted(config)
             .zip(resolved)
             .map(|(probe, found)| {
                 let name = probe.tracepoint;
-                let attached = found.and_then(|_offsets| attach(&mut ebpf, name, &btf));
+                let attached = match found {
+                    Err(reason) => Err(reason),
+                    // They would be called at every wake-up, for nothing.
+                    Ok(_) if is_of_exact_mode(probe) && !exact => Err(without_exact.to_owned()),
+                    Ok(_) => attach(&mut ebpf, name, &btf),
+                };
                 status(name, attached.map(|link| _ = links.insert(name, Link::Tracepoint(link))))
             })
             .collect();
