@@ -425,16 +425,17 @@ fn block(registry: &mut Registry, board: &BoardState) {
             in_flight.get_or_create(&labels).set(block.in_flight);
         }
         for of in &profile.cpu.neighbours {
-            let (kind, neighbour) = of.who.words();
+            let (kind, neighbour) = board.neighbour_names.words(&of.who);
             let labels = OfNeighbour { instance: name.to_string(), kind, neighbour: neighbour.to_owned() };
-            cpu_taken.get_or_create(&labels).set(of.waited_ns as f64 / 1e9 * per_s);
+            // Several may be of one name: the others.
+            cpu_taken.get_or_create(&labels).inc_by(of.waited_ns as f64 / 1e9 * per_s);
         }
         for device in &profile.disk_neighbours {
             for of in &device.others {
-                let (kind, neighbour) = of.who.words();
+                let (kind, neighbour) = board.neighbour_names.words(&of.who);
                 let (instance, device) = (name.to_string(), device.device.clone());
                 let labels = OfDiskNeighbour { instance, device, kind, neighbour: neighbour.to_owned() };
-                disk_taken.get_or_create(&labels).set(of.waited_ns as f64 / 1e9 * per_s);
+                disk_taken.get_or_create(&labels).inc_by(of.waited_ns as f64 / 1e9 * per_s);
             }
         }
         let Some(off) = &profile.cpu.off_cpu else { continue };
