@@ -31,8 +31,8 @@ pub use board::{
 };
 pub use decisions::{DECISIONS_KEPT, Decisions};
 pub use distributions::{Distribution, Distributions, Metric, Span};
-pub use neighbour_names::NeighbourNames;
 pub use moves::{AskedBy, MOVES_KEPT, MoveState, MoveView, MovedKind, Moves, NewMove};
+pub use neighbour_names::NeighbourNames;
 pub use router::{ApiError, router};
 pub(crate) use router::{answering, described, no_instance};
 pub use series::{Series, WINDOWS_KEPT, Window};
