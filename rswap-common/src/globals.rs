@@ -34,6 +34,8 @@ globals! {
     SWITCH_HAS_STATE;
     /// 1: waits for a CPU are measured from when somebody wakes a task; the two programs for that are loaded.
     EXACT;
+    /// Kinds of page faults that are timed: 1: major ones. 2: minor ones, too.
+    FAULT_KINDS;
     /// `task_struct.in_iowait`: the byte that it is in.
     TASK_IN_IOWAIT;
     /// `task_struct.in_iowait`: a mask in that byte.

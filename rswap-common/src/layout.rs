@@ -47,6 +47,10 @@ pub mod map_names {
     pub const NEIGHBOURS: &str = "NEIGHBOURS";
     /// Hash map of [`crate::neighbours::DiskUser`] to [`crate::neighbours::DiskUse`].
     pub const DISK_USERS: &str = "DISK_USERS";
+    /// Array of [`super::FaultRecord`], index by [`super::fault_index`]; can be mapped into memory.
+    pub const FAULTS: &str = "FAULTS";
+    /// Array of words: tasks in page faults -> since when, index by [`crate::tables::fault_place`]; can be mapped into memory.
+    pub const FAULTS_BEGUN: &str = "FAULTS_BEGUN";
     /// Array of one [`super::DeviceTable`]; can be mapped into memory.
     pub const DEVICES: &str = "DEVICES";
     /// Ring buffer of [`super::WrittenRecord`].
@@ -141,7 +145,7 @@ pub struct TcpCounts {
     pub accepted: u64,
     /// Connections that ended, also those of which the beginning was not seen.
     pub closed: u64,
-    /// Connections that ended of which the beginning was seen.
+    /// Connections of which the beginning was seen, and that have ended, or were forgotten for lack of room.
     pub seen: u64,
     /// Connections that it tried to make, without success.
     pub failed: u64,
@@ -193,6 +197,31 @@ impl SlotRecord {
         left_ns: 0,
         off_cpu: [OffCpuCount { ns: 0, times: 0 }; OFF_CPU_KINDS],
     };
+}
+
+/// What a page fault did.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// It waited, for a disk, for swap, or for who serves memory to the program.
+    Major = 0,
+    /// It was served from memory.
+    Minor = 1,
+}
+
+/// What one CPU saw of page faults of one kind of one slot's instance.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultRecord {
+    /// From the beginning to the end, in nanoseconds.
+    pub ns: HistogramRecord,
+    /// Faults of which the beginning was not seen.
+    pub not_timed: u64,
+}
+
+impl FaultRecord {
+    /// One without faults.
+    pub const EMPTY: Self = Self { ns: HistogramRecord::EMPTY, not_timed: 0 };
 }
 
 /// What one shard saw of one slot's instance on one device in one operation.
@@ -284,6 +313,12 @@ pub const fn slot_index(cpu: u32, slot: u32, slots: u32) -> u32 {
     cpu * slots + slot
 }
 
+/// Place of a slot's record of one CPU and kind of fault, with `slots` slots and `kinds` kinds: major ones only, or both.
+#[inline(always)]
+pub const fn fault_index(cpu: u32, slot: u32, slots: u32, kind: FaultKind, kinds: u32) -> u32 {
+    slot_index(cpu, slot, slots) * kinds + kind as u32
+}
+
 /// Place of a slot's record of one shard, device and operation, with `slots` slots. Flushes and discards are rare: they share one shard.
 #[inline(always)]
 pub const fn block_index(shard: u32, slot: u32, slots: u32, device: u32, operation: BlockOperation) -> u32 {
@@ -314,6 +349,7 @@ pub const fn block_shards(cpus: u32) -> u32 {
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
 const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 88 + 16 * OFF_CPU_KINDS);
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);
+const _: () = assert!(size_of::<FaultRecord>() == size_of::<HistogramRecord>() + 8);
 const _: () = assert!(size_of::<UnownedRecord>() == MAX_DEVICES as usize * (UNOWNED_KINDS * 16 + 8));
 
 #[cfg(test)]

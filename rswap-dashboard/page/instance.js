@@ -43,6 +43,7 @@ const LATENCIES = [
   ["block_ns", "Disk requests", nanoseconds],
   ["rtt_us", "TCP round trips", microseconds],
   ["on_cpu_ns", "Time on a core", nanoseconds],
+  ["major_fault_ns", "Page faults that waited", nanoseconds],
 ];
 
 const labels = (view) =>
@@ -104,7 +105,7 @@ function forecasts(view, series) {
 
 function heats(series) {
   if (series.windows.length === 0) return empty("No window has been measured yet.");
-  const shown = LATENCIES.filter(([key]) => series.windows.some((window) => window[key].count > 0));
+  const shown = LATENCIES.filter(([key]) => series.windows.some((window) => window[key]?.count > 0));
   return html`<div class="figures">${shown.map(([key, title, format]) => heatFigure(key, title, format, series))}</div>
     ${without(LATENCIES, shown)}`;
 }

@@ -12,6 +12,7 @@ mod block;
 mod cgroups;
 mod disk_users;
 mod empty;
+mod faults;
 mod kernel;
 mod maps;
 mod neighbours;

@@ -70,7 +70,7 @@ static NEIGHBOURS: Array<NeighbourRecord> = Array::with_max_entries(1, BPF_F_MMA
 pub static DEVICES: Array<DeviceTable> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 #[unsafe(no_mangle)]
-static SLOT_COUNT: Global<u32> = Global::new(0);
+pub static SLOT_COUNT: Global<u32> = Global::new(0);
 
 #[unsafe(no_mangle)]
 static BLOCK_SHARD_MASK: Global<u32> = Global::new(0);

@@ -159,7 +159,7 @@ fn woken(task: KernelPtr) -> i32 {
 }
 
 #[inline(always)]
-fn monotonic_ns() -> u64 {
+pub fn monotonic_ns() -> u64 {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     unsafe { bpf_ktime_get_ns() }
 }
@@ -201,7 +201,7 @@ fn count_others(record: &mut SlotRecord, leavers: &Leavers, queued: u64, now: u6
 
 /// The id of a task's cgroup in the v2 hierarchy (not the one that it is scheduled under: autogroup).
 #[inline(always)]
-fn task_cgroup_id(task: KernelPtr) -> u64 {
+pub fn task_cgroup_id(task: KernelPtr) -> u64 {
     let css_set: KernelPtr = field(task, &TASK_CGROUPS);
     cgroup_id(field(css_set, &CSS_SET_DFL_CGRP))
 }

@@ -8,8 +8,8 @@ use rswap_common::{
     tables::{
         CONNECTION_SETS, ConnectionSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, WAITER_SETS,
         WaiterSet, age_us, connection_set, connection_word, request_set, request_word, same_connection,
-        same_request, same_sleeper, same_waiter, sleeper_set, sleeper_word, submitter_of_word, waited_ns,
-        waiter_set, waiter_word,
+        same_request, same_sleeper, same_waiter, sleeper_set, sleeper_word, slot_of_connection,
+        submitter_of_word, waited_ns, waiter_set, waiter_word,
     },
 };
 
@@ -34,26 +34,29 @@ static CONNECTIONS: Array<ConnectionSet> = Array::with_max_entries(CONNECTION_SE
 /// Words of one set.
 const WAYS: usize = 4;
 
-/// Puts a word into a set, in the place of one that stands for the same.
+/// Puts a word into a set, in the place of one that stands for the same. Answers which one had to go for it, if the set was full; else 0.
 #[inline(always)]
-fn put(set: *mut [u64; WAYS], new: u64, same: impl Fn(u64, u64) -> bool) {
+fn put(set: *mut [u64; WAYS], new: u64, same: impl Fn(u64, u64) -> bool) -> u64 {
     let words = set.cast::<u64>();
-    let mut place = words;
+    let (mut place, mut displaced) = (words, 0);
     let mut way = 0;
     while way < WAYS {
         // SAFETY: the map gave the pointer to a set, and `way` is in it. Other CPUs write words of it: one word is read at once.
         let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
         if same(word, new) {
-            place = at;
+            (place, displaced) = (at, 0);
             break;
         }
         if word == 0 {
-            place = at;
+            (place, displaced) = (at, 0);
+        } else if way == 0 {
+            displaced = word;
         }
         way += 1;
     }
     // SAFETY: as above: a place in the set, and one word is written at once.
     unsafe { place.write_volatile(new) };
+    displaced
 }
 
 /// The word of a set that stands for the same as `wanted`; it is taken out if `take` says so.
@@ -120,17 +123,17 @@ pub fn take_waiter(pid: u32, now_ns: u64) -> Option<u64> {
     Some(waited_ns(word, now_ns))
 }
 
-/// Remembers since when there is a connection; `key` follows from its socket's address alone.
+/// Remembers since when a slot's instance has a connection; `key` follows from its socket's address alone. Answers whose connection is forgotten for it.
 #[inline(always)]
-pub fn remember_connection(key: u64, since_ns: u64) {
-    if let Some(set) = CONNECTIONS.get_ptr_mut(connection_set(key)) {
-        put(set, connection_word(key, since_ns), same_connection);
-    }
+pub fn remember_connection(key: u64, slot: u32, since_ns: u64) -> Option<u32> {
+    let set = CONNECTIONS.get_ptr_mut(connection_set(key))?;
+    let displaced = put(set, connection_word(key, slot, since_ns), same_connection);
+    (displaced != 0).then(|| slot_of_connection(displaced))
 }
 
 /// For how long there was a connection, in microseconds, if it was remembered; it is not any more.
 #[inline(always)]
 pub fn take_connection(key: u64, now_ns: u64) -> Option<u64> {
     let set = CONNECTIONS.get_ptr_mut(connection_set(key))?;
-    Some(age_us(find(set, connection_word(key, 0), same_connection, true)?, now_ns))
+    Some(age_us(find(set, connection_word(key, 0, 0), same_connection, true)?, now_ns))
 }

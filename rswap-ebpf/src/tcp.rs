@@ -124,7 +124,13 @@ fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
     };
     *counted = counted.wrapping_add(1);
     if new == TCP_ESTABLISHED {
-        remember_connection(number_of(sock), now);
+        // Its end will not be seen: it is not open for ever.
+        if let Some(other) = remember_connection(number_of(sock), slot, now)
+            && let Some(record) = slot_record(other)
+        {
+            // SAFETY: as above: this CPU's record.
+            unsafe { (*record).tcp.seen = (*record).tcp.seen.wrapping_add(1) };
+        }
     } else if let Some(life_us) = take_connection(number_of(sock), now) {
         record.tcp.seen = record.tcp.seen.wrapping_add(1);
         count(&mut record.tcp_life_us, life_us);

@@ -164,6 +164,17 @@ fn instances_past_the_slots_are_counted_together_and_get_one_that_becomes_free()
     eprintln!("{one} turns of one, {two} of two");
     assert_eq!((shared.instances, profiler.cgroups_known().instances_without_slot), (2, 2));
     assert!(one > 100 && two > one * 3 / 2 && two < one * 5 / 2, "{one} and {two}");
+    // What was made in one that has no slot of its own is not counted for the others when it goes.
+    let makes_known = profiler
+        .probes()
+        .iter()
+        .all(|probe| !probe.name.starts_with("cgroup_") || probe.state == ProbeState::Active);
+    cgroups[1..].iter().for_each(|cgroup| fs::create_dir(cgroup.0.join("child")).expect("a cgroup"));
+    assert_eq!(profiler.cgroups_known().children, if makes_known { 2 } else { 0 });
+    profiler.untrack(&names[1]);
+    assert_eq!(profiler.cgroups_known().children, u64::from(makes_known));
+    cgroups[1..].iter().for_each(|cgroup| fs::remove_dir(cgroup.0.join("child")).expect("it is empty"));
+    profiler.track(&names[1], &cgroups[1].0).expect("there is always room");
     profiler.untrack(&names[0]);
     profiler.sample(UnixMillis::now());
     thread::sleep(Duration::from_millis(500));

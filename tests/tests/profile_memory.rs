@@ -9,12 +9,12 @@ use std::{
 };
 
 use rswap_agent::{
-    profile::{PageAges, Profile, ProfileConfig, Profiler},
+    profile::{MemoryProfile, PageAges, ProbeState, Profile, ProfileConfig, Profiler, histogram::Histogram},
     units::UnixMillis,
 };
 use rswap_tests::{
-    moves,
-    profiled::{TestCgroup, begin, reap},
+    binary, moves,
+    profiled::{TestCgroup, begin, end, profiler_with, reap},
     reason_to_skip,
 };
 
@@ -24,7 +24,7 @@ const PAGE: u64 = 4096;
 const INTERPRETER: u64 = 12 * MIB;
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Touches what it is told to: a line has the first page, how many pages apart, and how many. Answers each.
+/// Reads or writes what it is told to: a line has the first page, how many pages apart, how many, and whether they are written. Answers each.
 const TOUCHER: &str = r#"
 import mmap, sys
 size, advice = int(sys.argv[1]), int(sys.argv[2])
@@ -33,8 +33,10 @@ memory.madvise(advice)
 for at in range(0, size, 4096): memory[at] = 1
 print("ready", flush=True)
 for line in sys.stdin:
-    first, apart, count = map(int, line.split())
-    for page in range(first, first + apart * count, apart): memory[page * 4096]
+    first, apart, count, write = map(int, line.split())
+    for page in range(first, first + apart * count, apart):
+        if write: memory[page * 4096] = 2
+        else: memory[page * 4096]
     print("done", flush=True)
 "#;
 
@@ -63,8 +65,26 @@ impl Toucher {
     }
 
     fn touch(&mut self, first: u64, apart: u64, count: u64) {
-        writeln!(self.to, "{first} {apart} {count}").expect("it listens");
+        writeln!(self.to, "{first} {apart} {count} 0").expect("it listens");
         self.answer("done");
+    }
+
+    fn write(&mut self, first: u64, apart: u64, count: u64) {
+        writeln!(self.to, "{first} {apart} {count} 1").expect("it listens");
+        self.answer("done");
+    }
+
+    /// Mappings of which writes are noted.
+    fn noted(&self) -> usize {
+        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.child.id())).expect("smaps");
+        smaps.lines().filter(|line| line.starts_with("VmFlags:") && line.contains(" uw")).count()
+    }
+
+    fn huge_bytes(&self) -> u64 {
+        let smaps =
+            std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id())).expect("smaps");
+        let huge = smaps.lines().find_map(|line| line.strip_prefix("AnonHugePages:")).expect("a line");
+        huge.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
     }
 }
 
@@ -80,11 +100,44 @@ fn sample(profiler: &Profiler) -> Profile {
     profiler.sample(UnixMillis::now()).pop().expect("a tracked instance has a profile")
 }
 
+/// One that looks at what is written.
+fn profiler_of_writes(test: &str, sample_mib: u64) -> Option<Profiler> {
+    reason_to_skip(test).is_none().then_some(())?;
+    let config = ProfileConfig {
+        slots: 8,
+        memory_budget: 0.0,
+        written_budget: 0.5,
+        written_sample_mib: sample_mib,
+        ..ProfileConfig::default()
+    };
+    let profiler = Profiler::start(&config);
+    let missing = profiler.probes().into_iter().find_map(|probe| match probe.state {
+        ProbeState::Unavailable { reason } if probe.name == "memory.written_ages" => Some(reason),
+        _ => None,
+    });
+    match missing {
+        Some(reason) => {
+            rswap_tests::skip(test, &reason);
+            None
+        }
+        None => Some(profiler),
+    }
+}
+
 /// Waits for the first count over a span.
 fn ages(profiler: &Profiler, span_s: u64) -> PageAges {
+    counted(profiler, span_s, |memory| memory.ages)
+}
+
+/// The same of what is written.
+fn written_ages(profiler: &Profiler, span_s: u64) -> PageAges {
+    counted(profiler, span_s, |memory| memory.written_ages)
+}
+
+fn counted(profiler: &Profiler, span_s: u64, of: impl Fn(MemoryProfile) -> Option<PageAges>) -> PageAges {
     let deadline = Instant::now() + LIMIT;
     loop {
-        let ages = sample(profiler).memory.ages;
+        let ages = of(sample(profiler).memory);
         if let Some(ages) = ages.filter(|ages| ages.within(span_s).is_some()) {
             return ages;
         }
@@ -143,10 +196,7 @@ fn a_huge_page_is_used_as_a_whole_and_what_is_too_large_is_left_out() {
     let Some(of_small) = profiler(test, 1000) else { return };
     let cgroup = TestCgroup::create();
     let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_HUGEPAGE);
-    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", toucher.child.id())).expect("smaps");
-    let huge = smaps.lines().find_map(|line| line.strip_prefix("AnonHugePages:")).expect("a line");
-    let huge: u64 = huge.trim().trim_end_matches(" kB").parse().expect("a number");
-    if huge << 10 < SIZE - 4 * MIB {
+    if toucher.huge_bytes() < SIZE - 4 * MIB {
         rswap_tests::skip(test, "there are no huge pages here");
         return;
     }
@@ -164,6 +214,106 @@ fn a_huge_page_is_used_as_a_whole_and_what_is_too_large_is_left_out() {
     let seen = ages(&of_none, 1);
     assert_eq!((bytes_within(&seen, 1), seen.left_out_bytes), (0, seen.resident_bytes));
     assert!(seen.left_out_bytes >= SIZE);
+    drop(cgroup);
+    reap(toucher.child);
+}
+
+#[test]
+fn written_ages_are_those_of_the_pages_that_were_written() {
+    const SIZE: u64 = 96 * MIB;
+    let test = "written_ages_are_those_of_the_pages_that_were_written";
+    let Some(profiler) = profiler_of_writes(test, 256) else { return };
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
+    let (first, second, third) = (2 * MIB, 16 * MIB, 8 * MIB);
+    begin(&profiler, &cgroup.0);
+    thread::sleep(Duration::from_millis(300));
+    toucher.write(0, 1, first / PAGE);
+    // What is read is not written.
+    toucher.touch(20_000, 1, 2000);
+    let one = written_ages(&profiler, 1);
+    toucher.write(4096, 1, second / PAGE);
+    let two = written_ages(&profiler, 2);
+    toucher.write(12_288, 2, third / PAGE);
+    let four = written_ages(&profiler, 4);
+    let eight = written_ages(&profiler, 8);
+    eprintln!("{eight:?}\n{:?}\n{:?}", eight.by_age(), profiler.written_ages_cost());
+    for (written, earlier, expected) in [
+        (bytes_within(&one, 1), 0, first),
+        (bytes_within(&two, 2), bytes_within(&one, 1), second),
+        (bytes_within(&four, 4), bytes_within(&two, 2), third),
+        (bytes_within(&eight, 8), bytes_within(&four, 4), 0),
+    ] {
+        let more = written - earlier;
+        // Beside it, what the interpreter itself writes now and then.
+        assert!(more >= expected && more <= expected + MIB, "{more} against {expected}");
+    }
+    let [.., (_, None, old)] = eight.by_age()[..] else { panic!("the oldest have no end") };
+    let unwritten = SIZE - first - second - third;
+    assert!((unwritten..unwritten + 16 * MIB).contains(&old), "{old} against {unwritten}");
+    // The interpreter's files.
+    assert!(eight.left_out_bytes > 0 && eight.left_out_bytes < 16 * MIB, "{}", eight.left_out_bytes);
+    drop(cgroup);
+    reap(toucher.child);
+}
+
+#[test]
+fn of_a_huge_page_what_was_written_counts_and_who_is_left_alone_is_so_at_once() {
+    const SIZE: u64 = 64 * MIB;
+    let test = "of_a_huge_page_what_was_written_counts_and_who_is_left_alone_is_so_at_once";
+    let Some(profiler) = profiler_of_writes(test, 256) else { return };
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_HUGEPAGE);
+    let huge = toucher.huge_bytes();
+    if huge < SIZE - 4 * MIB {
+        rswap_tests::skip(test, "there are no huge pages here");
+        return;
+    }
+    let name = begin(&profiler, &cgroup.0);
+    thread::sleep(Duration::from_millis(300));
+    assert!(toucher.noted() > 0 && toucher.huge_bytes() == huge, "to protect them splits none");
+    // A page in each of eight, with one between.
+    toucher.write(1024, 1024, 8);
+    let seen = written_ages(&profiler, 1);
+    let written = bytes_within(&seen, 1);
+    eprintln!("{seen:?}; {huge} bytes in huge pages, {} afterwards", toucher.huge_bytes());
+    assert!((8 * PAGE..MIB).contains(&written), "{written}");
+    assert!(toucher.huge_bytes() + 9 * (2 * MIB) >= huge, "only those are split that are written");
+    profiler.leave_alone(&name);
+    assert_eq!((toucher.noted(), sample(&profiler).memory.written_ages), (0, None));
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(toucher.noted(), 0);
+    profiler.disturbed(|_| false);
+    written_ages(&profiler, 1);
+    assert!(toucher.noted() > 0);
+    drop(profiler);
+    assert_eq!(toucher.noted(), 0);
+    drop(cgroup);
+    reap(toucher.child);
+}
+
+#[test]
+fn a_sample_tells_about_how_much_of_a_large_instance_was_written() {
+    const SIZE: u64 = 512 * MIB;
+    let test = "a_sample_tells_about_how_much_of_a_large_instance_was_written";
+    let Some(profiler) = profiler_of_writes(test, 128) else { return };
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
+    begin(&profiler, &cgroup.0);
+    thread::sleep(Duration::from_millis(400));
+    toucher.write(0, 1, SIZE / 2 / PAGE);
+    let deadline = Instant::now() + LIMIT;
+    let seen = loop {
+        // Writing so much takes a while.
+        let seen = written_ages(&profiler, 1);
+        let last = *seen.used.last().expect("it was counted");
+        if last.span_s >= 2 || Instant::now() > deadline {
+            break last;
+        }
+        thread::sleep(Duration::from_millis(50));
+    };
+    eprintln!("{seen:?} {:?}", profiler.written_ages_cost());
+    assert!(seen.bytes.abs_diff(SIZE / 2) <= SIZE / 8, "{seen:?}");
     drop(cgroup);
     reap(toucher.child);
 }
@@ -249,6 +399,88 @@ sys.stdin.readline()
     assert!((FILE_PAGES..FILE_PAGES + 100).contains(&faults.major), "{faults:?}");
     let idle = sample(&profiler).memory.faults.expect("they are counted");
     assert!(idle.minor < 10 && idle.major == 0, "{idle:?}");
+    drop(cgroup);
+    reap(child);
+}
+
+/// What a program can't tell from the fault itself: the processor's way into the kernel and back, what the programs of the profile take, and its two looks at the clock.
+const UNSEEN_NS: u64 = 1500;
+
+/// Checks times that were measured against those that a program says, in nanoseconds. Of the longest tenth, some are of what came between its fault and
+/// its look at the clock: it was taken from the CPU there.
+fn are_the_same(kind: &str, found: &Histogram, said: &mut [u64]) {
+    said.sort_unstable();
+    let (sum, usual): (u64, u64) = (said.iter().sum(), said[..said.len() * 9 / 10].iter().sum());
+    eprintln!("{kind}: {} of {} ns; the program: {} of {sum} ns", found.count, found.sum, said.len());
+    for q in [0.1, 0.5, 0.9] {
+        let own = said[(q * said.len() as f64) as usize];
+        let quantile = found.quantile(q).expect("there are some");
+        eprintln!("  q{q}: {quantile} ns; the program: {own} ns");
+        // One bucket is an eighth at most.
+        assert!(quantile <= own + own / 8, "{kind}, q{q}: {quantile} against {own}");
+        assert!(quantile + quantile / 8 + UNSEEN_NS >= own, "{kind}, q{q}: {quantile} against {own}");
+    }
+    assert!(found.sum <= sum + sum / 1000, "{kind}: {} against {sum}", found.sum);
+    assert!(found.sum + UNSEEN_NS * found.count >= usual, "{kind}: {} against {usual}", found.sum);
+}
+
+#[test]
+fn faults_take_as_long_as_the_program_finds_that_they_do() {
+    const MINOR: u64 = 20_000;
+    const MAJOR: u64 = 1_000;
+    let test = "faults_take_as_long_as_the_program_finds_that_they_do";
+    let config = ProfileConfig {
+        slots: 8,
+        minor_faults: true,
+        memory_budget: 0.0,
+        measure_program_cost: true,
+        ..ProfileConfig::default()
+    };
+    let Some(profiler) = profiler_with(test, &["page_fault_user", "page_fault_kernel"], &config) else {
+        return;
+    };
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let path = directory.path().join("data");
+    let mut file = File::create(&path).expect("a file");
+    file.write_all(&vec![7; (MAJOR * PAGE) as usize]).and_then(|()| file.sync_all()).expect("written");
+    let cgroup = TestCgroup::create();
+    let mut command = Command::new(binary("faulter").expect("the program"));
+    command.args([MINOR, MAJOR].map(|count| count.to_string())).arg(&path);
+    let mut child = cgroup.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    let mut to = child.stdin.take().expect("its input");
+    let mut from = BufReader::new(child.stdout.take().expect("its output"));
+    let mut line = || {
+        let mut line = String::new();
+        from.read_line(&mut line).expect("an answer");
+        line
+    };
+    assert_eq!(line().trim(), "ready");
+    let mut numbers = |to: &mut ChildStdin| {
+        writeln!(to).expect("it listens");
+        [(); 3].map(|()| {
+            let said = line();
+            said.split_whitespace().map(|word| word.parse().expect("a number")).collect::<Vec<u64>>()
+        })
+    };
+    // What it does for the first time has faults of its own: on its stack, in its files.
+    numbers(&mut to);
+    begin(&profiler, &cgroup.0);
+    let [mut minor, mut major, of_kernel] = numbers(&mut to);
+    let memory = end(&profiler).memory;
+    let found = memory.fault_latency.expect("it is measured");
+    let found_minor = found.minor_ns.expect("they are timed, too");
+    eprintln!("the kernel: {of_kernel:?}; {:?}; not timed {}", memory.faults, found.not_timed);
+    // Nobody knows beforehand which faults the kernel has to make twice, or finds served by others meanwhile: its own count decides.
+    let near = |found: u64, expected: u64| found.abs_diff(expected) <= expected.div_ceil(1000);
+    // What it says and how has faults, too, and is in the window, but not in its own count.
+    let speech = 300;
+    assert!(near(found.major_ns.count, of_kernel[1]), "{} against {of_kernel:?}", found.major_ns.count);
+    let more = found_minor.count.saturating_sub(of_kernel[0]);
+    assert!(near(found_minor.count - more, of_kernel[0]) && more < speech, "{}", found_minor.count);
+    assert!(of_kernel[0] >= MINOR && near(of_kernel[1], MAJOR), "{of_kernel:?}");
+    assert!(found.not_timed <= (MINOR + MAJOR) / 1000, "{}", found.not_timed);
+    are_the_same("minor", &found_minor, &mut minor);
+    are_the_same("major", &found.major_ns, &mut major);
     drop(cgroup);
     reap(child);
 }

@@ -108,10 +108,17 @@ fn an_instance_that_takes_the_core_is_named_as_one() {
     let (profile, [other_ran, _]) = profile_next_to(&profiler, &instance, &other);
     near(waited_for(&profile, &Who::Instance(name.clone())), other_ran, 0.05);
     assert_eq!(waited_for(&profile, &other.who()), 0.0);
-    // To what is no instance's any more by its end belongs the time before, too.
+    // To what is no instance's any more by the window's end belongs the time before, too.
+    let children = [loops(&instance), loops(&other)];
+    profiler.sample(UnixMillis::now());
+    thread::sleep(Duration::from_secs(1));
     profiler.untrack(&name);
-    let profiles = profiler.sample(UnixMillis::now());
-    assert!(profiles.iter().all(|of| waited_for(&of.cpu, &Who::Instance(name.clone())) == 0.0));
+    let profile = end(&profiler).cpu;
+    eprintln!("{:?}", profile.neighbours);
+    assert_eq!(waited_for(&profile, &Who::Instance(name)), 0.0);
+    assert!(waited_for(&profile, &other.who()) > 0.2 * SECOND_NS, "{:?}", profile.neighbours);
+    drop((instance, other));
+    children.into_iter().for_each(reap);
 }
 
 #[test]

@@ -419,7 +419,8 @@ impl Wiring {
         began: Instant,
     ) {
         let (programs, block) = (self.profiler.program_costs(), self.profiler.host_block());
-        let (ages, cost, probes) = (self.profiler.ages_cost(), self.profiler.cost(), self.profiler.probes());
+        let ages = (self.profiler.ages_cost(), self.profiler.written_ages_cost());
+        let (cost, probes) = (self.profiler.cost(), self.profiler.probes());
         let (cgroups, shared) = (self.profiler.cgroups_known(), self.profiler.shared());
         let mut in_swap = self.cold.shown();
         let kin =
@@ -450,7 +451,8 @@ impl Wiring {
             }
             (board.pools, board.plan, board.programs, board.block) = (pools, plan, programs, block);
             (board.cgroups, board.shared) = (cgroups, shared);
-            (board.memory_ages, board.profile_cost, board.probes) = (ages, cost, probes);
+            (board.memory_ages, board.written_ages) = ages;
+            (board.profile_cost, board.probes) = (cost, probes);
             board.windows += 1;
             board.last_window_work_us = began.elapsed().as_micros() as u64;
         });
@@ -555,6 +557,8 @@ impl Wiring {
         }
         self.show_begin(&order, &to, &stake);
         self.cold.leave(&name);
+        // Its writes can't be noted by two.
+        self.profiler.leave_alone(&name);
         self.moving.insert(name, to.clone());
         moves::spawn(order, to, stake, self.recovery.clone(), &self.config, self.ended.clone());
     }

@@ -7,6 +7,7 @@
 //! Counting walks the page tables. What both take of a core is measured, and nothing is counted while more was taken than the budget gives.
 
 mod scanner;
+mod writes;
 
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use utoipa::ToSchema;
 
 use crate::units::UnixMillis;
 
-pub(super) use scanner::Scanner;
+pub(super) use scanner::{Means, Scanner};
 
 /// The spans, in seconds. Each is twice the one before.
 pub const SPANS_S: [u64; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
@@ -23,14 +24,15 @@ pub const SPANS_S: [u64; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 /// So much of the budget may be saved up: counts come at certain times, not evenly.
 const SAVED: Duration = Duration::from_secs(60);
 
-/// How much of an instance's memory was used how long ago.
+/// How much of an instance's memory was used how long ago; or written, which is said by the same names.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PageAges {
     /// What was used within each span that has been looked at, the shortest first. A longer span never has less.
     pub used: Vec<UsedWithin>,
     /// All of its memory at the last look, counted in the same way. What is in it and in no span was used longer ago.
     pub resident_bytes: u64,
-    /// Of that, memory of processes that are too large to be looked at (`profile.memory_lock_ms`): it is in no span.
+    /// Of that, memory that is not looked at, and in no span: of processes that are too large (`profile.memory_lock_ms`). Where writes are looked at, what
+    /// is of files or shared, or has been mapped since, and processes that can't be stopped for a moment.
     pub left_out_bytes: u64,
     /// When it was looked at last.
     pub at: UnixMillis,
@@ -43,7 +45,7 @@ pub struct UsedWithin {
     pub span_s: u64,
     /// How long it really was, in milliseconds.
     pub within_ms: u64,
-    /// Memory that was used in it at least once, in bytes. Of a huge page, all.
+    /// Memory that was used in it at least once, in bytes. Of a huge page, all; of one that was written, what was written of it.
     pub bytes: u64,
 }
 
@@ -70,7 +72,7 @@ impl PageAges {
 /// What looking at ages costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct AgesCost {
-    /// `profile.memory_budget`: the share of one core that it may take.
+    /// `profile.memory_budget`, or `profile.written_budget`: the share of one core that it may take.
     pub budget_share: f64,
     /// What it took of a core, since the first look.
     pub used_share: f64,

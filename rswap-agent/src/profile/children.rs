@@ -10,7 +10,7 @@ use aya::Ebpf;
 use rswap_common::{
     globals as g,
     layout::{ChildCounts, map_names},
-    tables::{CGROUP_SETS, CgroupSet, slot_of_word},
+    tables::{CGROUP_SETS, CgroupSet, cgroup_of_word, slot_of_word},
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -84,6 +84,11 @@ impl Children {
         while self.words.clear(|word| word != 0 && slot_of_word(word) == slot) > 0 {}
     }
 
+    /// Forgets these of a slot that is others', too; answers how many there were.
+    pub(super) fn forget_these(&self, slot: u32, ids: &BTreeSet<u64>) -> u64 {
+        self.words.clear(|word| slot_of_word(word) == slot && ids.contains(&cgroup_of_word(word)))
+    }
+
     pub(super) fn present(&self) -> u64 {
         self.words.count(|word| word != 0)
     }
@@ -151,6 +156,11 @@ impl Members {
     pub(super) fn contains(&self, id: u64) -> bool {
         [&self.registered, &self.unplaced].into_iter().any(|ids| ids.contains(&id))
             || self.young.contains_key(&id)
+    }
+
+    /// All of them, whoever told of each.
+    pub(super) fn all(&self) -> BTreeSet<u64> {
+        self.registered.iter().chain(self.young.keys()).chain(&self.unplaced).copied().collect()
     }
 
     /// How many found no place.

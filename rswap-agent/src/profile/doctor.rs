@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{
     ProbeState, ProbeStatus, ProfileConfig,
     btf::{KERNEL_BTF, KernelTypes},
-    cgroup, listeners,
+    cgroup, fault_latency, listeners,
     probes::{Probes, SWITCH_STATE},
 };
 use crate::sys;
@@ -66,14 +66,21 @@ pub fn features() -> Vec<Feature> {
     )];
     let types = types.ok();
     // Nothing but loading and attaching them shows that they work; they are detached again at once.
-    let probes = Probes::load(&ProfileConfig { slots: 1, exact: true, ..ProfileConfig::default() }).statuses;
+    let probes = Probes::load(&ProfileConfig {
+        slots: 1,
+        exact: true,
+        minor_faults: true,
+        ..ProfileConfig::default()
+    })
+    .statuses;
     found.push(feature("eBPF typed tracepoints (tp_btf)", typed_tracepoints(&probes), "no eBPF probe loads"));
     for ProbeStatus { name, state } in probes {
         let finding = match state {
             ProbeState::Active => Ok("the program loads and attaches".to_owned()),
             ProbeState::Unavailable { reason } | ProbeState::Dropped { reason } => Err(reason),
         };
-        found.push(feature(&format!("tracepoint {name}"), finding, probe_cost(&name)));
+        let kind = if fault_latency::at_event(&name).is_some() { "software event" } else { "tracepoint" };
+        found.push(feature(&format!("{kind} {name}"), finding, probe_cost(&name)));
     }
     let told = listeners::is_told().map(|()| "tells of sockets that listen".to_owned());
     found.push(feature(
@@ -108,6 +115,9 @@ fn probe_cost(tracepoint: &str) -> &'static str {
         "sock_recv_length" => "no count of TCP bytes received",
         "inet_sock_set_state" => "no count of TCP connections, nor how long they last",
         "tcp_retransmit_skb" => "no count of what TCP sends again",
+        "page_fault_user" | "major_faults" => "how long page faults take is not told",
+        "page_fault_kernel" => "how long page faults in system calls take is not told",
+        "minor_faults" => "profile.minor_faults has no effect",
         _ => "some events are not counted",
     }
 }

@@ -5,10 +5,10 @@
 //! kernel does not take is reported with its reason, and the rest goes on.
 //!
 //! ```text
-//!   sched_switch   block_rq_complete   tcp_probe, sock_*_length
-//!        |                |                    |
-//!        |   cgroup id -> slot, or not counted |
-//!        v                v                    v
+//!   sched_switch   block_rq_complete   tcp_probe, sock_*_length   page_fault_user, perf
+//!        |                |                    |                        |
+//!        |           cgroup id -> slot, or not counted                  |
+//!        v                v                    v                        v
 //!   records per CPU and slot (maps) --mmap--> counters at a window's end, less those at its start
 //!                                                  |
 //!   cpu.stat, *.pressure, /proc/PID/statm ---------+--> Profile
@@ -22,6 +22,7 @@ mod children;
 mod disk_users;
 pub mod doctor;
 mod empty;
+mod fault_latency;
 mod faults;
 pub mod histogram;
 mod listeners;
@@ -45,6 +46,7 @@ pub use cgroup::unified_mount;
 pub use children::CgroupsKnown;
 pub use disk_users::{DeviceNeighbours, DiskNeighbour};
 pub use empty::EmptyProgram;
+pub use fault_latency::FaultLatency;
 pub use faults::Faults;
 pub use neighbours::{CpuNeighbour, Who};
 pub use probes::{ProbeState, ProbeStatus, ProgramCost};
@@ -370,12 +372,18 @@ pub struct MemoryProfile {
     /// Page faults in the window.
     #[serde(default)]
     pub faults: Option<Faults>,
+    /// How long they took; `None` where that is not measured.
+    #[serde(default)]
+    pub fault_latency: Option<FaultLatency>,
     /// Pages in the window that reclaim had taken, and that were fetched again; `None` without the memory controller of cgroup v2.
     #[serde(default)]
     pub refaults: Option<u64>,
     /// How long ago its memory was used; `None` where that is not looked at, or not yet.
     #[serde(default)]
     pub ages: Option<PageAges>,
+    /// How long ago it was written last; `None` where that is not looked at (`profile.written_budget`), or not yet.
+    #[serde(default)]
+    pub written_ages: Option<PageAges>,
 }
 
 #[cfg(test)]

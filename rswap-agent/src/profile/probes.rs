@@ -5,14 +5,17 @@ use std::{collections::BTreeMap, os::fd::OwnedFd};
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData},
-    programs::{BtfTracePoint, tp_btf::BtfTracePointLink},
+    programs::{BtfTracePoint, perf_event::PerfEventLink, tp_btf::BtfTracePointLink},
     sys::{Stats, enable_stats},
 };
 use rswap_common::{
     globals as g,
-    layout::{BlockRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
+    layout::{
+        BlockRecord, FaultRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards,
+        map_names,
+    },
     neighbours::NeighbourRecord,
-    tables::{CONNECTION_SETS, ConnectionSet, WAITER_SETS, WaiterSet},
+    tables::{CONNECTION_SETS, ConnectionSet, FAULT_PLACES, WAITER_SETS, WaiterSet, slot_of_connection},
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -23,6 +26,7 @@ use super::{
     cgroup_table::CgroupTable,
     children::{CHILD_PROBES, Children},
     disk_users::DiskUsers,
+    fault_latency::{self, FAULT_PROBES, MAJOR_FAULTS, MINOR_FAULTS, PAGE_FAULT},
 };
 use crate::sys::bpf_mmap::{BpfRecord, MappedArray, MappedWords};
 
@@ -59,7 +63,7 @@ pub enum ProbeState {
 /// What became of one probe.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ProbeStatus {
-    /// The tracepoint that it sits on.
+    /// The tracepoint or event that it sits on.
     pub name: String,
     /// Whether it counts.
     #[serde(flatten)]
@@ -69,7 +73,7 @@ pub struct ProbeStatus {
 /// What one program has cost so far, from the kernel's own statistics.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ProgramCost {
-    /// The tracepoint that it sits on.
+    /// The tracepoint or event that it sits on.
     pub name: String,
     /// How often it ran while the statistics were on.
     pub runs: u64,
@@ -208,7 +212,18 @@ pub(super) const EXACT: [&str; 4] = [SCHED_SWITCH, SWITCH_STATE, SCHED_WAKING, S
 /// All that the configuration asks for. Those that know cgroups come first: what is made while the others are attached is known.
 fn wanted(config: &ProfileConfig) -> impl Iterator<Item = &'static Probe> + Clone {
     let exact: &[Probe] = if config.exact { &EXACT_PROBES } else { &[] };
-    CHILD_PROBES.iter().chain(&PROBES).chain(exact)
+    CHILD_PROBES.iter().chain(&PROBES).chain(exact).chain(&FAULT_PROBES)
+}
+
+/// The same of programs at software events.
+fn wanted_events(config: &ProfileConfig) -> impl Iterator<Item = &'static str> {
+    [MAJOR_FAULTS].into_iter().chain(config.minor_faults.then_some(MINOR_FAULTS))
+}
+
+/// Holds a program where it is called.
+enum Link {
+    Tracepoint(#[expect(dead_code, reason = "it holds as long as it is kept")] BtfTracePointLink),
+    Event(#[expect(dead_code, reason = "as above, one for each CPU")] Vec<PerfEventLink>),
 }
 
 impl Probe {
@@ -271,12 +286,18 @@ pub(super) struct Maps {
     pub(super) neighbours: MappedArray<NeighbourRecord>,
     /// Who uses disks beside instances.
     pub(super) disk_users: DiskUsers,
+    /// How long page faults took, per CPU, slot and kind.
+    pub(super) faults: MappedArray<FaultRecord>,
     /// Requests that were nobody's, by CPU.
     pub(super) unowned: MappedArray<UnownedRecord>,
     /// Tasks that wait for a CPU, where waits are measured exactly.
     waiters: Option<MappedWords>,
     /// Connections, and since when there are.
     connections: MappedWords,
+    /// Tasks in page faults, and since when.
+    faults_begun: MappedWords,
+    /// Kinds of faults in `faults`.
+    pub(super) fault_kinds: u32,
     /// CPUs in `slots`.
     pub(super) cpus: u32,
     /// Shards in `blocks`.
@@ -288,8 +309,8 @@ pub(super) struct Probes {
     pub(super) statuses: Vec<ProbeStatus>,
     pub(super) maps: Option<Maps>,
     ebpf: Option<Ebpf>,
-    /// What holds each program at its tracepoint.
-    links: BTreeMap<&'static str, BtfTracePointLink>,
+    /// What holds each program at its tracepoint or event.
+    links: BTreeMap<&'static str, Link>,
     flush_log: Option<Box<dyn FnMut() + Send>>,
     /// The kernel measures the programs as long as it is open.
     statistics: Option<OwnedFd>,
@@ -309,7 +330,8 @@ impl Probes {
             this.maps = None;
             this.ebpf = None;
             this.links.clear();
-            this.statuses = wanted(config).map(|probe| status(probe, Err(reason.clone()))).collect();
+            let all = wanted(config).map(|probe| probe.tracepoint).chain(wanted_events(config));
+            this.statuses = all.map(|name| status(name, Err(reason.clone()))).collect();
             let state = ProbeState::Unavailable { reason };
             this.statuses.push(ProbeStatus { name: SWITCH_STATE.to_owned(), state });
         }
@@ -327,7 +349,7 @@ impl Probes {
         // Half of it would be neither.
         let exact = config.exact
             && states.is_ok()
-            && resolved[CHILD_PROBES.len() + PROBES.len()..].iter().all(Result::is_ok);
+            && wanted(config).zip(&resolved).all(|(probe, found)| !is_of_exact_mode(probe) || found.is_ok());
         // A kernel without this flag has no such requests either, as far as could be told.
         let background = types.enumerator("req_flag_bits", "__REQ_BACKGROUND");
         let background = background.and_then(|bit| 1u32.checked_shl(bit)).unwrap_or(0);
@@ -343,6 +365,8 @@ impl Probes {
             wanted(config).zip(&resolved).any(|(probe, found)| probe.tracepoint == name && found.is_ok())
         };
         let by_submitter = resolves(BLOCK_IO_START);
+        let faults_begin = resolves(PAGE_FAULT);
+        let fault_kinds = wanted_events(config).count() as u32;
         let children_known = CHILD_PROBES.iter().all(|probe| resolves(probe.tracepoint));
         let words = [
             (g::SLOT_COUNT, config.slots),
@@ -350,6 +374,7 @@ impl Probes {
             (g::BLOCK_SHARDS_SHARED, (shards < cpus).into()),
             (g::SWITCH_HAS_STATE, states.is_ok().into()),
             (g::EXACT, exact.into()),
+            (g::FAULT_KINDS, fault_kinds),
             (g::RETRANSMIT_HAS_ERROR, retransmit_has_error.into()),
             (g::TASK_IN_IOWAIT_MASK, states.as_ref().map_or(0, |(_, mask)| u32::from(*mask))),
             (g::REQUEST_BACKGROUND, background),
@@ -368,6 +393,7 @@ impl Probes {
         loader.btf(Some(&btf)).override_global(g::AYA_LOG_LEVEL, &log_level, true);
         loader.map_max_entries(map_names::SLOTS, cpus * config.slots);
         loader.map_max_entries(map_names::NEIGHBOURS, cpus * config.slots);
+        loader.map_max_entries(map_names::FAULTS, cpus * config.slots * fault_kinds);
         loader.map_max_entries(map_names::BLOCKS, block_entries);
         loader.map_max_entries(map_names::UNOWNED, cpus);
         loader.map_max_entries(map_names::WAITERS, if exact { WAITER_SETS } else { 1 });
@@ -395,6 +421,8 @@ impl Probes {
         let slots = mapped(&ebpf, map_names::SLOTS, cpus * config.slots)?;
         let blocks = mapped(&ebpf, map_names::BLOCKS, block_entries)?;
         let neighbours = mapped(&ebpf, map_names::NEIGHBOURS, cpus * config.slots)?;
+        let faults = mapped(&ebpf, map_names::FAULTS, cpus * config.slots * fault_kinds)?;
+        let faults_begun = mapped_words(&ebpf, map_names::FAULTS_BEGUN, FAULT_PLACES, size_of::<u64>())?;
         let unowned = mapped(&ebpf, map_names::UNOWNED, cpus)?;
         let waiters = if exact {
             Some(mapped_words(&ebpf, map_names::WAITERS, WAITER_SETS, size_of::<WaiterSet>())?)
@@ -403,15 +431,31 @@ impl Probes {
         };
         let connections = mapped_words(&ebpf, CONNECTIONS, CONNECTION_SETS, size_of::<ConnectionSet>())?;
 
+        let without_exact = "not attached: profile.exact can't be had here, as others of its programs can't";
         let links = &mut self.links;
         let children = if children_known { Some(Children::new(&ebpf)?) } else { None };
         self.statuses = wanted(config)
             .zip(resolved)
             .map(|(probe, found)| {
-                let attached = found.and_then(|_offsets| attach(&mut ebpf, probe.tracepoint, &btf));
-                status(probe, attached.map(|link| _ = links.insert(probe.tracepoint, link)))
+                let name = probe.tracepoint;
+                let attached = match found {
+                    Err(reason) => Err(reason),
+                    // They would be called at every wake-up, for nothing.
+                    Ok(_) if is_of_exact_mode(probe) && !exact => Err(without_exact.to_owned()),
+                    Ok(_) => attach(&mut ebpf, name, &btf),
+                };
+                status(name, attached.map(|link| _ = links.insert(name, Link::Tracepoint(link))))
             })
             .collect();
+        for name in wanted_events(config) {
+            let attached = if faults_begin {
+                fault_latency::attach(&mut ebpf, name, true)
+            } else {
+                Err(format!("without {PAGE_FAULT} it has nothing to time"))
+            };
+            let outcome = attached.map(|all| _ = links.insert(name, Link::Event(all)));
+            self.statuses.push(status(name, outcome));
+        }
         let counts = |name| self.statuses.iter().any(|of| of.name == name && of.state == ProbeState::Active);
         let states = match states {
             Ok(_) if counts(SCHED_SWITCH) => ProbeState::Active,
@@ -433,9 +477,12 @@ impl Probes {
             blocks,
             neighbours,
             disk_users,
+            faults,
             unowned,
             waiters,
             connections,
+            faults_begun,
+            fault_kinds,
             cpus,
             shards,
         });
@@ -503,7 +550,7 @@ impl Probes {
         }
     }
 
-    /// Takes a tier's programs off their tracepoints: they cost nothing any more.
+    /// Takes a tier's programs off their tracepoints and events: they cost nothing any more.
     pub(super) fn drop_tier(&mut self, tier: Tier, reason: &str) {
         self.links.retain(|name, _| Tier::of(name) != Some(tier));
         for status in &mut self.statuses {
@@ -513,7 +560,7 @@ impl Probes {
         }
     }
 
-    /// Whether a tier's programs are off their tracepoints.
+    /// Whether a tier's programs are off their tracepoints and events.
     pub(super) fn is_dropped(&self, tier: Tier) -> bool {
         let dropped = |of: &ProbeStatus| matches!(of.state, ProbeState::Dropped { .. });
         self.statuses.iter().any(|of| Tier::of(&of.name) == Some(tier) && dropped(of))
@@ -529,10 +576,15 @@ impl Probes {
             Tier::of(&of.name) == Some(tier) && matches!(of.state, ProbeState::Dropped { .. })
         };
         for status in self.statuses.iter_mut().filter(|of| is_due(of)) {
-            let Some(probe) = with_program(&status.name) else { continue };
-            status.state = match attach_again(ebpf, probe.tracepoint) {
+            let Some(name) = with_program(&status.name) else { continue };
+            let attached = if fault_latency::at_event(name).is_some() {
+                fault_latency::attach(ebpf, name, false).map(Link::Event)
+            } else {
+                attach_again(ebpf, name).map(Link::Tracepoint)
+            };
+            status.state = match attached {
                 Ok(link) => {
-                    self.links.insert(probe.tracepoint, link);
+                    self.links.insert(name, link);
                     ProbeState::Active
                 }
                 Err(reason) => ProbeState::Unavailable { reason },
@@ -548,11 +600,17 @@ impl Probes {
 }
 
 impl Maps {
+    /// Connections of a slot, which is another instance's from then on.
+    pub(super) fn forget_connections(&self, slot: u32) {
+        self.connections.clear(|word| word != 0 && slot_of_connection(word) == slot);
+    }
+
     /// What began before a tier's programs were taken away: they have not seen how it went on.
     fn forget_begun(&self, tier: Tier) {
         let words = match tier {
             Tier::Scheduler => self.waiters.as_ref(),
             Tier::Tcp => Some(&self.connections),
+            Tier::Faults => Some(&self.faults_begun),
             Tier::Block => None,
         };
         if let Some(words) = words {
@@ -562,8 +620,13 @@ impl Maps {
 }
 
 /// What is in a tier and a program of its own.
-fn with_program(name: &str) -> Option<&'static Probe> {
-    PROBES.iter().chain(&EXACT_PROBES).find(|probe| probe.tracepoint == name)
+fn with_program(name: &str) -> Option<&'static str> {
+    let all = PROBES.iter().chain(&EXACT_PROBES).chain(&FAULT_PROBES).map(|probe| probe.tracepoint);
+    all.chain(fault_latency::at_event(name)).find(|found| *found == name)
+}
+
+fn is_of_exact_mode(probe: &Probe) -> bool {
+    EXACT_PROBES.iter().any(|of| of.tracepoint == probe.tracepoint)
 }
 
 /// Maps a table of sets, each of so many bytes, into memory.
@@ -627,12 +690,12 @@ fn log_reader(ebpf: &mut Ebpf) -> Option<Box<dyn FnMut() + Send>> {
     }
 }
 
-fn status(probe: &Probe, outcome: Result<(), String>) -> ProbeStatus {
+fn status(name: &str, outcome: Result<(), String>) -> ProbeStatus {
     let state = match outcome {
         Ok(()) => ProbeState::Active,
         Err(reason) => ProbeState::Unavailable { reason },
     };
-    ProbeStatus { name: probe.tracepoint.to_owned(), state }
+    ProbeStatus { name: name.to_owned(), state }
 }
 
 /// An error with its causes. Of a verifier's log, which goes to the debug log whole, the last lines say why.
@@ -657,9 +720,10 @@ mod tests {
 
     #[test]
     fn what_a_tier_loses_is_found_again() {
-        let all = PROBES.iter().chain(&EXACT_PROBES).map(|probe| probe.tracepoint);
-        for name in all.filter(|name| Tier::of(name).is_some()) {
-            assert_eq!(with_program(name).map(|probe| probe.tracepoint), Some(name));
+        let all = PROBES.iter().chain(&EXACT_PROBES).chain(&FAULT_PROBES).map(|probe| probe.tracepoint);
+        for name in all.filter(|name| Tier::of(name).is_some()).chain([MAJOR_FAULTS, MINOR_FAULTS]) {
+            assert_eq!(with_program(name), Some(name));
+            assert!(Tier::of(name).is_some());
         }
         assert!(EXACT.iter().all(|name| *name == SWITCH_STATE || with_program(name).is_some()));
         assert!(with_program(SWITCH_STATE).is_none() && Tier::of(SWITCH_STATE) == Some(Tier::Scheduler));
@@ -667,7 +731,12 @@ mod tests {
 
     #[test]
     fn a_tier_that_returns_has_all_of_its_programs_again() {
-        let mut probes = Probes::load(&ProfileConfig { slots: 1, exact: true, ..ProfileConfig::default() });
+        let mut probes = Probes::load(&ProfileConfig {
+            slots: 1,
+            exact: true,
+            minor_faults: true,
+            ..ProfileConfig::default()
+        });
         if probes.maps.is_none() {
             eprintln!("not tested: {:?}", probes.statuses);
             return;

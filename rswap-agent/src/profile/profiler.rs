@@ -15,10 +15,12 @@ use utoipa::ToSchema;
 use super::{
     AgesCost, BlockProfile, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus, Profile,
     ProfileCost, ProfileError, ProgramCost, TcpProfile,
-    ages::Scanner,
+    ages::{Means, Scanner},
     cgroup,
     children::{CgroupsKnown, Children, Members},
-    disk_users, faults,
+    disk_users,
+    fault_latency::{MAJOR_FAULTS, PAGE_FAULT},
+    faults,
     listeners::Listeners,
     neighbours::{self, Names},
     probes::{EXACT, Probes, SWITCH_STATE},
@@ -31,12 +33,14 @@ use crate::{instance::InstanceName, units::UnixMillis};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProfileConfig {
-    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 5 KiB of
+    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 6 KiB of
     /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside.
     pub slots: u32,
     /// Whether waits for a CPU are measured from when a thread is woken, or has to give way, at each of them: dearer than the kernel's own times, and with
     /// what an idle CPU takes.
     pub exact: bool,
+    /// Whether minor page faults are timed beside major ones: dear for programs that have many.
+    pub minor_faults: bool,
     /// Cgroups in an instance's own that live for less than so many seconds are left to an eBPF program, which counts them as the instance's from their first
     /// moment on. Where the kernel does not take it, they are known at the window's end.
     pub short_lived_s: u64,
@@ -52,6 +56,12 @@ pub struct ProfileConfig {
     /// Share of one core that looking at the ages of memory may take; it is done less often where it would take more. 0: not done.
     #[serde(deserialize_with = "share")]
     pub memory_budget: f64,
+    /// Share of one core that looking at what is written may take, and when. 0: not done, as it stops processes for a moment every few minutes, and splits huge
+    /// pages that are written.
+    #[serde(deserialize_with = "share")]
+    pub written_budget: f64,
+    /// Of about so many MiB of an instance's memory writes are noted, and told of as many times as there is.
+    pub written_sample_mib: u64,
     /// Memory of processes that would be kept from mapping any for longer than so many milliseconds is left out of the ages.
     pub memory_lock_ms: u64,
 }
@@ -61,12 +71,15 @@ impl Default for ProfileConfig {
         Self {
             slots: MAX_SLOTS - 1,
             exact: false,
+            minor_faults: false,
             short_lived_s: 2,
             debug_programs: false,
             measure_program_cost: false,
             budget: 0.25,
             budget_retry_s: 60,
             memory_budget: 0.01,
+            written_budget: 0.0,
+            written_sample_mib: 256,
             memory_lock_ms: 20,
         }
     }
@@ -78,10 +91,14 @@ pub struct Profiler {
     state: Mutex<State>,
     /// Looks at ages, or why nobody does.
     ages: Result<Scanner, String>,
+    /// Looks at what is written, or why nobody does.
+    written_ages: Result<Scanner, String>,
 }
 
 /// What looking at ages is called among the probes.
 const AGES: &str = "memory.ages";
+/// What looking at writes is called among them.
+const WRITTEN_AGES: &str = "memory.written_ages";
 
 struct State {
     probes: Probes,
@@ -175,19 +192,28 @@ impl Profiler {
             slots,
         };
         state.look_for_devices();
-        let ages = Scanner::start(config.memory_budget, Duration::from_millis(config.memory_lock_ms));
-        Self { config, state: Mutex::new(state), ages }
+        let marks = Means::Marks { lock_limit: Duration::from_millis(config.memory_lock_ms) };
+        let writes = Means::Writes { sample_bytes: config.written_sample_mib.saturating_mul(1 << 20) };
+        let ages = Scanner::start(config.memory_budget, marks);
+        let written_ages = Scanner::start(config.written_budget, writes);
+        Self { config, state: Mutex::new(state), ages, written_ages }
     }
 
     /// What became of each probe.
     pub fn probes(&self) -> Vec<ProbeStatus> {
         let mut all = self.lock().probes.statuses.clone();
-        let state = match &self.ages {
-            Ok(_) => ProbeState::Active,
-            Err(reason) => ProbeState::Unavailable { reason: reason.clone() },
-        };
-        all.push(ProbeStatus { name: AGES.to_owned(), state });
+        for (name, scanner) in [(AGES, &self.ages), (WRITTEN_AGES, &self.written_ages)] {
+            let state = match scanner {
+                Ok(_) => ProbeState::Active,
+                Err(reason) => ProbeState::Unavailable { reason: reason.clone() },
+            };
+            all.push(ProbeStatus { name: name.to_owned(), state });
+        }
         all
+    }
+
+    fn scanners(&self) -> impl Iterator<Item = &Scanner> {
+        [&self.ages, &self.written_ages].into_iter().flatten()
     }
 
     /// What looking at the ages of memory costs; nothing where that is not done.
@@ -195,11 +221,19 @@ impl Profiler {
         self.ages.as_ref().ok().map(Scanner::cost)
     }
 
-    /// Ages of these are not looked at for now: somebody else reads their memory, which looks as if they used it.
+    /// The same of what is written.
+    pub fn written_ages_cost(&self) -> Option<AgesCost> {
+        self.written_ages.as_ref().ok().map(Scanner::cost)
+    }
+
+    /// Ages of these are not looked at for now: somebody else reads their memory, which looks as if they used it, and notes their writes himself.
     pub fn disturbed(&self, is_disturbed: impl Fn(&InstanceName) -> bool) {
-        if let Ok(ages) = &self.ages {
-            ages.disturbed(is_disturbed);
-        }
+        self.scanners().for_each(|scanner| scanner.disturbed(&is_disturbed));
+    }
+
+    /// The same of one, at once: when this returns, nothing of the profile's is in its way any more.
+    pub fn leave_alone(&self, name: &InstanceName) {
+        self.scanners().for_each(|scanner| scanner.leave_alone(name));
     }
 
     /// Begins to profile an instance; its window begins with the next [`Self::sample`]. Past
@@ -241,18 +275,14 @@ impl Profiler {
             state.forget(name);
             return Err(error);
         }
-        if let Ok(ages) = &self.ages {
-            ages.track(name, cgroup);
-        }
+        self.scanners().for_each(|scanner| scanner.track(name, cgroup));
         Ok(())
     }
 
     /// Stops profiling an instance; nothing happens if it is not tracked.
     pub fn untrack(&self, name: &InstanceName) {
         self.lock().forget(name);
-        if let Ok(ages) = &self.ages {
-            ages.untrack(name);
-        }
+        self.scanners().for_each(|scanner| scanner.untrack(name));
     }
 
     /// What the write tracker measured for an instance, in bytes per second; `None` when it no longer tracks.
@@ -273,9 +303,10 @@ impl Profiler {
         state.look_at_listeners(now);
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
-        let ages = |name: &InstanceName| self.ages.as_ref().ok()?.ages(name);
+        let ages = |of: &Result<Scanner, String>, name: &InstanceName| of.as_ref().ok()?.ages(name);
         let with_ages = |mut profile: Profile| {
-            profile.memory.ages = ages(&profile.instance);
+            profile.memory.ages = ages(&self.ages, &profile.instance);
+            profile.memory.written_ages = ages(&self.written_ages, &profile.instance);
             profile
         };
         let mut profiles: Vec<Profile> = sampled.map(with_ages).collect();
@@ -463,10 +494,23 @@ impl State {
         for id in tracked.members.registered() {
             maps.cgroups.remove(*id);
         }
+        if tracked.slot.is_none()
+            && let Some(children) = &maps.children
+        {
+            let ids = || {
+                // Of a cgroup that has gone, nothing is made in any more.
+                let mut all = cgroup::ids(&tracked.cgroup).unwrap_or_default();
+                all.extend(tracked.members.all());
+                all
+            };
+            // As in `Children::forget`.
+            while children.forget_these(self.slots - 1, &ids()) > 0 {}
+        }
         if let Some(slot) = tracked.slot {
             if let Some(children) = &maps.children {
                 children.forget(slot);
             }
+            maps.forget_connections(slot);
             self.free.give_back(slot);
         }
     }
@@ -599,8 +643,10 @@ impl State {
                 dirty_bytes_per_s: tracked.dirty_bytes_per_s,
                 pressure_some: share(reading.memory_pressure_us, last.memory_pressure_us),
                 faults: faults.map(|(faults, _)| faults),
+                fault_latency: None,
                 refaults: faults.and_then(|(_, refaults)| refaults),
                 ages: None,
+                written_ages: None,
             },
         };
         if let (Some(earlier), Some(later)) = (&last.counters, &reading.counters) {
@@ -632,6 +678,8 @@ impl State {
             if is_here(&self.probes, Tier::Block) {
                 profile.block = later.block_since(earlier, &self.devices, window_ms);
             }
+            let timed = self.probes.are_active(&[PAGE_FAULT, MAJOR_FAULTS]);
+            profile.memory.fault_latency = timed.then(|| later.faults.since(&earlier.faults));
             profile.block_counted = self.probes.are_active(&["block_rq_complete"]);
             profile.tcp_counted = self.probes.are_active(&["sock_send_length", "sock_recv_length"]);
         }

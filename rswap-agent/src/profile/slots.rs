@@ -14,6 +14,7 @@ use rswap_common::layout::{
 use super::{
     BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpConnections, TcpProfile,
     UnownedBlock,
+    fault_latency::FaultCounts,
     histogram::{Counts, Histogram, add_record},
     neighbours::Waits,
     probes::Maps,
@@ -52,6 +53,8 @@ pub(super) struct Counters {
     off_cpu: [OffCpuCount; OFF_CPU_KINDS],
     /// For whom it waited.
     pub(super) waits: Waits,
+    /// How long page faults took.
+    pub(super) faults: FaultCounts,
     /// By their place, ascending; those that have counted anything.
     blocks: Vec<Block>,
 }
@@ -143,6 +146,7 @@ impl Counters {
             cpus,
             off_cpu: total.off_cpu,
             waits: Waits::read(maps, slots, slot),
+            faults: FaultCounts::read(maps, slots, slot),
             blocks,
         }
     }
@@ -385,6 +389,7 @@ mod tests {
             cpus: Vec::new(),
             off_cpu: SlotRecord::EMPTY.off_cpu,
             waits: Waits::default(),
+            faults: FaultCounts::default(),
             blocks: blocks.iter().map(block).collect(),
         }
     }

@@ -33,18 +33,21 @@ pub enum Tier {
     Block,
     /// TCP.
     Tcp,
+    /// How long page faults take.
+    Faults,
 }
 
 impl Tier {
     /// The most important first.
-    pub const ALL: [Self; 3] = [Self::Scheduler, Self::Block, Self::Tcp];
+    pub const ALL: [Self; 4] = [Self::Scheduler, Self::Block, Self::Tcp, Self::Faults];
 
-    /// Whose the program at a tracepoint is; `None`: it is never dropped.
+    /// Whose the program at a tracepoint or event is; `None`: it is never dropped.
     pub(super) fn of(tracepoint: &str) -> Option<Self> {
         match tracepoint.split('_').next()? {
             "sched" => Some(Self::Scheduler),
             "block" => Some(Self::Block),
             "tcp" | "sock" | "inet" => Some(Self::Tcp),
+            "page" | "major" | "minor" => Some(Self::Faults),
             _ => None,
         }
     }
@@ -55,6 +58,7 @@ impl Tier {
             Self::Scheduler => "scheduler",
             Self::Block => "block",
             Self::Tcp => "tcp",
+            Self::Faults => "faults",
         }
     }
 }

@@ -9,7 +9,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Decisions, Distributions, Moves, Series, decisions::kept_whole, series::windows_kept};
+use super::{
+    Decisions, Distributions, Moves, NeighbourNames, Series, decisions::kept_whole, series::windows_kept,
+};
 use crate::{
     forecast::{Demand, Kin, Usage},
     instance::{Instance, InstanceName},
@@ -215,6 +217,8 @@ pub struct BoardState {
     pub profile_cost: ProfileCost,
     /// What looking at the ages of memory costs; `None` where that is not done.
     pub memory_ages: Option<AgesCost>,
+    /// The same of what is written.
+    pub written_ages: Option<AgesCost>,
     /// Block I/O that is in no instance's profile.
     pub block: HostBlock,
     /// Instances by name.
@@ -231,6 +235,8 @@ pub struct BoardState {
     pub series: BTreeMap<InstanceName, Series>,
     /// How long things took instances over more than a window.
     pub distributions: BTreeMap<InstanceName, Distributions>,
+    /// Cgroups beside instances that are called by their names in metrics.
+    pub neighbour_names: NeighbourNames,
     /// Migrations, oldest first.
     pub migrations: VecDeque<MigrationView>,
     /// Moves of every kind.
@@ -257,6 +263,7 @@ impl BoardState {
     /// Keeps what was used in a window, next to what was shown of it before.
     pub fn keep_window(&mut self, profile: &Profile, usage: &Usage, demand: Option<&Demand>) {
         let keep = windows_kept(self.instances.len());
+        self.neighbour_names.note(profile);
         if self.instances.contains_key(&profile.instance) {
             self.series.entry(profile.instance.clone()).or_default().record(profile, usage, demand, keep);
             self.distributions.entry(profile.instance.clone()).or_default().record(profile);

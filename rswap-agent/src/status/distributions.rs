@@ -37,6 +37,10 @@ pub enum Metric {
     TcpRttUs,
     /// How long TCP connections lasted that ended, in microseconds.
     TcpLifeUs,
+    /// Page faults that waited, in nanoseconds.
+    MajorFaultNs,
+    /// Page faults served from memory, in nanoseconds, where `profile.minor_faults` is on.
+    MinorFaultNs,
 }
 
 /// The spans that are kept beside the last window.
@@ -78,6 +82,7 @@ pub struct Distribution {
 #[derive(Clone, Debug, Default)]
 pub struct Distributions {
     of: BTreeMap<Metric, Kept>,
+    listen_drops: Option<u64>,
 }
 
 /// A metric's samples, each kept once: a part of a minute is added to the hour's and to the total when it is full.
@@ -212,6 +217,9 @@ impl Kept {
 impl Distributions {
     /// Takes in a window.
     pub fn record(&mut self, profile: &Profile) {
+        if let Some(dropped) = profile.tcp.listen_drops {
+            *self.listen_drops.get_or_insert_default() += dropped;
+        }
         for kept in self.of.values_mut() {
             kept.last = Packed::default();
             kept.go_on_to(profile.at);
@@ -221,6 +229,10 @@ impl Distributions {
         self.add(profile.at, Metric::TcpRttUs, &profile.tcp.rtt_us);
         if let Some(connections) = &profile.tcp.connections {
             self.add(profile.at, Metric::TcpLifeUs, &connections.life_us);
+        }
+        if let Some(faults) = &profile.memory.fault_latency {
+            self.add(profile.at, Metric::MajorFaultNs, &faults.major_ns);
+            faults.minor_ns.iter().for_each(|minor| self.add(profile.at, Metric::MinorFaultNs, minor));
         }
         for block in &profile.block {
             let (device, operation) = (block.device.clone(), block.operation);
@@ -254,6 +266,11 @@ impl Distributions {
     /// Everything since the instance is shown.
     pub fn totals(&self) -> impl Iterator<Item = (&Metric, Histogram)> {
         self.of.iter().map(|(metric, kept)| (metric, kept.total()))
+    }
+
+    /// Connections to it that were dropped since it is shown; `None` if that was never known.
+    pub fn listen_drops(&self) -> Option<u64> {
+        self.listen_drops
     }
 
     /// What it takes of memory, in bytes, as far as it grows with the samples.
@@ -327,6 +344,19 @@ mod tests {
         // Back by an hour.
         kept.record(&profile(100_000 + 400, &[3]));
         assert_eq!(waits(&kept).unwrap().minute.sum, 3);
+    }
+
+    #[test]
+    fn dropped_connections_are_added_up_where_they_are_known() {
+        let mut kept = Distributions::default();
+        kept.record(&profile(1, &[]));
+        assert_eq!(kept.listen_drops(), None);
+        for (second, dropped) in [(2, Some(0)), (3, None), (4, Some(7)), (5, Some(2))] {
+            let mut seen = profile(second, &[]);
+            seen.tcp.listen_drops = dropped;
+            kept.record(&seen);
+        }
+        assert_eq!(kept.listen_drops(), Some(9));
     }
 
     #[test]

@@ -234,6 +234,10 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
         let help = "Share of a core that looking at the ages of memory takes";
         registry.register("memory_ages_core_share", help, float(ages.used_share));
     }
+    if let Some(ages) = board.written_ages {
+        let help = "Share of a core that looking at what is written takes";
+        registry.register("written_ages_core_share", help, float(ages.used_share));
+    }
 }
 
 fn instances(registry: &mut Registry, board: &BoardState) {
@@ -241,7 +245,7 @@ fn instances(registry: &mut Registry, board: &BoardState) {
     let resident = Family::<OfInstance, FloatGauge>::default();
     let queue_mean = Family::<OfInstance, FloatGauge>::default();
     let need = Family::<Forecast, FloatGauge>::default();
-    let [io, io_latency, net_in, net_out, connections, opened, retransmits, listen_drops] =
+    let [io, io_latency, net_in, net_out, connections, opened, retransmits] =
         std::array::from_fn(|_| Family::<OfInstance, FloatGauge>::default());
     for (name, view) in &board.instances {
         let of = OfInstance { instance: name.to_string() };
@@ -260,7 +264,6 @@ fn instances(registry: &mut Registry, board: &BoardState) {
             set(&connections, tcp.connections.as_ref().map(|of| of.open as f64));
             set(&opened, tcp.connections.as_ref().map(|of| per_s(of.opened + of.accepted)));
             set(&retransmits, tcp.retransmits.map(per_s));
-            set(&listen_drops, tcp.listen_drops.map(per_s));
             let queue = &profile.cpu.run_queue_ns;
             if queue.count > 0 {
                 queue_mean.get_or_create(&of).set(queue.sum as f64 / queue.count as f64 / 1e9);
@@ -299,11 +302,6 @@ fn instances(registry: &mut Registry, board: &BoardState) {
         ("instance_tcp_connections", "TCP connections that began while it was profiled, now", connections),
         ("instance_tcp_connections_per_second", "TCP connections begun in the last window", opened),
         ("instance_tcp_retransmits_per_second", "What TCP sent again in the last window", retransmits),
-        (
-            "instance_tcp_listen_drops_per_second",
-            "Connections dropped before they were accepted",
-            listen_drops,
-        ),
     ] {
         registry.register(name, help, family);
     }
@@ -322,10 +320,16 @@ fn instances(registry: &mut Registry, board: &BoardState) {
 
 /// Since the instance is shown: Prometheus takes differences, over whatever time.
 fn distributions(registry: &mut Registry, board: &BoardState) {
-    let [mut waits, mut turns, mut round_trips, mut lives] = std::array::from_fn(|_| Vec::new());
+    let [mut waits, mut turns, mut round_trips, mut lives, mut major, mut minor] =
+        std::array::from_fn(|_| Vec::new());
     let (mut on_device, mut in_queue) = (Vec::new(), Vec::new());
+    // They are looked at every few windows: a rate over the last one would tell nothing.
+    let listen_drops = Family::<OfInstance, Counter>::default();
     for (name, of) in &board.distributions {
         let own = || OfInstance { instance: name.to_string() };
+        if let Some(dropped) = of.listen_drops() {
+            listen_drops.get_or_create(&own()).inner().store(dropped, Relaxed);
+        }
         for (metric, total) in of.totals() {
             let block = |device: &String, operation: crate::profile::Operation| OfBlock {
                 instance: name.to_string(),
@@ -337,6 +341,8 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
                 Metric::OnCpuNs => turns.push((own(), total)),
                 Metric::TcpRttUs => round_trips.push((own(), total)),
                 Metric::TcpLifeUs => lives.push((own(), total)),
+                Metric::MajorFaultNs => major.push((own(), total)),
+                Metric::MinorFaultNs => minor.push((own(), total)),
                 Metric::BlockDeviceNs { device, operation } => {
                     on_device.push((block(device, *operation), total))
                 }
@@ -346,11 +352,15 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
             }
         }
     }
+    let help = "Connections dropped before they were accepted, since the instance is shown";
+    registry.register("instance_tcp_listen_drops", help, listen_drops);
     for (name, help, of, per_second) in [
         ("instance_run_queue", "Time from runnable to running", waits, 1e9),
         ("instance_on_cpu", "Time on a CPU between two switches", turns, 1e9),
         ("instance_tcp_rtt", "Smoothed TCP round trips, one sample per segment received", round_trips, 1e6),
         ("instance_tcp_life", "How long TCP connections lasted", lives, 1e6),
+        ("instance_major_fault", "How long page faults took that waited", major, 1e9),
+        ("instance_minor_fault", "How long page faults took that were served from memory", minor, 1e9),
     ] {
         registry.register_with_unit(name, help, Unit::Seconds, Histograms { of, per_second });
     }
@@ -364,15 +374,17 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
 
 /// Memory beside how much of it there is.
 fn memory(registry: &mut Registry, board: &BoardState) {
-    let used = Family::<UsedWithin, FloatGauge>::default();
+    let [used, written] = std::array::from_fn(|_| Family::<UsedWithin, FloatGauge>::default());
     let faults = Family::<OfFaults, FloatGauge>::default();
     let refaults = Family::<OfInstance, FloatGauge>::default();
     for (name, view) in &board.instances {
         let Some(profile) = &view.profile else { continue };
         let per_s = 1e3 / profile.window_ms.max(1) as f64;
-        for of in profile.memory.ages.iter().flat_map(|ages| &ages.used) {
-            let labels = UsedWithin { instance: name.to_string(), span_s: of.span_s };
-            used.get_or_create(&labels).set(of.bytes as f64);
+        for (family, ages) in [(&used, &profile.memory.ages), (&written, &profile.memory.written_ages)] {
+            for of in ages.iter().flat_map(|ages| &ages.used) {
+                let labels = UsedWithin { instance: name.to_string(), span_s: of.span_s };
+                family.get_or_create(&labels).set(of.bytes as f64);
+            }
         }
         if let Some(seen) = profile.memory.faults {
             for (kind, count) in [("minor", seen.minor), ("major", seen.major)] {
@@ -387,6 +399,8 @@ fn memory(registry: &mut Registry, board: &BoardState) {
     }
     let help = "Memory that was used at least once within so many seconds";
     registry.register_with_unit("instance_working_set", help, Unit::Bytes, used);
+    let help = "Memory of the instance's own that was written at least once within so many seconds";
+    registry.register_with_unit("instance_write_set", help, Unit::Bytes, written);
     registry.register("instance_page_faults_per_second", "Page faults in the last window", faults);
     let help = "Pages fetched again in the last window that reclaim had taken";
     registry.register("instance_refaults_per_second", help, refaults);
@@ -411,16 +425,17 @@ fn block(registry: &mut Registry, board: &BoardState) {
             in_flight.get_or_create(&labels).set(block.in_flight);
         }
         for of in &profile.cpu.neighbours {
-            let (kind, neighbour) = of.who.words();
+            let (kind, neighbour) = board.neighbour_names.words(&of.who);
             let labels = OfNeighbour { instance: name.to_string(), kind, neighbour: neighbour.to_owned() };
-            cpu_taken.get_or_create(&labels).set(of.waited_ns as f64 / 1e9 * per_s);
+            // Several may be of one name: the others.
+            cpu_taken.get_or_create(&labels).inc_by(of.waited_ns as f64 / 1e9 * per_s);
         }
         for device in &profile.disk_neighbours {
             for of in &device.others {
-                let (kind, neighbour) = of.who.words();
+                let (kind, neighbour) = board.neighbour_names.words(&of.who);
                 let (instance, device) = (name.to_string(), device.device.clone());
                 let labels = OfDiskNeighbour { instance, device, kind, neighbour: neighbour.to_owned() };
-                disk_taken.get_or_create(&labels).set(of.waited_ns as f64 / 1e9 * per_s);
+                disk_taken.get_or_create(&labels).inc_by(of.waited_ns as f64 / 1e9 * per_s);
             }
         }
         let Some(off) = &profile.cpu.off_cpu else { continue };

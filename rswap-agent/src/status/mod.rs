@@ -9,6 +9,7 @@ mod decisions;
 mod distributions;
 mod metrics;
 mod moves;
+mod neighbour_names;
 mod router;
 mod series;
 mod views;
@@ -31,6 +32,7 @@ pub use board::{
 pub use decisions::{DECISIONS_KEPT, Decisions};
 pub use distributions::{Distribution, Distributions, Metric, Span};
 pub use moves::{AskedBy, MOVES_KEPT, MoveState, MoveView, MovedKind, Moves, NewMove};
+pub use neighbour_names::NeighbourNames;
 pub use router::{ApiError, router};
 pub(crate) use router::{answering, described, no_instance};
 pub use series::{Series, WINDOWS_KEPT, Window};

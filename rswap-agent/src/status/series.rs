@@ -58,6 +58,9 @@ pub struct Latencies {
     pub block_ns: Spread,
     /// Smoothed TCP round trips, in microseconds.
     pub rtt_us: Spread,
+    /// Page faults that waited, in nanoseconds.
+    #[serde(default)]
+    pub major_fault_ns: Spread,
 }
 
 impl Latencies {
@@ -67,6 +70,9 @@ impl Latencies {
             on_cpu_ns: Spread::of(&profile.cpu.on_cpu_ns),
             block_ns: Spread::of(&profile.io_latency_ns()),
             rtt_us: Spread::of(&profile.tcp.rtt_us),
+            major_fault_ns: (profile.memory.fault_latency.as_ref())
+                .map(|of| Spread::of(&of.major_ns))
+                .unwrap_or_default(),
         }
     }
 }

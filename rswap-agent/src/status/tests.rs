@@ -185,6 +185,7 @@ fn show_a_profile(board: &mut BoardState) {
                 ..Default::default()
             }),
             retransmits: Some(4),
+            listen_drops: Some(5),
             ..Default::default()
         },
         tcp_counted: true,
@@ -248,6 +249,7 @@ async fn exposes_metrics() {
         "rswap_instance_tcp_connections{instance=\"db\"} 3.0",
         "rswap_instance_tcp_connections_per_second{instance=\"db\"} 2.0",
         "rswap_instance_tcp_retransmits_per_second{instance=\"db\"} 4.0",
+        "rswap_instance_tcp_listen_drops_total{instance=\"db\"} 5",
         "rswap_instance_tcp_life_seconds_sum{instance=\"db\"} 1.5",
         "rswap_instance_disk_taken_by{instance=\"db\",device=\"8:0\",kind=\"kernel_threads\",neighbour=\"\"} 2.0",
     ] {

@@ -65,6 +65,8 @@ pub(super) struct Status {
     profile_cost: ProfileCost,
     /// What looking at the ages of memory costs.
     memory_ages: Option<AgesCost>,
+    /// The same of what is written.
+    written_ages: Option<AgesCost>,
     /// Block I/O that is in no instance's profile.
     block: HostBlock,
 }
@@ -97,6 +99,7 @@ impl Status {
             without_slot: board.shared.clone(),
             profile_cost: board.profile_cost.clone(),
             memory_ages: board.memory_ages,
+            written_ages: board.written_ages,
             block: board.block.clone(),
         }
     }

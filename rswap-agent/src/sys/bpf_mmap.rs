@@ -12,7 +12,7 @@ use std::{
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use rswap_common::{
-    layout::{BlockRecord, ChildCounts, SlotRecord, UnownedRecord},
+    layout::{BlockRecord, ChildCounts, FaultRecord, SlotRecord, UnownedRecord},
     neighbours::NeighbourRecord,
 };
 
@@ -29,6 +29,8 @@ unsafe impl BpfRecord for SlotRecord {}
 unsafe impl BpfRecord for BlockRecord {}
 // SAFETY: as above.
 unsafe impl BpfRecord for UnownedRecord {}
+// SAFETY: as above.
+unsafe impl BpfRecord for FaultRecord {}
 // SAFETY: as above: three u64.
 unsafe impl BpfRecord for ChildCounts {}
 // SAFETY: as above.

@@ -125,6 +125,15 @@ impl Pagemap {
         self.walk(start, end, query, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, found)
     }
 
+    /// Protects the pages of `start..end` that match `query`, in a mapping whose writes are tracked, and appends them to `found`. What is not there
+    /// is left as it is: no page table is filled for it.
+    ///
+    /// # Errors
+    /// `EPERM` as [`Self::take_written`].
+    pub fn protect(&mut self, start: u64, end: u64, query: Query, found: &mut Vec<Region>) -> io::Result<()> {
+        self.walk(start, end, query, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, found)
+    }
+
     /// Which pages of `span` are swapped out in earnest, as runs: a page that was protected before it was there carries
     /// a marker, which a scan can't tell from a page in swap.
     pub fn in_swap(&self, span: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {

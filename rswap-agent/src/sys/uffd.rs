@@ -72,15 +72,22 @@ impl WriteTracker {
 
     /// Starts tracking `start..end`, one whole mapping or a part of it, and protects it.
     pub fn track(&self, start: u64, end: u64) -> io::Result<()> {
+        self.register(start, end)?;
+        let len = end - start;
+        let mut protect = WriteProtect { range: Range { start, len }, mode: 1 };
+        // SAFETY: as in `register`; protecting only makes the kernel note the next write of each page.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_WRITEPROTECT, &mut protect) };
+        super::check(done.into())?;
+        Ok(())
+    }
+
+    /// Lets pages of `start..end` be protected, by [`super::pagemap::Pagemap::protect`]: none is yet.
+    pub fn register(&self, start: u64, end: u64) -> io::Result<()> {
         let len = end - start;
         let mut register = Register { range: Range { start, len }, mode: UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
         // SAFETY: no safe wrapper exists. `register` is the kernel's struct; the kernel checks the range
         // against the tracked address space.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &mut register) };
-        super::check(done.into())?;
-        let mut protect = WriteProtect { range: Range { start, len }, mode: 1 };
-        // SAFETY: as above; protecting only makes the kernel note the next write of each page.
-        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_WRITEPROTECT, &mut protect) };
         super::check(done.into())?;
         Ok(())
     }

@@ -37,6 +37,17 @@ pub struct WrittenSpans {
     pub dropped: Vec<Span>,
 }
 
+/// What tracks writes in the address space of process `pid`, which is stopped for a moment. Nothing is tracked yet.
+pub fn open(pid: i32) -> Result<WriteTracker, TraceeError> {
+    // The first look takes longest: not while the process stands still. It fails in execve(2), in which nothing stands still.
+    let _ = Remote::prepare(pid);
+    let stopped = StoppedProcess::stop(pid)?;
+    let mut remote = Remote::of_program(&stopped)?;
+    let fd = remote.call("userfaultfd", libc::SYS_userfaultfd, [uffd::OPEN_FLAGS, 0, 0, 0, 0, 0])?;
+    let fd = remote.take_descriptor(fd as i32)?;
+    WriteTracker::new(fd).map_err(TraceeError::call("UFFDIO_API on a userfaultfd", pid))
+}
+
 /// Tracks the writes of one process until it is dropped.
 #[derive(Debug)]
 pub struct Tracker {
@@ -55,14 +66,7 @@ pub struct Tracker {
 impl Tracker {
     /// Starts tracking process `pid`, which is stopped for a moment.
     pub fn start(pid: i32) -> Result<Self, TraceeError> {
-        // The first look takes longest: not while the process stands still. It fails in execve(2), in which nothing stands still.
-        let _ = Remote::prepare(pid);
-        let stopped = StoppedProcess::stop(pid)?;
-        let mut remote = Remote::of_program(&stopped)?;
-        let fd = remote.call("userfaultfd", libc::SYS_userfaultfd, [uffd::OPEN_FLAGS, 0, 0, 0, 0, 0])?;
-        let fd = remote.take_descriptor(fd as i32)?;
-        let writes = WriteTracker::new(fd).map_err(TraceeError::call("UFFDIO_API on a userfaultfd", pid))?;
-        Ok(Self { writes: Some(writes), ..Self::of_stopped(pid)? })
+        Ok(Self { writes: Some(open(pid)?), ..Self::of_stopped(pid)? })
     }
 
     /// For a process that is stopped already and was never tracked: what it has is all to be sent.

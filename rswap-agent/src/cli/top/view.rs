@@ -123,10 +123,18 @@ fn memory_lines(lines: &mut Vec<Line<'static>>, profile: &Profile) {
         let (minor, major) = (faults.minor, faults.major);
         lines.push(Line::from(format!("  faults: {minor} minor  {major} major  fetched again: {refaults}")));
     }
-    if let Some(ages) = &profile.memory.ages {
+    if let Some(of) = &profile.memory.fault_latency {
+        let none = VecDeque::new();
+        distribution(lines, "page faults that waited", &of.major_ns, nanoseconds, &none);
+        if let Some(minor) = &of.minor_ns {
+            distribution(lines, "page faults served from memory", minor, nanoseconds, &none);
+        }
+    }
+    for (what, ages) in [("used", &profile.memory.ages), ("written", &profile.memory.written_ages)] {
+        let Some(ages) = ages else { continue };
         let within = |of: &UsedWithin| format!("{} s {}", of.span_s, bytes(of.bytes as f64));
         let spans: Vec<String> = ages.used.iter().map(within).collect();
-        lines.push(Line::from(format!("  used within {}", spans.join("  "))));
+        lines.push(Line::from(format!("  {what} within {}", spans.join("  "))));
     }
 }
 

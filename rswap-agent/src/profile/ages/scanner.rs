@@ -1,4 +1,4 @@
-//! Takes marks away and counts them, in a thread of its own: no window waits for that.
+//! Looks at instances' memory when it is time to, in a thread of its own: no window waits for that.
 
 use std::{
     collections::BTreeMap,
@@ -9,8 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{AgesCost, Budget, Count, Cycle, PageAges};
-use crate::{instance::InstanceName, profile::cgroup, sys::clock::thread_cpu_time, units::UnixMillis};
+use super::{AgesCost, Budget, Count, Cycle, PageAges, writes, writes::Armed};
+use crate::{
+    instance::InstanceName,
+    profile::{cgroup, doctor::migration_features},
+    sys::clock::thread_cpu_time,
+    units::UnixMillis,
+};
 
 /// What takes marks away.
 const CLEAR_ALL: &str = "1";
@@ -31,6 +36,8 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
+    /// The one that is looked at.
+    busy: Option<InstanceName>,
     instances: BTreeMap<InstanceName, Instance>,
     cost: AgesCost,
     stopping: bool,
@@ -39,31 +46,73 @@ struct State {
 struct Instance {
     cgroup: PathBuf,
     cycle: Cycle,
-    /// Its pages are being read by somebody else than itself, which marks them.
+    /// Its pages are being read by somebody else than itself, which marks them; or he notes writes himself.
     disturbed: bool,
+    /// What notes writes, where those are looked at.
+    armed: Vec<Armed>,
 }
+
+/// What is looked at, and by which means.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::profile) enum Means {
+    /// What is used: the processor's marks. Processes that could map nothing for longer than the limit are left out.
+    Marks { lock_limit: Duration },
+    /// What is written, of a sample of about so many bytes of an instance.
+    Writes { sample_bytes: u64 },
+}
+
+impl Means {
+    /// Why it can't be had.
+    fn missing(self) -> Option<String> {
+        match self {
+            Self::Marks { .. } => ["clear_refs", "smaps_rollup"].into_iter().find_map(|file| {
+                let path = format!("/proc/self/{file}");
+                fs::metadata(&path).err().map(|error| format!("this kernel has no {path}: {error}"))
+            }),
+            Self::Writes { .. } => {
+                let lacks = migration_features().into_iter().filter(|of| !of.present);
+                lacks
+                    .filter(|of| NEEDED_FOR_WRITES.contains(&of.name.as_str()))
+                    .map(|of| format!("{}: {}", of.name, of.detail))
+                    .next()
+            }
+        }
+    }
+
+    fn look(self, cgroup: &Path, cycle: &mut Cycle, armed: &mut Vec<Armed>, began: Instant) {
+        match self {
+            Self::Marks { lock_limit } => look(cgroup, cycle, began, lock_limit),
+            Self::Writes { sample_bytes } => writes::look(cgroup, cycle, armed, began, sample_bytes),
+        }
+    }
+}
+
+const NEEDED_FOR_WRITES: [&str; 2] = ["PAGEMAP_SCAN", "userfaultfd, asynchronous write protection"];
 
 impl Scanner {
     /// Starts it, or says why it can't be had.
-    pub(in crate::profile) fn start(budget_share: f64, lock_limit: Duration) -> Result<Self, String> {
+    pub(in crate::profile) fn start(budget_share: f64, means: Means) -> Result<Self, String> {
+        let (setting, name) = match means {
+            Means::Marks { .. } => ("memory_budget", "ages"),
+            Means::Writes { .. } => ("written_budget", "written-ages"),
+        };
         if budget_share <= 0.0 {
-            return Err("profile.memory_budget is 0".to_owned());
+            return Err(format!("profile.{setting} is 0"));
         }
-        for file in ["clear_refs", "smaps_rollup"] {
-            let path = format!("/proc/self/{file}");
-            fs::metadata(&path).map_err(|error| format!("this kernel has no {path}: {error}"))?;
+        if let Some(reason) = means.missing() {
+            return Err(reason);
         }
         let shared = Arc::new(Shared::default());
         let of_thread = shared.clone();
-        let run = move || of_thread.run(budget_share, lock_limit);
-        let thread = thread::Builder::new().name("ages".to_owned()).spawn(run);
+        let run = move || of_thread.run(budget_share, means);
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
         Ok(Self { shared, thread: Some(thread.map_err(|error| format!("start a thread: {error}"))?) })
     }
 
     /// From now on this one, too.
     pub(in crate::profile) fn track(&self, name: &InstanceName, cgroup: &Path) {
-        let (cycle, disturbed) = Default::default();
-        let instance = Instance { cgroup: cgroup.to_owned(), cycle, disturbed };
+        let (cycle, disturbed, armed) = Default::default();
+        let instance = Instance { cgroup: cgroup.to_owned(), cycle, disturbed, armed };
         self.shared.lock().instances.insert(name.clone(), instance);
         self.shared.changed.notify_all();
     }
@@ -78,8 +127,20 @@ impl Scanner {
         for (name, instance) in &mut self.shared.lock().instances {
             instance.disturbed = is_disturbed(name);
             if instance.disturbed {
-                instance.cycle = Cycle::default();
+                instance.forget();
             }
+        }
+    }
+
+    /// Leaves one alone from now on, until [`Self::disturbed`] says otherwise: afterwards nothing is done to it any more.
+    pub(in crate::profile) fn leave_alone(&self, name: &InstanceName) {
+        let mut state = self.shared.lock();
+        if let Some(instance) = state.instances.get_mut(name) {
+            instance.disturbed = true;
+            instance.forget();
+        }
+        while state.busy.as_ref() == Some(name) {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -91,6 +152,13 @@ impl Scanner {
     /// What it costs.
     pub(in crate::profile) fn cost(&self) -> AgesCost {
         self.shared.lock().cost
+    }
+}
+
+impl Instance {
+    fn forget(&mut self) {
+        self.cycle = Cycle::default();
+        self.armed.clear();
     }
 }
 
@@ -110,7 +178,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, budget_share: f64, lock_limit: Duration) {
+    fn run(&self, budget_share: f64, means: Means) {
         let (began, mut budget) = (Instant::now(), Budget::new(budget_share));
         let cpu_before = thread_cpu_time();
         let mut state = self.lock();
@@ -131,17 +199,24 @@ impl Shared {
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 continue;
             };
-            let Some(of) = state.instances.get(&name) else { continue };
+            let Some(of) = state.instances.get_mut(&name) else { continue };
             let (cgroup, mut cycle) = (of.cgroup.clone(), of.cycle.clone());
+            let mut armed = std::mem::take(&mut of.armed);
+            state.busy = Some(name.clone());
             drop(state);
-            look(&cgroup, &mut cycle, began, lock_limit);
+            means.look(&cgroup, &mut cycle, &mut armed, began);
             let spent = thread_cpu_time().saturating_sub(cpu_before);
             budget.spend(spent.saturating_sub(budget.spent));
             state = self.lock();
             if let Some(of) = state.instances.get_mut(&name).filter(|of| !of.disturbed && of.cgroup == cgroup)
             {
                 of.cycle = cycle;
+                of.armed = std::mem::take(&mut armed);
             }
+            // Before anybody is told who waits for that.
+            drop(armed);
+            state.busy = None;
+            self.changed.notify_all();
             state.cost.looks += 1;
             state.cost.used_share = spent.as_secs_f64() / began.elapsed().as_secs_f64().max(1e-3);
         }

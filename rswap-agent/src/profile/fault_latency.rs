@@ -1,0 +1,142 @@
+//! How long page faults take: what its programs need, and where they are attached.
+//!
+//! A tracepoint says that a fault begins. That it is over, the kernel says by its software events (perf), for each CPU by itself.
+
+use aya::{
+    Ebpf,
+    programs::{
+        PerfEvent,
+        perf_event::{PerfEventConfig, PerfEventLink, PerfEventScope, SamplePolicy, SoftwareEvent},
+    },
+    util::online_cpus,
+};
+use rswap_common::{
+    globals as g,
+    layout::{FaultKind, FaultRecord, fault_index},
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{
+    histogram::{Counts, Histogram, add_record},
+    probes::{CGROUP_FIELDS, Maps, Probe, chain},
+};
+
+const FAULT_FIELDS: [(&str, &str, &str); 5] = [
+    CGROUP_FIELDS[0],
+    CGROUP_FIELDS[1],
+    (g::TASK_PID, "task_struct", "pid"),
+    (g::TASK_CGROUPS, "task_struct", "cgroups"),
+    (g::CSS_SET_DFL_CGRP, "css_set", "dfl_cgrp"),
+];
+
+/// That of faults of programs.
+pub(super) const PAGE_FAULT: &str = "page_fault_user";
+
+/// Those that see a fault begin.
+pub(super) const FAULT_PROBES: [Probe; 2] = [
+    Probe { tracepoint: PAGE_FAULT, arguments: &[], fields: &FAULT_FIELDS },
+    Probe { tracepoint: "page_fault_kernel", arguments: &[], fields: &FAULT_FIELDS },
+];
+
+/// The program that sees major faults end.
+pub(super) const MAJOR_FAULTS: &str = "major_faults";
+/// The program that sees minor faults end, where that is asked for.
+pub(super) const MINOR_FAULTS: &str = "minor_faults";
+
+/// Whether a program sits on an event of perf, and is called as here.
+pub(super) fn at_event(name: &str) -> Option<&'static str> {
+    [MAJOR_FAULTS, MINOR_FAULTS].into_iter().find(|event| *event == name)
+}
+
+/// Attaches a program to its event on every CPU.
+pub(super) fn attach(ebpf: &mut Ebpf, name: &str, load: bool) -> Result<Vec<PerfEventLink>, String> {
+    let event =
+        if name == MAJOR_FAULTS { SoftwareEvent::PageFaultsMaj } else { SoftwareEvent::PageFaultsMin };
+    let program = ebpf.program_mut(name).ok_or("the eBPF object has no such program: build it again")?;
+    let program: &mut PerfEvent = program.try_into().map_err(|error| chain(&error))?;
+    if load {
+        program.load().map_err(|error| format!("the kernel refuses the program: {}", chain(&error)))?;
+    }
+    let cpus = online_cpus().map_err(|(what, error)| format!("count the CPUs ({what}): {error}"))?;
+    let on = |cpu| {
+        let scope = PerfEventScope::AllProcessesOneCpu { cpu };
+        let each = SamplePolicy::Period(1);
+        let attached = program.attach(PerfEventConfig::Software(event), scope, each, false);
+        let link = attached.and_then(|link| program.take_link(link));
+        link.map_err(|error| format!("attach to the software event of CPU {cpu}: {}", chain(&error)))
+    };
+    cpus.into_iter().map(on).collect()
+}
+
+/// How long page faults took that ended in a window.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct FaultLatency {
+    /// Those that waited, in nanoseconds.
+    pub major_ns: Histogram,
+    /// Those served from memory, in nanoseconds; `None` unless `profile.minor_faults` is on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minor_ns: Option<Histogram>,
+    /// Faults that are in neither, as their beginning was not seen.
+    pub not_timed: u64,
+}
+
+/// Faults of a slot at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct FaultCounts {
+    major_ns: Counts,
+    minor_ns: Option<Counts>,
+    not_timed: u64,
+}
+
+impl FaultCounts {
+    /// Reads them from the maps.
+    pub(super) fn read(maps: &Maps, slots: u32, slot: u32) -> Self {
+        let mut not_timed = 0u64;
+        let mut of = |kind| {
+            let mut total = FaultRecord::EMPTY;
+            for cpu in 0..maps.cpus {
+                if let Some(record) = maps.faults.read(fault_index(cpu, slot, slots, kind, maps.fault_kinds))
+                {
+                    add_record(&mut total.ns, &record.ns);
+                    not_timed = not_timed.wrapping_add(record.not_timed);
+                }
+            }
+            Counts::of(&total.ns)
+        };
+        let major_ns = of(FaultKind::Major);
+        let minor_ns = (maps.fault_kinds > 1).then(|| of(FaultKind::Minor));
+        Self { major_ns, minor_ns, not_timed }
+    }
+
+    /// What there was since `earlier`.
+    pub(super) fn since(&self, earlier: &Self) -> FaultLatency {
+        let minor = earlier.minor_ns.as_ref().zip(self.minor_ns.as_ref());
+        FaultLatency {
+            major_ns: Histogram::between(&earlier.major_ns, &self.major_ns),
+            minor_ns: minor.map(|(earlier, now)| Histogram::between(earlier, now)),
+            not_timed: self.not_timed.wrapping_sub(earlier.not_timed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_has_what_ended_in_it_and_minor_faults_where_they_are_timed() {
+        let counts = |buckets: &[usize]| {
+            let mut record = FaultRecord::EMPTY;
+            buckets.iter().for_each(|bucket| record.ns.buckets[*bucket] += 1);
+            Counts::of(&record.ns)
+        };
+        let begin = FaultCounts { major_ns: counts(&[40]), minor_ns: None, not_timed: u64::MAX };
+        let end = FaultCounts { major_ns: counts(&[40, 77, 77]), minor_ns: None, not_timed: 1 };
+        let seen = end.since(&begin);
+        assert_eq!((seen.major_ns.buckets, seen.minor_ns, seen.not_timed), (vec![(77, 2)], None, 2));
+        let with = |buckets| FaultCounts { minor_ns: Some(counts(buckets)), ..FaultCounts::default() };
+        let seen = with(&[9, 9]).since(&with(&[9]));
+        assert_eq!((seen.major_ns.count, seen.minor_ns.map(|minor| minor.buckets)), (0, Some(vec![(9, 1)])));
+    }
+}
