@@ -48,6 +48,19 @@ impl TestCgroup {
         command.spawn().expect("start the program under test")
     }
 
+    /// Freezes what is in it, or lets it go on, and waits until that is so.
+    pub fn freeze(&self, frozen: bool) {
+        fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" }).unwrap();
+        let wanted = format!("frozen {}", u8::from(frozen));
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !fs::read_to_string(self.0.join("cgroup.events")).unwrap().contains(&wanted) {
+            assert!(Instant::now() < deadline, "the cgroup does not become {wanted}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        // The last of its threads are off their CPUs.
+        thread::sleep(Duration::from_millis(50));
+    }
+
     /// As profiles of others name it.
     pub fn who(&self) -> Who {
         let below = self.0.strip_prefix(unified_mount().unwrap()).unwrap();

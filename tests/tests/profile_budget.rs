@@ -1,6 +1,6 @@
 //! A tier of the profile that costs more than it may goes, says so, and comes back; all else goes on.
 
-use std::{path::Path, process::Child, time::Duration};
+use std::{fs, path::Path, process::Child, time::Duration};
 
 use anyhow::{Context, ensure};
 use rswap_agent::status::InstanceView;
@@ -82,6 +82,18 @@ fn what_costs_more_than_it_may_goes_says_so_and_comes_back() -> anyhow::Result<(
     let metrics = String::from_utf8_lossy(&scrape.stdout);
     ensure!(metrics.contains("rswap_profile_tier_dropped{name=\"scheduler\"} 1"), "{metrics}");
     ensure!(metrics.contains("rswap_profile_tier_dropped{name=\"tcp\"} 0"), "{metrics}");
+    // Programs that know cgroups go on, and what they take is said.
+    let below = cgroup.path().join("below");
+    wait_for("the cost of knowing cgroups", LIMIT, || {
+        for _ in 0..200 {
+            fs::create_dir(&below)?;
+            fs::remove_dir(&below)?;
+        }
+        let status: Value = host.get("/v1/status")?;
+        ensure!(has(&status, "cgroup_mkdir", "active") == has(&status, "cgroup_release", "active"));
+        let untiered = status["profile_cost"]["untiered_share"].as_f64();
+        Ok((!has(&status, "cgroup_mkdir", "active") || untiered > Some(0.0)).then_some(()))
+    })?;
     // Without the load there is room.
     load.kill()?;
     load.wait()?;

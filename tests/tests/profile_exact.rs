@@ -34,17 +34,6 @@ fn counted(pids: &[u32]) -> [u64; 3] {
     })
 }
 
-fn freeze(cgroup: &TestCgroup, frozen: bool) {
-    fs::write(cgroup.0.join("cgroup.freeze"), if frozen { "1" } else { "0" }).expect("freezing it");
-    let wanted = format!("frozen {}", u8::from(frozen));
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while !fs::read_to_string(cgroup.0.join("cgroup.events")).expect("its events").contains(&wanted) {
-        assert!(Instant::now() < deadline, "the cgroup does not become {wanted}");
-        thread::sleep(Duration::from_millis(5));
-    }
-    thread::sleep(Duration::from_millis(50));
-}
-
 #[test]
 fn switches_and_waits_are_those_that_the_kernel_counts() {
     let test = "switches_and_waits_are_those_that_the_kernel_counts";
@@ -61,14 +50,14 @@ fn switches_and_waits_are_those_that_the_kernel_counts() {
         on_core(&["timeout", "30", "sh", "-c", "while :; do :; done"]),
     ];
     thread::sleep(Duration::from_secs(1));
-    freeze(&cgroup, true);
+    cgroup.freeze(true);
     let text = fs::read_to_string(cgroup.0.join("cgroup.procs")).expect("its members");
     let pids: Vec<u32> = text.lines().map(|pid| pid.parse().expect("a pid")).collect();
     begin(&profiler, &cgroup.0);
     let (before, began, supervisor) = (counted(&pids), Instant::now(), supervisor_cpu_ns());
-    freeze(&cgroup, false);
+    cgroup.freeze(false);
     thread::sleep(Duration::from_secs(3));
-    freeze(&cgroup, true);
+    cgroup.freeze(true);
     let supervisor = supervisor_cpu_ns().saturating_sub(supervisor) as f64;
     let after = counted(&pids);
     let profile = end(&profiler).cpu;

@@ -1,8 +1,10 @@
-//! Why threads are off the CPU, as the profile has it, with programs of which it is known.
+//! How often threads are switched, next to perf's own count, and why they are off the CPU, with programs of which it is known.
 //!
 //! Each needs root, and the kernel's type information with `sched_switch`, which must say in which state a task goes (Linux 5.18 and later).
 
 use std::{
+    fs::{self, File},
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::Duration,
@@ -12,7 +14,11 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use rswap_agent::profile::{CpuProfile, OffCpuProfile, ProbeState, Profiler};
+use perf_event::{Builder, Counter, events::Software};
+use rswap_agent::{
+    pool::cpu_list,
+    profile::{CpuProfile, OffCpuProfile, ProbeState, Profiler},
+};
 use rswap_tests::{
     loop_device::{FileSystem, LoopDevice},
     moves,
@@ -71,6 +77,62 @@ fn off(profile: &CpuProfile) -> OffCpuProfile {
     let off = profile.off_cpu.expect("the kernel tells");
     eprintln!("{off:?}; {} ns waiting for a CPU", profile.run_queue_ns.sum);
     off
+}
+
+/// Perf's counters of context switches in a cgroup, one for each CPU, counting.
+fn perf_switches(cgroup: &TestCgroup) -> Vec<Counter> {
+    let directory = File::open(&cgroup.0).expect("the cgroup");
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").expect("the CPUs");
+    let cpus = cpu_list::parse(&online).expect("a list of CPUs");
+    let start = |cpu: usize| {
+        let builder = Builder::new().kind(Software::CONTEXT_SWITCHES).observe_cgroup(&directory);
+        let mut builder = builder.one_cpu(cpu);
+        // All switches are made by the kernel.
+        builder.include_kernel();
+        let mut counter = builder.build().expect("perf counts context switches");
+        counter.enable().expect("it begins");
+        counter
+    };
+    cpus.into_iter().map(start).collect()
+}
+
+#[test]
+fn turns_are_the_context_switches_that_perf_counts() {
+    let test = "turns_are_the_context_switches_that_perf_counts";
+    let Some(profiler) = profiler(test, &["sched_switch"]) else { return };
+    // As perf_event_open(2) says how to know.
+    if !Path::new("/proc/sys/kernel/perf_event_paranoid").exists() {
+        return skip(test, "this kernel is built without perf's events");
+    }
+    let cgroup = TestCgroup::create();
+    // Two that answer each other and one that always wants the core, all on one; two that may go from one core to another; and ever new short-lived ones.
+    let pair = "import os\nr, w = os.pipe()\nr2, w2 = os.pipe()\n\
+                if os.fork() == 0:\n    while os.read(r, 1): os.write(w2, b'x')\n\
+                while True:\n    os.write(w, b'x')\n    os.read(r2, 1)\n";
+    let python = moves::python().expect("python3");
+    let python = python.to_str().expect("a path");
+    let start = |command: &[&str]| cgroup.spawn(Command::new("timeout").arg("30").args(command));
+    let children = [
+        start(&["taskset", "-c", "0", python, "-c", pair]),
+        start(&["taskset", "-c", "0", "sh", "-c", "while :; do :; done"]),
+        start(&[python, "-c", pair]),
+        start(&["sh", "-c", "while :; do sleep 0.01; done"]),
+    ];
+    thread::sleep(Duration::from_secs(1));
+    cgroup.freeze(true);
+    let mut counters = perf_switches(&cgroup);
+    begin(&profiler, &cgroup.0);
+    cgroup.freeze(false);
+    thread::sleep(Duration::from_secs(3));
+    cgroup.freeze(true);
+    let turns = end(&profiler).cpu.on_cpu_ns.count;
+    let by_cpu: Vec<u64> = counters.iter_mut().map(|counter| counter.read().expect("its count")).collect();
+    let counted: u64 = by_cpu.iter().sum();
+    eprintln!("{turns} turns, perf {counted} switches by CPU {by_cpu:?}");
+    assert!(counted > 5_000, "{counted} switches are too few");
+    assert!(turns.abs_diff(counted) as f64 <= counted as f64 * 0.001, "{turns} turns, {counted} switches");
+    drop(cgroup);
+    children.into_iter().for_each(reap);
 }
 
 #[test]

@@ -106,6 +106,27 @@ fn instances_are_watched_ordered_and_looked_at_in_a_terminal() -> anyhow::Result
     })?;
     ensure!(seen.contains("worker") && seen.contains("python3"), "another instance is shown: {seen}");
 
+    // Over a minute there are ever more waits, in a window of a second no more than in any.
+    let waits = |text: &str| -> Option<u64> {
+        text.split_once("waiting for a core: ")?.1.split_once(" times")?.0.parse().ok()
+    };
+    screen.press(&["s"])?;
+    let minute = screen.wait_for("the last minute", |lines| {
+        lines[0].contains("times of the last minute")
+            && waits(&lines.join("\n")).is_some_and(|waits| waits > 2000)
+    })?;
+    ensure!(minute.contains("s: last hour"), "the help does not say what is next: {minute}");
+    screen.press(&["s"])?;
+    let before = waits(&minute);
+    screen.wait_for("the last hour", |lines| {
+        lines[0].contains("times of the last hour") && waits(&lines.join("\n")) > before
+    })?;
+    screen.press(&["s"])?;
+    screen.wait_for("the last window again", |lines| {
+        lines[0].contains("times of the last window")
+            && waits(&lines.join("\n")).is_some_and(|waits| waits < 2000)
+    })?;
+
     screen.press(&["PageDown"])?;
     screen.wait_for("what is below", |lines| {
         let text = lines.join("\n");

@@ -31,7 +31,7 @@ pub(crate) enum Bench {
     },
     /// One round of planning a fleet of up to 10,000 instances on 1,000 hosts
     Plan,
-    /// What profiling costs those that are profiled, and the agent
+    /// What profiling costs those that are profiled, and the agent; next to bpftrace and bcc's tools, where they are
     Profile {
         /// Passed on to the benchmark: `--runs N`, `--only TEXT`, `--instances N`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

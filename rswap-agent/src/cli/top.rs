@@ -1,10 +1,11 @@
 //! `top`: instances as they fare, in the terminal, until somebody has seen enough.
 //!
 //! ```text
-//! agent -> model (what is listed, in which order; what keys do; pure) -> view (lines and tables; pure) -> terminal
+//! agent -> span (times of the last window, minute or hour; pure) -> model (what is listed, in which order; what keys do; pure) -> view (lines and tables; pure) -> terminal
 //! ```
 
 mod model;
+mod span;
 mod view;
 
 use std::{
@@ -24,7 +25,7 @@ use tokio::{
 };
 
 use self::model::{Model, Then};
-use crate::{control::client::Client, status::InstanceView, units::UnixMillis};
+use crate::{control::client::Client, units::UnixMillis};
 
 /// How often the thread that reads keys looks whether anybody still wants them.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -44,7 +45,7 @@ pub(super) async fn top(client: &Client, arguments: TopArguments) -> anyhow::Res
     );
     // Whatever stands against it is said before the screen is taken.
     let mut model = Model::default();
-    model.take(client.get("/v1/profiles").await?, UnixMillis::now());
+    ask(client, &mut model).await?;
     let mut terminal = ratatui::try_init().context("taking the terminal")?;
     let ended = show(&mut terminal, client, model, arguments).await;
     ratatui::try_restore().context("giving the terminal back")?;
@@ -64,17 +65,29 @@ async fn show(
     loop {
         terminal.draw(|frame| view::draw(frame, &mut model))?;
         tokio::select! {
-            _ = ticks.tick() => match client.get::<Vec<InstanceView>>("/v1/profiles").await {
-                Ok(views) => model.take(views, UnixMillis::now()),
-                Err(error) => model.lose(format!("{error:#}")),
-            },
-            event = events.recv() => match event.context("the terminal is gone")? {
-                Some(key) if model.press(key) == Then::End => return Ok(()),
-                // A key, or the window has another size.
-                _ => {}
+            _ = ticks.tick() => {}
+            event = events.recv() => match event.context("the terminal is gone")?.map(|key| model.press(key)) {
+                Some(Then::End) => return Ok(()),
+                Some(Then::Ask) => {}
+                // A key that needs nothing more, or the window has another size.
+                _ => continue,
             },
         }
+        if let Err(error) = ask(client, &mut model).await {
+            model.lose(format!("{error:#}"));
+        }
     }
+}
+
+/// Asks the agent for what is shown. Spans are added up by it when they are asked for, so that they are asked for only where they are shown.
+async fn ask(client: &Client, model: &mut Model) -> anyhow::Result<()> {
+    let views = client.get("/v1/profiles").await?;
+    let distributions = match model.distributions_wanted() {
+        Some(route) => client.get(&route).await?,
+        None => Vec::new(),
+    };
+    model.take(views, distributions, UnixMillis::now());
+    Ok(())
 }
 
 /// Keys that are pressed; nothing for other events. Read by a thread of its own, since reading blocks.

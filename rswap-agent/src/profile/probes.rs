@@ -27,6 +27,7 @@ use super::{
     children::{CHILD_PROBES, Children},
     disk_users::DiskUsers,
     fault_latency::{self, FAULT_PROBES, MAJOR_FAULTS, MINOR_FAULTS, PAGE_FAULT},
+    tiers::ByTier,
 };
 use crate::sys::bpf_mmap::{BpfRecord, MappedArray, MappedWords};
 
@@ -514,11 +515,11 @@ impl Probes {
         if self.was_measured { self.ran().map(cost).collect() } else { Vec::new() }
     }
 
-    /// How long the programs of each tier ran while the statistics were on, in nanoseconds.
-    pub(super) fn ran_by_tier(&self) -> BTreeMap<Tier, u64> {
-        let mut all: BTreeMap<Tier, u64> = Tier::ALL.into_iter().map(|tier| (tier, 0)).collect();
+    /// How long the programs of each tier, and those in none, ran while the statistics were on, in nanoseconds.
+    pub(super) fn ran_by_tier(&self) -> ByTier<u64> {
+        let mut all: ByTier<u64> = Tier::ALL.into_iter().map(|tier| (Some(tier), 0)).collect();
         for (name, _, ran_ns) in self.ran() {
-            Tier::of(name).into_iter().for_each(|tier| *all.entry(tier).or_default() += ran_ns);
+            *all.entry(Tier::of(name)).or_default() += ran_ns;
         }
         all
     }

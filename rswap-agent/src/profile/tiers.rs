@@ -41,7 +41,7 @@ impl Tier {
     /// The most important first.
     pub const ALL: [Self; 4] = [Self::Scheduler, Self::Block, Self::Tcp, Self::Faults];
 
-    /// Whose the program at a tracepoint or event is; `None`: it is never dropped.
+    /// Whose the program at a tracepoint or event is; `None`: nobody's alone, and it is never dropped. Those that know cgroups are so: all others need them.
     pub(super) fn of(tracepoint: &str) -> Option<Self> {
         match tracepoint.split('_').next()? {
             "sched" => Some(Self::Scheduler),
@@ -76,6 +76,8 @@ pub struct ProfileCost {
     pub budget_share: f64,
     /// What all programs took of one core, on all CPUs together; `None`: not measured yet.
     pub used_share: Option<f64>,
+    /// Of it, what the programs took that are in no tier, and always stay: those at `cgroup_*`.
+    pub untiered_share: f64,
     /// By tier.
     pub tiers: Vec<TierCost>,
 }
@@ -91,6 +93,9 @@ pub struct TierCost {
     pub dropped_until: Option<UnixMillis>,
 }
 
+/// Something of each tier, and (`None`) of the programs that are in no tier.
+pub(super) type ByTier<T> = BTreeMap<Option<Tier>, T>;
+
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
@@ -104,7 +109,7 @@ pub(super) struct Judge {
     budget: f64,
     first_pause_ms: u64,
     over: u32,
-    shares: Option<BTreeMap<Tier, f64>>,
+    shares: Option<ByTier<f64>>,
     away: BTreeMap<Tier, Away>,
     /// How often in a row each went, and when it came back.
     went: BTreeMap<Tier, (u32, UnixMillis)>,
@@ -128,7 +133,7 @@ impl Judge {
     }
 
     /// Takes in what each tier took of a core, and decides.
-    pub(super) fn judge(&mut self, now: UnixMillis, shares: BTreeMap<Tier, f64>) -> Option<Change> {
+    pub(super) fn judge(&mut self, now: UnixMillis, shares: ByTier<f64>) -> Option<Change> {
         let total: f64 = shares.values().sum();
         let change = if !self.has_budget() {
             None
@@ -148,11 +153,12 @@ impl Judge {
         change
     }
 
-    fn drop_one(&mut self, now: UnixMillis, shares: &BTreeMap<Tier, f64>, excess: f64) -> Option<Change> {
-        let here = || shares.iter().filter(|(tier, _)| !self.away.contains_key(tier));
-        let suffices = here().rev().find(|(_, share)| **share >= excess);
+    fn drop_one(&mut self, now: UnixMillis, shares: &ByTier<f64>, excess: f64) -> Option<Change> {
+        let tiers = || shares.iter().filter_map(|(tier, share)| Some(((*tier)?, *share)));
+        let here = || tiers().filter(|(tier, _)| !self.away.contains_key(tier));
+        let suffices = here().rev().find(|(_, share)| *share >= excess);
         let dearest = here().max_by(|(_, a), (_, b)| a.total_cmp(b));
-        let (tier, share) = suffices.or(dearest).map(|(tier, share)| (*tier, *share))?;
+        let (tier, share) = suffices.or(dearest)?;
         let (times, back) = self.went.entry(tier).or_default();
         if now.since(*back) >= LONGEST_MS {
             *times = 0;
@@ -166,18 +172,19 @@ impl Judge {
 
     /// As it is shown.
     pub(super) fn cost(&self) -> ProfileCost {
-        let share = |tier| self.shares.as_ref().and_then(|shares| shares.get(&tier)).copied();
+        let share = |tier| self.shares.as_ref().and_then(|shares| shares.get(&tier)).copied().unwrap_or(0.0);
         let of = |tier: &Tier| {
             let away = self.away.get(tier);
             TierCost {
                 tier: *tier,
-                core_share: away.map_or_else(|| share(*tier).unwrap_or(0.0), |away| away.share),
+                core_share: away.map_or_else(|| share(Some(*tier)), |away| away.share),
                 dropped_until: away.map(|away| away.until),
             }
         };
         ProfileCost {
             budget_share: self.budget,
             used_share: self.shares.as_ref().map(|shares| shares.values().sum()),
+            untiered_share: share(None),
             tiers: Tier::ALL.iter().map(of).collect(),
         }
     }
@@ -187,7 +194,7 @@ impl Judge {
 pub(super) struct Meter {
     pub(super) judge: Judge,
     /// Since when, and how long the programs of each tier had run then, in nanoseconds.
-    measuring: Option<(Instant, BTreeMap<Tier, u64>)>,
+    measuring: Option<(Instant, ByTier<u64>)>,
     windows: u32,
 }
 
@@ -204,15 +211,15 @@ impl Meter {
     }
 
     /// A window begins that is measured.
-    pub(super) fn begin(&mut self, ran_ns: BTreeMap<Tier, u64>) {
+    pub(super) fn begin(&mut self, ran_ns: ByTier<u64>) {
         self.measuring = Some((Instant::now(), ran_ns));
     }
 
     /// It ends: what is to be done.
-    pub(super) fn end(&mut self, now: UnixMillis, ran_ns: &BTreeMap<Tier, u64>) -> Option<Change> {
+    pub(super) fn end(&mut self, now: UnixMillis, ran_ns: &ByTier<u64>) -> Option<Change> {
         let (began, before) = self.measuring.take()?;
         let elapsed_ns = began.elapsed().as_nanos().max(1) as f64;
-        let share = |(tier, ran): (&Tier, &u64)| {
+        let share = |(tier, ran): (&Option<Tier>, &u64)| {
             let ran = ran.saturating_sub(before.get(tier).copied().unwrap_or(0));
             (*tier, ran as f64 / elapsed_ns)
         };
@@ -226,8 +233,8 @@ mod tests {
 
     const PAUSE: Duration = Duration::from_secs(60);
 
-    fn shares(scheduler: f64, block: f64, tcp: f64) -> BTreeMap<Tier, f64> {
-        Tier::ALL.into_iter().zip([scheduler, block, tcp]).collect()
+    fn shares(scheduler: f64, block: f64, tcp: f64) -> ByTier<f64> {
+        Tier::ALL.into_iter().map(Some).zip([scheduler, block, tcp]).collect()
     }
 
     fn at(second: u64) -> UnixMillis {
@@ -262,6 +269,30 @@ mod tests {
         assert_eq!(first(0.05, 0.05, 0.0), None, "as much as there is");
         let mut free = Judge::new(0.0, PAUSE);
         assert!((0..9).all(|second| free.judge(at(second), shares(9.0, 9.0, 9.0)).is_none()));
+    }
+
+    #[test]
+    fn programs_in_no_tier_count_and_stay() {
+        assert_eq!(["cgroup_mkdir", "cgroup_release"].map(Tier::of), [None; 2]);
+        let with = |untiered| {
+            let mut of = shares(0.03, 0.02, 0.01);
+            of.insert(None, untiered);
+            of
+        };
+        let after_three = |untiered| {
+            let mut judge = Judge::new(0.1, PAUSE);
+            let change = (0..3).filter_map(|second| judge.judge(at(second), with(untiered))).next();
+            (change, judge.cost())
+        };
+        assert_eq!(after_three(0.03).0, None, "less than there is");
+        let (change, cost) = after_three(0.05);
+        assert_eq!(change, Some(Change::Drop(Tier::Tcp)), "they are in what all of them take");
+        assert_eq!((cost.untiered_share, cost.tiers.len()), (0.05, Tier::ALL.len()));
+        assert!((cost.used_share.expect("it was measured") - 0.11).abs() < 1e-9);
+        // Even the dearest of all is not dropped if it is in none.
+        let mut judge = Judge::new(0.1, PAUSE);
+        let changes: Vec<_> = (0..30).filter_map(|second| judge.judge(at(second), with(0.2))).collect();
+        assert_eq!(changes, [Tier::Scheduler, Tier::Block, Tier::Tcp].map(Change::Drop));
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(super) const TYPED: [Probe; 2] = [
 ];
 
 /// All of these there must be: a kernel that lacks one may have another way in its place.
-const OF_EXT4: [&str; 6] = [
+pub(super) const OF_EXT4: [&str; 6] = [
     "ext4_truncate_enter",
     "ext4_fallocate_enter",
     "ext4_punch_hole",

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What is distributed.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "metric")]
 pub enum Metric {
     /// From runnable to running, in nanoseconds.
@@ -63,7 +63,7 @@ impl Span {
 }
 
 /// One metric over the spans.
-#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Distribution {
     /// Which.
     #[serde(flatten)]

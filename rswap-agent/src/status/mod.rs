@@ -36,6 +36,7 @@ pub use neighbour_names::NeighbourNames;
 pub use router::{ApiError, router};
 pub(crate) use router::{answering, described, no_instance};
 pub use series::{Series, WINDOWS_KEPT, Window};
+pub(crate) use views::DistributionsOf;
 
 /// Why the status could not be served.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{BoardState, Distribution, InstanceView, MigrationState, MigrationView, MoveView, Window};
@@ -124,12 +124,12 @@ impl Shown {
 }
 
 /// How long things took one instance.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct DistributionsOf {
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct DistributionsOf {
     /// The instance.
-    pub(super) name: InstanceName,
+    pub(crate) name: InstanceName,
     /// What had samples within the last hour.
-    pub(super) distributions: Vec<Distribution>,
+    pub(crate) distributions: Vec<Distribution>,
 }
 
 /// An instance's last windows.

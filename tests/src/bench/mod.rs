@@ -1,5 +1,6 @@
 //! What the benchmarks measure with: clients that note every answer's time, and medians.
 
+pub mod alternatives;
 pub mod cases;
 pub mod cold;
 pub mod many;

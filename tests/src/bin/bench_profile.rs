@@ -2,14 +2,14 @@
 //!
 //! Two processes on one core, real-time, play ping-pong over pipes and then over TCP, in turns with the probes off, on, with exact waits, and
 //! with a program at every switch that does nothing. fio reads 4 KiB blocks past the page cache while the kernel measures the
-//! block programs. At last an agent has 200 instances that wake ten times a second. Figures are medians. Where bcc's tools are
-//! installed (Debian: libbpf-tools), they take their turns too.
+//! block programs. At last an agent has 200 instances that wake ten times a second. Figures are medians. Where bpftrace or bcc's tools are
+//! installed (Debian: bpftrace, libbpf-tools), they take their turns too.
 
 use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -17,18 +17,15 @@ use std::{
 use anyhow::{Context, ensure};
 use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use rswap_agent::{
     instance::InstanceName,
-    profile::{EmptyProgram, ProbeState, ProfileConfig, Profiler, ProgramCost},
+    profile::{EmptyProgram, ForeignPrograms, ProbeState, ProfileConfig, Profiler, ProgramCost},
     units::UnixMillis,
 };
 use rswap_tests::{
     Fleet, HostOptions,
     bench::{
+        alternatives::{BLOCK, RUN_QUEUE, RunningTool, TCP, Tool},
         median, process,
         turns::{self, OwnCgroup, Players, Role},
     },
@@ -40,8 +37,8 @@ const RESULT: &str = "target/rswap/bench-profile.json";
 /// A measurement takes about as long: short enough that the machine is the same before and after.
 const TURN: Duration = Duration::from_millis(250);
 const FIO_SECONDS: u32 = 3;
-/// How long bcc's tools take to be attached.
-const TOOL_STARTS: Duration = Duration::from_secs(2);
+/// Turns in which a tool has to see the players.
+const SEEN_TURNS: u32 = 20_000;
 /// Before an agent's own cost is measured, its first windows pass.
 const SETTLED: Duration = Duration::from_secs(10);
 
@@ -84,24 +81,23 @@ fn main() -> anyhow::Result<()> {
         return turns::play(role, address.as_deref());
     }
     sweep::stale()?;
-    let mut result = Map::new();
-    let mut programs = BTreeMap::new();
+    let (mut result, mut programs, mut others) = (Map::new(), BTreeMap::new(), Alternatives::default());
     let wanted = |what: &str| cli.only.as_deref().is_none_or(|only| only == what);
     if wanted("ping-pong") {
-        let kinds = [Kind::Empty, Kind::Probes, Kind::Exact, Kind::Tool("runqlat")];
-        let slowed = compare(Role::Pipe, &kinds, cli.runs)?;
-        result.extend(slowed.keyed("ping_pong"));
-        programs.extend(costs_of(Role::Pipe)?);
+        let kinds = [Kind::Empty, Kind::Probes, Kind::Exact];
+        result.extend(compare("ping_pong", Role::Pipe, &kinds, &RUN_QUEUE, cli.runs, &mut others)?);
+        let costs = costs_of(Role::Pipe)?;
+        others.compare_programs("ping_pong", per_event(costs.values(), 1000));
+        programs.extend(costs);
     }
     if wanted("tcp") {
-        let slowed = compare(Role::Tcp, &[Kind::Probes, Kind::Tool("tcprtt")], cli.runs)?;
-        result.extend(slowed.keyed("tcp"));
+        result.extend(compare("tcp", Role::Tcp, &[Kind::Probes], &TCP, cli.runs, &mut others)?);
         programs.extend(costs_of(Role::Tcp)?.into_iter().filter(|(name, _)| {
             name.starts_with("tcp") || name.starts_with("sock") || name.starts_with("inet")
         }));
     }
     if wanted("block") {
-        let (figures, costs) = block(cli.runs.min(5))?;
+        let (figures, costs) = block(cli.runs.min(5), &mut others)?;
         result.extend(figures);
         programs.extend(costs);
     }
@@ -113,6 +109,7 @@ fn main() -> anyhow::Result<()> {
         .map(|cost| json!({ "name": cost.name, "runs": cost.runs, "ns_per_run": cost.ns_per_run }))
         .collect();
     result.insert("programs".to_owned(), list.into());
+    result.insert("alternatives".to_owned(), others.listed().into());
     write(&result, &cli.output)
 }
 
@@ -125,6 +122,19 @@ fn write(result: &Map<String, Value>, output: &Path) -> anyhow::Result<()> {
     for program in result.get("programs").and_then(Value::as_array).into_iter().flatten() {
         let ns = program["ns_per_run"].as_f64().unwrap_or_default();
         table.add_row([program["name"].as_str().unwrap_or_default().to_owned(), format!("{ns:.0} ns")]);
+    }
+    for alternative in result.get("alternatives").and_then(Value::as_array).into_iter().flatten() {
+        let name = alternative["name"].as_str().unwrap_or_default();
+        for (key, value) in alternative.as_object().into_iter().flatten().filter(|(key, _)| *key != "name") {
+            match value {
+                Value::Number(number) => {
+                    let number = number.as_f64().unwrap_or_default();
+                    table.add_row([format!("{name}: {key}"), format!("{number:.2}")]);
+                }
+                Value::String(text) => _ = table.add_row([format!("{name}: {key}"), text.clone()]),
+                _ => {}
+            }
+        }
     }
     println!("{table}");
     if let Some(directory) = output.parent() {
@@ -144,54 +154,18 @@ enum Kind {
     Exact,
     /// A program at every switch that does nothing.
     Empty,
-    /// One of bcc's tools.
-    Tool(&'static str),
+    /// What others have.
+    Tool(&'static Tool),
 }
 
 /// What is attached, as long as it is.
 enum Attached {
     Probes { _profiler: Box<Profiler> },
     Empty { _program: EmptyProgram },
-    Tool(Child),
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        if let Self::Tool(child) = self {
-            let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGINT);
-            let _ = child.wait();
-        }
-    }
+    Tool { _running: RunningTool },
 }
 
 impl Kind {
-    fn key(self, of: &str) -> String {
-        match self {
-            Self::Probes => format!("{of}_pct"),
-            Self::Exact => format!("{of}_exact_pct"),
-            Self::Empty => format!("{of}_empty_pct"),
-            Self::Tool(name) => format!("{of}_{name}_pct"),
-        }
-    }
-
-    fn is_there(self) -> bool {
-        match self {
-            Self::Tool(name) => {
-                if !installed(name) {
-                    println!("  {name} is not installed: not compared");
-                    return false;
-                }
-                // It may need what this kernel does not have: kprobes, mostly.
-                let tried = self.attach(Path::new("/")).map(drop);
-                if let Err(error) = &tried {
-                    println!("  {name} does not run here: {error:#}");
-                }
-                tried.is_ok()
-            }
-            _ => true,
-        }
-    }
-
     fn attach(self, cgroup: &Path) -> anyhow::Result<Attached> {
         Ok(match self {
             Self::Probes | Self::Exact => {
@@ -199,22 +173,69 @@ impl Kind {
                 Attached::Probes { _profiler: Box::new(profiler(cgroup, &config)?) }
             }
             Self::Empty => Attached::Empty { _program: EmptyProgram::attach().map_err(anyhow::Error::msg)? },
-            Self::Tool(name) => {
-                let mut command = Command::new(name);
-                command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-                let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
-                thread::sleep(TOOL_STARTS);
-                ensure!(child.try_wait()?.is_none(), "{name} ended at once");
-                Attached::Tool(child)
-            }
+            Self::Tool(tool) => Attached::Tool { _running: tool.start(cgroup)? },
         })
     }
 }
 
-/// Whether a program is on the path.
-fn installed(name: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(name).exists())
+/// What others' tools need for the same, by alternative.
+#[derive(Default)]
+struct Alternatives(BTreeMap<&'static str, Map<String, Value>>);
+
+impl Alternatives {
+    /// Whether a tool is there and does what it is compared for, and if so what its programs take for one event, in nanoseconds; if not it is said why.
+    fn has(
+        &mut self,
+        measurement: &str,
+        tool: &Tool,
+        try_it: impl FnOnce() -> anyhow::Result<f64>,
+    ) -> Option<f64> {
+        let tried = if tool.is_installed() {
+            try_it().map_err(|error| format!("does not run here: {error:#}"))
+        } else {
+            Err(format!("not installed (Debian: {})", tool.package))
+        };
+        let why = match tried {
+            Ok(ns) => return Some(ns),
+            Err(why) => why,
+        };
+        println!("  {}: {} {why}", tool.of, tool.program);
+        self.put(tool, format!("{measurement}_missing"), format!("{} {why}", tool.program).into());
+        None
+    }
+
+    fn put(&mut self, tool: &Tool, key: String, value: Value) {
+        self.0.entry(tool.of).or_default().insert(key, value);
+    }
+
+    /// Notes what was measured of a tool, and how many times as much that is as `own`.
+    fn note(&mut self, measurement: &str, unit: &str, tool: &Tool, runs: Vec<f64>, own: f64) {
+        let of_tool = median(runs.clone());
+        self.put(tool, format!("{measurement}_program"), tool.program.into());
+        self.put(tool, format!("{measurement}_{unit}"), json!(of_tool));
+        self.put(tool, format!("{measurement}_{unit}_runs"), json!(runs));
+        if own > 0.0 {
+            self.put(tool, format!("{measurement}_ratio"), json!(of_tool / own));
+        }
+    }
+
+    /// How many times as much their programs take for one event as ours, by the kernel's statistics.
+    fn compare_programs(&mut self, measurement: &str, own_ns: f64) {
+        for figures in self.0.values_mut() {
+            let ns = figures.get(&format!("{measurement}_programs_ns")).and_then(Value::as_f64);
+            if let Some(ns) = ns.filter(|_| own_ns > 0.0) {
+                figures.insert(format!("{measurement}_programs_ratio"), json!(ns / own_ns));
+            }
+        }
+    }
+
+    fn listed(self) -> Vec<Value> {
+        let with_name = |(name, mut figures): (&str, Map<String, Value>)| {
+            figures.insert("name".to_owned(), name.into());
+            figures.into()
+        };
+        self.0.into_iter().map(with_name).collect()
+    }
 }
 
 /// A profiler that tracks `cgroup`. All of its probes must count: otherwise something else would be measured.
@@ -236,35 +257,27 @@ fn measured() -> ProfileConfig {
     ProfileConfig { measure_program_cost: true, ..ProfileConfig::default() }
 }
 
-/// By how much each kind slows two that play.
-struct Slowed {
-    turn_ns: f64,
-    by: Vec<(Kind, Vec<f64>)>,
-}
-
-impl Slowed {
-    fn keyed(self, of: &str) -> Vec<(String, Value)> {
-        let mut keyed = vec![(format!("{of}_turn_ns"), json!(self.turn_ns))];
-        let own = self.by.iter().find(|(kind, _)| *kind == Kind::Probes);
-        let own = own.map(|(_, pct)| median(pct.clone())).filter(|pct| *pct > 0.0);
-        for (kind, pct) in self.by {
-            if let (Kind::Tool(name), Some(own)) = (kind, own) {
-                keyed.push((format!("{of}_{name}_ratio"), json!(median(pct.clone()) / own)));
-            }
-            keyed.push((format!("{}_runs", kind.key(of)), json!(pct)));
-            keyed.push((kind.key(of), json!(median(pct))));
-        }
-        keyed
-    }
-}
-
-fn compare(role: Role, kinds: &[Kind], runs: usize) -> anyhow::Result<Slowed> {
+/// By how much each kind, and each tool of others', slows two that play.
+fn compare(
+    measurement: &str,
+    role: Role,
+    kinds: &[Kind],
+    tools: &'static [Tool],
+    runs: usize,
+    others: &mut Alternatives,
+) -> anyhow::Result<Map<String, Value>> {
     println!("{role:?}");
     let mut players = Players::start(role, last_core())?;
     let count = (TURN.as_nanos() as f64 / players.turn_ns(10_000)?) as u32;
     let mut plain = Vec::new();
-    let kinds = kinds.iter().filter(|kind| kind.is_there());
-    let mut by: Vec<(Kind, Vec<f64>)> = kinds.map(|kind| (*kind, Vec::new())).collect();
+    let here = tools.iter().filter_map(|tool| {
+        let ns = others.has(measurement, tool, || sees(tool, &mut players))?;
+        others.put(tool, format!("{measurement}_programs_ns"), json!(ns));
+        Some(Kind::Tool(tool))
+    });
+    let here: Vec<Kind> = here.collect();
+    let mut by: Vec<(Kind, Vec<f64>)> =
+        kinds.iter().copied().chain(here).map(|kind| (kind, Vec::new())).collect();
     for run in 0..runs {
         let length = by.len();
         for place in 0..length {
@@ -281,7 +294,39 @@ fn compare(role: Role, kinds: &[Kind], runs: usize) -> anyhow::Result<Slowed> {
             plain.push(without);
         }
     }
-    Ok(Slowed { turn_ns: median(plain), by })
+    let own = by.iter().find(|(kind, _)| *kind == Kind::Probes).map_or(0.0, |(_, pct)| median(pct.clone()));
+    let mut figures = Map::new();
+    figures.insert(format!("{measurement}_turn_ns"), json!(median(plain)));
+    for (kind, pct) in by {
+        let key = match kind {
+            Kind::Probes => format!("{measurement}_pct"),
+            Kind::Exact => format!("{measurement}_exact_pct"),
+            Kind::Empty => format!("{measurement}_empty_pct"),
+            Kind::Tool(tool) => {
+                others.note(measurement, "pct", tool, pct, own);
+                continue;
+            }
+        };
+        figures.insert(format!("{key}_runs"), json!(pct));
+        figures.insert(key, json!(median(pct)));
+    }
+    Ok(figures)
+}
+
+/// What a tool's programs take for each turn of two that play, if they run then.
+fn sees(tool: &Tool, players: &mut Players) -> anyhow::Result<f64> {
+    let running = tool.start(players.cgroup())?;
+    let measuring = ForeignPrograms::measure().map_err(anyhow::Error::msg)?;
+    players.turn_ns(SEEN_TURNS)?;
+    let costs = running.costs(&measuring);
+    let ns = per_event(&costs, SEEN_TURNS.into());
+    ensure!(ns > 0.0, "its programs do not run: {costs:?}");
+    Ok(ns)
+}
+
+/// Nanoseconds in the programs for each of so many events: in those that run for each. The tools have some that run once, and for what is rare.
+fn per_event<'c>(costs: impl IntoIterator<Item = &'c ProgramCost>, events: u64) -> f64 {
+    costs.into_iter().filter(|cost| cost.runs * 100 > events * 98).map(|cost| cost.ns_per_run).sum()
 }
 
 /// What each program costs while two play.
@@ -298,7 +343,10 @@ fn last_core() -> usize {
 }
 
 /// Nanoseconds in the block programs for each request of fio's, and what they cost.
-fn block(runs: usize) -> anyhow::Result<(Map<String, Value>, BTreeMap<String, ProgramCost>)> {
+fn block(
+    runs: usize,
+    others: &mut Alternatives,
+) -> anyhow::Result<(Map<String, Value>, BTreeMap<String, ProgramCost>)> {
     println!("Block");
     let directory = tempfile::tempdir_in("target").context("cannot make a directory")?;
     let file = directory.path().join("data");
@@ -308,7 +356,18 @@ fn block(runs: usize) -> anyhow::Result<(Map<String, Value>, BTreeMap<String, Pr
     let runtime = format!("--runtime={FIO_SECONDS}");
     let read = ["--rw=randread", "--bs=4k", "--time_based", runtime.as_str(), "--allow_file_create=0"];
     let (mut per_io, mut costs) = (Vec::new(), BTreeMap::new());
-    let (mut plain, mut tool) = (Vec::new(), Vec::new());
+    let mut plain = Vec::new();
+    let of_tool = |tool: &Tool| {
+        let running = tool.start(cgroup.path())?;
+        let measuring = ForeignPrograms::measure().map_err(anyhow::Error::msg)?;
+        let (_, requests) = fio(cgroup.command(&["fio"]), file, &read)?;
+        let costs = running.costs(&measuring);
+        let per_io = per_event(&costs, requests);
+        ensure!(per_io > 0.0, "its programs do not run: {costs:?}");
+        Ok(per_io)
+    };
+    let here = BLOCK.iter().filter(|tool| others.has("block", tool, || of_tool(tool)).is_some());
+    let mut by_tool: Vec<(&Tool, Vec<f64>)> = here.map(|tool| (tool, Vec::new())).collect();
     for _ in 0..runs {
         plain.push(fio(cgroup.command(&["fio"]), file, &read)?.0);
         let profiler = profiler(cgroup.path(), &measured())?;
@@ -327,20 +386,16 @@ fn block(runs: usize) -> anyhow::Result<(Map<String, Value>, BTreeMap<String, Pr
         // Each program runs once for a request. They also run for what others do on the machine, which is not for fio.
         per_io.push(costs.values().map(|cost| cost.ns_per_run).sum::<f64>());
         drop(profiler);
-        let kind = Kind::Tool("biolatency");
-        if kind.is_there() {
-            let _attached = kind.attach(cgroup.path())?;
-            tool.push(fio(cgroup.command(&["fio"]), file, &read)?.0);
+        for (tool, per_io) in &mut by_tool {
+            per_io.push(of_tool(tool)?);
         }
     }
+    let own = median(per_io.clone());
+    by_tool.into_iter().for_each(|(tool, runs)| others.note("block", "ns_per_io", tool, runs, own));
     let mut figures = Map::new();
-    figures.insert("block_ns_per_io".to_owned(), json!(median(per_io.clone())));
+    figures.insert("block_ns_per_io".to_owned(), json!(own));
     figures.insert("block_ns_per_io_runs".to_owned(), json!(per_io));
-    figures.insert("block_fio_mean_ns".to_owned(), json!(median(plain.clone())));
-    if !tool.is_empty() {
-        let added = median(tool) - median(plain);
-        figures.insert("block_biolatency_added_ns".to_owned(), json!(added));
-    }
+    figures.insert("block_fio_mean_ns".to_owned(), json!(median(plain)));
     Ok((figures, costs))
 }
 

@@ -10,16 +10,20 @@ use ratatui::{
     widgets::TableState,
 };
 
+use super::span::Shown;
 use crate::{
     forecast::{Evidence, Resource},
     instance::InstanceName,
     profile::Profile,
-    status::InstanceView,
+    status::{Distribution, DistributionsOf, InstanceView},
     units::UnixMillis,
 };
 
 /// How many windows are remembered.
 const REMEMBERED: usize = 60;
+
+/// The key that changes over how long the times are that are shown.
+pub(super) const SPAN_KEY: char = 's';
 
 /// By what instances are ordered, the largest first; by name the first first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,13 +99,20 @@ impl History {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Then {
     GoOn,
+    /// What is to be shown now has to be asked for.
+    Ask,
     End,
 }
 
 /// All that is known and chosen.
 #[derive(Debug, Default)]
 pub(super) struct Model {
+    /// As the agent told of them.
+    told: Vec<InstanceView>,
+    /// The same with the times of what is shown.
     views: Vec<InstanceView>,
+    distributions: BTreeMap<InstanceName, Vec<Distribution>>,
+    pub(super) shown: Shown,
     histories: BTreeMap<InstanceName, History>,
     pub(super) at: UnixMillis,
     /// Why the last answer is missing.
@@ -120,15 +131,44 @@ pub(super) struct Model {
 }
 
 impl Model {
-    /// Takes in an answer of the agent.
-    pub(super) fn take(&mut self, views: Vec<InstanceView>, at: UnixMillis) {
-        self.histories.retain(|name, _| views.iter().any(|view| view.instance.name == *name));
+    /// Takes in an answer of the agent: its instances, and the distributions that were asked for.
+    pub(super) fn take(
+        &mut self,
+        views: Vec<InstanceView>,
+        distributions: Vec<DistributionsOf>,
+        at: UnixMillis,
+    ) {
+        let is_there = |name: &InstanceName| views.iter().any(|view| view.instance.name == *name);
+        self.histories.retain(|name, _| is_there(name));
+        self.distributions.extend(distributions.into_iter().map(|of| (of.name, of.distributions)));
+        self.distributions.retain(|name, _| is_there(name));
         for view in &views {
             if let Some(profile) = &view.profile {
                 self.histories.entry(view.instance.name.clone()).or_default().add(profile);
             }
         }
-        (self.views, self.at, self.lost) = (views, at, None);
+        (self.told, self.at, self.lost) = (views, at, None);
+        self.put_times();
+    }
+
+    fn put_times(&mut self) {
+        self.views.clone_from(&self.told);
+        for view in &mut self.views {
+            let distributions = self.distributions.get(&view.instance.name);
+            if let Some(profile) = &mut view.profile {
+                self.shown.put(profile, distributions.map_or(&[], Vec::as_slice));
+            }
+        }
+    }
+
+    /// Where the agent tells the times that are shown, if not with its instances.
+    pub(super) fn distributions_wanted(&self) -> Option<String> {
+        let route = "/v1/distributions";
+        match (self.shown, &self.opened) {
+            (Shown::Window, _) => None,
+            (_, Some(one)) => Some(format!("{route}?instance={one}")),
+            (_, None) => Some(route.to_owned()),
+        }
     }
 
     /// The agent did not answer.
@@ -186,6 +226,11 @@ impl Model {
             KeyCode::Up | KeyCode::Char('k') => self.go(-1),
             KeyCode::PageDown => self.go(10),
             KeyCode::PageUp => self.go(-10),
+            KeyCode::Char(SPAN_KEY) => {
+                self.shown = self.shown.next();
+                self.put_times();
+                return Then::Ask;
+            }
             _ if self.opened.is_some() => {}
             KeyCode::Char('/') => self.typing = true,
             KeyCode::Enter => {

@@ -14,7 +14,7 @@ use rswap_common::histogram::bounds_of;
 
 use super::{
     super::table::{bytes, nanoseconds, or_dash},
-    model::{Model, Order, cores_forecast},
+    model::{Model, Order, SPAN_KEY, cores_forecast},
 };
 use crate::{
     forecast::{Evidence, Resource},
@@ -65,7 +65,10 @@ fn title(model: &Model) -> Line<'static> {
         return Line::from(format!("the agent does not answer; this is old: {why}")).red();
     }
     let order = Order::ALL.iter().find(|(order, ..)| *order == model.order).map_or("", |(.., name)| name);
-    let mut words = vec![Span::from(format!("rswap: {} instances by {order}", model.count())).bold()];
+    let mut words = vec![
+        Span::from(format!("rswap: {} instances by {order}", model.count())).bold(),
+        Span::from(format!("  times of the last {}", model.shown.name())),
+    ];
     if model.typing || !model.filter.is_empty() {
         words.push(Span::from(format!("  filter: {}{}", model.filter, if model.typing { "_" } else { "" })));
     }
@@ -74,13 +77,17 @@ fn title(model: &Model) -> Line<'static> {
 
 fn help(model: &Model) -> String {
     if model.opened().is_some() {
-        return "up/down: scroll  esc: back".to_owned();
+        return format!("up/down: scroll  esc: back  {}", span_help(model));
     }
     if model.typing {
         return "a part of a name, pool or label  enter: done  esc: all".to_owned();
     }
     let orders: Vec<String> = Order::ALL.iter().map(|(_, key, name)| format!("{key}: {name}")).collect();
-    format!("q: end  up/down, enter: look closely  /: filter  by {}", orders.join(" "))
+    format!("q: end  up/down, enter: look closely  /: filter  {}  by {}", span_help(model), orders.join(" "))
+}
+
+fn span_help(model: &Model) -> String {
+    format!("{SPAN_KEY}: last {}", model.shown.next().name())
 }
 
 fn list(frame: &mut Frame<'_>, model: &mut Model, area: Rect) {

@@ -4,10 +4,14 @@
 //! `linux-image-6.1.0-57-cloud-amd64-unsigned` (6.1.192-3), `linux-image-6.12.117+deb13-cloud-amd64-unsigned` (6.12.117-1) and
 //! `linux-binary-7.2.13+deb14-cloud-amd64` (7.2.13-1): the section `.BTF` of the kernel in `vmlinuz`, cut down by [`make_a_subset`].
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
 
 use super::{KernelTypes, subset::subset};
 use crate::profile::{
+    children::CHILD_PROBES,
     probes::{self, Probe},
     written,
 };
@@ -21,11 +25,30 @@ const KERNELS: [(&str, &str); 4] = [
 
 fn types_of(release: &str) -> KernelTypes {
     let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/src/profile/btf/kernels");
-    KernelTypes::parse(std::fs::read(format!("{directory}/{release}.btf")).unwrap()).unwrap()
+    KernelTypes::parse(fs::read(format!("{directory}/{release}.btf")).unwrap()).unwrap()
 }
 
 fn all_probes() -> impl Iterator<Item = &'static Probe> {
-    probes::PROBES.iter().chain(&probes::EXACT_PROBES).chain(&written::TYPED)
+    CHILD_PROBES.iter().chain(&probes::PROBES).chain(&probes::EXACT_PROBES).chain(&written::TYPED)
+}
+
+/// What each program of the eBPF crate is attached to, as its sources say.
+fn attached_to() -> BTreeSet<String> {
+    let sources = concat!(env!("CARGO_MANIFEST_DIR"), "/../rswap-ebpf/src");
+    let mut found = BTreeSet::new();
+    for source in fs::read_dir(sources).unwrap() {
+        let text = fs::read_to_string(source.unwrap().path()).unwrap();
+        let mut attribute = "";
+        for line in text.lines().map(str::trim) {
+            // A program is handed its context itself, what it calls a reference.
+            if line.starts_with("fn ") && line.ends_with("Context) -> i32 {") && !line.contains('&') {
+                let to = attribute.split('"').nth(1);
+                found.insert(to.unwrap_or_else(|| panic!("what is it attached to? {line}")).to_owned());
+            }
+            attribute = line;
+        }
+    }
+    found
 }
 
 /// Makes a file of `kernels/`: `RSWAP_BTF_FROM=vmlinux.btf RSWAP_BTF_TO=new.btf cargo test .. make_a_subset -- --ignored`.
@@ -33,8 +56,8 @@ fn all_probes() -> impl Iterator<Item = &'static Probe> {
 #[ignore = "a tool, not a test: it needs a kernel's type information in a file"]
 fn make_a_subset() {
     let path = |name| std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set"));
-    let types = KernelTypes::parse(std::fs::read(path("RSWAP_BTF_FROM")).unwrap()).unwrap();
-    std::fs::write(path("RSWAP_BTF_TO"), cut(&types)).unwrap();
+    let types = KernelTypes::parse(fs::read(path("RSWAP_BTF_FROM")).unwrap()).unwrap();
+    fs::write(path("RSWAP_BTF_TO"), cut(&types)).unwrap();
 }
 
 fn cut(types: &KernelTypes) -> Vec<u8> {
@@ -43,7 +66,7 @@ fn cut(types: &KernelTypes) -> Vec<u8> {
         fields.extend(probe.fields.iter().map(|(_, in_struct, field)| (*in_struct, *field)));
     }
     let tracepoints: Vec<&str> = all_probes().map(|probe| probe.tracepoint).collect();
-    subset(types, &fields, &tracepoints, &["pageflags"])
+    subset(types, &fields, &tracepoints, &["pageflags", "req_flag_bits"])
 }
 
 /// A probe's offsets, or why it would not load.
@@ -55,8 +78,16 @@ fn outcomes(types: &KernelTypes) -> BTreeMap<&'static str, Outcome> {
 }
 
 #[test]
+fn every_program_is_asked_for() {
+    // Those of ext4 are raw: they need no types (and may be a module's).
+    let asked: BTreeSet<&str> = all_probes().map(|probe| probe.tracepoint).chain(written::OF_EXT4).collect();
+    let programs = attached_to();
+    assert_eq!(programs.iter().map(String::as_str).collect::<BTreeSet<_>>(), asked);
+}
+
+#[test]
 fn a_subset_answers_as_the_whole_does() {
-    let Ok(bytes) = std::fs::read(super::KERNEL_BTF) else {
+    let Ok(bytes) = fs::read(super::KERNEL_BTF) else {
         eprintln!("not tested: {} is not there", super::KERNEL_BTF);
         return;
     };
@@ -64,7 +95,9 @@ fn a_subset_answers_as_the_whole_does() {
     let part = KernelTypes::parse(cut(&whole)).unwrap();
     assert!(part.bytes.len() * 20 < whole.bytes.len(), "{} bytes", part.bytes.len());
     assert_eq!(outcomes(&part), outcomes(&whole));
-    assert_eq!(part.enumerator("pageflags", "PG_head"), whole.enumerator("pageflags", "PG_head"));
+    for (of, name) in [("pageflags", "PG_head"), ("req_flag_bits", "__REQ_BACKGROUND")] {
+        assert_eq!(part.enumerator(of, name), whole.enumerator(of, name));
+    }
 }
 
 #[test]
@@ -131,6 +164,15 @@ fn why_tasks_go_is_told_by_kernels_that_have_it() {
 }
 
 #[test]
+fn flags_of_pages_and_requests_have_each_kernels_own_numbers() {
+    let of_all =
+        |of, name| KERNELS.map(|(_, release)| types_of(release).enumerator(of, name).expect("it has it"));
+    // As `bpftool btf dump` shows them.
+    assert_eq!(of_all("pageflags", "PG_head"), [16, 16, 6, 6]);
+    assert_eq!(of_all("req_flag_bits", "__REQ_BACKGROUND"), [20; 4]);
+}
+
+#[test]
 fn kernels_differ_in_whether_what_could_not_be_sent_again_is_told() {
     let told = KERNELS.map(|(_, release)| probes::retransmit_has_error(&types_of(release)));
     assert_eq!(told, [false, false, false, true]);
@@ -138,14 +180,16 @@ fn kernels_differ_in_whether_what_could_not_be_sent_again_is_told() {
 
 #[test]
 fn offsets_are_each_kernels_own() {
-    let offset = |kernel: usize, global| {
-        let types = types_of(KERNELS[kernel].1);
-        let found = outcomes(&types).remove("sched_switch").unwrap().unwrap();
-        found.iter().find(|(name, _)| *name == global).unwrap().1
+    let of_all = |tracepoint, global| {
+        KERNELS.map(|(_, release)| {
+            let found = outcomes(&types_of(release)).remove(tracepoint).unwrap().unwrap();
+            found.iter().find(|(name, _)| *name == global).unwrap().1
+        })
     };
     // As `bpftool btf dump` shows them.
-    let of_all = |global| [0, 1, 2, 3].map(|kernel| offset(kernel, global));
-    assert_eq!(of_all("TASK_LAST_QUEUED"), [1968, 2184, 2216, 2576]);
-    assert_eq!(of_all("TASK_CFS_RQ"), [464, 248, 288, 304]);
-    assert_eq!(of_all("RQ_CLOCK"), [2464, 2448, 2736, 3728]);
+    assert_eq!(of_all("sched_switch", "TASK_LAST_QUEUED"), [1968, 2184, 2216, 2576]);
+    assert_eq!(of_all("sched_switch", "TASK_CFS_RQ"), [464, 248, 288, 304]);
+    assert_eq!(of_all("sched_switch", "RQ_CLOCK"), [2464, 2448, 2736, 3728]);
+    assert_eq!(of_all("cgroup_mkdir", "CGROUP_ROOT"), [480, 656, 720, 808]);
+    assert_eq!(of_all("cgroup_release", "ROOT_HIERARCHY_ID"), [12; 4]);
 }

@@ -7,6 +7,7 @@ use ratatui::{
 use super::{super::model::Then, *};
 use crate::{
     profile::{CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour},
+    status::{Distribution, DistributionsOf, Metric},
     units::UnixMillis,
 };
 
@@ -55,7 +56,7 @@ fn of_three() -> Model {
             seen("alpha", 0.25, &[5000], at),
             seen("gamma", 1.0, &[40_000_000], at),
         ];
-        model.take(views, UnixMillis(at));
+        model.take(views, Vec::new(), UnixMillis(at));
     }
     model
 }
@@ -89,7 +90,7 @@ fn a_choice_stays_with_its_instance() {
     assert_eq!(model.chosen_at(), Some(1), "beta");
     press(&mut model, &[KeyCode::Char('c')]);
     assert_eq!(model.chosen_at(), Some(0), "beta is first now");
-    model.take(vec![seen("alpha", 1.0, &[], 9)], UnixMillis(9));
+    model.take(vec![seen("alpha", 1.0, &[], 9)], Vec::new(), UnixMillis(9));
     assert_eq!(model.chosen_at(), None, "it has gone");
     press(&mut model, &[KeyCode::PageDown, KeyCode::Enter]);
     assert_eq!(model.opened().map(|view| view.instance.name.to_string()).as_deref(), Some("alpha"));
@@ -115,6 +116,70 @@ fn a_filter_takes_names_pools_and_labels() {
     assert_eq!(press(&mut model, &[KeyCode::Char('q')]), Then::End);
 }
 
+/// What the agent has of a metric: these values in the last window, and each so many times in the minute and the hour.
+fn spans(metric: Metric, values: &[u64], minute: u64, hour: u64) -> Distribution {
+    let times = |times: u64| {
+        let mut of = Histogram::default();
+        (0..times).for_each(|_| values.iter().for_each(|value| of.record(*value)));
+        of
+    };
+    Distribution {
+        metric,
+        window: Histogram::default(),
+        minute: times(minute),
+        hour: times(hour),
+        total: times(hour),
+    }
+}
+
+#[test]
+fn times_are_shown_over_the_span_that_is_chosen() {
+    let mut model = of_three();
+    assert_eq!(model.distributions_wanted(), None, "they come with the instances");
+    assert!(shown(&mut model, 160, 6)[0].contains("times of the last window"));
+    assert_eq!(press(&mut model, &[KeyCode::Char('s')]), Then::Ask);
+    assert_eq!(model.distributions_wanted().as_deref(), Some("/v1/distributions"));
+    let on_disk = Metric::BlockDeviceNs { device: "8:0".to_owned(), operation: Operation::Read };
+    let told = || {
+        let of_alpha = vec![
+            spans(Metric::RunQueueNs, &[70_000_000], 30, 900),
+            spans(on_disk.clone(), &[8_000_000], 0, 12),
+        ];
+        vec![
+            DistributionsOf { name: "alpha".parse().expect("a name"), distributions: of_alpha },
+            DistributionsOf { name: "beta".parse().expect("a name"), distributions: Vec::new() },
+        ]
+    };
+    let views = || (0..3).map(|at| seen(["alpha", "beta", "gamma"][at], 1.0, &[5000], 4)).collect();
+    model.take(views(), told(), UnixMillis(4));
+    let lines = shown(&mut model, 160, 6);
+    assert!(lines[0].contains("times of the last minute"), "{lines:?}");
+    assert!(lines[5].contains("s: last hour"), "{lines:?}");
+    assert!(lines[2].starts_with("alpha") && lines[2].matches("71.3 ms").count() == 2, "{lines:?}");
+    // Nothing within the hour, or not told of yet: no time of another span.
+    assert!(lines[3].starts_with("beta") && !lines[3].contains("us"), "{lines:?}");
+    assert!(lines[4].starts_with("gamma") && !lines[4].contains("us"), "{lines:?}");
+    // It is ordered by what is shown.
+    press(&mut model, &[KeyCode::Char('w')]);
+    assert_eq!(names(&model)[0], "alpha");
+
+    press(&mut model, &[KeyCode::Down, KeyCode::Enter]);
+    assert_eq!(model.distributions_wanted().as_deref(), Some("/v1/distributions?instance=alpha"));
+    let text = shown(&mut model, 100, 30).join("\n");
+    assert!(text.contains("waiting for a core: 30 times") && !text.contains("reads of"), "{text}");
+    assert_eq!(press(&mut model, &[KeyCode::Char('s')]), Then::Ask);
+    let text = shown(&mut model, 100, 30).join("\n");
+    assert!(text.contains("times of the last hour") && text.contains("s: last window"), "{text}");
+    assert!(
+        text.contains("waiting for a core: 900 times") && text.contains("reads of 8:0: 12 times"),
+        "{text}"
+    );
+    press(&mut model, &[KeyCode::Char('s')]);
+    let text = shown(&mut model, 100, 30).join("\n");
+    assert!(text.contains("waiting for a core: 1 times") && !text.contains("reads of"), "{text}");
+    assert_eq!(model.distributions_wanted(), None);
+}
+
 #[test]
 fn a_close_look_names_who_took_a_core_and_a_disk() {
     let mut model = Model::default();
@@ -126,7 +191,7 @@ fn a_close_look_names_who_took_a_core_and_a_disk() {
     profile.disk_neighbours =
         vec![DeviceNeighbours { device: "8:0".to_owned(), own_ns: 1000, others: vec![writer] }];
     profile.tcp.retransmits = Some(7);
-    model.take(vec![view], UnixMillis(1));
+    model.take(vec![view], Vec::new(), UnixMillis(1));
     press(&mut model, &[KeyCode::Down, KeyCode::Enter]);
     let text = shown(&mut model, 100, 30).join("\n");
     for line in [
