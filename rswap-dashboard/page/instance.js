@@ -121,9 +121,16 @@ function view({ view, explained, series }, _, name) {
         that host is gone for good, decide with rswap recover ${name} --here or --there.
       </p>`
     : nothing;
+  const stands = view.stands_for
+    ? html`<p class="lost">
+        <strong>It stands still.</strong> A swap of its volume ${view.stands_for} failed, and so did the way back. It is
+        whole: rswap swap ${name} POOL --volume ${view.stands_for} tries to bring it to an end, and so does an agent
+        that is started anew.
+      </p>`
+    : nothing;
   const kept = series.windows.length > 1 ? series.windows.at(-1).at - series.windows[0].at : null;
   return html`
-    ${doubt} ${about(view)} ${section("why", "Why it is where it is", decisionsNow(explained.now))}
+    ${doubt} ${stands} ${about(view)} ${section("why", "Why it is where it is", decisionsNow(explained.now))}
     ${section(
       "forecast",
       "Forecast and what came",

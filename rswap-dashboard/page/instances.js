@@ -38,6 +38,7 @@ function decided(plan) {
   const known = new Set(plan.decisions.map((d) => d.instance));
   return (view, underWay) => {
     if (view.in_doubt) return badge("bad", "in doubt");
+    if (view.stands_for) return badge("bad", "stands still");
     if (underWay.has(view.name)) return badge("busy", "on its way");
     if (moving.has(view.name)) return badge("warn", "is to move");
     return known.has(view.name) ? badge("plain", "stays") : html`<span class="muted">not yet</span>`;

@@ -23,6 +23,13 @@ function attention({ status }, { pools, instances }) {
       `It was committed to ${in_doubt}, which has not answered: it is frozen here.`,
     ]);
   }
+  for (const { name, stands_for } of instances.filter((instance) => instance.stands_for)) {
+    found.push([
+      "bad",
+      `${name} stands still`,
+      `A swap of its volume ${stands_for} failed, and so did the way back: rswap swap ${name} POOL --volume ${stands_for} tries again.`,
+    ]);
+  }
   if (status.links?.problem) found.push(["bad", "Links to other hosts", status.links.problem]);
   for (const probe of status.probes.filter((probe) => probe.state === "unavailable")) {
     found.push(["warn", `The probe ${probe.name} is unavailable`, probe.reason]);

@@ -45,6 +45,31 @@ impl Hog {
         set_nice(pid, nice)?;
         Ok(hog)
     }
+
+    /// One that leaves no usual program anything of this CPU (`SCHED_FIFO`). Not for long: after a second the kernel gives them a share. It ends by
+    /// itself soon after.
+    pub fn before_all(cpu: usize) -> anyhow::Result<Self> {
+        const FIFO: &str = "1";
+        let loops =
+            ["-c", &cpu.to_string(), "chrt", "--fifo", "1", "sh", "-c", "ulimit -t 5; while :; do :; done"];
+        let hog =
+            Self(Command::new("taskset").args(loops).spawn().context("start a program that takes a core")?);
+        let stat = format!("/proc/{}/stat", hog.0.id());
+        wait_for("a program that runs before all others", Duration::from_secs(5), || {
+            let text = fs::read_to_string(&stat)?;
+            let policy = text.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(38));
+            Ok((text.contains("(sh)") && policy == Some(FIFO)).then_some(()))
+        })?;
+        Ok(hog)
+    }
+}
+
+/// Has all threads of a process, and what they start from here on, run on these CPUs (`0`, `0-3`).
+pub fn run_on(cpus: &str, pid: u32) -> anyhow::Result<()> {
+    let set = Command::new("taskset").args(["-a", "-c", "-p", cpus, &pid.to_string()]).output();
+    let set = set.context("start taskset")?;
+    anyhow::ensure!(set.status.success(), "taskset: {}", String::from_utf8_lossy(&set.stderr));
+    Ok(())
 }
 
 impl Drop for Hog {

@@ -78,6 +78,16 @@ impl Follower {
     /// Follows agent `pid`, and sends it `signal` at `place`. Returns when it is followed.
     pub fn start(pid: u32, place: Place, signal: Signal) -> anyhow::Result<Self> {
         let agent = Pid::from_raw(i32::try_from(pid)?);
+        Self::start_with(pid, place, move || kill(agent, signal).context("cannot strike"))
+    }
+
+    /// Follows agent `pid`, and does `strike` at `place`, while the thread that came there stands still.
+    pub fn start_with(
+        pid: u32,
+        place: Place,
+        strike: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let agent = Pid::from_raw(i32::try_from(pid)?);
         let (tell, told) = std::sync::mpsc::channel();
         let over = Arc::new(AtomicBool::new(false));
         let is_over = over.clone();
@@ -86,7 +96,7 @@ impl Follower {
             let failed = seized.as_ref().err().map(ToString::to_string);
             tell.send(failed).context("nobody waits")?;
             seized?;
-            follow(agent, place, signal, &is_over)
+            follow(place, strike, &is_over)
         };
         let thread = thread::Builder::new().name("follower".into()).spawn(follow)?;
         match told.recv()? {
@@ -118,7 +128,11 @@ fn seize(agent: Pid) -> anyhow::Result<()> {
 }
 
 /// The end of this thread lets the agent go.
-fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow::Result<bool> {
+fn follow(
+    place: Place,
+    strike: impl FnOnce() -> anyhow::Result<()>,
+    over: &AtomicBool,
+) -> anyhow::Result<bool> {
     // Each of the agent's threads makes its calls in a program of its own.
     let mut threads: BTreeMap<i32, Progress> = BTreeMap::new();
     let (mut requests, mut calls) = (0.., Calls::default());
@@ -143,7 +157,7 @@ fn follow(agent: Pid, place: Place, signal: Signal, over: &AtomicBool) -> anyhow
                         _ => calls.reaches(place, tid, &registers),
                     }
                 {
-                    kill(agent, signal).context("cannot strike")?;
+                    strike()?;
                     return Ok(true);
                 }
                 (tid, None)

@@ -104,8 +104,10 @@ pub struct StorageScene {
     pub host: Host,
     /// The program's log.
     pub log: PathBuf,
-    /// Where the program sees its volume.
+    /// Where the program sees its volume `data`.
     pub path: PathBuf,
+    /// Where it sees its other volumes, by their names.
+    pub others: Vec<(&'static str, PathBuf)>,
     /// The disks: of the pools `one`, `two`, and so on.
     pub disks: Vec<LoopDevice>,
     /// The network; the last to go, with the host's logs.
@@ -141,28 +143,43 @@ impl StorageScene {
             disks.push(disk);
         }
         let host = fleet.host("a", &HostOptions { more, ..options })?;
-        Ok(Self { host, log: scratch.join("program.log"), path: scratch.join("mounted"), disks, fleet })
+        let (log, path) = (scratch.join("program.log"), scratch.join("mounted"));
+        Ok(Self { host, log, path, others: Vec::new(), disks, fleet })
     }
 
-    /// Starts `programs/NAME.py LOG VOLUME ARGUMENTS...` as the instance `worker`.
+    /// The names of its volumes, and where the program sees them.
+    fn volumes(&self) -> Vec<(&'static str, &Path)> {
+        let others = self.others.iter().map(|(name, path)| (*name, path.as_path()));
+        std::iter::once(("data", self.path.as_path())).chain(others).collect()
+    }
+
+    /// From here on the program, which is still to be started, has another volume.
+    pub fn add_volume(&mut self, name: &'static str) {
+        self.others.push((name, self.fleet.scratch().join(format!("mounted-{name}"))));
+    }
+
+    /// Starts `programs/NAME.py LOG VOLUMES... ARGUMENTS...` as the instance `worker`.
     pub fn python(&self, name: &str, arguments: &[&str]) -> anyhow::Result<()> {
         let program = program(&format!("{name}.py"));
-        let words =
-            [program, self.log.clone(), self.path.clone()].map(|path| path.to_string_lossy().into_owned());
-        let [program, log, path] = &words;
-        self.run(&[&["python3", program, log, path], arguments].concat())?;
+        let directories = self.volumes().into_iter().map(|(_, path)| path);
+        let paths = [&program, &self.log].into_iter().map(PathBuf::as_path).chain(directories);
+        let words: Vec<String> = paths.map(|path| path.to_string_lossy().into_owned()).collect();
+        let words: Vec<&str> = std::iter::once("python3").chain(words.iter().map(String::as_str)).collect();
+        self.run(&[&words, arguments].concat())?;
         self.goes_on()
     }
 
-    /// Starts a command as the instance `worker`, with the volume `data`.
+    /// Starts a command as the instance `worker`, with its volumes.
     pub fn run(&self, command: &[&str]) -> anyhow::Result<()> {
         self.run_with(&[], command)
     }
 
     /// The same, with further options of `rswap run`.
     pub fn run_with(&self, options: &[&str], command: &[&str]) -> anyhow::Result<()> {
-        let volume = format!("data:{}", self.path.display());
-        self.host.run("worker", &[&["--volume", &volume], options].concat(), command)?;
+        let volumes: Vec<String> =
+            self.volumes().iter().map(|(name, path)| format!("{name}:{}", path.display())).collect();
+        let volumes: Vec<&str> = volumes.iter().flat_map(|volume| ["--volume", volume]).collect();
+        self.host.run("worker", &[&volumes, options].concat(), command)?;
         wait_for("the agent to watch the instance", LIMIT, || {
             Ok(self.host.has_instance("worker")?.then_some(()))
         })
@@ -185,15 +202,25 @@ impl StorageScene {
 
     /// The call that moves the volume to a pool.
     pub fn swap(&self, pool: &str) -> anyhow::Result<Command> {
-        self.host.rswap(&["swap", "worker", pool, "--volume", "data", "--json"])
+        self.swap_of("data", pool)
+    }
+
+    /// The call that moves one of its volumes to a pool.
+    pub fn swap_of(&self, volume: &str, pool: &str) -> anyhow::Result<Command> {
+        self.host.rswap(&["swap", "worker", pool, "--volume", volume, "--json"])
     }
 
     /// Moves the volume: what it took, or why it stays. What is refused only at the moment is tried again.
     pub fn moved(&self, pool: &str) -> anyhow::Result<Result<StorageReport, String>> {
+        self.moved_of("data", pool)
+    }
+
+    /// The same of one of its volumes.
+    pub fn moved_of(&self, volume: &str, pool: &str) -> anyhow::Result<Result<StorageReport, String>> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let output = self.swap(pool)?.output()?;
+            let output = self.swap_of(volume, pool)?.output()?;
             let text = String::from_utf8_lossy(&output.stdout);
             let last = text.lines().last().context("nothing was answered")?;
             match serde_json::from_str(last)? {
@@ -207,26 +234,44 @@ impl StorageScene {
 
     /// Moves the volume, and the program must go on there.
     pub fn moves(&self, pool: &str) -> anyhow::Result<StorageReport> {
-        let report = self.moved(pool)?.map_err(anyhow::Error::msg)?;
+        let report = self.moves_of("data", pool)?;
+        self.is_on(Some(pool))?;
+        Ok(report)
+    }
+
+    /// Moves one of its volumes, and the program must go on.
+    pub fn moves_of(&self, volume: &str, pool: &str) -> anyhow::Result<StorageReport> {
+        let report = self.moved_of(volume, pool)?.map_err(anyhow::Error::msg)?;
         println!("unavailable {:.1} ms: {:?}", report.unavailability_ms, report.freeze_steps_ms);
         self.goes_on()?;
-        self.is_on(Some(pool))?;
         Ok(report)
     }
 
     /// The volume is on this pool's disk (or on none), whoever looks, and nowhere else.
     pub fn is_on(&self, pool: Option<&str>) -> anyhow::Result<()> {
-        let place = self.place();
-        let real = fs::canonicalize(&place)?;
+        self.are_on(&[pool])
+    }
+
+    /// Each of its volumes is on the disk of its pool, whoever looks, and nowhere else.
+    pub fn are_on(&self, pools: &[Option<&str>]) -> anyhow::Result<()> {
+        let volumes = self.volumes();
+        ensure!(volumes.len() == pools.len(), "it has {} volumes", volumes.len());
         let at = |name: &str| self.fleet.scratch().join(name).join("mounted");
-        match pool {
-            Some(pool) => ensure!(real.starts_with(at(pool)), "it is in {}", real.display()),
-            None => ensure!(real == place, "it is in {}", real.display()),
+        let mut known = Vec::new();
+        for ((name, path), pool) in volumes.into_iter().zip(pools) {
+            let place = self.place_of(name);
+            let real = fs::canonicalize(&place)?;
+            match pool {
+                Some(pool) => ensure!(real.starts_with(at(pool)), "{name} is in {}", real.display()),
+                None => ensure!(real == place, "{name} is in {}", real.display()),
+            }
+            for pid in self.host.pids("worker")? {
+                let seen = fs::metadata(format!("/proc/{pid}/root{}", path.display()))?;
+                ensure!(same(&seen, &fs::metadata(&real)?), "process {pid} sees another directory");
+            }
+            known.extend([place, real]);
         }
-        for pid in self.host.pids("worker")? {
-            let seen = fs::metadata(format!("/proc/{pid}/root{}", self.path.display()))?;
-            ensure!(same(&seen, &fs::metadata(&real)?), "process {pid} sees another directory");
-        }
+        let place = self.place();
         let mut found = Vec::new();
         let gone = wait_for("the other copies to go", LIMIT / 4, || {
             found.clear();
@@ -239,7 +284,7 @@ impl StorageScene {
             found.extend(
                 fs::read_dir(place.parent().context("no parent")?)?.flatten().map(|entry| entry.path()),
             );
-            found.retain(|path| *path != real && *path != place);
+            found.retain(|path| !known.contains(path));
             let swaps =
                 fs::read_dir(self.fleet.scratch().join("a/volume-swaps")).into_iter().flatten().flatten();
             found.extend(
@@ -263,7 +308,17 @@ impl StorageScene {
 
     /// Where the agent looks for the volume.
     pub fn place(&self) -> PathBuf {
-        self.fleet.scratch().join("a/volumes/worker/data")
+        self.place_of("data")
+    }
+
+    /// Where the agent looks for one of its volumes.
+    pub fn place_of(&self, volume: &str) -> PathBuf {
+        self.fleet.scratch().join("a/volumes/worker").join(volume)
+    }
+
+    /// Whether the instance is held by its cgroup.
+    pub fn is_frozen(&self) -> anyhow::Result<bool> {
+        Ok(fs::read_to_string(self.host.cgroup()?.join("worker/cgroup.freeze"))?.trim() == "1")
     }
 
     /// A move that has begun; what it says is for whoever waits for it.

@@ -100,7 +100,7 @@ fn a_disk_that_fails_while_the_last_delta_is_written_through_leaves_nobody_froze
         scene.host.signal_agent(Signal::SIGCONT)?;
         wait_for("the instance to be held by its cgroup", LIMIT, || {
             ensure!(swap.try_wait()?.is_none(), "it has not waited for its disk");
-            Ok(is_frozen(&scene)?.then_some(()))
+            Ok(scene.is_frozen()?.then_some(()))
         })?;
         scene.host.signal_agent(Signal::SIGSTOP)?;
         scene.disks[1].set_speed(Speed::default())?;
@@ -324,11 +324,6 @@ fn in_freeze(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Ch
 /// A swap whose agent stands still at `step`.
 fn stopped_at(scene: &StorageScene, pool: &str, step: usize) -> anyhow::Result<Child> {
     scene.stopped_before(pool, Place::Step(step))
-}
-
-/// Whether the instance is held by its cgroup.
-fn is_frozen(scene: &StorageScene) -> anyhow::Result<bool> {
-    Ok(fs::read_to_string(scene.host.cgroup()?.join("worker/cgroup.freeze"))?.trim() == "1")
 }
 
 /// Kills the guard that the agent has started, when there is one.

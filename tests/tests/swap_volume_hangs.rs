@@ -9,9 +9,10 @@ use std::{
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use rswap_tests::{
-    reason_to_skip,
+    reason_to_skip, rounds,
     steps::{Follower, Place},
     storage::{Disk, End, StorageScene},
+    wait_for,
 };
 
 const MIB: u64 = 1 << 20;
@@ -20,6 +21,11 @@ const STEP_BEFORE_LAST_DELTA: usize = 2;
 /// Longer than a disk is waited for, which is half of the longest freeze; and that, with what the guard needs to end an agent.
 const HANGS_LIMIT: Duration = Duration::from_secs(12);
 const GUARD_LIMIT: Duration = Duration::from_secs(17);
+/// For a guard's five seconds, and what it does before and after them.
+const STOOD_LIMIT: Duration = Duration::from_secs(9);
+/// What a guard says, and who brings a swap to its end.
+const TAKEN: &str = "its guard does";
+const BROUGHT: &str = "a storage swap that was broken off is brought to its end";
 /// Steps on the way to a new directory: some descriptors are there, and all are.
 const STEPS_THERE: [usize; 2] = [25, 80];
 /// Between two steps of a way back at which the agent is killed: a call takes three.
@@ -42,12 +48,7 @@ fn a_disk_that_hangs_in_the_freeze_is_not_waited_for_without_bound() -> anyhow::
         let swap = scene.stopped_before("two", place)?;
         let agent = scene.host.agent_pid();
         if is_made {
-            let copies = fs::read_dir(scene.disks[1].mount_point().join("rswap/worker"))?;
-            let copy = copies.flatten().next().context("there is no copy")?;
-            let permissions = copy.metadata()?.permissions();
-            End::Hangs.strike(&scene.disks[1])?;
-            // What the agent asks of it afterwards it has to write, and to give files up that have no name.
-            fs::set_permissions(copy.path(), permissions)?;
+            hang_with_work(&scene)?;
         } else {
             scene.disks[1].hold()?;
         }
@@ -147,6 +148,66 @@ fn an_agent_and_the_disk_that_it_moves_to_may_both_fail() -> anyhow::Result<()> 
         }
     }
     Ok(())
+}
+
+/// The guard of an agent that was killed waits for the disk when the next agent is started: that waits for the guard, and does nothing of the guard's
+/// work.
+#[test]
+fn the_next_agent_leaves_to_a_guard_what_the_guard_is_at() -> anyhow::Result<()> {
+    if reason_to_skip("the_next_agent_leaves_to_a_guard_what_the_guard_is_at").is_some() {
+        return Ok(());
+    }
+    let mut scene = StorageScene::set_on([Disk::of(128 * MIB), Disk::that_can_fail(128 * MIB)], 3000)?;
+    scene.python("locked", &[])?;
+    fs::write(scene.log.with_extension("log.free"), "")?;
+    scene.moves("one")?;
+    let descriptors = scene.descriptors()?;
+    for step in STEPS_THERE {
+        let swap = scene.stopped_before("two", Place::WayThere(step))?;
+        let (guards, ends) = (times(&scene, TAKEN)?, times(&scene, BROUGHT)?);
+        End::Hangs.strike(&scene.disks[1])?;
+        let began = Instant::now();
+        scene.host.kill_agent()?;
+        swap.wait_with_output()?;
+        wait_for("the guard", GUARD_LIMIT, || Ok((times(&scene, TAKEN)? > guards).then_some(())))?;
+        let log = scene.log.clone();
+        let goes_on =
+            thread::spawn(move || rounds::wait_for_more(&log, 50, GUARD_LIMIT).map(|()| began.elapsed()));
+        scene.host.start_agent()?;
+        let stood = goes_on.join().map_err(|_| anyhow::anyhow!("who waits panicked"))??;
+        println!(
+            "step {step}: it went on after {stood:?}, and the agent was there after {:?}",
+            began.elapsed()
+        );
+        // The guard gives the disk five seconds.
+        ensure!(stood < STOOD_LIMIT, "it stood still for {stood:?}");
+        scene.goes_on()?;
+        scene.is_in("one")?;
+        scene.nothing_is_left()?;
+        ensure!(scene.descriptors()? == descriptors, "step {step}: descriptors are left");
+        let (guards, ends) = (times(&scene, TAKEN)? - guards, times(&scene, BROUGHT)? - ends);
+        ensure!((guards, ends) == (1, 1), "{guards} guards, and it was brought to its end {ends} times");
+        scene.disks[1].vanish()?;
+        scene.disks[1].replace()?;
+        scene.moves("two")?;
+        scene.moves("one")?;
+    }
+    Ok(())
+}
+
+/// The disk of pool `two` hangs, and has something to write.
+fn hang_with_work(scene: &StorageScene) -> anyhow::Result<()> {
+    let copies = fs::read_dir(scene.disks[1].mount_point().join("rswap/worker"))?;
+    let copy = copies.flatten().next().context("there is no copy")?;
+    let permissions = copy.metadata()?.permissions();
+    End::Hangs.strike(&scene.disks[1])?;
+    // What the agent asks of it afterwards it has to write, and to give files up that have no name.
+    Ok(fs::set_permissions(copy.path(), permissions)?)
+}
+
+/// How often this is in the log of the agents and guards.
+fn times(scene: &StorageScene, words: &str) -> anyhow::Result<usize> {
+    Ok(scene.host.log()?.matches(words).count())
 }
 
 /// Descriptors are on the new copy already when it fails; the agent is killed at each step of the way back. Whatever was set for them and what must be

@@ -51,8 +51,13 @@ impl Wiring {
                     self.planner.part_moved(&instance, kind, stake.volume(), now);
                 }
             }
-            Err(Stayed::Here(error)) => {
-                tracing::warn!(%instance, to, %error, "not moved: it runs where it ran");
+            Err(stayed @ (Stayed::Here(error) | Stayed::Still(error))) => {
+                match stayed {
+                    Stayed::Still(_) => {
+                        tracing::error!(%instance, to, %error, "not moved, and it stands still")
+                    }
+                    _ => tracing::warn!(%instance, to, %error, "not moved: it runs where it ran"),
+                }
                 if let Some(kind) = stake.kind() {
                     let error = error.to_string();
                     self.planner.part_failed(&instance, kind, stake.volume(), &error, now);
@@ -73,7 +78,9 @@ impl Wiring {
             };
             match &result {
                 Ok(_) => member.migrated(&instance, None, measured),
-                Err(Stayed::Here(error)) => member.migrated(&instance, Some(error.to_string()), measured),
+                Err(Stayed::Here(error) | Stayed::Still(error)) => {
+                    member.migrated(&instance, Some(error.to_string()), measured)
+                }
                 // For the controller it goes on, too: a report says how it ended when the doubt is over.
                 Err(Stayed::InDoubt(_)) => {}
             }
@@ -126,7 +133,9 @@ impl Wiring {
         let last = match result {
             Ok(Moved::Volume(report)) => SwapVolumeEvent::Done(report),
             Ok(_) => return,
-            Err(Stayed::Here(error) | Stayed::InDoubt(error)) => SwapVolumeEvent::Failed(error),
+            Err(Stayed::Here(error) | Stayed::Still(error) | Stayed::InDoubt(error)) => {
+                SwapVolumeEvent::Failed(error)
+            }
         };
         if let Some(events) = events {
             // A slow reader gets it all the same, without holding up the windows.
@@ -155,7 +164,7 @@ impl Wiring {
         let duration_ms = took.as_secs_f64() * 1e3;
         let answer = match result {
             Ok(moved) => Ok(SwapDone { instance, pool: to, duration_ms, detail: moved.into_detail() }),
-            Err(Stayed::Here(error) | Stayed::InDoubt(error)) => Err(error),
+            Err(Stayed::Here(error) | Stayed::Still(error) | Stayed::InDoubt(error)) => Err(error),
         };
         if let Some(reply) = reply {
             // A caller that went away doesn't need its answer.
@@ -175,7 +184,7 @@ impl Wiring {
                 let report = moved.into_report();
                 (MigrationState::Done { report: report.clone(), ended }, MigrateEvent::Done(report))
             }
-            Err(Stayed::Here(error)) => {
+            Err(Stayed::Here(error) | Stayed::Still(error)) => {
                 (MigrationState::Failed { error: error.to_string(), ended }, MigrateEvent::Failed(error))
             }
             Err(Stayed::InDoubt(error)) => {

@@ -15,7 +15,7 @@ use super::{cold, wiring::refused};
 use crate::{
     config::{Config, MigrateConfig, VolumePool},
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
-    instance::{Instance, InstanceName, launch::Place, volume::Volume},
+    instance::{Instance, InstanceName, cgroup, launch::Place, volume::Volume},
     migrate::{MigrateError, Progress, Report, guard::Guard, linux, recovery::Recovery},
     plan::MoveKind,
     pool::cpu_list,
@@ -25,7 +25,7 @@ use crate::{
         self,
         cpu::Seat,
         memory::{Held, MemoryReport, Target},
-        storage::{self, StorageOrder, StorageProgress, StorageReport},
+        storage::{self, StorageError, StorageOrder, StorageProgress, StorageReport},
     },
     sys::heap,
     units::UnixMillis,
@@ -172,6 +172,8 @@ impl Moved {
 pub(super) enum Stayed {
     /// The instance runs where it ran before.
     Here(ApiError),
+    /// It is here, and stands still: the way back failed.
+    Still(ApiError),
     /// Only the other host knows whether the instance runs there; here it stays frozen.
     InDoubt(ApiError),
 }
@@ -227,7 +229,7 @@ pub(super) fn spawn(
                     patience: config.migrate.freeze_limit() / 2,
                     limit: VOLUME_LIMIT,
                 };
-                volume_swap(&order, &config.migrate, events.as_ref()).map_err(Stayed::Here)
+                volume_swap(&order, &config.migrate, events.as_ref())
             }
         }));
         let result = result.unwrap_or_else(|_| {
@@ -270,14 +272,14 @@ fn volume_swap(
     order: &StorageOrder,
     config: &MigrateConfig,
     events: Option<&Sender<SwapVolumeEvent>>,
-) -> Result<Moved, ApiError> {
+) -> Result<Moved, Stayed> {
     let StorageOrder { place, instance, volume, pool, .. } = order;
     let attempted =
         format!("move the volume {} of {} to {}", volume.name, instance.name, pool.directory.display());
     let guard = Guard::start_for_volume(place, instance, storage::record_path(order), config.freeze_limit());
     let guard = guard.map_err(|error| {
         let text = format!("cannot {attempted}: {error}");
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text, "see the agent's log")
+        Stayed::Here(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text, "see the agent's log"))
     })?;
     // Dropped for a reader that is too slow or gone.
     let mut tell = |progress: &StorageProgress| {
@@ -286,7 +288,15 @@ fn volume_swap(
         }
     };
     let moved = storage::move_to(order, &guard, &mut tell);
-    moved.map(Moved::Volume).map_err(|error| refused(&attempted, &error))
+    moved.map(Moved::Volume).map_err(|error| {
+        let stayed = match error {
+            StorageError::NotRestored { .. } => Stayed::Still,
+            // Whether it stands still, the cgroup knows.
+            StorageError::NotAtItsEnd { .. } if cgroup::is_frozen(&instance.cgroup) => Stayed::Still,
+            _ => Stayed::Here,
+        };
+        stayed(refused(&attempted, &error))
+    })
 }
 
 fn migrate(

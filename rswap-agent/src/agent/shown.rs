@@ -55,7 +55,9 @@ impl Wiring {
     ) {
         let state = match result {
             Ok(moved) => MoveState::Done { ended, pause_ms: moved.pause_ms() },
-            Err(Stayed::Here(error)) => MoveState::Failed { ended, error: error.to_string() },
+            Err(Stayed::Here(error) | Stayed::Still(error)) => {
+                MoveState::Failed { ended, error: error.to_string() }
+            }
             Err(Stayed::InDoubt(error)) => MoveState::InDoubt { ended, error: error.to_string() },
         };
         self.board.write(|board| board.moves.end(instance, state));

@@ -44,7 +44,7 @@ use crate::{
     pool::{self, Cores, Disks, Inventory, Pool, Watch},
     profile::{Profile, Profiler},
     status::{ApiError, Board},
-    swap::share,
+    swap::{share, storage},
     units::UnixMillis,
 };
 
@@ -292,13 +292,15 @@ impl Wiring {
             // One whose uplink comes first has its turn later.
             self.settle_cores();
         }
-        let doubts = &self.in_doubt;
+        let (doubts, mut standing) = (&self.in_doubt, storage::standing(&self.config.agent.state_dir));
         let shown = self.known.values().map(|instance| {
             let doubt = doubts.get(&instance.name);
+            let under_way = self.moving.contains_key(&instance.name);
             (
                 instance.clone(),
                 volume_directories(&self.recovery.place, instance),
                 doubt.map(|doubt| doubt.peer.map_or_else(String::new, |peer| peer.to_string())),
+                standing.remove(&instance.cgroup_id).filter(|_| !under_way),
             )
         });
         self.board.write(|board| board.set_instances(shown));

@@ -119,6 +119,7 @@ pub(super) fn init(arguments: InitArguments) -> anyhow::Result<ExitCode> {
 }
 
 pub(super) fn guard(word: i32, life: i32) -> anyhow::Result<ExitCode> {
+    log();
     // It does what the agent would do, by the same means.
     privilege::keep_what_is_needed()?;
     guard::run(word, life).map_err(|error| anyhow::anyhow!("the guard of a freeze: {error}"))?;

@@ -67,6 +67,14 @@ pub(super) async fn ps(client: &Client, output: Output) -> anyhow::Result<()> {
     {
         println!("{}", swapped(name, in_swap));
     }
+    for (name, volume) in
+        views.iter().filter_map(|view| Some((&view.instance.name, view.stands_for.as_ref()?)))
+    {
+        println!(
+            "{name} STANDS STILL: a swap of its volume {volume} failed, and so did the way back. It is whole. \
+             `rswap swap {name} POOL --volume {volume}` tries to bring it to an end, and so does an agent that is started anew"
+        );
+    }
     for (view, peer) in views.iter().filter_map(|view| Some((view, view.in_doubt.as_ref()?))) {
         println!(
             "{0} is IN DOUBT: it is frozen here, and may run at {peer}, which is asked until it answers. If that host is \

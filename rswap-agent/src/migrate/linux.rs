@@ -36,6 +36,7 @@ use crate::{
         network::Port,
         registry::Registry,
     },
+    swap::storage,
     sys::{clock::Clocks, packet::Holder},
     tracee::{
         cgroups,
@@ -71,10 +72,9 @@ pub fn send(
     let link = |source| MigrateError::Link { doing: "connecting to the destination", source };
     let (place, journals) = (&recovery.place, recovery.directory());
     recovery::refuse_if_in_doubt(journals, &instance.name)?;
-    if cgroup::is_frozen(&instance.cgroup) {
+    if let Some(reason) = storage::frozen(&place.state_dir, instance) {
         // No call can be made in it, and it would arrive running.
-        let text = format!("{} is frozen (cgroup.freeze): let it go on first", instance.name);
-        return Err(failed(text.into()));
+        return Err(failed(reason.into()));
     }
     let uplink = HostPort { port: port(place, instance), held: None };
     let end = recovery.end_of(instance.clone());

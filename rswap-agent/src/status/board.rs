@@ -44,6 +44,10 @@ pub struct InstanceView {
     /// It was committed to this address, which did not answer yet: it is frozen here (`rswap recover`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_doubt: Option<String>,
+    /// A swap of this volume failed, and so did the way back: it stands still, whole, until `rswap swap` of the volume or the next agent brings it to
+    /// an end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stands_for: Option<InstanceName>,
     /// Where each of its volumes is on this host, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schema(value_type = BTreeMap<InstanceName, String>)]
@@ -56,8 +60,8 @@ pub struct InstanceView {
     pub volume_use: Vec<VolumeView>,
 }
 
-/// An instance that is present, where its volumes are, and whom it was committed to, if that did not answer yet.
-pub type Present = (Instance, BTreeMap<InstanceName, PathBuf>, Option<String>);
+/// An instance that is present, where its volumes are, whom it was committed to, if that did not answer yet, and for which volume it stands still.
+pub type Present = (Instance, BTreeMap<InstanceName, PathBuf>, Option<String>, Option<InstanceName>);
 
 /// How far a running migration is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -275,10 +279,10 @@ impl BoardState {
     /// The decisions of those that left are kept as long as a migration of theirs is shown.
     pub fn set_instances(&mut self, present: impl IntoIterator<Item = Present>) {
         let mut before = std::mem::take(&mut self.instances);
-        for (instance, volume_directories, in_doubt) in present {
+        for (instance, volume_directories, in_doubt, stands_for) in present {
             let name = instance.name.clone();
             let view = match before.remove(&name) {
-                Some(view) => InstanceView { instance, in_doubt, volume_directories, ..view },
+                Some(view) => InstanceView { instance, in_doubt, stands_for, volume_directories, ..view },
                 None => {
                     let (profile, demand, kin, in_swap, volume_use) = Default::default();
                     InstanceView {
@@ -287,6 +291,7 @@ impl BoardState {
                         demand,
                         kin,
                         in_doubt,
+                        stands_for,
                         volume_directories,
                         in_swap,
                         volume_use,

@@ -115,11 +115,15 @@ pub(super) struct Shown {
     /// It was committed to this address, which did not answer yet: it is frozen here (`rswap recover`).
     #[serde(skip_serializing_if = "Option::is_none")]
     in_doubt: Option<String>,
+    /// A swap of this volume failed, and so did the way back: it stands still (`docs/pools.md`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stands_for: Option<InstanceName>,
 }
 
 impl Shown {
     pub(super) fn of(view: &InstanceView) -> Self {
-        Self { instance: view.instance.clone(), in_doubt: view.in_doubt.clone() }
+        let InstanceView { instance, in_doubt, stands_for, .. } = view;
+        Self { instance: instance.clone(), in_doubt: in_doubt.clone(), stands_for: stands_for.clone() }
     }
 }
 

@@ -25,6 +25,7 @@ mod room;
 mod work;
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -40,7 +41,7 @@ pub use self::{
 };
 use crate::{
     config::VolumePool,
-    instance::{Instance, cgroup, launch::Place, volume::Volume},
+    instance::{Instance, InstanceName, cgroup, launch::Place, volume::Volume},
     tracee::{
         rehome::survey::{self, Refused, Subject},
         tree,
@@ -150,13 +151,13 @@ pub fn move_to(
     let began = Instant::now();
     let StorageOrder { place, instance, volume, pool, .. } = order;
     let (name, volume_name) = (instance.name.as_str(), volume.name.as_str());
-    require_fit(order)?;
     let path = record_path(order);
     if path.exists() {
         drop(own(&path)?);
-        // It would be forgotten by this one.
-        recover(&path)?;
+        // It would be forgotten by this one; and of one whose way back failed the instance stands still.
+        recover(&path).map_err(|source| StorageError::NotAtItsEnd { source: Box::new(source) })?;
     }
+    require_fit(order)?;
     let lock = own(&path)?;
     place::require_mounted(&pool.mount_point, &pool.directory)?;
     let switch = Switch::plan(&place.volumes, name, volume_name, &pool.directory)?;
@@ -192,7 +193,7 @@ pub fn move_to(
 }
 
 fn require_fit(order: &StorageOrder) -> Result<(), StorageError> {
-    let StorageOrder { instance, volume, .. } = order;
+    let StorageOrder { place, instance, volume, .. } = order;
     if instance.init_pid.is_none() {
         let text = format!("{} has no mount namespace of its own: start it with `rswap run`", instance.name);
         return Err(StorageError::Unfit(text));
@@ -200,11 +201,35 @@ fn require_fit(order: &StorageOrder) -> Result<(), StorageError> {
     if !instance.volumes.contains(volume) {
         return Err(StorageError::Unfit(format!("{} has no volume {}", instance.name, volume.name)));
     }
-    if cgroup::is_frozen(&instance.cgroup) {
-        let text = format!("{} is frozen (cgroup.freeze): let it go on first", instance.name);
-        return Err(StorageError::Unfit(text));
+    if let Some(reason) = frozen(&place.state_dir, instance) {
+        return Err(StorageError::Unfit(reason));
     }
     Ok(())
+}
+
+/// Why nothing can be done in an instance that is frozen, if it is.
+pub fn frozen(state_dir: &Path, instance: &Instance) -> Option<String> {
+    let name = &instance.name;
+    if !cgroup::is_frozen(&instance.cgroup) {
+        return None;
+    }
+    Some(match standing(state_dir).remove(&instance.cgroup_id) {
+        // To let it go on by hand would give it two halves of a volume.
+        Some(volume) => format!(
+            "{name} stands still until a swap of its volume {volume} is brought to its end: `rswap swap {name} POOL --volume {volume}` tries \
+             that again, and so does an agent that is started anew"
+        ),
+        None => format!("{name} is frozen (cgroup.freeze): let it go on first"),
+    })
+}
+
+/// The instances that stand still for a swap of a volume, by their cgroups' ids, and the volume: one under way, or one that failed, and whose way
+/// back did, too.
+pub fn standing(state_dir: &Path) -> BTreeMap<u64, InstanceName> {
+    let all = record::all(state_dir).filter_map(|path| Record::read(&path).ok());
+    all.filter(|record| record.plan.is_some() && cgroup::is_frozen(&record.instance.cgroup))
+        .map(|record| (record.instance.cgroup_id, record.volume.name))
+        .collect()
 }
 
 /// Before anything is done: the program runs, so what stands against it has to be found twice in a row.

@@ -26,7 +26,7 @@ use super::{
 use crate::sys::ptrace::{self, Stop};
 
 /// How long one whose tracer was killed may take to its end.
-const END_LIMIT: Duration = Duration::from_millis(500);
+const END_LIMIT: Duration = Duration::from_secs(2);
 /// Between two looks at it.
 const NAP: Duration = Duration::from_millis(1);
 
@@ -163,7 +163,8 @@ impl Drop for Hand {
 pub fn bury(process: i32) -> Result<(), TraceeError> {
     let began = Instant::now();
     let tasks = loop {
-        let tasks: Vec<Left> = tree::children(process)?.into_iter().filter_map(Left::read).collect();
+        let mut tasks: Vec<Left> = tree::children(process)?.into_iter().filter_map(Left::read).collect();
+        tasks.iter_mut().for_each(Left::end_if_ours);
         // One whose tracer was killed is on its way out.
         if tasks.iter().all(|task| task.has_ended) || began.elapsed() > END_LIMIT {
             break tasks;
@@ -171,6 +172,9 @@ pub fn bury(process: i32) -> Result<(), TraceeError> {
         thread::sleep(NAP);
     };
     let ended: Vec<i32> = tasks.iter().filter(|task| task.has_ended).map(|task| task.inner).collect();
+    if ended.len() < tasks.len() {
+        tracing::warn!(pid = process, "a task of ours does not end: it is left in a list of children");
+    }
     if ended.is_empty() {
         return Ok(());
     }
@@ -185,7 +189,8 @@ pub fn bury(process: i32) -> Result<(), TraceeError> {
 
 /// A child of a process that is a task of ours, or was one.
 struct Left {
-    /// Its pid, as the process sees it.
+    /// Its pid, as we see it, and as the process sees it.
+    pid: i32,
     inner: i32,
     has_ended: bool,
 }
@@ -205,6 +210,19 @@ impl Left {
         let blocked = status.radix("SigBlk:", 16).unwrap_or(0) & BLOCKED == BLOCKED;
         let ours = fields.get(EXIT_SIGNAL - 3) == Some(&"0") && blocked;
         let inner = status.last_number("NSpid:").filter(|_| ours)?;
-        Some(Self { inner, has_ended })
+        Some(Self { pid, inner, has_ended })
+    }
+
+    /// One that a thread has made late, when it was stopped by us: it is traced as that thread was, by us instead of the one that was killed, and
+    /// stands still where it should come to its end.
+    fn end_if_ours(&mut self) {
+        let traced = tree::tracer(self.pid);
+        if self.has_ended || !traced.is_some_and(|tid| Path::new(&format!("/proc/self/task/{tid}")).exists())
+        {
+            return;
+        }
+        let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+        while !matches!(ptrace::wait_stop(self.pid), Ok(Stop::Gone) | Err(_)) {}
+        self.has_ended = true;
     }
 }

@@ -52,8 +52,20 @@ fn mark_of(at: u64) -> RemoteAddr {
     RemoteAddr(at + SCRATCH_BYTES - MARK.len() as u64)
 }
 
+/// Waits until no thread of process `pid`, which runs, is on its way back from a call that a killed agent has had it make. A thread that has lost
+/// its tracer makes that call when it gets a processor, which may be later than whoever looks for what the call leaves.
+pub fn wait_until_back(pid: i32) -> Result<(), TraceeError> {
+    let mappings = layout::read_mappings(pid)?;
+    if scratch_of(pid, &mappings).is_empty() && !lifeline::lies_in_stack(pid, &mappings) {
+        return Ok(());
+    }
+    // It is stopped behind that.
+    StoppedProcess::stop(pid).map(drop)
+}
+
 /// Removes what a killed agent has left in process `pid`, which runs.
 pub fn remove(pid: i32) -> Result<(), TraceeError> {
+    wait_until_back(pid)?;
     let before = userfaultfds(pid);
     if before.is_empty() && scratch_mappings(pid)?.is_empty() && sockets(pid).is_empty() {
         return Ok(());
@@ -105,15 +117,18 @@ fn sockets(pid: i32) -> Vec<RawFd> {
 }
 
 fn scratch_mappings(pid: i32) -> Result<Vec<Mapping>, TraceeError> {
-    let mut found = layout::read_mappings(pid)?;
-    found.retain(|mapping| {
+    Ok(scratch_of(pid, &layout::read_mappings(pid)?))
+}
+
+fn scratch_of(pid: i32, mappings: &[Mapping]) -> Vec<Mapping> {
+    let is_scratch = |mapping: &&Mapping| {
         let Mapping { start, protection, shared, inode, name, .. } = mapping;
         let place = start % STEP == 0 && start / STEP <= PLACES && mapping.len() == SCRATCH_BYTES;
         let kind =
             *protection == libc::PROT_READ | libc::PROT_WRITE && !shared && *inode == 0 && name.is_empty();
         place && kind && is_marked(pid, *start)
-    });
-    Ok(found)
+    };
+    mappings.iter().filter(is_scratch).cloned().collect()
 }
 
 /// Whether it ends with our mark, or is empty: there was no time for the mark.

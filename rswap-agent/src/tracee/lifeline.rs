@@ -386,6 +386,23 @@ fn is_frame(bytes: &[u8], start: u64) -> bool {
         && bytes[frame + NOTE + MAGIC.len()..].starts_with(&(start + frame as u64).to_ne_bytes())
 }
 
+/// Whether a frame lies in the stack of the first thread of process `pid`: an agent was killed while it had that thread make a call, a moment ago
+/// or long ago. What it returns by is left there when the thread is back.
+pub(super) fn lies_in_stack(pid: i32, mappings: &[Mapping]) -> bool {
+    let Some(stack) = mappings.iter().find(|mapping| mapping.name == "[stack]") else { return false };
+    let mut bytes = vec![0; stack.len() as usize];
+    if mem::read_exact(pid, RemoteAddr(stack.start), &mut bytes).is_err() {
+        return false;
+    }
+    // Frames lie at multiples of 16, and what they are known by behind that.
+    let noted = (NOTE % 16..bytes.len()).step_by(16).filter(|at| bytes[*at..].starts_with(&MAGIC));
+    let mut frames = noted.filter_map(|at| at.checked_sub(NOTE));
+    frames.any(|frame| {
+        let own = (stack.start + frame as u64).to_ne_bytes();
+        bytes[frame + NOTE + MAGIC.len()..].starts_with(&own)
+    })
+}
+
 /// Whether a stopped thread is on its way back from a call that an agent was killed in.
 pub(super) fn is_coming_back(tid: i32, registers: &Registers) -> bool {
     // The stack pointer is at the chain, in it, or behind the frame's first word.

@@ -84,9 +84,20 @@ pub enum StorageError {
     /// The freeze was too long.
     #[error("{0}")]
     Watch(String),
-    /// It failed, and so did the way back: the instance stands still, and the next agent tries again.
+    /// What an earlier swap of it has left could not be brought to its end: an instance that stands still for that still does.
     #[error(
-        "it failed ({cause}), and the way back failed, too: the instance stands still until an agent is started anew"
+        "an earlier swap of it was broken off, and could not be brought to its end: if the instance stands still for that, it does so until a \
+         further try succeeds (`rswap swap`, or an agent that is started anew)"
+    )]
+    NotAtItsEnd {
+        /// Why not.
+        #[source]
+        source: Box<StorageError>,
+    },
+    /// It failed, and so did the way back: the instance stands still, and the next swap of the volume, or the next agent, tries again.
+    #[error(
+        "it failed ({cause}), and the way back failed, too: the instance is whole, and stands still until a further `rswap swap` of this volume, \
+         or an agent that is started anew, brings it back"
     )]
     NotRestored {
         /// Why the swap failed.

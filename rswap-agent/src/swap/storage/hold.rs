@@ -154,6 +154,15 @@ pub(super) fn clean(instance: &Instance) {
         return;
     }
     let pids = tree::listed(instance).unwrap_or_default();
+    // A thread that is still to make the call in which the agent was killed would make a task behind our back.
+    for pid in &pids {
+        if let Err(error) = leftovers::wait_until_back(*pid)
+            && !tree::has_ended(*pid)
+        {
+            tracing::warn!(pid, %error, "a thread may still be in a call that an earlier agent had it make");
+        }
+    }
+    // Before the memory goes that a task has its way out in.
     bury(pids.iter().copied());
     for pid in pids {
         if let Err(error) = leftovers::remove(pid)

@@ -39,6 +39,12 @@ pub(super) fn directory(state_dir: &Path) -> PathBuf {
     state_dir.join("volume-swaps")
 }
 
+/// Where each of them is.
+pub(super) fn all(state_dir: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(directory(state_dir)).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.extension() == Some("json".as_ref()))
+}
+
 /// Keeps others from what the record in `path` tells of, as long as the file is open.
 pub(super) fn lock(path: &Path) -> io::Result<File> {
     let file = lock_file(path)?;

@@ -105,10 +105,8 @@ fn let_go(path: &Path) -> Result<Option<Over>, StorageError> {
 /// Brings all swaps of this host to their ends that an agent has left. What is on a disk that hangs is not waited for: it is done when that
 /// answers.
 pub fn recover_all(state_dir: &Path) {
-    let entries = fs::read_dir(record::directory(state_dir)).into_iter().flatten().flatten();
-    let records = entries.map(|entry| entry.path()).filter(|path| path.extension() == Some("json".as_ref()));
     let mut of_instances: BTreeMap<PathBuf, Vec<(bool, PathBuf)>> = BTreeMap::new();
-    for path in records {
+    for path in record::all(state_dir) {
         // What can't be read is said by whoever does it.
         let (instance, stood) = Record::read(&path)
             .map_or_else(|_| (path.clone(), false), |record| (record.instance.cgroup, record.plan.is_some()));
