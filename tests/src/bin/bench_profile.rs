@@ -2,7 +2,7 @@
 //!
 //! Two processes on one core, real-time, play ping-pong over pipes and then over TCP, in turns with the probes off, on, with exact waits, and
 //! with a program at every switch that does nothing. fio reads 4 KiB blocks past the page cache while the kernel measures the
-//! block programs. At last an agent has 200 instances that wake ten times a second. Figures are medians. Where bcc's tools are
+//! block programs, and ones that do nothing in their place. At last an agent has 200 instances that wake ten times a second. Figures are medians. Where bcc's tools are
 //! installed (Debian: libbpf-tools), they take their turns too.
 
 use std::{
@@ -308,8 +308,12 @@ fn block(runs: usize) -> anyhow::Result<(Map<String, Value>, BTreeMap<String, Pr
     let runtime = format!("--runtime={FIO_SECONDS}");
     let read = ["--rw=randread", "--bs=4k", "--time_based", runtime.as_str(), "--allow_file_create=0"];
     let (mut per_io, mut costs) = (Vec::new(), BTreeMap::new());
-    let (mut plain, mut tool) = (Vec::new(), Vec::new());
+    let (mut plain, mut tool, mut empty) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..runs {
+        let programs = EmptyProgram::attach_block().map_err(anyhow::Error::msg)?;
+        fio(cgroup.command(&["fio"]), file, &read)?;
+        empty.push(programs.ns_per_run());
+        drop(programs);
         plain.push(fio(cgroup.command(&["fio"]), file, &read)?.0);
         let profiler = profiler(cgroup.path(), &measured())?;
         let (_, requests) = fio(cgroup.command(&["fio"]), file, &read)?;
@@ -336,6 +340,8 @@ fn block(runs: usize) -> anyhow::Result<(Map<String, Value>, BTreeMap<String, Pr
     let mut figures = Map::new();
     figures.insert("block_ns_per_io".to_owned(), json!(median(per_io.clone())));
     figures.insert("block_ns_per_io_runs".to_owned(), json!(per_io));
+    figures.insert("block_empty_ns_per_io".to_owned(), json!(median(empty.clone())));
+    figures.insert("block_empty_ns_per_io_runs".to_owned(), json!(empty));
     figures.insert("block_fio_mean_ns".to_owned(), json!(median(plain.clone())));
     if !tool.is_empty() {
         let added = median(tool) - median(plain);
