@@ -201,7 +201,7 @@ fn count_others(record: &mut SlotRecord, leavers: &Leavers, queued: u64, now: u6
 
 /// The id of a task's cgroup in the v2 hierarchy (not the one that it is scheduled under: autogroup).
 #[inline(always)]
-fn task_cgroup_id(task: KernelPtr) -> u64 {
+pub fn task_cgroup_id(task: KernelPtr) -> u64 {
     let css_set: KernelPtr = field(task, &TASK_CGROUPS);
     cgroup_id(field(css_set, &CSS_SET_DFL_CGRP))
 }
