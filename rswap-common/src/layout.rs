@@ -224,24 +224,22 @@ impl FaultRecord {
     pub const EMPTY: Self = Self { ns: HistogramRecord::EMPTY, not_timed: 0 };
 }
 
-/// What one shard saw of one slot's instance on one device in one operation.
+/// What one shard saw of one slot's instance on one device in one operation. What every request adds to is together at the beginning, in one cache line.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockRecord {
-    /// From when the driver was given the request to its end, in nanoseconds; of a request of which that is not known, from when it was made.
-    pub device_ns: HistogramRecord,
-    /// From when the request was made to when the driver was given it, in nanoseconds, where both are known.
-    pub queue_ns: HistogramRecord,
     /// Bytes completed.
     pub bytes: u64,
     /// Requests in `device_ns` that are not in `queue_ns`.
     pub not_split: u64,
-}
-
-impl BlockRecord {
-    /// One without events.
-    pub const EMPTY: Self =
-        Self { device_ns: HistogramRecord::EMPTY, queue_ns: HistogramRecord::EMPTY, bytes: 0, not_split: 0 };
+    /// Sum of what is in `device_ns`; wraps.
+    pub device_sum_ns: u64,
+    /// Sum of what is in `queue_ns`; wraps.
+    pub queue_sum_ns: u64,
+    /// Requests by the time from when the driver was given the request to its end, in nanoseconds; of a request of which that is not known, from when it was made.
+    pub device_ns: [u32; BUCKETS],
+    /// Requests by the time from when the request was made to when the driver was given it, in nanoseconds, where both are known.
+    pub queue_ns: [u32; BUCKETS],
 }
 
 /// What a block request does, as its records are indexed.
@@ -350,6 +348,8 @@ const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
 const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 88 + 16 * OFF_CPU_KINDS);
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);
 const _: () = assert!(size_of::<FaultRecord>() == size_of::<HistogramRecord>() + 8);
+// The first four words of each of an array that begins with a page are in one cache line.
+const _: () = assert!(size_of::<BlockRecord>().is_multiple_of(4 * size_of::<u64>()));
 const _: () = assert!(size_of::<UnownedRecord>() == MAX_DEVICES as usize * (UNOWNED_KINDS * 16 + 8));
 
 #[cfg(test)]

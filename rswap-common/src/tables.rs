@@ -1,7 +1,7 @@
 //! Small tables of words in array maps: which slot a cgroup has, who submitted a block request in flight, and since when a task is off the CPU.
 //!
 //! An array map is read by a few instructions in place, a hash map by a call; and what one program looks for in a table is in one cache line. The
-//! tables are cut into sets: the key's hash chooses the set, and the set is searched.
+//! tables are cut into sets: the key's hash chooses the set, and the set is searched. A request has one place, so that its beginning is written down without a look.
 
 use crate::layout::OffCpu;
 
@@ -51,14 +51,15 @@ pub const fn slot_of_word(word: u64) -> u32 {
     (word & SLOT_MASK) as u32
 }
 
-/// The number of sets of the table of requests is two to this power.
-const REQUEST_SET_BITS: u32 = 12;
+/// The number of pages of the table of requests is two to this power.
+const REQUEST_PAGE_BITS: u32 = 16;
 
-/// Sets of the table of requests.
-pub const REQUEST_SETS: u32 = 1 << REQUEST_SET_BITS;
+/// Requests of 4 KiB of the kernel's memory: none is smaller than 256 bytes.
+const REQUESTS_PER_PAGE_BITS: u32 = 4;
 
-/// Requests of one set. With 512 requests in flight one in a hundred thousand finds its set full.
-pub type RequestSet = [u64; 4];
+/// Places of the table of requests. Each request has one of its own, which it shares with those of other pages: with 512 requests in flight one in two
+/// thousand loses it to another.
+pub const REQUEST_PLACES: u32 = 1 << (REQUEST_PAGE_BITS + REQUESTS_PER_PAGE_BITS);
 
 /// Times are kept in units of about a microsecond.
 const TIME_SHIFT: u32 = 10;
@@ -69,10 +70,14 @@ const fn mixed(key: u64) -> u64 {
     (key ^ (key >> 32)).wrapping_mul(MIX)
 }
 
-/// The set that a request is looked for in; `key` follows from its address alone.
+/// The place that a request is looked for in; `key` is its address, with the bytes swapped. Those of one page of the kernel's memory are side by side.
 #[inline(always)]
-pub const fn request_set(key: u64) -> u32 {
-    (mixed(key) >> (u64::BITS - REQUEST_SET_BITS)) as u32
+pub const fn request_place(key: u64) -> u32 {
+    /// Where an address within a page is in its bytes, swapped.
+    const IN_PAGE: u64 = 0xff0f << 48;
+    let page = mixed(key & !IN_PAGE) >> (u64::BITS - REQUEST_PAGE_BITS);
+    let in_page = (key >> 48) & ((1 << REQUESTS_PER_PAGE_BITS) - 1);
+    (page << REQUESTS_PER_PAGE_BITS | in_page) as u32
 }
 
 /// Bits of a request's word that hold who submitted it.
@@ -81,15 +86,13 @@ const SUBMITTER_BITS: u32 = 32;
 /// Stands for the kernel's threads among submitters.
 pub const KERNEL_SUBMITTER: u32 = u32::MAX;
 
-/// What stands for a request and who submitted it: a cgroup's id, or [`KERNEL_SUBMITTER`]. Never 0, which is an empty place, unless the submitter is. Of a
-/// thousand requests in flight, hardly one in ten million times two have the same in a set.
+/// What stands for a request and who submitted it: a cgroup's id, or [`KERNEL_SUBMITTER`]. 0, which is an empty place, hardly ever.
 #[inline(always)]
 pub const fn request_word(key: u64, submitter: u32) -> u64 {
-    // The set is told by the upper bits.
-    (mixed(key) << REQUEST_SET_BITS) & !((1 << SUBMITTER_BITS) - 1) | submitter as u64
+    mixed(key) & !((1 << SUBMITTER_BITS) - 1) | submitter as u64
 }
 
-/// Whether two words of one set stand for the same request.
+/// Whether two words of one place stand for the same request. Of a thousand requests in flight, hardly one in a hundred million times two are taken for one.
 #[inline(always)]
 pub const fn same_request(word: u64, other: u64) -> bool {
     word >> SUBMITTER_BITS == other >> SUBMITTER_BITS
@@ -324,13 +327,15 @@ mod tests {
     }
 
     #[test]
-    fn a_requests_word_tells_it_from_all_others_of_its_set() {
-        let keys = (0..200_000u64).map(|n| (0xffff_8880_0000_0000 + n * 64).swap_bytes());
-        let words: std::collections::BTreeSet<u64> =
-            keys.filter(|&key| request_set(key) == 7).map(|key| request_word(key, 3)).collect();
-        assert!(words.len() > 20, "{}", words.len());
-        let words: std::vec::Vec<u64> = words.into_iter().collect();
-        assert!(words.windows(2).all(|two| !same_request(two[0], two[1]) && submitter_of_word(two[0]) == 3));
+    fn a_requests_word_tells_it_from_all_others_of_its_place() {
+        let keys = (0..4_000_000u64).map(|n| (0xffff_8880_0000_0000 + n * 256).swap_bytes());
+        let words: std::vec::Vec<u64> =
+            keys.filter(|&key| request_place(key) == 7).map(|key| request_word(key, 3)).collect();
+        assert!(words.len() > 5, "{}", words.len());
+        for (n, word) in words.iter().enumerate() {
+            assert!(words[..n].iter().all(|other| !same_request(*word, *other)));
+            assert_eq!(submitter_of_word(*word), 3);
+        }
         assert!(same_request(request_word(9, 1), request_word(9, KERNEL_SUBMITTER)));
         assert_eq!([7, u64::from(u32::MAX), 1 << 40].map(submitter_of_cgroup), [7, 0, 0]);
     }
@@ -338,7 +343,7 @@ mod tests {
     proptest! {
         #[test]
         fn sets_are_in_range_and_words_are_not_empty(key: u64, slot in 0..256u32) {
-            prop_assert!(cgroup_set(key) < CGROUP_SETS && request_set(key) < REQUEST_SETS);
+            prop_assert!(cgroup_set(key) < CGROUP_SETS && request_place(key) < REQUEST_PLACES);
             prop_assert!(sleeper_set(key as u32) < SLEEPER_SETS);
             let word = request_word(key, slot + 1);
             prop_assert_ne!(word, 0);
@@ -356,13 +361,22 @@ mod tests {
             }
             assert!(sets.iter().all(|&used| used <= NO_CGROUPS.len()), "{files}: {:?}", sets.iter().max());
         }
-        for size in [320, 448, 704, 4096] {
-            let mut sets = std::vec![0; REQUEST_SETS as usize];
-            for n in 0..1024u64 {
-                // As the programs have them.
-                sets[request_set((0xffff_8880_0400_0000 + n * size).swap_bytes()) as usize] += 1;
-            }
-            assert!(sets.iter().all(|&used| used <= 4), "{size}: {:?}", sets.iter().max());
+        for size in [256, 320, 448, 704, 4096] {
+            let requests = (0..1024u64).map(|n| 0xffff_8880_0400_0000 + n * size);
+            assert_eq!(places(requests), 1024, "{size}");
         }
+        // The first requests of many queues, each queue's in memory of its own.
+        let chunk = |n: u64| 0xffff_8880_0000_0000 + (mixed(n) >> 46) * 0x1_0000;
+        let found = places((0..512u64).map(|n| chunk(n / 8) + n % 8 * 384));
+        assert!(found >= 508, "{found} of 512");
+    }
+
+    /// How many different places these requests have; by their addresses.
+    fn places(requests: impl Iterator<Item = u64>) -> usize {
+        // As the programs have them.
+        requests
+            .map(|address| request_place(address.swap_bytes()))
+            .collect::<std::collections::BTreeSet<_>>()
+            .len()
     }
 }

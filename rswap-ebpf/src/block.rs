@@ -12,8 +12,9 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{Global, helpers::bpf_ktime_get_ns, macros::btf_tracepoint, programs::BtfTracePointContext};
 use aya_log_ebpf::debug;
-use rswap_common::layout::{
-    BlockOperation, HistogramRecord, MAX_DEVICES, OTHER_DEVICE, Unowned, device_number,
+use rswap_common::{
+    histogram::BUCKETS,
+    layout::{BlockOperation, MAX_DEVICES, OTHER_DEVICE, Unowned, device_number},
 };
 
 use crate::{
@@ -98,12 +99,18 @@ fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
         let made: u64 = field(request, &REQUEST_START_NS);
         let device_ns = device_ns(request);
         // SAFETY: the map gave the pointer.
-        let (on_device, in_queue, not_split) = unsafe {
-            (&raw mut (*record).device_ns, &raw mut (*record).queue_ns, &raw mut (*record).not_split)
+        let (device_sum, on_device, queue_sum, in_queue, not_split) = unsafe {
+            (
+                &raw mut (*record).device_sum_ns,
+                &raw mut (*record).device_ns,
+                &raw mut (*record).queue_sum_ns,
+                &raw mut (*record).queue_ns,
+                &raw mut (*record).not_split,
+            )
         };
-        count_shared(on_device, device_ns, alone);
+        count_shared(device_sum, on_device, device_ns, alone);
         if issued != 0 && made != 0 {
-            count_shared(in_queue, issued.saturating_sub(made), alone);
+            count_shared(queue_sum, in_queue, issued.saturating_sub(made), alone);
         } else {
             add(not_split, 1, alone);
         }
@@ -200,11 +207,10 @@ fn device_of(request: KernelPtr) -> u32 {
 
 /// Counts one sample in a histogram that other CPUs also write, unless this one is `alone`.
 #[inline(always)]
-fn count_shared(histogram: *mut HistogramRecord, value: u64, alone: bool) {
+fn count_shared(sum: *mut u64, buckets: *mut [u32; BUCKETS], value: u64, alone: bool) {
     let Some(index) = bucket_of(value) else { return };
     // SAFETY: a map gave the pointer, and `index` is in range.
-    let (sum, bucket) =
-        unsafe { (&raw mut (*histogram).sum, (&raw mut (*histogram).buckets).cast::<u32>().add(index)) };
+    let bucket = unsafe { buckets.cast::<u32>().add(index) };
     add(sum, value, alone);
     if alone {
         // SAFETY: in a record that the map gave, which no other CPU writes.

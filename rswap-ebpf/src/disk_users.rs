@@ -2,12 +2,7 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use aya_ebpf::{
-    bindings::BPF_NOEXIST,
-    helpers::{bpf_get_current_cgroup_id, bpf_get_current_task_btf},
-    macros::map,
-    maps::HashMap,
-};
+use aya_ebpf::{bindings::BPF_NOEXIST, helpers::bpf_get_current_task_btf, macros::map, maps::HashMap};
 use rswap_common::{
     layout::MAX_DEVICES,
     neighbours::{DISK_USERS as MOST, DiskUse, DiskUser, KERNEL_THREADS},
@@ -17,6 +12,7 @@ use rswap_common::{
 use crate::{
     maps::{ROOT_CGROUP_ID, unowned_record},
     neighbours::is_kernel_thread,
+    sched::task_cgroup_id,
 };
 
 /// A hash map, since nobody here knows who will come: requests of instances don't come here. The agent takes out who has done nothing for long.
@@ -27,13 +23,10 @@ static DISK_USERS: HashMap<DiskUser, DiskUse> = HashMap::with_max_entries(MOST, 
 #[inline(always)]
 pub fn current_submitter() -> u32 {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
-    let cgroup = unsafe { bpf_get_current_cgroup_id() };
-    if cgroup == ROOT_CGROUP_ID {
-        // SAFETY: as above; there is always a current task.
-        let current = unsafe { bpf_get_current_task_btf() };
-        if is_kernel_thread(current.cast_const().cast()) {
-            return KERNEL_SUBMITTER;
-        }
+    let current = unsafe { bpf_get_current_task_btf() }.cast_const().cast();
+    let cgroup = task_cgroup_id(current);
+    if cgroup == ROOT_CGROUP_ID && is_kernel_thread(current) {
+        return KERNEL_SUBMITTER;
     }
     submitter_of_cgroup(cgroup)
 }

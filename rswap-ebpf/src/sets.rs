@@ -1,15 +1,16 @@
-//! Small tables of words, in sets of a few ([`rswap_common::tables`]): requests in flight, tasks off the CPU or waiting for one, connections.
+//! Small tables of words ([`rswap_common::tables`]): requests in flight, each of which has one place; and in sets of a few tasks off the CPU or waiting for one,
+//! and connections.
 //!
-//! Several CPUs write to a set without a lock, one word at once: of two that take the same free place in the same moment, one is forgotten. So is one of a set that is full.
+//! Several CPUs write without a lock, one word at once: of two that take the same place in the same moment, one is forgotten. So is one of a set that is full.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, macros::map, maps::Array};
 use rswap_common::{
     layout::OffCpu,
     tables::{
-        CONNECTION_SETS, ConnectionSet, REQUEST_SETS, RequestSet, SLEEPER_SETS, SleeperSet, WAITER_SETS,
-        WaiterSet, age_us, connection_set, connection_word, request_set, request_word, same_connection,
-        same_request, same_sleeper, same_waiter, sleeper_set, sleeper_word, slot_of_connection,
-        submitter_of_word, waited_ns, waiter_set, waiter_word,
+        CONNECTION_SETS, ConnectionSet, REQUEST_PLACES, SLEEPER_SETS, SleeperSet, WAITER_SETS, WaiterSet,
+        age_us, connection_set, connection_word, request_place, request_word, same_connection, same_request,
+        same_sleeper, same_waiter, sleeper_set, sleeper_word, slot_of_connection, submitter_of_word, waited_ns, waiter_set,
+        waiter_word,
     },
 };
 
@@ -17,7 +18,7 @@ use rswap_common::{
 
 /// Requests in flight (by address) -> who submitted them.
 #[map]
-static REQUESTS: Array<RequestSet> = Array::with_max_entries(REQUEST_SETS, BPF_F_MMAPABLE);
+static REQUESTS: Array<u64> = Array::with_max_entries(REQUEST_PLACES, BPF_F_MMAPABLE);
 
 /// Tasks of instances that are off the CPU (by pid) -> since when, and why.
 #[map]
@@ -79,19 +80,29 @@ fn find(set: *mut [u64; WAYS], wanted: u64, same: impl Fn(u64, u64) -> bool, tak
     None
 }
 
-/// Remembers who submitted a request; `key` follows from its address alone.
+/// Remembers who submitted a request; `key` is its address, with the bytes swapped. Nothing is read of the table, for which the CPU would have to wait.
 #[inline(always)]
 pub fn remember_request(key: u64, submitter: u32) {
-    if let Some(set) = REQUESTS.get_ptr_mut(request_set(key)) {
-        put(set, request_word(key, submitter), same_request);
+    if let Some(place) = REQUESTS.get_ptr_mut(request_place(key)) {
+        // SAFETY: the map gave the pointer. Other CPUs write there, too: one word is written at once.
+        unsafe { place.write_volatile(request_word(key, submitter)) };
     }
 }
 
 /// Who submitted a request, 0 if nobody knows; forgets it if the request is `complete`.
 #[inline(always)]
 pub fn request_submitter(key: u64, complete: bool) -> u32 {
-    let Some(set) = REQUESTS.get_ptr_mut(request_set(key)) else { return 0 };
-    find(set, request_word(key, 0), same_request, complete).map_or(0, submitter_of_word)
+    let Some(place) = REQUESTS.get_ptr_mut(request_place(key)) else { return 0 };
+    // SAFETY: as above.
+    let word = unsafe { place.read_volatile() };
+    if !same_request(word, request_word(key, 0)) {
+        return 0;
+    }
+    if complete {
+        // SAFETY: as above.
+        unsafe { place.write_volatile(0) };
+    }
+    submitter_of_word(word)
 }
 
 /// Remembers since when a task is off the CPU, and why.

@@ -1,24 +1,46 @@
-//! A program that does nothing at every switch: the floor of what any profiler of the scheduler costs.
+//! Programs that do nothing: the floor of what any profiler costs that sits on these tracepoints.
 
-use aya::{Btf, Ebpf, EbpfLoader, programs::tp_btf::BtfTracePointLink};
+use std::os::fd::OwnedFd;
+
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    programs::tp_btf::BtfTracePointLink,
+    sys::{Stats, enable_stats},
+};
 
 use super::probes::{NO_OBJECT, OBJECT, attach_program, chain};
 
-/// The program, as long as it is attached.
+/// Programs that do nothing, as long as they are attached.
 pub struct EmptyProgram {
-    _ebpf: Ebpf,
-    _link: BtfTracePointLink,
+    ebpf: Ebpf,
+    names: &'static [(&'static str, &'static str)],
+    _links: Vec<BtfTracePointLink>,
+    _statistics: Option<OwnedFd>,
 }
 
 impl std::fmt::Debug for EmptyProgram {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EmptyProgram").finish_non_exhaustive()
+        f.debug_struct("EmptyProgram").field("names", &self.names).finish_non_exhaustive()
     }
 }
 
 impl EmptyProgram {
-    /// Attaches it to `sched_switch`, or says why that can't be.
+    /// Attaches one to `sched_switch`, or says why that can't be.
     pub fn attach() -> Result<Self, String> {
+        Self::attach_all(&[("empty_switch", "sched_switch")], None)
+    }
+
+    /// Attaches one to each tracepoint of block I/O that is profiled, and has the kernel measure them.
+    pub fn attach_block() -> Result<Self, String> {
+        let statistics = enable_stats(Stats::RunTime).map_err(|error| chain(&error))?;
+        let names = &[("empty_io_start", "block_io_start"), ("empty_rq_complete", "block_rq_complete")];
+        Self::attach_all(names, Some(statistics))
+    }
+
+    fn attach_all(
+        names: &'static [(&'static str, &'static str)],
+        statistics: Option<OwnedFd>,
+    ) -> Result<Self, String> {
         let object = OBJECT.ok_or(NO_OBJECT)?;
         let btf =
             Btf::from_sys_fs().map_err(|error| format!("read the kernel's type information: {error}"))?;
@@ -26,7 +48,14 @@ impl EmptyProgram {
             .btf(Some(&btf))
             .load(object)
             .map_err(|error| format!("load the eBPF object: {}", chain(&error)))?;
-        let link = attach_program(&mut ebpf, "empty_switch", "sched_switch", &btf)?;
-        Ok(Self { _ebpf: ebpf, _link: link })
+        let links = names.iter().map(|(name, tracepoint)| attach_program(&mut ebpf, name, tracepoint, &btf));
+        let links = links.collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { ebpf, names, _links: links, _statistics: statistics })
+    }
+
+    /// What one run of each takes in nanoseconds, all together: the kernel's calling it, and measuring it.
+    pub fn ns_per_run(&self) -> f64 {
+        let programs = self.names.iter().filter_map(|(name, _)| self.ebpf.program(name)?.info().ok());
+        programs.map(|info| info.run_time().as_nanos() as f64 / info.run_count().max(1) as f64).sum()
     }
 }

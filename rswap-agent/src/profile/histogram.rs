@@ -3,7 +3,7 @@
 use std::{iter::Peekable, slice::Iter};
 
 use rswap_common::{
-    histogram::{bounds_of, index_of},
+    histogram::{BUCKETS, bounds_of, index_of},
     layout::HistogramRecord,
 };
 use serde::{Deserialize, Serialize};
@@ -113,8 +113,13 @@ impl Counts {
 
 /// Adds what another CPU's record of the same metric counted.
 pub(super) fn add_record(total: &mut HistogramRecord, shard: &HistogramRecord) {
-    total.sum = total.sum.wrapping_add(shard.sum);
-    for (bucket, count) in total.buckets.iter_mut().zip(&shard.buckets) {
+    add_counts(total, shard.sum, &shard.buckets);
+}
+
+/// The same, where sum and samples are not together.
+pub(super) fn add_counts(total: &mut HistogramRecord, sum: u64, buckets: &[u32; BUCKETS]) {
+    total.sum = total.sum.wrapping_add(sum);
+    for (bucket, count) in total.buckets.iter_mut().zip(buckets) {
         *bucket = bucket.wrapping_add(*count);
     }
 }

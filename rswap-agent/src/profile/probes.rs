@@ -156,7 +156,13 @@ pub(super) const PROBES: [Probe; 8] = [
     Probe {
         tracepoint: BLOCK_IO_START,
         arguments: &["struct request *"],
-        fields: &[(g::TASK_FLAGS, "task_struct", "flags")],
+        fields: &[
+            CGROUP_FIELDS[0],
+            CGROUP_FIELDS[1],
+            (g::TASK_FLAGS, "task_struct", "flags"),
+            (g::TASK_CGROUPS, "task_struct", "cgroups"),
+            (g::CSS_SET_DFL_CGRP, "css_set", "dfl_cgrp"),
+        ],
     },
     Probe {
         tracepoint: "tcp_probe",

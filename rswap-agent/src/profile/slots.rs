@@ -7,15 +7,15 @@ use std::{
 };
 
 use rswap_common::layout::{
-    BlockOperation, BlockRecord, MAX_DEVICES, OFF_CPU_KINDS, OTHER_DEVICE, OffCpu, OffCpuCount, SlotRecord,
-    TcpCounts, UNOWNED_KINDS, Unowned, UnownedCount, block_index, device_number, slot_index,
+    BlockOperation, HistogramRecord, MAX_DEVICES, OFF_CPU_KINDS, OTHER_DEVICE, OffCpu, OffCpuCount,
+    SlotRecord, TcpCounts, UNOWNED_KINDS, Unowned, UnownedCount, block_index, device_number, slot_index,
 };
 
 use super::{
     BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpConnections, TcpProfile,
     UnownedBlock,
     fault_latency::FaultCounts,
-    histogram::{Counts, Histogram, add_record},
+    histogram::{Counts, Histogram, add_counts, add_record},
     neighbours::Waits,
     probes::Maps,
 };
@@ -119,17 +119,17 @@ impl Counters {
         }
         let mut blocks = Vec::new();
         for (place, device, (operation, _)) in places() {
-            let mut total = BlockRecord::EMPTY;
+            let (mut device_ns, mut queue_ns) = (HistogramRecord::EMPTY, HistogramRecord::EMPTY);
+            let (mut bytes, mut not_split) = (0_u64, 0_u64);
             for shard in 0..shards_of(operation, maps.shards) {
                 if let Some(record) = maps.blocks.read(block_index(shard, slot, slots, device, operation)) {
-                    add_record(&mut total.device_ns, &record.device_ns);
-                    add_record(&mut total.queue_ns, &record.queue_ns);
-                    total.bytes = total.bytes.wrapping_add(record.bytes);
-                    total.not_split = total.not_split.wrapping_add(record.not_split);
+                    add_counts(&mut device_ns, record.device_sum_ns, &record.device_ns);
+                    add_counts(&mut queue_ns, record.queue_sum_ns, &record.queue_ns);
+                    bytes = bytes.wrapping_add(record.bytes);
+                    not_split = not_split.wrapping_add(record.not_split);
                 }
             }
-            let (device_ns, queue_ns) = (Counts::of(&total.device_ns), Counts::of(&total.queue_ns));
-            let (bytes, not_split) = (total.bytes, total.not_split);
+            let (device_ns, queue_ns) = (Counts::of(&device_ns), Counts::of(&queue_ns));
             if bytes > 0 || not_split > 0 || !device_ns.is_empty() || !queue_ns.is_empty() {
                 blocks.push(Block { place, device_ns, queue_ns, bytes, not_split });
             }
@@ -374,9 +374,9 @@ mod tests {
 
     fn counters(blocks: &[(usize, u64, &[usize])]) -> Counters {
         let block = |&(place, bytes, requests): &(usize, u64, &[usize])| {
-            let mut record = BlockRecord::EMPTY;
-            requests.iter().for_each(|bucket| record.device_ns.buckets[*bucket] += 1);
-            Block { place, device_ns: Counts::of(&record.device_ns), bytes, ..Block::default() }
+            let mut device_ns = HistogramRecord::EMPTY;
+            requests.iter().for_each(|bucket| device_ns.buckets[*bucket] += 1);
+            Block { place, device_ns: Counts::of(&device_ns), bytes, ..Block::default() }
         };
         Counters {
             run_queue_ns: Counts::default(),

@@ -2,8 +2,8 @@
 //!
 //! Two processes on one core, real-time, play ping-pong over pipes and then over TCP, in turns with the probes off, on, with exact waits, and
 //! with a program at every switch that does nothing. fio reads 4 KiB blocks past the page cache while the kernel measures the
-//! block programs. At last an agent has 200 instances that wake ten times a second. Figures are medians. Where bpftrace or bcc's tools are
-//! installed (Debian: bpftrace, libbpf-tools), they take their turns too.
+//! block programs, and ones that do nothing in their place. At last an agent has 200 instances that wake ten times a second. Figures are medians.
+//! Where bpftrace or bcc's tools are installed (Debian: bpftrace, libbpf-tools), they take their turns too.
 
 use std::{
     collections::BTreeMap,
@@ -356,7 +356,7 @@ fn block(
     let runtime = format!("--runtime={FIO_SECONDS}");
     let read = ["--rw=randread", "--bs=4k", "--time_based", runtime.as_str(), "--allow_file_create=0"];
     let (mut per_io, mut costs) = (Vec::new(), BTreeMap::new());
-    let mut plain = Vec::new();
+    let (mut plain, mut empty) = (Vec::new(), Vec::new());
     let of_tool = |tool: &Tool| {
         let running = tool.start(cgroup.path())?;
         let measuring = ForeignPrograms::measure().map_err(anyhow::Error::msg)?;
@@ -369,6 +369,10 @@ fn block(
     let here = BLOCK.iter().filter(|tool| others.has("block", tool, || of_tool(tool)).is_some());
     let mut by_tool: Vec<(&Tool, Vec<f64>)> = here.map(|tool| (tool, Vec::new())).collect();
     for _ in 0..runs {
+        let programs = EmptyProgram::attach_block().map_err(anyhow::Error::msg)?;
+        fio(cgroup.command(&["fio"]), file, &read)?;
+        empty.push(programs.ns_per_run());
+        drop(programs);
         plain.push(fio(cgroup.command(&["fio"]), file, &read)?.0);
         let profiler = profiler(cgroup.path(), &measured())?;
         let (_, requests) = fio(cgroup.command(&["fio"]), file, &read)?;
@@ -395,6 +399,8 @@ fn block(
     let mut figures = Map::new();
     figures.insert("block_ns_per_io".to_owned(), json!(own));
     figures.insert("block_ns_per_io_runs".to_owned(), json!(per_io));
+    figures.insert("block_empty_ns_per_io".to_owned(), json!(median(empty.clone())));
+    figures.insert("block_empty_ns_per_io_runs".to_owned(), json!(empty));
     figures.insert("block_fio_mean_ns".to_owned(), json!(median(plain)));
     Ok((figures, costs))
 }
