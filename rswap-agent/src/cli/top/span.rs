@@ -51,6 +51,10 @@ impl Shown {
         for times in [&mut cpu.run_queue_ns, &mut cpu.on_cpu_ns, &mut profile.tcp.rtt_us] {
             *times = Histogram::default();
         }
+        for faults in profile.memory.fault_latency.iter_mut() {
+            faults.major_ns = Histogram::default();
+            faults.minor_ns = faults.minor_ns.take().map(|_| Histogram::default());
+        }
         for block in &mut profile.block {
             (block.latency_ns, block.queue_ns) = Default::default();
         }
@@ -61,6 +65,12 @@ impl Shown {
                 Metric::OnCpuNs => profile.cpu.on_cpu_ns = times,
                 Metric::TcpRttUs => profile.tcp.rtt_us = times,
                 Metric::TcpLifeUs => {}
+                Metric::MajorFaultNs => {
+                    profile.memory.fault_latency.get_or_insert_default().major_ns = times;
+                }
+                Metric::MinorFaultNs => {
+                    profile.memory.fault_latency.get_or_insert_default().minor_ns = Some(times);
+                }
                 // None within the span, but within the hour.
                 Metric::BlockDeviceNs { .. } | Metric::BlockQueueNs { .. } if times.count == 0 => {}
                 Metric::BlockDeviceNs { device, operation } => {

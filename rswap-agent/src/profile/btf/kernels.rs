@@ -12,6 +12,7 @@ use std::{
 use super::{KernelTypes, subset::subset};
 use crate::profile::{
     children::CHILD_PROBES,
+    fault_latency::FAULT_PROBES,
     probes::{self, Probe},
     written,
 };
@@ -29,10 +30,15 @@ fn types_of(release: &str) -> KernelTypes {
 }
 
 fn all_probes() -> impl Iterator<Item = &'static Probe> {
-    CHILD_PROBES.iter().chain(&probes::PROBES).chain(&probes::EXACT_PROBES).chain(&written::TYPED)
+    CHILD_PROBES
+        .iter()
+        .chain(&probes::PROBES)
+        .chain(&probes::EXACT_PROBES)
+        .chain(&FAULT_PROBES)
+        .chain(&written::TYPED)
 }
 
-/// What each program of the eBPF crate is attached to, as its sources say.
+/// What each program of the eBPF crate is attached to by its type, as its sources say.
 fn attached_to() -> BTreeSet<String> {
     let sources = concat!(env!("CARGO_MANIFEST_DIR"), "/../rswap-ebpf/src");
     let mut found = BTreeSet::new();
@@ -41,7 +47,10 @@ fn attached_to() -> BTreeSet<String> {
         let mut attribute = "";
         for line in text.lines().map(str::trim) {
             // A program is handed its context itself, what it calls a reference.
-            if line.starts_with("fn ") && line.ends_with("Context) -> i32 {") && !line.contains('&') {
+            let is_program =
+                line.starts_with("fn ") && line.ends_with("Context) -> i32 {") && !line.contains('&');
+            // Those at events of perf have no types.
+            if is_program && attribute != "#[perf_event]" {
                 let to = attribute.split('"').nth(1);
                 found.insert(to.unwrap_or_else(|| panic!("what is it attached to? {line}")).to_owned());
             }
