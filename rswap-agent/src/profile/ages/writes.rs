@@ -4,7 +4,7 @@
 //! The first write to each protected page costs the program about a microsecond, and a huge page is split by it. So of large instances only a sample
 //! is protected: blocks as large as a huge page, always the same ones, so that the others stay as they are.
 
-use std::{fs, io, ops::Range, path::Path, time::Instant};
+use std::{fs, io, iter, ops::Range, path::Path, time::Instant};
 
 use super::{Count, Cycle};
 use crate::{
@@ -100,7 +100,7 @@ impl Armed {
                 continue;
             }
             let parts: Vec<Range<u64>> = if sample.bits == 0 {
-                vec![mapping.start..mapping.end]
+                iter::once(mapping.start..mapping.end).collect()
             } else {
                 there.iter().flat_map(|region| sample.parts(&(region.start..region.end))).collect()
             };
