@@ -213,7 +213,7 @@ async fn a_host_that_waits_in_a_roll_is_the_rolls() {
 #[tokio::test]
 async fn a_host_that_has_left_is_forgotten_and_may_come_back() {
     let directory = tempfile::tempdir().unwrap();
-    let settings = Settings { interval_ms: 200, ..settings() };
+    let settings = Settings { interval_ms: 1000, ..settings() };
     let running = Running::start_with(directory.path(), settings.clone()).await;
     let forget = async |running: &Running, host: &str, lost: bool| {
         let wish = serde_json::to_vec(&json!({ "host": host, "lost": lost })).unwrap();

@@ -64,6 +64,15 @@ impl Hog {
     }
 }
 
+/// Whether [`Hog::before_all`] is permitted: in a group of processes that has no share of real time it is not (`CONFIG_RT_GROUP_SCHED`).
+pub fn may_run_before_all() -> anyhow::Result<bool> {
+    let tried = Command::new("chrt").args(["--fifo", "1", "true"]).env("LC_ALL", "C").output();
+    let tried = tried.context("start chrt")?;
+    let said = String::from_utf8_lossy(&tried.stderr);
+    anyhow::ensure!(tried.status.success() || said.contains("not permitted"), "chrt: {said}");
+    Ok(tried.status.success())
+}
+
 /// Has all threads of a process, and what they start from here on, run on these CPUs (`0`, `0-3`).
 pub fn run_on(cpus: &str, pid: u32) -> anyhow::Result<()> {
     let set = Command::new("taskset").args(["-a", "-c", "-p", cpus, &pid.to_string()]).output();

@@ -228,6 +228,13 @@ impl Host {
         Ok(())
     }
 
+    /// The same, without waiting for its end, which may be late: a thread of it may wait for a disk. What is returned has to be waited for.
+    pub fn strike_agent(&mut self) -> anyhow::Result<Child> {
+        let mut agent = self.agent.take().context("no agent runs")?;
+        agent.kill().context("cannot kill the agent")?;
+        Ok(agent)
+    }
+
     /// The agent's pid: setpriv and nsenter replaced themselves by it.
     pub fn agent_pid(&self) -> Option<u32> {
         self.agent.as_ref().map(Child::id)

@@ -2,7 +2,9 @@
 //! all that it had.
 
 use std::{
-    fs, thread,
+    fs,
+    path::PathBuf,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -23,6 +25,8 @@ const HANGS_LIMIT: Duration = Duration::from_secs(12);
 const GUARD_LIMIT: Duration = Duration::from_secs(17);
 /// For a guard's five seconds, and what it does before and after them.
 const STOOD_LIMIT: Duration = Duration::from_secs(9);
+/// Between two looks at a thread that waits.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// What a guard says, and who brings a swap to its end.
 const TAKEN: &str = "its guard does";
 const BROUGHT: &str = "a storage swap that was broken off is brought to its end";
@@ -195,6 +199,56 @@ fn the_next_agent_leaves_to_a_guard_what_the_guard_is_at() -> anyhow::Result<()>
     Ok(())
 }
 
+/// The agent itself does not end, as a thread of it waits for the disk: the guard waits for that, and the next agent can't be started. When the disk
+/// ends, all goes on by itself.
+#[test]
+fn an_agent_that_can_not_end_before_its_disk_does_is_waited_for() -> anyhow::Result<()> {
+    if reason_to_skip("an_agent_that_can_not_end_before_its_disk_does_is_waited_for").is_some() {
+        return Ok(());
+    }
+    let mut scene = StorageScene::set_on([Disk::of(128 * MIB), Disk::that_can_fail(128 * MIB)], 3000)?;
+    scene.python("rehomed", &["0.005"])?;
+    scene.moves("one")?;
+    let descriptors = scene.descriptors()?;
+    let swap = scene.stopped_before("two", Place::Exchange)?;
+    hang_with_work(&scene)?;
+    scene.host.signal_agent(Signal::SIGCONT)?;
+    let agent = scene.host.agent_pid().context("no agent")?;
+    wait_for("a thread that waits for the disk", HANGS_LIMIT, || {
+        Ok((scene.is_frozen()? && waits_for_a_disk(agent)?).then_some(()))
+    })?;
+    let mut killed = scene.host.strike_agent()?;
+    // Longer than the guard waits before it says so.
+    let waits = "does not end, a disk does not answer it";
+    wait_for("the guard to say so", 2 * GUARD_LIMIT, || Ok((times(&scene, waits)? > 0).then_some(())))?;
+    ensure!(killed.try_wait()?.is_none() && scene.is_frozen()?, "nobody waits for the disk");
+    let made = rounds::read(&scene.log)?.made;
+    // The one that is killed has its sockets, to the end.
+    let refused = scene.host.rswap(&["agent"])?.output()?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && said.contains("Address already in use"), "{said}");
+    ensure!(rounds::read(&scene.log)?.made == made && scene.is_frozen()?, "somebody has let it go on");
+    let ended = Instant::now();
+    scene.disks[1].vanish()?;
+    killed.wait()?;
+    swap.wait_with_output()?;
+    let log = scene.log.clone();
+    let goes_on =
+        thread::spawn(move || rounds::wait_for_more(&log, 50, GUARD_LIMIT).map(|()| ended.elapsed()));
+    scene.host.start_agent()?;
+    let stood = goes_on.join().map_err(|_| anyhow::anyhow!("who waits panicked"))??;
+    println!("it went on {stood:?} after its disk had ended");
+    ensure!(stood < STOOD_LIMIT, "it stood still for {stood:?}");
+    scene.goes_on()?;
+    scene.is_in("one")?;
+    scene.nothing_is_left()?;
+    ensure!(scene.descriptors()? == descriptors, "descriptors are left");
+    ensure!(times(&scene, BROUGHT)? == 1, "it was brought to its end {} times", times(&scene, BROUGHT)?);
+    scene.disks[1].replace()?;
+    scene.moves("two")?;
+    scene.moves("one").map(drop)
+}
+
 /// The disk of pool `two` hangs, and has something to write.
 fn hang_with_work(scene: &StorageScene) -> anyhow::Result<()> {
     let copies = fs::read_dir(scene.disks[1].mount_point().join("rswap/worker"))?;
@@ -203,6 +257,24 @@ fn hang_with_work(scene: &StorageScene) -> anyhow::Result<()> {
     End::Hangs.strike(&scene.disks[1])?;
     // What the agent asks of it afterwards it has to write, and to give files up that have no name.
     Ok(fs::set_permissions(copy.path(), permissions)?)
+}
+
+/// Whether a thread of the process is in a wait that no signal ends, at two looks: a disk that answers has one there for a moment only.
+fn waits_for_a_disk(pid: u32) -> anyhow::Result<bool> {
+    let waiting = || -> anyhow::Result<Vec<PathBuf>> {
+        let threads = fs::read_dir(format!("/proc/{pid}/task"))?.flatten().map(|thread| thread.path());
+        let waits = |thread: &PathBuf| {
+            let stat = fs::read_to_string(thread.join("stat")).unwrap_or_default();
+            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" D"))
+        };
+        Ok(threads.filter(waits).collect())
+    };
+    let before = waiting()?;
+    if before.is_empty() {
+        return Ok(false);
+    }
+    thread::sleep(LOOK_AGAIN);
+    Ok(waiting()?.iter().any(|thread| before.contains(thread)))
 }
 
 /// How often this is in the log of the agents and guards.

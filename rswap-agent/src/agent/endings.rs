@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     control::{MigrateEvent, Reply, SwapDone, SwapVolumeEvent},
-    instance::{Instance, InstanceName},
+    instance::{Instance, InstanceName, cgroup},
     status::{ApiError, MigrationState},
     swap::storage::StorageReport,
     units::UnixMillis,
@@ -55,6 +55,10 @@ impl Wiring {
                 match stayed {
                     Stayed::Still(_) => {
                         tracing::error!(%instance, to, %error, "not moved, and it stands still")
+                    }
+                    // It may have been refused for that.
+                    _ if self.is_frozen(&instance) => {
+                        tracing::warn!(%instance, to, %error, "not moved: it stands still, as before")
                     }
                     _ => tracing::warn!(%instance, to, %error, "not moved: it runs where it ran"),
                 }
@@ -122,6 +126,10 @@ impl Wiring {
             Stake::Migration { id, events } => self.migration_ended(id, result, events, now),
             Stake::Volume { events, .. } => self.volume_ended(result, events),
         }
+    }
+
+    fn is_frozen(&self, name: &InstanceName) -> bool {
+        self.known_now(name).is_ok_and(|instance| cgroup::is_frozen(&instance.cgroup))
     }
 
     fn volume_ended(&mut self, result: Result<Moved, Stayed>, events: Option<mpsc::Sender<SwapVolumeEvent>>) {

@@ -97,7 +97,8 @@ pub(super) fn log() {
     let filter = EnvFilter::try_from_env("RSWAP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    log.with_ansi(colours).init();
+    // Where nobody reads any more nothing can be said about that either: the attempt would be a panic.
+    log.with_ansi(colours).log_internal_errors(false).init();
 }
 
 /// A status as the shell shows it; what doesn't fit is a failure.

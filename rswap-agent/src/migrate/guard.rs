@@ -16,6 +16,7 @@
 //! the next agent would do at its start ([`recovery::thaw`]), only at once.
 
 use std::{
+    fmt,
     fs::{self, File},
     io::{self, Read, Write},
     os::{
@@ -235,6 +236,11 @@ pub fn run(word: RawFd, life: RawFd) -> Result<(), TaskError> {
     }
 }
 
+/// The standard error output may be gone, as the agent is: nobody may stand still for that.
+fn say(words: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "rswap: {words}");
+}
+
 /// Lets the instance go on.
 fn take(order: &Order, living_agent: Option<&(i32, OwnedFd)>) -> Result<(), TaskError> {
     let Order { place, instance, .. } = order;
@@ -242,13 +248,13 @@ fn take(order: &Order, living_agent: Option<&(i32, OwnedFd)>) -> Result<(), Task
         && is_traced_by(instance, *pid)
     {
         // It holds threads by ptrace, which only its end takes from it; they must not run before their sockets can.
-        eprintln!("rswap: {} is frozen for too long: ending the agent {pid}, which holds it", instance.name);
+        say(format_args!("{} is frozen for too long: ending the agent {pid}, which holds it", instance.name));
         cgroup::freeze(&instance.cgroup, true)?;
         process::pidfd_send_signal(pidfd, libc::SIGKILL)?;
         let mut end = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
         poll(&mut end, READY_LIMIT.as_millis() as u16)?;
     }
-    eprintln!("rswap: the agent can't let {} go on: its guard does", instance.name);
+    say(format_args!("the agent can't let {} go on: its guard does", instance.name));
     recovery::thaw(place, instance)
 }
 
@@ -260,7 +266,7 @@ fn take_volume(
     gone: bool,
 ) -> Result<(), TaskError> {
     if !gone {
-        eprintln!("rswap: {} is frozen for too long: ending the agent {pid}", instance.name);
+        say(format_args!("{} is frozen for too long: ending the agent {pid}", instance.name));
         process::pidfd_send_signal(pidfd, libc::SIGKILL)?;
     }
     // Its descriptors go before it lets go of what it traces.
@@ -269,15 +275,15 @@ fn take_volume(
     let mut has_ended = ends(&mut end)?;
     if gone && !has_ended {
         // It has let go of its guard in the middle of a move, and lives: what it does now nobody knows.
-        eprintln!("rswap: the agent {pid} has given {} up while it is frozen: ending it", instance.name);
+        say(format_args!("the agent {pid} has given {} up while it is frozen: ending it", instance.name));
         process::pidfd_send_signal(pidfd, libc::SIGKILL)?;
         has_ended = ends(&mut end)?;
     }
     if !has_ended {
-        eprintln!(
-            "rswap: the agent {pid} does not end, a disk does not answer it: {} stands still",
+        say(format_args!(
+            "the agent {pid} does not end, a disk does not answer it: {} stands still",
             instance.name
-        );
+        ));
         // Until then a volume has two masters.
         loop {
             match poll(&mut end, PollTimeout::NONE) {
@@ -287,7 +293,7 @@ fn take_volume(
             }
         }
     }
-    eprintln!("rswap: the agent can't bring a volume of {} to its end: its guard does", instance.name);
+    say(format_args!("the agent can't bring a volume of {} to its end: its guard does", instance.name));
     Ok(storage::recover(record)?)
 }
 
@@ -339,7 +345,7 @@ fn detach(place: &Place) {
         fs::write(path.join("cgroup.procs"), "0")
     });
     if let Err(error) = moved {
-        eprintln!("rswap: a guard stays in the agent's cgroup: {error}");
+        say(format_args!("a guard stays in the agent's cgroup: {error}"));
     }
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
 }

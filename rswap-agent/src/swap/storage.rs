@@ -154,8 +154,12 @@ pub fn move_to(
     let path = record_path(order);
     if path.exists() {
         drop(own(&path)?);
-        // It would be forgotten by this one; and of one whose way back failed the instance stands still.
-        recover(&path).map_err(|source| StorageError::NotAtItsEnd { source: Box::new(source) })?;
+        // It would be forgotten by this one; and of one whose way back failed the instance stands still. If this process is killed in it, the guard
+        // goes on with it. What is removed is waited for below, for a while.
+        let armed = watch.arm().map_err(StorageError::Watch);
+        let brought = armed.and_then(|()| recover::let_go_aside(&path));
+        watch.disarm();
+        brought.map_err(|source| StorageError::NotAtItsEnd { source: Box::new(source) })?;
     }
     require_fit(order)?;
     let lock = own(&path)?;
@@ -171,6 +175,7 @@ pub fn move_to(
         built: built.clone(),
         plan: None,
         tasks: Vec::new(),
+        opened: false,
     };
     record.write(&path).map_err(StorageError::io(format!("writing {}", path.display())))?;
     let mut left = Left::default();

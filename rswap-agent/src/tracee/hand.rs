@@ -15,7 +15,7 @@ use std::{
 
 use nix::{
     sys::signal::{Signal, kill},
-    unistd::Pid,
+    unistd::{Pid, gettid},
 };
 use serde::{Deserialize, Serialize};
 
@@ -193,6 +193,8 @@ struct Left {
     pid: i32,
     inner: i32,
     has_ended: bool,
+    /// Its tracer has it stand still.
+    is_held: bool,
 }
 
 impl Left {
@@ -206,19 +208,18 @@ impl Left {
         let fields: Vec<&str> = text.rsplit(')').next()?.split_whitespace().collect();
         // The first after the name is the third (proc_pid_stat(5)).
         let has_ended = matches!(fields.get(STATE - 3), Some(&"Z" | &"X"));
+        let is_held = fields.get(STATE - 3) == Some(&"t");
         let status = Status::read(pid).ok()?;
         let blocked = status.radix("SigBlk:", 16).unwrap_or(0) & BLOCKED == BLOCKED;
         let ours = fields.get(EXIT_SIGNAL - 3) == Some(&"0") && blocked;
         let inner = status.last_number("NSpid:").filter(|_| ours)?;
-        Some(Self { pid, inner, has_ended })
+        Some(Self { pid, inner, has_ended, is_held })
     }
 
     /// One that a thread has made late, when it was stopped by us: it is traced as that thread was, by us instead of the one that was killed, and
-    /// stands still where it should come to its end.
+    /// stands still where it should come to its end. What another thread traces is at work for that one.
     fn end_if_ours(&mut self) {
-        let traced = tree::tracer(self.pid);
-        if self.has_ended || !traced.is_some_and(|tid| Path::new(&format!("/proc/self/task/{tid}")).exists())
-        {
+        if self.has_ended || !self.is_held || tree::tracer(self.pid) != Some(gettid().as_raw()) {
             return;
         }
         let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);

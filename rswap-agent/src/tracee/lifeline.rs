@@ -27,6 +27,8 @@ use crate::sys::{
 
 /// Most that a frame takes, AMX's tiles included.
 pub(super) const AREA_BYTES: u64 = 3 * PAGE_SIZE;
+/// Most of a stack that is searched for a frame: one may be as large as its program likes.
+const SEARCHED: u64 = 16 << 20;
 /// What the ABI lets a function use below its stack pointer.
 const RED_ZONE: u64 = 128;
 /// The segment of 64-bit code.
@@ -387,12 +389,16 @@ fn is_frame(bytes: &[u8], start: u64) -> bool {
 }
 
 /// Whether a frame lies in the stack of the first thread of process `pid`: an agent was killed while it had that thread make a call, a moment ago
-/// or long ago. What it returns by is left there when the thread is back.
+/// or long ago. What it returns by is left there when the thread is back. What can't be told is answered by yes: whoever asks stops the threads
+/// once more than needed.
 pub(super) fn lies_in_stack(pid: i32, mappings: &[Mapping]) -> bool {
     let Some(stack) = mappings.iter().find(|mapping| mapping.name == "[stack]") else { return false };
+    if stack.len() > SEARCHED {
+        return true;
+    }
     let mut bytes = vec![0; stack.len() as usize];
     if mem::read_exact(pid, RemoteAddr(stack.start), &mut bytes).is_err() {
-        return false;
+        return true;
     }
     // Frames lie at multiples of 16, and what they are known by behind that.
     let noted = (NOTE % 16..bytes.len()).step_by(16).filter(|at| bytes[*at..].starts_with(&MAGIC));

@@ -32,6 +32,9 @@ pub(super) struct Record {
     pub(super) plan: Option<Plan>,
     /// The tasks that were made for it.
     pub(super) tasks: Vec<Task>,
+    /// Whoever brings it to its end has opened the instance's cgroup, and holds its threads alone: if it goes on so, it is on both sides.
+    #[serde(default)]
+    pub(super) opened: bool,
 }
 
 /// Where the records are.
@@ -155,7 +158,33 @@ mod tests {
         };
         let volume = "data:/data".parse().expect("a volume");
         let switch = Switch::plan(home, "db", "data", pool).expect("plan");
-        Record { instance, volume, switch, built: pool.join("built"), plan: None, tasks: Vec::new() }
+        let (built, tasks) = (pool.join("built"), Vec::new());
+        Record { instance, volume, switch, built, plan: None, tasks, opened: false }
+    }
+
+    #[test]
+    fn of_an_instance_that_went_on_in_the_middle_both_copies_are_kept() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (home, pool) = (directory.path().join("home"), directory.path().join("pool"));
+        let place = place::of(&home, "db", "data");
+        fs::create_dir_all(&place).expect("create");
+        let path = directory.path().join("volume-swaps/db.data.json");
+        let mut record = record(&home, &pool);
+        let copy = record.switch.after.clone();
+        fs::create_dir_all(&copy).expect("create");
+        record.write(&path).expect("write");
+        record.opened = true;
+        record.write_plan(&path).expect("write");
+        let refused =
+            crate::swap::storage::recover(&path).expect_err("nobody knows what is where").to_string();
+        for named in [&copy, &path] {
+            assert!(refused.contains(&named.display().to_string()), "{refused}");
+        }
+        assert!(place.is_dir() && copy.is_dir() && path.is_file());
+        // Somebody has looked at them.
+        fs::remove_file(&path).expect("remove");
+        crate::swap::storage::recover(&path).expect("nothing to do");
+        assert!(place.is_dir() && copy.is_dir());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    panic::resume_unwind,
     path::{Path, PathBuf},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -58,8 +59,23 @@ pub fn recover(path: &Path) -> Result<(), StorageError> {
     Ok(())
 }
 
-/// The same as far as the instance is concerned; `None` if there was nothing to do any more.
+/// The same as far as the instance is concerned: nobody waits for what is removed.
+pub(super) fn let_go_aside(path: &Path) -> Result<(), StorageError> {
+    if let Some(over) = let_go(path)? {
+        let path = path.to_owned();
+        thread::spawn(move || over.finish(&path));
+    }
+    Ok(())
+}
+
+/// The same without what is to be removed; `None` if there was nothing to do any more. By a thread that ends: what does not stop in time, as it
+/// waits for a disk, is left to its own only by the end of the thread that has tried.
 fn let_go(path: &Path) -> Result<Option<Over>, StorageError> {
+    let over = thread::scope(|scope| scope.spawn(|| let_go_from_here(path)).join());
+    over.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+fn let_go_from_here(path: &Path) -> Result<Option<Over>, StorageError> {
     let began = Instant::now();
     let lock = record::lock(path).map_err(StorageError::io(format!("locking {}", path.display())))?;
     let mut record = match Record::read(path) {
@@ -69,22 +85,39 @@ fn let_go(path: &Path) -> Result<Option<Over>, StorageError> {
     };
     let Record { instance, switch, plan, tasks, .. } = record.clone();
     let (instance, switch) = (&instance, &switch);
-    let here = cgroup::id(&instance.cgroup).is_ok_and(|id| id == instance.cgroup_id)
-        && cgroup::is_populated(&instance.cgroup);
-    if let (true, true, Some(plan)) = (here, cgroup::is_frozen(&instance.cgroup), &plan) {
+    let here = instance.is_alive();
+    let stands = here && cgroup::is_frozen(&instance.cgroup);
+    if record.opened && !stands {
+        let (old, new) = (switch.old()?.display(), switch.after.display());
+        return Err(StorageError::Unfit(format!(
+            "{} may have written to both {old} and {new}, as whoever brought a swap of its volume {} to an end was killed in the middle of it: \
+             both are kept until you have looked at them and removed {}",
+            instance.name,
+            record.volume.name,
+            path.display()
+        )));
+    }
+    if let (true, Some(plan)) = (stands, &plan) {
         tracing::warn!(
             instance = %instance.name,
             volume = %record.volume.name,
             moved = switch.is_made()?,
             "a storage swap that was broken off is brought to its end"
         );
+        let note = |record: &Record| {
+            record.write_plan(path).map_err(StorageError::io(format!("writing {}", path.display())))
+        };
         let stopped = Stopped::all(instance)?;
+        record.opened = true;
+        note(&record)?;
         // Every thread is held by this one.
         cgroup::freeze(&instance.cgroup, false)?;
         let mut hands = stopped.hand_over(instance, plan, true, |made| {
             record.tasks.extend(made);
-            record.write_plan(path).map_err(StorageError::io(format!("writing {}", path.display())))
+            note(&record)
         })?;
+        record.opened = false;
+        note(&record)?;
         for earlier in &tasks {
             if let Some(hand) = hands.get_mut(&earlier.process) {
                 hand.clean_after(earlier)?;
