@@ -279,7 +279,7 @@ fn of_a_huge_page_what_was_written_counts_and_who_is_left_alone_is_so_at_once() 
     eprintln!("{seen:?}; {huge} bytes in huge pages, {} afterwards", toucher.huge_bytes());
     assert!((8 * PAGE..MIB).contains(&written), "{written}");
     assert!(toucher.huge_bytes() + 9 * (2 * MIB) >= huge, "only those are split that are written");
-    profiler.leave_alone(&name);
+    assert!(profiler.leave_alone(&name));
     assert_eq!((toucher.noted(), sample(&profiler).memory.written_ages), (0, None));
     thread::sleep(Duration::from_millis(1500));
     assert_eq!(toucher.noted(), 0);

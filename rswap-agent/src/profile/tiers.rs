@@ -159,6 +159,12 @@ impl Judge {
         let suffices = here().rev().find(|(_, share)| *share >= excess);
         let dearest = here().max_by(|(_, a), (_, b)| a.total_cmp(b));
         let (tier, share) = suffices.or(dearest)?;
+        self.send_away(now, tier, share);
+        self.over = 0;
+        Some(Change::Drop(tier))
+    }
+
+    fn send_away(&mut self, now: UnixMillis, tier: Tier, share: f64) {
         let (times, back) = self.went.entry(tier).or_default();
         if now.since(*back) >= LONGEST_MS {
             *times = 0;
@@ -166,8 +172,11 @@ impl Judge {
         let pause_ms = self.first_pause_ms.saturating_mul(1 << (*times).min(30)).min(LONGEST_MS);
         *times += 1;
         self.away.insert(tier, Away { share, until: UnixMillis(now.0 + pause_ms) });
-        self.over = 0;
-        Some(Change::Drop(tier))
+    }
+
+    /// One that was to return could not: it is tried again, later each time.
+    pub(super) fn did_not_return(&mut self, now: UnixMillis, tier: Tier) {
+        self.send_away(now, tier, 0.0);
     }
 
     /// As it is shown.
