@@ -266,6 +266,19 @@ mod tests {
     }
 
     #[test]
+    fn one_that_could_not_return_is_tried_again_later() {
+        let mut judge = Judge::new(0.1, PAUSE);
+        for second in 0..3 {
+            judge.judge(at(second), shares(0.2, 0.0, 0.0));
+        }
+        let nothing = || shares(0.0, 0.0, 0.0);
+        assert_eq!(judge.judge(at(62), nothing()), Some(Change::Return(Tier::Scheduler)));
+        judge.did_not_return(at(62), Tier::Scheduler);
+        assert_eq!(judge.judge(at(62 + 119), nothing()), None);
+        assert_eq!(judge.judge(at(62 + 120), nothing()), Some(Change::Return(Tier::Scheduler)));
+    }
+
+    #[test]
     fn the_least_important_one_goes_that_suffices_else_the_dearest() {
         let first = |scheduler, block, tcp| {
             let mut judge = Judge::new(0.1, PAUSE);

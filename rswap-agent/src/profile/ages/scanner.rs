@@ -280,6 +280,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_look_that_does_not_end_is_not_waited_for_without_end() {
+        let scanner = Scanner { shared: Arc::default(), thread: None };
+        let (busy, other): (InstanceName, InstanceName) = ("busy".parse().unwrap(), "other".parse().unwrap());
+        scanner.shared.lock().busy = Some(busy.clone());
+        let soon = || Instant::now() + Duration::from_millis(20);
+        assert!(!scanner.leave_alone(&busy, soon()));
+        assert!(scanner.leave_alone(&other, soon()));
+        scanner.shared.lock().busy = None;
+        assert!(scanner.leave_alone(&busy, Instant::now()));
+    }
+
+    #[test]
     fn marked_memory_is_read_from_the_kernels_summary() {
         let text = "55d0-7fff ---p 00000000 00:00 0   [rollup]\nRss:      884 kB\nPss:  385 kB\nReferenced:      12 kB\n";
         let count = Count { used_bytes: 12 << 10, resident_bytes: 884 << 10, left_out_bytes: 0 };
