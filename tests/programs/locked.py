@@ -69,7 +69,7 @@ while True:
     os.close(again)
     os.write(to_second[1], b".")
     check(os.read(to_first[0], 1) == b".", "the other process has ended")
-    if os.path.exists(log_path + ".free"):
+    if os.path.exists(log.name + ".free"):
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     log.write(f"round={number}\n")
     time.sleep(0.005)

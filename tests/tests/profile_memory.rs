@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use rswap_agent::{
     profile::{MemoryProfile, PageAges, ProbeState, Profile, ProfileConfig, Profiler, histogram::Histogram},
     units::UnixMillis,
@@ -129,7 +130,16 @@ fn ages(profiler: &Profiler, span_s: u64) -> PageAges {
     counted(profiler, span_s, |memory| memory.ages)
 }
 
-/// The same of what is written.
+/// Waits until writes are noted: what is written before is not seen.
+fn noting(profiler: &Profiler) {
+    let deadline = Instant::now() + LIMIT;
+    while profiler.written_ages_cost().is_none_or(|cost| cost.looks < 1) {
+        assert!(Instant::now() < deadline, "no look at what is written");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// As [`ages`], of what is written.
 fn written_ages(profiler: &Profiler, span_s: u64) -> PageAges {
     counted(profiler, span_s, |memory| memory.written_ages)
 }
@@ -227,7 +237,7 @@ fn written_ages_are_those_of_the_pages_that_were_written() {
     let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
     let (first, second, third) = (2 * MIB, 16 * MIB, 8 * MIB);
     begin(&profiler, &cgroup.0);
-    thread::sleep(Duration::from_millis(300));
+    noting(&profiler);
     toucher.write(0, 1, first / PAGE);
     // What is read is not written.
     toucher.touch(20_000, 1, 2000);
@@ -270,7 +280,7 @@ fn of_a_huge_page_what_was_written_counts_and_who_is_left_alone_is_so_at_once() 
         return;
     }
     let name = begin(&profiler, &cgroup.0);
-    thread::sleep(Duration::from_millis(300));
+    noting(&profiler);
     assert!(toucher.noted() > 0 && toucher.huge_bytes() == huge, "to protect them splits none");
     // A page in each of eight, with one between.
     toucher.write(1024, 1024, 8);
@@ -279,7 +289,7 @@ fn of_a_huge_page_what_was_written_counts_and_who_is_left_alone_is_so_at_once() 
     eprintln!("{seen:?}; {huge} bytes in huge pages, {} afterwards", toucher.huge_bytes());
     assert!((8 * PAGE..MIB).contains(&written), "{written}");
     assert!(toucher.huge_bytes() + 9 * (2 * MIB) >= huge, "only those are split that are written");
-    profiler.leave_alone(&name);
+    assert!(profiler.leave_alone(&name));
     assert_eq!((toucher.noted(), sample(&profiler).memory.written_ages), (0, None));
     thread::sleep(Duration::from_millis(1500));
     assert_eq!(toucher.noted(), 0);
@@ -300,7 +310,7 @@ fn a_sample_tells_about_how_much_of_a_large_instance_was_written() {
     let cgroup = TestCgroup::create();
     let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
     begin(&profiler, &cgroup.0);
-    thread::sleep(Duration::from_millis(400));
+    noting(&profiler);
     toucher.write(0, 1, SIZE / 2 / PAGE);
     let deadline = Instant::now() + LIMIT;
     let seen = loop {
@@ -403,25 +413,40 @@ sys.stdin.readline()
     reap(child);
 }
 
-/// What a program can't tell from the fault itself: the processor's way into the kernel and back, what the programs of the profile take, and its two looks at the clock.
-const UNSEEN_NS: u64 = 1500;
+/// What a program can't tell from the fault itself takes less than that: the processor's way into the kernel and back, what the programs of the profile
+/// take, and its two looks at the clock.
+const MOST_UNSEEN_NS: u64 = 10_000;
 
-/// Checks times that were measured against those that a program says, in nanoseconds. Of the longest tenth, some are of what came between its fault and
-/// its look at the clock: it was taken from the CPU there.
+/// Checks times that were measured against those that a program says, in nanoseconds. The shortest say how long that takes on this machine which is not
+/// seen; it is the same of all others. Of the longest tenth, some are of what came between its fault and its look at the clock: it was taken from the CPU
+/// there.
 fn are_the_same(kind: &str, found: &Histogram, said: &mut [u64]) {
     said.sort_unstable();
     let (sum, usual): (u64, u64) = (said.iter().sum(), said[..said.len() * 9 / 10].iter().sum());
     eprintln!("{kind}: {} of {} ns; the program: {} of {sum} ns", found.count, found.sum, said.len());
-    for q in [0.1, 0.5, 0.9] {
+    let both = |q: f64| {
         let own = said[(q * said.len() as f64) as usize];
         let quantile = found.quantile(q).expect("there are some");
         eprintln!("  q{q}: {quantile} ns; the program: {own} ns");
-        // One bucket is an eighth at most.
+        (quantile, own)
+    };
+    let (quickest, own) = both(0.1);
+    // One bucket is an eighth at most.
+    assert!(quickest <= own + own / 8, "{kind}: {quickest} against {own}");
+    let unseen = own.saturating_sub(quickest);
+    assert!(unseen < MOST_UNSEEN_NS, "{kind}: {quickest} against {own}");
+    // It was measured to within a bucket itself.
+    let within = quickest / 8;
+    for q in [0.5, 0.9] {
+        let (quantile, own) = both(q);
         assert!(quantile <= own + own / 8, "{kind}, q{q}: {quantile} against {own}");
-        assert!(quantile + quantile / 8 + UNSEEN_NS >= own, "{kind}, q{q}: {quantile} against {own}");
+        assert!(
+            quantile + quantile / 8 + unseen + within >= own,
+            "{kind}, q{q}: {quantile} against {own}, {unseen} of it unseen"
+        );
     }
     assert!(found.sum <= sum + sum / 1000, "{kind}: {} against {sum}", found.sum);
-    assert!(found.sum + UNSEEN_NS * found.count >= usual, "{kind}: {} against {usual}", found.sum);
+    assert!(found.sum + (unseen + within) * found.count >= usual, "{kind}: {} against {usual}", found.sum);
 }
 
 #[test]
@@ -436,10 +461,23 @@ fn faults_take_as_long_as_the_program_finds_that_they_do() {
         measure_program_cost: true,
         ..ProfileConfig::default()
     };
-    let Some(profiler) = profiler_with(test, &["page_fault_user", "page_fault_kernel"], &config) else {
+    let Some(profiler) = profiler_with(test, &[], &config) else { return };
+    let needed = ["page_fault_user", "page_fault_kernel", "major_faults", "minor_faults"];
+    let missing = profiler.probes().into_iter().find_map(|probe| match probe.state {
+        ProbeState::Unavailable { reason } if needed.contains(&probe.name.as_str()) => {
+            Some(format!("{}: {reason}", probe.name))
+        }
+        _ => None,
+    });
+    if let Some(reason) = missing {
+        rswap_tests::skip(test, &reason);
         return;
-    };
+    }
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    if statfs(directory.path()).expect("a file system").filesystem_type() == TMPFS_MAGIC {
+        rswap_tests::skip(test, "files are in memory here (tmpfs): nothing is fetched from a disk");
+        return;
+    }
     let path = directory.path().join("data");
     let mut file = File::create(&path).expect("a file");
     file.write_all(&vec![7; (MAJOR * PAGE) as usize]).and_then(|()| file.sync_all()).expect("written");
@@ -472,12 +510,14 @@ fn faults_take_as_long_as_the_program_finds_that_they_do() {
     eprintln!("the kernel: {of_kernel:?}; {:?}; not timed {}", memory.faults, found.not_timed);
     // Nobody knows beforehand which faults the kernel has to make twice, or finds served by others meanwhile: its own count decides.
     let near = |found: u64, expected: u64| found.abs_diff(expected) <= expected.div_ceil(1000);
+    // Of so few, one or two more weigh: pages of the program's own that were taken away, or others' reads.
+    let near_major = |found: u64, expected: u64| found.abs_diff(expected) <= 1 + expected.div_ceil(100);
     // What it says and how has faults, too, and is in the window, but not in its own count.
     let speech = 300;
-    assert!(near(found.major_ns.count, of_kernel[1]), "{} against {of_kernel:?}", found.major_ns.count);
+    assert!(near_major(found.major_ns.count, of_kernel[1]), "{} against {of_kernel:?}", found.major_ns.count);
     let more = found_minor.count.saturating_sub(of_kernel[0]);
     assert!(near(found_minor.count - more, of_kernel[0]) && more < speech, "{}", found_minor.count);
-    assert!(of_kernel[0] >= MINOR && near(of_kernel[1], MAJOR), "{of_kernel:?}");
+    assert!(of_kernel[0] >= MINOR && near_major(of_kernel[1], MAJOR), "{of_kernel:?}");
     assert!(found.not_timed <= (MINOR + MAJOR) / 1000, "{}", found.not_timed);
     are_the_same("minor", &found_minor, &mut minor);
     are_the_same("major", &found.major_ns, &mut major);

@@ -75,6 +75,7 @@ impl Wiring {
         })?;
         let pool = config::volume_pool(&self.config, &request.pool);
         let pool = pool.map_err(|error| missing(error, "see docs/pools.md, Volumes in storage pools"))?;
+        self.leave_alone(&instance.name)?;
         let stake = Stake::Volume { volume: volume.name.clone(), events: events.clone() };
         self.begin(Order::Volume { instance, volume, pool, events }, request.pool.clone(), stake);
         Ok(())

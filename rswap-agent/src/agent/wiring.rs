@@ -1,7 +1,7 @@
 //! What is connected, and one window's way through it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
     sync::{
@@ -34,7 +34,8 @@ use crate::{
     control::{Command, LearnDone, MigrateEvent, MigrateRequest, SwapRequest, SwapVolumeEvent},
     forecast::{Forecaster, Lessons, Observation, Usage},
     instance::{
-        Instance, InstanceName, launch::Place, main_process::MainProcess, registry::Registry, volume::Volume,
+        Instance, InstanceName, cgroup::stands_still, launch::Place, main_process::MainProcess,
+        registry::Registry, volume::Volume,
     },
     migrate::{
         links::LinksView,
@@ -151,8 +152,14 @@ impl Wiring {
             tracing::warn!(%error, "going on with the instances known");
         }
         self.look_at_pools(now);
-        // Whoever moves has its memory read.
-        self.profiler.disturbed(|name| self.moving.contains_key(name));
+        // Whoever moves has its memory read; and who stands still can't make the call by which its writes are noted.
+        let still = |instance: &Instance| stands_still(&instance.cgroup);
+        let still: BTreeSet<&InstanceName> =
+            self.known.values().filter(|instance| still(instance)).map(|instance| &instance.name).collect();
+        let left_alone = |name: &InstanceName| {
+            self.moving.contains_key(name) || self.in_doubt.contains_key(name) || still.contains(name)
+        };
+        self.profiler.disturbed(left_alone);
         let profiles = self.profiler.sample(now);
         self.look_at_cores(now, &profiles);
         self.parts.begin_window(|name| self.known.contains_key(name));
@@ -513,9 +520,11 @@ impl Wiring {
     ) -> Result<(), (ApiError, Stake)> {
         let ready = self.free_instance(&request.instance).and_then(|instance| {
             let address = super::host_address(&self.pools, &request.host);
-            address
-                .map(|address| (instance, address))
-                .map_err(|error| ApiError::new(StatusCode::NOT_FOUND, error.to_string(), "see `rswap pools`"))
+            let address = address.map_err(|error| {
+                ApiError::new(StatusCode::NOT_FOUND, error.to_string(), "see `rswap pools`")
+            })?;
+            self.leave_alone(&instance.name)?;
+            Ok((instance, address))
         });
         match ready {
             Ok((instance, address)) => {
@@ -551,6 +560,19 @@ impl Wiring {
         self.known_now(name)
     }
 
+    /// Sees to it that no look at its memory is in the way of a move that stops its processes: none is stopped by two, nor are its writes noted by two.
+    pub(super) fn leave_alone(&self, name: &InstanceName) -> Result<(), ApiError> {
+        if self.profiler.leave_alone(name) {
+            return Ok(());
+        }
+        let error = format!(
+            "{name} can't be moved now: its memory is being looked at, and that does not end: a process of it waits in the kernel (for a disk?), or has \
+             very much memory"
+        );
+        let hint = "try again; `ps -eo pid,stat,wchan,comm` shows who waits (state D)";
+        Err(ApiError::new(StatusCode::CONFLICT, error, hint))
+    }
+
     pub(super) fn begin(&mut self, order: Order, to: String, stake: Stake) {
         let name = order.instance().name.clone();
         tracing::info!(instance = %name, to, kind = ?stake.kind(), "moving");
@@ -559,8 +581,8 @@ impl Wiring {
         }
         self.show_begin(&order, &to, &stake);
         self.cold.leave(&name);
-        // Its writes can't be noted by two.
-        self.profiler.leave_alone(&name);
+        // Where it matters that no look is under way, that was waited for before.
+        self.profiler.disturb(&name);
         self.moving.insert(name, to.clone());
         moves::spawn(order, to, stake, self.recovery.clone(), &self.config, self.ended.clone());
     }

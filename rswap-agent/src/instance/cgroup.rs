@@ -64,6 +64,13 @@ pub fn is_frozen(path: &Path) -> bool {
     fs::read_to_string(path.join("cgroup.freeze")).is_ok_and(|word| word.trim() == "1")
 }
 
+/// Whether the cgroup stands still or is about to, by itself or with one that it is in.
+pub fn stands_still(path: &Path) -> bool {
+    // With a process in a wait that nothing ends, it is never said to be frozen.
+    is_frozen(path)
+        || fs::read_to_string(path.join("cgroup.events")).is_ok_and(|events| events.contains("frozen 1"))
+}
+
 /// Kills every process in the cgroup at once and waits until it is empty.
 pub fn kill(path: &Path) -> Result<(), InstanceError> {
     let file = path.join("cgroup.kill");

@@ -5,7 +5,7 @@
 use aya::{
     Ebpf,
     programs::{
-        PerfEvent,
+        PerfEvent, ProgramError,
         perf_event::{PerfEventConfig, PerfEventLink, PerfEventScope, SamplePolicy, SoftwareEvent},
     },
     util::online_cpus,
@@ -49,7 +49,7 @@ pub(super) fn at_event(name: &str) -> Option<&'static str> {
     [MAJOR_FAULTS, MINOR_FAULTS].into_iter().find(|event| *event == name)
 }
 
-/// Attaches a program to its event on every CPU.
+/// Attaches a program to its event on every CPU that is online.
 pub(super) fn attach(ebpf: &mut Ebpf, name: &str, load: bool) -> Result<Vec<PerfEventLink>, String> {
     let event =
         if name == MAJOR_FAULTS { SoftwareEvent::PageFaultsMaj } else { SoftwareEvent::PageFaultsMin };
@@ -59,14 +59,23 @@ pub(super) fn attach(ebpf: &mut Ebpf, name: &str, load: bool) -> Result<Vec<Perf
         program.load().map_err(|error| format!("the kernel refuses the program: {}", chain(&error)))?;
     }
     let cpus = online_cpus().map_err(|(what, error)| format!("count the CPUs ({what}): {error}"))?;
-    let on = |cpu| {
+    let mut links = Vec::with_capacity(cpus.len());
+    for cpu in cpus {
         let scope = PerfEventScope::AllProcessesOneCpu { cpu };
         let each = SamplePolicy::Period(1);
         let attached = program.attach(PerfEventConfig::Software(event), scope, each, false);
-        let link = attached.and_then(|link| program.take_link(link));
-        link.map_err(|error| format!("attach to the software event of CPU {cpu}: {}", chain(&error)))
-    };
-    cpus.into_iter().map(on).collect()
+        match attached.and_then(|link| program.take_link(link)) {
+            Ok(link) => links.push(link),
+            // It went offline since they were counted, and has no faults.
+            Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENODEV) => {
+                tracing::debug!(cpu, name, "not attached: the CPU went offline");
+            }
+            Err(error) => {
+                return Err(format!("attach to the software event of CPU {cpu}: {}", chain(&error)));
+            }
+        }
+    }
+    if links.is_empty() { Err("no CPU has the software event".to_owned()) } else { Ok(links) }
 }
 
 /// How long page faults took that ended in a window.

@@ -463,6 +463,7 @@ impl Probes {
             let outcome = attached.map(|all| _ = links.insert(name, Link::Event(all)));
             self.statuses.push(status(name, outcome));
         }
+        self.drop_idle_faults();
         let counts = |name| self.statuses.iter().any(|of| of.name == name && of.state == ProbeState::Active);
         let states = match states {
             Ok(_) if counts(SCHED_SWITCH) => ProbeState::Active,
@@ -495,6 +496,20 @@ impl Probes {
         });
         self.ebpf = Some(ebpf);
         Ok(())
+    }
+
+    /// Where nothing would be told of faults, takes the programs away that see them begin, or end: each fault on the host would pay for nothing.
+    fn drop_idle_faults(&mut self) {
+        let needed = [PAGE_FAULT, MAJOR_FAULTS];
+        let Some(missing) = needed.into_iter().find(|name| !self.are_active(&[*name])) else { return };
+        let is_idle = |name: &str| Tier::of(name) == Some(Tier::Faults);
+        self.links.retain(|name, _| !is_idle(name));
+        for status in self.statuses.iter_mut().filter(|of| is_idle(&of.name)) {
+            if status.state == ProbeState::Active {
+                let reason = format!("not attached: without {missing} it would cost something for nothing");
+                status.state = ProbeState::Unavailable { reason };
+            }
+        }
     }
 
     /// Whether all of these count.
@@ -573,9 +588,10 @@ impl Probes {
         self.statuses.iter().any(|of| Tier::of(&of.name) == Some(tier) && dropped(of))
     }
 
-    /// Puts them back.
-    pub(super) fn return_tier(&mut self, tier: Tier) {
-        let Some(ebpf) = &mut self.ebpf else { return };
+    /// Puts them back: all of them, else none, and `false`: they are still dropped then, and it may be tried again.
+    pub(super) fn return_tier(&mut self, tier: Tier) -> bool {
+        let Some(ebpf) = &mut self.ebpf else { return true };
+        let mut failed = None;
         if let Some(maps) = &self.maps {
             maps.forget_begun(tier);
         }
@@ -594,7 +610,11 @@ impl Probes {
                     self.links.insert(name, link);
                     ProbeState::Active
                 }
-                Err(reason) => ProbeState::Unavailable { reason },
+                Err(reason) => {
+                    let reason = format!("it could not be attached again: {reason}");
+                    failed = Some(format!("{}: {reason}", status.name));
+                    ProbeState::Dropped { reason }
+                }
             };
         }
         // It has no program of its own: it is there if that is there which it belongs to.
@@ -603,6 +623,11 @@ impl Probes {
         if let (Some(status), Some(state)) = (due, switch) {
             status.state = state;
         }
+        if let Some(reason) = &failed {
+            tracing::warn!(%tier, "{reason}");
+            self.drop_tier(tier, reason);
+        }
+        failed.is_none()
     }
 }
 

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rswap_common::layout::MAX_SLOTS;
@@ -95,6 +95,8 @@ pub struct Profiler {
     written_ages: Result<Scanner, String>,
 }
 
+/// A look may wait for the kernel without an end: for a process's lock that a thread has which waits for a disk. A window must not.
+const ALONE_LIMIT: Duration = Duration::from_secs(2);
 /// What looking at ages is called among the probes.
 const AGES: &str = "memory.ages";
 /// What looking at writes is called among them.
@@ -231,9 +233,18 @@ impl Profiler {
         self.scanners().for_each(|scanner| scanner.disturbed(&is_disturbed));
     }
 
-    /// The same of one, at once: when this returns, nothing of the profile's is in its way any more.
-    pub fn leave_alone(&self, name: &InstanceName) {
-        self.scanners().for_each(|scanner| scanner.leave_alone(name));
+    /// The same of one, from now on.
+    pub fn disturb(&self, name: &InstanceName) {
+        self.scanners().for_each(|scanner| scanner.disturb(name));
+    }
+
+    /// The same, and waits for a look that is under way, for two seconds at most: `true` says that nothing of the profile's is in its way any more.
+    #[must_use]
+    pub fn leave_alone(&self, name: &InstanceName) -> bool {
+        // All first: none of them begins another look while one is waited for.
+        self.disturb(name);
+        let deadline = Instant::now() + ALONE_LIMIT;
+        self.scanners().all(|scanner| scanner.leave_alone(name, deadline))
     }
 
     /// Begins to profile an instance; its window begins with the next [`Self::sample`]. Past
@@ -401,7 +412,9 @@ impl State {
                 if tier == Tier::Tcp {
                     self.forget_connections();
                 }
-                self.probes.return_tier(tier);
+                if !self.probes.return_tier(tier) {
+                    self.meter.judge.did_not_return(now, tier);
+                }
             }
             None => {}
         }

@@ -159,6 +159,12 @@ impl Judge {
         let suffices = here().rev().find(|(_, share)| *share >= excess);
         let dearest = here().max_by(|(_, a), (_, b)| a.total_cmp(b));
         let (tier, share) = suffices.or(dearest)?;
+        self.send_away(now, tier, share);
+        self.over = 0;
+        Some(Change::Drop(tier))
+    }
+
+    fn send_away(&mut self, now: UnixMillis, tier: Tier, share: f64) {
         let (times, back) = self.went.entry(tier).or_default();
         if now.since(*back) >= LONGEST_MS {
             *times = 0;
@@ -166,8 +172,11 @@ impl Judge {
         let pause_ms = self.first_pause_ms.saturating_mul(1 << (*times).min(30)).min(LONGEST_MS);
         *times += 1;
         self.away.insert(tier, Away { share, until: UnixMillis(now.0 + pause_ms) });
-        self.over = 0;
-        Some(Change::Drop(tier))
+    }
+
+    /// One that was to return could not: it is tried again, later each time.
+    pub(super) fn did_not_return(&mut self, now: UnixMillis, tier: Tier) {
+        self.send_away(now, tier, 0.0);
     }
 
     /// As it is shown.
@@ -254,6 +263,19 @@ mod tests {
         let cost = judge.cost();
         assert_eq!((cost.tiers[0].core_share, cost.tiers[0].dropped_until), (0.2, Some(at(23 + 60))));
         assert_eq!((cost.tiers[1].dropped_until, cost.budget_share), (None, 0.1));
+    }
+
+    #[test]
+    fn one_that_could_not_return_is_tried_again_later() {
+        let mut judge = Judge::new(0.1, PAUSE);
+        for second in 0..3 {
+            judge.judge(at(second), shares(0.2, 0.0, 0.0));
+        }
+        let nothing = || shares(0.0, 0.0, 0.0);
+        assert_eq!(judge.judge(at(62), nothing()), Some(Change::Return(Tier::Scheduler)));
+        judge.did_not_return(at(62), Tier::Scheduler);
+        assert_eq!(judge.judge(at(62 + 119), nothing()), None);
+        assert_eq!(judge.judge(at(62 + 120), nothing()), Some(Change::Return(Tier::Scheduler)));
     }
 
     #[test]

@@ -79,9 +79,13 @@ impl Means {
         }
     }
 
-    fn look(self, cgroup: &Path, cycle: &mut Cycle, armed: &mut Vec<Armed>, began: Instant) {
+    /// Looks at an instance, and answers what other threads took of a core for it.
+    fn look(self, cgroup: &Path, cycle: &mut Cycle, armed: &mut Vec<Armed>, began: Instant) -> Duration {
         match self {
-            Self::Marks { lock_limit } => look(cgroup, cycle, began, lock_limit),
+            Self::Marks { lock_limit } => {
+                look(cgroup, cycle, began, lock_limit);
+                Duration::ZERO
+            }
             Self::Writes { sample_bytes } => writes::look(cgroup, cycle, armed, began, sample_bytes),
         }
     }
@@ -132,16 +136,22 @@ impl Scanner {
         }
     }
 
-    /// Leaves one alone from now on, until [`Self::disturbed`] says otherwise: afterwards nothing is done to it any more.
-    pub(in crate::profile) fn leave_alone(&self, name: &InstanceName) {
-        let mut state = self.shared.lock();
-        if let Some(instance) = state.instances.get_mut(name) {
+    /// Begins nothing with one any more, until [`Self::disturbed`] says otherwise. It may be looked at still.
+    pub(in crate::profile) fn disturb(&self, name: &InstanceName) {
+        if let Some(instance) = self.shared.lock().instances.get_mut(name) {
             instance.disturbed = true;
             instance.forget();
         }
-        while state.busy.as_ref() == Some(name) {
-            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+    }
+
+    /// The same, and waits until it is not looked at any more; `false` if it still is at the deadline.
+    pub(in crate::profile) fn leave_alone(&self, name: &InstanceName, deadline: Instant) -> bool {
+        self.disturb(name);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let is_looked_at = |state: &mut State| state.busy.as_ref() == Some(name);
+        let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), left, is_looked_at);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.busy.as_ref() != Some(name)
     }
 
     /// What is known of one.
@@ -180,7 +190,7 @@ impl Shared {
 
     fn run(&self, budget_share: f64, means: Means) {
         let (began, mut budget) = (Instant::now(), Budget::new(budget_share));
-        let cpu_before = thread_cpu_time();
+        let (cpu_before, mut elsewhere) = (thread_cpu_time(), Duration::ZERO);
         let mut state = self.lock();
         state.cost.budget_share = budget_share;
         while !state.stopping {
@@ -204,8 +214,8 @@ impl Shared {
             let mut armed = std::mem::take(&mut of.armed);
             state.busy = Some(name.clone());
             drop(state);
-            means.look(&cgroup, &mut cycle, &mut armed, began);
-            let spent = thread_cpu_time().saturating_sub(cpu_before);
+            elsewhere += means.look(&cgroup, &mut cycle, &mut armed, began);
+            let spent = thread_cpu_time().saturating_sub(cpu_before) + elsewhere;
             budget.spend(spent.saturating_sub(budget.spent));
             state = self.lock();
             if let Some(of) = state.instances.get_mut(&name).filter(|of| !of.disturbed && of.cgroup == cgroup)
@@ -268,6 +278,18 @@ fn parse(text: &str) -> Option<Count> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_look_that_does_not_end_is_not_waited_for_without_end() {
+        let scanner = Scanner { shared: Arc::default(), thread: None };
+        let (busy, other): (InstanceName, InstanceName) = ("busy".parse().unwrap(), "other".parse().unwrap());
+        scanner.shared.lock().busy = Some(busy.clone());
+        let soon = || Instant::now() + Duration::from_millis(20);
+        assert!(!scanner.leave_alone(&busy, soon()));
+        assert!(scanner.leave_alone(&other, soon()));
+        scanner.shared.lock().busy = None;
+        assert!(scanner.leave_alone(&busy, Instant::now()));
+    }
 
     #[test]
     fn marked_memory_is_read_from_the_kernels_summary() {

@@ -4,12 +4,21 @@
 //! The first write to each protected page costs the program about a microsecond, and a huge page is split by it. So of large instances only a sample
 //! is protected: blocks as large as a huge page, always the same ones, so that the others stay as they are.
 
-use std::{fs, io, iter, ops::Range, path::Path, time::Instant};
+use std::{
+    fs, io, iter,
+    ops::Range,
+    panic,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{Count, Cycle};
 use crate::{
+    instance::cgroup::stands_still,
     profile::cgroup,
     sys::{
+        clock::thread_cpu_time,
         mem::PAGE_SIZE,
         pagemap::{Pagemap, Query, Region, category},
         uffd::WriteTracker,
@@ -83,11 +92,11 @@ fn own_pages(kind: Kind, places: u64, report: u64) -> Query {
 }
 
 impl Armed {
-    /// Protects a process's memory, as far as it is in the sample.
-    fn arm(pid: i32, sample: Sample) -> Result<Self, TraceeError> {
+    /// Protects a process's memory, as far as it is in the sample. What other threads take of a core for it is added to `elsewhere`.
+    fn arm(pid: i32, sample: Sample, elsewhere: &mut Duration) -> Result<Self, TraceeError> {
         let failed = |call| TraceeError::call(call, pid);
         let mut pagemap = Pagemap::open(pid).map_err(failed("opening the page map"))?;
-        let writes = tracker::open(pid)?;
+        let writes = open(pid, elsewhere)?;
         let mut tracked = Vec::new();
         for mapping in layout::read_mappings(pid)?.iter().filter(|mapping| is_looked_at(mapping)) {
             let kind = Kind::of(mapping);
@@ -145,6 +154,26 @@ impl Armed {
     }
 }
 
+/// [`tracker::open`] in a thread that ends with it: then the kernel lets go what is traced still, such as a thread that waits for a disk and did not
+/// stop in time. It would stay traced as long as this thread is there, and nobody else could stop it.
+fn open(pid: i32, elsewhere: &mut Duration) -> Result<WriteTracker, TraceeError> {
+    let (opened, took) = thread::scope(|scope| -> Result<_, TraceeError> {
+        let run = move || (tracker::open(pid), thread_cpu_time());
+        let of_its_own = thread::Builder::new().spawn_scoped(scope, run);
+        let of_its_own = of_its_own.map_err(TraceeError::call("starting a thread for a look", pid))?;
+        Ok(of_its_own.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked)))
+    })?;
+    *elsewhere += took;
+    opened
+}
+
+/// Where a process is in the hierarchy at `mount`.
+fn cgroup_of(pid: i32, mount: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(mount.join(path))
+}
+
 /// Memory of the program's own that it may write.
 fn is_looked_at(mapping: &Mapping) -> bool {
     !mapping.shared
@@ -153,14 +182,15 @@ fn is_looked_at(mapping: &Mapping) -> bool {
         && !mapping.is_huge()
 }
 
-/// One look at an instance: counts what was written, and protects its memory again where it is time to.
+/// One look at an instance: counts what was written, and protects its memory again where it is time to. Answers what other threads took of a core for it.
 pub(super) fn look(
     cgroup: &Path,
     cycle: &mut Cycle,
     armed: &mut Vec<Armed>,
     began: Instant,
     sample_bytes: u64,
-) {
+) -> Duration {
+    let mut elsewhere = Duration::ZERO;
     // Of a cgroup that has gone there is nothing to count; who tracks it will say so.
     let pids = cgroup::pids(cgroup).unwrap_or_default();
     let sizes: Vec<(i32, Size)> = pids.into_iter().filter_map(|pid| Some((pid, size(pid)?))).collect();
@@ -178,14 +208,22 @@ pub(super) fn look(
         armed.clear();
         let own_bytes = sizes.iter().map(|(_, size)| size.own_bytes).sum();
         let sample = Sample::of(own_bytes, sample_bytes);
+        let mount = cgroup::unified_mount().ok();
         for (pid, _) in sizes {
-            match Armed::arm(pid, sample) {
+            // It would make the call that it is to make when it goes on, and that may be never.
+            let own = mount.as_deref().and_then(|mount| cgroup_of(pid, mount));
+            if stands_still(cgroup) || own.is_some_and(|own| stands_still(&own)) {
+                tracing::debug!(pid, "what it writes is not measured: it stands still");
+                continue;
+            }
+            match Armed::arm(pid, sample, &mut elsewhere) {
                 Ok(of) => armed.push(of),
                 Err(error) => tracing::debug!(pid, %error, "what it writes is not measured"),
             }
         }
         cycle.was_cleared(began.elapsed());
     }
+    elsewhere
 }
 
 /// What a process has in memory.

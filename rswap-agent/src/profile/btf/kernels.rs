@@ -3,6 +3,9 @@
 //! `kernels/*.btf` were made of Debian's packages `linux-image-5.10.0-32-cloud-amd64-unsigned` (5.10.223-1),
 //! `linux-image-6.1.0-57-cloud-amd64-unsigned` (6.1.192-3), `linux-image-6.12.117+deb13-cloud-amd64-unsigned` (6.12.117-1) and
 //! `linux-binary-7.2.13+deb14-cloud-amd64` (7.2.13-1): the section `.BTF` of the kernel in `vmlinuz`, cut down by [`make_a_subset`].
+//!
+//! This is about types, and tracepoints' arguments. Whether a kernel has the helpers that a program calls is not in there: 5.10, for one, has no
+//! `bpf_get_current_task_btf` (5.11), and refuses the programs that call it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
