@@ -1,7 +1,6 @@
 """What programs that hold locks and verify them have in common; the first argument is their log's path."""
 
 import errno
-import fcntl
 import os
 import struct
 import sys
