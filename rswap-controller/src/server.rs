@@ -272,19 +272,22 @@ impl Controller {
         // The longest part: reports go on meanwhile.
         let mut plan = planner.decide(&scene);
         drop(scene);
-        self.with_state(|state| {
+        // Before the lock and after it, as far as it goes: this thread gives way to reports, and they would wait for it.
+        for decision in plan.decisions.iter_mut().filter(|decision| !decision.moves()) {
+            decision.left_out += decision.candidates.len().saturating_sub(1);
+            decision.candidates.truncate(1);
+            decision.candidates.shrink_to_fit();
+        }
+        let before = self.with_state(|state| {
             if self.settings.acts {
                 // Somebody may have wanted something else of a host meanwhile.
                 let drained = state.drained();
                 planner.order(&plan, &state.inventory, &drained, &mut state.book, now);
                 state.coming = planner.coming(&state.inventory);
             }
-            for decision in plan.decisions.iter_mut().filter(|decision| !decision.moves()) {
-                decision.left_out += decision.candidates.len().saturating_sub(1);
-                decision.candidates.truncate(1);
-            }
-            state.plan = plan;
+            std::mem::replace(&mut state.plan, plan)
         });
+        drop(before);
     }
 }
 
