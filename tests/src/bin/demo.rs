@@ -55,7 +55,7 @@ const PROMISED_MS: f64 = 400.0;
 const RESULT: &str = "target/rswap/demo.json";
 /// What the pools give that it begins on, and the fast cores: `HOST_A` and `SLOW_DISK` say the same.
 const SLOW_CORES: f64 = 0.3;
-const FAST_CORES: f64 = 0.55;
+const FAST_CORES: f64 = 0.6;
 const SLOW_BYTES_PER_S: f64 = 1e6;
 /// Each move comes before what is needed of its pool.
 const CLAIMS: [Claim; 3] = [
@@ -99,7 +99,7 @@ cost_per_core_hour = 0.01
 [[pool]]
 name = "fast"
 cpus = "0"
-capacity_cores = 0.55
+capacity_cores = 0.6
 cost_per_core_hour = 0.05
 
 [[pool]]
