@@ -9,8 +9,8 @@ use rswap_common::{
     tables::{
         CONNECTION_SETS, ConnectionSet, REQUEST_PLACES, SLEEPER_SETS, SleeperSet, WAITER_SETS, WaiterSet,
         age_us, connection_set, connection_word, request_place, request_word, same_connection, same_request,
-        same_sleeper, same_waiter, sleeper_set, sleeper_word, slot_of_connection, submitter_of_word, waited_ns, waiter_set,
-        waiter_word,
+        same_sleeper, same_waiter, sleeper_set, sleeper_word, slot_of_connection, submitter_of_word,
+        waited_ns, waiter_set, waiter_word,
     },
 };
 
