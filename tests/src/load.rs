@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::Ipv4Addr,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -23,6 +23,10 @@ const TIMEOUT: Duration = Duration::from_millis(200);
 const SLICE: Duration = Duration::from_millis(50);
 /// Queries by which the cost of one is measured.
 const TRIAL_QUERIES: u32 = 100;
+/// What a query takes is measured again so often,
+const FOLLOWED_EVERY: Duration = Duration::from_secs(1);
+/// while at least so many cores' worth is offered: with less, what else the server does counts for more than the queries.
+const FOLLOWED_FROM_CORES: f64 = 0.2;
 
 /// A day, as the CPU time that the server needs for the queries.
 #[derive(Clone, Copy, Debug)]
@@ -77,12 +81,8 @@ impl Pattern {
 
 /// The CPU time that one query takes the server, whose cgroup is `cgroup`: the kernel's count over some queries.
 pub fn query_cost(netns: &Netns, server: Ipv4Addr, cgroup: &Path) -> anyhow::Result<Duration> {
-    let stat = cgroup.join("cpu.stat");
-    let used = move || -> anyhow::Result<Duration> {
-        let text = fs::read_to_string(&stat).with_context(|| format!("cannot read {}", stat.display()))?;
-        let usage = text.lines().find_map(|line| line.strip_prefix("usage_usec "));
-        Ok(Duration::from_micros(usage.context("no usage_usec in cpu.stat")?.parse()?))
-    };
+    let cgroup = cgroup.to_owned();
+    let used = move || used(&cgroup).with_context(|| format!("cannot read {}/cpu.stat", cgroup.display()));
     let trial = netns.spawn("trial", move || {
         let client = redis::Client::open(format!("redis://{server}:6379/"))?;
         let mut connection = connect(&client)?;
@@ -95,6 +95,49 @@ pub fn query_cost(netns: &Netns, server: Ipv4Addr, cgroup: &Path) -> anyhow::Res
     trial.join().map_err(|_| anyhow::anyhow!("the trial panicked"))?
 }
 
+/// The CPU time that a cgroup has used, as the kernel counts it; `None` where there is no such cgroup.
+fn used(cgroup: &Path) -> Option<Duration> {
+    let text = fs::read_to_string(cgroup.join("cpu.stat")).ok()?;
+    let usage = text.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
+    Some(Duration::from_micros(usage.parse().ok()?))
+}
+
+/// What a query takes the server, with its share of all else that the server does: followed, as it depends on what the processor's caches
+/// hold, and on who else runs.
+struct Cost {
+    /// Those that the server may be in.
+    cgroups: Vec<PathBuf>,
+    estimate: Duration,
+    last: Instant,
+    last_used: Duration,
+    last_answered: u64,
+}
+
+impl Cost {
+    fn new(estimate: Duration, cgroups: Vec<PathBuf>) -> Self {
+        let last_used = cgroups.iter().filter_map(|cgroup| used(cgroup)).sum();
+        Self { cgroups, estimate, last: Instant::now(), last_used, last_answered: 0 }
+    }
+
+    /// While `cores` are offered, and so many queries have been answered since the start.
+    fn now(&mut self, cores: f64, answered: u64) -> Duration {
+        if self.last.elapsed() < FOLLOWED_EVERY {
+            return self.estimate;
+        }
+        let used = self.cgroups.iter().filter_map(|cgroup| used(cgroup)).sum::<Duration>();
+        let queries = u32::try_from(answered - self.last_answered).unwrap_or(u32::MAX);
+        // Less than before: it has gone from one of its cgroups to another.
+        if let Some(used) = used.checked_sub(self.last_used).filter(|_| cores >= FOLLOWED_FROM_CORES)
+            && queries > 0
+        {
+            // A second is short: half of what was known stays.
+            self.estimate = (self.estimate + used / queries) / 2;
+        }
+        (self.last, self.last_used, self.last_answered) = (Instant::now(), used, answered);
+        self.estimate
+    }
+}
+
 /// A running load.
 #[derive(Debug)]
 pub struct Load {
@@ -105,12 +148,22 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts the first day. One query takes the server `cost` of CPU time.
-    pub fn start(netns: &Netns, server: Ipv4Addr, pattern: Pattern, cost: Duration) -> anyhow::Result<Self> {
+    /// Starts the first day. One query takes the server `cost` of CPU time at first, and that is followed in its `cgroups`, in one of which it is.
+    pub fn start(
+        netns: &Netns,
+        server: Ipv4Addr,
+        pattern: Pattern,
+        cost: Duration,
+        cgroups: Vec<PathBuf>,
+    ) -> anyhow::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let started = Instant::now();
-        let per_s = move |at| pattern.cores_at(at) / cost.as_secs_f64();
+        let mut cost = Cost::new(cost, cgroups);
+        let per_s = move |at, answered| {
+            let cores = pattern.cores_at(at);
+            cores / cost.now(cores, answered).as_secs_f64()
+        };
         let thread = netns.spawn("load", move || offer(&stopped, server, per_s, started, query))?;
         Ok(Self { stop, thread, started })
     }
@@ -131,7 +184,7 @@ impl Load {
             number += 1;
             redis::cmd("SET").arg(format!("load:{}", number % 100)).arg(&value[..]).query::<()>(connection)
         };
-        let per_s = move |at| pattern.cores_at(at);
+        let per_s = move |at, _| pattern.cores_at(at);
         let thread = netns.spawn("writes", move || offer(&stopped, server, per_s, started, write))?;
         Ok(Self { stop, thread, started })
     }
@@ -143,11 +196,11 @@ impl Load {
     }
 }
 
-/// Offers `per_s(time since the start)` queries per second until it is stopped.
+/// Offers `per_s(time since the start, queries answered)` queries per second until it is stopped.
 fn offer(
     stop: &AtomicBool,
     server: Ipv4Addr,
-    per_s: impl Fn(Duration) -> f64,
+    mut per_s: impl FnMut(Duration, u64) -> f64,
     started: Instant,
     mut query: impl FnMut(&mut redis::Connection) -> redis::RedisResult<()>,
 ) -> anyhow::Result<u64> {
@@ -158,7 +211,8 @@ fn offer(
     let mut next = started;
     while !stop.load(Ordering::Acquire) {
         next += SLICE;
-        due += per_s(started.elapsed()) * SLICE.as_secs_f64();
+        let of_slice = per_s(started.elapsed(), answered) * SLICE.as_secs_f64();
+        due += of_slice;
         while due >= 1.0 && Instant::now() < next {
             due -= 1.0;
             let Some(open) = &mut connection else {
@@ -172,7 +226,7 @@ fn offer(
             }
         }
         // What could not be offered in its time is not made up for: users don't come back for it at once.
-        due = due.min(per_s(started.elapsed()) * SLICE.as_secs_f64() + 1.0);
+        due = due.min(of_slice + 1.0);
         thread::sleep(next.saturating_duration_since(Instant::now()));
         next = next.max(Instant::now());
     }

@@ -113,7 +113,8 @@ fn a_need_that_no_cores_here_can_give_is_migrated() -> anyhow::Result<()> {
             Some(other) => anyhow::bail!("it did not move: {other:?}"),
         }
     })?;
-    assert!(!a.has_instance("busy")? && b.has_instance("busy")?);
+    assert!(!a.has_instance("busy")?);
+    b.wait_for_instance("busy")?;
     wait_for("it to be seen busy at the other host", LIMIT, || {
         let views: Vec<InstanceView> = b.get("/v1/profiles")?;
         let cores = views.first().and_then(|view| view.profile.as_ref()).map(|profile| profile.cpu.cores);

@@ -127,18 +127,17 @@ fn a_step_that_fails_takes_nothing_away_and_holds_back_what_only_saves() -> anyh
         known(cores) && known(volume)
     })?;
 
-    // Both get too small: the plan puts their moves in order. Then the disk fails, and the agent begins to act.
+    // Both get too small: the plan puts their moves in order, the cores first once both are needed at once. Then the disk fails, and the agent begins to act.
     tell(BUSY)?;
     let (cores, volume) =
-        wait_for_both(&scene.host, "two moves in order", on("few", "one"), |cores, volume| {
-            is_short(cores) && is_short(volume) && cores.steps.len() == 2
+        wait_for_both(&scene.host, "two moves, the cores first", on("few", "one"), |cores, volume| {
+            let in_order = cores.steps.iter().map(|step| (step.kind, step.to.as_str()));
+            is_short(cores)
+                && is_short(volume)
+                && in_order.eq([(MoveKind::Cpu, "many"), (MoveKind::Storage, "two")])
         })?;
-    let in_order: Vec<_> = cores.steps.iter().map(|step| (step.kind, step.to.as_str())).collect();
     println!("{}", explain(&cores));
-    ensure!(
-        in_order == [(MoveKind::Cpu, "many"), (MoveKind::Storage, "two")] && cores.steps == volume.steps,
-        "{in_order:?}"
-    );
+    ensure!(cores.steps == volume.steps, "{:?}, but {:?}", cores.steps, volume.steps);
     ensure!(cores.steps.iter().all(|step| step.due_ms.is_some()), "{:?}", cores.steps);
     scene.disks[1].fail_after(0)?;
     scene.host.restart_in("act")?;

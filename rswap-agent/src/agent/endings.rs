@@ -199,8 +199,9 @@ impl Wiring {
                 (MigrationState::InDoubt { error: error.to_string(), ended }, MigrateEvent::InDoubt(error))
             }
         };
-        self.board.write(|board| board.set_migration(id, state));
+        // Whoever is told that it is done doesn't find the instance here any more.
         self.refresh();
+        self.board.write(|board| board.set_migration(id, state));
         if let Some(events) = events {
             // A slow reader gets it all the same, without holding up the windows.
             tokio::spawn(async move { drop(events.send(last).await) });

@@ -141,7 +141,8 @@ fn main() -> anyhow::Result<()> {
     })?;
     a.call(&["swap", "redis", "disk", "--volume", "data"])?;
     let data = DataSet::load(&fleet.client, SERVER, DATA_BYTES)?;
-    let cost = load::query_cost(&fleet.client, SERVER, &a.cgroup()?.join("redis"))?;
+    let cgroups = vec![a.cgroup()?.join("redis"), b.cgroup()?.join("redis")];
+    let cost = load::query_cost(&fleet.client, SERVER, &cgroups[0])?;
     say(&format!(
         "{} MiB of data in it; a query takes it {:.2} ms of CPU time",
         data.used_bytes(&fleet.client)? >> 20,
@@ -153,7 +154,7 @@ fn main() -> anyhow::Result<()> {
     ));
     let pause = Duration::from_millis(5);
     let client = VerifyingClient::start_in(Manner::Patient, &fleet.client, SERVER, pause)?;
-    let load = Load::start(&fleet.client, SERVER, PATTERN, cost)?;
+    let load = Load::start(&fleet.client, SERVER, PATTERN, cost, cgroups)?;
     let writes = Load::start_writes(&fleet.client, SERVER, WRITES, WRITE_BYTES)?;
     let load_began = UnixMillis::now();
 
