@@ -5,6 +5,8 @@
 //! per device and operation) and their events are rarer: these are kept in a few shards, with atomic
 //! additions. All counters only ever grow (and wrap); the agent works with differences.
 
+use core::ops::Range;
+
 use crate::histogram::BUCKETS;
 
 /// Most slots on one host. Every instance has one of its own, as long as there are any left; the last one is shared by all
@@ -326,7 +328,15 @@ pub const fn block_index(shard: u32, slot: u32, slots: u32, device: u32, operati
         BlockOperation::Read => (shard + 1, 0),
         BlockOperation::Write => (shard + 1, 1),
     };
-    ((part * slots + slot) * MAX_DEVICES + device) * 2 + column
+    block_range(part, device, slots).start + slot * 2 + column
+}
+
+/// Where all records of a device lie in one part of them: the first part has flushes and discards, each other one a shard's reads and writes.
+/// They are together, so that the agent need not map those of devices that a host has not.
+#[inline(always)]
+pub const fn block_range(part: u32, device: u32, slots: u32) -> Range<u32> {
+    let start = (part * MAX_DEVICES + device) * slots * 2;
+    start..start + slots * 2
 }
 
 /// Number of block records.

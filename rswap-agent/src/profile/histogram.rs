@@ -1,6 +1,6 @@
 //! Mergeable log-linear histograms (relative error at most 1/16).
 
-use std::{iter::Peekable, slice::Iter};
+use std::{iter::Peekable, slice::Iter, sync::Arc};
 
 use rswap_common::{
     histogram::{BUCKETS, bounds_of, index_of},
@@ -23,6 +23,9 @@ pub struct Histogram {
 impl Histogram {
     /// What was counted between two readings of the same record, however the counters wrapped meanwhile.
     pub(super) fn between(earlier: &Counts, later: &Counts) -> Self {
+        if Arc::ptr_eq(&earlier.buckets, &later.buckets) {
+            return Self { sum: later.sum.wrapping_sub(earlier.sum), ..Self::default() };
+        }
         let (mut before, mut now) = (earlier.buckets.iter().peekable(), later.buckets.iter().peekable());
         let mut buckets = Vec::new();
         while let Some(index) = before.peek().into_iter().chain(now.peek()).map(|(index, _)| *index).min() {
@@ -88,12 +91,12 @@ impl Histogram {
     }
 }
 
-/// A reading of a record that is kept: most buckets have never counted anything.
+/// A reading of a record that is kept: most buckets have never counted anything. A later one shares it, where nothing was counted since.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Counts {
     sum: u64,
     /// (bucket index, count), ascending, those that are not 0.
-    buckets: Box<[(u16, u32)]>,
+    buckets: Arc<[(u16, u32)]>,
 }
 
 impl Counts {
@@ -102,7 +105,7 @@ impl Counts {
         // Counted first, so that no more is reserved than there is.
         let mut buckets = Vec::with_capacity(counted.clone().count());
         buckets.extend(counted.map(|(index, count)| (index as u16, *count)));
-        Self { sum: record.sum, buckets: buckets.into_boxed_slice() }
+        Self { sum: record.sum, buckets: buckets.into() }
     }
 
     /// Whether nothing was ever counted.

@@ -15,6 +15,7 @@
 //! ```
 
 mod ages;
+mod block_records;
 pub mod btf;
 mod cgroup;
 mod cgroup_table;

@@ -10,10 +10,7 @@ use aya::{
 };
 use rswap_common::{
     globals as g,
-    layout::{
-        BlockRecord, FaultRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards,
-        map_names,
-    },
+    layout::{FaultRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
     neighbours::NeighbourRecord,
     tables::{CONNECTION_SETS, ConnectionSet, FAULT_PLACES, WAITER_SETS, WaiterSet, slot_of_connection},
 };
@@ -22,6 +19,7 @@ use utoipa::ToSchema;
 
 use super::{
     ProfileConfig, Tier,
+    block_records::BlockRecords,
     btf::KernelTypes,
     cgroup_table::CgroupTable,
     children::{CHILD_PROBES, Children},
@@ -288,7 +286,7 @@ pub(super) struct Maps {
     /// Scheduler and TCP records per CPU and slot.
     pub(super) slots: MappedArray<SlotRecord>,
     /// Block records per shard, slot, device and operation.
-    pub(super) blocks: MappedArray<BlockRecord>,
+    pub(super) blocks: BlockRecords,
     /// For whom instances waited, per CPU and slot.
     pub(super) neighbours: MappedArray<NeighbourRecord>,
     /// Who uses disks beside instances.
@@ -307,8 +305,6 @@ pub(super) struct Maps {
     pub(super) fault_kinds: u32,
     /// CPUs in `slots`.
     pub(super) cpus: u32,
-    /// Shards in `blocks`.
-    pub(super) shards: u32,
 }
 
 /// The programs, as long as they are attached.
@@ -426,7 +422,7 @@ impl Probes {
         let disk_users = HashMap::try_from(map(map_names::DISK_USERS, &mut ebpf)?)
             .map_err(|error| unmapped(map_names::DISK_USERS, &error))?;
         let slots = mapped(&ebpf, map_names::SLOTS, cpus * config.slots)?;
-        let blocks = mapped(&ebpf, map_names::BLOCKS, block_entries)?;
+        let blocks = BlockRecords::new(&ebpf, config.slots, shards)?;
         let neighbours = mapped(&ebpf, map_names::NEIGHBOURS, cpus * config.slots)?;
         let faults = mapped(&ebpf, map_names::FAULTS, cpus * config.slots * fault_kinds)?;
         let faults_begun = mapped_words(&ebpf, map_names::FAULTS_BEGUN, FAULT_PLACES, size_of::<u64>())?;
@@ -492,7 +488,6 @@ impl Probes {
             faults_begun,
             fault_kinds,
             cpus,
-            shards,
         });
         self.ebpf = Some(ebpf);
         Ok(())

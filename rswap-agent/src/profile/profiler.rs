@@ -262,7 +262,7 @@ impl Profiler {
         let slot = if state.probes.maps.is_some() { state.free.take() } else { None };
         match (&state.probes.maps, slot) {
             (Some(maps), Some(slot)) => {
-                reading.counters = Some(Counters::read(maps, self.config.slots, slot));
+                reading.counters = Some(Counters::read(maps, self.config.slots, slot, None));
             }
             (Some(_), None) => tracing::warn!(
                 %name, slots = self.config.slots - 1,
@@ -431,17 +431,23 @@ impl State {
         let Some(maps) = &self.probes.maps else { return };
         for tracked in self.tracked.values_mut() {
             if let Some(slot) = tracked.slot {
-                tracked.connections_then = Counters::read(maps, self.slots, slot).came_and_stayed();
+                tracked.connections_then = Counters::read(maps, self.slots, slot, None).came_and_stayed();
             }
         }
     }
 
     fn look_for_devices(&mut self) {
-        if let Some(maps) = &mut self.probes.maps
-            && self.devices.rescan()
-            && let Err(error) = maps.devices.set(0, self.devices.table(), 0)
-        {
-            tracing::warn!(%error, "block devices can't be told apart");
+        let Some(maps) = &mut self.probes.maps else { return };
+        if !self.devices.rescan() {
+            return;
+        }
+        // Their records first: nothing is counted there that can't be read.
+        let told = maps
+            .blocks
+            .follow(&self.devices)
+            .and_then(|()| maps.devices.set(0, self.devices.table(), 0).map_err(|error| error.to_string()));
+        if let Err(error) = told {
+            tracing::warn!(error, "block devices can't be told apart");
         }
     }
 
@@ -538,7 +544,7 @@ impl State {
         let Some(maps) = &mut self.probes.maps else { return };
         for tracked in self.tracked.values_mut().filter(|tracked| tracked.slot.is_none()) {
             let Some(slot) = self.free.take() else { return };
-            let counters = Counters::read(maps, self.slots, slot);
+            let counters = Counters::read(maps, self.slots, slot, None);
             tracked.connections_then = counters.came_and_stayed();
             tracked.last.counters = Some(counters);
             for id in tracked.members.registered() {
@@ -557,7 +563,8 @@ impl State {
             self.shared = None;
             return;
         };
-        let counters = Counters::read(maps, self.slots, self.slots - 1);
+        let before = self.shared.as_ref().map(|shared| &shared.counters);
+        let counters = Counters::read(maps, self.slots, self.slots - 1, before);
         let window_ms = self.shared.as_ref().map_or(0, |shared| now.since(shared.at));
         let shown = self.shared.as_ref().filter(|_| window_ms > 0).map(|before| {
             let mut cpu = CpuProfile::default();
@@ -619,7 +626,7 @@ impl State {
         let mut reading = Reading::of_cgroup(&tracked.cgroup)?;
         reading.at = Some(now);
         if let (Some(maps), Some(slot), true) = (&self.probes.maps, tracked.slot, tracked.is_known) {
-            reading.counters = Some(Counters::read(maps, slots, slot));
+            reading.counters = Some(Counters::read(maps, slots, slot, tracked.last.counters.as_ref()));
         }
         let resident_bytes = cgroup::resident_bytes(&tracked.cgroup)?;
         let last = std::mem::replace(&mut tracked.last, reading);

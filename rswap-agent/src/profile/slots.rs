@@ -7,13 +7,14 @@ use std::{
 };
 
 use rswap_common::layout::{
-    BlockOperation, HistogramRecord, MAX_DEVICES, OFF_CPU_KINDS, OTHER_DEVICE, OffCpu, OffCpuCount,
-    SlotRecord, TcpCounts, UNOWNED_KINDS, Unowned, UnownedCount, block_index, device_number, slot_index,
+    BlockOperation, BlockRecord, HistogramRecord, MAX_DEVICES, OFF_CPU_KINDS, OTHER_DEVICE, OffCpu,
+    OffCpuCount, SlotRecord, TcpCounts, UNOWNED_KINDS, Unowned, UnownedCount, device_number, slot_index,
 };
 
 use super::{
     BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpConnections, TcpProfile,
     UnownedBlock,
+    block_records::Head,
     fault_latency::FaultCounts,
     histogram::{Counts, Histogram, add_counts, add_record},
     neighbours::Waits,
@@ -60,14 +61,28 @@ pub(super) struct Counters {
 }
 
 /// What is counted for one device and operation.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Block {
     /// Of the device and the operation, among all.
     place: usize,
+    /// Read before the buckets.
+    head: Head,
+    /// It was the same at the reading before. A program counts in the head first: only then are the buckets as the head is.
+    is_settled: bool,
     device_ns: Counts,
     queue_ns: Counts,
-    bytes: u64,
-    not_split: u64,
+}
+
+impl Block {
+    fn of(place: usize, head: Head, records: impl Iterator<Item = BlockRecord>) -> Self {
+        let (mut device_ns, mut queue_ns) = (HistogramRecord::EMPTY, HistogramRecord::EMPTY);
+        for record in records {
+            add_counts(&mut device_ns, record.device_sum_ns, &record.device_ns);
+            add_counts(&mut queue_ns, record.queue_sum_ns, &record.queue_ns);
+        }
+        let (device_ns, queue_ns) = (Counts::of(&device_ns), Counts::of(&queue_ns));
+        Self { place, head, is_settled: false, device_ns, queue_ns }
+    }
 }
 
 const OPERATIONS: [(BlockOperation, Operation); 4] = [
@@ -77,14 +92,6 @@ const OPERATIONS: [(BlockOperation, Operation); 4] = [
     (BlockOperation::Discard, Operation::Discard),
 ];
 
-/// Shards that an operation is counted in.
-fn shards_of(operation: BlockOperation, shards: u32) -> u32 {
-    match operation {
-        BlockOperation::Read | BlockOperation::Write => shards,
-        BlockOperation::Flush | BlockOperation::Discard => 1,
-    }
-}
-
 /// Every device and operation, by place.
 fn places() -> impl Iterator<Item = (usize, u32, (BlockOperation, Operation))> {
     let all = (0..MAX_DEVICES).flat_map(|device| OPERATIONS.map(|operation| (device, operation)));
@@ -92,8 +99,8 @@ fn places() -> impl Iterator<Item = (usize, u32, (BlockOperation, Operation))> {
 }
 
 impl Counters {
-    /// Reads them from the maps.
-    pub(super) fn read(maps: &Maps, slots: u32, slot: u32) -> Self {
+    /// Reads them from the maps. What has counted nothing since `earlier`, of the same slot, is not read again.
+    pub(super) fn read(maps: &Maps, slots: u32, slot: u32, earlier: Option<&Self>) -> Self {
         let mut total = SlotRecord::EMPTY;
         let mut cpus = Vec::with_capacity(maps.cpus as usize);
         for cpu in 0..maps.cpus {
@@ -118,20 +125,17 @@ impl Counters {
             }
         }
         let mut blocks = Vec::new();
-        for (place, device, (operation, _)) in places() {
-            let (mut device_ns, mut queue_ns) = (HistogramRecord::EMPTY, HistogramRecord::EMPTY);
-            let (mut bytes, mut not_split) = (0_u64, 0_u64);
-            for shard in 0..shards_of(operation, maps.shards) {
-                if let Some(record) = maps.blocks.read(block_index(shard, slot, slots, device, operation)) {
-                    add_counts(&mut device_ns, record.device_sum_ns, &record.device_ns);
-                    add_counts(&mut queue_ns, record.queue_sum_ns, &record.queue_ns);
-                    bytes = bytes.wrapping_add(record.bytes);
-                    not_split = not_split.wrapping_add(record.not_split);
+        for (place, device, (operation, _)) in places().filter(|(_, device, _)| maps.blocks.has(*device)) {
+            // Nearly all of it is buckets, and nearly all have counted nothing.
+            let head = maps.blocks.head(slot, device, operation);
+            let known = earlier.and_then(|earlier| earlier.block(place)).filter(|known| known.head == head);
+            match known {
+                Some(known) if known.is_settled => blocks.push(known.clone()),
+                _ if head == Head::default() => {}
+                _ => {
+                    let records = maps.blocks.read(slot, device, operation);
+                    blocks.push(Block { is_settled: known.is_some(), ..Block::of(place, head, records) });
                 }
-            }
-            let (device_ns, queue_ns) = (Counts::of(&device_ns), Counts::of(&queue_ns));
-            if bytes > 0 || not_split > 0 || !device_ns.is_empty() || !queue_ns.is_empty() {
-                blocks.push(Block { place, device_ns, queue_ns, bytes, not_split });
             }
         }
         blocks.shrink_to_fit();
@@ -218,21 +222,24 @@ impl Counters {
     pub(super) fn block_since(&self, earlier: &Self, devices: &Devices, window_ms: u64) -> Vec<BlockProfile> {
         let nothing = Block::default();
         places()
-            .map(|(place, device, (_, operation))| {
-                let (now, earlier) =
-                    (self.block(place).unwrap_or(&nothing), earlier.block(place).unwrap_or(&nothing));
+            .filter_map(|(place, device, (_, operation))| {
+                let (now, earlier) = (self.block(place), earlier.block(place));
+                if now.is_none() && earlier.is_none() {
+                    return None;
+                }
+                let (now, earlier) = (now.unwrap_or(&nothing), earlier.unwrap_or(&nothing));
                 let latency_ns = Histogram::between(&earlier.device_ns, &now.device_ns);
                 let queue_ns = Histogram::between(&earlier.queue_ns, &now.queue_ns);
                 let under_way_ns = latency_ns.sum.saturating_add(queue_ns.sum) as f64;
-                BlockProfile {
+                Some(BlockProfile {
                     device: devices.name(device),
                     operation,
-                    bytes: now.bytes.wrapping_sub(earlier.bytes),
+                    bytes: now.head.bytes.wrapping_sub(earlier.head.bytes),
                     in_flight: under_way_ns / (window_ms.max(1) as f64 * 1e6),
-                    not_split: now.not_split.wrapping_sub(earlier.not_split),
+                    not_split: now.head.not_split.wrapping_sub(earlier.head.not_split),
                     latency_ns,
                     queue_ns,
-                }
+                })
             })
             .filter(|profile| profile.bytes > 0 || profile.latency_ns.count > 0)
             .collect()
@@ -342,6 +349,11 @@ impl Devices {
         self.not_covered.clone()
     }
 
+    /// How many are told apart: these have the first places.
+    pub(super) fn told_apart(&self) -> u32 {
+        self.found.len() as u32
+    }
+
     /// What a place's device is called.
     pub(super) fn name(&self, place: u32) -> String {
         match self.found.get(place as usize) {
@@ -376,7 +388,8 @@ mod tests {
         let block = |&(place, bytes, requests): &(usize, u64, &[usize])| {
             let mut device_ns = HistogramRecord::EMPTY;
             requests.iter().for_each(|bucket| device_ns.buckets[*bucket] += 1);
-            Block { place, device_ns: Counts::of(&device_ns), bytes, ..Block::default() }
+            let head = Head { bytes, ..Head::default() };
+            Block { place, head, device_ns: Counts::of(&device_ns), ..Block::default() }
         };
         Counters {
             run_queue_ns: Counts::default(),

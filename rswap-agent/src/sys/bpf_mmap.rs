@@ -5,6 +5,7 @@ use std::{
     marker::PhantomData,
     mem::MaybeUninit,
     num::NonZeroUsize,
+    ops::Range,
     os::fd::AsFd,
     ptr::NonNull,
     sync::atomic::{AtomicU64, Ordering},
@@ -36,12 +37,15 @@ unsafe impl BpfRecord for ChildCounts {}
 // SAFETY: as above.
 unsafe impl BpfRecord for NeighbourRecord {}
 
-/// An array map of `T`, mapped read-only until it is dropped.
+/// Entries of an array map of `T`, mapped read-only until they are dropped.
 #[derive(Debug)]
 pub struct MappedArray<T: BpfRecord> {
+    /// Of a page.
     address: NonNull<AtomicU64>,
     length_bytes: NonZeroUsize,
-    entries: u32,
+    /// Words before the first entry.
+    before: usize,
+    entries: Range<u32>,
     record: PhantomData<T>,
 }
 
@@ -58,33 +62,62 @@ impl<T: BpfRecord> MappedArray<T> {
     };
 
     /// Maps all `entries` of the array map behind `map`, which was made with `BPF_F_MMAPABLE`.
+    ///
+    /// # Errors
+    /// There are no entries, or the kernel refuses, as it does past the map's end.
     pub fn new(map: impl AsFd, entries: u32) -> io::Result<Self> {
-        let length_bytes = NonZeroUsize::new(entries as usize * Self::WORDS * 8)
+        Self::part(map, 0..entries)
+    }
+
+    /// Maps only these of its entries: what is mapped counts as the agent's memory.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn part(map: impl AsFd, entries: Range<u32>) -> io::Result<Self> {
+        let page = procfs::page_size();
+        let byte = |entry: u32| u64::from(entry) * Self::WORDS as u64 * 8;
+        let first_byte = byte(entries.start) / page * page;
+        let length_bytes = NonZeroUsize::new(byte(entries.end).saturating_sub(first_byte) as usize)
+            .filter(|_| !entries.is_empty())
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an array map without entries"))?;
+        let offset = i64::try_from(first_byte).map_err(io::Error::other)?;
         // SAFETY: needed because nothing else reads a map without a system call per value. A new mapping at
         // an address of the kernel's choice aliases nothing of ours; the kernel refuses a length past the map.
         let address =
-            unsafe { mmap(None, length_bytes, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, map, 0) }?;
-        Ok(Self { address: address.cast(), length_bytes, entries, record: PhantomData })
+            unsafe { mmap(None, length_bytes, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, map, offset) }?;
+        let before = (byte(entries.start) - first_byte) as usize / 8;
+        Ok(Self { address: address.cast(), length_bytes, before, entries, record: PhantomData })
     }
 
-    /// The record at `index`, as it is now: each word is read at once, the record as a whole is not.
+    /// The record at `index`, as it is now: each word is read at once, the record as a whole is not. `None` where it is not mapped.
     pub fn read(&self, index: u32) -> Option<T> {
-        if index >= self.entries {
-            return None;
-        }
+        let first = self.place(index)?;
         let mut record = MaybeUninit::<T>::uninit();
         for word in 0..Self::WORDS {
-            // SAFETY: needed because the kernel writes this memory meanwhile: it may only be read atomically.
-            // In range (`index` was checked), aligned (pages), and mapped as long as `self` is.
-            let value = unsafe { self.address.add(index as usize * Self::WORDS + word).as_ref() };
+            let value = self.word(first + word);
             // SAFETY: `word` is inside of the record; unaligned, so that no alignment of `T` is asked for.
-            unsafe {
-                record.as_mut_ptr().cast::<u64>().add(word).write_unaligned(value.load(Ordering::Relaxed));
-            };
+            unsafe { record.as_mut_ptr().cast::<u64>().add(word).write_unaligned(value) };
         }
         // SAFETY: every word was written, and any bits are a valid `T` (the trait's contract).
         Some(unsafe { record.assume_init() })
+    }
+
+    /// The first words of the record at `index`; as many as there are, if it has fewer.
+    pub fn head<const N: usize>(&self, index: u32) -> Option<[u64; N]> {
+        let first = self.place(index)?;
+        Some(std::array::from_fn(|word| if word < Self::WORDS { self.word(first + word) } else { 0 }))
+    }
+
+    /// The first word of a record.
+    fn place(&self, index: u32) -> Option<usize> {
+        let place = || self.before + (index - self.entries.start) as usize * Self::WORDS;
+        self.entries.contains(&index).then(place)
+    }
+
+    fn word(&self, place: usize) -> u64 {
+        // SAFETY: needed because the kernel writes this memory meanwhile: it may only be read atomically.
+        // In range (of a record for which `place` answered), aligned (pages), and mapped as long as `self` is.
+        unsafe { self.address.add(place).as_ref() }.load(Ordering::Relaxed)
     }
 }
 
