@@ -82,6 +82,7 @@ fn what_costs_more_than_it_may_goes_says_so_and_comes_back() -> anyhow::Result<(
     let metrics = String::from_utf8_lossy(&scrape.stdout);
     ensure!(metrics.contains("rswap_profile_tier_dropped{name=\"scheduler\"} 1"), "{metrics}");
     ensure!(metrics.contains("rswap_profile_tier_dropped{name=\"tcp\"} 0"), "{metrics}");
+    ensure!(metrics.contains("# TYPE rswap_profile_untiered_core_share gauge\n"), "{metrics}");
     // Programs that know cgroups go on, and what they take is said.
     let below = cgroup.path().join("below");
     wait_for("the cost of knowing cgroups", LIMIT, || {

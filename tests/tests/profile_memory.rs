@@ -8,15 +8,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::{Context, ensure};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use rswap_agent::{
+    instance::cgroup::stands_still,
     profile::{MemoryProfile, PageAges, ProbeState, Profile, ProfileConfig, Profiler, histogram::Histogram},
+    status::InstanceView,
     units::UnixMillis,
 };
 use rswap_tests::{
-    binary, moves,
+    Fleet, HostOptions, binary, moves,
     profiled::{TestCgroup, begin, end, profiler_with, reap},
-    reason_to_skip,
+    reason_to_skip, wait_for,
 };
 
 const MIB: u64 = 1 << 20;
@@ -132,8 +135,18 @@ fn ages(profiler: &Profiler, span_s: u64) -> PageAges {
 
 /// Waits until writes are noted: what is written before is not seen.
 fn noting(profiler: &Profiler) {
+    looked(profiler, 1);
+}
+
+/// Looks at what is written, so far.
+fn looks(profiler: &Profiler) -> u64 {
+    profiler.written_ages_cost().map_or(0, |cost| cost.looks)
+}
+
+/// Waits until there were so many of them.
+fn looked(profiler: &Profiler, times: u64) {
     let deadline = Instant::now() + LIMIT;
-    while profiler.written_ages_cost().is_none_or(|cost| cost.looks < 1) {
+    while looks(profiler) < times {
         assert!(Instant::now() < deadline, "no look at what is written");
         thread::sleep(Duration::from_millis(5));
     }
@@ -300,6 +313,124 @@ fn of_a_huge_page_what_was_written_counts_and_who_is_left_alone_is_so_at_once() 
     assert_eq!(toucher.noted(), 0);
     drop(cgroup);
     reap(toucher.child);
+}
+
+#[test]
+fn a_freeze_takes_no_age_away_and_who_stands_still_is_looked_at_again_when_it_goes_on() {
+    const SIZE: u64 = 64 * MIB;
+    let test = "a_freeze_takes_no_age_away_and_who_stands_still_is_looked_at_again_when_it_goes_on";
+    let Some(profiler) = profiler_of_writes(test, 256) else { return };
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
+    let (first, second, third) = (4 * MIB, 16 * MIB, 8 * MIB);
+    begin(&profiler, &cgroup.0);
+    noting(&profiler);
+    toucher.write(0, 1, first / PAGE);
+    let one = written_ages(&profiler, 1);
+    // What is noted is counted in a freeze as well: for that it need not run.
+    cgroup.freeze(true);
+    let four = written_ages(&profiler, 4);
+    cgroup.freeze(false);
+    toucher.write(4096, 1, second / PAGE);
+    let eight = written_ages(&profiler, 8);
+    eprintln!("{eight:?}");
+    for (ages, span_s, expected) in [(&one, 1, first), (&four, 4, first), (&eight, 8, first + second)] {
+        let written = bytes_within(ages, span_s);
+        // Beside it, what the interpreter itself writes now and then.
+        assert!((expected..expected + 2 * MIB).contains(&written), "{written} within {span_s} s");
+    }
+    // As the agent does in each window.
+    let window = |profiler: &Profiler| profiler.disturbed(|_| stands_still(&cgroup.0));
+    cgroup.freeze(true);
+    window(&profiler);
+    let before = looks(&profiler);
+    assert_eq!((toucher.noted(), sample(&profiler).memory.written_ages), (0, None));
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!((toucher.noted(), looks(&profiler)), (0, before));
+    window(&profiler);
+    cgroup.freeze(false);
+    window(&profiler);
+    looked(&profiler, before + 1);
+    assert!(toucher.noted() > 0);
+    toucher.write(12_288, 1, third / PAGE);
+    let written = bytes_within(&written_ages(&profiler, 1), 1);
+    assert!((third..third + MIB).contains(&written), "{written}");
+    drop(cgroup);
+    reap(toucher.child);
+}
+
+#[test]
+fn who_stands_still_already_is_not_stopped_for_a_first_look() {
+    const SIZE: u64 = 16 * MIB;
+    let test = "who_stands_still_already_is_not_stopped_for_a_first_look";
+    let Some(profiler) = profiler_of_writes(test, 256) else { return };
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
+    // It was frozen after the agent had looked whether it is: the look itself has to see that.
+    cgroup.freeze(true);
+    begin(&profiler, &cgroup.0);
+    noting(&profiler);
+    let seen = written_ages(&profiler, 1);
+    assert_eq!((toucher.noted(), bytes_within(&seen, 1)), (0, 0));
+    assert!(seen.left_out_bytes == seen.resident_bytes && seen.left_out_bytes >= SIZE, "{seen:?}");
+    // Windows in the freeze and after it.
+    profiler.disturbed(|_| stands_still(&cgroup.0));
+    cgroup.freeze(false);
+    let before = looks(&profiler);
+    profiler.disturbed(|_| stands_still(&cgroup.0));
+    looked(&profiler, before + 1);
+    assert!(toucher.noted() > 0);
+    toucher.write(0, 1, MIB / PAGE);
+    let written = bytes_within(&written_ages(&profiler, 1), 1);
+    assert!((MIB..3 * MIB).contains(&written), "{written}");
+    drop(cgroup);
+    reap(toucher.child);
+}
+
+#[test]
+fn the_agent_says_nothing_of_writes_of_who_is_frozen_and_goes_on_after_that() -> anyhow::Result<()> {
+    const SIZE: u64 = 64 * MIB;
+    let test = "the_agent_says_nothing_of_writes_of_who_is_frozen_and_goes_on_after_that";
+    if profiler_of_writes(test, 256).is_none() {
+        return Ok(());
+    }
+    let more = "[profile]\nwritten_budget = 0.5\n".to_owned();
+    let mut fleet = Fleet::new()?;
+    let host = fleet.host("a", &HostOptions { window_ms: 250, more, ..HostOptions::default() })?;
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
+    let path = cgroup.0.to_str().context("a path that is no text")?;
+    host.call(&["adopt", path, "--name", "toucher"])?;
+    let memory = || -> anyhow::Result<Option<MemoryProfile>> {
+        let views: Vec<InstanceView> = host.get("/v1/profiles")?;
+        Ok(views.into_iter().find_map(|view| view.profile).map(|profile| profile.memory))
+    };
+    let ages = |span_s: u64| {
+        wait_for(&format!("what was written within {span_s} s"), LIMIT, || {
+            let ages = memory()?.and_then(|memory| memory.written_ages);
+            Ok(ages.filter(|ages| ages.within(span_s).is_some()))
+        })
+    };
+    ages(1)?;
+    ensure!(toucher.noted() > 0, "nothing is noted");
+    cgroup.freeze(true);
+    let silent = || -> anyhow::Result<Option<MemoryProfile>> {
+        Ok(memory()?.filter(|memory| memory.written_ages.is_none()))
+    };
+    wait_for("a window of who stands still", LIMIT, silent)?;
+    thread::sleep(Duration::from_millis(1500));
+    let memory_then = silent()?.context("its writes are told of while it is frozen")?;
+    ensure!(toucher.noted() == 0, "its writes are noted while it is frozen");
+    ensure!(memory_then.resident_bytes >= SIZE, "all else is told of: {memory_then:?}");
+    cgroup.freeze(false);
+    // From the first count on, all is noted.
+    ages(1)?;
+    toucher.write(0, 1, 8 * MIB / PAGE);
+    let written = bytes_within(&ages(4)?, 4);
+    ensure!((8 * MIB..10 * MIB).contains(&written), "{written}");
+    drop((host, cgroup));
+    reap(toucher.child);
+    Ok(())
 }
 
 #[test]

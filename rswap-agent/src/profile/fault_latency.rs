@@ -59,16 +59,26 @@ pub(super) fn attach(ebpf: &mut Ebpf, name: &str, load: bool) -> Result<Vec<Perf
         program.load().map_err(|error| format!("the kernel refuses the program: {}", chain(&error)))?;
     }
     let cpus = online_cpus().map_err(|(what, error)| format!("count the CPUs ({what}): {error}"))?;
-    let mut links = Vec::with_capacity(cpus.len());
-    for cpu in cpus {
+    on_each(&cpus, |cpu| {
         let scope = PerfEventScope::AllProcessesOneCpu { cpu };
         let each = SamplePolicy::Period(1);
-        let attached = program.attach(PerfEventConfig::Software(event), scope, each, false);
-        match attached.and_then(|link| program.take_link(link)) {
+        let link = program.attach(PerfEventConfig::Software(event), scope, each, false)?;
+        program.take_link(link)
+    })
+}
+
+/// What `attach` gives for each of the CPUs that are there still, or why one of them refuses.
+fn on_each<L>(
+    cpus: &[u32],
+    mut attach: impl FnMut(u32) -> Result<L, ProgramError>,
+) -> Result<Vec<L>, String> {
+    let mut links = Vec::with_capacity(cpus.len());
+    for &cpu in cpus {
+        match attach(cpu) {
             Ok(link) => links.push(link),
             // It went offline since they were counted, and has no faults.
             Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENODEV) => {
-                tracing::debug!(cpu, name, "not attached: the CPU went offline");
+                tracing::debug!(cpu, "no software event: the CPU went offline");
             }
             Err(error) => {
                 return Err(format!("attach to the software event of CPU {cpu}: {}", chain(&error)));
@@ -131,7 +141,35 @@ impl FaultCounts {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use aya::sys::SyscallError;
+
     use super::*;
+
+    #[test]
+    fn a_cpu_that_went_offline_is_passed_over_and_one_that_refuses_is_not() {
+        let refused = |errno| {
+            let io_error = io::Error::from_raw_os_error(errno);
+            ProgramError::SyscallError(SyscallError { call: "perf_event_open", io_error })
+        };
+        let second_fails = |errno| {
+            let mut asked = Vec::new();
+            let links = on_each(&[0, 1, 4], |cpu| {
+                asked.push(cpu);
+                if cpu == 1 { Err(refused(errno)) } else { Ok(cpu * 10) }
+            });
+            (links, asked)
+        };
+        assert_eq!(second_fails(libc::ENODEV), (Ok(vec![0, 40]), vec![0, 1, 4]));
+        let (links, asked) = second_fails(libc::EMFILE);
+        let reason = links.expect_err("any other error is one");
+        assert!(reason.starts_with("attach to the software event of CPU 1: "), "{reason}");
+        assert_eq!(asked, [0, 1]);
+        // All went: nothing would be counted.
+        let none = on_each(&[0, 1], |_| Err::<u32, _>(refused(libc::ENODEV)));
+        assert_eq!(none, Err("no CPU has the software event".to_owned()));
+    }
 
     #[test]
     fn a_window_has_what_ended_in_it_and_minor_faults_where_they_are_timed() {

@@ -756,6 +756,34 @@ mod tests {
         assert!(with_program(SWITCH_STATE).is_none() && Tier::of(SWITCH_STATE) == Some(Tier::Scheduler));
     }
 
+    fn there(probes: &Probes) -> Vec<&'static str> {
+        probes.links.keys().copied().collect()
+    }
+
+    #[test]
+    fn a_tier_that_can_not_return_as_a_whole_stays_dropped_and_may_return_later() {
+        let mut probes = Probes::load(&ProfileConfig { slots: 1, ..ProfileConfig::default() });
+        if !probes.are_active(&[SCHED_SWITCH, SWITCH_STATE]) {
+            eprintln!("not tested: {:?}", probes.statuses);
+            return;
+        }
+        let (links, statuses) = (there(&probes), probes.statuses.clone());
+        probes.drop_tier(Tier::Scheduler, "a test");
+        // It was never loaded: it can't be attached, and the others can.
+        let state = ProbeState::Dropped { reason: "a test".to_owned() };
+        probes.statuses.push(ProbeStatus { name: SCHED_WAKING.to_owned(), state });
+        assert!(!probes.return_tier(Tier::Scheduler));
+        assert!(there(&probes).iter().all(|name| Tier::of(name) != Some(Tier::Scheduler)));
+        assert!(probes.is_dropped(Tier::Scheduler) && !probes.is_dropped(Tier::Block));
+        for status in probes.statuses.iter().filter(|of| Tier::of(&of.name) == Some(Tier::Scheduler)) {
+            let ProbeState::Dropped { reason } = &status.state else { panic!("{status:?}") };
+            assert!(reason.contains("it could not be attached again"), "{status:?}");
+        }
+        probes.statuses.retain(|of| of.name != SCHED_WAKING);
+        assert!(probes.return_tier(Tier::Scheduler));
+        assert_eq!((there(&probes), &probes.statuses), (links, &statuses));
+    }
+
     #[test]
     fn a_tier_that_returns_has_all_of_its_programs_again() {
         let mut probes = Probes::load(&ProfileConfig {
@@ -768,12 +796,11 @@ mod tests {
             eprintln!("not tested: {:?}", probes.statuses);
             return;
         }
-        let there = |probes: &Probes| -> Vec<&str> { probes.links.keys().copied().collect() };
         let (links, statuses) = (there(&probes), probes.statuses.clone());
         for tier in Tier::ALL {
             probes.drop_tier(tier, "a test");
             assert!(there(&probes).iter().all(|name| Tier::of(name) != Some(tier)));
-            probes.return_tier(tier);
+            assert!(probes.return_tier(tier));
             assert_eq!((there(&probes), &probes.statuses), (links.clone(), &statuses));
         }
     }

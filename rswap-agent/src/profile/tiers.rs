@@ -111,8 +111,18 @@ pub(super) struct Judge {
     over: u32,
     shares: Option<ByTier<f64>>,
     away: BTreeMap<Tier, Away>,
-    /// How often in a row each went, and when it came back.
-    went: BTreeMap<Tier, (u32, UnixMillis)>,
+    went: BTreeMap<Tier, Went>,
+}
+
+/// What is known of one that went, also when it is back.
+#[derive(Clone, Copy, Debug, Default)]
+struct Went {
+    /// How often in a row.
+    times: u32,
+    /// When it came back last.
+    back: UnixMillis,
+    /// What it took then of a core.
+    share: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -145,7 +155,7 @@ impl Judge {
             let due = self.away.iter().find(|(_, away)| away.until <= now).map(|(tier, _)| *tier);
             due.filter(|_| total <= self.budget * ROOM).map(|tier| {
                 self.away.remove(&tier);
-                self.went.entry(tier).or_default().1 = now;
+                self.went.entry(tier).or_default().back = now;
                 Change::Return(tier)
             })
         };
@@ -165,18 +175,21 @@ impl Judge {
     }
 
     fn send_away(&mut self, now: UnixMillis, tier: Tier, share: f64) {
-        let (times, back) = self.went.entry(tier).or_default();
-        if now.since(*back) >= LONGEST_MS {
-            *times = 0;
+        let went = self.went.entry(tier).or_default();
+        if now.since(went.back) >= LONGEST_MS {
+            went.times = 0;
         }
-        let pause_ms = self.first_pause_ms.saturating_mul(1 << (*times).min(30)).min(LONGEST_MS);
-        *times += 1;
+        let pause_ms = self.first_pause_ms.saturating_mul(1 << went.times.min(30)).min(LONGEST_MS);
+        went.times += 1;
+        went.share = share;
         self.away.insert(tier, Away { share, until: UnixMillis(now.0 + pause_ms) });
     }
 
     /// One that was to return could not: it is tried again, later each time.
     pub(super) fn did_not_return(&mut self, now: UnixMillis, tier: Tier) {
-        self.send_away(now, tier, 0.0);
+        // It was not there, so nothing newer is known of what it takes.
+        let share = self.went.get(&tier).map_or(0.0, |went| went.share);
+        self.send_away(now, tier, share);
     }
 
     /// As it is shown.
@@ -266,16 +279,58 @@ mod tests {
     }
 
     #[test]
-    fn one_that_could_not_return_is_tried_again_later() {
+    fn one_that_could_not_return_stays_dropped_and_is_tried_again_ever_later() {
         let mut judge = Judge::new(0.1, PAUSE);
         for second in 0..3 {
             judge.judge(at(second), shares(0.2, 0.0, 0.0));
         }
         let nothing = || shares(0.0, 0.0, 0.0);
-        assert_eq!(judge.judge(at(62), nothing()), Some(Change::Return(Tier::Scheduler)));
-        judge.did_not_return(at(62), Tier::Scheduler);
-        assert_eq!(judge.judge(at(62 + 119), nothing()), None);
-        assert_eq!(judge.judge(at(62 + 120), nothing()), Some(Change::Return(Tier::Scheduler)));
+        let told = |judge: &Judge| {
+            let cost = judge.cost();
+            (cost.tiers[0].tier, cost.tiers[0].core_share, cost.tiers[0].dropped_until)
+        };
+        let mut now = 2;
+        for pause in [60, 120, 240, 480, 960, 1920, 3600, 3600] {
+            assert_eq!(told(&judge), (Tier::Scheduler, 0.2, Some(at(now + pause))));
+            assert_eq!(judge.judge(at(now + pause - 1), nothing()), None);
+            now += pause;
+            assert_eq!(judge.judge(at(now), nothing()), Some(Change::Return(Tier::Scheduler)));
+            judge.did_not_return(at(now), Tier::Scheduler);
+        }
+        // Where the others cost too much, it is one of them that goes.
+        let over = || shares(0.0, 0.2, 0.0);
+        let changes: Vec<_> = (1..4).filter_map(|second| judge.judge(at(now + second), over())).collect();
+        assert_eq!(changes, [Change::Drop(Tier::Block)]);
+        assert_eq!(told(&judge), (Tier::Scheduler, 0.2, Some(at(now + 3600))));
+    }
+
+    #[test]
+    fn what_is_measured_goes_stays_away_if_it_can_not_return_and_is_tried_again() {
+        /// More than there can be of time.
+        const MUCH: u64 = u64::MAX / 2;
+        let ran = |ns: u64| -> ByTier<u64> { [(Some(Tier::Tcp), ns), (None, 0)].into() };
+        let mut meter = Meter::new(Judge::new(0.1, PAUSE));
+        for second in 0..3 {
+            assert!(meter.is_due(), "the first, and each after one that was over");
+            meter.begin(ran(0));
+            let expected = (second == 2).then_some(Change::Drop(Tier::Tcp));
+            assert_eq!(meter.end(at(second), &ran(MUCH)), expected);
+        }
+        assert!(!meter.is_due());
+        assert_eq!(meter.end(at(62), &ran(MUCH)), None, "nothing was measured");
+        // While it is away, its programs do not run.
+        let mut idle = |second: u64| {
+            meter.begin(ran(MUCH));
+            let change = meter.end(at(second), &ran(MUCH));
+            if change == Some(Change::Return(Tier::Tcp)) {
+                meter.judge.did_not_return(at(second), Tier::Tcp);
+            }
+            (change.is_some(), meter.judge.cost().tiers[2].dropped_until)
+        };
+        assert_eq!(idle(61), (false, Some(at(62))));
+        assert_eq!(idle(62), (true, Some(at(62 + 120))));
+        assert_eq!(idle(62 + 119), (false, Some(at(62 + 120))));
+        assert_eq!(idle(62 + 120), (true, Some(at(62 + 120 + 240))));
     }
 
     #[test]

@@ -225,6 +225,9 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
     }
     let help = "Share of a core that a tier's eBPF programs took when they were measured last";
     registry.register("profile_tier_core_share", help, tier_share);
+    let help = "Share of a core that the eBPF programs in no tier took when they were measured last";
+    let untiered = float(board.profile_cost.untiered_share);
+    registry.register("profile_untiered_core_share", help, untiered);
     registry.register(
         "profile_tier_dropped",
         "1 if a tier costs more than it may, and is not measured",

@@ -230,6 +230,7 @@ async fn exposes_metrics() {
     let board = board();
     board.write(|b| {
         b.swaps_done = 4;
+        b.profile_cost.untiered_share = 0.0625;
         b.probes.push(ProbeStatus {
             name: "sched".into(),
             state: ProbeState::Unavailable { reason: "no BTF".into() },
@@ -251,6 +252,7 @@ async fn exposes_metrics() {
         "rswap_instance_tcp_retransmits_per_second{instance=\"db\"} 4.0",
         "rswap_instance_tcp_listen_drops_total{instance=\"db\"} 5",
         "rswap_instance_tcp_life_seconds_sum{instance=\"db\"} 1.5",
+        "rswap_profile_untiered_core_share 0.0625",
         "rswap_instance_disk_taken_by{instance=\"db\",device=\"8:0\",kind=\"kernel_threads\",neighbour=\"\"} 2.0",
     ] {
         assert!(text.lines().any(|found| found == line), "no {line} in {text}");

@@ -21,6 +21,10 @@ use crate::{
 const CLEAR_ALL: &str = "1";
 /// Where there is nothing to do, it is looked after so long whether there is.
 const IDLE: Duration = Duration::from_secs(1);
+/// A look may wait for the kernel without an end. Who ends the scanner waits so long for it.
+const END_LIMIT: Duration = Duration::from_secs(2);
+/// How often it is looked after whether the thread has ended.
+const END_POLL: Duration = Duration::from_millis(2);
 
 /// The thread, until it is dropped.
 pub(in crate::profile) struct Scanner {
@@ -106,9 +110,21 @@ impl Scanner {
         if let Some(reason) = means.missing() {
             return Err(reason);
         }
+        let look = move |cgroup: &Path, cycle: &mut Cycle, armed: &mut Vec<Armed>, began: Instant| {
+            means.look(cgroup, cycle, armed, began)
+        };
+        Self::spawn(name, budget_share, look)
+    }
+
+    /// Starts the thread. `look` looks at an instance, and answers what other threads took of a core for it.
+    fn spawn(
+        name: &str,
+        budget_share: f64,
+        look: impl FnMut(&Path, &mut Cycle, &mut Vec<Armed>, Instant) -> Duration + Send + 'static,
+    ) -> Result<Self, String> {
         let shared = Arc::new(Shared::default());
         let of_thread = shared.clone();
-        let run = move || of_thread.run(budget_share, means);
+        let run = move || of_thread.run(budget_share, look);
         let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
         Ok(Self { shared, thread: Some(thread.map_err(|error| format!("start a thread: {error}"))?) })
     }
@@ -176,10 +192,21 @@ impl Drop for Scanner {
     fn drop(&mut self) {
         self.shared.lock().stopping = true;
         self.shared.changed.notify_all();
-        if let Some(thread) = self.thread.take() {
-            // It ends after the look that it is at. One that has panicked has nothing to say here.
-            drop(thread.join());
+        let Some(thread) = self.thread.take() else { return };
+        // It ends after the look that it is at, and that may wait for a lock which somebody has who waits for a disk.
+        let deadline = Instant::now() + END_LIMIT;
+        while !thread.is_finished() {
+            if Instant::now() >= deadline {
+                let name = thread.thread().name().unwrap_or_default();
+                let instance = self.shared.lock().busy.as_ref().map(ToString::to_string).unwrap_or_default();
+                // It has what it needs, and ends by itself if the kernel lets it go on.
+                tracing::warn!(%instance, name, "a look at memory does not end: its thread is left behind");
+                return;
+            }
+            thread::sleep(END_POLL);
         }
+        // One that has panicked has nothing to say here.
+        drop(thread.join());
     }
 }
 
@@ -188,7 +215,11 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, budget_share: f64, means: Means) {
+    fn run(
+        &self,
+        budget_share: f64,
+        mut look: impl FnMut(&Path, &mut Cycle, &mut Vec<Armed>, Instant) -> Duration,
+    ) {
         let (began, mut budget) = (Instant::now(), Budget::new(budget_share));
         let (cpu_before, mut elsewhere) = (thread_cpu_time(), Duration::ZERO);
         let mut state = self.lock();
@@ -214,7 +245,7 @@ impl Shared {
             let mut armed = std::mem::take(&mut of.armed);
             state.busy = Some(name.clone());
             drop(state);
-            elsewhere += means.look(&cgroup, &mut cycle, &mut armed, began);
+            elsewhere += look(&cgroup, &mut cycle, &mut armed, began);
             let spent = thread_cpu_time().saturating_sub(cpu_before) + elsewhere;
             budget.spend(spent.saturating_sub(budget.spent));
             state = self.lock();
@@ -223,13 +254,21 @@ impl Shared {
                 of.cycle = cycle;
                 of.armed = std::mem::take(&mut armed);
             }
-            // Before anybody is told who waits for that.
-            drop(armed);
+            if !armed.is_empty() {
+                // Before anybody is told who waits for that; and the kernel may wait for a process's lock here, while others need the state.
+                drop(state);
+                armed.clear();
+                state = self.lock();
+            }
             state.busy = None;
             self.changed.notify_all();
             state.cost.looks += 1;
             state.cost.used_share = spent.as_secs_f64() / began.elapsed().as_secs_f64().max(1e-3);
         }
+        // Here and not where the last one lets go of the state: that is who ends the scanner, and it may take as long as a look.
+        let left = std::mem::take(&mut state.instances);
+        drop(state);
+        drop(left);
     }
 }
 
@@ -277,7 +316,54 @@ fn parse(text: &str) -> Option<Count> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
+
+    #[test]
+    fn the_end_waits_for_a_look_and_leaves_one_behind_that_does_not_end() {
+        const LONG: Duration = Duration::from_secs(20);
+        let name: InstanceName = "one".parse().unwrap();
+        for hangs in [false, true] {
+            let (tell, told) = mpsc::channel();
+            let (go_on, may_go_on) = mpsc::channel::<()>();
+            let look = move |_: &Path, _: &mut Cycle, _: &mut Vec<Armed>, _: Instant| {
+                // The test may have failed already, and listen no more.
+                _ = tell.send(());
+                _ = may_go_on.recv();
+                Duration::ZERO
+            };
+            let scanner = Scanner::spawn("a-test", 1.0, look).unwrap();
+            scanner.track(&name, Path::new("/nowhere"));
+            told.recv_timeout(LONG).unwrap();
+            let shared = scanner.shared.clone();
+            let release = thread::spawn(move || {
+                if !hangs {
+                    thread::sleep(Duration::from_millis(50));
+                    drop(go_on);
+                    return None;
+                }
+                Some(go_on)
+            });
+            let began = Instant::now();
+            drop(scanner);
+            let took = began.elapsed();
+            // The thread has the state as long as it is there.
+            let is_there = Arc::strong_count(&shared) > 1;
+            assert_eq!(is_there, hangs, "after {took:?}");
+            if hangs {
+                assert!(took >= END_LIMIT && took < LONG, "{took:?}");
+            }
+            // It ends by itself as soon as it can.
+            drop(release.join().unwrap());
+            let deadline = Instant::now() + LONG;
+            while Arc::strong_count(&shared) > 1 {
+                assert!(Instant::now() < deadline, "the thread does not end");
+                thread::sleep(END_POLL);
+            }
+            assert!(shared.lock().instances.is_empty());
+        }
+    }
 
     #[test]
     fn a_look_that_does_not_end_is_not_waited_for_without_end() {
