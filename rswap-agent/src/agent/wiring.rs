@@ -34,8 +34,12 @@ use crate::{
     control::{Command, LearnDone, MigrateEvent, MigrateRequest, SwapRequest, SwapVolumeEvent},
     forecast::{Forecaster, Lessons, Observation, Usage},
     instance::{
-        Instance, InstanceName, cgroup::stands_still, launch::Place, main_process::MainProcess,
-        registry::Registry, volume::Volume,
+        Instance, InstanceName,
+        cgroup::stands_still,
+        launch::Place,
+        main_process::MainProcess,
+        registry::{Listing, Registry},
+        volume::Volume,
     },
     migrate::{
         links::LinksView,
@@ -61,6 +65,7 @@ const KIN_EVERY_WINDOWS: u64 = 32;
 pub(super) struct Wiring {
     pub(super) config: Config,
     pub(super) registry: Registry,
+    listed: Listing,
     pub(super) board: Board,
     pub(super) ended: UnboundedSender<Ended>,
     pub(super) cold: Cold,
@@ -115,6 +120,7 @@ impl Wiring {
         Ok(Self {
             config,
             registry,
+            listed: Listing::default(),
             board,
             ended,
             cold,
@@ -255,7 +261,10 @@ impl Wiring {
 
     /// Follows the registry: what came is profiled, what went is forgotten.
     pub(super) fn look(&mut self) -> Result<(), ApiError> {
-        let listed = self.registry.list().map_err(|error| refused("list the instances", &error))?;
+        let listed = self
+            .registry
+            .list_again(&mut self.listed)
+            .map_err(|error| refused("list the instances", &error))?;
         let present: BTreeMap<_, _> = listed.into_iter().map(|i| (i.name.clone(), i)).collect();
         for (name, before) in &self.known {
             // A name whose cgroup changed is another instance.

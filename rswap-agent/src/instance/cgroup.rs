@@ -1,7 +1,8 @@
 //! Cgroups v2 of instances. Only directories that rswap made are ever removed.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -48,7 +49,14 @@ pub fn id(path: &Path) -> Result<u64, InstanceError> {
 
 /// Whether any process is in the cgroup or below it.
 pub fn is_populated(path: &Path) -> bool {
-    fs::read_to_string(path.join("cgroup.events")).is_ok_and(|events| events.contains("populated 1"))
+    says(path, "cgroup.events", |events| events.contains("populated 1"))
+}
+
+/// What a small file of a cgroup says; nothing, if it can't be read. Of each instance some are read in each window: by one call.
+fn says(cgroup: &Path, file: &str, it: impl Fn(&str) -> bool) -> bool {
+    let mut buffer = [0; 256];
+    let read = fs::File::open(cgroup.join(file)).and_then(|mut file| file.read(&mut buffer));
+    read.is_ok_and(|length| std::str::from_utf8(&buffer[..length]).is_ok_and(it))
 }
 
 /// Holds every process in the cgroup still, or lets all go on. None of them executes another instruction of its program
@@ -61,14 +69,13 @@ pub fn freeze(path: &Path, frozen: bool) -> Result<(), InstanceError> {
 
 /// Whether the cgroup is held still, or about to be.
 pub fn is_frozen(path: &Path) -> bool {
-    fs::read_to_string(path.join("cgroup.freeze")).is_ok_and(|word| word.trim() == "1")
+    says(path, "cgroup.freeze", |word| word.trim() == "1")
 }
 
 /// Whether the cgroup stands still or is about to, by itself or with one that it is in.
 pub fn stands_still(path: &Path) -> bool {
     // With a process in a wait that nothing ends, it is never said to be frozen.
-    is_frozen(path)
-        || fs::read_to_string(path.join("cgroup.events")).is_ok_and(|events| events.contains("frozen 1"))
+    is_frozen(path) || says(path, "cgroup.events", |events| events.contains("frozen 1"))
 }
 
 /// Kills every process in the cgroup at once and waits until it is empty.

@@ -3,11 +3,25 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Instance, InstanceError, InstanceName, affinity::Choices};
+
+/// The files are read again after this, even if their directory does not say that one has changed: somebody may have written into one.
+const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
+/// More than the kernel's clock of file systems advances by at a time (a tick).
+const TIME_STEP: Duration = Duration::from_millis(100);
+
+/// What was read of a registry.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// When the directory had changed last, and when it was read; nothing, if it may have changed since without a sign.
+    read: Option<(SystemTime, SystemTime)>,
+    instances: Vec<Instance>,
+}
 
 /// The instances of a host.
 #[derive(Clone, Debug)]
@@ -26,20 +40,43 @@ impl Registry {
 
     /// Every instance that is alive, by name. A file that can't be read is logged and passed over.
     pub fn list(&self) -> Result<Vec<Instance>, InstanceError> {
+        let mut instances = self.read_all()?;
+        instances.retain(Instance::is_alive);
+        Ok(instances)
+    }
+
+    fn read_all(&self) -> Result<Vec<Instance>, InstanceError> {
         let what = || format!("listing {}", self.directory.display());
         let mut instances = Vec::new();
         for entry in fs::read_dir(&self.directory).map_err(InstanceError::io(what()))? {
             let path = entry.map_err(InstanceError::io(what()))?.path();
             if path.extension().is_some_and(|extension| extension == "json") {
                 match read::<Instance>(&path) {
-                    Ok(instance) if instance.is_alive() => instances.push(instance),
-                    Ok(_) => {}
+                    Ok(instance) => instances.push(instance),
                     Err(error) => tracing::warn!(path = %path.display(), %error, "not an instance's file"),
                 }
             }
         }
         instances.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(instances)
+    }
+
+    /// The same; the files are only read again when one of them has come, was replaced or has gone since, and now and then.
+    pub fn list_again(&self, listing: &mut Listing) -> Result<Vec<Instance>, InstanceError> {
+        let changed = fs::metadata(&self.directory).and_then(|directory| directory.modified());
+        let changed =
+            changed.map_err(InstanceError::io(format!("looking at {}", self.directory.display())))?;
+        let is_known = listing.read.as_ref().is_some_and(|(of, when)| {
+            *of == changed && when.elapsed().is_ok_and(|since| since < READ_AGAIN_AFTER)
+        });
+        if !is_known {
+            listing.instances = self.read_all()?;
+            let now = SystemTime::now();
+            // Times of files advance in steps: what changes within the same one as the last change would not be seen.
+            let is_past = now.duration_since(changed).is_ok_and(|since| since > TIME_STEP);
+            listing.read = is_past.then_some((changed, now));
+        }
+        Ok(listing.instances.iter().filter(|instance| instance.is_alive()).cloned().collect())
     }
 
     /// The living instance `name`.
@@ -132,8 +169,36 @@ mod tests {
         };
         registry.put(&instance).expect("put");
         assert_eq!(registry.list().expect("list"), []);
+        assert_eq!(registry.list_again(&mut Listing::default()).expect("list"), []);
         assert_eq!(registry.get(&instance.name).expect("get"), None);
         registry.remove(&instance.name).expect("remove");
         registry.remove(&instance.name).expect("removing twice");
+    }
+
+    #[test]
+    fn what_changes_is_seen_at_once_however_often_it_was_listed() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let registry = Registry::open(directory.path()).expect("open");
+        let files = directory.path().join("instances");
+        let mut listing = Listing::default();
+        let mut names = |registry: &Registry| {
+            // No process is in these: only what was read of the files is looked at here.
+            registry.list_again(&mut listing).expect("list");
+            listing.instances.iter().map(|instance| instance.name.to_string()).collect::<Vec<_>>()
+        };
+        let text = |name: &str| {
+            format!(
+                r#"{{"name":"{name}","labels":{{}},"cgroup":"/none","cgroup_id":1,"origin":"run","command":["true"],"since":0}}"#
+            )
+        };
+        for (number, pause_ms) in [0, 0, 0, 150, 250].into_iter().enumerate() {
+            fs::write(files.join(format!("i{number}.json")), text(&format!("i{number}"))).expect("write");
+            assert_eq!(names(&registry).len(), number + 1);
+            std::thread::sleep(Duration::from_millis(pause_ms));
+            assert_eq!(names(&registry).len(), number + 1);
+            assert_eq!(names(&registry).len(), number + 1);
+        }
+        registry.remove(&"i3".parse().expect("a name")).expect("remove");
+        assert_eq!(names(&registry), ["i0", "i1", "i2", "i4"]);
     }
 }

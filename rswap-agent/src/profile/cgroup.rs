@@ -39,15 +39,20 @@ pub(super) fn id(cgroup: &Path) -> Result<u64, ProfileError> {
     found.map(|found| found.ino()).map_err(|source| ProfileError::Read { path: cgroup.to_owned(), source })
 }
 
-/// The kernel's ids of a cgroup and all below it: their directories' inode numbers.
-pub(super) fn ids(cgroup: &Path) -> Result<BTreeSet<u64>, ProfileError> {
-    let mut ids = BTreeSet::new();
+/// A cgroup and all below it, each with the kernel's id of it: its directory's inode number.
+pub(super) fn tree(cgroup: &Path) -> Result<Vec<(PathBuf, u64)>, ProfileError> {
+    let mut all = Vec::new();
     walk(cgroup, 0, &mut |path| {
-        ids.insert(fs::metadata(path)?.ino());
+        all.push((path.to_owned(), fs::metadata(path)?.ino()));
         Ok(())
     })
     .map_err(|source| ProfileError::Read { path: cgroup.to_owned(), source })?;
-    Ok(ids)
+    Ok(all)
+}
+
+/// The kernel's ids of a cgroup and all below it.
+pub(super) fn ids(cgroup: &Path) -> Result<BTreeSet<u64>, ProfileError> {
+    Ok(tree(cgroup)?.into_iter().map(|(_, id)| id).collect())
 }
 
 /// Calls `visit` with `cgroup` and all below it. A child that vanishes meanwhile is left out.
@@ -68,39 +73,17 @@ fn walk(cgroup: &Path, depth: usize, visit: &mut dyn FnMut(&Path) -> io::Result<
     Ok(())
 }
 
-/// CPU time used by a cgroup and all below it, and time for which a limit of it held its CPUs back (0 where there is none), in
-/// microseconds.
-pub(super) fn cpu_stat_us(cgroup: &Path) -> Result<(u64, u64), ProfileError> {
-    let path = cgroup.join("cpu.stat");
-    let text = read(&path)?;
-    let held_back = field(&text, "throttled_usec").unwrap_or(0);
-    let usage = field(&text, "usage_usec").ok_or(ProfileError::Parse { path, what: "no usage_usec" })?;
-    Ok((usage, held_back))
+/// What `cpu.stat`, read from `path`, says of the CPU time used, and of the time for which a limit held CPUs back (0 where there is none), in microseconds.
+pub(super) fn cpu_stat_us(text: &str, path: &Path) -> Result<(u64, u64), ProfileError> {
+    let held_back = field(text, "throttled_usec").unwrap_or(0);
+    let no_usage = || ProfileError::Parse { path: path.to_owned(), what: "no usage_usec" };
+    Ok((field(text, "usage_usec").ok_or_else(no_usage)?, held_back))
 }
 
-/// Time in which some task was held up for lack of a resource (`cpu`, `memory`), in microseconds, where
-/// the kernel keeps it.
-pub(super) fn pressure_some_us(cgroup: &Path, resource: &str) -> Option<u64> {
-    let text = fs::read_to_string(cgroup.join(format!("{resource}.pressure"))).ok()?;
-    pressure_total(&text)
-}
-
-fn pressure_total(text: &str) -> Option<u64> {
+/// What a `.pressure` file says of the time in which some task was held up, in microseconds.
+pub(super) fn pressure_some_us(text: &str) -> Option<u64> {
     let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
     some.split(' ').find_map(|word| word.strip_prefix("total="))?.parse().ok()
-}
-
-/// Memory that an instance holds: what its cgroup is charged where the memory controller is there, else
-/// the sum of its processes' resident sets (memory shared between them is then counted for each).
-pub(super) fn resident_bytes(cgroup: &Path) -> Result<u64, ProfileError> {
-    if let Ok(text) = fs::read_to_string(cgroup.join("memory.current"))
-        && let Ok(bytes) = text.trim().parse()
-    {
-        return Ok(bytes);
-    }
-    // A process that has ended meanwhile holds nothing.
-    let resident = |pid: i32| procfs::process::Process::new(pid).and_then(|process| process.statm()).ok();
-    Ok(pids(cgroup)?.into_iter().filter_map(resident).map(|statm| statm.resident * procfs::page_size()).sum())
 }
 
 /// The processes of a cgroup and of all below it.
@@ -109,13 +92,18 @@ pub(super) fn pids(cgroup: &Path) -> Result<BTreeSet<i32>, ProfileError> {
     walk(cgroup, 0, &mut |path| {
         // A threaded cgroup below lists no processes of its own (EOPNOTSUPP); they are listed above it.
         if let Ok(text) = fs::read_to_string(path.join("cgroup.procs")) {
-            // 0 stands for a process outside of our PID namespace.
-            pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|&pid| pid > 0));
+            pids.extend(pids_in(&text));
         }
         Ok(())
     })
     .map_err(|source| ProfileError::Read { path: cgroup.to_owned(), source })?;
     Ok(pids)
+}
+
+/// Those that `cgroup.procs` lists.
+pub(super) fn pids_in(text: &str) -> impl Iterator<Item = i32> {
+    // 0 stands for a process outside of our PID namespace.
+    text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|&pid| pid > 0)
 }
 
 fn field(text: &str, name: &str) -> Option<u64> {
@@ -143,7 +131,7 @@ mod tests {
         assert_eq!(field("usage_usec 12\nuser_usec 7\n", "user_usec"), Some(7));
         assert_eq!(field("usage_usec_x 12\n", "usage_usec"), None);
         let pressure = "some avg10=0.00 avg60=0.00 avg300=0.00 total=81\nfull avg10=0.00 total=3\n";
-        assert_eq!(pressure_total(pressure), Some(81));
-        assert_eq!(pressure_total(""), None);
+        assert_eq!(pressure_some_us(pressure), Some(81));
+        assert_eq!(pressure_some_us(""), None);
     }
 }

@@ -163,6 +163,11 @@ impl Members {
         self.registered.iter().chain(self.young.keys()).chain(&self.unplaced).copied().collect()
     }
 
+    /// Whether some have to be looked at again soon: they are young, or found no place.
+    pub(super) fn are_unsettled(&self) -> bool {
+        !self.young.is_empty() || !self.unplaced.is_empty()
+    }
+
     /// How many found no place.
     pub(super) fn unplaced(&self) -> u64 {
         self.unplaced.len() as u64

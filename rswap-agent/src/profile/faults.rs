@@ -4,12 +4,10 @@
 //! a process, and those of its children that it has waited for. Of a process that ended since the last look, and was waited for by nobody of the
 //! instance, what it did since then is not counted.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-
-use super::{ProfileError, cgroup};
 
 /// Page faults in a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -59,15 +57,20 @@ pub(super) struct Process {
 }
 
 impl Reading {
-    /// Of all that is in a cgroup.
-    pub(super) fn take(path: &Path) -> Result<Self, ProfileError> {
-        let counted = fs::read_to_string(path.join("memory.stat")).ok().and_then(|text| of_cgroup(&text));
-        if let Some(counted) = counted {
-            return Ok(counted);
-        }
-        let pids = cgroup::pids(path)?;
-        let process = |pid| Some((pid, process(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?));
-        Ok(Self::OfProcesses(pids.into_iter().filter_map(process).collect()))
+    /// `memory.stat` of a cgroup v2.
+    pub(super) fn of_cgroup(text: &str) -> Option<Self> {
+        let field = |name: &str| {
+            let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse::<u64>().ok();
+            text.lines().find_map(value)
+        };
+        let all = field("pgfault")?;
+        let major = field("pgmajfault")?;
+        // Before Linux 5.9 there was one for both.
+        let refaults = match (field("workingset_refault_anon"), field("workingset_refault_file")) {
+            (Some(anon), Some(file)) => Some(anon + file),
+            _ => field("workingset_refault"),
+        };
+        Some(Self::OfCgroup { faults: Faults { minor: all.saturating_sub(major), major }, refaults })
     }
 
     /// What there was since `before`; nothing, where it was counted otherwise then. Refaults only where the cgroup counts them.
@@ -109,7 +112,7 @@ fn of_processes(now: &BTreeMap<i32, Process>, before: &BTreeMap<i32, Process>) -
 }
 
 /// `/proc/PID/stat`, counted behind the name, which may hold spaces and parentheses.
-fn process(stat: &str) -> Option<Process> {
+pub(super) fn process(stat: &str) -> Option<Process> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
     let number = |place: usize| fields.get(place)?.parse::<u64>().ok();
     Some(Process {
@@ -118,21 +121,6 @@ fn process(stat: &str) -> Option<Process> {
         own: Faults { minor: number(7)?, major: number(9)? },
         children: Faults { minor: number(8)?, major: number(10)? },
     })
-}
-
-/// `memory.stat` of a cgroup v2.
-fn of_cgroup(text: &str) -> Option<Reading> {
-    let field = |name: &str| {
-        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse::<u64>().ok())
-    };
-    let all = field("pgfault")?;
-    let major = field("pgmajfault")?;
-    // Before Linux 5.9 there was one for both.
-    let refaults = match (field("workingset_refault_anon"), field("workingset_refault_file")) {
-        (Some(anon), Some(file)) => Some(anon + file),
-        _ => field("workingset_refault"),
-    };
-    Some(Reading::OfCgroup { faults: Faults { minor: all.saturating_sub(major), major }, refaults })
 }
 
 #[cfg(test)]
@@ -185,11 +173,11 @@ mod tests {
         let text =
             "anon 5\npgfault 100\npgmajfault 4\nworkingset_refault_anon 3\nworkingset_refault_file 8\n";
         let later = "pgfault 130\npgmajfault 5\nworkingset_refault_anon 3\nworkingset_refault_file 18\n";
-        let (before, now) = (of_cgroup(text).unwrap(), of_cgroup(later).unwrap());
+        let (before, now) = (Reading::of_cgroup(text).unwrap(), Reading::of_cgroup(later).unwrap());
         assert_eq!(now.since(&before), Some((of(29, 1), Some(10))));
-        let old = of_cgroup("pgfault 130\npgmajfault 5\nworkingset_refault 18\n").unwrap();
+        let old = Reading::of_cgroup("pgfault 130\npgmajfault 5\nworkingset_refault 18\n").unwrap();
         assert_eq!(old.since(&before), Some((of(29, 1), Some(7))));
-        assert_eq!(of_cgroup("anon 5\n"), None);
+        assert_eq!(Reading::of_cgroup("anon 5\n"), None);
         assert_eq!(now.since(&Reading::OfProcesses(BTreeMap::new())), None);
     }
 }

@@ -27,6 +27,7 @@ mod fault_latency;
 mod faults;
 mod foreign;
 pub mod histogram;
+mod instance_files;
 mod listeners;
 mod neighbours;
 mod probes;

@@ -1,7 +1,7 @@
 //! Tracks instances and makes their profiles, window by window.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -21,6 +21,7 @@ use super::{
     disk_users,
     fault_latency::{MAJOR_FAULTS, PAGE_FAULT},
     faults,
+    instance_files::{InstanceFiles, Memory, Reader},
     listeners::Listeners,
     neighbours::{self, Names},
     probes::{EXACT, Probes, SWITCH_STATE},
@@ -97,6 +98,9 @@ pub struct Profiler {
 
 /// A look may wait for the kernel without an end: for a process's lock that a thread has which waits for a disk. A window must not.
 const ALONE_LIMIT: Duration = Duration::from_secs(2);
+/// A program tells when a cgroup comes or goes in an instance's. After so many windows without that they are looked for all the same: it may be in a way that
+/// no program sees.
+const LOOK_AFTER_WINDOWS: u32 = 10;
 /// What looking at ages is called among the probes.
 const AGES: &str = "memory.ages";
 /// What looking at writes is called among them.
@@ -114,6 +118,7 @@ struct State {
     shared: Option<Shared>,
     short_lived_ms: u64,
     slots: u32,
+    reader: Reader,
 }
 
 /// What instances without a slot of their own did.
@@ -146,6 +151,8 @@ pub struct SharedProfile {
 
 struct Tracked {
     cgroup: PathBuf,
+    files: InstanceFiles,
+    looked: Option<LookedFor>,
     /// `None`: there is no slot left, or no probe.
     slot: Option<u32>,
     /// The cgroups that the programs know as this instance's.
@@ -158,6 +165,13 @@ struct Tracked {
     dirty_bytes_per_s: Option<f64>,
 }
 
+/// When the cgroups below an instance's own were looked for.
+struct LookedFor {
+    /// How many had been made in instances', and gone, by then.
+    changes: (u64, u64),
+    windows_since: u32,
+}
+
 /// Everything that is counted for an instance, at one moment.
 struct Reading {
     /// `None` until the first sample: `track` has no clock, so the first window begins with that sample.
@@ -167,6 +181,7 @@ struct Reading {
     cpu_held_back_us: u64,
     cpu_pressure_us: Option<u64>,
     memory_pressure_us: Option<u64>,
+    resident_bytes: u64,
     faults: faults::Reading,
 }
 
@@ -192,6 +207,7 @@ impl Profiler {
             shared: None,
             short_lived_ms: config.short_lived_s.saturating_mul(1000),
             slots,
+            reader: Reader::default(),
         };
         state.look_for_devices();
         let marks = Means::Marks { lock_limit: Duration::from_millis(config.memory_lock_ms) };
@@ -258,7 +274,8 @@ impl Profiler {
             return Err(ProfileError::AlreadyTracked { name: name.clone(), path: tracked.cgroup.clone() });
         }
         // Read first: an instance whose cgroup is not there takes no slot.
-        let mut reading = Reading::of_cgroup(cgroup)?;
+        let mut files = InstanceFiles::new(cgroup);
+        let mut reading = Reading::take(&mut files, &mut state.reader)?;
         let slot = if state.probes.maps.is_some() { state.free.take() } else { None };
         match (&state.probes.maps, slot) {
             (Some(maps), Some(slot)) => {
@@ -273,6 +290,8 @@ impl Profiler {
         let (members, is_known) = Default::default();
         let mut tracked = Tracked {
             cgroup: cgroup.to_owned(),
+            files,
+            looked: None,
             slot,
             members,
             is_known,
@@ -312,6 +331,8 @@ impl Profiler {
         state.give_free_slots();
         state.names.forget();
         state.look_at_listeners(now);
+        let open = state.tracked.values().map(|tracked| tracked.files.open_files()).sum();
+        state.reader.are_open(open);
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
         let ages = |of: &Result<Scanner, String>, name: &InstanceName| of.as_ref().ok()?.ages(name);
@@ -378,17 +399,32 @@ impl Profiler {
     }
 }
 
+impl Tracked {
+    /// Whether the cgroups below its own are to be looked for, after as many `changes` as the programs have seen, if they see any.
+    fn are_cgroups_due(&mut self, changes: Option<(u64, u64)>) -> bool {
+        let Some((looked, changes)) = self.looked.as_mut().zip(changes) else { return true };
+        looked.windows_since += 1;
+        looked.changes != changes
+            || looked.windows_since >= LOOK_AFTER_WINDOWS
+            || self.members.are_unsettled()
+    }
+}
+
 impl Reading {
-    fn of_cgroup(path: &Path) -> Result<Self, ProfileError> {
-        let (cpu_usage_us, cpu_held_back_us) = cgroup::cpu_stat_us(path)?;
+    fn take(files: &mut InstanceFiles, reader: &mut Reader) -> Result<Self, ProfileError> {
+        let (cpu_usage_us, cpu_held_back_us) = files.cpu_stat_us(reader)?;
+        let (cpu_pressure_us, memory_pressure_us) =
+            (files.cpu_pressure_us(reader), files.memory_pressure_us(reader));
+        let Memory { resident_bytes, faults } = files.memory(reader)?;
         Ok(Self {
             at: None,
             counters: None,
             cpu_usage_us,
             cpu_held_back_us,
-            cpu_pressure_us: cgroup::pressure_some_us(path, "cpu"),
-            memory_pressure_us: cgroup::pressure_some_us(path, "memory"),
-            faults: faults::Reading::take(path)?,
+            cpu_pressure_us,
+            memory_pressure_us,
+            resident_bytes,
+            faults,
         })
     }
 }
@@ -463,14 +499,21 @@ impl State {
         tracked: &mut Tracked,
         now: Option<UnixMillis>,
     ) -> Result<(), ProfileError> {
-        let Some(maps) = &mut self.probes.maps else { return Ok(()) };
-        let slot = tracked.slot.unwrap_or(self.slots - 1);
+        let children = self.probes.maps.as_ref().and_then(|maps| maps.children.as_ref());
+        let changes = children.map(Children::counts).map(|counts| (counts.made, counts.gone));
+        if now.is_some() && !tracked.are_cgroups_due(changes) {
+            return Ok(());
+        }
         let own = cgroup::id(&tracked.cgroup)?;
-        if now.is_none() {
+        let slot = tracked.slot.unwrap_or(self.slots - 1);
+        if let (Some(maps), None) = (&mut self.probes.maps, now) {
             // What is made in it from now on, a program makes known; the others are found afterwards.
             tracked.members.told(own, maps.cgroups.insert(own, slot).is_ok());
         }
-        let present = cgroup::ids(&tracked.cgroup)?;
+        let (cgroups, present): (Vec<_>, BTreeSet<_>) = cgroup::tree(&tracked.cgroup)?.into_iter().unzip();
+        tracked.files.follow(&cgroups);
+        tracked.looked = changes.map(|changes| LookedFor { changes, windows_since: 0 });
+        let Some(maps) = &mut self.probes.maps else { return Ok(()) };
         let short_lived_ms = now.and(maps.children.as_ref()).map(|_| self.short_lived_ms);
         let due = tracked.members.look(&present, now.unwrap_or_default(), short_lived_ms);
         for id in due.forget {
@@ -623,12 +666,11 @@ impl State {
         slots: u32,
     ) -> Result<Option<Profile>, ProfileError> {
         self.register_cgroups(tracked, Some(now))?;
-        let mut reading = Reading::of_cgroup(&tracked.cgroup)?;
+        let mut reading = Reading::take(&mut tracked.files, &mut self.reader)?;
         reading.at = Some(now);
         if let (Some(maps), Some(slot), true) = (&self.probes.maps, tracked.slot, tracked.is_known) {
             reading.counters = Some(Counters::read(maps, slots, slot, tracked.last.counters.as_ref()));
         }
-        let resident_bytes = cgroup::resident_bytes(&tracked.cgroup)?;
         let last = std::mem::replace(&mut tracked.last, reading);
         let reading = &tracked.last;
 
@@ -659,7 +701,7 @@ impl State {
             tcp: TcpProfile::default(),
             tcp_counted: false,
             memory: MemoryProfile {
-                resident_bytes,
+                resident_bytes: reading.resident_bytes,
                 dirty_bytes_per_s: tracked.dirty_bytes_per_s,
                 pressure_some: share(reading.memory_pressure_us, last.memory_pressure_us),
                 faults: faults.map(|(faults, _)| faults),
