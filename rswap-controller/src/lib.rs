@@ -24,6 +24,7 @@ mod routes;
 mod server;
 pub mod spool;
 mod state;
+mod taught;
 mod told;
 mod views;
 mod writer;

@@ -30,6 +30,7 @@ use crate::{
     Peer, Who, gate, metrics, roll_routes,
     roll_routes::unwilling,
     server::Controller,
+    taught::Told,
     told,
     views::{Amounts, HostView, InstanceView, KnownPart, Orders, Row, Status},
     writer::{Handed, Writer, chain},
@@ -127,7 +128,7 @@ async fn take_report(
     State(Shared { controller, writer }): State<Shared>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Json<Answer>, ApiError> {
+) -> Result<Json<Told>, ApiError> {
     let limits = &controller.settings.limits;
     let body = body.map_err(|rejection| unread(&rejection, limits))?;
     // Before anything is made of it. Of who comes by the socket it is known by what it says, below.
@@ -174,9 +175,10 @@ async fn take_report(
         let (lessons, knows) = state.model.for_host(&host, (leads.0, &leads.1), knows, PARTS_TOLD);
         (lessons, knows, if acts { state.book.of(&host) } else { Vec::new() })
     });
-    // Copied when nobody waits for it.
-    let lessons = lessons.into_iter().map(|(part, of)| (part, Arc::unwrap_or_clone(of))).collect();
-    Ok(Json(Answer { stored: last, lessons, knows, orders, places: acts }))
+    let lessons = controller.with_words(|words| words.of_all(lessons)).map_err(|error| {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), "see the controller's log")
+    })?;
+    Ok(Json(Told { stored: last, lessons, knows, orders, places: acts }))
 }
 
 /// Whether this member may report again already.

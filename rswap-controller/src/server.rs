@@ -27,6 +27,7 @@ use crate::{
     rate::Rates,
     rounds, routes,
     state::{Counts, State},
+    taught::Words,
     writer::{self, Writer},
 };
 
@@ -153,6 +154,8 @@ pub struct Controller {
     state: Mutex<State>,
     /// How often each member may report. Not in `state`: who comes too often does not wait for it.
     rates: Mutex<Rates>,
+    /// What was taught, in words. Not in `state` either.
+    words: Mutex<Words>,
     stopping: AtomicBool,
 }
 
@@ -198,13 +201,19 @@ impl Controller {
         };
         let rates = Rates::new(settings.limits.reports_per_s, settings.limits.reports_at_once);
         let (state, wishes, rates) = (Mutex::new(state), Mutex::new(()), Mutex::new(rates));
-        let stopping = AtomicBool::new(false);
-        Ok(Arc::new(Self { life, started: now, settings, stores, audit, wishes, state, rates, stopping }))
+        let (words, stopping) = (Mutex::default(), AtomicBool::new(false));
+        let started = now;
+        Ok(Arc::new(Self { life, started, settings, stores, audit, wishes, state, rates, words, stopping }))
     }
 
     /// What members may still report.
     pub(crate) fn with_rates<T>(&self, look: impl FnOnce(&mut Rates) -> T) -> T {
         look(&mut self.rates.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What was taught, in words.
+    pub(crate) fn with_words<T>(&self, look: impl FnOnce(&mut Words) -> T) -> T {
+        look(&mut self.words.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether its threads are to end.
