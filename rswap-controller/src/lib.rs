@@ -19,10 +19,13 @@ mod rate;
 pub mod reporter;
 mod roll_routes;
 mod rolling;
+mod rounds;
 mod routes;
 mod server;
 pub mod spool;
 mod state;
+mod taught;
+mod told;
 mod views;
 mod writer;
 

@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use prometheus_client::{
@@ -10,12 +13,13 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::{Registry, Unit},
 };
-use rswap_fleet::{Action, orders::OrderResult};
+use rswap_fleet::{Action, HostName, inventory::Host, orders::OrderResult};
+use rswap_store::Member;
 use rswap_types::{PoolState, UnixMillis};
 
 use crate::{
     server::Controller,
-    state::{Ended, State},
+    state::{Counts, Ended, State},
 };
 
 type FloatGauge = Gauge<f64, AtomicU64>;
@@ -69,8 +73,45 @@ fn gauge(value: f64) -> FloatGauge {
     gauge
 }
 
+/// What is told of the state, so that nobody waits while it is put into words.
+pub(crate) struct Seen {
+    counts: Counts,
+    orders: Family<OfOrder, Counter>,
+    orders_waiting: usize,
+    instances: usize,
+    members: Vec<SeenMember>,
+    stages: Vec<&'static str>,
+}
+
+struct SeenMember {
+    name: HostName,
+    away: bool,
+    drained: bool,
+    host: Option<Arc<Host>>,
+}
+
+impl Seen {
+    pub(crate) fn of(controller: &Controller, state: &State, now: UnixMillis) -> Self {
+        let member = |(name, member): (&HostName, &Member)| SeenMember {
+            name: name.clone(),
+            away: state.inventory.is_away(name, controller.settings.interval_ms, now),
+            drained: member.drained,
+            host: state.inventory.hosts().get(name).cloned(),
+        };
+        let stages = state.roll.iter().flat_map(|roll| roll.stages());
+        Self {
+            counts: state.counts,
+            orders: state.order_counts.0.clone(),
+            orders_waiting: state.book.waiting().count(),
+            instances: state.inventory.count(),
+            members: state.members.iter().map(member).collect(),
+            stages: stages.map(|(_, stage)| stage.name()).collect(),
+        }
+    }
+}
+
 /// All of it.
-pub(crate) fn encode(controller: &Controller, state: &State, now: UnixMillis) -> Result<String, fmt::Error> {
+pub(crate) fn encode(controller: &Controller, seen: &Seen, now: UnixMillis) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("rswap_controller");
     let uptime_s = now.since(controller.started) as f64 / 1e3;
     registry.register_with_unit(
@@ -79,7 +120,7 @@ pub(crate) fn encode(controller: &Controller, state: &State, now: UnixMillis) ->
         Unit::Seconds,
         gauge(uptime_s),
     );
-    let counts = state.counts;
+    let counts = seen.counts;
     registry.register("reports", "Reports taken", counter(counts.reports_taken));
     registry.register(
         "reports_refused",
@@ -97,19 +138,15 @@ pub(crate) fn encode(controller: &Controller, state: &State, now: UnixMillis) ->
         "Parts of lessons that were of no use",
         counter(counts.lessons_refused),
     );
-    registry.register("orders", "Orders that ended, by what came of them", state.order_counts.0.clone());
-    let waiting = state.book.waiting().count();
+    registry.register("orders", "Orders that ended, by what came of them", seen.orders.clone());
+    let waiting = seen.orders_waiting;
     registry.register("orders_waiting", "Orders that have no outcome yet", gauge(waiting as f64));
-    registry.register("members", "Hosts of the fleet", gauge(state.members.len() as f64));
-    registry.register(
-        "instances",
-        "Instances of the fleet",
-        gauge(state.inventory.instances().count() as f64),
-    );
-    hosts(&mut registry, controller, state, now);
+    registry.register("members", "Hosts of the fleet", gauge(seen.members.len() as f64));
+    registry.register("instances", "Instances of the fleet", gauge(seen.instances as f64));
+    hosts(&mut registry, seen, now);
     let stages = Family::<OfStage, Gauge>::default();
-    for (_, stage) in state.roll.iter().flat_map(|roll| roll.stages()) {
-        stages.get_or_create(&OfStage { stage: stage.name() }).inc();
+    for &stage in &seen.stages {
+        stages.get_or_create(&OfStage { stage }).inc();
     }
     registry.register("roll_hosts", "Hosts of the roll, by stage", stages);
     let mut out = String::new();
@@ -117,15 +154,14 @@ pub(crate) fn encode(controller: &Controller, state: &State, now: UnixMillis) ->
     Ok(out)
 }
 
-fn hosts(registry: &mut Registry, controller: &Controller, state: &State, now: UnixMillis) {
+fn hosts(registry: &mut Registry, seen: &Seen, now: UnixMillis) {
     let [away, drained, ready, instances] = std::array::from_fn(|_| Family::<OfHost, Gauge>::default());
     let [silence, cores, used] = std::array::from_fn(|_| Family::<OfHost, FloatGauge>::default());
-    for (name, member) in &state.members {
-        let of = OfHost { host: name.to_string() };
-        let is_away = state.inventory.is_away(name, controller.settings.interval_ms, now);
-        away.get_or_create(&of).set(is_away.into());
+    for member in &seen.members {
+        let of = OfHost { host: member.name.to_string() };
+        away.get_or_create(&of).set(member.away.into());
         drained.get_or_create(&of).set(member.drained.into());
-        let Some(known) = state.inventory.hosts().get(name) else { continue };
+        let Some(known) = &member.host else { continue };
         instances.get_or_create(&of).set(i64::try_from(known.instances.len()).unwrap_or(i64::MAX));
         silence.get_or_create(&of).set(now.since(known.heard) as f64 / 1e3);
         if let Some(whole) = known.whole() {

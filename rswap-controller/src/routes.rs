@@ -30,6 +30,8 @@ use crate::{
     Peer, Who, gate, metrics, roll_routes,
     roll_routes::unwilling,
     server::Controller,
+    taught::Told,
+    told,
     views::{Amounts, HostView, InstanceView, KnownPart, Orders, Row, Status},
     writer::{Handed, Writer, chain},
 };
@@ -126,7 +128,7 @@ async fn take_report(
     State(Shared { controller, writer }): State<Shared>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Json<Answer>, ApiError> {
+) -> Result<Json<Told>, ApiError> {
     let limits = &controller.settings.limits;
     let body = body.map_err(|rejection| unread(&rejection, limits))?;
     // Before anything is made of it. Of who comes by the socket it is known by what it says, below.
@@ -168,11 +170,15 @@ async fn take_report(
     answer.await.map_err(|_| gone())?.map_err(|error| {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error, "see the controller's log; send it again")
     })?;
-    Ok(Json(controller.with_state(|state| {
+    let acts = controller.settings.acts;
+    let (lessons, knows, orders) = controller.with_state(|state| {
         let (lessons, knows) = state.model.for_host(&host, (leads.0, &leads.1), knows, PARTS_TOLD);
-        let orders = if controller.settings.acts { state.book.of(&host) } else { Vec::new() };
-        Answer { stored: last, lessons, knows, orders, places: controller.settings.acts }
-    })))
+        (lessons, knows, if acts { state.book.of(&host) } else { Vec::new() })
+    });
+    let lessons = controller.with_words(|words| words.of_all(lessons)).map_err(|error| {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), "see the controller's log")
+    })?;
+    Ok(Json(Told { stored: last, lessons, knows, orders, places: acts }))
 }
 
 /// Whether this member may report again already.
@@ -252,31 +258,32 @@ async fn status(State(Shared { controller, .. }): State<Shared>) -> Json<Status>
 /// The hosts of the fleet
 #[utoipa::path(get, path = "/v1/hosts", responses((status = 200, description = "All, by name", body = [HostView])))]
 async fn hosts(State(Shared { controller, .. }): State<Shared>) -> Result<Json<Vec<HostView>>, ApiError> {
-    let now = UnixMillis::now();
-    let mut shown = controller.with_state(|state| {
-        let host = |(name, member)| HostView::of(name, member, state, controller.settings.interval_ms, now);
-        state.members.iter().map(host).collect::<Vec<_>>()
-    });
-    for host in &mut shown {
-        let received =
-            controller.stores.history.received(&host.host).map_err(|error| store_failed(&error))?;
-        host.reports = (&received).into();
-    }
-    Ok(Json(shown))
+    let all = HostView::all(&controller, UnixMillis::now());
+    all.map(Json).map_err(|error| store_failed(&error))
 }
 
 /// What runs in the fleet
 #[utoipa::path(get, path = "/v1/instances", responses((status = 200, description = "All, by name", body = [InstanceView])))]
-async fn instances(State(Shared { controller, .. }): State<Shared>) -> Json<Vec<InstanceView>> {
-    Json(controller.with_state(|state| {
-        state.inventory.instances().map(|(name, placed)| InstanceView::of(name, placed, state)).collect()
-    }))
+async fn instances(State(Shared { controller, .. }): State<Shared>) -> impl IntoResponse {
+    let mut last: Option<InstanceName> = None;
+    told::list(b"[".to_vec(), "]", move || {
+        let part: Vec<InstanceView> = controller.with_state(|state| {
+            let part = state.inventory.instances_after(last.as_ref()).take(told::AT_ONCE);
+            part.map(|(name, placed)| InstanceView::of(name, placed, state)).collect()
+        });
+        if let Some(view) = part.last() {
+            last = Some(view.instance.clone());
+        }
+        part
+    })
 }
 
 /// The last plan of the fleet; its pools are hosts
+///
+/// Of an instance that stays, the present host and the best other one are in it, and how many others were compared.
 #[utoipa::path(get, path = "/v1/plan", responses((status = 200, description = "The plan", body = Plan)))]
-async fn plan(State(Shared { controller, .. }): State<Shared>) -> Json<Plan> {
-    Json(controller.with_state(|state| state.plan.clone()))
+async fn plan(State(Shared { controller, .. }): State<Shared>) -> impl IntoResponse {
+    told::plan(controller.with_state(|state| state.plan.clone()))
 }
 
 /// Orders that wait for an outcome, and the last ones that have one
@@ -476,7 +483,8 @@ pub(crate) fn read<T: serde::de::DeserializeOwned>(body: &Bytes, hint: &'static 
 )]
 async fn openmetrics(State(Shared { controller, .. }): State<Shared>) -> Result<impl IntoResponse, ApiError> {
     let now = UnixMillis::now();
-    let text = controller.with_state(|state| metrics::encode(&controller, state, now));
+    let seen = controller.with_state(|state| metrics::Seen::of(&controller, state, now));
+    let text = metrics::encode(&controller, &seen, now);
     let text = text.map_err(|error| {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), "see the controller's log")
     })?;

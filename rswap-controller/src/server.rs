@@ -1,4 +1,4 @@
-//! The process: what it is made of, where it listens, and its rounds.
+//! The process: what it is made of, and where it listens.
 
 use std::{
     fmt,
@@ -8,13 +8,13 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    thread,
-    time::{Duration, Instant},
+    thread::JoinHandle,
+    time::Duration,
 };
 
 use axum::serve::Listener;
 use rswap_audit::Audit;
-use rswap_fleet::{Inventory, Model, orders::Book, plan::FleetPlanner, report::Limits};
+use rswap_fleet::{Inventory, Model, orders::Book, report::Limits};
 use rswap_http::serving::{self, Entrance, Limits as ServingLimits};
 use rswap_plan::PlanConfig;
 use rswap_store::{History, Knowledge, Maintenance, Membership, Ownership, Store, StoreError};
@@ -25,22 +25,11 @@ use crate::{
     Peer,
     door::{self, Door},
     rate::Rates,
-    routes,
+    rounds, routes,
     state::{Counts, State},
+    taught::Words,
     writer::{self, Writer},
 };
-
-/// Hosts that a decision names at most.
-const MOST_CANDIDATES: u32 = 4;
-/// How often old history is dropped.
-const TRIM_EVERY: Duration = Duration::from_secs(60);
-/// The plan's thread gives way to reports (setpriority(2), which is of a thread on Linux): a plan of a large fleet takes seconds
-/// of a core, and nobody waits for it.
-const PLAN_NICE: i32 = 15;
-/// How often a roll is looked at.
-const ROLL_EVERY: Duration = Duration::from_secs(1);
-/// How often the plan's thread looks whether it is to end.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// What is served: an agent that reports has one connection at a time.
 const SERVED: ServingLimits = ServingLimits {
@@ -165,6 +154,8 @@ pub struct Controller {
     state: Mutex<State>,
     /// How often each member may report. Not in `state`: who comes too often does not wait for it.
     rates: Mutex<Rates>,
+    /// What was taught, in words. Not in `state` either.
+    words: Mutex<Words>,
     stopping: AtomicBool,
 }
 
@@ -210,8 +201,9 @@ impl Controller {
         };
         let rates = Rates::new(settings.limits.reports_per_s, settings.limits.reports_at_once);
         let (state, wishes, rates) = (Mutex::new(state), Mutex::new(()), Mutex::new(rates));
-        let stopping = AtomicBool::new(false);
-        Ok(Arc::new(Self { life, started: now, settings, stores, audit, wishes, state, rates, stopping }))
+        let (words, stopping) = (Mutex::default(), AtomicBool::new(false));
+        let started = now;
+        Ok(Arc::new(Self { life, started, settings, stores, audit, wishes, state, rates, words, stopping }))
     }
 
     /// What members may still report.
@@ -219,75 +211,20 @@ impl Controller {
         look(&mut self.rates.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Looks at the state, or changes it. Briefly: everybody else waits.
+    /// What was taught, in words.
+    pub(crate) fn with_words<T>(&self, look: impl FnOnce(&mut Words) -> T) -> T {
+        look(&mut self.words.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether its threads are to end.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Looks at the state, or changes it. Briefly, of one host or a few, and in no thread that gives way to others: everybody else waits.
     pub(crate) fn with_state<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
         // A panic elsewhere must not take the controller with it: every change leaves a state that can be gone on with.
         look(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Plans and trims until it is told to stop.
-    fn rounds(&self) {
-        // Of a hundred thousand instances, each candidate more is a hundred MB.
-        let candidates_kept = self.settings.plan.candidates_kept.min(MOST_CANDIDATES);
-        let plan = PlanConfig { candidates_kept, ..self.settings.plan.clone() };
-        let mut planner = FleetPlanner::new(plan, self.settings.interval_ms);
-        if let Err(error) = rustix::process::setpriority_process(None, PLAN_NICE) {
-            tracing::warn!(%error, "plans are not made behind reports");
-        }
-        let (mut planned, mut trimmed, mut rolled) = (Instant::now(), Instant::now(), Instant::now());
-        let every = Duration::from_millis(self.settings.plan_every_ms);
-        while !self.stopping.load(Ordering::Acquire) {
-            thread::sleep(LOOK_EVERY.min(every));
-            if planned.elapsed() >= every {
-                planned = Instant::now();
-                self.round(&mut planner, UnixMillis::now());
-            }
-            if rolled.elapsed() >= ROLL_EVERY.min(every) {
-                rolled = Instant::now();
-                if let Err(error) = self.roll_on(UnixMillis::now()) {
-                    tracing::error!(error = writer::chain(&error), "the roll does not go on");
-                }
-            }
-            if trimmed.elapsed() >= TRIM_EVERY {
-                trimmed = Instant::now();
-                match self.stores.history.trim(UnixMillis::now()) {
-                    Ok(rows) => tracing::debug!(rows, "old history is dropped"),
-                    Err(error) => tracing::warn!(error = writer::chain(&error), "old history stays"),
-                }
-            }
-        }
-    }
-
-    fn round(&self, planner: &mut FleetPlanner, now: UnixMillis) {
-        let scene = self.with_state(|state| {
-            for order in state.book.expired(now) {
-                state.end(order, None, now);
-            }
-            for ended in std::mem::take(&mut state.ended) {
-                planner.ended(&ended.order, ended.outcome.as_ref(), now);
-            }
-            let drained = state.drained();
-            planner.look(&state.inventory, &drained, now)
-        });
-        // The longest part: reports go on meanwhile.
-        let mut plan = planner.decide(&scene);
-        drop(scene);
-        // Before the lock and after it, as far as it goes: this thread gives way to reports, and they would wait for it.
-        for decision in plan.decisions.iter_mut().filter(|decision| !decision.moves()) {
-            decision.left_out += decision.candidates.len().saturating_sub(1);
-            decision.candidates.truncate(1);
-            decision.candidates.shrink_to_fit();
-        }
-        let before = self.with_state(|state| {
-            if self.settings.acts {
-                // Somebody may have wanted something else of a host meanwhile.
-                let drained = state.drained();
-                planner.order(&plan, &state.inventory, &drained, &mut state.book, now);
-                state.coming = planner.coming(&state.inventory);
-            }
-            std::mem::replace(&mut state.plan, plan)
-        });
-        drop(before);
     }
 }
 
@@ -329,15 +266,13 @@ async fn serve_through(
 ) {
     let (writer, handed): (Writer, _) = writer::channel();
     let writing = writer::start(controller.clone(), handed);
-    let planning = {
-        let controller = controller.clone();
-        thread::spawn(move || controller.rounds())
-    };
+    let rounds = rounds::start(&controller);
     serving::serve(routes::router(controller.clone(), writer), doors, SERVED, stop).await;
     controller.stopping.store(true, Ordering::Release);
-    // Both end by themselves now; a plan may take a while.
-    let joined = tokio::task::spawn_blocking(move || (writing.join(), planning.join())).await;
-    if !matches!(joined, Ok((Ok(()), Ok(())))) {
+    // All end by themselves now; a plan may take a while.
+    let threads = rounds.into_iter().chain([writing]);
+    let join = || threads.map(JoinHandle::join).fold(true, |well, ended| ended.is_ok() && well);
+    if !matches!(tokio::task::spawn_blocking(join).await, Ok(true)) {
         tracing::error!("a thread of the controller panicked");
     }
 }

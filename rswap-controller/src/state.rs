@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::PoisonError,
+    sync::{Arc, PoisonError},
 };
 
 use rswap_fleet::{
@@ -32,7 +32,8 @@ pub(crate) struct State {
     pub(crate) book: Book,
     pub(crate) members: BTreeMap<HostName, Member>,
     pub(crate) owners: BTreeMap<InstanceName, Owner>,
-    pub(crate) plan: Plan,
+    /// Shared: whoever shows it takes longer than others may wait.
+    pub(crate) plan: Arc<Plan>,
     /// Migrations that are ordered, by where they go.
     pub(crate) coming: BTreeMap<HostName, usize>,
     /// Ended orders, for the planner and for people, the latest last.
@@ -86,7 +87,7 @@ pub(crate) struct Unwritten {
     /// In the order in which they came: each expects the one before.
     owners: Vec<OwnerChange>,
     /// What was taught, and is not kept any more.
-    forgotten: Vec<(HostName, Part)>,
+    forgotten: BTreeSet<(HostName, Part)>,
 }
 
 impl State {
@@ -187,7 +188,8 @@ impl State {
 }
 
 impl Controller {
-    /// Takes in what is new of a batch; what has to be kept of it, and of batches before, is kept when this returns.
+    /// Takes in what is new of a batch; what has to be kept of it, and of batches before, is kept when this returns. Nobody
+    /// waits for the state longer than one host of the batch takes.
     ///
     /// A batch that comes again because of an error is not new any more: what it changed is in `unwritten` until then.
     pub(crate) fn take(
@@ -199,8 +201,8 @@ impl Controller {
         let mut taught = Vec::new();
         // Else what somebody wants meanwhile could be overwritten by what was known before.
         let wishes = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
-        let members: Vec<(HostName, Member)> = self.with_state(|state| {
-            for of in taken {
+        for of in taken {
+            self.with_state(|state| {
                 for report in &of.reports {
                     state.counts.reports_taken += 1;
                     if !state.members.contains_key(of.host) {
@@ -243,7 +245,9 @@ impl Controller {
                 if !good.is_empty() {
                     taught.push((of.host.clone(), good));
                 }
-            }
+            });
+        }
+        let members: Vec<(HostName, Member)> = self.with_state(|state| {
             unwritten.forgotten.extend(state.model.dropped());
             let member = |host: &HostName| Some((host.clone(), *state.members.get(host)?));
             unwritten.members.iter().filter_map(member).collect()
@@ -253,11 +257,17 @@ impl Controller {
         }
         drop(wishes);
         unwritten.members.clear();
+        // What makes room for others at once is not written first.
+        for (host, parts) in &mut taught {
+            parts.retain(|(part, _)| !unwritten.forgotten.contains(&(host.clone(), part.clone())));
+        }
+        taught.retain(|(_, parts)| !parts.is_empty());
         if !taught.is_empty() {
             self.stores.knowledge.put_lessons(&taught)?;
         }
         if !unwritten.forgotten.is_empty() {
-            self.stores.knowledge.drop_lessons(&unwritten.forgotten)?;
+            let forgotten: Vec<_> = unwritten.forgotten.iter().cloned().collect();
+            self.stores.knowledge.drop_lessons(&forgotten)?;
             unwritten.forgotten.clear();
         }
         if !unwritten.owners.is_empty() {

@@ -1,6 +1,6 @@
 //! Answers that are put together for a route.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, ops::Bound};
 
 use rswap_fleet::{
     HostName, Order, Running,
@@ -9,7 +9,7 @@ use rswap_fleet::{
     sequence::Received,
 };
 use rswap_forecast::{Demand, Kin, Part, Resource};
-use rswap_store::Member;
+use rswap_store::{Member, StoreError};
 use rswap_types::{InstanceName, Pool, UnixMillis};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -17,6 +17,7 @@ use utoipa::ToSchema;
 use crate::{
     server::Controller,
     state::{Counts, Ended, State},
+    told::AT_ONCE,
 };
 
 /// How the controller is.
@@ -81,7 +82,7 @@ impl Status {
             members: state.members.len(),
             hosts: state.inventory.hosts().len(),
             hosts_away: away.count(),
-            instances: state.inventory.instances().count(),
+            instances: state.inventory.count(),
             unclear: unclear.collect(),
             orders_waiting: state.book.waiting().count(),
             counts: state.counts,
@@ -93,7 +94,7 @@ impl Status {
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct HostView {
     /// Its name.
-    pub(crate) host: HostName,
+    host: HostName,
     /// When it first reported.
     joined: UnixMillis,
     /// Whether it is to be left by all instances, and entered by none.
@@ -119,7 +120,7 @@ pub(crate) struct HostView {
     #[schema(value_type = Option<BTreeMap<String, f64>>)]
     links: Option<BTreeMap<SocketAddr, f64>>,
     /// Of its reports.
-    pub(crate) reports: Reports,
+    reports: Reports,
 }
 
 /// How many reports of a host there were.
@@ -140,13 +141,27 @@ impl From<&Received> for Reports {
 }
 
 impl HostView {
-    pub(crate) fn of(
-        name: &HostName,
-        member: &Member,
-        state: &State,
-        interval_ms: u64,
-        now: UnixMillis,
-    ) -> Self {
+    /// All members, by name; a few at a time, so that no report waits for all of them.
+    pub(crate) fn all(controller: &Controller, now: UnixMillis) -> Result<Vec<Self>, StoreError> {
+        let interval_ms = controller.settings.interval_ms;
+        let mut all: Vec<Self> = Vec::new();
+        loop {
+            let part: Vec<Self> = controller.with_state(|state| {
+                let from = all.last().map_or(Bound::Unbounded, |last| Bound::Excluded(&last.host));
+                let part = state.members.range::<HostName, _>((from, Bound::Unbounded)).take(AT_ONCE);
+                part.map(|(name, member)| Self::of(name, member, state, interval_ms, now)).collect()
+            });
+            if part.is_empty() {
+                return Ok(all);
+            }
+            for mut host in part {
+                host.reports = (&controller.stores.history.received(&host.host)?).into();
+                all.push(host);
+            }
+        }
+    }
+
+    fn of(name: &HostName, member: &Member, state: &State, interval_ms: u64, now: UnixMillis) -> Self {
         let known = state.inventory.hosts().get(name);
         Self {
             host: name.clone(),
@@ -171,7 +186,7 @@ impl HostView {
 #[schema(as = FleetInstance)]
 pub(crate) struct InstanceView {
     /// Its name in the fleet.
-    instance: InstanceName,
+    pub(crate) instance: InstanceName,
     /// Where it runs.
     host: HostName,
     /// Its name there.
@@ -199,7 +214,7 @@ impl InstanceView {
             local: placed.local.clone(),
             since: state.owners.get(name).map(|owner| owner.since),
             kin: report.map(|report| report.kin.clone()),
-            labels: report.map(|report| report.view.labels.clone()),
+            labels: report.map(|_| state.inventory.labels(placed).cloned().unwrap_or_default()),
             cores: report.map(|report| report.view.cores),
             resident_bytes: report.map(|report| report.view.resident_bytes),
             demand: report.map(|report| report.view.demand.clone()),

@@ -56,11 +56,13 @@ pub(crate) fn channel() -> (Writer, mpsc::Receiver<Handed>) {
     mpsc::channel(WAITING)
 }
 
-fn store(controller: &Controller, batch: Vec<Handed>, unwritten: &mut Unwritten) {
+fn store(controller: &Controller, mut batch: Vec<Handed>, unwritten: &mut Unwritten) {
     let now = UnixMillis::now();
-    let entry = |report: &Report| {
-        let mut used = report.gone.clone();
-        used.extend(report.instances.iter().map(|one| (one.view.instance.clone(), one.used.clone())));
+    // What was used goes into the history, and nowhere else. If that fails, the agent sends all of it again.
+    let entry = |report: &mut Report| {
+        let mut used = std::mem::take(&mut report.gone);
+        let instances = report.instances.iter_mut();
+        used.extend(instances.map(|one| (one.view.instance.clone(), std::mem::take(&mut one.used))));
         Entry {
             host: report.host.clone(),
             epoch: report.epoch,
@@ -69,7 +71,7 @@ fn store(controller: &Controller, batch: Vec<Handed>, unwritten: &mut Unwritten)
             used,
         }
     };
-    let entries: Vec<Entry> = batch.iter().flat_map(|handed| &handed.reports).map(entry).collect();
+    let entries: Vec<Entry> = batch.iter_mut().flat_map(|handed| &mut handed.reports).map(entry).collect();
     let stored = match entries.is_empty() {
         true => Ok(Vec::new()),
         false => controller.stores.history.append(&entries, now),

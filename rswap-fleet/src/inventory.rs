@@ -4,7 +4,11 @@
 //! on. Whether an instance that appears on a host is one that came from another, or a twin, is known when that other host has
 //! reported again; until then it is in no plan.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+};
 
 use rswap_types::{InstanceName, Pool, THIS_HOST, UnixMillis};
 use serde::{Deserialize, Serialize};
@@ -18,6 +22,9 @@ pub const GONE_MS: u64 = 5 * 60_000;
 pub const AWAY_INTERVALS: u64 = 3;
 /// Measured links that are kept of a host at most.
 pub const MOST_LINKS: usize = 1_000;
+
+/// Free `key=value` pairs of the user's.
+pub type Labels = BTreeMap<String, String>;
 
 /// One host, as it was when it last reported.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,8 +41,11 @@ pub struct Host {
     pub running: Option<Running>,
     /// Its own pools.
     pub pools: Vec<Pool>,
-    /// What runs there, by its name there.
+    /// What runs there, by its name there; what it used and its labels are not in it.
     pub instances: BTreeMap<InstanceName, InstanceReport>,
+    /// The labels of what has any, by its name there. Many have the same, and a map has room for
+    /// eleven, however few there are.
+    pub labels: BTreeMap<InstanceName, Arc<Labels>>,
     /// Bytes per second that migrations from here to other addresses had.
     pub links: BTreeMap<SocketAddr, f64>,
 }
@@ -96,8 +106,13 @@ impl Inventory {
         }
         let instances = report.instances.iter().map(|one| {
             // What was used is history, not how it is.
-            let one = InstanceReport { used: BTreeMap::new(), ..one.clone() };
-            (one.view.instance.clone(), one)
+            let (mut view, kin) = (one.view.clone(), one.kin.clone());
+            view.labels = Labels::new();
+            if view.demand.instance == view.instance {
+                // Read twice, and kept once.
+                view.demand.instance = view.instance.clone();
+            }
+            (view.instance.clone(), InstanceReport { view, kin, used: BTreeMap::new() })
         });
         let host = Host {
             heard,
@@ -107,6 +122,7 @@ impl Inventory {
             running: report.running.clone(),
             pools: report.pools.clone(),
             instances: instances.collect(),
+            labels: labels(report),
             links,
         };
         let mut changes = Vec::new();
@@ -251,6 +267,19 @@ impl Inventory {
         self.placed.iter().filter(|(_, placed)| placed.gone.is_none())
     }
 
+    /// [`Inventory::instances`] whose names come after this one; all of them after none.
+    pub fn instances_after(
+        &self,
+        name: Option<&InstanceName>,
+    ) -> impl Iterator<Item = (&InstanceName, &Placed)> {
+        self.placed.after(name).filter(|(_, placed)| placed.gone.is_none())
+    }
+
+    /// How many instances run: found without a look at each.
+    pub fn count(&self) -> usize {
+        self.placed.present()
+    }
+
     /// Where an instance is.
     pub fn placed(&self, name: &InstanceName) -> Option<&Placed> {
         self.placed.get(name).filter(|placed| placed.gone.is_none())
@@ -266,7 +295,12 @@ impl Inventory {
         self.unclear.iter().map(|((host, local), (name, _))| (host, local, name))
     }
 
-    /// An instance's last report.
+    /// An instance's labels, as its host last reported them; `None` if it has none, or its host has not said it.
+    pub fn labels(&self, placed: &Placed) -> Option<&Labels> {
+        self.hosts.get(&placed.host)?.labels.get(&placed.local).map(Arc::as_ref)
+    }
+
+    /// An instance's last report, without what it used and its labels.
     pub fn report(&self, placed: &Placed) -> Option<&InstanceReport> {
         self.hosts.get(&placed.host)?.instances.get(&placed.local)
     }
@@ -281,4 +315,16 @@ impl Inventory {
         let heard = self.hosts.get(host).map_or(self.since, |host| host.heard);
         now.since(heard) > interval_ms.saturating_mul(AWAY_INTERVALS)
     }
+}
+
+/// The labels of what has any, each set of them once.
+fn labels(report: &Report) -> BTreeMap<InstanceName, Arc<Labels>> {
+    let mut distinct: BTreeSet<Arc<Labels>> = BTreeSet::new();
+    let mut all = BTreeMap::new();
+    for view in report.instances.iter().map(|one| &one.view).filter(|view| !view.labels.is_empty()) {
+        let labels = distinct.get(&view.labels).cloned().unwrap_or_else(|| Arc::new(view.labels.clone()));
+        distinct.insert(labels.clone());
+        all.insert(view.instance.clone(), labels);
+    }
+    all
 }

@@ -4,7 +4,10 @@
 //! what the *others* taught. So nothing counts twice, however often it is sent. Of each part, the lessons of those hosts are kept that
 //! know most: a prior counts as few series anyway (`rswap_forecast::Priors`), so that more of them would cost memory and tell nothing new.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use rswap_forecast::{Lessons, Part, StateError};
 use rswap_types::UnixMillis;
@@ -54,8 +57,8 @@ pub struct Model {
 #[derive(Clone, Debug)]
 struct Taught {
     by_host: BTreeMap<HostName, Lessons>,
-    /// All of it together.
-    whole: Lessons,
+    /// All of it together. Shared: it is told to every host, and copied when nobody waits for the model any more.
+    whole: Arc<Lessons>,
     /// How much was known of it when it was last told, and when.
     told: (f64, UnixMillis),
     number: u64,
@@ -102,10 +105,16 @@ impl Model {
         let number = self.number + 1;
         let taught = self.parts.entry(key).or_insert_with(|| Taught {
             by_host: BTreeMap::new(),
-            whole: lessons.clone(),
+            whole: Arc::new(lessons.clone()),
             told: (0.0, UnixMillis(0)),
             number: 0,
         });
+        // Of hosts that know equally much, those stay that came first: else each of a thousand would have all of the part merged anew.
+        let full = taught.by_host.len() >= TEACHERS && !taught.by_host.contains_key(host);
+        if full && taught.by_host.values().all(|kept| kept.series() >= lessons.series()) {
+            self.dropped.insert((host.clone(), part.clone()));
+            return Ok(());
+        }
         let new = taught.by_host.insert(host.clone(), lessons).is_none();
         while taught.by_host.len() > TEACHERS {
             let least = taught.by_host.iter().min_by(|(_, a), (_, b)| a.series().total_cmp(&b.series()));
@@ -116,7 +125,7 @@ impl Model {
         let new = new && taught.by_host.contains_key(host);
         let mut all = taught.by_host.values();
         if let Some(first) = all.next() {
-            taught.whole = merged(first.clone(), all)?;
+            taught.whole = Arc::new(merged(first.clone(), all)?);
         }
         let (before, at) = taught.told;
         let series = taught.whole.series();
@@ -163,7 +172,7 @@ impl Model {
         (window_ms, horizons_ms): (u64, &[u64]),
         knows: Revision,
         most_parts: usize,
-    ) -> (Vec<(Part, Lessons)>, Revision) {
+    ) -> (Vec<(Part, Arc<Lessons>)>, Revision) {
         let since = if knows.life == self.life { knows.number } else { 0 };
         let usable = |(window, horizons): &Leads| *window == window_ms && horizons == horizons_ms;
         let new = self.parts.iter().filter(|((leads, _), taught)| taught.number > since && usable(leads));
@@ -194,13 +203,13 @@ impl Taught {
         self.by_host.keys().next().filter(|_| self.by_host.len() == 1)
     }
 
-    fn by_others(&self, host: &HostName) -> Option<Lessons> {
+    fn by_others(&self, host: &HostName) -> Option<Arc<Lessons>> {
         if !self.by_host.contains_key(host) {
             return Some(self.whole.clone());
         }
         let mut others = self.by_host.iter().filter(|(name, _)| *name != host).map(|(_, lessons)| lessons);
         let first = others.next()?.clone();
-        merged(first, others).ok()
+        merged(first, others).ok().map(Arc::new)
     }
 }
 

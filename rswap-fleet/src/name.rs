@@ -1,6 +1,6 @@
 //! What hosts are called.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -16,7 +16,11 @@ pub struct HostNameError(pub String);
 /// A host's name (`agent.host`): unique in its fleet.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(try_from = "String", into = "String")]
-pub struct HostName(String);
+#[schema(value_type = String)]
+pub struct HostName(
+    // Shared: of each instance of a fleet it is known where it is.
+    Arc<str>,
+);
 
 impl HostName {
     /// The name as text.
@@ -31,7 +35,7 @@ impl FromStr for HostName {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         let fits = !text.is_empty() && text.len() <= LONGEST && text.chars().all(allowed);
-        if fits { Ok(Self(text.to_owned())) } else { Err(HostNameError(text.to_owned())) }
+        if fits { Ok(Self(text.into())) } else { Err(HostNameError(text.to_owned())) }
     }
 }
 
@@ -45,7 +49,7 @@ impl TryFrom<String> for HostName {
 
 impl From<HostName> for String {
     fn from(name: HostName) -> Self {
-        name.0
+        name.as_str().to_owned()
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Bound,
     sync::Arc,
 };
 
@@ -30,8 +31,8 @@ pub(crate) struct Placements {
     placed: BTreeMap<InstanceName, Placed>,
     /// Names in the fleet, by host and the name there. They change seldom, and every plan looks at all of them.
     at: BTreeMap<HostName, Arc<BTreeMap<InstanceName, InstanceName>>>,
-    /// Names in the fleet, by the name on whichever host.
-    called: BTreeMap<InstanceName, BTreeSet<InstanceName>>,
+    /// Names in the fleet, by the name on whichever host, in order. Most are called like no other: a set's node would have room for eleven.
+    called: BTreeMap<InstanceName, Vec<InstanceName>>,
     /// What is gone, the longest first.
     gone: BTreeSet<(UnixMillis, InstanceName)>,
 }
@@ -44,7 +45,11 @@ impl Placements {
         if let Some(other) = there.insert(placed.local.clone(), name.clone()) {
             self.drop_others(&other);
         }
-        self.called.entry(placed.local.clone()).or_default().insert(name.clone());
+        let called = self.called.entry(placed.local.clone()).or_default();
+        if let Err(at) = called.binary_search(&name) {
+            called.reserve_exact(1);
+            called.insert(at, name.clone());
+        }
         self.gone.extend(placed.gone.map(|at| (at, name.clone())));
         self.placed.insert(name, placed);
         before
@@ -65,7 +70,7 @@ impl Placements {
     fn drop_others(&mut self, name: &InstanceName) -> Option<Placed> {
         let placed = self.placed.remove(name)?;
         if let Some(called) = self.called.get_mut(&placed.local) {
-            called.remove(name);
+            called.retain(|other| other != name);
             if called.is_empty() {
                 self.called.remove(&placed.local);
             }
@@ -99,6 +104,20 @@ impl Placements {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&InstanceName, &Placed)> {
         self.placed.iter()
+    }
+
+    /// Those whose names come after this one; all of them after none.
+    pub(crate) fn after(
+        &self,
+        name: Option<&InstanceName>,
+    ) -> impl Iterator<Item = (&InstanceName, &Placed)> {
+        let from = name.map_or(Bound::Unbounded, Bound::Excluded);
+        self.placed.range::<InstanceName, _>((from, Bound::Unbounded))
+    }
+
+    /// How many there are, without those that are gone.
+    pub(crate) fn present(&self) -> usize {
+        self.placed.len() - self.gone.len()
     }
 
     /// The names in the fleet of what is on a host, or was there last, with the names there.
@@ -143,7 +162,9 @@ mod tests {
         }
         let count = all.iter().count();
         assert_eq!(all.at.values().map(|there| there.len()).sum::<usize>(), count);
-        assert_eq!(all.called.values().map(BTreeSet::len).sum::<usize>(), count);
+        assert_eq!(all.called.values().map(Vec::len).sum::<usize>(), count);
+        assert!(all.called.values().all(|names| names.is_sorted()));
+        assert_eq!(all.present(), all.iter().filter(|(_, placed)| placed.gone.is_none()).count());
         assert!(all.at.values().all(|there| !there.is_empty()));
         assert!(all.called.values().all(|names| !names.is_empty()));
         assert_eq!(all.gone.len(), all.iter().filter(|(_, placed)| placed.gone.is_some()).count());

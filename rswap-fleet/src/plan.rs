@@ -5,7 +5,8 @@ use std::{
     sync::Arc,
 };
 
-use rswap_plan::{InstanceView, MoveKind, Outcome, Plan, PlanConfig, Planner};
+use rswap_forecast::Demand;
+use rswap_plan::{Decision, InstanceView, MoveKind, Outcome, Plan, PlanConfig, Planner, rules};
 use rswap_types::{InstanceName, Pool, PoolKind, PoolState, UnixMillis};
 
 use crate::{
@@ -37,15 +38,18 @@ struct Seen {
 }
 
 impl Scene {
-    /// The hosts, as pools.
-    fn pools(&self) -> Vec<Pool> {
-        self.hosts.iter().filter_map(|seen| pool(&seen.name, &seen.host, seen.drained, seen.away)).collect()
-    }
-
-    /// What runs, by names in the fleet; without what is on hosts that are away.
-    fn views(&self) -> Vec<InstanceView> {
-        let there = self.hosts.iter().filter(|seen| !seen.away);
-        there.flat_map(Seen::views).collect()
+    /// What runs, by names in the fleet, without what is on hosts that are away; and the hosts, as pools. Each host's report is let go when
+    /// it was looked at: until the plan is made, its host has reported anew, and both would be in memory.
+    fn into_plan(self) -> (Vec<InstanceView>, Vec<Pool>) {
+        let most: usize = self.hosts.iter().filter(|seen| !seen.away).map(|seen| seen.names.len()).sum();
+        let (mut views, mut pools) = (Vec::with_capacity(most), Vec::with_capacity(self.hosts.len()));
+        for seen in self.hosts {
+            pools.extend(pool(&seen.name, &seen.host, seen.drained, seen.away));
+            if !seen.away {
+                views.extend(seen.views());
+            }
+        }
+        (views, pools)
     }
 }
 
@@ -53,13 +57,23 @@ impl Seen {
     fn views(&self) -> impl Iterator<Item = InstanceView> {
         // What has no name yet may be one that has: it is in no plan.
         self.names.iter().filter_map(|(local, name)| {
-            let mut view = self.host.instances.get(local)?.view.clone();
-            view.instance = name.clone();
-            view.demand.instance = name.clone();
-            view.host = Some(self.name.to_string());
-            view.cpu_pool = None;
-            view.movable.retain(|kind| *kind == MoveKind::Host);
-            Some(view)
+            let view = &self.host.instances.get(local)?.view;
+            // Others would be looked up for each host that it could move to, and found to ask nothing.
+            let labels = self.host.labels.get(local).into_iter().flat_map(|labels| labels.iter());
+            let labels = labels.filter(|(label, _)| rules::is_rule(label));
+            Some(InstanceView {
+                instance: name.clone(),
+                host: Some(self.name.to_string()),
+                cpu_pool: None,
+                demand: Demand { instance: name.clone(), ..view.demand.clone() },
+                cores: view.cores,
+                resident_bytes: view.resident_bytes,
+                dirty_bytes_per_s: view.dirty_bytes_per_s,
+                movable: view.movable.iter().copied().filter(|kind| *kind == MoveKind::Host).collect(),
+                labels: labels.map(|(label, value)| (label.clone(), value.clone())).collect(),
+                volumes: view.volumes.clone(),
+                port: view.port.clone(),
+            })
         })
     }
 }
@@ -89,27 +103,21 @@ struct Moving {
 impl FleetPlanner {
     /// Reports come every `interval_ms` milliseconds.
     pub fn new(config: PlanConfig, interval_ms: u64) -> Self {
-        let planner = Planner::new(config).with_windows(interval_ms);
+        let planner = Planner::new(config).with_windows(interval_ms).brief();
         Self { planner, interval_ms, moving: BTreeMap::new(), drained: BTreeSet::new() }
     }
 
     /// One round. Hosts that are `drained` are to be left.
     pub fn plan(&mut self, fleet: &Inventory, drained: &BTreeSet<HostName>, now: UnixMillis) -> Plan {
         let scene = self.look(fleet, drained, now);
-        self.decide(&scene)
+        self.decide(scene)
     }
 
-    /// The first half of a round: all that it looks at, so that the fleet may go on while it is decided.
+    /// The first half of a round: all that it looks at, so that the fleet may go on while it is decided. Of each host little is done: the
+    /// fleet waits.
     pub fn look(&mut self, fleet: &Inventory, drained: &BTreeSet<HostName>, now: UnixMillis) -> Scene {
         self.follow(fleet, now);
         self.drained.clone_from(drained);
-        let by_address: BTreeMap<_, _> =
-            fleet.hosts().iter().filter_map(|(name, host)| Some((host.address?, name))).collect();
-        for (address, bytes_per_s) in fleet.hosts().values().flat_map(|host| &host.links) {
-            if let Some(name) = by_address.get(address) {
-                self.planner.link_measured(name.as_str(), *bytes_per_s);
-            }
-        }
         let hosts = fleet.hosts().iter().map(|(name, host)| Seen {
             name: name.clone(),
             host: host.clone(),
@@ -120,9 +128,22 @@ impl FleetPlanner {
         Scene { at: now, hosts: hosts.collect() }
     }
 
-    /// The second half.
-    pub fn decide(&mut self, scene: &Scene) -> Plan {
-        self.planner.plan(scene.at, &scene.views(), &scene.pools())
+    /// The second half. Of a decision that moves nothing, the present host and the best other one are kept.
+    pub fn decide(&mut self, scene: Scene) -> Plan {
+        self.measure_links(&scene);
+        let at = scene.at;
+        let (views, pools) = scene.into_plan();
+        self.planner.plan(at, &views, &pools)
+    }
+
+    fn measure_links(&mut self, scene: &Scene) {
+        let by_address: BTreeMap<_, _> =
+            scene.hosts.iter().filter_map(|seen| Some((seen.host.address?, &seen.name))).collect();
+        for (address, bytes_per_s) in scene.hosts.iter().flat_map(|seen| &seen.host.links) {
+            if let Some(name) = by_address.get(address) {
+                self.planner.link_measured(name.as_str(), *bytes_per_s);
+            }
+        }
     }
 
     /// Gives the orders for what a plan decided and would be late if it waited for the round after the next. `drained` are the hosts that
@@ -135,9 +156,21 @@ impl FleetPlanner {
         book: &mut Book,
         now: UnixMillis,
     ) {
+        self.order_moves(&moves(plan), fleet, drained, book, now);
+    }
+
+    /// [`FleetPlanner::order`] for the [`moves`] of a plan, so that nobody waits while they are looked for.
+    pub fn order_moves(
+        &mut self,
+        moves: &[&Decision],
+        fleet: &Inventory,
+        drained: &BTreeSet<HostName>,
+        book: &mut Book,
+        now: UnixMillis,
+    ) {
         let other_wish: BTreeSet<HostName> = self.drained.symmetric_difference(drained).cloned().collect();
         let soon = UnixMillis(now.0.saturating_add(2 * self.interval_ms));
-        for decision in plan.decisions.iter().filter(|decision| decision.kind == MoveKind::Host) {
+        for decision in moves {
             let Outcome::Move { to, start_by, .. } = &decision.outcome else { continue };
             let (Ok(to), Some(placed)) = (to.parse::<HostName>(), fleet.placed(&decision.instance)) else {
                 continue;
@@ -216,6 +249,11 @@ impl FleetPlanner {
     pub fn moving(&self) -> impl Iterator<Item = (&InstanceName, &HostName)> {
         self.moving.iter().map(|(name, moving)| (name, &moving.from))
     }
+}
+
+/// The decisions of a plan that something goes to another host.
+pub fn moves(plan: &Plan) -> Vec<&Decision> {
+    plan.decisions.iter().filter(|decision| decision.kind == MoveKind::Host && decision.moves()).collect()
 }
 
 /// A host as a pool of the fleet's plan; `None` if it has not said what it has.

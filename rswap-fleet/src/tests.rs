@@ -1,12 +1,15 @@
 //! Reports -> inventory -> plan -> orders, and lessons -> model.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use rswap_forecast::{
     Demand, DemandPoint, Evidence, ForecastConfig, Forecaster, Kin, Lessons, Observation, Part, Quantiles,
     Resource, Usage,
 };
-use rswap_plan::{InstanceView, MoveKind, PlanConfig};
+use rswap_plan::{InstanceView, MoveKind, PlanConfig, rules};
 use rswap_types::{Capacity, InstanceName, Pool, PoolKind, PoolState, THIS_HOST, UnixMillis};
 
 use crate::{
@@ -156,6 +159,29 @@ fn what_is_gone_is_forgotten_and_known_again_after_a_new_start() {
     assert_eq!(places(&next), pairs(&[("web.7", "a")]), "names outlive the controller");
     next.forget_host(&host("a"), UnixMillis(2_000));
     assert_eq!(places(&next), []);
+}
+
+#[test]
+fn labels_are_kept_once_and_the_plan_follows_those_that_are_rules() {
+    let labelled = |local: &str, labels: &[(&str, &str)]| {
+        let mut one = instance(local, local, 1.0);
+        let labels = labels.iter().map(|(label, value)| ((*label).to_owned(), (*value).to_owned()));
+        one.view.labels = labels.collect();
+        one
+    };
+    let stay = [("app", "web"), (rules::STAY, "true")];
+    let instances = vec![labelled("x", &stay), labelled("y", &stay), labelled("z", &[])];
+    let mut fleet = Inventory::default();
+    fleet.take(&report("a", 1, 0.5, instances), UnixMillis(0));
+    fleet.take(&report("b", 2, 0.01, vec![]), UnixMillis(0));
+    let labels = |of: &str| fleet.labels(fleet.placed(&name(of)).unwrap());
+    assert_eq!(labels("x").unwrap()["app"], "web");
+    assert!(std::ptr::eq(labels("x").unwrap(), labels("y").unwrap()));
+    assert_eq!((labels("z"), fleet.count()), (None, 3));
+    let decided =
+        FleetPlanner::new(PlanConfig::default(), INTERVAL_MS).plan(&fleet, &BTreeSet::new(), UnixMillis(1));
+    let moves: Vec<_> = plan::moves(&decided).iter().map(|decision| decision.instance.as_str()).collect();
+    assert_eq!(moves, ["z"]);
 }
 
 #[test]
@@ -386,11 +412,11 @@ fn each_host_learns_what_the_others_taught_and_not_what_it_taught_itself() {
     let (none, knows) = model.for_host(&host("a"), LEADS, Revision::default(), 100);
     assert_eq!((none.len(), knows.life), (0, 5));
     let (parts, _) = model.for_host(&host("b"), LEADS, Revision::default(), 100);
-    assert_eq!(parts, [(web(), one.part(&web()))]);
+    assert_eq!(parts, [(web(), Arc::new(one.part(&web())))]);
 
     model.teach(&host("b"), &web(), &two, now).unwrap();
     let (parts, _) = model.for_host(&host("a"), LEADS, knows, 100);
-    assert_eq!(parts, [(web(), two.part(&web()))], "without its own");
+    assert_eq!(parts, [(web(), Arc::new(two.part(&web())))], "without its own");
     let (parts, knows) = model.for_host(&host("c"), LEADS, Revision::default(), 100);
     assert_eq!(parts[0].1.series(), 2.0);
     // What is sent again changes nothing, and is not told again.
@@ -413,6 +439,11 @@ fn a_model_is_told_in_portions_and_keeps_those_who_know_most() {
     for number in 0..2 * TEACHERS {
         model.teach(&host(&format!("h{number}")), &web(), &lessons, UnixMillis(0)).unwrap();
     }
+    // Of those that know equally much, the first ones stay.
+    let dropped = model.dropped();
+    let is_dropped = |number: usize| dropped.contains(&(host(&format!("h{number}")), web()));
+    assert!((0..TEACHERS).all(|number| !is_dropped(number)));
+    assert!((TEACHERS..2 * TEACHERS).all(is_dropped));
     for class in ["p", "q", "r"] {
         model.teach(&host("z"), &Part::Class(class.to_owned()), &taught(class, 1.0), UnixMillis(0)).unwrap();
     }

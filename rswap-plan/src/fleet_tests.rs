@@ -76,6 +76,23 @@ fn moves(plan: &Plan) -> Vec<(&str, &str)> {
 }
 
 #[test]
+fn a_brief_plan_keeps_the_present_pool_and_the_best_other_of_who_stays() {
+    let pools = [host("a", 8.0, 0.01), host("b", 8.0, 0.02), host("c", 8.0, 0.03), host("d", 8.0, 0.4)];
+    let views = [on("cheap", "a", 2.0), on("dear", "d", 2.0)];
+    let full = plan(eager(), &views, &pools);
+    let brief = Planner::new(eager()).brief().plan(UnixMillis(1_000_000), &views, &pools);
+    assert_eq!(moves(&brief), [("dear", "a")]);
+    // Who moves is told of in full.
+    assert_eq!(brief.decisions[1], full.decisions[1]);
+    let (short, long) = (&brief.decisions[0], &full.decisions[0]);
+    assert_eq!((long.candidates.len(), long.left_out), (3, 0));
+    assert_eq!((short.candidates.len(), short.left_out), (1, 2));
+    assert_eq!(short.candidates[0], long.candidates[0]);
+    assert!(short.current.is_some() && short.current == long.current && short.outcome == long.outcome);
+    assert_eq!(in_words(short)[0], in_words(long)[0]);
+}
+
+#[test]
 fn two_change_places_where_neither_fits_next_to_the_other() {
     // "big" will need 3 of 2 cores; only on b, which "small" holds half of, would it fit, once that is gone.
     let pools = [host("a", 2.0, 0.04), host("b", 3.5, 0.04)];

@@ -112,11 +112,11 @@ pub(super) struct Seen<'v> {
 }
 
 impl<'a> Ledger<'a> {
-    pub(super) fn new(
+    pub(super) fn new<'v>(
         pools: &'a [Pool],
         by_name: &'a BTreeMap<&'a str, usize>,
         config: &PlanConfig,
-        seen: &[Seen<'_>],
+        seen: impl IntoIterator<Item = Seen<'v>>,
     ) -> Self {
         let own_pools: Vec<usize> =
             (0..pools.len()).filter(|&i| !matches!(pools[i].kind, PoolKind::Host { .. })).collect();

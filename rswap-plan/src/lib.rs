@@ -167,7 +167,7 @@ pub struct Decision {
     pub crossing_by: Option<UnixMillis>,
     /// The present pool.
     pub current: Option<Candidate>,
-    /// The other pools of the kind, best first: all of them, or the best of a large fleet.
+    /// The other pools of the kind, best first: all of them, or the best ones; in the plan of a fleet, the best one alone where it stays.
     pub candidates: Vec<Candidate>,
     /// How many others were compared.
     #[serde(default)]
@@ -219,6 +219,16 @@ impl Decision {
             timing: None,
             outcome: Outcome::Stay { reason: StayReason::NoPoolFits },
         }
+    }
+
+    /// Unless it moves, keeps no other pool than the best.
+    pub(crate) fn abridge(&mut self) {
+        if self.moves() || self.candidates.len() < 2 {
+            return;
+        }
+        self.left_out += self.candidates.len() - 1;
+        self.candidates.truncate(1);
+        self.candidates.shrink_to_fit();
     }
 
     /// Whether it moves.

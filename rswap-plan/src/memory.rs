@@ -119,7 +119,11 @@ impl Memory {
     /// The instance is seen on `pool`.
     pub(super) fn sits(&mut self, kind: MoveKind, pool: &str, now: UnixMillis) {
         match self.on.iter_mut().find(|(of, _)| *of == kind) {
-            None => self.on.push((kind, pool.to_owned())),
+            None => {
+                // Most are of one kind, and a vector that grows makes room for four.
+                self.on.reserve_exact(1);
+                self.on.push((kind, pool.to_owned()));
+            }
             Some((_, on)) if on == pool => {}
             Some((_, on)) => {
                 let left = std::mem::replace(on, pool.to_owned());

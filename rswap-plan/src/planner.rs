@@ -40,13 +40,22 @@ pub struct Planner {
     pub(crate) durations: Durations,
     /// Length of a window, in milliseconds.
     pub(crate) window_ms: u64,
+    /// [`Planner::brief`].
+    brief: bool,
 }
 
 impl Planner {
     /// A planner that remembers nothing yet.
     pub fn new(config: PlanConfig) -> Self {
         let (memory, parts, links, hours, durations) = Default::default();
-        Self { config, memory, parts, links, hours, durations, window_ms: 0 }
+        Self { config, memory, parts, links, hours, durations, window_ms: 0, brief: false }
+    }
+
+    /// Of decisions that move nothing, the present pool and the best other one are kept, and how many others were compared: nearly all
+    /// instances of a large fleet stay, and the other pools of them all would be most of what a plan takes.
+    #[must_use]
+    pub fn brief(self) -> Self {
+        Self { brief: true, ..self }
     }
 
     /// A move has begun: until [`Planner::moved`] or [`Planner::failed`] the instance is left alone, and its place at
@@ -160,16 +169,13 @@ impl Planner {
             }
         }
 
-        let seen: Vec<_> = views
-            .iter()
-            .map(|view| Seen {
-                host: view.host.as_deref(),
-                cpu_pool: view.cpu_pool.as_deref(),
-                cores: view.cores,
-                bytes: view.resident_bytes,
-            })
-            .collect();
-        let mut ledger = Ledger::new(pools, &by_name, &self.config, &seen);
+        let seen = views.iter().map(|view| Seen {
+            host: view.host.as_deref(),
+            cpu_pool: view.cpu_pool.as_deref(),
+            cores: view.cores,
+            bytes: view.resident_bytes,
+        });
+        let mut ledger = Ledger::new(pools, &by_name, &self.config, seen);
         for view in &views {
             let promise = self.promise(view, &round);
             ledger.sits(&view.instance, view.host.as_deref(), view.cpu_pool.as_deref(), promise);
@@ -212,17 +218,26 @@ impl Planner {
                 memory.wanted = if decision.moves() { memory.wanted.or(Some(now)) } else { None };
             }
         }
-        let all = decided.into_iter().zip(flows).map(|(mut decisions, flows)| {
+        drop(ledger);
+        let count: usize = decided.iter().chain(&flows).map(Vec::len).sum();
+        let mut all = Vec::with_capacity(count);
+        for (mut decisions, flows) in decided.into_iter().zip(flows) {
             decisions.extend(flows);
             order::put_in_order(&mut decisions, now, self.window_ms);
-            decisions
-        });
-        Plan { at: now, decisions: all.flatten().collect() }
+            if self.brief {
+                decisions.iter_mut().for_each(Decision::abridge);
+            }
+            all.append(&mut decisions);
+        }
+        Plan { at: now, decisions: all }
     }
 
     fn decide_all(&self, view: &InstanceView, round: &Round<'_, '_>, ledger: &Ledger<'_>) -> Vec<Decision> {
-        let mut decisions: Vec<Decision> = Vec::new();
-        for kind in [MoveKind::Cpu, MoveKind::Host].into_iter().filter(|kind| view.movable.contains(kind)) {
+        let kinds =
+            || [MoveKind::Cpu, MoveKind::Host].into_iter().filter(move |kind| view.movable.contains(kind));
+        // A decision is large, and a vector that grows makes room for four.
+        let mut decisions: Vec<Decision> = Vec::with_capacity(kinds().count());
+        for kind in kinds() {
             let before = decisions.last().map(|decision| &decision.outcome);
             let decision = self.decide(view, kind, round, ledger, before);
             decisions.push(decision);
@@ -313,6 +328,10 @@ impl Planner {
         if kind == MoveKind::Host && decision.moves() {
             decision.writing = memory.writing();
             self.time(view, round, &mut decision);
+        }
+        // Who is stuck may change places with another one yet.
+        if self.brief && decision.outcome != (Outcome::Stay { reason: StayReason::NoPoolFits }) {
+            decision.abridge();
         }
         decision
     }

@@ -24,6 +24,11 @@ pub const APART: &str = "rswap.apart";
 /// `rswap.together=GROUP`: all on one host.
 pub const TOGETHER: &str = "rswap.together";
 
+/// Whether a label asks anything of a plan: no plan looks at the others.
+pub fn is_rule(label: &str) -> bool {
+    [STAY, PIN, APART, TOGETHER].contains(&label)
+}
+
 /// Whether a plan may move it at all.
 pub(crate) fn stays(view: &InstanceView) -> bool {
     view.labels.get(STAY).is_some_and(|value| value == "true")

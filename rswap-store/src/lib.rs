@@ -91,7 +91,8 @@ pub trait History: Send + Sync {
     /// The tiers, the finest first.
     fn tiers(&self) -> &[Tier];
 
-    /// Drops what is older than its tier keeps, and says how many rows that were.
+    /// Drops what is older than its tier keeps, and says how many rows that were. Others may append meanwhile; what is dropped may come back
+    /// if the process ends before the next of them.
     ///
     /// # Errors
     ///

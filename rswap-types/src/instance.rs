@@ -1,6 +1,6 @@
 //! What instances are called.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -15,7 +15,11 @@ pub struct NameError(pub String);
 /// An instance's name: unique on its host, kept when it moves.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(try_from = "String", into = "String")]
-pub struct InstanceName(String);
+#[schema(value_type = String)]
+pub struct InstanceName(
+    // Shared: what knows of an instance has its name several times, and a fleet has a hundred thousand of them.
+    Arc<str>,
+);
 
 impl InstanceName {
     /// The name as text.
@@ -31,7 +35,7 @@ impl FromStr for InstanceName {
         let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
         let starts_well = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
         if starts_well && text.len() <= 63 && text.chars().all(allowed) {
-            Ok(Self(text.to_owned()))
+            Ok(Self(text.into()))
         } else {
             Err(NameError(text.to_owned()))
         }
@@ -48,7 +52,7 @@ impl TryFrom<String> for InstanceName {
 
 impl From<InstanceName> for String {
     fn from(name: InstanceName) -> Self {
-        name.0
+        name.as_str().to_owned()
     }
 }
 
