@@ -78,7 +78,7 @@ impl Default for ProfileConfig {
             measure_program_cost: false,
             budget: 0.25,
             budget_retry_s: 60,
-            memory_budget: 0.01,
+            memory_budget: 0.0025,
             written_budget: 0.0,
             written_sample_mib: 256,
             memory_lock_ms: 20,
