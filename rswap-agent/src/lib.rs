@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod instance;
+mod kept_files;
 pub mod migrate;
 pub mod pool;
 pub mod privilege;

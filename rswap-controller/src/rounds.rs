@@ -17,7 +17,10 @@ use rswap_fleet::plan::{self, FleetPlanner, Scene};
 use rswap_plan::{Plan, PlanConfig};
 use rswap_types::UnixMillis;
 
-use crate::{server::Controller, writer};
+use crate::{
+    server::{Alive, Controller},
+    writer,
+};
 
 /// Hosts that a decision names at most.
 const MOST_CANDIDATES: u32 = 4;
@@ -30,6 +33,9 @@ const ROLL_EVERY: Duration = Duration::from_secs(1);
 /// How often it is looked whether there is something to do, or the end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// What is older than this is not what a plan should rest on.
+const FOLLOWED_WITHIN_MS: u64 = plan::BEGIN_WITHIN_MS / 2;
+
 /// What the plan's thread is to do.
 enum Work {
     /// Decide about what was looked at.
@@ -41,14 +47,17 @@ enum Work {
 /// What it has decided.
 type Decided = (Box<FleetPlanner>, Arc<Plan>);
 
-/// Starts the threads. They end when the controller is stopping.
-pub(crate) fn start(controller: &Arc<Controller>) -> Vec<JoinHandle<()>> {
+/// Starts the threads. They end when the controller is stopping; `alive` is dropped where one can't go on.
+pub(crate) fn start(controller: &Arc<Controller>, alive: Alive) -> Vec<JoinHandle<()>> {
     let (work, to_do) = channel();
     let (done, decided) = channel();
     let (rounds, trims) = (controller.clone(), controller.clone());
     vec![
         thread::spawn(move || decide(&to_do, &done)),
-        thread::spawn(move || rounds.rounds(&work, &decided)),
+        thread::spawn(move || {
+            rounds.rounds(&work, &decided);
+            drop(alive);
+        }),
         thread::spawn(move || trims.trims()),
     ]
 }
@@ -88,8 +97,10 @@ impl Controller {
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {}
-                // It has panicked.
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Disconnected) => {
+                    tracing::error!("the plan's thread has panicked");
+                    return;
+                }
             }
             if planned.elapsed() >= every
                 && let Some(mut planner) = planner.take()
@@ -125,12 +136,18 @@ impl Controller {
 
     /// Orders what a plan has decided, and shows it from now on; the one before is handed back.
     fn follow(&self, planner: &mut FleetPlanner, plan: Arc<Plan>) -> Arc<Plan> {
-        let moves = plan::moves(&plan);
+        let now = UnixMillis::now();
+        let age_ms = now.since(plan.at);
+        let mut moves = plan::moves(&plan);
+        if age_ms > FOLLOWED_WITHIN_MS && !moves.is_empty() {
+            tracing::warn!(age_ms, moves = moves.len(), "a plan took too long: the next one decides");
+            moves.clear();
+        }
         self.with_state(|state| {
             if self.settings.acts {
                 // Somebody may have wanted something else of a host meanwhile.
                 let drained = state.drained();
-                planner.order_moves(&moves, &state.inventory, &drained, &mut state.book, plan.at);
+                planner.order_moves(&moves, &state.inventory, &drained, &mut state.book, now);
                 state.coming = planner.coming(&state.inventory);
             }
             std::mem::replace(&mut state.plan, plan.clone())

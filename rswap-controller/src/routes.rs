@@ -17,6 +17,7 @@ use rswap_fleet::{
     HostName,
     report::{self, Answer, Envelope, Limits, ReportError},
 };
+use rswap_forecast::{Lessons, Part};
 use rswap_http::{ApiError, openapi};
 use rswap_plan::Plan;
 use rswap_store::StoreError;
@@ -30,7 +31,7 @@ use crate::{
     Peer, Who, gate, metrics, roll_routes,
     roll_routes::unwilling,
     server::Controller,
-    taught::Told,
+    taught::{self, Told},
     told,
     views::{Amounts, HostView, InstanceView, KnownPart, Orders, Row, Status},
     writer::{Handed, Writer, chain},
@@ -175,9 +176,14 @@ async fn take_report(
         let (lessons, knows) = state.model.for_host(&host, (leads.0, &leads.1), knows, PARTS_TOLD);
         (lessons, knows, if acts { state.book.of(&host) } else { Vec::new() })
     });
-    let lessons = controller.with_words(|words| words.of_all(lessons)).map_err(|error| {
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), "see the controller's log")
-    })?;
+    let words = |(part, lessons): (Part, Arc<Lessons>)| {
+        let words = taught::words(&controller, &part, lessons)?;
+        Ok((part, words))
+    };
+    let lessons =
+        lessons.into_iter().map(words).collect::<Result<_, _>>().map_err(|error: serde_json::Error| {
+            ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), "see the controller's log")
+        })?;
     Ok(Json(Told { stored: last, lessons, knows, orders, places: acts }))
 }
 

@@ -1,6 +1,7 @@
 //! The process: what it is made of, and where it listens.
 
 use std::{
+    convert::Infallible,
     fmt,
     path::PathBuf,
     str::FromStr,
@@ -20,6 +21,7 @@ use rswap_plan::PlanConfig;
 use rswap_store::{History, Knowledge, Maintenance, Membership, Ownership, Store, StoreError};
 use rswap_types::UnixMillis;
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 
 use crate::{
     Peer,
@@ -140,7 +142,13 @@ pub enum ControllerError {
         #[source]
         source: std::io::Error,
     },
+    /// One of its threads.
+    #[error("a thread of the controller has panicked: see its log, and start it again")]
+    Panicked,
 }
+
+/// Held by each thread without which a controller is none: it must not go on answering when nobody plans or stores any more.
+pub(crate) type Alive = mpsc::Sender<Infallible>;
 
 /// A controller.
 pub struct Controller {
@@ -255,24 +263,35 @@ pub async fn serve_at(
     let socket = door::bind(&address.0).await.map_err(listen)?;
     let mut doors: Vec<Box<dyn Entrance<Peer>>> = vec![Box::new(socket)];
     doors.extend(door.map(|door| -> Box<dyn Entrance<Peer>> { Box::new(door) }));
-    serve_through(controller, doors, stop).await;
-    Ok(())
+    if serve_through(controller, doors, stop).await { Ok(()) } else { Err(ControllerError::Panicked) }
 }
 
+/// Whether it ended because it was to.
 async fn serve_through(
     controller: Arc<Controller>,
     doors: Vec<Box<dyn Entrance<Peer>>>,
     stop: impl Future<Output = ()> + Send + 'static,
-) {
+) -> bool {
     let (writer, handed): (Writer, _) = writer::channel();
-    let writing = writer::start(controller.clone(), handed);
-    let rounds = rounds::start(&controller);
+    // Each by itself: one that has ended must not be outlived by the other.
+    let ((writes, mut no_writer), (plans, mut no_planner)) = (mpsc::channel(1), mpsc::channel(1));
+    let writing = writer::start(controller.clone(), handed, writes);
+    let rounds = rounds::start(&controller, plans);
+    let stop = async move {
+        tokio::select! {
+            () = stop => {}
+            _ = no_writer.recv() => {}
+            _ = no_planner.recv() => {}
+        }
+    };
     serving::serve(routes::router(controller.clone(), writer), doors, SERVED, stop).await;
     controller.stopping.store(true, Ordering::Release);
     // All end by themselves now; a plan may take a while.
     let threads = rounds.into_iter().chain([writing]);
     let join = || threads.map(JoinHandle::join).fold(true, |well, ended| ended.is_ok() && well);
-    if !matches!(tokio::task::spawn_blocking(join).await, Ok(true)) {
+    let well = matches!(tokio::task::spawn_blocking(join).await, Ok(true));
+    if !well {
         tracing::error!("a thread of the controller panicked");
     }
+    well
 }

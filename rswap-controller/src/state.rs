@@ -249,6 +249,8 @@ impl Controller {
         }
         let members: Vec<(HostName, Member)> = self.with_state(|state| {
             unwritten.forgotten.extend(state.model.dropped());
+            // One that could not be written before may be kept again.
+            unwritten.forgotten.retain(|(host, part)| !state.model.teaches(host, part));
             let member = |host: &HostName| Some((host.clone(), *state.members.get(host)?));
             unwritten.members.iter().filter_map(member).collect()
         });

@@ -7,6 +7,8 @@ use rswap_forecast::{Lessons, Part};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
+use crate::server::Controller;
+
 /// Parts whose words are kept.
 const KEPT: usize = 256;
 
@@ -24,23 +26,24 @@ pub(crate) struct Told {
 #[derive(Default)]
 pub(crate) struct Words(BTreeMap<Part, (Arc<Lessons>, Arc<RawValue>)>);
 
-impl Words {
-    /// All of these in words.
-    ///
-    /// # Errors
-    ///
-    /// If they can't be put into words; of checked lessons, all can.
-    pub(crate) fn of_all(
-        &mut self,
-        parts: Vec<(Part, Arc<Lessons>)>,
-    ) -> Result<Vec<(Part, Arc<RawValue>)>, serde_json::Error> {
-        let of = |(part, lessons): (Part, Arc<Lessons>)| {
-            let words = self.of(&part, &lessons)?;
-            Ok::<_, serde_json::Error>((part, words))
-        };
-        parts.into_iter().map(of).collect()
+/// These in words.
+///
+/// # Errors
+///
+/// If they can't be put into words; of checked lessons, all can.
+pub(crate) fn words(
+    controller: &Controller,
+    part: &Part,
+    lessons: Arc<Lessons>,
+) -> Result<Arc<RawValue>, serde_json::Error> {
+    // What was put together for one host alone, as it has taught some of it, nobody else is told.
+    if Arc::strong_count(&lessons) == 1 {
+        return Ok(to_raw_value(&*lessons)?.into());
     }
+    controller.with_words(|words| words.of(part, &lessons))
+}
 
+impl Words {
     /// As they were put before, if they are the same ones.
     fn of(&mut self, part: &Part, lessons: &Arc<Lessons>) -> Result<Arc<RawValue>, serde_json::Error> {
         if let Some((known, words)) = self.0.get(part)

@@ -10,7 +10,7 @@ use rswap_types::UnixMillis;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    server::Controller,
+    server::{Alive, Controller},
     state::{Taken, Unwritten},
 };
 
@@ -33,10 +33,11 @@ pub(crate) struct Handed {
 /// The way to the writer.
 pub(crate) type Writer = mpsc::Sender<Handed>;
 
-/// Starts the thread. It ends when nobody can hand in any more.
+/// Starts the thread. It ends when nobody can hand in any more; `alive` is dropped if it can't go on before.
 pub(crate) fn start(
     controller: Arc<Controller>,
     mut handed: mpsc::Receiver<Handed>,
+    alive: Alive,
 ) -> thread::JoinHandle<()> {
     let work = move || {
         let mut unwritten = Unwritten::default();
@@ -48,6 +49,7 @@ pub(crate) fn start(
             }
             store(&controller, batch, &mut unwritten);
         }
+        drop(alive);
     };
     thread::spawn(work)
 }

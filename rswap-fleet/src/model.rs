@@ -5,6 +5,7 @@
 //! know most: a prior counts as few series anyway (`rswap_forecast::Priors`), so that more of them would cost memory and tell nothing new.
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
 };
@@ -29,6 +30,8 @@ pub const MOST_HORIZONS: usize = 64;
 const GROWN: f64 = 0.1;
 /// A part that goes on changing without growing is told again after so long, in milliseconds.
 pub const REFRESH_MS: u64 = 30 * 60_000;
+/// Whoever has not taught for so long, in milliseconds, makes room for one that knows as much.
+const SILENT_MS: u64 = 4 * REFRESH_MS;
 
 /// Up to where somebody knows a [`Model`]. `(0, 0)` is nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -56,7 +59,8 @@ pub struct Model {
 
 #[derive(Clone, Debug)]
 struct Taught {
-    by_host: BTreeMap<HostName, Lessons>,
+    /// With when each was handed in.
+    by_host: BTreeMap<HostName, (Lessons, UnixMillis)>,
     /// All of it together. Shared: it is told to every host, and copied when nobody waits for the model any more.
     whole: Arc<Lessons>,
     /// How much was known of it when it was last told, and when.
@@ -109,21 +113,30 @@ impl Model {
             told: (0.0, UnixMillis(0)),
             number: 0,
         });
-        // Of hosts that know equally much, those stay that came first: else each of a thousand would have all of the part merged anew.
+        // Of hosts that know equally much, those stay that came first: else each of a thousand would have all of the part merged anew. Not those
+        // that have been silent, as one that has left the fleet is.
         let full = taught.by_host.len() >= TEACHERS && !taught.by_host.contains_key(host);
-        if full && taught.by_host.values().all(|kept| kept.series() >= lessons.series()) {
+        let stays = |(kept, at): &(Lessons, UnixMillis)| match kept.series().total_cmp(&lessons.series()) {
+            Ordering::Greater => true,
+            Ordering::Equal => now.since(*at) < SILENT_MS,
+            Ordering::Less => false,
+        };
+        if full && taught.by_host.values().all(stays) {
             self.dropped.insert((host.clone(), part.clone()));
             return Ok(());
         }
-        let new = taught.by_host.insert(host.clone(), lessons).is_none();
+        let new = taught.by_host.insert(host.clone(), (lessons, now)).is_none();
         while taught.by_host.len() > TEACHERS {
-            let least = taught.by_host.iter().min_by(|(_, a), (_, b)| a.series().total_cmp(&b.series()));
+            let least = taught
+                .by_host
+                .iter()
+                .min_by(|(_, (a, at)), (_, (b, bt))| a.series().total_cmp(&b.series()).then(at.cmp(bt)));
             let Some(least) = least.map(|(host, _)| host.clone()) else { break };
             taught.by_host.remove(&least);
             self.dropped.insert((least, part.clone()));
         }
         let new = new && taught.by_host.contains_key(host);
-        let mut all = taught.by_host.values();
+        let mut all = taught.by_host.values().map(|(lessons, _)| lessons);
         if let Some(first) = all.next() {
             taught.whole = Arc::new(merged(first.clone(), all)?);
         }
@@ -158,10 +171,21 @@ impl Model {
     /// What was pushed out since this was last called: of whom, and of what, as far as nothing is known of it any more.
     pub fn dropped(&mut self) -> Vec<(HostName, Part)> {
         let dropped = std::mem::take(&mut self.dropped);
-        let stays = |(host, part): &(HostName, Part)| {
-            self.parts.iter().any(|((_, of), taught)| of == part && taught.by_host.contains_key(host))
-        };
-        dropped.into_iter().filter(|one| !stays(one)).collect()
+        // Of few windows and horizons there are many parts.
+        let leads: BTreeSet<&Leads> = self.parts.keys().map(|(leads, _)| leads).collect();
+        dropped.into_iter().filter(|(host, part)| !self.is_teacher(&leads, host, part)).collect()
+    }
+
+    /// Whether something that a host has taught of a part is kept.
+    pub fn teaches(&self, host: &HostName, part: &Part) -> bool {
+        self.is_teacher(&self.parts.keys().map(|(leads, _)| leads).collect(), host, part)
+    }
+
+    fn is_teacher(&self, leads: &BTreeSet<&Leads>, host: &HostName, part: &Part) -> bool {
+        leads.iter().any(|leads| {
+            let taught = self.parts.get(&((*leads).clone(), part.clone()));
+            taught.is_some_and(|taught| taught.by_host.contains_key(host))
+        })
     }
 
     /// What the others have taught that `host` does not know yet, in the order in which it was told, until `most_series_parts`
@@ -207,7 +231,8 @@ impl Taught {
         if !self.by_host.contains_key(host) {
             return Some(self.whole.clone());
         }
-        let mut others = self.by_host.iter().filter(|(name, _)| *name != host).map(|(_, lessons)| lessons);
+        let mut others =
+            self.by_host.iter().filter(|(name, _)| *name != host).map(|(_, (lessons, _))| lessons);
         let first = others.next()?.clone();
         merged(first, others).ok().map(Arc::new)
     }

@@ -1,7 +1,7 @@
 //! The fleet's plan: hosts are its pools, and the planner is that of a host.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
 };
 
@@ -131,9 +131,18 @@ impl FleetPlanner {
     /// The second half. Of a decision that moves nothing, the present host and the best other one are kept.
     pub fn decide(&mut self, scene: Scene) -> Plan {
         self.measure_links(&scene);
+        self.forget_others(&scene);
         let at = scene.at;
         let (views, pools) = scene.into_plan();
         self.planner.plan(at, &views, &pools)
+    }
+
+    /// What is known of instances that no host has any more, for as long as the inventory remembers one, is of no use.
+    fn forget_others(&mut self, scene: &Scene) {
+        let present: HashSet<&InstanceName> =
+            scene.hosts.iter().flat_map(|seen| seen.names.values()).collect();
+        let moving = &self.moving;
+        self.planner.retain(|name| present.contains(name) || moving.contains_key(name));
     }
 
     fn measure_links(&mut self, scene: &Scene) {
@@ -177,6 +186,12 @@ impl FleetPlanner {
             };
             if drained.contains(&to) || [&to, &placed.host].into_iter().any(|host| other_wish.contains(host))
             {
+                continue;
+            }
+            // It may have gone elsewhere since it was looked at, and a host may have become silent.
+            let was_there =
+                decision.current.as_ref().is_none_or(|current| current.pool == placed.host.as_str());
+            if !was_there || to == placed.host || fleet.is_away(&to, self.interval_ms, now) {
                 continue;
             }
             let address = fleet.hosts().get(&to).and_then(|host| host.address);
@@ -225,12 +240,6 @@ impl FleetPlanner {
                 true
             }
         });
-    }
-
-    /// An instance that is gone for good.
-    pub fn forget(&mut self, name: &InstanceName) {
-        self.moving.remove(name);
-        self.planner.forget(name);
     }
 
     /// How many migrations go to each host of which its last report may not say what became of them.

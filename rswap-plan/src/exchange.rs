@@ -70,8 +70,16 @@ impl Planner {
                     }
                     for decision in decided[mover].iter_mut().filter(|decision| decision.kind == kind) {
                         decision.outcome = Outcome::Move { to: to.pool.clone(), start_by: round.now, forced };
+                        let before = decision.candidates.len();
                         decision.candidates.retain(|candidate| candidate.pool != to.pool);
+                        if decision.candidates.len() == before {
+                            // It was among those that were left out.
+                            decision.left_out = decision.left_out.saturating_sub(1);
+                        }
                         decision.candidates.insert(0, to.clone());
+                        let most = (round.config.candidates_kept as usize).max(1);
+                        decision.left_out += decision.candidates.len().saturating_sub(most);
+                        decision.candidates.truncate(most);
                         decision.exchange = Some(with.clone());
                     }
                 }

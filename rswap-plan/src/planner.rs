@@ -106,6 +106,13 @@ impl Planner {
         self.parts.remove(instance);
     }
 
+    /// All instances are gone that are not `present`.
+    pub fn retain(&mut self, present: impl Fn(&InstanceName) -> bool) {
+        self.memory.retain(|name, _| present(name));
+        self.parts.retain(|name, _| present(name));
+        self.hours.retain(|_, ends| !ends.is_empty());
+    }
+
     /// Decides about every instance. Who is forced to move chooses first, then who gains most; the decisions are in the
     /// order of the instances' names.
     pub fn plan(&mut self, now: UnixMillis, views: &[InstanceView], pools: &[Pool]) -> Plan {

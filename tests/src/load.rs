@@ -130,8 +130,9 @@ impl Cost {
         if let Some(used) = used.checked_sub(self.last_used).filter(|_| cores >= FOLLOWED_FROM_CORES)
             && queries > 0
         {
-            // A second is short: half of what was known stays.
-            self.estimate = (self.estimate + used / queries) / 2;
+            // A second is short: half of what was known stays. After a move it may be a few queries, and much else.
+            let measured = (used / queries).clamp(self.estimate / 2, self.estimate * 2);
+            self.estimate = (self.estimate + measured) / 2;
         }
         (self.last, self.last_used, self.last_answered) = (Instant::now(), used, answered);
         self.estimate

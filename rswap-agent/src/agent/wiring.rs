@@ -1,7 +1,7 @@
 //! What is connected, and one window's way through it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     path::PathBuf,
     sync::{
@@ -35,7 +35,6 @@ use crate::{
     forecast::{Forecaster, Lessons, Observation, Usage},
     instance::{
         Instance, InstanceName,
-        cgroup::stands_still,
         launch::Place,
         main_process::MainProcess,
         registry::{Listing, Registry},
@@ -159,9 +158,7 @@ impl Wiring {
         }
         self.look_at_pools(now);
         // Whoever moves has its memory read; and who stands still can't make the call by which its writes are noted.
-        let still = |instance: &Instance| stands_still(&instance.cgroup);
-        let still: BTreeSet<&InstanceName> =
-            self.known.values().filter(|instance| still(instance)).map(|instance| &instance.name).collect();
+        let still = self.listed.still();
         let left_alone = |name: &InstanceName| {
             self.moving.contains_key(name) || self.in_doubt.contains_key(name) || still.contains(name)
         };

@@ -1,6 +1,7 @@
 //! The instances of a host: one small file each under the state directory, so that they outlive the agent.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -9,18 +10,76 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Instance, InstanceError, InstanceName, affinity::Choices};
+use crate::kept_files::{Kept, Reader};
 
 /// The files are read again after this, even if their directory does not say that one has changed: somebody may have written into one.
 const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
-/// More than the kernel's clock of file systems advances by at a time (a tick).
-const TIME_STEP: Duration = Duration::from_millis(100);
+/// More than the times of files advance by at a time: a tick on most file systems, one second or two on some.
+const TIME_STEP: Duration = Duration::from_millis(2100);
 
-/// What was read of a registry.
+/// What was read of a registry, and of its instances' cgroups.
 #[derive(Debug, Default)]
 pub struct Listing {
     /// When the directory had changed last, and when it was read; nothing, if it may have changed since without a sign.
     read: Option<(SystemTime, SystemTime)>,
     instances: Vec<Instance>,
+    /// By the cgroup's id.
+    files: BTreeMap<u64, CgroupFiles>,
+    still: BTreeSet<InstanceName>,
+    reader: Reader,
+}
+
+#[derive(Debug)]
+struct CgroupFiles {
+    events: Kept,
+    freeze: Kept,
+}
+
+impl Listing {
+    /// Those of the last listing that stood still, or were about to ([`super::cgroup::stands_still`]).
+    pub fn still(&self) -> &BTreeSet<InstanceName> {
+        &self.still
+    }
+
+    /// The living.
+    fn look(&mut self) -> Vec<Instance> {
+        let Self { instances, files, still, reader, .. } = self;
+        let ids: BTreeSet<u64> = instances.iter().map(|instance| instance.cgroup_id).collect();
+        files.retain(|id, _| ids.contains(id));
+        let open = |of: &CgroupFiles| usize::from(of.events.is_open()) + usize::from(of.freeze.is_open());
+        reader.are_open(files.values().map(open).sum());
+        still.clear();
+        let mut living = Vec::with_capacity(instances.len());
+        for instance in instances {
+            let of = files.entry(instance.cgroup_id).or_insert_with(|| CgroupFiles {
+                events: Kept::new(instance.cgroup.join("cgroup.events")),
+                freeze: Kept::new(instance.cgroup.join("cgroup.freeze")),
+            });
+            let Some(stands_still) = of.look(instance, reader) else { continue };
+            if stands_still {
+                still.insert(instance.name.clone());
+            }
+            living.push(instance.clone());
+        }
+        living
+    }
+}
+
+impl CgroupFiles {
+    /// Nothing, if the instance is dead; else whether it stands still.
+    fn look(&mut self, instance: &Instance, reader: &mut Reader) -> Option<bool> {
+        let says = |text: &str| (text.contains("populated 1"), text.contains("frozen 1"));
+        // An open file is of the very cgroup, whatever is at its path by now.
+        let known = reader.read_open(&mut self.events).map(|text| says(&text));
+        let (is_populated, is_frozen) = match known {
+            Some(known) => known,
+            None if instance.is_here() => says(&reader.read(&mut self.events).ok()?),
+            None => return None,
+        };
+        // With a process in a wait that nothing ends, it is never said to be frozen.
+        let mut is_to_be = || reader.read(&mut self.freeze).is_ok_and(|word| word.trim() == "1");
+        is_populated.then(|| is_frozen || is_to_be())
+    }
 }
 
 /// The instances of a host.
@@ -40,29 +99,34 @@ impl Registry {
 
     /// Every instance that is alive, by name. A file that can't be read is logged and passed over.
     pub fn list(&self) -> Result<Vec<Instance>, InstanceError> {
-        let mut instances = self.read_all()?;
+        let (mut instances, _) = self.read_all()?;
         instances.retain(Instance::is_alive);
         Ok(instances)
     }
 
-    fn read_all(&self) -> Result<Vec<Instance>, InstanceError> {
+    /// Dead ones, too; and whether all files could be read.
+    fn read_all(&self) -> Result<(Vec<Instance>, bool), InstanceError> {
         let what = || format!("listing {}", self.directory.display());
-        let mut instances = Vec::new();
+        let (mut instances, mut all) = (Vec::new(), true);
         for entry in fs::read_dir(&self.directory).map_err(InstanceError::io(what()))? {
             let path = entry.map_err(InstanceError::io(what()))?.path();
             if path.extension().is_some_and(|extension| extension == "json") {
                 match read::<Instance>(&path) {
                     Ok(instance) => instances.push(instance),
-                    Err(error) => tracing::warn!(path = %path.display(), %error, "not an instance's file"),
+                    Err(error) => {
+                        tracing::warn!(path = %path.display(), %error, "not an instance's file");
+                        all = false;
+                    }
                 }
             }
         }
         instances.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(instances)
+        Ok((instances, all))
     }
 
     /// The same; the files are only read again when one of them has come, was replaced or has gone since, and now and then.
     pub fn list_again(&self, listing: &mut Listing) -> Result<Vec<Instance>, InstanceError> {
+        let now = SystemTime::now();
         let changed = fs::metadata(&self.directory).and_then(|directory| directory.modified());
         let changed =
             changed.map_err(InstanceError::io(format!("looking at {}", self.directory.display())))?;
@@ -70,13 +134,13 @@ impl Registry {
             *of == changed && when.elapsed().is_ok_and(|since| since < READ_AGAIN_AFTER)
         });
         if !is_known {
-            listing.instances = self.read_all()?;
-            let now = SystemTime::now();
-            // Times of files advance in steps: what changes within the same one as the last change would not be seen.
+            let (instances, all) = self.read_all()?;
+            listing.instances = instances;
+            // What changes within the same step as the last change would not be seen.
             let is_past = now.duration_since(changed).is_ok_and(|since| since > TIME_STEP);
-            listing.read = is_past.then_some((changed, now));
+            listing.read = (is_past && all).then_some((changed, now));
         }
-        Ok(listing.instances.iter().filter(|instance| instance.is_alive()).cloned().collect())
+        Ok(listing.look())
     }
 
     /// The living instance `name`.
@@ -191,7 +255,7 @@ mod tests {
                 r#"{{"name":"{name}","labels":{{}},"cgroup":"/none","cgroup_id":1,"origin":"run","command":["true"],"since":0}}"#
             )
         };
-        for (number, pause_ms) in [0, 0, 0, 150, 250].into_iter().enumerate() {
+        for (number, pause_ms) in [0, 0, 0, 10, 2200].into_iter().enumerate() {
             fs::write(files.join(format!("i{number}.json")), text(&format!("i{number}"))).expect("write");
             assert_eq!(names(&registry).len(), number + 1);
             std::thread::sleep(Duration::from_millis(pause_ms));

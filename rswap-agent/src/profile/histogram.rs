@@ -107,11 +107,6 @@ impl Counts {
         buckets.extend(counted.map(|(index, count)| (index as u16, *count)));
         Self { sum: record.sum, buckets: buckets.into() }
     }
-
-    /// Whether nothing was ever counted.
-    pub(super) fn is_empty(&self) -> bool {
-        self.sum == 0 && self.buckets.is_empty()
-    }
 }
 
 /// Adds what another CPU's record of the same metric counted.

@@ -2,93 +2,13 @@
 //! longer than reading it.
 
 use std::{
-    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    fs::File,
     io,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use nix::sys::resource::{Resource, getrlimit};
-
 use super::{ProfileError, cgroup, faults};
-
-/// What is asked for at once. The kernel gives these files from a page; those that are one record, whole (fs/seq_file.c).
-const AT_ONCE: usize = 8192;
-/// A file of many records gives about a page at a time: with less than this, there is no more.
-const IS_ALL: usize = 2048;
-
-/// Reads files, and says which may stay open.
-pub(super) struct Reader {
-    buffer: Vec<u8>,
-    /// How many more files may stay open.
-    room: usize,
-    most: usize,
-}
-
-impl Default for Reader {
-    fn default() -> Self {
-        // The other half is for connections, and for what a migration holds.
-        let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft as usize / 2);
-        Self { buffer: Vec::new(), room: most, most }
-    }
-}
-
-impl Reader {
-    /// So many files are open now.
-    pub(super) fn are_open(&mut self, files: usize) {
-        self.room = self.most.saturating_sub(files);
-    }
-
-    fn read(&mut self, file: &mut Kept) -> io::Result<Cow<'_, str>> {
-        // What it is of may have gone, and another one have come by this name.
-        let found = file.open.as_ref().and_then(|open| self.whole(open).ok());
-        let length = match found {
-            Some(length) => length,
-            None => {
-                let was_open = file.open.take().is_some();
-                let open = File::open(&file.path)?;
-                let length = self.whole(&open)?;
-                if was_open || self.room > 0 {
-                    self.room -= usize::from(!was_open);
-                    file.open = Some(open);
-                }
-                length
-            }
-        };
-        // A program's name in its `stat` may be any bytes.
-        Ok(String::from_utf8_lossy(&self.buffer[..length]))
-    }
-
-    /// Reads a file from its beginning into the buffer, and answers how many bytes there are.
-    fn whole(&mut self, file: &File) -> io::Result<usize> {
-        let mut length = 0;
-        loop {
-            if self.buffer.len() < length + AT_ONCE {
-                self.buffer.resize(length + AT_ONCE, 0);
-            }
-            let more = file.read_at(&mut self.buffer[length..], length as u64)?;
-            length += more;
-            if more < IS_ALL {
-                return Ok(length);
-            }
-        }
-    }
-}
-
-/// A file that may be open.
-#[derive(Debug)]
-struct Kept {
-    path: PathBuf,
-    open: Option<File>,
-}
-
-impl Kept {
-    fn new(path: PathBuf) -> Self {
-        Self { path, open: None }
-    }
-}
+use crate::kept_files::{Kept, Reader};
 
 /// The files of one instance.
 #[derive(Debug)]
@@ -132,10 +52,12 @@ impl InstanceFiles {
 
     /// These are its cgroups now, its own and all below it.
     pub(super) fn follow(&mut self, cgroups: &[PathBuf]) {
-        self.procs.retain(|cgroup, _| cgroups.contains(cgroup));
+        let present: BTreeSet<&Path> = cgroups.iter().map(PathBuf::as_path).collect();
+        self.procs.retain(|cgroup, _| present.contains(cgroup.as_path()));
         for cgroup in cgroups {
-            let listed = || Kept::new(cgroup.join("cgroup.procs"));
-            self.procs.entry(cgroup.clone()).or_insert_with(listed);
+            if !self.procs.contains_key(cgroup) {
+                self.procs.insert(cgroup.clone(), Kept::new(cgroup.join("cgroup.procs")));
+            }
         }
         let file = |name: &str| Kept::new(self.cgroup.join(name));
         match (self.memory.is_some(), self.cgroup.join("memory.current").exists()) {
@@ -150,14 +72,14 @@ impl InstanceFiles {
         let own = [&self.cpu_stat, &self.cpu_pressure, &self.memory_pressure];
         let others = self.memory.iter().flatten().chain(self.procs.values());
         let of_processes = self.processes.values().flatten();
-        own.into_iter().chain(others).chain(of_processes).filter(|file| file.open.is_some()).count()
+        own.into_iter().chain(others).chain(of_processes).filter(|file| file.is_open()).count()
     }
 
     /// CPU time used by the cgroup and all below it, and time for which a limit of it held its CPUs back (0 where there is none), in microseconds.
     pub(super) fn cpu_stat_us(&mut self, reader: &mut Reader) -> Result<(u64, u64), ProfileError> {
         match reader.read(&mut self.cpu_stat) {
-            Ok(text) => cgroup::cpu_stat_us(&text, &self.cpu_stat.path),
-            Err(source) => Err(ProfileError::Read { path: self.cpu_stat.path.clone(), source }),
+            Ok(text) => cgroup::cpu_stat_us(&text, self.cpu_stat.path()),
+            Err(source) => Err(ProfileError::Read { path: self.cpu_stat.path().to_owned(), source }),
         }
     }
 
@@ -178,6 +100,7 @@ impl InstanceFiles {
             let faults = reader.read(stat).ok().and_then(|text| faults::Reading::of_cgroup(&text));
             if let (Some(resident_bytes), Some(faults)) = (resident_bytes, faults) {
                 self.processes.clear();
+                self.procs.values_mut().for_each(Kept::close);
                 return Ok(Memory { resident_bytes, faults });
             }
         }
@@ -187,10 +110,11 @@ impl InstanceFiles {
         for pid in pids {
             let files = |name: &str| Kept::new(format!("/proc/{pid}/{name}").into());
             let [stat, statm] = self.processes.entry(pid).or_insert_with(|| [files("stat"), files("statm")]);
-            // A process that has ended meanwhile holds nothing. The resident set in `stat` is not exact.
-            let process = reader.read(stat).ok().and_then(|text| faults::process(&text));
+            // A process that has ended meanwhile holds nothing.
+            let process = unless_gone(reader, stat, faults::process)?;
             counted.extend(process.map(|process| (pid, process)));
-            let pages = reader.read(statm).ok().and_then(|text| resident_pages(&text));
+            // The resident set in `stat` is not exact.
+            let pages = unless_gone(reader, statm, resident_pages)?;
             resident_bytes += pages.unwrap_or(0) * procfs::page_size();
         }
         Ok(Memory { resident_bytes, faults: faults::Reading::OfProcesses(counted) })
@@ -202,14 +126,31 @@ impl InstanceFiles {
         for (cgroup, file) in &mut self.procs {
             match reader.read(file) {
                 Ok(text) => pids.extend(cgroup::pids_in(&text)),
-                Err(source) if *cgroup == self.cgroup && source.kind() == io::ErrorKind::NotFound => {
-                    return Err(ProfileError::Read { path: file.path.clone(), source });
-                }
-                // A threaded cgroup lists no processes of its own (EOPNOTSUPP): they are listed above it. Or it has gone.
-                Err(_) => {}
+                // A threaded cgroup lists no processes of its own: they are listed above it.
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+                Err(error) if has_gone(&error) && *cgroup != self.cgroup => {}
+                Err(source) => return Err(ProfileError::Read { path: file.path().to_owned(), source }),
             }
         }
         Ok(pids)
+    }
+}
+
+/// Whether what a file is of is not there any more. Any other error must not be taken for an instance that uses nothing.
+fn has_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV))
+}
+
+/// What `parse` finds in a file; nothing where that has gone.
+fn unless_gone<T>(
+    reader: &mut Reader,
+    file: &mut Kept,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Result<Option<T>, ProfileError> {
+    match reader.read(file) {
+        Ok(text) => Ok(parse(&text)),
+        Err(error) if has_gone(&error) => Ok(None),
+        Err(source) => Err(ProfileError::Read { path: file.path().to_owned(), source }),
     }
 }
 
@@ -220,26 +161,7 @@ fn resident_pages(statm: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
-
-    #[test]
-    fn a_file_is_read_as_it_is_now_and_found_again_when_another_one_has_its_name() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("file");
-        let mut reader = Reader { room: 1, ..Reader::default() };
-        let mut file = Kept::new(path.clone());
-        assert!(reader.read(&mut file).is_err());
-        for text in ["a 1\n".to_owned(), "b".repeat(3 * AT_ONCE + 5), String::new()] {
-            fs::write(&path, &text).unwrap();
-            assert_eq!(reader.read(&mut file).unwrap(), text);
-        }
-        assert!(file.open.is_some() && reader.room == 0);
-        let mut other = Kept::new(path);
-        assert_eq!(reader.read(&mut other).unwrap(), "");
-        assert!(other.open.is_none(), "there was room for one");
-    }
 
     #[test]
     fn what_this_process_has_is_read_again_and_again() {
@@ -258,9 +180,9 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let mut stat = Kept::new(format!("/proc/{}/stat", child.id()).into());
         reader.read(&mut stat).unwrap();
-        assert!(stat.open.is_some());
+        assert!(stat.is_open());
         child.wait().unwrap();
         assert!(reader.read(&mut stat).is_err());
-        assert!(stat.open.is_none());
+        assert!(!stat.is_open());
     }
 }

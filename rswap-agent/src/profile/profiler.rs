@@ -21,14 +21,14 @@ use super::{
     disk_users,
     fault_latency::{MAJOR_FAULTS, PAGE_FAULT},
     faults,
-    instance_files::{InstanceFiles, Memory, Reader},
+    instance_files::{InstanceFiles, Memory},
     listeners::Listeners,
     neighbours::{self, Names},
     probes::{EXACT, Probes, SWITCH_STATE},
     slots::{self, Counters, Devices, FreeSlots},
     tiers::{Change, Judge, Meter, Tier},
 };
-use crate::{instance::InstanceName, units::UnixMillis};
+use crate::{instance::InstanceName, kept_files::Reader, units::UnixMillis};
 
 /// How profiling is done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -111,6 +111,8 @@ struct State {
     meter: Meter,
     free: FreeSlots,
     devices: Devices,
+    /// The programs don't know all of them.
+    devices_untold: bool,
     names: Names,
     listeners: Listeners,
     tracked: BTreeMap<InstanceName, Tracked>,
@@ -170,6 +172,8 @@ struct LookedFor {
     /// How many had been made in instances', and gone, by then.
     changes: (u64, u64),
     windows_since: u32,
+    /// One may have been made in one that the programs did not know yet, or be counted before it can be seen.
+    once_more: bool,
 }
 
 /// Everything that is counted for an instance, at one moment.
@@ -201,6 +205,7 @@ impl Profiler {
             meter: Meter::new(judge),
             free: FreeSlots::new(slots - 1),
             devices: Devices::default(),
+            devices_untold: false,
             names: Names::default(),
             listeners: Listeners::default(),
             tracked: BTreeMap::new(),
@@ -405,6 +410,7 @@ impl Tracked {
         let Some((looked, changes)) = self.looked.as_mut().zip(changes) else { return true };
         looked.windows_since += 1;
         looked.changes != changes
+            || looked.once_more
             || looked.windows_since >= LOOK_AFTER_WINDOWS
             || self.members.are_unsettled()
     }
@@ -474,7 +480,7 @@ impl State {
 
     fn look_for_devices(&mut self) {
         let Some(maps) = &mut self.probes.maps else { return };
-        if !self.devices.rescan() {
+        if !self.devices.rescan() && !self.devices_untold {
             return;
         }
         // Their records first: nothing is counted there that can't be read.
@@ -482,7 +488,10 @@ impl State {
             .blocks
             .follow(&self.devices)
             .and_then(|()| maps.devices.set(0, self.devices.table(), 0).map_err(|error| error.to_string()));
-        if let Err(error) = told {
+        let was_told = !std::mem::replace(&mut self.devices_untold, told.is_err());
+        if let Err(error) = told
+            && was_told
+        {
             tracing::warn!(error, "block devices can't be told apart");
         }
     }
@@ -512,12 +521,19 @@ impl State {
         }
         let (cgroups, present): (Vec<_>, BTreeSet<_>) = cgroup::tree(&tracked.cgroup)?.into_iter().unzip();
         tracked.files.follow(&cgroups);
-        tracked.looked = changes.map(|changes| LookedFor { changes, windows_since: 0 });
+        let before = tracked.looked.as_ref().map(|looked| looked.changes);
+        tracked.looked = changes.map(|changes| {
+            let once_more = before != Some(changes);
+            LookedFor { changes, windows_since: 0, once_more }
+        });
         let Some(maps) = &mut self.probes.maps else { return Ok(()) };
         let short_lived_ms = now.and(maps.children.as_ref()).map(|_| self.short_lived_ms);
         let due = tracked.members.look(&present, now.unwrap_or_default(), short_lived_ms);
         for id in due.forget {
             maps.cgroups.remove(id);
+        }
+        if let Some(looked) = &mut tracked.looked {
+            looked.once_more |= !due.insert.is_empty();
         }
         for id in due.insert {
             let told = maps.cgroups.insert(id, slot);
