@@ -31,7 +31,7 @@ const GROWN: f64 = 0.1;
 /// A part that goes on changing without growing is told again after so long, in milliseconds.
 pub const REFRESH_MS: u64 = 30 * 60_000;
 /// Whoever has not taught for so long, in milliseconds, makes room for one that knows as much.
-const SILENT_MS: u64 = 4 * REFRESH_MS;
+pub(crate) const SILENT_MS: u64 = 4 * REFRESH_MS;
 
 /// Up to where somebody knows a [`Model`]. `(0, 0)` is nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

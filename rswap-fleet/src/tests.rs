@@ -22,6 +22,8 @@ use crate::{
     *,
 };
 
+mod aged;
+
 const INTERVAL_MS: u64 = 10_000;
 
 fn host(name: &str) -> HostName {

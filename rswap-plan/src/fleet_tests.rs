@@ -112,6 +112,35 @@ fn two_change_places_where_neither_fits_next_to_the_other() {
 }
 
 #[test]
+fn who_changes_places_names_no_more_pools_than_are_kept_and_counts_the_others() {
+    // As above. "small" would fit on c, d and e too, which are dearer, and where "big" would not.
+    let dearer = |name: &str| host(name, 2.5, 0.05);
+    let pools = [host("a", 2.0, 0.04), host("b", 3.5, 0.04), dearer("c"), dearer("d"), dearer("e")];
+    let views = [on("big", "a", 3.0), on("small", "b", 1.5)];
+    for kept in [1, 2, 16] {
+        let config = PlanConfig { candidates_kept: kept, ..eager() };
+        let (full, brief) = (Planner::new(config.clone()), Planner::new(config).brief());
+        for (mut planner, is_brief) in [(full, false), (brief, true)] {
+            let plan = planner.plan(UnixMillis(1_000_000), &views, &pools);
+            assert_eq!(moves(&plan), [("big", "b"), ("small", "a")], "{kept}, {is_brief}");
+            for (decision, (_, to)) in plan.decisions.iter().zip(moves(&plan)) {
+                let named: Vec<&str> =
+                    decision.candidates.iter().map(|candidate| candidate.pool.as_str()).collect();
+                assert!(named[0] == to && named.len() <= kept as usize, "{kept}, {is_brief}: {named:?}");
+                // All but the present one were compared.
+                assert_eq!(named.len() + decision.left_out, pools.len() - 1, "{kept}, {is_brief}: {named:?}");
+                assert!(decision.gain_per_hour().is_some(), "{kept}, {is_brief}: {named:?}");
+            }
+            // Of who makes room, a brief plan has the best other pool from before it was known that it would.
+            if is_brief && kept > 1 {
+                let partner = &plan.decisions[1];
+                assert_eq!((partner.candidates[1].pool.as_str(), partner.left_out), ("c", 2));
+            }
+        }
+    }
+}
+
+#[test]
 fn a_pool_that_is_drained_is_left_and_not_entered() {
     let mut pools = [host("a", 8.0, 0.01), host("b", 8.0, 0.04), host("c", 8.0, 0.05)];
     pools[0].state = PoolState::Draining;

@@ -126,6 +126,43 @@ fn each_tier_forgets_in_its_own_time() {
 }
 
 #[test]
+fn one_call_trims_all_hosts_of_a_large_fleet_and_they_stay_trimmed() {
+    let directory = tempfile::tempdir().unwrap();
+    let tiers = [Tier { row_ms: 0, kept_ms: 100_000 }, Tier { row_ms: 60_000, kept_ms: 1_000_000 }];
+    // More than two times as many as are trimmed in one transaction, and not all of the last ones.
+    let hosts: Vec<HostName> = (0..70).map(|number| host(&format!("h{number}"))).collect();
+    let append = |store: &Store, sequence: u64, at: u64| {
+        let of = |host: &HostName| Entry { host: host.clone(), ..entry(sequence, at, 1.0) };
+        let entries: Vec<Entry> = hosts.iter().map(of).collect();
+        assert_eq!(store.append(&entries, UnixMillis(at)).unwrap(), vec![true; hosts.len()]);
+    };
+    // When the rows of each host begin.
+    let rows = |store: &Store, tier: usize| -> Vec<Vec<u64>> {
+        let of = |host: &HostName| -> Vec<u64> {
+            let (from, to) = (UnixMillis(0), UnixMillis(u64::MAX));
+            let query = Query { host: host.clone(), instance: instance("web"), from, to, tier };
+            store.read(&query).unwrap().into_iter().map(|(at, _)| at.0).collect()
+        };
+        hosts.iter().map(of).collect()
+    };
+    let store = open(directory.path(), &tiers);
+    assert_eq!(store.trim(UnixMillis(1_000_000)).unwrap(), 0, "nothing is there yet");
+    append(&store, 1, 1_000_000);
+    append(&store, 2, 1_150_000);
+    assert_eq!(rows(&store, 0), vec![vec![1_000_000, 1_150_000]; hosts.len()]);
+    assert_eq!(store.trim(UnixMillis(1_200_000)).unwrap(), hosts.len() as u64);
+    assert_eq!(rows(&store, 0), vec![vec![1_150_000]; hosts.len()]);
+    // On the disk with the next append.
+    append(&store, 3, 1_200_000);
+    drop(store);
+    let store = open(directory.path(), &tiers);
+    assert_eq!(rows(&store, 0), vec![vec![1_150_000, 1_200_000]; hosts.len()]);
+    let minutes = vec![960_000, 1_140_000, 1_200_000];
+    assert_eq!(rows(&store, 1), vec![minutes; hosts.len()], "they are kept for longer");
+    assert_eq!(store.trim(UnixMillis(1_200_000)).unwrap(), 0);
+}
+
+#[test]
 fn members_owners_and_lives_are_kept() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path(), &TIERS);
