@@ -16,7 +16,7 @@ use nix::{
 use crate::{binary, wait_for};
 
 /// Longer than a demo takes that does not find what it shows: it gives up by itself.
-const LIMIT: Duration = Duration::from_secs(200);
+const LIMIT: Duration = Duration::from_secs(240);
 /// Told to end, it cleans up.
 const ENDS_WITHIN: Duration = Duration::from_secs(20);
 

@@ -33,19 +33,19 @@ const DATA_BYTES: u64 = 40 << 20;
 /// Size of each disk.
 const DISK_BYTES: u64 = 512 << 20;
 /// The days after which the demo has failed, if the instance has not moved.
-const DAYS: u32 = 5;
+const DAYS: u32 = 4;
 /// Quiet; busy, which is more than the slow cores give; the peak, which is more than the fast ones give. From one step to the next it is longer
 /// than plans look ahead, so that each is seen by itself.
 const PATTERN: Pattern = Pattern {
-    day: Duration::from_secs(24),
+    day: Duration::from_secs(36),
     cores: &[(0.0, 0.05), (0.56, 0.05), (0.59, 0.40), (0.78, 0.40), (0.81, 0.85), (0.95, 0.85), (0.97, 0.05)],
     peak_from: 0.81,
     peak_to: 0.95,
 };
 /// Writes of 32 KiB per second: few; then more than the slow disk gives.
 const WRITES: Pattern = Pattern {
-    cores: &[(0.0, 0.25), (0.36, 0.25), (0.39, 48.0), (0.95, 48.0), (0.97, 0.25)],
-    peak_from: 0.39,
+    cores: &[(0.0, 0.25), (0.42, 0.25), (0.45, 48.0), (0.95, 48.0), (0.97, 0.25)],
+    peak_from: 0.45,
     peak_to: 0.95,
     ..PATTERN
 };
@@ -55,8 +55,8 @@ const PROMISED_MS: f64 = 400.0;
 const RESULT: &str = "target/rswap/demo.json";
 /// What the pools give that it begins on, and the fast cores: `HOST_A` and `SLOW_DISK` say the same.
 const SLOW_CORES: f64 = 0.3;
-const FAST_CORES: f64 = 0.6;
-const SLOW_BYTES_PER_S: f64 = 1e6;
+const FAST_CORES: f64 = 0.7;
+const SLOW_BYTES_PER_S: f64 = 0.5e6;
 /// Each move comes before what is needed of its pool.
 const CLAIMS: [Claim; 3] = [
     Claim {
@@ -72,7 +72,8 @@ const CLAIMS: [Claim; 3] = [
 
 /// Host a has a share of a core that is cheap and slow, and one that is dear and fast, and two such disks, which follow; host b has
 /// more and costs more.
-/// A plan may rest on a forecast when it was judged for nearly two days of 48 windows.
+/// A plan may rest on a forecast when it was judged for two days of 72 windows and a bit of the third: then it is quiet, and the forecasts have seen that the
+/// peak before is over. Those that look farthest are believed some seconds later.
 const HOST_A: &str = r#"
 [this_host]
 cores = 0.75
@@ -84,7 +85,7 @@ measure_program_cost = true
 
 [forecast]
 horizons_ms = [500, 1000, 2000, 3000, 4000]
-min_seen = 92
+min_seen = 154
 
 [plan]
 horizon_ms = 4000
@@ -99,7 +100,7 @@ cost_per_core_hour = 0.01
 [[pool]]
 name = "fast"
 cpus = "0"
-capacity_cores = 0.6
+capacity_cores = 0.7
 cost_per_core_hour = 0.05
 
 [[pool]]
@@ -110,7 +111,7 @@ memory_gib = 8
 cost_per_core_hour = 0.08
 
 "#;
-const SLOW_DISK: &str = "operations_per_s = 300\nmbyte_per_s = 1.0\ncost_per_gib_hour = 0.001";
+const SLOW_DISK: &str = "operations_per_s = 300\nmbyte_per_s = 0.5\ncost_per_gib_hour = 0.001";
 const FAST_DISK: &str = "operations_per_s = 5000\nmbyte_per_s = 200\ncost_per_gib_hour = 0.02";
 
 fn main() -> anyhow::Result<()> {
