@@ -197,7 +197,7 @@ fn watch(
     stop: &Stop,
 ) -> anyhow::Result<()> {
     println!(
-        "{:>5} {:>3} {:>7} {:>5} {:>18} {:>8} {:>6}  it runs on",
+        "{:>5} {:>3} {:>7} {:>5} {:>19} {:>8} {:>6}  it runs on",
         "time", "day", "offered", "used", "p95 within 4 s", "wait", "acked"
     );
     let mut moved_on_day = None;
@@ -221,7 +221,7 @@ fn watch(
         let profile = view.and_then(|view| view.profile.as_ref());
         let wait_us = profile.and_then(|p| p.cpu.run_queue_ns.mean()).map(|ns| ns / 1e3);
         println!(
-            "{:>4.0}s {:>3} {:>7.2} {:>5} {:>18} {:>8} {:>6}  {place}",
+            "{:>4.0}s {:>3} {:>7.2} {:>5} {:>19} {:>8} {:>6}  {place}",
             at.as_secs_f64(),
             day + 1,
             PATTERN.cores_at(at),
