@@ -148,7 +148,10 @@ fn host_after_host_is_emptied_worked_on_and_used_again() -> anyhow::Result<()> {
     scene.controller.restart()?;
     scene.stages(&[("a", "empty"), ("b", "waiting")])?;
     for name in ["one", "two"] {
-        ensure!(scene.controller.host_of(name)?.as_deref() == Some("b"), "{name} is not on b");
+        // Host b says so in its next report.
+        wait_for(&format!("{name} to be on host b"), LIMIT, || {
+            Ok((scene.controller.host_of(name)?.as_deref() == Some("b")).then_some(()))
+        })?;
         ensure!(scene.hosts[1].has_instance(name)? && !scene.hosts[0].has_instance(name)?);
     }
     // An agent that is only started anew has not been worked on; one whose host has, says so by that.
