@@ -6,10 +6,10 @@ use crate::plan::{Decision, Outcome};
 
 /// Decisions kept of an instance at most; the oldest go first.
 pub const DECISIONS_KEPT: usize = 200;
-/// Decisions kept whole of all instances together, as long as each keeps [`WHOLE_AT_LEAST`]: one has about a kilobyte.
-const WHOLE_OF_ALL: usize = 4_000;
+/// Decisions kept whole of all instances together, as long as each keeps [`WHOLE_AT_LEAST`]: one has a kilobyte or two.
+const WHOLE_OF_ALL: usize = 2_000;
 /// The newest decisions of an instance that are kept whole, however many instances there are.
-const WHOLE_AT_LEAST: usize = 20;
+const WHOLE_AT_LEAST: usize = 10;
 
 /// How many of the newest decisions are kept whole of each of so many instances.
 pub(super) fn kept_whole(instances: usize) -> usize {
@@ -118,8 +118,8 @@ mod tests {
 
     #[test]
     fn few_instances_keep_all_and_many_the_newest() {
-        assert_eq!((kept_whole(0), kept_whole(1), kept_whole(20)), (200, 200, 200));
-        assert_eq!((kept_whole(100), kept_whole(200), kept_whole(100_000)), (40, 20, 20));
+        assert_eq!((kept_whole(0), kept_whole(1), kept_whole(20)), (200, 200, 100));
+        assert_eq!((kept_whole(100), kept_whole(200), kept_whole(100_000)), (20, 10, 10));
         let mut decisions = Decisions::default();
         for at in 0..500 {
             decisions
