@@ -35,7 +35,8 @@ use crate::{instance::InstanceName, kept_files::Reader, units::UnixMillis};
 #[serde(default, deny_unknown_fields)]
 pub struct ProfileConfig {
     /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 6 KiB of
-    /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside.
+    /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside. Of the last two, 5 KiB for each block device of the host, and as much for
+    /// all others, are in the agent's resident memory, too.
     pub slots: u32,
     /// Whether waits for a CPU are measured from when a thread is woken, or has to give way, at each of them: dearer than the kernel's own times, and with
     /// what an idle CPU takes.
