@@ -288,7 +288,11 @@ async fn serve_through(
     controller.stopping.store(true, Ordering::Release);
     // All end by themselves now; a plan may take a while.
     let threads = rounds.into_iter().chain([writing]);
-    let join = || threads.map(JoinHandle::join).fold(true, |well, ended| ended.is_ok() && well);
+    let join = || {
+        // Each, whatever became of the others.
+        let ended: Vec<_> = threads.map(JoinHandle::join).collect();
+        ended.iter().all(Result::is_ok)
+    };
     let well = matches!(tokio::task::spawn_blocking(join).await, Ok(true));
     if !well {
         tracing::error!("a thread of the controller panicked");
