@@ -15,8 +15,13 @@ const AT_ONCE: usize = 8192;
 /// A file of many records gives about a page at a time: with less than this, there is no more.
 const IS_ALL: usize = 2048;
 
-/// No more files than this stay open: behind each, the kernel keeps about five kilobytes.
-const MOST: u64 = 4096;
+/// Of each reader, no more files than this stay open: behind each, the kernel keeps about five kilobytes.
+const MOST: u64 = 2048;
+
+/// Whether what a file is of is not there any more. Any other error must not be taken for an instance that is not there, or uses nothing.
+pub(crate) fn has_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV))
+}
 
 /// Reads files, and says which may stay open.
 #[derive(Debug)]
@@ -30,7 +35,7 @@ pub(crate) struct Reader {
 impl Default for Reader {
     fn default() -> Self {
         // The others are for connections, and for what migrations hold.
-        let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| (soft / 4).min(MOST) as usize);
+        let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| (soft / 8).min(MOST) as usize);
         Self { buffer: Vec::new(), room: most, most }
     }
 }

@@ -33,7 +33,7 @@ const ROLL_EVERY: Duration = Duration::from_secs(1);
 /// How often it is looked whether there is something to do, or the end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// What is older than this is not what a plan should rest on.
+/// What is older than this a plan should not rest on.
 const FOLLOWED_WITHIN_MS: u64 = plan::BEGIN_WITHIN_MS / 2;
 
 /// What the plan's thread is to do.
@@ -47,8 +47,8 @@ enum Work {
 /// What it has decided.
 type Decided = (Box<FleetPlanner>, Arc<Plan>);
 
-/// Starts the threads. They end when the controller is stopping; `alive` is dropped where one can't go on.
-pub(crate) fn start(controller: &Arc<Controller>, alive: Alive) -> Vec<JoinHandle<()>> {
+/// Starts the threads. They end when the controller is stopping; one that can't go on before lets go of what says that it is alive.
+pub(crate) fn start(controller: &Arc<Controller>, [plans, old]: [Alive; 2]) -> Vec<JoinHandle<()>> {
     let (work, to_do) = channel();
     let (done, decided) = channel();
     let (rounds, trims) = (controller.clone(), controller.clone());
@@ -56,9 +56,12 @@ pub(crate) fn start(controller: &Arc<Controller>, alive: Alive) -> Vec<JoinHandl
         thread::spawn(move || decide(&to_do, &done)),
         thread::spawn(move || {
             rounds.rounds(&work, &decided);
-            drop(alive);
+            drop(plans);
         }),
-        thread::spawn(move || trims.trims()),
+        thread::spawn(move || {
+            trims.trims();
+            drop(old);
+        }),
     ]
 }
 
@@ -87,10 +90,11 @@ impl Controller {
         let mut planner = Some(Box::new(FleetPlanner::new(plan, self.settings.interval_ms)));
         let (mut planned, mut rolled) = (Instant::now(), Instant::now());
         let every = Duration::from_millis(self.settings.plan_every_ms);
+        let mut was_late = false;
         while !self.is_stopping() {
             match decided.recv_timeout(LOOK_EVERY.min(every)) {
                 Ok((mut decider, plan)) => {
-                    let before = self.follow(&mut decider, plan);
+                    let before = self.follow(&mut decider, plan, &mut was_late);
                     planner = Some(decider);
                     if work.send(Work::LetGo(before)).is_err() {
                         return;
@@ -135,14 +139,17 @@ impl Controller {
     }
 
     /// Orders what a plan has decided, and shows it from now on; the one before is handed back.
-    fn follow(&self, planner: &mut FleetPlanner, plan: Arc<Plan>) -> Arc<Plan> {
+    fn follow(&self, planner: &mut FleetPlanner, plan: Arc<Plan>, was_late: &mut bool) -> Arc<Plan> {
         let now = UnixMillis::now();
         let age_ms = now.since(plan.at);
         let mut moves = plan::moves(&plan);
-        if age_ms > FOLLOWED_WITHIN_MS && !moves.is_empty() {
+        let is_late = age_ms > FOLLOWED_WITHIN_MS;
+        // Where each takes so long, an old plan is better than none: what is not true any more of a move is found before it is ordered.
+        if is_late && !*was_late && !moves.is_empty() {
             tracing::warn!(age_ms, moves = moves.len(), "a plan took too long: the next one decides");
             moves.clear();
         }
+        *was_late = is_late;
         self.with_state(|state| {
             if self.settings.acts {
                 // Somebody may have wanted something else of a host meanwhile.

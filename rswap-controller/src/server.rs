@@ -231,12 +231,12 @@ impl Controller {
 
     /// Looks at the state, or changes it. Briefly, of one host or a few, and in no thread that gives way to others: everybody else waits.
     pub(crate) fn with_state<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
-        // A panic elsewhere must not take the controller with it: every change leaves a state that can be gone on with.
+        // A request that panics must not take the controller with it: every change leaves a state that can be gone on with.
         look(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-/// Serves a controller on whatever a listener accepts, until `stop` resolves: what was acknowledged is stored then.
+/// Serves a controller on whatever a listener accepts, until `stop` resolves: what was acknowledged is stored then. Once: it has ended then.
 pub async fn serve<L>(
     controller: Arc<Controller>,
     listener: L,
@@ -274,14 +274,16 @@ async fn serve_through(
 ) -> bool {
     let (writer, handed): (Writer, _) = writer::channel();
     // Each by itself: one that has ended must not be outlived by the other.
-    let ((writes, mut no_writer), (plans, mut no_planner)) = (mpsc::channel(1), mpsc::channel(1));
+    let [(writes, mut no_writer), (plans, mut no_planner), (old, mut no_trims)] =
+        [mpsc::channel(1), mpsc::channel(1), mpsc::channel(1)];
     let writing = writer::start(controller.clone(), handed, writes);
-    let rounds = rounds::start(&controller, plans);
+    let rounds = rounds::start(&controller, [plans, old]);
     let stop = async move {
         tokio::select! {
             () = stop => {}
             _ = no_writer.recv() => {}
             _ = no_planner.recv() => {}
+            _ = no_trims.recv() => {}
         }
     };
     serving::serve(routes::router(controller.clone(), writer), doors, SERVED, stop).await;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    net::SocketAddr,
     sync::Arc,
 };
 
@@ -137,7 +138,7 @@ impl FleetPlanner {
         self.planner.plan(at, &views, &pools)
     }
 
-    /// What is known of instances that no host has any more, for as long as the inventory remembers one, is of no use.
+    /// What is known of instances that no host has any more, for as long as the inventory remembers one, or whose host was taken out of the fleet, is of no use.
     fn forget_others(&mut self, scene: &Scene) {
         let present: HashSet<&InstanceName> =
             scene.hosts.iter().flat_map(|seen| seen.names.values()).collect();
@@ -179,24 +180,30 @@ impl FleetPlanner {
     ) {
         let other_wish: BTreeSet<HostName> = self.drained.symmetric_difference(drained).cloned().collect();
         let soon = UnixMillis(now.0.saturating_add(2 * self.interval_ms));
-        for decision in moves {
-            let Outcome::Move { to, start_by, .. } = &decision.outcome else { continue };
-            let (Ok(to), Some(placed)) = (to.parse::<HostName>(), fleet.placed(&decision.instance)) else {
-                continue;
-            };
-            if drained.contains(&to) || [&to, &placed.host].into_iter().any(|host| other_wish.contains(host))
-            {
-                continue;
-            }
+        let possible = |decision: &Decision| {
+            let Outcome::Move { to, start_by, .. } = &decision.outcome else { return None };
+            let (to, placed) = (to.parse::<HostName>().ok()?, fleet.placed(&decision.instance)?);
             // It may have gone elsewhere since it was looked at, and a host may have become silent.
             let was_there =
                 decision.current.as_ref().is_none_or(|current| current.pool == placed.host.as_str());
-            if !was_there || to == placed.host || fleet.is_away(&to, self.interval_ms, now) {
+            let is_wanted = [&to, &placed.host]
+                .into_iter()
+                .all(|host| !other_wish.contains(host) && !fleet.is_away(host, self.interval_ms, now));
+            let address = fleet.hosts().get(&to)?.address?;
+            let acts = fleet.hosts().get(&placed.host).is_some_and(|host| host.acts);
+            let fits = was_there && is_wanted && acts && to != placed.host && !drained.contains(&to);
+            (fits && *start_by <= soon).then_some((to, address))
+        };
+        let possible: BTreeMap<&InstanceName, (HostName, SocketAddr)> =
+            moves.iter().filter_map(|decision| Some((&decision.instance, possible(decision)?))).collect();
+        for decision in moves {
+            let Some((to, address)) = possible.get(&decision.instance) else { continue };
+            // Where two change places, one alone would find no room.
+            if decision.exchange.as_ref().is_some_and(|with| !possible.contains_key(with)) {
                 continue;
             }
-            let address = fleet.hosts().get(&to).and_then(|host| host.address);
-            let acts = fleet.hosts().get(&placed.host).is_some_and(|host| host.acts);
-            let Some(address) = address.filter(|_| acts && *start_by <= soon) else { continue };
+            let Some(placed) = fleet.placed(&decision.instance) else { continue };
+            let (to, address) = (to.clone(), *address);
             self.planner.started(&decision.instance, to.as_str());
             let until = UnixMillis(now.0.saturating_add(MOVES_WITHIN_MS));
             let (from, local) = (placed.host.clone(), placed.local.clone());

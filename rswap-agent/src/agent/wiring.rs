@@ -1,7 +1,7 @@
 //! What is connected, and one window's way through it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
     sync::{
@@ -65,6 +65,8 @@ pub(super) struct Wiring {
     pub(super) config: Config,
     pub(super) registry: Registry,
     listed: Listing,
+    /// Those that could not be profiled when they were first seen.
+    unprofiled: BTreeSet<InstanceName>,
     pub(super) board: Board,
     pub(super) ended: UnboundedSender<Ended>,
     pub(super) cold: Cold,
@@ -120,6 +122,7 @@ impl Wiring {
             config,
             registry,
             listed: Listing::default(),
+            unprofiled: BTreeSet::new(),
             board,
             ended,
             cold,
@@ -276,7 +279,12 @@ impl Wiring {
             }
         }
         let mut new = Vec::new();
+        self.unprofiled.retain(|name| present.contains_key(name));
         for (name, instance) in &present {
+            if self.unprofiled.contains(name) && self.profiler.track(name, &instance.cgroup).is_ok() {
+                tracing::info!(instance = %name, "it is profiled now");
+                self.unprofiled.remove(name);
+            }
             if self.known.get(name).is_none_or(|before| before.cgroup_id != instance.cgroup_id) {
                 tracing::info!(instance = %name, cgroup = %instance.cgroup.display(), "watching");
                 // The forecaster may know another one of this name, from before this agent.
@@ -284,6 +292,7 @@ impl Wiring {
                 self.forecaster.introduce(name, kin, instance.since.0);
                 new.push(instance.clone());
                 if let Err(error) = self.profiler.track(name, &instance.cgroup) {
+                    self.unprofiled.insert(name.clone());
                     tracing::warn!(instance = %name, error = %refused("profile it", &error), "not profiled");
                 }
             }

@@ -10,7 +10,7 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Instance, InstanceError, InstanceName, affinity::Choices};
-use crate::kept_files::{Kept, Reader};
+use crate::kept_files::{Kept, Reader, has_gone};
 
 /// The files are read again after this, even if their directory does not say that one has changed: somebody may have written into one.
 const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
@@ -51,10 +51,14 @@ impl Listing {
         still.clear();
         let mut living = Vec::with_capacity(instances.len());
         for instance in instances {
-            let of = files.entry(instance.cgroup_id).or_insert_with(|| CgroupFiles {
+            let at = || CgroupFiles {
                 events: Kept::new(instance.cgroup.join("cgroup.events")),
                 freeze: Kept::new(instance.cgroup.join("cgroup.freeze")),
-            });
+            };
+            let of = files.entry(instance.cgroup_id).or_insert_with(at);
+            if of.events.path().parent() != Some(&*instance.cgroup) {
+                *of = at();
+            }
             let Some(stands_still) = of.look(instance, reader) else { continue };
             if stands_still {
                 still.insert(instance.name.clone());
@@ -73,8 +77,20 @@ impl CgroupFiles {
         let known = reader.read_open(&mut self.events).map(|text| says(&text));
         let (is_populated, is_frozen) = match known {
             Some(known) => known,
-            None if instance.is_here() => says(&reader.read(&mut self.events).ok()?),
-            None => return None,
+            None => {
+                let read = match reader.read(&mut self.events) {
+                    Ok(text) => says(&text),
+                    Err(error) if has_gone(&error) => return None,
+                    // It can't be read now: that is no reason to take it for dead.
+                    Err(_) => (true, false),
+                };
+                // Looked at behind it: what was opened is its own then.
+                if !instance.is_here() {
+                    self.events.close();
+                    return None;
+                }
+                read
+            }
         };
         // With a process in a wait that nothing ends, it is never said to be frozen.
         let mut is_to_be = || reader.read(&mut self.freeze).is_ok_and(|word| word.trim() == "1");

@@ -3,12 +3,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
     path::{Path, PathBuf},
 };
 
 use super::{ProfileError, cgroup, faults};
-use crate::kept_files::{Kept, Reader};
+use crate::kept_files::{Kept, Reader, has_gone};
 
 /// The files of one instance.
 #[derive(Debug)]
@@ -134,11 +133,6 @@ impl InstanceFiles {
         }
         Ok(pids)
     }
-}
-
-/// Whether what a file is of is not there any more. Any other error must not be taken for an instance that uses nothing.
-fn has_gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV))
 }
 
 /// What `parse` finds in a file; nothing where that has gone.
