@@ -90,9 +90,33 @@ fn no_order_rests_on_what_has_changed_since_it_was_looked_at() {
     assert_eq!(orders(&nothing, &nobody, last), ordered);
     assert_eq!(orders(&nothing, &nobody, last + 1), [], "b has become silent");
     let b_is_heard = |fleet: &mut Inventory| says(fleet, "b", 2, vec![]);
-    assert_eq!(orders(&b_is_heard, &nobody, last + 1), ordered);
+    assert_eq!(orders(&b_is_heard, &nobody, last + 1), [], "a has become silent, and would hear of it late");
+    let both_are_heard = |fleet: &mut Inventory| {
+        says(fleet, "a", 1, x());
+        says(fleet, "b", 2, vec![]);
+    };
+    assert_eq!(orders(&both_are_heard, &nobody, last + 1), ordered);
 
     assert_eq!(orders(&nothing, &b, 2_001), [], "b is to be left");
+}
+
+#[test]
+fn of_two_that_change_places_neither_is_ordered_alone() {
+    let mut fleet = Inventory::default();
+    fleet.take(&report("a", 1, 0.5, vec![instance("x", "x", 1.0)]), UnixMillis(1_000));
+    fleet.take(&report("b", 2, 0.01, vec![]), UnixMillis(1_000));
+    let mut planner = FleetPlanner::new(PlanConfig::default(), INTERVAL_MS);
+    let scene = planner.look(&fleet, &BTreeSet::new(), UnixMillis(1_000));
+    let decided = planner.decide(scene);
+    let moves = plan::moves(&decided);
+    let [one] = moves[..] else { panic!("{decided:?}") };
+    let mut given = |decision: &rswap_plan::Decision| {
+        let mut book = Book::new(1);
+        planner.order_moves(&[decision], &fleet, &BTreeSet::new(), &mut book, UnixMillis(1_001));
+        book.waiting().count()
+    };
+    let half = rswap_plan::Decision { exchange: Some(name("y")), ..one.clone() };
+    assert_eq!((given(&half), given(one)), (0, 1));
 }
 
 /// What an hour of a core costs on a, b and c.
