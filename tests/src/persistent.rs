@@ -1,7 +1,7 @@
 //! Clients that keep their connections, whatever happens to the server: one lost, doubled or late byte shows.
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
     sync::{
         Arc,
@@ -118,7 +118,18 @@ pub fn pipeline(netns: &Netns, server: Ipv4Addr) -> anyhow::Result<Running> {
                     || answered.load(Ordering::Acquire) < sent.load(Ordering::Acquire)
                 {
                     line.clear();
-                    ensure!(reader.read_line(&mut line)? > 0, "the connection has ended");
+                    let length = match reader.read_line(&mut line) {
+                        // It was told to stop after it had begun to wait, and the writer before it sent more.
+                        Err(error)
+                            if error.kind() == ErrorKind::WouldBlock
+                                && stop.load(Ordering::Acquire)
+                                && answered.load(Ordering::Acquire) == sent.load(Ordering::Acquire) =>
+                        {
+                            break;
+                        }
+                        read => read?,
+                    };
+                    ensure!(length > 0, "the connection has ended");
                     let wanted = answered.load(Ordering::Acquire) + 1;
                     ensure!(line == format!(":{wanted}\r\n"), "{line:?} came where {wanted} was due");
                     answered.store(wanted, Ordering::Release);

@@ -1,16 +1,15 @@
 //! The page that an agent serves, in a real browser: every view shows what the agent answers, on a desktop and on a phone, in both colour
 //! schemes, by the keyboard, and without a serious violation of accessibility. What is looked for is in `rswap-dashboard/check`.
 
-use std::{
-    fs,
-    io::{BufRead, BufReader},
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::Duration,
-};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, ensure};
-use rswap_tests::{Fleet, Host, HostOptions, controller::Controller, reason_to_skip, skip, wait_for};
+use rswap_tests::{
+    Fleet, Host, HostOptions,
+    browser::{look, ready},
+    controller::Controller,
+    wait_for,
+};
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(40);
@@ -27,22 +26,6 @@ const POOLS: &str = "[forecast]\nhorizons_ms = [1000, 3000]\nmin_seen = 8\n\n\
                      [[pool]]\nname = \"slow\"\ncpus = \"1\"\ncapacity_cores = 0.5\ncost_per_core_hour = 0.01\n\n\
                      [[pool]]\nname = \"fast\"\ncpus = \"0-1\"\n\n\
                      [[pool]]\nname = \"b\"\nhost = \"10.88.0.2:7791\"\ncores = 4\nmemory_gib = 8\ncost_per_core_hour = 90.0\n";
-
-fn project() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
-/// A browser and what drives it, or why this can't be looked at here.
-fn browser() -> Result<PathBuf, &'static str> {
-    let found = Command::new("which").arg("chromium").output().ok().filter(|output| output.status.success());
-    let path = found.map(|output| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
-    let path = path.ok_or("there is no chromium on the PATH")?;
-    if project().join("rswap-dashboard/node_modules/playwright-core").is_dir() {
-        Ok(path)
-    } else {
-        Err("what drives the browser is not there: `cargo xtask test` fetches it")
-    }
-}
 
 fn program(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("programs").join(name).to_string_lossy().into_owned()
@@ -68,47 +51,6 @@ fn prepare(fleet: &Fleet, a: &Host) -> anyhow::Result<()> {
         let forecast = windows.iter().filter(|window| !window["forecast"]["memory"].is_null()).count();
         Ok((by_plan && forecast > 5).then_some(()))
     })
-}
-
-/// Runs a script of `rswap-dashboard/check` by `command`, which is node on some host. `said` is called for what it asks to be done.
-fn look(
-    mut command: Command,
-    script: &str,
-    arguments: &[&str],
-    mut said: impl FnMut(&str) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    command.arg(project().join("rswap-dashboard/check").join(script)).args(arguments);
-    // Where pictures of all views are wanted.
-    command.args(std::env::var_os("RSWAP_SCREENSHOTS"));
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut looking = command.spawn().context("cannot start node")?;
-    let lines = BufReader::new(looking.stdout.take().context("node has no output")?).lines();
-    let mut wrong = Vec::new();
-    for line in lines {
-        let line = line?;
-        println!("{line}");
-        match line.strip_prefix("WRONG: ") {
-            Some(what) => wrong.push(what.to_owned()),
-            None => said(&line)?,
-        }
-    }
-    let status = looking.wait()?;
-    ensure!(status.success() && wrong.is_empty(), "{status}: {wrong:#?}");
-    Ok(())
-}
-
-/// The browser; `None` if `test` is skipped.
-fn ready(test: &str) -> Option<String> {
-    if reason_to_skip(test).is_some() {
-        return None;
-    }
-    match browser() {
-        Ok(path) => Some(path.to_string_lossy().into_owned()),
-        Err(reason) => {
-            skip(test, reason);
-            None
-        }
-    }
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! A swap fails, and so does the way back: the instance stands still with both copies, which is said, and the next try brings it to an end.
 
-use std::{fs, process::Command, thread, time::Duration};
+use std::{fs, path::Path, process::Command, thread, time::Duration};
 
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use rswap_agent::status::InstanceView;
-use rswap_tests::{reason_to_skip, rounds, steps::Place, storage::StorageScene, wait_for};
+use rswap_tests::{browser, reason_to_skip, rounds, steps::Place, storage::StorageScene, wait_for};
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(10);
@@ -29,8 +29,14 @@ fn a_way_back_that_fails_is_said_and_the_next_try_makes_it_good() -> anyhow::Res
     scene.add_volume("more");
     scene.python("locked", &[])?;
     let descriptors = scene.descriptors()?;
-    for next in [Next::Swap, Next::Agent, Next::Swap] {
+    let chromium = browser::ready("a_way_back_that_fails_is_said_and_the_next_try_makes_it_good");
+    for (number, next) in [Next::Swap, Next::Agent, Next::Swap].into_iter().enumerate() {
         stands(&scene)?;
+        if let Some(chromium) = chromium.as_ref().filter(|_| number == 0) {
+            let node = scene.host.command(Path::new("node"));
+            let arguments = ["http://127.0.0.1:7790/", chromium.as_str(), "worker", "data"];
+            browser::look(node, "standing.mjs", &arguments, |_| Ok(()))?;
+        }
         match next {
             // The try itself fails as the first one did, and its way back does not.
             Next::Swap => {
