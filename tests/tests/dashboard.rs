@@ -35,8 +35,11 @@ fn program(name: &str) -> String {
 fn prepare(fleet: &Fleet, a: &Host) -> anyhow::Result<()> {
     let directory = fleet.scratch().to_string_lossy().into_owned();
     let log = fleet.scratch().join("hold.log");
-    a.run("shop", &["--label", "app=shop"], &["python3", &program("day.py"), &directory, "6"])?;
-    a.run("busy", &["--pool", "slow"], BUSY)?;
+    // The browser takes cores, too: a plan would look for others.
+    let stays = ["--label", "rswap.pin=this-host"];
+    let shop = [&["--label", "app=shop"][..], &stays].concat();
+    a.run("shop", &shop, &["python3", &program("day.py"), &directory, "6"])?;
+    a.run("busy", &[&["--pool", "slow"][..], &stays].concat(), BUSY)?;
     a.run("hold", &[], &["python3", &program("hold.py"), &log.to_string_lossy(), "192", "3000"])?;
     wait_for("the memory to be filled", LIMIT, || {
         Ok(fs::metadata(&log).is_ok_and(|log| log.len() > 0).then_some(()))
