@@ -224,6 +224,7 @@ async fn serve(config: Config) -> Result<(), AgentError> {
         let started = scope.spawn(|| {
             // Before the guards of an earlier agent are ended: one may be at it.
             storage::recover_all(&recovery.place.state_dir);
+            storage::bury_left(&registry.list().unwrap_or_default());
             recovery.at_start(&ledger);
             linux::sweep_volumes(&recovery.place, &ledger);
             share::sweep(&recovery.place);

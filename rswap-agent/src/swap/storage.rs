@@ -37,7 +37,7 @@ use utoipa::ToSchema;
 use self::{copy::Copy, freeze::Left, record::Record};
 pub use self::{
     error::StorageError,
-    recover::{recover, recover_all},
+    recover::{bury_left, recover, recover_all},
 };
 use crate::{
     config::VolumePool,

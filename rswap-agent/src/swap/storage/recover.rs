@@ -15,7 +15,10 @@ use super::{
     hold::{self, Stopped},
     record::{self, Record},
 };
-use crate::instance::cgroup;
+use crate::{
+    instance::{Instance, cgroup},
+    tracee::tree,
+};
 
 /// How long an instance stands still, once more, for a disk that it was brought to.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -160,6 +163,18 @@ pub fn recover_all(state_dir: &Path) {
             tracing::error!(
                 "a storage swap that was broken off is not at its end yet: who is at it, or a disk, does not answer"
             );
+        }
+    }
+}
+
+/// Takes away what is left of tasks of ours in these instances' programs: what a swap that is over could not, as a process did not stop in time.
+pub fn bury_left(instances: &[Instance]) {
+    let moved = |instance: &&Instance| !instance.volumes.is_empty() && !cgroup::is_frozen(&instance.cgroup);
+    for instance in instances.iter().filter(moved) {
+        // By a thread that ends, as above.
+        let bury = || hold::bury(tree::listed(instance).unwrap_or_default());
+        if thread::scope(|scope| scope.spawn(bury).join()).is_err() {
+            tracing::error!(instance = %instance.name, "looking for what swaps have left panicked");
         }
     }
 }
