@@ -59,7 +59,11 @@ impl Listing {
             if of.events.path().parent() != Some(&*instance.cgroup) {
                 *of = at();
             }
-            let Some(stands_still) = of.look(instance, reader) else { continue };
+            let Some(stands_still) = of.look(instance, reader) else {
+                // Its file may stay for long: what was open of it must not.
+                files.remove(&instance.cgroup_id);
+                continue;
+            };
             if stands_still {
                 still.insert(instance.name.clone());
             }
