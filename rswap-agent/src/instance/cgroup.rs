@@ -52,7 +52,7 @@ pub fn is_populated(path: &Path) -> bool {
     says(path, "cgroup.events", |events| events.contains("populated 1"))
 }
 
-/// What a small file of a cgroup says; nothing, if it can't be read. Of each instance some are read in each window: by one call.
+/// Whether a small file of a cgroup says so; no, if it can't be read. One call has all of it.
 fn says(cgroup: &Path, file: &str, it: impl Fn(&str) -> bool) -> bool {
     let mut buffer = [0; 256];
     let read = fs::File::open(cgroup.join(file)).and_then(|mut file| file.read(&mut buffer));

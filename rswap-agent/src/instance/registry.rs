@@ -144,7 +144,7 @@ impl Registry {
         Ok((instances, all))
     }
 
-    /// The same; the files are only read again when one of them has come, was replaced or has gone since, and now and then.
+    /// As [`Self::list`], window by window: the files are only read again when one of them has come, was replaced or has gone since, and now and then.
     pub fn list_again(&self, listing: &mut Listing) -> Result<Vec<Instance>, InstanceError> {
         let now = SystemTime::now();
         let changed = fs::metadata(&self.directory).and_then(|directory| directory.modified());
