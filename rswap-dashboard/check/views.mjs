@@ -39,16 +39,26 @@ export async function overview(page, get) {
         );
         return found?.querySelector(".big").textContent;
       }, name);
+    const wanted = status.probes.filter((probe) => probe.state !== "off");
     const expected = {
       Instances: `${status.instances}`,
       Moves: `${status.swaps_done + status.migrations_done}`,
-      Probes: `${status.probes.filter((probe) => probe.state === "active").length}/${status.probes.length}`,
+      Probes: `${wanted.filter((probe) => probe.state === "active").length}/${wanted.length}`,
     };
     for (const [name, value] of Object.entries(expected)) {
       const shown = await tile(name);
       if (shown !== value) return `${name}: ${shown} is shown, ${value} is so`;
     }
     return (await text(page, ".host")) === status.host ? null : "the host's name is another";
+  });
+  await agree("attention is called to what does not work, and not to what is switched off", async () => {
+    const { probes } = await get("v1/status");
+    const called = await page.locator("section[aria-labelledby=attention] strong").allInnerTexts();
+    for (const { name, state } of probes) {
+      const isCalled = called.some((what) => what.includes(`The probe ${name} is`));
+      if (isCalled !== (state === "unavailable")) return `${name} is ${state}, and called are ${called}`;
+    }
+    return probes.some((probe) => probe.state === "off") ? null : "none is switched off";
   });
   await agree("the hosts are those of the agent", async () => {
     const hosts = (await get("v1/pools")).filter((pool) => ["host", "this_host"].includes(pool.kind.kind));

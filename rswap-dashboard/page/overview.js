@@ -52,7 +52,8 @@ const links = (status) => {
 
 function view(data, state) {
   const { status, moves } = state;
-  const active = status.probes.filter((probe) => probe.state === "active").length;
+  const probes = (state) => status.probes.filter((probe) => probe.state === state).length;
+  const [active, off] = [probes("active"), probes("off")];
   const found = attention(state, data);
   const [security, detail] = links(status);
   const done = status.swaps_done + status.migrations_done;
@@ -65,7 +66,13 @@ function view(data, state) {
         ["Instances", tile(count(status.instances), html`<a href="#/instances">what they do</a>`)],
         ["Moves", tile(count(done), html`${failed ? plural(failed, "failure") : "none failed"}`)],
         ["Under way", tile(count(status.moves_running), html`<a href="#/moves">details</a>`)],
-        ["Probes", tile(`${active}/${status.probes.length}`, "of the kernel's are read")],
+        [
+          "Probes",
+          tile(
+            `${active}/${status.probes.length - off}`,
+            off ? `of the kernel's are read; ${off} switched off` : "of the kernel's are read",
+          ),
+        ],
         ["Links", tile(security, detail)],
         [
           "The agent's work",

@@ -39,7 +39,7 @@ fn needed(test: &str) -> Option<Profiler> {
         .state;
     match state {
         ProbeState::Active => Some(profiler),
-        ProbeState::Unavailable { reason } | ProbeState::Dropped { reason } => {
+        ProbeState::Off { reason } | ProbeState::Unavailable { reason } | ProbeState::Dropped { reason } => {
             skip(test, &reason);
             None
         }

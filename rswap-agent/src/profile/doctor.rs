@@ -78,6 +78,8 @@ pub fn features() -> Vec<Feature> {
         let finding = match state {
             ProbeState::Active => Ok("the program loads and attaches".to_owned()),
             ProbeState::Unavailable { reason } | ProbeState::Dropped { reason } => Err(reason),
+            // Nothing is: all of them were asked for.
+            ProbeState::Off { .. } => continue,
         };
         let kind = if fault_latency::at_event(&name).is_some() { "software event" } else { "tracepoint" };
         found.push(feature(&format!("{kind} {name}"), finding, probe_cost(&name)));

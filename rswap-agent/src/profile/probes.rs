@@ -47,6 +47,11 @@ pub(super) const NO_OBJECT: &str = "built without eBPF programs: use `cargo xtas
 pub enum ProbeState {
     /// It does.
     Active,
+    /// It does not, as the configuration does not ask for it: nothing is wrong.
+    Off {
+        /// Which setting, for people.
+        reason: String,
+    },
     /// It does not, and why.
     Unavailable {
         /// For people.
@@ -225,6 +230,17 @@ fn wanted_events(config: &ProfileConfig) -> impl Iterator<Item = &'static str> {
     [MAJOR_FAULTS].into_iter().chain(config.minor_faults.then_some(MINOR_FAULTS))
 }
 
+/// What the configuration does not ask for.
+fn switched_off(config: &ProfileConfig) -> impl Iterator<Item = ProbeStatus> {
+    let exact: &[Probe] = if config.exact { &[] } else { &EXACT_PROBES };
+    let exact = exact.iter().map(|probe| (probe.tracepoint, "profile.exact"));
+    let events = (!config.minor_faults).then_some((MINOR_FAULTS, "profile.minor_faults"));
+    exact.chain(events).map(|(name, setting)| {
+        let state = ProbeState::Off { reason: format!("{setting} is false") };
+        ProbeStatus { name: name.to_owned(), state }
+    })
+}
+
 /// Holds a program where it is called.
 enum Link {
     Tracepoint(#[expect(dead_code, reason = "it holds as long as it is kept")] BtfTracePointLink),
@@ -338,6 +354,7 @@ impl Probes {
             let state = ProbeState::Unavailable { reason };
             this.statuses.push(ProbeStatus { name: SWITCH_STATE.to_owned(), state });
         }
+        this.statuses.extend(switched_off(config));
         if config.measure_program_cost {
             this.measure();
         }
@@ -743,6 +760,8 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -770,18 +789,49 @@ mod tests {
         let (links, statuses) = (there(&probes), probes.statuses.clone());
         probes.drop_tier(Tier::Scheduler, "a test");
         // It was never loaded: it can't be attached, and the others can.
-        let state = ProbeState::Dropped { reason: "a test".to_owned() };
-        probes.statuses.push(ProbeStatus { name: SCHED_WAKING.to_owned(), state });
+        let waking = statuses.iter().position(|of| of.name == SCHED_WAKING).unwrap();
+        probes.statuses[waking].state = ProbeState::Dropped { reason: "a test".to_owned() };
         assert!(!probes.return_tier(Tier::Scheduler));
         assert!(there(&probes).iter().all(|name| Tier::of(name) != Some(Tier::Scheduler)));
         assert!(probes.is_dropped(Tier::Scheduler) && !probes.is_dropped(Tier::Block));
-        for status in probes.statuses.iter().filter(|of| Tier::of(&of.name) == Some(Tier::Scheduler)) {
+        let is_off = |of: &ProbeStatus| matches!(of.state, ProbeState::Off { .. });
+        let of_tier = probes.statuses.iter().filter(|of| Tier::of(&of.name) == Some(Tier::Scheduler));
+        for status in of_tier.filter(|of| !is_off(of)) {
             let ProbeState::Dropped { reason } = &status.state else { panic!("{status:?}") };
             assert!(reason.contains("it could not be attached again"), "{status:?}");
         }
-        probes.statuses.retain(|of| of.name != SCHED_WAKING);
+        probes.statuses[waking] = statuses[waking].clone();
         assert!(probes.return_tier(Tier::Scheduler));
         assert_eq!((there(&probes), &probes.statuses), (links, &statuses));
+    }
+
+    #[test]
+    fn what_the_configuration_does_not_ask_for_is_off_and_stays_so() {
+        let off = |probes: &Probes| {
+            let off = probes.statuses.iter().filter_map(|of| match &of.state {
+                ProbeState::Off { reason } => Some(format!("{}: {reason}", of.name)),
+                _ => None,
+            });
+            off.collect::<Vec<_>>()
+        };
+        let config = ProfileConfig { slots: 1, ..ProfileConfig::default() };
+        let mut probes = Probes::load(&config);
+        let expected = [
+            "sched_waking: profile.exact is false",
+            "sched_wakeup_new: profile.exact is false",
+            "minor_faults: profile.minor_faults is false",
+        ];
+        assert_eq!(off(&probes), expected);
+        for tier in Tier::ALL {
+            probes.drop_tier(tier, "a test");
+            assert!(probes.return_tier(tier));
+        }
+        assert_eq!(off(&probes), expected);
+        let all = Probes::load(&ProfileConfig { exact: true, minor_faults: true, ..config });
+        assert!(off(&all).is_empty(), "{:?}", all.statuses);
+        let names = |of: &Probes| of.statuses.iter().map(|of| of.name.clone()).collect::<BTreeSet<_>>();
+        assert_eq!(names(&probes), names(&all), "all are told of, whatever is asked for");
+        assert_eq!(names(&probes).len(), probes.statuses.len(), "once: {:?}", probes.statuses);
     }
 
     #[test]

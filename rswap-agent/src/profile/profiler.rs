@@ -92,9 +92,9 @@ pub struct Profiler {
     config: ProfileConfig,
     state: Mutex<State>,
     /// Looks at ages, or why nobody does.
-    ages: Result<Scanner, String>,
+    ages: Result<Scanner, ProbeState>,
     /// Looks at what is written, or why nobody does.
-    written_ages: Result<Scanner, String>,
+    written_ages: Result<Scanner, ProbeState>,
 }
 
 /// A look may wait for the kernel without an end: for a process's lock that a thread has which waits for a disk. A window must not.
@@ -191,7 +191,7 @@ struct Reading {
 }
 
 impl Profiler {
-    /// Loads the probes that this kernel takes; the others are in [`Self::probes`], with the reason.
+    /// Loads the probes that are asked for and that this kernel takes; the others are in [`Self::probes`], with the reason.
     pub fn start(config: &ProfileConfig) -> Self {
         // The last one is shared by those for whom there is none left.
         let slots = config.slots.clamp(1, MAX_SLOTS - 1) + 1;
@@ -229,7 +229,7 @@ impl Profiler {
         for (name, scanner) in [(AGES, &self.ages), (WRITTEN_AGES, &self.written_ages)] {
             let state = match scanner {
                 Ok(_) => ProbeState::Active,
-                Err(reason) => ProbeState::Unavailable { reason: reason.clone() },
+                Err(state) => state.clone(),
             };
             all.push(ProbeStatus { name: name.to_owned(), state });
         }
@@ -341,7 +341,7 @@ impl Profiler {
         state.reader.are_open(open);
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
-        let ages = |of: &Result<Scanner, String>, name: &InstanceName| of.as_ref().ok()?.ages(name);
+        let ages = |of: &Result<Scanner, ProbeState>, name: &InstanceName| of.as_ref().ok()?.ages(name);
         let with_ages = |mut profile: Profile| {
             profile.memory.ages = ages(&self.ages, &profile.instance);
             profile.memory.written_ages = ages(&self.written_ages, &profile.instance);
@@ -764,5 +764,22 @@ impl State {
         }
         profile.tcp.listen_drops = self.listeners.drops(name);
         Ok(Some(profile))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_that_nobody_asks_for_are_off_and_not_unavailable() {
+        let config = ProfileConfig { slots: 1, memory_budget: 0.0, ..ProfileConfig::default() };
+        let probes = serde_json::to_value(Profiler::start(&config).probes()).unwrap();
+        for (name, setting) in [(AGES, "memory_budget"), (WRITTEN_AGES, "written_budget")] {
+            let expected = serde_json::json!({
+                "name": name, "state": "off", "reason": format!("profile.{setting} is 0"),
+            });
+            assert!(probes.as_array().unwrap().contains(&expected), "no {expected} in {probes}");
+        }
     }
 }

@@ -182,10 +182,11 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
     registry.register("migrations_running", "Migrations on their way", float(running as f64));
 
     let active = Family::<Named, Gauge>::default();
-    for probe in &board.probes {
+    // One that nobody wants would look like one that does not work.
+    for probe in board.probes.iter().filter(|probe| !matches!(probe.state, ProbeState::Off { .. })) {
         active.get_or_create(&named(&probe.name)).set((probe.state == ProbeState::Active).into());
     }
-    registry.register("probe_active", "1 if the probe measures", active);
+    registry.register("probe_active", "1 if the probe measures; without those that are switched off", active);
 
     let (runs, run_time) = (Family::<Named, Counter>::default(), Family::<Named, Counter>::default());
     for program in &board.programs {

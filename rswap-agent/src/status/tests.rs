@@ -235,6 +235,10 @@ async fn exposes_metrics() {
             name: "sched".into(),
             state: ProbeState::Unavailable { reason: "no BTF".into() },
         });
+        b.probes.push(ProbeStatus {
+            name: "memory.written_ages".into(),
+            state: ProbeState::Off { reason: "profile.written_budget is 0".into() },
+        });
     });
     board.write(show_a_profile);
     let text = served(board).await.get_text("/metrics").await.unwrap();
@@ -260,6 +264,7 @@ async fn exposes_metrics() {
     assert!(text.contains("# TYPE rswap_instance_block_device_seconds histogram"), "{text}");
     assert!(text.contains("rswap_core_swaps_total 4"), "{text}");
     assert!(text.contains("rswap_probe_active{name=\"sched\"} 0"), "{text}");
+    assert!(!text.contains("rswap_probe_active{name=\"memory.written_ages\"}"), "{text}");
     assert!(text.ends_with("# EOF\n"), "{text}");
 }
 

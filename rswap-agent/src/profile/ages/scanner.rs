@@ -12,7 +12,7 @@ use std::{
 use super::{AgesCost, Budget, Count, Cycle, PageAges, writes, writes::Armed};
 use crate::{
     instance::InstanceName,
-    profile::{cgroup, doctor::migration_features},
+    profile::{ProbeState, cgroup, doctor::migration_features},
     sys::clock::thread_cpu_time,
     units::UnixMillis,
 };
@@ -98,22 +98,22 @@ impl Means {
 const NEEDED_FOR_WRITES: [&str; 2] = ["PAGEMAP_SCAN", "userfaultfd, asynchronous write protection"];
 
 impl Scanner {
-    /// Starts it, or says why it can't be had.
-    pub(in crate::profile) fn start(budget_share: f64, means: Means) -> Result<Self, String> {
+    /// Starts it, or says why there is none.
+    pub(in crate::profile) fn start(budget_share: f64, means: Means) -> Result<Self, ProbeState> {
         let (setting, name) = match means {
             Means::Marks { .. } => ("memory_budget", "ages"),
             Means::Writes { .. } => ("written_budget", "written-ages"),
         };
         if budget_share <= 0.0 {
-            return Err(format!("profile.{setting} is 0"));
+            return Err(ProbeState::Off { reason: format!("profile.{setting} is 0") });
         }
         if let Some(reason) = means.missing() {
-            return Err(reason);
+            return Err(ProbeState::Unavailable { reason });
         }
         let look = move |cgroup: &Path, cycle: &mut Cycle, armed: &mut Vec<Armed>, began: Instant| {
             means.look(cgroup, cycle, armed, began)
         };
-        Self::spawn(name, budget_share, look)
+        Self::spawn(name, budget_share, look).map_err(|reason| ProbeState::Unavailable { reason })
     }
 
     /// Starts the thread. `look` looks at an instance, and answers what other threads took of a core for it.
