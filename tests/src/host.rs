@@ -355,7 +355,7 @@ impl Host {
 
     /// Whether any process is in the cgroups of its instances.
     pub fn has_processes(&self) -> anyhow::Result<bool> {
-        Ok(cgroup::is_populated(&self.cgroup()?))
+        Ok(cgroup::is_populated(&self.cgroup()?)?)
     }
 
     /// What its agent's journals say: a line each, empty when nothing is open.

@@ -44,7 +44,9 @@ impl Wiring {
         }
         let cgroup = resolve(&request.cgroup)?;
         let cgroup_id = cgroup::id(&cgroup).map_err(|error| refused("look at the cgroup", &error))?;
-        if !cgroup::is_populated(&cgroup) {
+        let is_populated =
+            cgroup::is_populated(&cgroup).map_err(|error| refused("look at the cgroup", &error))?;
+        if !is_populated {
             return conflict(format!("no process is in {}", cgroup.display()), "adopt it when it runs");
         }
         let instances = self.registry.list().map_err(|error| refused("list the instances", &error))?;

@@ -131,7 +131,7 @@ pub fn objections(place: &Place, instance: &Instance) -> Result<Vec<(String, &'s
     let cgroup = cgroup::mount_point()?.join(&place.cgroup_parent).join(name.as_str());
     if Registry::open(&place.state_dir)?.get(name)?.is_some() {
         found.push((name.to_string(), "an instance of this name is running on this host already"));
-    } else if cgroup::is_populated(&cgroup) {
+    } else if cgroup::is_populated(&cgroup)? {
         found.push((cgroup.display().to_string(), "this cgroup has processes on this host already"));
     }
     if instance.network.is_some() && place.bridge.is_none() {

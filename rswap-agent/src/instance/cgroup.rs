@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::InstanceError;
+use crate::kept_files::has_gone;
 
 /// How long a cgroup may take to become empty after its processes were killed.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,11 +29,11 @@ pub fn mount_point() -> Result<PathBuf, InstanceError> {
 /// Makes the cgroup `parent/name` and returns its path.
 ///
 /// # Errors
-/// When it exists already and has processes.
+/// When it exists already and has processes, or may have some.
 pub fn create(parent: &str, name: &str) -> Result<PathBuf, InstanceError> {
     let path = mount_point()?.join(parent).join(name);
     fs::create_dir_all(&path).map_err(InstanceError::io(format!("making the cgroup {}", path.display())))?;
-    if is_populated(&path) {
+    if is_populated(&path)? {
         return Err(InstanceError::Invalid(format!(
             "{} has processes already: choose another name",
             path.display()
@@ -47,16 +48,23 @@ pub fn id(path: &Path) -> Result<u64, InstanceError> {
     Ok(metadata.ino())
 }
 
-/// Whether any process is in the cgroup or below it.
-pub fn is_populated(path: &Path) -> bool {
+/// Whether any process is in the cgroup or below it; none is, if it has gone.
+///
+/// # Errors
+/// It can't be read now: that says nothing of its processes.
+pub fn is_populated(path: &Path) -> Result<bool, InstanceError> {
     says(path, "cgroup.events", |events| events.contains("populated 1"))
 }
 
-/// Whether a small file of a cgroup says so; no, if it can't be read. One call has all of it.
-fn says(cgroup: &Path, file: &str, it: impl Fn(&str) -> bool) -> bool {
+/// Whether a small file of a cgroup says so; no, if the cgroup has gone. One call has all of it.
+fn says(cgroup: &Path, file: &str, it: impl Fn(&str) -> bool) -> Result<bool, InstanceError> {
+    let path = cgroup.join(file);
     let mut buffer = [0; 256];
-    let read = fs::File::open(cgroup.join(file)).and_then(|mut file| file.read(&mut buffer));
-    read.is_ok_and(|length| std::str::from_utf8(&buffer[..length]).is_ok_and(it))
+    match fs::File::open(&path).and_then(|mut file| file.read(&mut buffer)) {
+        Ok(length) => Ok(std::str::from_utf8(&buffer[..length]).is_ok_and(it)),
+        Err(error) if has_gone(&error) => Ok(false),
+        Err(error) => Err(InstanceError::io(format!("reading {}", path.display()))(error)),
+    }
 }
 
 /// Holds every process in the cgroup still, or lets all go on. None of them executes another instruction of its program
@@ -67,24 +75,41 @@ pub fn freeze(path: &Path, frozen: bool) -> Result<(), InstanceError> {
     fs::write(&file, word).map_err(InstanceError::io(format!("writing {}", file.display())))
 }
 
-/// Whether the cgroup is held still, or about to be.
+/// Whether the cgroup is held still, or about to be; no, if it can't be read.
 pub fn is_frozen(path: &Path) -> bool {
+    try_is_frozen(path).unwrap_or(false)
+}
+
+/// The same, for who would take away what one that is held still needs.
+///
+/// # Errors
+/// It can't be read now.
+pub fn try_is_frozen(path: &Path) -> Result<bool, InstanceError> {
     says(path, "cgroup.freeze", |word| word.trim() == "1")
 }
 
-/// Whether the cgroup stands still or is about to, by itself or with one that it is in.
+/// Whether the cgroup stands still or is about to, by itself or with one that it is in; no, if it can't be read.
 pub fn stands_still(path: &Path) -> bool {
     // With a process in a wait that nothing ends, it is never said to be frozen.
-    is_frozen(path) || says(path, "cgroup.events", |events| events.contains("frozen 1"))
+    is_frozen(path) || says(path, "cgroup.events", |events| events.contains("frozen 1")).unwrap_or(false)
 }
 
 /// Kills every process in the cgroup at once and waits until it is empty.
+///
+/// # Errors
+/// It can't be killed, or is not empty, as far as is known, after five seconds.
 pub fn kill(path: &Path) -> Result<(), InstanceError> {
     let file = path.join("cgroup.kill");
     fs::write(&file, "1").map_err(InstanceError::io(format!("writing {}", file.display())))?;
     let deadline = Instant::now() + EMPTY_TIMEOUT;
-    while is_populated(path) {
+    loop {
+        let populated = is_populated(path);
+        if let Ok(false) = populated {
+            return Ok(());
+        }
         if Instant::now() > deadline {
+            // Whoever has it killed takes away what its processes use: one that can't be read is not empty.
+            populated?;
             return Err(InstanceError::Invalid(format!(
                 "{} still has processes after a kill",
                 path.display()
@@ -92,7 +117,6 @@ pub fn kill(path: &Path) -> Result<(), InstanceError> {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    Ok(())
 }
 
 /// Removes an empty cgroup with those that were made below it; one that is gone already is no error.
@@ -107,5 +131,42 @@ pub fn remove(path: &Path) -> Result<(), InstanceError> {
             Err(InstanceError::io(format!("removing {}", path.display()))(error))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_that_can_not_be_read_is_not_empty() {
+        let directory = tempfile::tempdir().unwrap();
+        let events = directory.path().join("cgroup.events");
+        assert!(!is_populated(directory.path()).unwrap(), "it has gone");
+        // It can be opened, and not be read.
+        fs::create_dir(&events).unwrap();
+        let error = is_populated(directory.path()).unwrap_err();
+        assert!(error.to_string().contains("cgroup.events"), "{error}");
+        fs::remove_dir(&events).unwrap();
+        for (text, expected) in [("populated 0\nfrozen 0\n", false), ("populated 1\nfrozen 1\n", true)] {
+            fs::write(&events, text).unwrap();
+            assert_eq!(is_populated(directory.path()).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn the_end_of_what_is_killed_is_waited_for_while_it_can_not_be_read() {
+        const UNREADABLE: Duration = Duration::from_millis(50);
+        let directory = tempfile::tempdir().unwrap();
+        let events = directory.path().join("cgroup.events");
+        fs::create_dir(&events).unwrap();
+        let began = Instant::now();
+        let goes = std::thread::spawn(move || {
+            std::thread::sleep(UNREADABLE);
+            fs::remove_dir(events).unwrap();
+        });
+        kill(directory.path()).unwrap();
+        assert!(began.elapsed() >= UNREADABLE, "after {:?}", began.elapsed());
+        goes.join().unwrap();
     }
 }

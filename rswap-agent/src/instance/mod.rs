@@ -18,7 +18,7 @@ use utoipa::ToSchema;
 
 pub use rswap_types::{InstanceName, NameError};
 
-use crate::units::UnixMillis;
+use crate::{kept_files::has_gone, units::UnixMillis};
 
 /// Why an instance could not be named, started, adopted or found.
 #[derive(Debug, thiserror::Error)]
@@ -101,13 +101,23 @@ pub struct Instance {
 impl Instance {
     /// Whether its cgroup is still there: at its path, after its end or a new start of the host, may be another one, whose processes are
     /// somebody else's.
-    pub fn is_here(&self) -> bool {
-        cgroup::id(&self.cgroup).is_ok_and(|id| id == self.cgroup_id)
+    ///
+    /// # Errors
+    /// It can't be looked at now: that says nothing of it.
+    pub fn is_here(&self) -> Result<bool, InstanceError> {
+        match cgroup::id(&self.cgroup) {
+            Ok(id) => Ok(id == self.cgroup_id),
+            Err(InstanceError::Io { source, .. }) if has_gone(&source) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether any process of it is here.
-    pub fn is_alive(&self) -> bool {
-        self.is_here() && cgroup::is_populated(&self.cgroup)
+    ///
+    /// # Errors
+    /// Its cgroup can't be looked at, or read, now: it may live.
+    pub fn is_alive(&self) -> Result<bool, InstanceError> {
+        Ok(self.is_here()? && cgroup::is_populated(&self.cgroup)?)
     }
 }
 

@@ -89,8 +89,11 @@ impl CgroupFiles {
                     Err(_) => (true, false),
                 };
                 // Looked at behind it: what was opened is its own then.
-                if !instance.is_here() {
+                let is_here = instance.is_here();
+                if !matches!(is_here, Ok(true)) {
                     self.events.close();
+                }
+                if let Ok(false) = is_here {
                     return None;
                 }
                 read
@@ -117,10 +120,10 @@ impl Registry {
         Ok(Self { directory })
     }
 
-    /// Every instance that is alive, by name. A file that can't be read is logged and passed over.
+    /// Every instance that is alive, or may be, by name. A file that can't be read is logged and passed over.
     pub fn list(&self) -> Result<Vec<Instance>, InstanceError> {
         let (mut instances, _) = self.read_all()?;
-        instances.retain(Instance::is_alive);
+        instances.retain(|instance| instance.is_alive().unwrap_or(true));
         Ok(instances)
     }
 
@@ -164,9 +167,12 @@ impl Registry {
     }
 
     /// The living instance `name`.
+    ///
+    /// # Errors
+    /// Its file can't be read, or it isn't known whether it lives.
     pub fn get(&self, name: &InstanceName) -> Result<Option<Instance>, InstanceError> {
         match read::<Instance>(&self.path(name)) {
-            Ok(instance) => Ok(Some(instance).filter(Instance::is_alive)),
+            Ok(instance) => Ok(instance.is_alive()?.then_some(instance)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(InstanceError::io(format!("reading {}", self.path(name).display()))(error)),
         }
@@ -231,16 +237,14 @@ fn put(path: &Path, content: &impl Serialize) -> Result<(), InstanceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::instance::cgroup;
 
-    #[test]
-    fn a_dead_instance_is_not_listed() {
-        let directory = tempfile::tempdir().expect("a temporary directory");
-        let registry = Registry::open(directory.path()).expect("open");
-        let instance = Instance {
-            name: "gone".parse().expect("a valid name"),
+    fn instance(name: &str, cgroup: PathBuf, cgroup_id: u64) -> Instance {
+        Instance {
+            name: name.parse().expect("a valid name"),
             labels: Default::default(),
-            cgroup: directory.path().join("no-cgroup"),
-            cgroup_id: 1,
+            cgroup,
+            cgroup_id,
             origin: super::super::Origin::Run,
             init_pid: None,
             command: vec!["true".into()],
@@ -250,13 +254,41 @@ mod tests {
             uplink: None,
             memory: None,
             since: Default::default(),
-        };
+        }
+    }
+
+    #[test]
+    fn a_dead_instance_is_not_listed() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let registry = Registry::open(directory.path()).expect("open");
+        let instance = instance("gone", directory.path().join("no-cgroup"), 1);
         registry.put(&instance).expect("put");
         assert_eq!(registry.list().expect("list"), []);
         assert_eq!(registry.list_again(&mut Listing::default()).expect("list"), []);
         assert_eq!(registry.get(&instance.name).expect("get"), None);
         registry.remove(&instance.name).expect("remove");
         registry.remove(&instance.name).expect("removing twice");
+    }
+
+    #[test]
+    fn an_instance_whose_cgroup_can_not_be_read_is_not_taken_for_dead() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let registry = Registry::open(directory.path()).expect("open");
+        let path = directory.path().join("cgroup");
+        let events = path.join("cgroup.events");
+        // It can be opened, and not be read.
+        fs::create_dir_all(&events).expect("directories");
+        let instance = instance("one", path.clone(), cgroup::id(&path).expect("its id"));
+        registry.put(&instance).expect("put");
+        assert_eq!(registry.list().expect("list"), [instance.clone()]);
+        assert_eq!(registry.list_again(&mut Listing::default()).expect("list"), [instance.clone()]);
+        assert!(registry.get(&instance.name).is_err());
+        fs::remove_dir(&events).expect("remove");
+        fs::write(&events, "populated 1\nfrozen 0\n").expect("write");
+        assert_eq!(registry.get(&instance.name).expect("get"), Some(instance.clone()));
+        fs::write(&events, "populated 0\nfrozen 0\n").expect("write");
+        assert_eq!(registry.list().expect("list"), []);
+        assert_eq!(registry.get(&instance.name).expect("get"), None);
     }
 
     #[test]

@@ -321,7 +321,7 @@ impl Recovery {
 
     /// Removes what an agent that was killed has left in the programs. What fails is left to the next migration.
     fn clean(&self, instance: &Instance) {
-        if !instance.is_here() {
+        if !instance.is_here().unwrap_or(false) {
             return;
         }
         for pid in tree::listed(instance).unwrap_or_default() {
@@ -333,7 +333,7 @@ impl Recovery {
 
     /// Ends the instance at the source, for good. What was removed already, or is another one by now, is left alone.
     fn remove(&self, instance: &Instance) -> Result<(), TaskError> {
-        if !instance.is_here() {
+        if !instance.is_here()? {
             return Ok(());
         }
         // Before the processes end, so that a waiting `rswap run` knows why.
@@ -374,7 +374,7 @@ impl Recovery {
     /// Does again what activation does. One that runs, and one that has left since, is left alone.
     fn activate(&self, particulars: &Particulars) -> Result<(), TaskError> {
         let instance = &particulars.instance;
-        if !instance.is_alive() {
+        if !instance.is_alive()? {
             return Ok(());
         }
         let leaves =
@@ -382,7 +382,7 @@ impl Recovery {
         if leaves {
             return Ok(());
         }
-        if cgroup::is_frozen(&instance.cgroup) {
+        if cgroup::try_is_frozen(&instance.cgroup)? {
             volumes::keep(&particulars.volumes)?;
             thaw(&self.place, instance)?;
         }
@@ -396,7 +396,7 @@ impl Recovery {
 
 /// Removes what an agent that was killed has left of an arrival.
 fn discard(instance: &Instance) -> Result<(), TaskError> {
-    if !instance.is_here() {
+    if !instance.is_here()? {
         return Ok(());
     }
     Ok(arrival::end(instance)?)
@@ -404,7 +404,7 @@ fn discard(instance: &Instance) -> Result<(), TaskError> {
 
 /// Lets `instance` go on here, whatever a migration has taken from it: its port, its connections, its threads.
 pub fn thaw(place: &Place, instance: &Instance) -> Result<(), TaskError> {
-    if !instance.is_alive() {
+    if !instance.is_alive()? {
         return Ok(());
     }
     // The port first: a connection that goes on asks its peer at once what it has. A failure must not keep the rest

@@ -130,7 +130,7 @@ impl OwnCgroup {
     pub fn start(&self, command: &[&str]) -> anyhow::Result<Child> {
         let child = self.command(command).stdin(Stdio::null()).spawn()?;
         crate::wait_for("a program to be in its cgroup", STARTS_WITHIN, || {
-            Ok(cgroup::is_populated(&self.0).then_some(()))
+            Ok(cgroup::is_populated(&self.0)?.then_some(()))
         })?;
         Ok(child)
     }

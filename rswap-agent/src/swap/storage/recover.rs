@@ -88,8 +88,9 @@ fn let_go_from_here(path: &Path) -> Result<Option<Over>, StorageError> {
     };
     let Record { instance, switch, plan, tasks, .. } = record.clone();
     let (instance, switch) = (&instance, &switch);
-    let here = instance.is_alive();
-    let stands = here && cgroup::is_frozen(&instance.cgroup);
+    // Where that isn't known, nothing is taken away: one that stands still may be on either copy.
+    let here = instance.is_alive()?;
+    let stands = here && cgroup::try_is_frozen(&instance.cgroup)?;
     if record.opened && !stands {
         let (old, new) = (switch.old()?.display(), switch.after.display());
         return Err(StorageError::Unfit(format!(
