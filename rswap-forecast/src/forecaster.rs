@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    Demand, DemandPoint, ForecastConfig, Lessons, Prior, Priors, Resource, StateError, Usage, series::Series,
+    Demand, DemandPoint, ForecastConfig, Lessons, Prior, Priors, Resource, StateError, Usage,
+    series::Series,
+    unused::{self, Track},
 };
 
 /// Without a new window for so many windows there is no forecast any more.
@@ -51,6 +53,8 @@ pub struct Forecaster {
     fleet: Option<Lessons>,
     /// `learnt` and `fleet` together, where there is a fleet.
     known: Option<Lessons>,
+    /// What a resource teaches that is never used.
+    nothing: Option<Prior>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -61,7 +65,7 @@ pub(crate) struct Watched {
     /// End of the last window; `None` before the first.
     at: Option<UnixMillis>,
     /// Of what was ever seen.
-    pub(crate) series: BTreeMap<Resource, Series>,
+    pub(crate) series: BTreeMap<Resource, Track>,
 }
 
 impl Forecaster {
@@ -69,7 +73,11 @@ impl Forecaster {
     pub fn new(config: ForecastConfig, window_ms: u64) -> Self {
         let window_ms = window_ms.max(1);
         let learnt = Lessons::new(window_ms, config.horizons_ms.clone());
-        Self { config, window_ms, instances: BTreeMap::new(), learnt, fleet: None, known: None }
+        let nothing = None;
+        let mut new =
+            Self { config, window_ms, instances: BTreeMap::new(), learnt, fleet: None, known: None, nothing };
+        new.nothing = unused::lesson(&new.leads(), new.day());
+        new
     }
 
     /// Takes over what the other hosts of a fleet have taught, in place of what they had taught before. It is kept apart from what
@@ -136,25 +144,30 @@ impl Forecaster {
             return; // Seen already, or the clock went back a little.
         }
         watched.at = Some(seen.at);
-        let Kin { class, identity } = &watched.kin;
         for resource in Resource::ALL {
             let used = seen.usage.of(resource).filter(|amount| amount.is_finite());
             match (watched.series.get_mut(&resource), used) {
-                (Some(series), Some(used)) => {
-                    series.skip(windows - 1);
-                    series.observe(used);
-                    let running = || self.running(class, resource);
-                    self.priors(resource).resemble_among(class, identity, running, series);
+                (Some(track), Some(used)) => {
+                    track.skip(windows - 1);
+                    self.take_in(track, used, resource, &watched.kin);
                 }
-                (Some(series), None) => series.skip(windows),
+                (Some(track), None) => track.skip(windows),
                 (None, Some(used)) => {
-                    let mut series = self.begin(resource, &watched.kin);
-                    series.observe(used);
-                    watched.series.insert(resource, series);
+                    let mut track = Track::Used(Box::new(self.begin(resource, &watched.kin)));
+                    self.take_in(&mut track, used, resource, &watched.kin);
+                    watched.series.insert(resource, track);
                 }
                 (None, None) => {}
             }
         }
+    }
+
+    fn take_in(&self, track: &mut Track, used: f64, resource: Resource, kin: &Kin) {
+        let begin = || self.begin(resource, kin);
+        track.observe(used, begin, |series| {
+            let running = || self.running(&kin.class, resource);
+            self.priors(resource).resemble_among(&kin.class, &kin.identity, running, series);
+        });
     }
 
     /// A series of a new instance, which starts from what is known of its like.
@@ -173,7 +186,8 @@ impl Forecaster {
     /// What others of the class have taught that still run.
     fn running(&self, class: &str, resource: Resource) -> Vec<Prior> {
         let others = self.instances.values().filter(|other| !class.is_empty() && other.kin.class == class);
-        others.filter_map(|other| other.series.get(&resource)?.teach()).take(CLASSMATES).collect()
+        let taught = others.filter_map(|other| other.series.get(&resource)?.teach(self.nothing.as_ref()));
+        taught.take(CLASSMATES).collect()
     }
 
     /// What the instance will need; `None` if it is unknown or was not seen for a while.
@@ -182,9 +196,10 @@ impl Forecaster {
         if now.since(watched.at?) > self.window_ms.saturating_mul(STALE_WINDOWS) {
             return None;
         }
-        let points = watched.series.iter().flat_map(|(resource, series)| {
-            let forecasts = series.forecasts(self.config.min_seen).zip(&self.config.horizons_ms);
-            forecasts.map(|((need, evidence), &horizon_ms)| DemandPoint {
+        let leads = self.leads();
+        let points = watched.series.iter().flat_map(|(resource, track)| {
+            let forecasts = track.forecasts(&leads, self.config.min_seen).into_iter();
+            forecasts.zip(&self.config.horizons_ms).map(|((need, evidence), &horizon_ms)| DemandPoint {
                 resource: *resource,
                 horizon_ms,
                 need,
@@ -197,7 +212,7 @@ impl Forecaster {
     /// The instance is gone. What it has taught is kept, for when it returns, and for others.
     pub fn forget(&mut self, instance: &InstanceName) {
         if let Some(gone) = self.instances.remove(instance) {
-            gone.teach(&mut self.learnt);
+            gone.teach(self.nothing.as_ref(), &mut self.learnt);
             self.learnt.bound(REMEMBERED);
             self.know();
         }
@@ -214,6 +229,11 @@ impl Forecaster {
         self.instances.get(instance).map(|watched| &watched.kin)
     }
 
+    /// What a resource teaches that is never used.
+    pub(crate) fn nothing(&self) -> Option<&Prior> {
+        self.nothing.as_ref()
+    }
+
     /// Horizons in windows.
     pub(crate) fn leads(&self) -> Vec<u64> {
         self.config.horizons_ms.iter().map(|ms| ms / self.window_ms).collect()
@@ -226,10 +246,10 @@ impl Forecaster {
 }
 
 impl Watched {
-    /// Tells what it can teach by now.
-    pub(crate) fn teach(&self, learnt: &mut Lessons) {
-        for (resource, series) in &self.series {
-            if let Some(lesson) = series.teach() {
+    /// Tells what it can teach by now; `nothing` is what a resource teaches that is never used.
+    pub(crate) fn teach(&self, nothing: Option<&Prior>, learnt: &mut Lessons) {
+        for (resource, track) in &self.series {
+            if let Some(lesson) = track.teach(nothing) {
                 let priors = learnt.priors.entry(*resource).or_default();
                 priors.learn(&self.kin.class, &self.kin.identity, &lesson);
             }

@@ -51,6 +51,15 @@ impl Day {
         self.times[part] = times.saturating_add(1);
     }
 
+    /// Up to `tick`, nothing was used in so many windows, of which it has learnt the newest `known`.
+    pub(super) fn saw_nothing(&mut self, tick: u32, windows: u64, known: u64) {
+        for back in known..windows.min(self.windows) {
+            let part = self.part(tick.wrapping_sub(back as u32));
+            // Its usual position is 0 from the beginning.
+            self.times[part] = self.times[part].saturating_add(1);
+        }
+    }
+
     /// The usual position at `tick`, if that time of the day was seen before.
     pub(super) fn at(&self, tick: u32) -> Option<f32> {
         let part = self.part(tick);
@@ -121,6 +130,13 @@ impl Histogram {
             self.newest = 1.0;
         }
         self.weights[bin(position)] += self.newest;
+    }
+
+    /// As much as if it had learnt the position 0 in so many windows before.
+    pub(super) fn saw_nothing(&mut self, windows: u64) {
+        // The weights of all windows that there ever can be add up to that of so many.
+        let most = 1.0 / (self.growth - 1.0).max(f32::MIN_POSITIVE);
+        self.weights[0] += self.newest * (windows as f32).min(most);
     }
 
     /// Quantiles of the forecast's levels, as positions.

@@ -121,7 +121,7 @@ impl Lead {
         let steps = steps.clamp(1, MAX_STEPS) as usize;
         let mut known = [true; EXPERTS];
         known[SEASON] = false;
-        let stride = steps.div_ceil(MAX_PENDING);
+        let stride = stride(steps);
         Self {
             steps: steps as u32,
             stride: stride as u32,
@@ -180,6 +180,13 @@ impl Lead {
         prior.teach_mixtures(number, mixtures, known);
     }
 
+    /// Of so many windows, nothing was used in any.
+    pub(super) fn saw_nothing(&mut self, windows: u64) {
+        let more = met_of_nothing(u64::from(self.steps), windows).saturating_sub(self.seen);
+        self.seen += more;
+        self.covered += more;
+    }
+
     /// How far ahead, in windows.
     pub(super) fn steps(&self) -> usize {
         self.steps as usize
@@ -191,12 +198,7 @@ impl Lead {
     }
 
     pub(super) fn evidence(&self, needed: u64) -> Evidence {
-        let seen = self.seen * u64::from(self.stride);
-        if seen < needed || seen == 0 {
-            Evidence::TooLittle { seen, needed }
-        } else {
-            Evidence::Enough { seen, p95_coverage: self.covered as f64 / self.seen as f64 }
-        }
+        evidence(self.seen * u64::from(self.stride), needed, self.covered as f64 / self.seen as f64)
     }
 
     /// A window has gone by: the forecast for it, if there is one, has met its outcome, or never will.
@@ -369,6 +371,32 @@ impl Lead {
             self.shift = [0.0; 4];
         }
     }
+}
+
+/// Of so many forecasts of a lead one is judged.
+fn stride(steps: usize) -> usize {
+    steps.div_ceil(MAX_PENDING)
+}
+
+fn evidence(seen: u64, needed: u64, p95_coverage: f64) -> Evidence {
+    if seen < needed || seen == 0 {
+        Evidence::TooLittle { seen, needed }
+    } else {
+        Evidence::Enough { seen, p95_coverage }
+    }
+}
+
+/// How many forecasts of a lead have met their outcome after so many windows in which nothing was used: one is only made when outcomes are known.
+fn met_of_nothing(steps: u64, windows: u64) -> u64 {
+    let steps = steps.clamp(1, MAX_STEPS);
+    let stride = stride(steps as usize) as u64;
+    windows.saturating_sub(2 * steps + (MIN_OUTCOMES as u64 + 1) * stride) / stride
+}
+
+/// The evidence for a lead of so many windows, after `windows` in which nothing was used.
+pub(super) fn evidence_of_nothing(steps: u64, windows: u64, needed: u64) -> Evidence {
+    let stride = stride(steps.clamp(1, MAX_STEPS) as usize) as u64;
+    evidence(met_of_nothing(steps, windows) * stride, needed, 1.0)
 }
 
 /// What steered spreads are around, as distances from the present position.

@@ -35,6 +35,7 @@ mod season;
 mod series;
 mod state;
 mod steered;
+mod unused;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

@@ -33,7 +33,7 @@ const HIGHEST: f64 = (f32::MAX / 1e6) as f64;
 /// Windows of its own that outweigh what others have taught.
 const PRIOR_WINDOWS: u64 = 3;
 /// Windows after which a series can teach others.
-const TEACHES_AFTER: u64 = 48;
+pub(super) const TEACHES_AFTER: u64 = 48;
 
 /// Amounts are seen on the scale asinh(amount / unit), with the mean amount as the unit: a burst of ten times the usual
 /// is no farther than it should be, 0 is nothing special, and a change of a percent is the same everywhere.
@@ -41,6 +41,8 @@ const TEACHES_AFTER: u64 = 48;
 pub struct Series {
     tick: u32,
     seen: u64,
+    /// Whether any of them had more than 0.
+    was_used: bool,
     /// Windows that what others have taught counts as.
     taught: u64,
     /// What is known of what it will use, where it returns, or is of a class.
@@ -68,6 +70,7 @@ impl Series {
         Self {
             tick: 0,
             seen: 0,
+            was_used: false,
             taught: 0,
             known: Known::default(),
             unit: 0.0,
@@ -148,6 +151,34 @@ impl Series {
         Ok(new)
     }
 
+    /// Where it was never used, and forecasts nothing else, or would know no better if it saw more: its tick, and the windows that it has seen.
+    pub(super) fn is_unused(&self) -> Option<(u32, u64)> {
+        let forecasts_nothing =
+            || self.quantiles().all(|quantiles| quantiles.p99 == 0.0) || self.seen >= self.remembered();
+        (self.seen > 0 && !self.was_used && forecasts_nothing()).then_some((self.tick, self.seen))
+    }
+
+    /// Windows behind which nothing that it still knows depends on one that is like all others: of the longest lead, as many outcomes as are needed are met by then.
+    fn remembered(&self) -> u64 {
+        let longest = self.leads.iter().map(Lead::steps).max().unwrap_or_default();
+        (History::KEPT + 4 * longest) as u64
+    }
+
+    /// Goes on from `tick`, with which `seen` windows were seen, and nothing was used in any: what it still would know of them is shown to it. `resemble` is called
+    /// after each.
+    pub(super) fn see_nothing(&mut self, tick: u32, seen: u64, resemble: impl Fn(&mut Self)) {
+        let again = seen.min(self.remembered());
+        self.tick = tick.wrapping_sub(again as u32);
+        for _ in 0..again {
+            self.observe(0.0);
+            resemble(self);
+        }
+        self.day.saw_nothing(tick, seen, again);
+        self.long.saw_nothing(seen - again);
+        self.seen = seen;
+        self.leads.iter_mut().for_each(|lead| lead.saw_nothing(seen));
+    }
+
     /// What it can teach others of its kind; `None` while that is too little.
     pub fn teach(&self) -> Option<Prior> {
         if self.seen < TEACHES_AFTER {
@@ -185,6 +216,7 @@ impl Series {
         }
         self.tick = self.tick.wrapping_add(1);
         self.seen += 1;
+        self.was_used |= value > 0.0;
         self.value = value;
         self.profiler.learn(value);
         self.lowest = self.lowest.min(value);

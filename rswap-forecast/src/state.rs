@@ -22,7 +22,7 @@ use crate::{ForecastConfig, Forecaster, Priors, Resource, forecaster::Watched};
 
 const MAGIC: &[u8; 16] = b"rswap forecasts\0";
 /// Version of the state: what a series is made of changes with the forecast.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// Version of lessons.
 const LESSONS: u32 = 1;
 const HEAD: usize = MAGIC.len() + 4 + 8;
@@ -147,7 +147,7 @@ impl Forecaster {
     /// What was learnt here, also from instances that still run.
     pub fn lessons(&self) -> Lessons {
         let mut lessons = self.learnt.clone();
-        self.instances.values().for_each(|watched| watched.teach(&mut lessons));
+        self.instances.values().for_each(|watched| watched.teach(self.nothing(), &mut lessons));
         lessons
     }
 
@@ -179,7 +179,7 @@ impl Lessons {
             if !watched.series.values().all(|series| series.is_sound(&leads, day)) {
                 return Err(StateError::Damaged("a series in it is none"));
             }
-            watched.teach(&mut lessons);
+            watched.teach(shape.nothing(), &mut lessons);
         }
         Ok(lessons)
     }

@@ -187,7 +187,7 @@ fn what_is_no_state_is_refused_with_the_reason() {
     assert_eq!(with(b"{}"), Err(StateError::NoState));
     let mut newer = state.clone();
     newer[16] = 9;
-    assert_eq!(with(&newer), Err(StateError::Version(9, 4)));
+    assert_eq!(with(&newer), Err(StateError::Version(9, 5)));
     assert_eq!(with(&state[..state.len() - 1]), Err(StateError::Damaged("its checksum differs")));
     assert_eq!(with(&state[..state.len() / 2]), Err(StateError::Damaged("it ends too soon")));
     let other = Forecaster::with_state(ForecastConfig::default(), WINDOW_MS, &state);
