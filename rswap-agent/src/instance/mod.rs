@@ -9,6 +9,7 @@ pub mod main_process;
 mod net_tables;
 pub mod network;
 pub mod registry;
+mod standing;
 pub mod volume;
 
 use std::{collections::BTreeMap, path::PathBuf};

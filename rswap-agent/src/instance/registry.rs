@@ -9,8 +9,12 @@ use std::{
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Instance, InstanceError, InstanceName, affinity::Choices};
-use crate::kept_files::{Kept, Reader, has_gone};
+use super::{
+    Instance, InstanceError, InstanceName,
+    affinity::Choices,
+    standing::{Changes, Standing},
+};
+use crate::kept_files::Reader;
 
 /// The files are read again after this, even if their directory does not say that one has changed: somebody may have written into one.
 const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
@@ -24,15 +28,10 @@ pub struct Listing {
     read: Option<(SystemTime, SystemTime)>,
     instances: Vec<Instance>,
     /// By the cgroup's id.
-    files: BTreeMap<u64, CgroupFiles>,
+    files: BTreeMap<u64, Standing>,
+    changes: Changes,
     still: BTreeSet<InstanceName>,
     reader: Reader,
-}
-
-#[derive(Debug)]
-struct CgroupFiles {
-    events: Kept,
-    freeze: Kept,
 }
 
 impl Listing {
@@ -43,25 +42,24 @@ impl Listing {
 
     /// The living.
     fn look(&mut self) -> Vec<Instance> {
-        let Self { instances, files, still, reader, .. } = self;
+        let Self { instances, files, changes, still, reader, .. } = self;
         let ids: BTreeSet<u64> = instances.iter().map(|instance| instance.cgroup_id).collect();
         files.retain(|id, _| ids.contains(id));
-        let open = |of: &CgroupFiles| usize::from(of.events.is_open()) + usize::from(of.freeze.is_open());
-        reader.are_open(files.values().map(open).sum());
+        changes.retain(&ids);
+        reader.are_open(files.values().map(Standing::open_files).sum());
+        let changed = changes.take();
         still.clear();
         let mut living = Vec::with_capacity(instances.len());
         for instance in instances {
-            let at = || CgroupFiles {
-                events: Kept::new(instance.cgroup.join("cgroup.events")),
-                freeze: Kept::new(instance.cgroup.join("cgroup.freeze")),
-            };
-            let of = files.entry(instance.cgroup_id).or_insert_with(at);
-            if of.events.path().parent() != Some(&*instance.cgroup) {
-                *of = at();
+            let of = files.entry(instance.cgroup_id).or_insert_with(|| Standing::new(instance));
+            if !of.is_of(instance) {
+                changes.forget(instance.cgroup_id);
+                *of = Standing::new(instance);
             }
-            let Some(stands_still) = of.look(instance, reader) else {
+            let Some(stands_still) = of.look(instance, reader, changes, &changed) else {
                 // Its file may stay for long: what was open of it must not.
                 files.remove(&instance.cgroup_id);
+                changes.forget(instance.cgroup_id);
                 continue;
             };
             if stands_still {
@@ -70,38 +68,6 @@ impl Listing {
             living.push(instance.clone());
         }
         living
-    }
-}
-
-impl CgroupFiles {
-    /// Nothing, if the instance is dead; else whether it stands still.
-    fn look(&mut self, instance: &Instance, reader: &mut Reader) -> Option<bool> {
-        let says = |text: &str| (text.contains("populated 1"), text.contains("frozen 1"));
-        // An open file is of the very cgroup, whatever is at its path by now.
-        let known = reader.read_open(&mut self.events).map(|text| says(&text));
-        let (is_populated, is_frozen) = match known {
-            Some(known) => known,
-            None => {
-                let read = match reader.read(&mut self.events) {
-                    Ok(text) => says(&text),
-                    Err(error) if has_gone(&error) => return None,
-                    // It can't be read now: that is no reason to take it for dead.
-                    Err(_) => (true, false),
-                };
-                // Looked at behind it: what was opened is its own then.
-                let is_here = instance.is_here();
-                if !matches!(is_here, Ok(true)) {
-                    self.events.close();
-                }
-                if let Ok(false) = is_here {
-                    return None;
-                }
-                read
-            }
-        };
-        // With a process in a wait that nothing ends, it is never said to be frozen.
-        let mut is_to_be = || reader.read(&mut self.freeze).is_ok_and(|word| word.trim() == "1");
-        is_populated.then(|| is_frozen || is_to_be())
     }
 }
 

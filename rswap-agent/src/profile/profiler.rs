@@ -21,7 +21,7 @@ use super::{
     disk_users,
     fault_latency::{MAJOR_FAULTS, PAGE_FAULT},
     faults,
-    instance_files::{InstanceFiles, Memory},
+    instance_files::{HostPressure, InstanceFiles, Memory},
     listeners::Listeners,
     neighbours::{self, Names},
     probes::{EXACT, Probes, SWITCH_STATE},
@@ -122,6 +122,7 @@ struct State {
     short_lived_ms: u64,
     slots: u32,
     reader: Reader,
+    host_pressure: HostPressure,
 }
 
 /// What instances without a slot of their own did.
@@ -214,6 +215,7 @@ impl Profiler {
             short_lived_ms: config.short_lived_s.saturating_mul(1000),
             slots,
             reader: Reader::default(),
+            host_pressure: HostPressure::default(),
         };
         state.look_for_devices();
         let marks = Means::Marks { lock_limit: Duration::from_millis(config.memory_lock_ms) };
@@ -281,7 +283,8 @@ impl Profiler {
         }
         // Read first: an instance whose cgroup is not there takes no slot.
         let mut files = InstanceFiles::new(cgroup);
-        let mut reading = Reading::take(&mut files, &mut state.reader)?;
+        let State { reader, host_pressure, .. } = &mut *state;
+        let mut reading = Reading::take(&mut files, reader, host_pressure)?;
         let slot = if state.probes.maps.is_some() { state.free.take() } else { None };
         match (&state.probes.maps, slot) {
             (Some(maps), Some(slot)) => {
@@ -339,6 +342,8 @@ impl Profiler {
         state.look_at_listeners(now);
         let open = state.tracked.values().map(|tracked| tracked.files.open_files()).sum();
         state.reader.are_open(open);
+        let State { reader, host_pressure, .. } = &mut *state;
+        host_pressure.look(reader);
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
         let ages = |of: &Result<Scanner, ProbeState>, name: &InstanceName| of.as_ref().ok()?.ages(name);
@@ -418,10 +423,14 @@ impl Tracked {
 }
 
 impl Reading {
-    fn take(files: &mut InstanceFiles, reader: &mut Reader) -> Result<Self, ProfileError> {
+    fn take(
+        files: &mut InstanceFiles,
+        reader: &mut Reader,
+        host: &HostPressure,
+    ) -> Result<Self, ProfileError> {
         let (cpu_usage_us, cpu_held_back_us) = files.cpu_stat_us(reader)?;
         let (cpu_pressure_us, memory_pressure_us) =
-            (files.cpu_pressure_us(reader), files.memory_pressure_us(reader));
+            (files.cpu_pressure_us(reader), files.memory_pressure_us(reader, host));
         let Memory { resident_bytes, faults } = files.memory(reader)?;
         Ok(Self {
             at: None,
@@ -683,7 +692,7 @@ impl State {
         slots: u32,
     ) -> Result<Option<Profile>, ProfileError> {
         self.register_cgroups(tracked, Some(now))?;
-        let mut reading = Reading::take(&mut tracked.files, &mut self.reader)?;
+        let mut reading = Reading::take(&mut tracked.files, &mut self.reader, &self.host_pressure)?;
         reading.at = Some(now);
         if let (Some(maps), Some(slot), true) = (&self.probes.maps, tracked.slot, tracked.is_known) {
             reading.counters = Some(Counters::read(maps, slots, slot, tracked.last.counters.as_ref()));
