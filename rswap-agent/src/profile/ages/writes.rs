@@ -74,7 +74,7 @@ impl Sample {
 }
 
 /// A process of which writes are noted, until it is dropped.
-pub(super) struct Armed {
+pub(in crate::profile) struct Armed {
     _writes: WriteTracker,
     pagemap: Pagemap,
     sample: Sample,
