@@ -398,6 +398,44 @@ fn who_stands_still_already_is_not_stopped_for_a_first_look() {
 }
 
 #[test]
+fn who_stood_still_at_a_first_look_is_looked_at_soon_after_it_goes_on() {
+    const SIZE: u64 = 16 * MIB;
+    let test = "who_stood_still_at_a_first_look_is_looked_at_soon_after_it_goes_on";
+    for all in [false, true] {
+        let Some(profiler) = profiler_of_writes(test, 256) else { return };
+        let cgroup = TestCgroup::create();
+        let below = TestCgroup(cgroup.0.join("below"));
+        std::fs::create_dir(&below.0).expect("a cgroup below");
+        let mut touchers = [&cgroup, &below].map(|of| Toucher::start(of, SIZE, nix::libc::MADV_NOHUGEPAGE));
+        let frozen = if all { &cgroup } else { &below };
+        // No window sees it: it is one of a cgroup below, or is over before the next.
+        frozen.freeze(true);
+        begin(&profiler, &cgroup.0);
+        noting(&profiler);
+        let seen = written_ages(&profiler, 1);
+        assert_eq!(touchers.each_ref().map(|of| of.noted() > 0), [!all, false]);
+        let looked_at = seen.resident_bytes - seen.left_out_bytes;
+        assert!(seen.left_out_bytes >= SIZE && (looked_at == 0) == all, "{seen:?}");
+        frozen.freeze(false);
+        let deadline = Instant::now() + LIMIT;
+        while touchers.iter().any(|of| of.noted() == 0) {
+            assert!(Instant::now() < deadline, "it goes on, and is not looked at");
+            thread::sleep(Duration::from_millis(20));
+        }
+        // Until all of the last one is protected.
+        thread::sleep(Duration::from_millis(200));
+        touchers.iter_mut().for_each(|of| of.write(0, 1, MIB / PAGE));
+        let seen = written_ages(&profiler, 4);
+        let written = bytes_within(&seen, 4);
+        assert!((2 * MIB..6 * MIB).contains(&written), "{written}");
+        assert!(seen.resident_bytes - seen.left_out_bytes >= 2 * SIZE, "{seen:?}");
+        drop(below);
+        drop(cgroup);
+        touchers.into_iter().for_each(|of| reap(of.child));
+    }
+}
+
+#[test]
 fn the_agent_says_nothing_of_writes_of_who_is_frozen_and_goes_on_after_that() -> anyhow::Result<()> {
     const SIZE: u64 = 64 * MIB;
     let test = "the_agent_says_nothing_of_writes_of_who_is_frozen_and_goes_on_after_that";
