@@ -84,6 +84,15 @@ impl Toucher {
         smaps.lines().filter(|line| line.starts_with("VmFlags:") && line.contains(" uw")).count()
     }
 
+    /// Waits until none are noted any more: a window does not wait for that.
+    fn is_let_go_of(&self) {
+        let deadline = Instant::now() + LIMIT;
+        while self.noted() > 0 {
+            assert!(Instant::now() < deadline, "its writes are noted still");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     fn huge_bytes(&self) -> u64 {
         let smaps =
             std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id())).expect("smaps");
@@ -344,7 +353,8 @@ fn a_freeze_takes_no_age_away_and_who_stands_still_is_looked_at_again_when_it_go
     cgroup.freeze(true);
     window(&profiler);
     let before = looks(&profiler);
-    assert_eq!((toucher.noted(), sample(&profiler).memory.written_ages), (0, None));
+    assert_eq!(sample(&profiler).memory.written_ages, None);
+    toucher.is_let_go_of();
     thread::sleep(Duration::from_millis(1500));
     assert_eq!((toucher.noted(), looks(&profiler)), (0, before));
     window(&profiler);
@@ -385,6 +395,44 @@ fn who_stands_still_already_is_not_stopped_for_a_first_look() {
     assert!((MIB..3 * MIB).contains(&written), "{written}");
     drop(cgroup);
     reap(toucher.child);
+}
+
+#[test]
+fn who_stood_still_at_a_first_look_is_looked_at_soon_after_it_goes_on() {
+    const SIZE: u64 = 16 * MIB;
+    let test = "who_stood_still_at_a_first_look_is_looked_at_soon_after_it_goes_on";
+    for all in [false, true] {
+        let Some(profiler) = profiler_of_writes(test, 256) else { return };
+        let cgroup = TestCgroup::create();
+        let below = TestCgroup(cgroup.0.join("below"));
+        std::fs::create_dir(&below.0).expect("a cgroup below");
+        let mut touchers = [&cgroup, &below].map(|of| Toucher::start(of, SIZE, nix::libc::MADV_NOHUGEPAGE));
+        let frozen = if all { &cgroup } else { &below };
+        // No window sees it: it is one of a cgroup below, or is over before the next.
+        frozen.freeze(true);
+        begin(&profiler, &cgroup.0);
+        noting(&profiler);
+        let seen = written_ages(&profiler, 1);
+        assert_eq!(touchers.each_ref().map(|of| of.noted() > 0), [!all, false]);
+        let looked_at = seen.resident_bytes - seen.left_out_bytes;
+        assert!(seen.left_out_bytes >= SIZE && (looked_at == 0) == all, "{seen:?}");
+        frozen.freeze(false);
+        let deadline = Instant::now() + LIMIT;
+        while touchers.iter().any(|of| of.noted() == 0) {
+            assert!(Instant::now() < deadline, "it goes on, and is not looked at");
+            thread::sleep(Duration::from_millis(20));
+        }
+        // Until all of the last one is protected.
+        thread::sleep(Duration::from_millis(200));
+        touchers.iter_mut().for_each(|of| of.write(0, 1, MIB / PAGE));
+        let seen = written_ages(&profiler, 4);
+        let written = bytes_within(&seen, 4);
+        assert!((2 * MIB..6 * MIB).contains(&written), "{written}");
+        assert!(seen.resident_bytes - seen.left_out_bytes >= 2 * SIZE, "{seen:?}");
+        drop(below);
+        drop(cgroup);
+        touchers.into_iter().for_each(|of| reap(of.child));
+    }
 }
 
 #[test]

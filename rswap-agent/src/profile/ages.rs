@@ -9,7 +9,7 @@
 mod scanner;
 mod writes;
 
-use std::time::Duration;
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -23,6 +23,9 @@ pub const SPANS_S: [u64; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 
 /// So much of the budget may be saved up: counts come at certain times, not evenly.
 const SAVED: Duration = Duration::from_secs(60);
+
+/// It is looked after so often whether what stood still as a cycle began goes on: a few small files are read for that.
+const LOOK_AFTER: Duration = Duration::from_secs(2);
 
 /// How much of an instance's memory was used how long ago; or written, which is said by the same names.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -100,12 +103,35 @@ struct Cycle {
     counted: [Option<(u64, u64)>; SPANS_S.len()],
     last: Count,
     at: UnixMillis,
+    /// Cgroups with processes that stood still as it began, so that their marks could not be taken away: they are left out of all its counts.
+    still: BTreeSet<PathBuf>,
+    /// From when on it may end early, as one of them goes on.
+    again: Duration,
+    /// How many before it did so, one after the other.
+    early: usize,
 }
 
 impl Cycle {
     /// When there is something to do.
     fn due(&self) -> Duration {
+        let count = self.count_due();
+        if self.still.is_empty() { count } else { count.min(self.again) }
+    }
+
+    /// When marks are to be counted, or taken away.
+    fn count_due(&self) -> Duration {
         self.cleared.map_or(Duration::ZERO, |cleared| cleared + Duration::from_secs(SPANS_S[self.next]))
+    }
+
+    /// Whether marks are to be taken away before its end, as one goes on that stood still when it began. `goes_on` says that, and is not asked each time.
+    fn ends_early(&mut self, now: Duration, goes_on: impl FnOnce(&BTreeSet<PathBuf>) -> bool) -> bool {
+        if self.still.is_empty() || now < self.again {
+            return false;
+        }
+        self.again = now + LOOK_AFTER;
+        let ends = goes_on(&self.still);
+        self.early += usize::from(ends);
+        ends
     }
 
     /// Takes in a count, and answers whether marks are to be taken away now.
@@ -119,11 +145,31 @@ impl Cycle {
             self.counted[span] = Some((within.as_millis() as u64, count.used_bytes));
             self.next = span + 1;
         }
-        self.next == SPANS_S.len()
+        let ends = self.next == SPANS_S.len();
+        if ends {
+            self.early = 0;
+        }
+        ends
     }
 
+    /// Marks were taken away.
     fn was_cleared(&mut self, now: Duration) {
+        self.was_cleared_but(now, BTreeSet::new());
+    }
+
+    /// The same, but for those of processes in the cgroups `still`.
+    fn was_cleared_but(&mut self, now: Duration, still: BTreeSet<PathBuf>) {
         (self.cleared, self.next) = (Some(now), 0);
+        if still != self.still {
+            // Of other processes than will be counted: beside what is left out now, it would tell of some twice, or not at all.
+            self.counted = Default::default();
+        }
+        if still.is_empty() {
+            self.early = 0;
+        }
+        // Twice as long each time: where one or the other of them always stands still as it begins, it must not begin every other second for ever.
+        self.again = now + Duration::from_secs(SPANS_S[self.early.min(SPANS_S.len() - 1)]);
+        self.still = still;
     }
 
     fn ages(&self) -> Option<PageAges> {
@@ -212,6 +258,69 @@ mod tests {
         let shown = cycle.ages().unwrap();
         assert_eq!(shown.used, [of(1, 1000, 350), of(4, 5500, 350), of(256, 256_500, 400)]);
         assert_eq!(shown.within(4).unwrap().bytes, 350);
+    }
+
+    fn cgroups(paths: &[&str]) -> BTreeSet<PathBuf> {
+        paths.iter().map(PathBuf::from).collect()
+    }
+
+    #[test]
+    fn who_stood_still_as_a_cycle_began_is_looked_after_and_it_begins_anew_when_one_goes_on() {
+        let mut cycle = Cycle::default();
+        cycle.was_cleared(s(0.0));
+        assert!(!cycle.count(s(1.0), AT, used(500)));
+        assert!(!cycle.ends_early(s(1.5), |_| panic!("there is none that stood still")));
+        cycle.was_cleared_but(s(10.0), cgroups(&["/a", "/b"]));
+        assert_eq!(cycle.ages(), None, "it was counted of those, too");
+        assert!(!cycle.ends_early(s(10.5), |_| panic!("it has just begun")));
+        // What goes on is counted at its time.
+        assert_eq!((cycle.due(), cycle.count_due()), (s(11.0), s(11.0)));
+        assert!(!cycle.ends_early(s(11.0), |_| false));
+        let few = Count { used_bytes: 10, resident_bytes: 1000, left_out_bytes: 900 };
+        assert!(!cycle.count(s(11.0), AT, few));
+        assert_eq!(cycle.due(), s(12.0));
+        assert!(!cycle.ends_early(s(12.0), |_| panic!("it was looked after a second ago")));
+        assert!(!cycle.count(s(12.0), AT, few));
+        assert_eq!((cycle.due(), cycle.count_due()), (s(13.0), s(14.0)));
+        assert!(!cycle.ends_early(s(13.5), |_| false));
+        // Nothing is due twice.
+        assert_eq!((cycle.due(), cycle.count_due()), (s(14.0), s(14.0)));
+        assert!(!cycle.count(s(14.0), AT, few));
+        assert_eq!((cycle.due(), cycle.count_due()), (s(15.5), s(18.0)));
+        assert!(cycle.ends_early(s(15.5), |still| *still == cgroups(&["/a", "/b"])));
+        // A count that is not due yet tells of no span, but of what is left out.
+        assert!(!cycle.count(s(15.5), AT, Count { left_out_bytes: 800, ..few }));
+        let shown = cycle.ages().unwrap();
+        assert_eq!((shown.used.len(), shown.left_out_bytes), (3, 800));
+        cycle.was_cleared(s(15.5));
+        assert_eq!((cycle.ages(), cycle.due()), (None, s(16.5)), "what it counted was without those");
+        assert!(!cycle.count(s(16.5), AT, used(300)));
+        assert_eq!(cycle.ages().unwrap().left_out_bytes, 0);
+    }
+
+    #[test]
+    fn cycles_that_end_early_one_after_the_other_last_longer_each_time() {
+        let still = || cgroups(&["/a"]);
+        let (mut cycle, mut now) = (Cycle::default(), s(10.0));
+        cycle.was_cleared_but(now, still());
+        for wait in [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 256.0] {
+            assert!(!cycle.ends_early(now + s(wait - 0.5), |_| true), "after {wait} s");
+            now += s(wait);
+            assert!(cycle.ends_early(now, |_| true), "after {wait} s");
+            // Another stands still by then.
+            cycle.was_cleared_but(now, still());
+        }
+        // One that lasts to its end is followed by one that may end soon, and shows on what it counted of the same ones.
+        now += s(256.0);
+        assert!(cycle.count(now, AT, used(100)));
+        cycle.was_cleared_but(now, still());
+        assert_eq!(cycle.ages().unwrap().within(256).unwrap().bytes, 100);
+        now += s(1.0);
+        assert!(cycle.ends_early(now, |_| true));
+        // So is one that leaves none out.
+        cycle.was_cleared(now);
+        cycle.was_cleared_but(now, still());
+        assert!(cycle.ends_early(now + s(1.0), |_| true));
     }
 
     #[test]

@@ -252,7 +252,8 @@ impl Profiler {
         self.written_ages.as_ref().ok().map(Scanner::cost)
     }
 
-    /// Ages of these are not looked at for now: somebody else reads their memory, which looks as if they used it, and notes their writes himself.
+    /// Ages of these are not looked at for now: somebody else reads their memory, which looks as if they used it, and notes their writes himself. What noted
+    /// them is let go of soon: no window waits for that.
     pub fn disturbed(&self, is_disturbed: impl Fn(&InstanceName) -> bool) {
         self.scanners().for_each(|scanner| scanner.disturbed(&is_disturbed));
     }
@@ -262,7 +263,8 @@ impl Profiler {
         self.scanners().for_each(|scanner| scanner.disturb(name));
     }
 
-    /// The same, and waits for a look that is under way, for two seconds at most: `true` says that nothing of the profile's is in its way any more.
+    /// The same, and waits for a look that is under way, and until what noted its writes is closed, for two seconds at most: `true` says that nothing of
+    /// the profile's is in its way any more.
     #[must_use]
     pub fn leave_alone(&self, name: &InstanceName) -> bool {
         // All first: none of them begins another look while one is waited for.

@@ -5,6 +5,7 @@
 //! is protected: blocks as large as a huge page, always the same ones, so that the others stay as they are.
 
 use std::{
+    collections::BTreeSet,
     fs, io, iter,
     ops::Range,
     panic,
@@ -74,7 +75,7 @@ impl Sample {
 }
 
 /// A process of which writes are noted, until it is dropped.
-pub(super) struct Armed {
+pub(in crate::profile) struct Armed {
     _writes: WriteTracker,
     pagemap: Pagemap,
     sample: Sample,
@@ -174,6 +175,11 @@ fn cgroup_of(pid: i32, mount: &Path) -> Option<PathBuf> {
     Some(mount.join(path))
 }
 
+/// Whether one goes on that stood still, and is there.
+fn goes_on(cgroup: &Path) -> bool {
+    cgroup.exists() && !stands_still(cgroup)
+}
+
 /// Memory of the program's own that it may write.
 fn is_looked_at(mapping: &Mapping) -> bool {
     !mapping.shared
@@ -191,6 +197,12 @@ pub(super) fn look(
     sample_bytes: u64,
 ) -> Duration {
     let mut elsewhere = Duration::ZERO;
+    let ends_early = cycle.ends_early(began.elapsed(), |still| {
+        !stands_still(cgroup) && still.iter().any(|below| goes_on(below))
+    });
+    if !ends_early && began.elapsed() < cycle.count_due() {
+        return elsewhere;
+    }
     // Of a cgroup that has gone there is nothing to count; who tracks it will say so.
     let pids = cgroup::pids(cgroup).unwrap_or_default();
     let sizes: Vec<(i32, Size)> = pids.into_iter().filter_map(|pid| Some((pid, size(pid)?))).collect();
@@ -204,24 +216,35 @@ pub(super) fn look(
     let resident_bytes: u64 = sizes.iter().map(|(_, size)| size.resident_bytes).sum();
     count.left_out_bytes = resident_bytes.saturating_sub(count.resident_bytes);
     count.resident_bytes = count.resident_bytes.max(resident_bytes);
-    if cycle.count(began.elapsed(), UnixMillis::now(), count) {
+    let ends = cycle.count(began.elapsed(), UnixMillis::now(), count);
+    if ends || ends_early {
         armed.clear();
         let own_bytes = sizes.iter().map(|(_, size)| size.own_bytes).sum();
         let sample = Sample::of(own_bytes, sample_bytes);
         let mount = cgroup::unified_mount().ok();
+        let mut still = BTreeSet::new();
         for (pid, _) in sizes {
-            // It would make the call that it is to make when it goes on, and that may be never.
             let own = mount.as_deref().and_then(|mount| cgroup_of(pid, mount));
-            if stands_still(cgroup) || own.is_some_and(|own| stands_still(&own)) {
+            let own = own.unwrap_or_else(|| cgroup.to_owned());
+            let is_still = || stands_still(cgroup) || stands_still(&own);
+            // It would make the call that it is to make when it goes on, and that may be never.
+            if is_still() {
                 tracing::debug!(pid, "what it writes is not measured: it stands still");
+                still.insert(own);
                 continue;
             }
             match Armed::arm(pid, sample, &mut elsewhere) {
                 Ok(of) => armed.push(of),
-                Err(error) => tracing::debug!(pid, %error, "what it writes is not measured"),
+                Err(error) => {
+                    tracing::debug!(pid, %error, "what it writes is not measured");
+                    // It may have been frozen just then.
+                    if is_still() {
+                        still.insert(own);
+                    }
+                }
             }
         }
-        cycle.was_cleared(began.elapsed());
+        cycle.was_cleared_but(began.elapsed(), still);
     }
     elsewhere
 }
