@@ -182,6 +182,8 @@ pub struct SlotRecord {
     pub left_ns: u64,
     /// Time off the CPU that ended, by [`OffCpu`].
     pub off_cpu: [OffCpuCount; OFF_CPU_KINDS],
+    /// Page faults that were seen to begin, some of them twice or not at all: it says whether there were any.
+    pub faults_begun: u64,
 }
 
 impl SlotRecord {
@@ -198,6 +200,7 @@ impl SlotRecord {
         foreign_wait_ns: 0,
         left_ns: 0,
         off_cpu: [OffCpuCount { ns: 0, times: 0 }; OFF_CPU_KINDS],
+        faults_begun: 0,
     };
 }
 
@@ -355,7 +358,7 @@ pub const fn block_shards(cpus: u32) -> u32 {
 
 // Both sides are compiled apart: the layout must not depend on the target's alignment rules.
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
-const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 88 + 16 * OFF_CPU_KINDS);
+const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 96 + 16 * OFF_CPU_KINDS);
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);
 const _: () = assert!(size_of::<FaultRecord>() == size_of::<HistogramRecord>() + 8);
 // The first four words of each of an array that begins with a page are in one cache line.

@@ -19,7 +19,7 @@ use rswap_common::{
 
 use crate::{
     kernel::{KernelPtr, field},
-    maps::{SLOT_COUNT, count, slot_of},
+    maps::{SLOT_COUNT, count, slot_of, slot_record},
     sched::{TASK_PID, monotonic_ns, task_cgroup_id},
 };
 
@@ -67,7 +67,12 @@ fn current_task() -> KernelPtr {
 #[inline(always)]
 fn begins() -> i32 {
     let task = current_task();
-    if slot_of(task_cgroup_id(task)).is_some() {
+    if let Some(slot) = slot_of(task_cgroup_id(task)) {
+        if let Some(record) = slot_record(slot) {
+            // SAFETY: the map gave the pointer, and only these two programs write this word. One of another task may come in between, and a count be
+            // lost: it changes all the same.
+            unsafe { (*record).faults_begun = (*record).faults_begun.wrapping_add(1) };
+        }
         let pid = field(task, &TASK_PID);
         if let Some(begun) = FAULTS_BEGUN.get_ptr_mut(fault_place(pid)) {
             // SAFETY: the map gave the pointer; other CPUs may write the word, which is written at once.

@@ -58,7 +58,7 @@ const IN_DOUBT_HINT: &str = "the agent asks the other host until it answers; if 
 /// Every so many windows it is looked whether threads are where they belong: a system call for each.
 pub(super) const CORES_EVERY_WINDOWS: u64 = 8;
 /// Whom an instance is like is looked up again every so many windows: programs change their user, and what they run.
-const KIN_EVERY_WINDOWS: u64 = 32;
+const KIN_EVERY_WINDOWS: u64 = 64;
 
 /// All rooms' nouns, and what is under way.
 pub(super) struct Wiring {
@@ -224,11 +224,12 @@ impl Wiring {
     /// Tells the forecaster whom an instance is like, when it is new and now and then.
     fn look_at_kin(&mut self, name: &InstanceName) {
         let known = self.forecaster.kin(name).is_some_and(|kin| !kin.class.is_empty());
-        let Some(instance) =
-            self.known.get(name).filter(|_| !known || self.windows.is_multiple_of(KIN_EVERY_WINDOWS))
-        else {
+        let Some(instance) = self.known.get(name) else { return };
+        // Not all in the same window.
+        let is_due = (self.windows.wrapping_add(instance.cgroup_id)).is_multiple_of(KIN_EVERY_WINDOWS);
+        if known && !is_due {
             return;
-        };
+        }
         let kin = kin::of(instance, MainProcess::of(instance).as_ref(), &self.config.learnt.class_labels);
         // Between two programs it has none.
         if !known || !kin.class.is_empty() {

@@ -24,7 +24,21 @@ pub(super) struct InstanceFiles {
     procs: BTreeMap<PathBuf, Kept>,
     /// `stat` and `statm` of each process; empty where its cgroup tells.
     processes: BTreeMap<i32, [Kept; 2]>,
+    /// What each `stat` said when they were read last.
+    faults: Option<FaultsRead>,
 }
+
+/// Faults of processes, as they were when so many had begun.
+#[derive(Debug)]
+struct FaultsRead {
+    begun: u64,
+    windows_since: u32,
+    of: BTreeMap<i32, faults::Process>,
+}
+
+/// After so many windows the faults of processes are read even if none was seen to begin: those that the kernel makes for itself are not seen, as for `O_DIRECT`,
+/// and one that has begun may end later.
+const FAULTS_READ_AFTER_WINDOWS: u32 = 10;
 
 /// After so many windows it is taken for grown all the same: the kernel rounds what it adds up, of a host that hardly does anything to nothing.
 const GROWN_AFTER_WINDOWS: u32 = 10;
@@ -85,6 +99,7 @@ impl InstanceFiles {
             memory: None,
             procs: BTreeMap::new(),
             processes: BTreeMap::new(),
+            faults: None,
         };
         this.follow(&[cgroup.to_owned()]);
         this
@@ -137,31 +152,50 @@ impl InstanceFiles {
         self.memory_pressure_us
     }
 
-    /// Its memory, and its faults so far.
-    pub(super) fn memory(&mut self, reader: &mut Reader) -> Result<Memory, ProfileError> {
+    /// Its processes, as far as they were looked at when its memory was read last.
+    pub(super) fn processes(&self) -> impl Iterator<Item = i32> {
+        self.processes.keys().copied()
+    }
+
+    /// Its memory, and its faults so far. `begun` is how many of these have begun, where that is counted: the files that tell of each process's are the dearest of all,
+    /// and are not read again where none has.
+    pub(super) fn memory(&mut self, reader: &mut Reader, begun: Option<u64>) -> Result<Memory, ProfileError> {
         if let Some([current, stat]) = &mut self.memory {
             let resident_bytes = reader.read(current).ok().and_then(|text| text.trim().parse().ok());
             let faults = reader.read(stat).ok().and_then(|text| faults::Reading::of_cgroup(&text));
             if let (Some(resident_bytes), Some(faults)) = (resident_bytes, faults) {
                 self.processes.clear();
+                self.faults = None;
                 self.procs.values_mut().for_each(Kept::close);
                 return Ok(Memory { resident_bytes, faults });
             }
         }
         let pids = self.pids(reader)?;
+        let are_same = self.processes.keys().eq(&pids);
+        let known = self.faults.take().filter(|known| {
+            are_same && begun == Some(known.begun) && known.windows_since < FAULTS_READ_AFTER_WINDOWS
+        });
         self.processes.retain(|pid, _| pids.contains(pid));
         let (mut resident_bytes, mut counted) = (0, BTreeMap::new());
         for pid in pids {
             let files = |name: &str| Kept::new(format!("/proc/{pid}/{name}").into());
             let [stat, statm] = self.processes.entry(pid).or_insert_with(|| [files("stat"), files("statm")]);
             // A process that has ended meanwhile holds nothing.
-            let process = unless_gone(reader, stat, faults::process)?;
-            counted.extend(process.map(|process| (pid, process)));
+            if known.is_none() {
+                let process = unless_gone(reader, stat, faults::process)?;
+                counted.extend(process.map(|process| (pid, process)));
+            }
             // The resident set in `stat` is not exact.
             let pages = unless_gone(reader, statm, resident_pages)?;
             resident_bytes += pages.unwrap_or(0) * procfs::page_size();
         }
-        Ok(Memory { resident_bytes, faults: faults::Reading::OfProcesses(counted) })
+        let now = match known {
+            Some(known) => FaultsRead { windows_since: known.windows_since + 1, ..known },
+            None => FaultsRead { begun: begun.unwrap_or_default(), windows_since: 0, of: counted },
+        };
+        let of = now.of.clone();
+        self.faults = begun.map(|_| now);
+        Ok(Memory { resident_bytes, faults: faults::Reading::OfProcesses(of) })
     }
 
     /// The processes of the cgroup and of all below it.

@@ -53,11 +53,12 @@ pub(super) struct Listeners {
 }
 
 impl Listeners {
-    /// Looks again, if it is time: at the sockets of instances, each with its cgroup's path and the ids of its cgroups.
-    pub(super) fn look<'a>(
+    /// Looks again, if it is time: at the sockets of instances, each with its cgroup's path, those of its processes that are known already, and the ids of its
+    /// cgroups.
+    pub(super) fn look<'a, P: Iterator<Item = i32>>(
         &mut self,
         now: UnixMillis,
-        instances: impl Iterator<Item = (&'a InstanceName, &'a Path, &'a BTreeSet<u64>)> + Clone,
+        instances: impl Iterator<Item = (&'a InstanceName, &'a Path, impl Fn() -> P, &'a BTreeSet<u64>)>,
     ) {
         self.dropped.clear();
         if self.looked.is_some_and(|looked| now.since(looked) < LOOK_EVERY_MS && now.0 >= looked.0) {
@@ -67,10 +68,11 @@ impl Listeners {
         let mut found = Vec::new();
         let (mut listed, mut failed) = (BTreeSet::new(), BTreeSet::new());
         let mut all = Vec::new();
-        for (name, cgroup, ids) in instances {
-            let pids = cgroup::pids(cgroup).unwrap_or_default();
+        for (name, cgroup, processes, ids) in instances {
             // Those that have ended meanwhile have none.
-            let first = pids.into_iter().find_map(|pid| Some((pid, net_namespace(pid)?)));
+            let in_namespace = |pid| Some((pid, net_namespace(pid)?));
+            let listed_now = || cgroup::pids(cgroup).unwrap_or_default().into_iter().find_map(in_namespace);
+            let first = processes().find_map(in_namespace).or_else(listed_now);
             all.push((name, first.map(|(_, namespace)| namespace), ids));
             let Some((pid, namespace)) = first.filter(|(_, namespace)| !listed.contains(namespace)) else {
                 continue;

@@ -20,6 +20,7 @@ pub mod btf;
 mod cgroup;
 mod cgroup_table;
 mod children;
+mod counting;
 mod disk_users;
 pub mod doctor;
 mod empty;

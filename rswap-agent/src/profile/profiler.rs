@@ -18,13 +18,12 @@ use super::{
     ages::{Means, Scanner},
     cgroup,
     children::{CgroupsKnown, Children, Members},
-    disk_users,
-    fault_latency::{MAJOR_FAULTS, PAGE_FAULT},
-    faults,
+    counting::Counting,
+    disk_users, faults,
     instance_files::{HostPressure, InstanceFiles, Memory},
     listeners::Listeners,
     neighbours::{self, Names},
-    probes::{EXACT, Probes, SWITCH_STATE},
+    probes::Probes,
     slots::{self, Counters, Devices, FreeSlots},
     tiers::{Change, Judge, Meter, Tier},
 };
@@ -101,7 +100,7 @@ pub struct Profiler {
 const ALONE_LIMIT: Duration = Duration::from_secs(2);
 /// A program tells when a cgroup comes or goes in an instance's. After so many windows without that they are looked for all the same: it may be in a way that
 /// no program sees.
-const LOOK_AFTER_WINDOWS: u32 = 10;
+const LOOK_AFTER_WINDOWS: u32 = 30;
 /// What looking at ages is called among the probes.
 const AGES: &str = "memory.ages";
 /// What looking at writes is called among them.
@@ -116,7 +115,8 @@ struct State {
     devices_untold: bool,
     names: Names,
     listeners: Listeners,
-    tracked: BTreeMap<InstanceName, Tracked>,
+    /// Boxed: each is taken out and put back in every window.
+    tracked: BTreeMap<InstanceName, Box<Tracked>>,
     /// Of the slot that is shared by those that have none of their own.
     shared: Option<Shared>,
     short_lived_ms: u64,
@@ -286,7 +286,7 @@ impl Profiler {
         // Read first: an instance whose cgroup is not there takes no slot.
         let mut files = InstanceFiles::new(cgroup);
         let State { reader, host_pressure, .. } = &mut *state;
-        let mut reading = Reading::take(&mut files, reader, host_pressure)?;
+        let mut reading = Reading::take(&mut files, reader, host_pressure, None)?;
         let slot = if state.probes.maps.is_some() { state.free.take() } else { None };
         match (&state.probes.maps, slot) {
             (Some(maps), Some(slot)) => {
@@ -299,7 +299,7 @@ impl Profiler {
             (None, _) => {}
         }
         let (members, is_known) = Default::default();
-        let mut tracked = Tracked {
+        let mut tracked = Box::new(Tracked {
             cgroup: cgroup.to_owned(),
             files,
             looked: None,
@@ -309,7 +309,7 @@ impl Profiler {
             connections_then: reading.counters.as_ref().map_or(0, Counters::came_and_stayed),
             last: reading,
             dirty_bytes_per_s: None,
-        };
+        });
         let registered = state.register_cgroups(&mut tracked, None);
         state.tracked.insert(name.clone(), tracked);
         if let Err(error) = registered {
@@ -346,8 +346,10 @@ impl Profiler {
         state.reader.are_open(open);
         let State { reader, host_pressure, .. } = &mut *state;
         host_pressure.look(reader);
+        let counting = Counting::of(&state.probes);
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
-        let sampled = names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots));
+        let sampled =
+            names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots, &counting));
         let ages = |of: &Result<Scanner, ProbeState>, name: &InstanceName| of.as_ref().ok()?.ages(name);
         let with_ages = |mut profile: Profile| {
             profile.memory.ages = ages(&self.ages, &profile.instance);
@@ -356,7 +358,7 @@ impl Profiler {
         };
         let mut profiles: Vec<Profile> = sampled.map(with_ages).collect();
         disk_users::add_neighbours(&mut profiles, state.disks_used());
-        state.sample_shared(now);
+        state.sample_shared(now, &counting);
         // Behind the last one: a window is counted as a whole, or not.
         state.keep_budget(now);
         profiles
@@ -429,11 +431,12 @@ impl Reading {
         files: &mut InstanceFiles,
         reader: &mut Reader,
         host: &HostPressure,
+        faults_begun: Option<u64>,
     ) -> Result<Self, ProfileError> {
         let (cpu_usage_us, cpu_held_back_us) = files.cpu_stat_us(reader)?;
         let (cpu_pressure_us, memory_pressure_us) =
             (files.cpu_pressure_us(reader), files.memory_pressure_us(reader, host));
-        let Memory { resident_bytes, faults } = files.memory(reader)?;
+        let Memory { resident_bytes, faults } = files.memory(reader, faults_begun)?;
         Ok(Self {
             at: None,
             counters: None,
@@ -509,8 +512,10 @@ impl State {
     }
 
     fn look_at_listeners(&mut self, now: UnixMillis) {
-        let instances =
-            self.tracked.iter().map(|(name, of)| (name, of.cgroup.as_path(), of.members.registered()));
+        let instances = self.tracked.iter().map(|(name, of)| {
+            let processes = move || of.files.processes();
+            (name, of.cgroup.as_path(), processes, of.members.registered())
+        });
         self.listeners.look(now, instances);
     }
 
@@ -534,9 +539,11 @@ impl State {
         let (cgroups, present): (Vec<_>, BTreeSet<_>) = cgroup::tree(&tracked.cgroup)?.into_iter().unzip();
         tracked.files.follow(&cgroups);
         let before = tracked.looked.as_ref().map(|looked| looked.changes);
+        // Not all in the same window.
+        let windows_since = if now.is_none() { own as u32 % LOOK_AFTER_WINDOWS } else { 0 };
         tracked.looked = changes.map(|changes| {
             let once_more = before != Some(changes);
-            LookedFor { changes, windows_since: 0, once_more }
+            LookedFor { changes, windows_since, once_more }
         });
         let Some(maps) = &mut self.probes.maps else { return Ok(()) };
         let short_lived_ms = now.and(maps.children.as_ref()).map(|_| self.short_lived_ms);
@@ -570,7 +577,7 @@ impl State {
 
     /// Whose cgroup this is; the instance that is looked at is not among those who are tracked.
     fn who(&mut self, id: u64, looked_at: Option<(&InstanceName, &Tracked)>) -> neighbours::Who {
-        let all = self.tracked.iter().chain(looked_at);
+        let all = self.tracked.iter().map(|(name, of)| (name, &**of)).chain(looked_at);
         let owner = |is_its: &dyn Fn(&Tracked) -> bool| {
             all.clone().find(|(_, of)| is_its(of)).map(|(name, _)| name.clone())
         };
@@ -606,8 +613,8 @@ impl State {
     }
 
     fn without_slot(&self) -> usize {
-        let has_none = |tracked: &&Tracked| tracked.slot.is_none();
-        if self.probes.maps.is_some() { self.tracked.values().filter(has_none).count() } else { 0 }
+        let without = self.tracked.values().filter(|tracked| tracked.slot.is_none());
+        if self.probes.maps.is_some() { without.count() } else { 0 }
     }
 
     /// Slots that have become free go to those that have none.
@@ -628,7 +635,7 @@ impl State {
         }
     }
 
-    fn sample_shared(&mut self, now: UnixMillis) {
+    fn sample_shared(&mut self, now: UnixMillis, counting: &Counting) {
         let instances = self.without_slot();
         let Some(maps) = self.probes.maps.as_ref().filter(|_| instances > 0) else {
             self.shared = None;
@@ -640,42 +647,46 @@ impl State {
         let shown = self.shared.as_ref().filter(|_| window_ms > 0).map(|before| {
             let mut cpu = CpuProfile::default();
             let earlier = &before.counters;
-            let probes = &self.probes;
             // As in `window`.
-            if !probes.is_dropped(Tier::Scheduler) {
+            if counting.scheduler {
                 counters.add_cpu_since(earlier, &mut cpu);
             }
-            cpu.exact = probes.are_active(&EXACT);
-            cpu.counted = probes.are_active(&["sched_switch"]);
-            cpu.off_cpu = probes.are_active(&[SWITCH_STATE]).then(|| counters.off_cpu_since(earlier));
+            cpu.exact = counting.exact;
+            cpu.counted = counting.turns;
+            cpu.off_cpu = counting.off_cpu.then(|| counters.off_cpu_since(earlier));
             cpu.cores = cpu.on_cpu_ns.sum as f64 / (window_ms as f64 * 1e6);
             let mut tcp = TcpProfile::default();
-            if !probes.is_dropped(Tier::Tcp) {
+            if counting.tcp {
                 tcp = counters.tcp_since(earlier);
-                tcp.retransmits =
-                    probes.are_active(&["tcp_retransmit_skb"]).then(|| counters.retransmits_since(earlier));
+                tcp.retransmits = counting.retransmits.then(|| counters.retransmits_since(earlier));
             }
-            let block = if probes.is_dropped(Tier::Block) {
-                Vec::new()
-            } else {
+            let block = if counting.block {
                 counters.block_since(earlier, &self.devices, window_ms)
+            } else {
+                Vec::new()
             };
             SharedProfile {
                 instances,
                 window_ms,
                 cpu,
                 block,
-                block_counted: probes.are_active(&["block_rq_complete"]),
+                block_counted: counting.requests,
                 tcp,
-                tcp_counted: probes.are_active(&["sock_send_length", "sock_recv_length"]),
+                tcp_counted: counting.bytes,
             }
         });
         self.shared = Some(Shared { at: now, counters, shown });
     }
 
-    fn sample_one(&mut self, name: &InstanceName, now: UnixMillis, slots: u32) -> Option<Profile> {
+    fn sample_one(
+        &mut self,
+        name: &InstanceName,
+        now: UnixMillis,
+        slots: u32,
+        counting: &Counting,
+    ) -> Option<Profile> {
         let mut tracked = self.tracked.remove(name)?;
-        let profile = self.window(name, &mut tracked, now, slots);
+        let profile = self.window(name, &mut tracked, now, slots, counting);
         self.tracked.insert(name.clone(), tracked);
         match profile {
             Ok(profile) => profile,
@@ -692,13 +703,17 @@ impl State {
         tracked: &mut Tracked,
         now: UnixMillis,
         slots: u32,
+        counting: &Counting,
     ) -> Result<Option<Profile>, ProfileError> {
         self.register_cgroups(tracked, Some(now))?;
-        let mut reading = Reading::take(&mut tracked.files, &mut self.reader, &self.host_pressure)?;
-        reading.at = Some(now);
+        let mut counters = None;
         if let (Some(maps), Some(slot), true) = (&self.probes.maps, tracked.slot, tracked.is_known) {
-            reading.counters = Some(Counters::read(maps, slots, slot, tracked.last.counters.as_ref()));
+            counters = Some(Counters::read(maps, slots, slot, tracked.last.counters.as_ref()));
         }
+        // Behind it: a fault that begins meanwhile is one that the next reading sees begun.
+        let begun = counters.as_ref().filter(|_| counting.faults_begun).map(|of| of.faults_begun);
+        let mut reading = Reading::take(&mut tracked.files, &mut self.reader, &self.host_pressure, begun)?;
+        (reading.at, reading.counters) = (Some(now), counters);
         let last = std::mem::replace(&mut tracked.last, reading);
         let reading = &tracked.last;
 
@@ -740,9 +755,7 @@ impl State {
             },
         };
         if let (Some(earlier), Some(later)) = (&last.counters, &reading.counters) {
-            // What was counted until a tier was dropped is a part of the window only.
-            let is_here = |probes: &Probes, tier| !probes.is_dropped(tier);
-            if is_here(&self.probes, Tier::Scheduler) {
+            if counting.scheduler {
                 later.add_cpu_since(earlier, &mut profile.cpu);
                 let others_ns = profile.cpu.by_cpu.iter().map(|of| of.others_wait_ns).sum();
                 let waited = later.waits.since(&earlier.waits);
@@ -753,25 +766,22 @@ impl State {
                     reading.cpu_held_back_us.saturating_sub(last.cpu_held_back_us).saturating_mul(1000),
                 );
             }
-            profile.cpu.exact = self.probes.are_active(&EXACT);
-            profile.cpu.counted = self.probes.are_active(&["sched_switch"]);
-            let told = self.probes.are_active(&[SWITCH_STATE]);
-            profile.cpu.off_cpu = told.then(|| later.off_cpu_since(earlier));
-            if is_here(&self.probes, Tier::Tcp) {
+            profile.cpu.exact = counting.exact;
+            profile.cpu.counted = counting.turns;
+            profile.cpu.off_cpu = counting.off_cpu.then(|| later.off_cpu_since(earlier));
+            if counting.tcp {
                 profile.tcp = later.tcp_since(earlier);
-                let counts = |probe| self.probes.are_active(&[probe]);
-                profile.tcp.retransmits =
-                    counts("tcp_retransmit_skb").then(|| later.retransmits_since(earlier));
-                profile.tcp.connections = counts("inet_sock_set_state")
-                    .then(|| later.connections_since(earlier, tracked.connections_then));
+                profile.tcp.retransmits = counting.retransmits.then(|| later.retransmits_since(earlier));
+                profile.tcp.connections =
+                    counting.connections.then(|| later.connections_since(earlier, tracked.connections_then));
             }
-            if is_here(&self.probes, Tier::Block) {
+            if counting.block {
                 profile.block = later.block_since(earlier, &self.devices, window_ms);
             }
-            let timed = self.probes.are_active(&[PAGE_FAULT, MAJOR_FAULTS]);
-            profile.memory.fault_latency = timed.then(|| later.faults.since(&earlier.faults));
-            profile.block_counted = self.probes.are_active(&["block_rq_complete"]);
-            profile.tcp_counted = self.probes.are_active(&["sock_send_length", "sock_recv_length"]);
+            profile.memory.fault_latency =
+                counting.fault_latency.then(|| later.faults.since(&earlier.faults));
+            profile.block_counted = counting.requests;
+            profile.tcp_counted = counting.bytes;
         }
         profile.tcp.listen_drops = self.listeners.drops(name);
         Ok(Some(profile))

@@ -52,6 +52,8 @@ pub(super) struct Counters {
     /// By CPU.
     cpus: Vec<OnCpu>,
     off_cpu: [OffCpuCount; OFF_CPU_KINDS],
+    /// Whether this has changed says whether any of its page faults has begun.
+    pub(super) faults_begun: u64,
     /// For whom it waited.
     pub(super) waits: Waits,
     /// How long page faults took.
@@ -120,6 +122,7 @@ impl Counters {
                 }
                 add_record(&mut total.tcp_life_us, &record.tcp_life_us);
                 add_tcp(&mut total.tcp, &record.tcp);
+                total.faults_begun = total.faults_begun.wrapping_add(record.faults_begun);
                 total.tcp_bytes_in = total.tcp_bytes_in.wrapping_add(record.tcp_bytes_in);
                 total.tcp_bytes_out = total.tcp_bytes_out.wrapping_add(record.tcp_bytes_out);
             }
@@ -149,6 +152,7 @@ impl Counters {
             tcp_life_us: Counts::of(&total.tcp_life_us),
             cpus,
             off_cpu: total.off_cpu,
+            faults_begun: total.faults_begun,
             waits: Waits::read(maps, slots, slot),
             faults: FaultCounts::read(maps, slots, slot),
             blocks,
@@ -401,6 +405,7 @@ mod tests {
             tcp_life_us: Counts::default(),
             cpus: Vec::new(),
             off_cpu: SlotRecord::EMPTY.off_cpu,
+            faults_begun: 0,
             waits: Waits::default(),
             faults: FaultCounts::default(),
             blocks: blocks.iter().map(block).collect(),
