@@ -11,7 +11,7 @@ use super::{
     mixture::{EXPERTS, Mixture, Opinions},
     numeric::{Position, Short, displaced, within},
     prior::Prior,
-    regression::{ABOVE, BACK, Features, Regression},
+    regression::{ABOVE, ALWAYS, BACK, FEATURES, Features, Regression},
     steered::{Signs, Steered},
 };
 
@@ -29,6 +29,14 @@ const SHIFT: f32 = 0.005;
 const NARROWER: f32 = 0.6;
 /// What has moved of late is never taken for less than this share of what usually moves.
 const MOVING: f32 = 0.2;
+/// What is known of a moment when nothing was ever used.
+const STILL: Features = {
+    let mut features = [0.0; FEATURES];
+    features[0] = ALWAYS;
+    features
+};
+/// After so many of these, a regression is as unsure as it may be of what it has never seen.
+const MOST_STILL: u64 = 4096;
 /// No forecast is above so many times the highest value.
 const HIGHEST: f64 = 1.5;
 
@@ -180,11 +188,18 @@ impl Lead {
         prior.teach_mixtures(number, mixtures, known);
     }
 
-    /// Of so many windows, nothing was used in any.
-    pub(super) fn saw_nothing(&mut self, windows: u64) {
+    /// Of so many windows nothing was used in any, and it has seen the newest `known`.
+    pub(super) fn saw_nothing(&mut self, windows: u64, known: u64) {
         let more = met_of_nothing(u64::from(self.steps), windows).saturating_sub(self.seen);
         self.seen += more;
         self.covered += more;
+        let unknown = (windows.saturating_sub(known) / u64::from(self.stride)).min(MOST_STILL);
+        for _ in 0..unknown {
+            self.regression.learn(&STILL, 0.0);
+        }
+        for _ in 0..unknown.min((KEPT - self.analogs.len()) as u64) {
+            self.analogs.add(0.0, 0.0, 0.0);
+        }
     }
 
     /// How far ahead, in windows.

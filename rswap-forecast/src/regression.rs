@@ -7,6 +7,8 @@ pub(super) const FEATURES: usize = 12;
 /// Features of one moment.
 pub(super) type Features = [f32; FEATURES];
 
+/// The first feature: it is always the same.
+pub(super) const ALWAYS: f32 = 0.1;
 /// The feature that says how far the value is above where it was within the last half a dozen windows or so.
 pub(super) const ABOVE: usize = 2;
 /// The feature that says how far the value is from where it usually is at the time that is forecast.

@@ -12,7 +12,7 @@ use super::{
     numeric::{Position, asinh},
     prior::{Known, Prior, PriorError},
     profile::{BLOCK, Profile, Profiler},
-    regression::Features,
+    regression::{ALWAYS, Features},
 };
 
 /// Half-lives of the smoothed positions, in windows.
@@ -158,10 +158,11 @@ impl Series {
         (self.seen > 0 && !self.was_used && forecasts_nothing()).then_some((self.tick, self.seen))
     }
 
-    /// Windows behind which nothing that it still knows depends on one that is like all others: of the longest lead, as many outcomes as are needed are met by then.
+    /// So many windows in which nothing was used are shown to it again, at most: with them its history is full, and all that waits for its outcome was said by every
+    /// expert.
     fn remembered(&self) -> u64 {
         let longest = self.leads.iter().map(Lead::steps).max().unwrap_or_default();
-        (History::KEPT + 4 * longest) as u64
+        (History::KEPT + 2 * longest) as u64
     }
 
     /// Goes on from `tick`, with which `seen` windows were seen, and nothing was used in any: what it still would know of them is shown to it. `resemble` is called
@@ -176,7 +177,7 @@ impl Series {
         self.day.saw_nothing(tick, seen, again);
         self.long.saw_nothing(seen - again);
         self.seen = seen;
-        self.leads.iter_mut().for_each(|lead| lead.saw_nothing(seen));
+        self.leads.iter_mut().for_each(|lead| lead.saw_nothing(seen, again));
     }
 
     /// What it can teach others of its kind; `None` while that is too little.
@@ -319,7 +320,7 @@ impl Series {
             let season = self.history.repeat(steps);
             let (here, there) = (self.day.at(self.tick), self.day.at(self.tick.wrapping_add(steps as u32)));
             let features: Features = [
-                0.1,
+                ALWAYS,
                 level - self.smoothed[0],
                 level - self.smoothed[1],
                 level - self.smoothed[2],

@@ -266,6 +266,7 @@ impl Wiring {
             .registry
             .list_again(&mut self.listed)
             .map_err(|error| refused("list the instances", &error))?;
+        self.registry.forget_dead(&mut self.listed);
         let present: BTreeMap<_, _> = listed.into_iter().map(|i| (i.name.clone(), i)).collect();
         for (name, before) in &self.known {
             // A name whose cgroup changed is another instance.
@@ -453,8 +454,10 @@ impl Wiring {
         let links = self.look_at_links();
         self.board.write(|board| {
             board.links = Some(links);
+            // Views are of some of the profiles, in their order.
+            let mut left = views.iter().peekable();
             for (profile, usage) in profiles.iter().zip(&usages) {
-                let view = views.iter().find(|view| view.instance == profile.instance);
+                let view = left.next_if(|view| view.instance == profile.instance);
                 board.keep_window(profile, usage, view.map(|view| &view.demand));
             }
             for profile in profiles {

@@ -4,14 +4,16 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    Instance, InstanceError, InstanceName,
+    Instance, InstanceError, InstanceName, Origin,
     affinity::Choices,
+    cgroup,
     standing::{Changes, Standing},
 };
 use crate::kept_files::Reader;
@@ -20,6 +22,9 @@ use crate::kept_files::Reader;
 const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// More than the times of files advance by at a time: a tick on most file systems, one second or two on some.
 const TIME_STEP: Duration = Duration::from_millis(2100);
+
+/// An instance that has been dead for so long is forgotten: whoever started it has had the time to do so himself.
+const DEAD_FOR: Duration = Duration::from_secs(30);
 
 /// What was read of a registry, and of its instances' cgroups.
 #[derive(Debug, Default)]
@@ -31,6 +36,8 @@ pub struct Listing {
     files: BTreeMap<u64, Standing>,
     changes: Changes,
     still: BTreeSet<InstanceName>,
+    /// Since when each of the dead is known to be dead, by the cgroup's id.
+    dead: BTreeMap<u64, Instant>,
     reader: Reader,
 }
 
@@ -42,9 +49,10 @@ impl Listing {
 
     /// The living.
     fn look(&mut self) -> Vec<Instance> {
-        let Self { instances, files, changes, still, reader, .. } = self;
+        let Self { instances, files, changes, still, dead, reader, .. } = self;
         let ids: BTreeSet<u64> = instances.iter().map(|instance| instance.cgroup_id).collect();
         files.retain(|id, _| ids.contains(id));
+        dead.retain(|id, _| ids.contains(id));
         changes.retain(&ids);
         reader.are_open(files.values().map(Standing::open_files).sum());
         let changed = changes.take();
@@ -60,8 +68,10 @@ impl Listing {
                 // Its file may stay for long: what was open of it must not.
                 files.remove(&instance.cgroup_id);
                 changes.forget(instance.cgroup_id);
+                dead.entry(instance.cgroup_id).or_insert_with(Instant::now);
                 continue;
             };
+            dead.remove(&instance.cgroup_id);
             if stands_still {
                 still.insert(instance.name.clone());
             }
@@ -130,6 +140,65 @@ impl Registry {
             listing.read = (is_past && all).then_some((changed, now));
         }
         Ok(listing.look())
+    }
+
+    /// Removes the files of those that a listing has found dead for half a minute, and that won't come back: what was adopted, when its cgroup has gone; what rswap
+    /// started, with its empty cgroup. Nobody else does, as nobody need wait for their end.
+    pub fn forget_dead(&self, listing: &mut Listing) {
+        let has_been = |instance: &&Instance| {
+            listing.dead.get(&instance.cgroup_id).is_some_and(|since| since.elapsed() >= DEAD_FOR)
+        };
+        let due: Vec<Instance> = listing.instances.iter().filter(has_been).cloned().collect();
+        // Where cgroups can't be seen, nobody is known to be dead.
+        let Some(mount) = due.first().and_then(|_| cgroup::mount_point().ok()) else { return };
+        for instance in due {
+            // Its file is not there at the next reading; if it is, it is looked at again in half a minute.
+            listing.dead.remove(&instance.cgroup_id);
+            if !instance.cgroup.starts_with(&mount) {
+                continue;
+            }
+            match self.forget_if_dead(&instance) {
+                Ok(true) => tracing::debug!(instance = %instance.name, "forgotten"),
+                Ok(false) => {}
+                Err(error) => tracing::warn!(
+                    instance = %instance.name, %error,
+                    "what is kept of a dead instance can't be removed"
+                ),
+            }
+        }
+    }
+
+    fn forget_if_dead(&self, instance: &Instance) -> Result<bool, InstanceError> {
+        if instance.is_alive()? {
+            return Ok(false);
+        }
+        if instance.is_here()? {
+            if instance.origin == Origin::Adopted {
+                return Ok(false);
+            }
+            cgroup::remove(&instance.cgroup)?;
+        }
+        let path = self.path(&instance.name);
+        let aside = path.with_extension("dead");
+        let what = || format!("removing {}", path.display());
+        match fs::rename(&path, &aside) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            moved => moved.map_err(InstanceError::io(what()))?,
+        }
+        // One of the same name may have been started just now.
+        let is_it = read::<Instance>(&aside).is_ok_and(|found| found.cgroup_id == instance.cgroup_id);
+        if !is_it {
+            match renameat_with(CWD, &aside, CWD, &path, RenameFlags::NOREPLACE) {
+                Ok(()) => return Ok(false),
+                // And another one behind it: that counts.
+                Err(rustix::io::Errno::EXIST) => {}
+                Err(error) => return Err(InstanceError::io(what())(io::Error::from(error))),
+            }
+        } else if self.choices(instance)?.is_some() {
+            fs::remove_file(self.choices_path(&instance.name)).map_err(InstanceError::io(what()))?;
+        }
+        fs::remove_file(&aside).map_err(InstanceError::io(what()))?;
+        Ok(is_it)
     }
 
     /// The living instance `name`.
@@ -203,7 +272,6 @@ fn put(path: &Path, content: &impl Serialize) -> Result<(), InstanceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::cgroup;
 
     fn instance(name: &str, cgroup: PathBuf, cgroup_id: u64) -> Instance {
         Instance {
@@ -234,6 +302,46 @@ mod tests {
         assert_eq!(registry.get(&instance.name).expect("get"), None);
         registry.remove(&instance.name).expect("remove");
         registry.remove(&instance.name).expect("removing twice");
+    }
+
+    #[test]
+    fn what_is_kept_of_the_dead_is_removed_and_of_nobody_else() {
+        let Ok(mount) = cgroup::mount_point() else {
+            eprintln!("not tested: no cgroup v2");
+            return;
+        };
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let registry = Registry::open(directory.path()).expect("open");
+        let gone = instance("gone", mount.join("rswap-never-was"), 1);
+        // Elsewhere, nobody sees whether it is there.
+        let elsewhere = instance("elsewhere", directory.path().join("no-cgroup"), 2);
+        for instance in [&gone, &elsewhere] {
+            registry.put(instance).expect("put");
+            registry.put_choices(&instance.name, &Choices::new(instance.cgroup_id, None)).expect("put");
+        }
+        let mut listing = Listing::default();
+        let files = || {
+            let entries = fs::read_dir(directory.path().join("instances")).expect("list");
+            let names =
+                entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("text"));
+            names.collect::<BTreeSet<_>>()
+        };
+        let all = files();
+        let look = |listing: &mut Listing, dead_for: Duration| {
+            assert_eq!(registry.list_again(listing).expect("list"), []);
+            let since = Instant::now().checked_sub(dead_for).expect("a machine that has run for a minute");
+            listing.dead.values_mut().for_each(|of| *of = since);
+            registry.forget_dead(listing);
+        };
+        look(&mut listing, Duration::ZERO);
+        assert_eq!(files(), all);
+        // Another one of the name has been started meanwhile.
+        registry.put(&Instance { cgroup_id: 3, ..gone.clone() }).expect("put");
+        assert!(!registry.forget_if_dead(&gone).expect("looked at"));
+        assert_eq!(files(), all);
+        registry.put(&gone).expect("put");
+        look(&mut listing, DEAD_FOR);
+        assert_eq!(files(), ["elsewhere.affinity", "elsewhere.json"].map(str::to_owned).into());
     }
 
     #[test]

@@ -68,7 +68,7 @@ pub struct CpuNeighbour {
     pub waited_ns: u64,
 }
 
-/// What a slot's records say at one moment: places that are used, by CPU and place.
+/// What a slot's records say at one moment: places that are used, in the order of CPU and place.
 #[derive(Debug, Default)]
 pub(super) struct Waits(Vec<((u32, usize), NeighbourCount)>);
 
@@ -86,11 +86,14 @@ impl Waits {
 
     /// By cgroup, for how long the instance waited since `earlier`.
     pub(super) fn since(&self, earlier: &Self) -> BTreeMap<u64, u64> {
-        let before: HashMap<_, _> = earlier.0.iter().copied().collect();
+        let before = |place| {
+            let at = earlier.0.binary_search_by_key(place, |(place, _)| *place).ok()?;
+            Some(earlier.0[at].1)
+        };
         let mut waited = BTreeMap::new();
         for (place, now) in &self.0 {
             // One that has had the place since then begins with 0.
-            let before = before.get(place).filter(|of| of.cgroup_id == now.cgroup_id);
+            let before = before(place).filter(|of: &NeighbourCount| of.cgroup_id == now.cgroup_id);
             let before = before.map_or(0, |of| of.waited_ns);
             let ns = if before <= now.waited_ns { now.waited_ns - before } else { now.waited_ns };
             if ns > 0 {
@@ -109,18 +112,14 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Forgets them: what an id means may change from window to window.
-    pub(super) fn forget(&mut self) {
+    /// Begins anew, with the ids of instances' cgroups: what an id means may change from window to window.
+    pub(super) fn begin<'a>(&mut self, instances: impl Iterator<Item = (u64, &'a InstanceName)>) {
         self.known.clear();
+        self.known.extend(instances.map(|(id, name)| (id, Who::Instance(name.clone()))));
     }
 
-    /// Whose cgroup this is; `instance` knows those of instances by their ids, and `below` by the path of any that may be below.
-    pub(super) fn who(
-        &mut self,
-        id: u64,
-        instance: impl FnOnce(u64) -> Option<InstanceName>,
-        below: impl FnOnce(&Path) -> Option<InstanceName>,
-    ) -> Who {
+    /// Whose cgroup this is; `below` knows by its path of one that is an instance's, but was not when the window was begun.
+    pub(super) fn who(&mut self, id: u64, below: impl FnOnce(&Path) -> Option<InstanceName>) -> Who {
         match id {
             0 => return Who::Unknown,
             KERNEL_THREADS => return Who::KernelThreads,
@@ -129,7 +128,7 @@ impl Names {
         if let Some(who) = self.known.get(&id) {
             return who.clone();
         }
-        let who = instance(id).map_or_else(|| self.path(id, below), Who::Instance);
+        let who = self.path(id, below);
         self.known.insert(id, who.clone());
         who
     }
@@ -231,20 +230,20 @@ mod tests {
         };
         let mut names = Names::default();
         let root = cgroup::ids(&mount).unwrap().into_iter().min().unwrap();
-        let found = names.who(root, |_| None, |_| None);
+        let found = names.who(root, |_| None);
         if found == Who::Unknown {
             eprintln!("not tested: files can't be opened by handles here");
             return;
         }
         assert_eq!(found, Who::Cgroup("/".into()));
-        assert_eq!(names.who(u64::from(u32::MAX), |_| None, |_| None), Who::Removed);
+        assert_eq!(names.who(u64::from(u32::MAX), |_| None), Who::Removed);
         let name: InstanceName = "db".parse().unwrap();
-        let by_id = |id| (id == 5).then(|| name.clone());
-        assert_eq!(names.who(5, by_id, |_| None), Who::Instance(name.clone()));
-        assert_eq!(names.who(KERNEL_THREADS, |_| None, |_| None), Who::KernelThreads);
+        names.begin([(5, &name)].into_iter());
+        assert_eq!(names.who(5, |_| None), Who::Instance(name.clone()));
+        assert_eq!(names.who(KERNEL_THREADS, |_| None), Who::KernelThreads);
         // Of an instance's that nobody has told of yet.
-        names.forget();
+        names.begin(std::iter::empty());
         let by_path = |path: &Path| path.starts_with(&mount).then(|| name.clone());
-        assert_eq!(names.who(root, |_| None, by_path), Who::Instance(name.clone()));
+        assert_eq!(names.who(root, by_path), Who::Instance(name.clone()));
     }
 }

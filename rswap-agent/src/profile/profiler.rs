@@ -340,13 +340,14 @@ impl Profiler {
         state.probes.flush_log();
         state.look_for_devices();
         state.give_free_slots();
-        state.names.forget();
         state.look_at_listeners(now);
         let open = state.tracked.values().map(|tracked| tracked.files.open_files()).sum();
         state.reader.are_open(open);
         let State { reader, host_pressure, .. } = &mut *state;
         host_pressure.look(reader);
         let counting = Counting::of(&state.probes);
+        let State { tracked, names, .. } = &mut *state;
+        names.begin(tracked.iter().flat_map(|(name, of)| of.members.all().map(move |id| (id, name))));
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
         let sampled =
             names.iter().filter_map(|name| state.sample_one(name, now, self.config.slots, &counting));
@@ -577,12 +578,9 @@ impl State {
 
     /// Whose cgroup this is; the instance that is looked at is not among those who are tracked.
     fn who(&mut self, id: u64, looked_at: Option<(&InstanceName, &Tracked)>) -> neighbours::Who {
-        let all = self.tracked.iter().map(|(name, of)| (name, &**of)).chain(looked_at);
-        let owner = |is_its: &dyn Fn(&Tracked) -> bool| {
-            all.clone().find(|(_, of)| is_its(of)).map(|(name, _)| name.clone())
-        };
-        let by_id = |id| owner(&|of| of.members.contains(id));
-        self.names.who(id, by_id, |path| owner(&|of| path.starts_with(&of.cgroup)))
+        let mut all = self.tracked.iter().map(|(name, of)| (name, &**of)).chain(looked_at);
+        self.names
+            .who(id, |path| all.find(|(_, of)| path.starts_with(&of.cgroup)).map(|(name, _)| name.clone()))
     }
 
     fn forget(&mut self, name: &InstanceName) {
