@@ -7,7 +7,7 @@ use super::{numeric::Position, season};
 /// Between searches for the period at least so many windows go by.
 const SEARCH_EVERY: u64 = 4;
 /// And at most so many.
-const SEARCH_AT_LEAST_EVERY: u64 = 128;
+pub(super) const SEARCH_AT_LEAST_EVERY: u64 = 128;
 
 /// No count of windows of a series comes near it.
 pub(super) const MOST: u64 = 1 << 48;

@@ -6,7 +6,7 @@ use super::{
     Evidence, Quantiles,
     amounts::Amounts,
     habit::{Day, Histogram},
-    history::{History, MOST},
+    history::{History, MOST, SEARCH_AT_LEAST_EVERY},
     lead::{Lead, Moment, TAILS},
     level::Level,
     numeric::{Position, asinh},
@@ -168,7 +168,12 @@ impl Series {
     /// Goes on from `tick`, with which `seen` windows were seen, and nothing was used in any: what it still would know of them is shown to it. `resemble` is called
     /// after each.
     pub(super) fn see_nothing(&mut self, tick: u32, seen: u64, resemble: impl Fn(&mut Self)) {
-        let again = seen.min(self.remembered());
+        let remembered = self.remembered();
+        // A whole number of searches for a season is left out: the next one comes when it would have come.
+        let again = match seen.checked_sub(remembered) {
+            None => seen,
+            Some(more) => remembered + more % SEARCH_AT_LEAST_EVERY,
+        };
         self.tick = tick.wrapping_sub(again as u32);
         for _ in 0..again {
             self.observe(0.0);

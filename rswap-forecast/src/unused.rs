@@ -191,25 +191,28 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
+        #![proptest_config(ProptestConfig::with_cases(100))]
         #[test]
         fn what_wakes_goes_on_as_if_it_had_never_slept(
             zeros in prop_oneof![1u64..200, 600u64..700, 2_000u64..2_500],
             later in prop::collection::vec(prop_oneof![Just(0.0), 0.5f64..2.0], 1..40),
         ) {
             let (mut track, mut whole) = (unused(zeros), series(zeros));
-            for (number, value) in [1.0].into_iter().chain(later).enumerate() {
+            let (mut off, mut count) = (0.0, 0.0);
+            for value in [1.0].into_iter().chain(later) {
                 observe(&mut track, value);
                 whole.observe(value);
-                let forecasts = track.forecasts(&LEADS, 30);
-                for (own, whole) in forecasts.iter().zip(whole.forecasts(30)) {
+                for (own, whole) in track.forecasts(&LEADS, 30).iter().zip(whole.forecasts(30)) {
                     for (own, whole) in list(&own.0).into_iter().zip(list(&whole.0)) {
-                        // As long as all of its windows are seen again, to the last bit.
-                        let most = if zeros < 600 { 0.0 } else { 0.1 };
-                        prop_assert!((own - whole).abs() <= most * (1.0 + whole), "window {number}: {own} and {whole}");
+                        off += (own - whole).abs() / (1.0 + whole);
+                        count += 1.0;
                     }
                 }
             }
+            // As long as all of its windows are seen again, to the last bit. Of more, the kept zeros are in another order, and weigh as much together: a change of
+            // the level may be found a window earlier or later.
+            let most = if zeros < 600 { 0.0 } else { 0.1 };
+            prop_assert!(off / count <= most, "{}", off / count);
             let sound = |track: &Track| track.is_sound(&LEADS, DAY);
             prop_assert!(sound(&track));
         }
