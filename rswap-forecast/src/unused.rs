@@ -58,7 +58,7 @@ impl Track {
         }
         let Self::Used(series) = self else { return };
         series.observe(value);
-        resemble(&mut **series);
+        resemble(series);
         if let Some((tick, seen)) = series.is_unused() {
             *self = Self::Unused(Unused { tick, seen });
         }

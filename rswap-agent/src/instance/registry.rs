@@ -354,8 +354,9 @@ mod tests {
         fs::create_dir_all(&events).expect("directories");
         let instance = instance("one", path.clone(), cgroup::id(&path).expect("its id"));
         registry.put(&instance).expect("put");
-        assert_eq!(registry.list().expect("list"), [instance.clone()]);
-        assert_eq!(registry.list_again(&mut Listing::default()).expect("list"), [instance.clone()]);
+        assert_eq!(registry.list().expect("list"), std::slice::from_ref(&instance));
+        let again = registry.list_again(&mut Listing::default()).expect("list");
+        assert_eq!(again, std::slice::from_ref(&instance));
         assert!(registry.get(&instance.name).is_err());
         fs::remove_dir(&events).expect("remove");
         fs::write(&events, "populated 1\nfrozen 0\n").expect("write");
