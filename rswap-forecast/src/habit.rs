@@ -7,6 +7,8 @@ use super::numeric::Position;
 
 /// Most parts that a day is divided into.
 const PARTS: usize = 288;
+/// A day is gone through in so many steps at most.
+const MOST_STEPS: u64 = 8192;
 /// Weight of the newest day.
 const NEWEST_DAY: f32 = 0.3;
 
@@ -53,10 +55,13 @@ impl Day {
 
     /// Up to `tick`, nothing was used in so many windows, of which it has learnt the newest `known`.
     pub(super) fn saw_nothing(&mut self, tick: u32, windows: u64, known: u64) {
-        for back in known..windows.min(self.windows) {
+        let windows = windows.min(self.windows);
+        // Of a long day with short windows, each stands for several: all parts are seen far more often than is counted.
+        let each = (windows / MOST_STEPS).max(1);
+        for back in (known..windows).step_by(each as usize) {
             let part = self.part(tick.wrapping_sub(back as u32));
             // Its usual position is 0 from the beginning.
-            self.times[part] = self.times[part].saturating_add(1);
+            self.times[part] = self.times[part].saturating_add(each.min(255) as u8);
         }
     }
 

@@ -36,7 +36,7 @@ const STILL: Features = {
     features
 };
 /// After so many of these, a regression is as unsure as it may be of what it has never seen.
-const MOST_STILL: u64 = 4096;
+const MOST_STILL: u64 = 2600;
 /// No forecast is above so many times the highest value.
 const HIGHEST: f64 = 1.5;
 
@@ -218,7 +218,9 @@ impl Lead {
 
     /// A window has gone by: the forecast for it, if there is one, has met its outcome, or never will.
     pub(super) fn settle(&mut self, now: &Moment, seen: bool) {
-        while let Some(due) = self.pending.pop_front_if(|pending| pending.due <= now.tick) {
+        // Ticks wrap; none that waits is half a round away.
+        let is_due = |pending: &mut Pending| now.tick.wrapping_sub(pending.due) < 1 << 31;
+        while let Some(due) = self.pending.pop_front_if(is_due) {
             if seen && due.due == now.tick {
                 self.judge(&due, now);
             }
@@ -273,7 +275,7 @@ impl Lead {
         self.newest = given.map(|distance| (now.value + f64::from(distance)).max(0.0));
         if now.tick.is_multiple_of(self.stride) {
             self.pending.push_back(Pending {
-                due: now.tick.saturating_add(self.steps),
+                due: now.tick.wrapping_add(self.steps),
                 features: *features,
                 predicted,
                 level: now.level,

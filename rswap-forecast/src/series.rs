@@ -29,7 +29,7 @@ const TYPICAL_WINDOWS: u64 = 100;
 /// The unit of the scale, in mean amounts.
 pub(super) const UNIT: f64 = 0.5;
 /// The highest amount that is taken for one.
-const HIGHEST: f64 = (f32::MAX / 1e6) as f64;
+pub(super) const HIGHEST: f64 = (f32::MAX / 1e6) as f64;
 /// Windows of its own that outweigh what others have taught.
 const PRIOR_WINDOWS: u64 = 3;
 /// Windows after which a series can teach others.

@@ -8,7 +8,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Evidence, Prior, Quantiles, Series, lead::evidence_of_nothing, profile::BLOCK, series::TEACHES_AFTER,
+    Evidence, Prior, Quantiles, Series,
+    lead::evidence_of_nothing,
+    profile::BLOCK,
+    series::{HIGHEST, TEACHES_AFTER},
 };
 
 /// One resource of one instance.
@@ -45,6 +48,9 @@ impl Track {
         begin: impl FnOnce() -> Series,
         resemble: impl Fn(&mut Series),
     ) {
+        if !(0.0..=HIGHEST).contains(&value) {
+            return self.skip(1);
+        }
         if let Self::Unused(unused) = self {
             // With its first block it shows what it is like, and those alike may have gone on otherwise.
             if value == 0.0 && unused.seen + 1 != BLOCK as u64 {

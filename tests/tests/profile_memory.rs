@@ -208,8 +208,9 @@ fn ages_are_those_of_the_pages_that_were_touched() {
         (bytes_within(&eight, 8), bytes_within(&four, 4), 0),
     ] {
         let more = later - earlier;
-        // Beside it, what the interpreter itself uses now and then.
-        assert!(more >= touched && more <= touched + 2 * MIB, "{more} against {touched}");
+        // Beside it, what the interpreter itself uses now and then; and where DAMON runs, it takes the marks of some pages away for itself.
+        let least = touched - touched / 100;
+        assert!(more >= least && more <= touched + 2 * MIB, "{more} against {touched}");
     }
     let [.., (_, None, old)] = eight.by_age()[..] else { panic!("the oldest have no end") };
     let untouched = SIZE - first - second - third;

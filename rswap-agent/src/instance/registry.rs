@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
@@ -25,6 +26,10 @@ const TIME_STEP: Duration = Duration::from_millis(2100);
 
 /// An instance that has been dead for so long is forgotten: whoever started it has had the time to do so himself.
 const DEAD_FOR: Duration = Duration::from_secs(30);
+/// So many in one window.
+const AT_A_TIME: usize = 8;
+/// The inode of the cgroup namespace in which the host was started (`PROC_CGROUP_INIT_INO`, include/linux/proc_ns.h).
+const INITIAL_CGROUP_NAMESPACE: u64 = 0xeffffffb;
 
 /// What was read of a registry, and of its instances' cgroups.
 #[derive(Debug, Default)]
@@ -143,14 +148,14 @@ impl Registry {
     }
 
     /// Removes the files of those that a listing has found dead for half a minute, and that won't come back: what was adopted, when its cgroup has gone; what rswap
-    /// started, with its empty cgroup. Nobody else does, as nobody need wait for their end.
+    /// started, when no process is left. Nobody else does, as nobody need wait for their end.
     pub fn forget_dead(&self, listing: &mut Listing) {
         let has_been = |instance: &&Instance| {
             listing.dead.get(&instance.cgroup_id).is_some_and(|since| since.elapsed() >= DEAD_FOR)
         };
-        let due: Vec<Instance> = listing.instances.iter().filter(has_been).cloned().collect();
-        // Where cgroups can't be seen, nobody is known to be dead.
-        let Some(mount) = due.first().and_then(|_| cgroup::mount_point().ok()) else { return };
+        let due: Vec<Instance> = listing.instances.iter().filter(has_been).take(AT_A_TIME).cloned().collect();
+        // Where not all cgroups of the host can be seen, nobody is known to be dead.
+        let Some(mount) = due.first().and_then(|_| seen_from_the_root()) else { return };
         for instance in due {
             // Its file is not there at the next reading; if it is, it is looked at again in half a minute.
             listing.dead.remove(&instance.cgroup_id);
@@ -169,36 +174,17 @@ impl Registry {
     }
 
     fn forget_if_dead(&self, instance: &Instance) -> Result<bool, InstanceError> {
-        if instance.is_alive()? {
+        if instance.is_alive()? || (instance.origin == Origin::Adopted && instance.is_here()?) {
             return Ok(false);
         }
-        if instance.is_here()? {
-            if instance.origin == Origin::Adopted {
-                return Ok(false);
-            }
-            cgroup::remove(&instance.cgroup)?;
-        }
-        let path = self.path(&instance.name);
-        let aside = path.with_extension("dead");
-        let what = || format!("removing {}", path.display());
-        match fs::rename(&path, &aside) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-            moved => moved.map_err(InstanceError::io(what()))?,
-        }
-        // One of the same name may have been started just now.
-        let is_it = read::<Instance>(&aside).is_ok_and(|found| found.cgroup_id == instance.cgroup_id);
-        if !is_it {
-            match renameat_with(CWD, &aside, CWD, &path, RenameFlags::NOREPLACE) {
-                Ok(()) => return Ok(false),
-                // And another one behind it: that counts.
-                Err(rustix::io::Errno::EXIST) => {}
-                Err(error) => return Err(InstanceError::io(what())(io::Error::from(error))),
-            }
-        } else if self.choices(instance)?.is_some() {
-            fs::remove_file(self.choices_path(&instance.name)).map_err(InstanceError::io(what()))?;
-        }
-        fs::remove_file(&aside).map_err(InstanceError::io(what()))?;
-        Ok(is_it)
+        let (choices, path) = (self.choices_path(&instance.name), self.path(&instance.name));
+        let own = |id: u64| id == instance.cgroup_id;
+        let removing = |path: &Path| InstanceError::io(format!("removing {}", path.display()));
+        // The file that says that there is one goes last: what fails before is tried again.
+        remove_if(&choices, |file| read::<Choices>(file).is_ok_and(|found| own(found.cgroup_id)))
+            .map_err(removing(&choices))?;
+        remove_if(&path, |file| read::<Instance>(file).is_ok_and(|found| own(found.cgroup_id)))
+            .map_err(removing(&path))
     }
 
     /// The living instance `name`.
@@ -255,6 +241,37 @@ impl Registry {
     }
 }
 
+/// The mount of cgroup v2, if all of the host's cgroups are in it: in a cgroup namespace of its own, this process sees only some, by other paths.
+fn seen_from_the_root() -> Option<PathBuf> {
+    let own = fs::metadata("/proc/self/ns/cgroup").ok()?.ino();
+    (own == INITIAL_CGROUP_NAMESPACE).then(|| cgroup::mount_point().ok())?
+}
+
+/// Removes a file, if it is the one that is meant: one of the same name may come at any time.
+fn remove_if(path: &Path, is_it: impl Fn(&Path) -> bool) -> io::Result<bool> {
+    if !is_it(path) {
+        return Ok(false);
+    }
+    let mut aside = path.to_owned().into_os_string();
+    aside.push(".dead");
+    let aside = PathBuf::from(aside);
+    match fs::rename(path, &aside) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        moved => moved?,
+    }
+    if is_it(&aside) {
+        fs::remove_file(&aside)?;
+        return Ok(true);
+    }
+    match renameat_with(CWD, &aside, CWD, path, RenameFlags::NOREPLACE) {
+        Ok(()) => {}
+        // And another one behind it: that counts.
+        Err(rustix::io::Errno::EXIST) => fs::remove_file(&aside)?,
+        Err(error) => return Err(error.into()),
+    }
+    Ok(false)
+}
+
 fn read<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     serde_json::from_slice(&fs::read(path)?).map_err(io::Error::other)
 }
@@ -306,8 +323,8 @@ mod tests {
 
     #[test]
     fn what_is_kept_of_the_dead_is_removed_and_of_nobody_else() {
-        let Ok(mount) = cgroup::mount_point() else {
-            eprintln!("not tested: no cgroup v2");
+        let Some(mount) = seen_from_the_root() else {
+            eprintln!("not tested: no cgroup v2, or only a part of it");
             return;
         };
         let directory = tempfile::tempdir().expect("a temporary directory");
@@ -336,12 +353,26 @@ mod tests {
         look(&mut listing, Duration::ZERO);
         assert_eq!(files(), all);
         // Another one of the name has been started meanwhile.
+        registry.put_choices(&gone.name, &Choices::new(3, None)).expect("put");
         registry.put(&Instance { cgroup_id: 3, ..gone.clone() }).expect("put");
         assert!(!registry.forget_if_dead(&gone).expect("looked at"));
         assert_eq!(files(), all);
         registry.put(&gone).expect("put");
         look(&mut listing, DEAD_FOR);
-        assert_eq!(files(), ["elsewhere.affinity", "elsewhere.json"].map(str::to_owned).into());
+        let left = ["elsewhere.affinity", "elsewhere.json", "gone.affinity"].map(str::to_owned);
+        assert_eq!(files(), left.into(), "choices of the next one stay");
+        // Into a cgroup that is empty but there others may come, unless rswap made it.
+        let path = directory.path().join("empty");
+        fs::create_dir(&path).expect("a directory");
+        fs::write(path.join("cgroup.events"), "populated 0\nfrozen 0\n").expect("write");
+        let empty = instance("empty", path.clone(), cgroup::id(&path).expect("its id"));
+        registry.put(&empty).expect("put");
+        let adopted = Instance { origin: Origin::Adopted, ..empty.clone() };
+        assert!(!registry.forget_if_dead(&adopted).expect("looked at"));
+        assert!(registry.forget_if_dead(&empty).expect("looked at"));
+        fs::write(path.join("cgroup.events"), "populated 1\nfrozen 0\n").expect("write");
+        registry.put(&empty).expect("put");
+        assert!(!registry.forget_if_dead(&empty).expect("looked at"));
     }
 
     #[test]

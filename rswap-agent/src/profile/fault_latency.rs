@@ -109,6 +109,11 @@ pub(super) struct FaultCounts {
 }
 
 impl FaultCounts {
+    /// Whether this has changed says whether one has ended that waited.
+    pub(super) fn ended(&self) -> u64 {
+        self.major_ns.count().wrapping_add(self.not_timed)
+    }
+
     /// Reads them from the maps.
     pub(super) fn read(maps: &Maps, slots: u32, slot: u32) -> Self {
         let mut not_timed = 0u64;

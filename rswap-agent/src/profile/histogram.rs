@@ -107,6 +107,11 @@ impl Counts {
         buckets.extend(counted.map(|(index, count)| (index as u16, *count)));
         Self { sum: record.sum, buckets: buckets.into() }
     }
+
+    /// How many samples.
+    pub(super) fn count(&self) -> u64 {
+        self.buckets.iter().map(|(_, count)| u64::from(*count)).sum()
+    }
 }
 
 /// Adds what another CPU's record of the same metric counted.

@@ -28,16 +28,16 @@ pub(super) struct InstanceFiles {
     faults: Option<FaultsRead>,
 }
 
-/// Faults of processes, as they were when so many had begun.
+/// Faults of processes, as they were when so many had been seen to begin, and to end.
 #[derive(Debug)]
 struct FaultsRead {
-    begun: u64,
+    seen: u64,
     windows_since: u32,
     of: BTreeMap<i32, faults::Process>,
 }
 
-/// After so many windows the faults of processes are read even if none was seen to begin: those that the kernel makes for itself are not seen, as for `O_DIRECT`,
-/// and one that has begun may end later.
+/// After so many windows the faults of processes are read even if none was seen to begin: those that the kernel makes for itself are not seen,
+/// as for `O_DIRECT`.
 const FAULTS_READ_AFTER_WINDOWS: u32 = 10;
 
 /// After so many windows it is taken for grown all the same: the kernel rounds what it adds up, of a host that hardly does anything to nothing.
@@ -157,9 +157,9 @@ impl InstanceFiles {
         self.processes.keys().copied()
     }
 
-    /// Its memory, and its faults so far. `begun` is how many of these have begun, where that is counted: the files that tell of each process's are the dearest of all,
-    /// and are not read again where none has.
-    pub(super) fn memory(&mut self, reader: &mut Reader, begun: Option<u64>) -> Result<Memory, ProfileError> {
+    /// Its memory, and its faults so far. `seen` is how many of these were seen to begin, and to end, where that is counted: the files that tell of each process's are the dearest of all,
+    /// and are not read again where none was.
+    pub(super) fn memory(&mut self, reader: &mut Reader, seen: Option<u64>) -> Result<Memory, ProfileError> {
         if let Some([current, stat]) = &mut self.memory {
             let resident_bytes = reader.read(current).ok().and_then(|text| text.trim().parse().ok());
             let faults = reader.read(stat).ok().and_then(|text| faults::Reading::of_cgroup(&text));
@@ -173,7 +173,7 @@ impl InstanceFiles {
         let pids = self.pids(reader)?;
         let are_same = self.processes.keys().eq(&pids);
         let known = self.faults.take().filter(|known| {
-            are_same && begun == Some(known.begun) && known.windows_since < FAULTS_READ_AFTER_WINDOWS
+            are_same && seen == Some(known.seen) && known.windows_since < FAULTS_READ_AFTER_WINDOWS
         });
         self.processes.retain(|pid, _| pids.contains(pid));
         let (mut resident_bytes, mut counted) = (0, BTreeMap::new());
@@ -191,10 +191,10 @@ impl InstanceFiles {
         }
         let now = match known {
             Some(known) => FaultsRead { windows_since: known.windows_since + 1, ..known },
-            None => FaultsRead { begun: begun.unwrap_or_default(), windows_since: 0, of: counted },
+            None => FaultsRead { seen: seen.unwrap_or_default(), windows_since: 0, of: counted },
         };
         let of = now.of.clone();
-        self.faults = begun.map(|_| now);
+        self.faults = seen.map(|_| now);
         Ok(Memory { resident_bytes, faults: faults::Reading::OfProcesses(of) })
     }
 

@@ -432,12 +432,12 @@ impl Reading {
         files: &mut InstanceFiles,
         reader: &mut Reader,
         host: &HostPressure,
-        faults_begun: Option<u64>,
+        faults_seen: Option<u64>,
     ) -> Result<Self, ProfileError> {
         let (cpu_usage_us, cpu_held_back_us) = files.cpu_stat_us(reader)?;
         let (cpu_pressure_us, memory_pressure_us) =
             (files.cpu_pressure_us(reader), files.memory_pressure_us(reader, host));
-        let Memory { resident_bytes, faults } = files.memory(reader, faults_begun)?;
+        let Memory { resident_bytes, faults } = files.memory(reader, faults_seen)?;
         Ok(Self {
             at: None,
             counters: None,
@@ -709,8 +709,10 @@ impl State {
             counters = Some(Counters::read(maps, slots, slot, tracked.last.counters.as_ref()));
         }
         // Behind it: a fault that begins meanwhile is one that the next reading sees begun.
-        let begun = counters.as_ref().filter(|_| counting.faults_begun).map(|of| of.faults_begun);
-        let mut reading = Reading::take(&mut tracked.files, &mut self.reader, &self.host_pressure, begun)?;
+        // One that waits may end long after it has begun.
+        let counted = counters.as_ref().filter(|_| counting.faults_begun);
+        let faults = counted.map(|of| of.faults_begun.wrapping_add(of.faults.ended()));
+        let mut reading = Reading::take(&mut tracked.files, &mut self.reader, &self.host_pressure, faults)?;
         (reading.at, reading.counters) = (Some(now), counters);
         let last = std::mem::replace(&mut tracked.last, reading);
         let reading = &tracked.last;
