@@ -1,8 +1,9 @@
 //! What the profile says of memory, with programs that touch a known number of pages at known times.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{BufRead, BufReader, Write},
+    path::PathBuf,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -182,8 +183,30 @@ fn bytes_within(ages: &PageAges, span_s: u64) -> u64 {
     ages.within(span_s).expect("it was waited for").bytes
 }
 
+/// Whether somebody else takes the processor's marks away on this machine: a kdamond does so with whole regions, whoever's memory they are.
+fn a_kdamond_runs() -> bool {
+    let states = fs::read_dir("/sys/kernel/mm/damon/admin/kdamonds").into_iter().flatten().flatten();
+    let is_on = |path: PathBuf| fs::read_to_string(path).is_ok_and(|text| ["on", "Y"].contains(&text.trim()));
+    let mut files: Vec<PathBuf> = states.map(|entry| entry.path().join("state")).collect();
+    files.extend(
+        ["reclaim", "lru_sort"].map(|name| format!("/sys/module/damon_{name}/parameters/enabled").into()),
+    );
+    files.into_iter().any(is_on)
+}
+
 #[test]
 fn ages_are_those_of_the_pages_that_were_touched() {
+    let tries = if a_kdamond_runs() { 4 } else { 1 };
+    for number in 1..tries {
+        if std::panic::catch_unwind(touched_pages_are_told_by_age).is_ok() {
+            return;
+        }
+        eprintln!("once more, as a kdamond runs here: {number} of {tries}");
+    }
+    touched_pages_are_told_by_age();
+}
+
+fn touched_pages_are_told_by_age() {
     const SIZE: u64 = 96 * MIB;
     let Some(profiler) = profiler("ages_are_those_of_the_pages_that_were_touched", 1000) else { return };
     let cgroup = TestCgroup::create();
@@ -208,9 +231,8 @@ fn ages_are_those_of_the_pages_that_were_touched() {
         (bytes_within(&eight, 8), bytes_within(&four, 4), 0),
     ] {
         let more = later - earlier;
-        // Beside it, what the interpreter itself uses now and then; and where DAMON runs, it takes the marks of some pages away for itself.
-        let least = touched - touched / 100;
-        assert!(more >= least && more <= touched + 2 * MIB, "{more} against {touched}");
+        // Beside it, what the interpreter itself uses now and then.
+        assert!(more >= touched && more <= touched + 2 * MIB, "{more} against {touched}");
     }
     let [.., (_, None, old)] = eight.by_age()[..] else { panic!("the oldest have no end") };
     let untouched = SIZE - first - second - third;
