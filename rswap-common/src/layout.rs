@@ -155,10 +155,19 @@ pub struct TcpCounts {
     pub retransmits: u64,
 }
 
-/// What one CPU saw of one slot's instance: scheduler and TCP.
+/// What one CPU saw of one slot's instance: scheduler and TCP. What every switch writes is together at the beginning, in two cache lines, and in those of the buckets.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotRecord {
+    /// Time off the CPU that ended, by [`OffCpu`].
+    pub off_cpu: [OffCpuCount; OFF_CPU_KINDS],
+    /// When a task of it last left the CPU, by the run queue's clock: for the programs.
+    pub left_ns: u64,
+    /// Time in nanoseconds for which a task of it waited while others than its own ran, from [`LEAST_WAIT_NS`] on: of several tasks that
+    /// wait for the same, the time counts once.
+    pub others_wait_ns: u64,
+    /// The same while nobody ran that belongs to any tracked instance.
+    pub foreign_wait_ns: u64,
     /// Time from runnable to running, in nanoseconds.
     pub run_queue_ns: HistogramRecord,
     /// Time on a CPU between two switches, in nanoseconds.
@@ -173,15 +182,6 @@ pub struct SlotRecord {
     pub tcp: TcpCounts,
     /// How long connections lasted, in microseconds, of which the beginning was seen.
     pub tcp_life_us: HistogramRecord,
-    /// Time in nanoseconds for which a task of it waited while others than its own ran, from [`LEAST_WAIT_NS`] on: of several tasks that
-    /// wait for the same, the time counts once.
-    pub others_wait_ns: u64,
-    /// The same while nobody ran that belongs to any tracked instance.
-    pub foreign_wait_ns: u64,
-    /// When a task of it last left the CPU, by the run queue's clock: for the programs.
-    pub left_ns: u64,
-    /// Time off the CPU that ended, by [`OffCpu`].
-    pub off_cpu: [OffCpuCount; OFF_CPU_KINDS],
     /// Page faults that were seen to begin, some of them twice or not at all: it says whether there were any.
     pub faults_begun: u64,
 }
@@ -189,6 +189,10 @@ pub struct SlotRecord {
 impl SlotRecord {
     /// One without events.
     pub const EMPTY: Self = Self {
+        off_cpu: [OffCpuCount { ns: 0, times: 0 }; OFF_CPU_KINDS],
+        left_ns: 0,
+        others_wait_ns: 0,
+        foreign_wait_ns: 0,
         run_queue_ns: HistogramRecord::EMPTY,
         on_cpu_ns: HistogramRecord::EMPTY,
         tcp_rtt_us: HistogramRecord::EMPTY,
@@ -196,10 +200,6 @@ impl SlotRecord {
         tcp_bytes_out: 0,
         tcp: TcpCounts { opened: 0, accepted: 0, closed: 0, seen: 0, failed: 0, retransmits: 0 },
         tcp_life_us: HistogramRecord::EMPTY,
-        others_wait_ns: 0,
-        foreign_wait_ns: 0,
-        left_ns: 0,
-        off_cpu: [OffCpuCount { ns: 0, times: 0 }; OFF_CPU_KINDS],
         faults_begun: 0,
     };
 }
@@ -359,6 +359,8 @@ pub const fn block_shards(cpus: u32) -> u32 {
 // Both sides are compiled apart: the layout must not depend on the target's alignment rules.
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
 const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 96 + 16 * OFF_CPU_KINDS);
+// Each begins with a cache line: maps begin with a page.
+const _: () = assert!(size_of::<SlotRecord>() % 64 == 0);
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);
 const _: () = assert!(size_of::<FaultRecord>() == size_of::<HistogramRecord>() + 8);
 // The first four words of each of an array that begins with a page are in one cache line.

@@ -188,6 +188,12 @@ pub const fn waiter_set(pid: u32) -> u32 {
     pid & (WAITER_SETS - 1)
 }
 
+/// The place in its set that a task is looked for in first: of those of one set, the first four have different ones. Of larger numbers the lower bits count.
+#[inline(always)]
+pub const fn waiter_way(pid: u32) -> u32 {
+    pid >> WAITER_SET_BITS
+}
+
 /// What stands for a task that waits since then, in nanoseconds. Never 0, which is an empty place: no task that waits has the number 0. The kernel has no pid
 /// of more than 22 bits.
 #[inline(always)]

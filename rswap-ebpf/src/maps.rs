@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::{Array, PerCpuArray},
 };
 use rswap_common::{
-    histogram::{BUCKETS, index_of},
+    histogram::{BUCKETS, index_by_table},
     layout::{
         BlockOperation, BlockRecord, ChildCounts, DeviceTable, HistogramRecord, MAX_DEVICES, SlotRecord,
         UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
@@ -49,8 +49,12 @@ static UNOWNED: Array<UnownedRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE
 #[map]
 static LEAVERS: PerCpuArray<Leavers> = PerCpuArray::with_max_entries(1, 0);
 
-/// Who left a CPU last, by its run queue's clock in nanoseconds, and its last turns.
+/// Who left a CPU last, by its run queue's clock in nanoseconds, who is there, and its last turns.
 pub struct Leavers {
+    /// The cgroup of who came last.
+    pub cgroup_id: u64,
+    /// Its pid: what comes while no program runs is not seen.
+    pub pid: u32,
     /// The idle task: since then there has been work.
     pub idle_ns: u64,
     /// A task of any instance.
@@ -164,7 +168,7 @@ pub fn forget_child(cgroup_id: u64) {
 /// The bucket that counts `value`, if the verifier is to believe that there is one.
 #[inline(always)]
 pub fn bucket_of(value: u64) -> Option<usize> {
-    let mut index = index_of(value);
+    let mut index = index_by_table(value);
     // The compiler knows that the index is in range and drops the check; the verifier does not know.
     // SAFETY: one move of a register onto itself, which hides from the compiler where the number comes from.
     // (No instruction at all would leave two line records for one address, which the kernel refuses.)

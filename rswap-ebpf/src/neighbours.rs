@@ -8,7 +8,6 @@ use rswap_common::neighbours::{KERNEL_THREADS, NEIGHBOURS, NeighbourCount, Neigh
 use crate::{
     kernel::{KernelPtr, field, offsets},
     maps::{Leavers, ROOT_CGROUP_ID, neighbour_record},
-    sched::{TASK_PID, run_queue_clock},
 };
 
 offsets!(TASK_FLAGS);
@@ -24,10 +23,11 @@ pub fn is_kernel_thread(task: KernelPtr) -> bool {
 
 /// Remembers that a task of this cgroup comes.
 #[inline(always)]
-pub fn note_turn(leavers: &mut Leavers, next: KernelPtr, cgroup_id: u64) {
+pub fn note_turn(leavers: &mut Leavers, next: KernelPtr, pid: u32, cgroup_id: u64, now: u64) {
+    (leavers.pid, leavers.cgroup_id) = (pid, cgroup_id);
     let who = if cgroup_id != ROOT_CGROUP_ID {
         cgroup_id
-    } else if field::<i32>(next, &TASK_PID) == 0 {
+    } else if pid == 0 {
         // While a CPU is idle nobody waits there whom others hold up: no wait begins before.
         return;
     } else if is_kernel_thread(next) {
@@ -37,8 +37,7 @@ pub fn note_turn(leavers: &mut Leavers, next: KernelPtr, cgroup_id: u64) {
     };
     if leavers.turns[leavers.turn as usize % TURNS].cgroup_id != who {
         leavers.turn = leavers.turn.wrapping_add(1);
-        leavers.turns[leavers.turn as usize % TURNS] =
-            Turn { cgroup_id: who, since_ns: run_queue_clock(next) };
+        leavers.turns[leavers.turn as usize % TURNS] = Turn { cgroup_id: who, since_ns: now };
     }
 }
 

@@ -65,46 +65,55 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let Some(leavers) = leavers() else { return 0 };
     // SAFETY: the map gave the pointer, and only this program on this CPU uses it.
     let leavers = unsafe { &mut *leavers };
+    // Both are on this CPU's run queue.
+    let now = run_queue_clock(prev);
+    let (prev_pid, next_pid): (u32, u32) = (field(prev, &TASK_PID), field(next, &TASK_PID));
+    // A turn is the cgroup's in which it began, and who goes is who came last: to find its cgroup again would take four dependent reads.
+    let prev_cgroup = if leavers.pid == prev_pid { leavers.cgroup_id } else { task_cgroup_id(prev) };
+    let next_cgroup = task_cgroup_id(next);
 
-    if let Some(slot) = slot_of(task_cgroup_id(prev)) {
-        let arrived: u64 = field(prev, &TASK_LAST_ARRIVAL);
-        let now = run_queue_clock(prev);
+    let prev_slot = slot_of(prev_cgroup);
+    let prev_record = prev_slot.and_then(slot_record);
+    if let Some(record) = prev_record {
         // Constant: a kernel whose tracepoint has no such argument does not see it asked for.
         if SWITCH_HAS_STATE.load() == 1 {
             let (preempted, state): (u64, u32) = (ctx.arg(0), ctx.arg(3));
             if preempted & 1 == 0
                 && let Some(why) = why_off(prev, state)
             {
-                remember_sleeper(field(prev, &TASK_PID), now, why);
+                remember_sleeper(prev_pid, now, why);
             } else if EXACT.load() == 1 && state & TASK_DEAD == 0 {
-                remember_waiter(field(prev, &TASK_PID), monotonic_ns());
+                remember_waiter(prev_pid, monotonic_ns());
             }
         }
-        if arrived != 0
-            && let Some(record) = slot_record(slot)
-        {
+        let arrived: u64 = field(prev, &TASK_LAST_ARRIVAL);
+        if arrived != 0 {
             let ran_ns = now.saturating_sub(arrived);
             // SAFETY: the map gave the pointer, and only this program on this CPU writes this record.
             unsafe {
                 count(&mut (*record).on_cpu_ns, ran_ns);
                 (*record).left_ns = now;
             }
-            debug!(&ctx, "slot {} ran {} ns", slot, ran_ns);
+            debug!(&ctx, "ran {} ns", ran_ns);
         }
         leavers.instance_ns = now;
-    } else if field::<i32>(prev, &TASK_PID) == 0 {
-        leavers.idle_ns = run_queue_clock(prev);
+    } else if prev_pid == 0 {
+        leavers.idle_ns = now;
     }
-    let next_cgroup = task_cgroup_id(next);
-    if let Some(slot) = slot_of(next_cgroup)
-        && let Some(record) = slot_record(slot)
+    let (next_slot, next_record) = if next_cgroup == prev_cgroup {
+        (prev_slot, prev_record)
+    } else {
+        let slot = slot_of(next_cgroup);
+        (slot, slot.and_then(slot_record))
+    };
+    if let Some(slot) = next_slot
+        && let Some(record) = next_record
     {
         // 0: the task never left its CPU's queue in the kernel's own accounting; it counts nothing either.
         let queued: u64 = field(next, &TASK_LAST_QUEUED);
-        let now = run_queue_clock(next);
         let mut waited = if queued != 0 { Some(now.saturating_sub(queued)) } else { None };
         if EXACT.load() == 1
-            && let Some(exact_ns) = take_waiter(field(next, &TASK_PID), monotonic_ns())
+            && let Some(exact_ns) = take_waiter(next_pid, monotonic_ns())
         {
             waited = Some(exact_ns);
         }
@@ -115,7 +124,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         }
         if queued != 0 {
             if SWITCH_HAS_STATE.load() == 1
-                && let Some(word) = take_sleeper(field(next, &TASK_PID))
+                && let Some(word) = take_sleeper(next_pid)
                 && let Some(slept_ns) = slept_ns(word, field(next, &TASK_LAST_ARRIVAL), queued)
             {
                 // SAFETY: the map gave the pointer, and only this program on this CPU writes this record; there are as many kinds.
@@ -134,7 +143,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
             }
         }
     }
-    note_turn(leavers, next, next_cgroup);
+    note_turn(leavers, next, next_pid, next_cgroup, now);
     0
 }
 

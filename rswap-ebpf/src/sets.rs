@@ -10,7 +10,7 @@ use rswap_common::{
         CONNECTION_SETS, ConnectionSet, REQUEST_PLACES, SLEEPER_SETS, SleeperSet, WAITER_SETS, WaiterSet,
         age_us, connection_set, connection_word, request_place, request_word, same_connection, same_request,
         same_sleeper, same_waiter, sleeper_set, sleeper_word, slot_of_connection, submitter_of_word,
-        waited_ns, waiter_set, waiter_word,
+        waited_ns, waiter_set, waiter_way, waiter_word,
     },
 };
 
@@ -80,6 +80,39 @@ fn find(set: *mut [u64; WAYS], wanted: u64, same: impl Fn(u64, u64) -> bool, tak
     None
 }
 
+/// The same as [`put`] for what has a way of its own in its set, which it nearly always finds free: then nothing else is looked at. Another word that stands for
+/// the same may be left in another way, from when its own was not free and its end was missed.
+#[inline(always)]
+fn put_in_own_way(set: *mut [u64; WAYS], way: u32, new: u64, same: impl Fn(u64, u64) -> bool) {
+    // SAFETY: as in `put`.
+    let (at, word) = unsafe {
+        let at = set.cast::<u64>().add(way as usize % WAYS);
+        (at, at.read_volatile())
+    };
+    if word == 0 || same(word, new) {
+        // SAFETY: as in `put`.
+        unsafe { at.write_volatile(new) };
+    } else {
+        put(set, new, same);
+    }
+}
+
+/// Takes out the word of a set that stands for the same as `wanted`, which was put there by [`put_in_own_way`].
+#[inline(always)]
+fn take(set: *mut [u64; WAYS], way: u32, wanted: u64, same: impl Fn(u64, u64) -> bool) -> Option<u64> {
+    // SAFETY: as in `put`.
+    let (at, word) = unsafe {
+        let at = set.cast::<u64>().add(way as usize % WAYS);
+        (at, at.read_volatile())
+    };
+    if same(word, wanted) {
+        // SAFETY: as in `put`.
+        unsafe { at.write_volatile(0) };
+        return Some(word);
+    }
+    find(set, wanted, same, true)
+}
+
 /// Remembers who submitted a request; `key` is its address, with the bytes swapped. Nothing is read of the table, for which the CPU would have to wait.
 #[inline(always)]
 pub fn remember_request(key: u64, submitter: u32) {
@@ -109,28 +142,30 @@ pub fn request_submitter(key: u64, complete: bool) -> u32 {
 #[inline(always)]
 pub fn remember_sleeper(pid: u32, since_ns: u64, why: OffCpu) {
     if let Some(set) = SLEEPERS.get_ptr_mut(sleeper_set(pid)) {
-        put(set, sleeper_word(pid, since_ns, why), same_sleeper);
+        put_in_own_way(set, pid, sleeper_word(pid, since_ns, why), same_sleeper);
     }
 }
 
 /// What was remembered of a task, and is not any more.
 #[inline(always)]
 pub fn take_sleeper(pid: u32) -> Option<u64> {
-    find(SLEEPERS.get_ptr_mut(sleeper_set(pid))?, sleeper_word(pid, 0, OffCpu::Sleep), same_sleeper, true)
+    let set = SLEEPERS.get_ptr_mut(sleeper_set(pid))?;
+    take(set, pid, sleeper_word(pid, 0, OffCpu::Sleep), same_sleeper)
 }
 
 /// Remembers since when a task waits for a CPU.
 #[inline(always)]
 pub fn remember_waiter(pid: u32, since_ns: u64) {
     if let Some(set) = WAITERS.get_ptr_mut(waiter_set(pid)) {
-        put(set, waiter_word(pid, since_ns), same_waiter);
+        put_in_own_way(set, waiter_way(pid), waiter_word(pid, since_ns), same_waiter);
     }
 }
 
 /// How long a task has waited for a CPU, if it was remembered; it is not any more.
 #[inline(always)]
 pub fn take_waiter(pid: u32, now_ns: u64) -> Option<u64> {
-    let word = find(WAITERS.get_ptr_mut(waiter_set(pid))?, waiter_word(pid, 0), same_waiter, true)?;
+    let set = WAITERS.get_ptr_mut(waiter_set(pid))?;
+    let word = take(set, waiter_way(pid), waiter_word(pid, 0), same_waiter)?;
     Some(waited_ns(word, now_ns))
 }
 

@@ -1,4 +1,4 @@
-//! TCP: smoothed round-trip time per received segment, payload bytes per call, connections, and what is sent again.
+//! TCP: smoothed round-trip time and payload bytes per call, connections, and what is sent again.
 //!
 //! A socket belongs to the cgroup that it was made in (accepted ones: that of the listener).
 
@@ -32,27 +32,14 @@ const LIVES: u32 = 1 << TCP_ESTABLISHED | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 
 #[unsafe(no_mangle)]
 static RETRANSMIT_HAS_ERROR: Global<u32> = Global::new(0);
 
-/// `tcp_probe(sk, skb)`: a segment has arrived on an established connection.
+/// `tcp_probe(sk, skb)`: a segment has arrived on an established connection. It is attached only where the kernel does not tell of sends.
 #[btf_tracepoint(function = "tcp_probe")]
 fn tcp_probe(ctx: BtfTracePointContext) -> i32 {
     let sock: KernelPtr = ctx.arg(0);
     if let Some(slot) = slot_of_sock(sock)
         && let Some(record) = slot_record(slot)
     {
-        // The verifier knows the argument only as a `struct sock`; the helper makes it the larger type.
-        // SAFETY: the kernel checks the socket's type and answers null for another one.
-        let tcp_sock = unsafe { bpf_skc_to_tcp_sock(sock.cast_mut()) }.cast_const();
-        if tcp_sock.is_null() {
-            return 0;
-        }
-        // The kernel keeps it in eighths of a microsecond. 0: no sample yet.
-        let smoothed_eighths: u32 = field(tcp_sock.cast(), &TCP_SRTT_US);
-        if smoothed_eighths != 0 {
-            let rtt_us = u64::from(smoothed_eighths >> 3);
-            // SAFETY: the map gave the pointer, and only this program on this CPU writes this histogram.
-            unsafe { count(&mut (*record).tcp_rtt_us, rtt_us) };
-            debug!(&ctx, "slot {} round trip {} us", slot, rtt_us);
-        }
+        count_round_trip(&ctx, sock, record);
     }
     0
 }
@@ -64,8 +51,28 @@ fn sock_send_length(ctx: BtfTracePointContext) -> i32 {
     if let Some(record) = tcp_record(&ctx, result) {
         // SAFETY: the map gave the pointer, and only this program on this CPU writes this counter.
         unsafe { (*record).tcp_bytes_out = (*record).tcp_bytes_out.wrapping_add(result as u64) };
+        count_round_trip(&ctx, ctx.arg(0), record);
     }
     0
+}
+
+/// Counts the round-trip time that the kernel has of a connection now.
+#[inline(always)]
+fn count_round_trip(ctx: &BtfTracePointContext, sock: KernelPtr, record: *mut SlotRecord) {
+    // The verifier knows the argument only as a `struct sock`; the helper makes it the larger type.
+    // SAFETY: the kernel checks the socket's type and answers null for another one.
+    let tcp_sock = unsafe { bpf_skc_to_tcp_sock(sock.cast_mut()) }.cast_const();
+    if tcp_sock.is_null() {
+        return;
+    }
+    // The kernel keeps it in eighths of a microsecond. 0: no sample yet.
+    let smoothed_eighths: u32 = field(tcp_sock.cast(), &TCP_SRTT_US);
+    if smoothed_eighths != 0 {
+        let rtt_us = u64::from(smoothed_eighths >> 3);
+        // SAFETY: the map gave the pointer, and only one program on this CPU writes this histogram.
+        unsafe { count(&mut (*record).tcp_rtt_us, rtt_us) };
+        debug!(ctx, "round trip {} us", rtt_us);
+    }
 }
 
 /// `sock_recv_length(sk, ret, flags)`: `ret` bytes were given to the program, or an error if negative.

@@ -78,7 +78,7 @@ pub fn features() -> Vec<Feature> {
         let finding = match state {
             ProbeState::Active => Ok("the program loads and attaches".to_owned()),
             ProbeState::Unavailable { reason } | ProbeState::Dropped { reason } => Err(reason),
-            // Nothing is: all of them were asked for.
+            // All were asked for: another one tells the same.
             ProbeState::Off { .. } => continue,
         };
         let kind = if fault_latency::at_event(&name).is_some() { "software event" } else { "tracepoint" };

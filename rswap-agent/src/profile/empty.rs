@@ -10,10 +10,15 @@ use aya::{
 
 use super::probes::{NO_OBJECT, OBJECT, attach_program, chain};
 
+/// A program, and its tracepoint.
+type Named = (&'static str, &'static str);
+
+const SWITCH: Named = ("empty_switch", "sched_switch");
+
 /// Programs that do nothing, as long as they are attached.
 pub struct EmptyProgram {
     ebpf: Ebpf,
-    names: &'static [(&'static str, &'static str)],
+    names: &'static [Named],
     _links: Vec<BtfTracePointLink>,
     _statistics: Option<OwnedFd>,
 }
@@ -27,7 +32,18 @@ impl std::fmt::Debug for EmptyProgram {
 impl EmptyProgram {
     /// Attaches one to `sched_switch`, or says why that can't be.
     pub fn attach() -> Result<Self, String> {
-        Self::attach_all(&[("empty_switch", "sched_switch")], None)
+        Self::attach_all(&[SWITCH], None)
+    }
+
+    /// Attaches one to each tracepoint that is passed at a switch or a wake-up where waits are measured exactly.
+    pub fn attach_exact() -> Result<Self, String> {
+        Self::attach_all(&[SWITCH, ("empty_waking", "sched_waking")], None)
+    }
+
+    /// Attaches one to each tracepoint that two pass that exchange messages over TCP and wait for each other.
+    pub fn attach_tcp() -> Result<Self, String> {
+        let names = &[SWITCH, ("empty_send", "sock_send_length"), ("empty_recv", "sock_recv_length")];
+        Self::attach_all(names, None)
     }
 
     /// Attaches one to each tracepoint of block I/O that is profiled, and has the kernel measure them.
@@ -37,10 +53,7 @@ impl EmptyProgram {
         Self::attach_all(names, Some(statistics))
     }
 
-    fn attach_all(
-        names: &'static [(&'static str, &'static str)],
-        statistics: Option<OwnedFd>,
-    ) -> Result<Self, String> {
+    fn attach_all(names: &'static [Named], statistics: Option<OwnedFd>) -> Result<Self, String> {
         let object = OBJECT.ok_or(NO_OBJECT)?;
         let btf =
             Btf::from_sys_fs().map_err(|error| format!("read the kernel's type information: {error}"))?;

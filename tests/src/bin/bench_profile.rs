@@ -1,7 +1,7 @@
 //! `cargo xtask bench profile`: what profiling costs those that are profiled, and the agent.
 //!
 //! Two processes on one core, real-time, play ping-pong over pipes and then over TCP, in turns with the probes off, on, with exact waits, and
-//! with a program at every switch that does nothing. fio reads 4 KiB blocks past the page cache while the kernel measures the
+//! with programs at the same events that do nothing. fio reads 4 KiB blocks past the page cache while the kernel measures the
 //! block programs, and ones that do nothing in their place. At last an agent has 200 instances that wake ten times a second. Figures are medians.
 //! Where bpftrace or bcc's tools are installed (Debian: bpftrace, libbpf-tools), they take their turns too.
 
@@ -86,14 +86,21 @@ fn main() -> anyhow::Result<()> {
     let (mut result, mut programs, mut others) = (Map::new(), BTreeMap::new(), Alternatives::default());
     let wanted = |what: &str| cli.only.as_deref().is_none_or(|only| only == what);
     if wanted("ping-pong") {
-        let kinds = [Kind::Empty, Kind::Probes, Kind::Exact];
+        let kinds = [Kind::Empty, Kind::Probes, Kind::EmptyExact, Kind::Exact];
         result.extend(compare("ping_pong", Role::Pipe, &kinds, &RUN_QUEUE, cli.runs, &mut others)?);
         let costs = costs_of(Role::Pipe)?;
         others.compare_programs("ping_pong", per_event(costs.values(), 1000));
         programs.extend(costs);
     }
     if wanted("tcp") {
-        result.extend(compare("tcp", Role::Tcp, &[Kind::Probes], &TCP, cli.runs, &mut others)?);
+        result.extend(compare(
+            "tcp",
+            Role::Tcp,
+            &[Kind::EmptyTcp, Kind::Probes],
+            &TCP,
+            cli.runs,
+            &mut others,
+        )?);
         programs.extend(costs_of(Role::Tcp)?.into_iter().filter(|(name, _)| {
             name.starts_with("tcp") || name.starts_with("sock") || name.starts_with("inet")
         }));
@@ -156,6 +163,10 @@ enum Kind {
     Exact,
     /// A program at every switch that does nothing.
     Empty,
+    /// The same, and one at every wake-up.
+    EmptyExact,
+    /// The same as the first, and one at everything that is sent and received.
+    EmptyTcp,
     /// What others have.
     Tool(&'static Tool),
 }
@@ -174,10 +185,16 @@ impl Kind {
                 let config = ProfileConfig { exact: self == Self::Exact, ..ProfileConfig::default() };
                 Attached::Probes { _profiler: Box::new(profiler(cgroup, &config)?) }
             }
-            Self::Empty => Attached::Empty { _program: EmptyProgram::attach().map_err(anyhow::Error::msg)? },
+            Self::Empty => empty(EmptyProgram::attach())?,
+            Self::EmptyExact => empty(EmptyProgram::attach_exact())?,
+            Self::EmptyTcp => empty(EmptyProgram::attach_tcp())?,
             Self::Tool(tool) => Attached::Tool { _running: tool.start(cgroup)? },
         })
     }
+}
+
+fn empty(attached: Result<EmptyProgram, String>) -> anyhow::Result<Attached> {
+    Ok(Attached::Empty { _program: attached.map_err(anyhow::Error::msg)? })
 }
 
 /// What others' tools need for the same, by alternative.
@@ -303,7 +320,8 @@ fn compare(
         let key = match kind {
             Kind::Probes => format!("{measurement}_pct"),
             Kind::Exact => format!("{measurement}_exact_pct"),
-            Kind::Empty => format!("{measurement}_empty_pct"),
+            Kind::Empty | Kind::EmptyTcp => format!("{measurement}_empty_pct"),
+            Kind::EmptyExact => format!("{measurement}_exact_empty_pct"),
             Kind::Tool(tool) => {
                 others.note(measurement, "pct", tool, pct, own);
                 continue;
