@@ -10,6 +10,7 @@ mod distributions;
 mod metrics;
 mod moves;
 mod neighbour_names;
+mod packed;
 mod router;
 mod series;
 mod views;
