@@ -470,35 +470,29 @@ impl Wiring {
         let (cost, probes) = (self.profiler.cost(), self.profiler.probes());
         let (cgroups, shared) = (self.profiler.cgroups_known(), self.profiler.shared());
         let mut in_swap = self.cold.shown();
-        let kin =
-            |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
         let links = self.look_at_links();
         self.board.write(|board| {
             board.links = Some(links);
             // Views are of some of the profiles, in their order.
-            let mut left = views.iter().peekable();
-            for (profile, usage) in profiles.iter().zip(&usages) {
-                let view = left.next_if(|view| view.instance == profile.instance);
-                board.keep_window(profile, usage, view.map(|view| &view.demand));
-            }
-            for profile in profiles {
-                if let Some(view) = board.instances.get_mut(&profile.instance) {
-                    view.kin = kin(&profile.instance);
-                    view.profile = Some(profile);
+            let mut views = views.into_iter().peekable();
+            for (profile, usage) in profiles.into_iter().zip(&usages) {
+                let planned = views.next_if(|view| view.instance == profile.instance);
+                board.keep_window(&profile, usage, planned.as_ref().map(|view| &view.demand));
+                let Some(view) = board.instances.get_mut(&profile.instance) else { continue };
+                let kin = self.forecaster.kin(&profile.instance).filter(|kin| !kin.class.is_empty());
+                if view.kin.as_ref() != kin {
+                    view.kin = kin.cloned();
+                }
+                view.profile = Some(profile);
+                if let Some(InstanceView { demand, volumes, .. }) = planned {
+                    (view.demand, view.volume_use) = (Some(demand), volumes);
                 }
             }
             for (name, view) in &mut board.instances {
                 view.in_swap = in_swap.remove(name);
             }
-            for InstanceView { instance, demand, volumes, .. } in views {
-                if let Some(view) = board.instances.get_mut(&instance) {
-                    (view.demand, view.volume_use) = (Some(demand), volumes);
-                }
-            }
-            for decision in &plan.decisions {
-                board.keep_decision(&decision.instance, decision.clone());
-            }
-            (board.pools, board.plan, board.programs, board.block) = (pools, plan, programs, block);
+            board.keep_plan(plan);
+            (board.pools, board.programs, board.block) = (pools, programs, block);
             (board.cgroups, board.shared) = (cgroups, shared);
             (board.memory_ages, board.written_ages) = ages;
             (board.profile_cost, board.probes) = (cost, probes);

@@ -191,6 +191,15 @@ impl MigrationView {
     }
 }
 
+/// The last plan, as a [`Plan`] is shown. Its decisions are kept with their instances', too, and are not copied for that: each has a kilobyte or two.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ShownPlan {
+    /// When it was made.
+    pub at: UnixMillis,
+    /// One per instance and pool kind looked at.
+    pub decisions: Vec<Arc<Decision>>,
+}
+
 /// All that is shown.
 #[derive(Clone, Debug, Default)]
 pub struct BoardState {
@@ -229,7 +238,7 @@ pub struct BoardState {
     /// All that this host has to sit on.
     pub inventory: Arc<Inventory>,
     /// The last plan.
-    pub plan: Plan,
+    pub plan: ShownPlan,
     /// Past decisions per instance, oldest first.
     pub decisions: BTreeMap<InstanceName, Decisions>,
     /// What instances did window by window.
@@ -255,10 +264,19 @@ pub struct BoardState {
 }
 
 impl BoardState {
-    /// Keeps the instance's decision, and of the older ones as many as fit next to those of the other instances.
-    pub fn keep_decision(&mut self, instance: &InstanceName, decision: Decision) {
+    /// Shows a plan, and keeps each instance's decisions, of the older ones as many as fit next to those of the other instances.
+    pub fn keep_plan(&mut self, plan: Plan) {
         let whole = kept_whole(self.instances.len());
-        self.decisions.entry(instance.clone()).or_default().keep(decision, whole);
+        self.plan.at = plan.at;
+        self.plan.decisions.clear();
+        for mut decision in plan.decisions {
+            // It stays for long.
+            decision.candidates.shrink_to_fit();
+            let decision = Arc::new(decision);
+            let kept = self.decisions.entry(decision.instance.clone()).or_default();
+            kept.keep(decision.clone(), whole);
+            self.plan.decisions.push(decision);
+        }
     }
 
     /// Keeps what was used in a window, next to what was shown of it before.

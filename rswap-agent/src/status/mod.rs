@@ -28,7 +28,7 @@ use tokio::net::TcpListener;
 
 pub use board::{
     Board, BoardState, InstanceView, MIGRATIONS_KEPT, MigrationProgress, MigrationReport, MigrationRound,
-    MigrationState, MigrationView,
+    MigrationState, MigrationView, ShownPlan,
 };
 pub use decisions::{DECISIONS_KEPT, Decisions};
 pub use distributions::{Distribution, Distributions, Metric, Span};

@@ -291,7 +291,9 @@ fn what_is_known_stays_with_who_stays_and_decisions_as_long_as_a_migration_is_sh
         "outcome": { "outcome": "stay", "reason": { "why": "no_pool_fits" } },
     });
     let decision: Decision = serde_json::from_value(decision).unwrap();
-    state.keep_decision(&db.name, decision);
+    let plan = Plan { at: UnixMillis(5), decisions: vec![decision] };
+    state.keep_plan(plan.clone());
+    assert_eq!(serde_json::to_value(&state.plan).unwrap(), serde_json::to_value(&plan).unwrap());
     state.set_instances([Instance { pool: Some("fast".into()), ..db.clone() }]);
     let view = &state.instances[&db.name];
     assert!(view.profile.is_some() && view.instance.pool.as_deref() == Some("fast"), "{view:?}");
