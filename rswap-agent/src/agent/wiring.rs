@@ -267,6 +267,39 @@ impl Wiring {
             .list_again(&mut self.listed)
             .map_err(|error| refused("list the instances", &error))?;
         self.registry.forget_dead(&mut self.listed);
+        // In nearly all windows there is nothing to follow.
+        let has_changed = listed.is_some();
+        let new = listed.map_or_else(Vec::new, |listed| self.follow(listed));
+        self.profile_late();
+        new.iter().for_each(|instance| self.begin_to_watch(instance));
+        self.look_for_doubts();
+        let found_some = !new.is_empty();
+        for instance in new {
+            self.settle_uplink(instance);
+        }
+        if found_some {
+            // One whose uplink comes first has its turn later.
+            self.settle_cores();
+        }
+        let mut standing = storage::standing(&self.config.agent.state_dir);
+        self.board.write(|board| {
+            if has_changed {
+                board.set_instances(self.known.values().cloned());
+            }
+            for (name, view) in &mut board.instances {
+                let doubt = self.in_doubt.get(name);
+                let under_way = self.moving.contains_key(name);
+                view.volume_directories = volume_directories(&self.recovery.place, &view.instance);
+                view.in_doubt =
+                    doubt.map(|doubt| doubt.peer.map_or_else(String::new, |peer| peer.to_string()));
+                view.stands_for = standing.remove(&view.instance.cgroup_id).filter(|_| !under_way);
+            }
+        });
+        Ok(())
+    }
+
+    /// These are the instances from now on. Who went is forgotten; who is new is answered.
+    fn follow(&mut self, listed: Vec<Instance>) -> Vec<Instance> {
         let present: BTreeMap<_, _> = listed.into_iter().map(|i| (i.name.clone(), i)).collect();
         for (name, before) in &self.known {
             // A name whose cgroup changed is another instance.
@@ -280,25 +313,10 @@ impl Wiring {
                 }
             }
         }
-        let mut new = Vec::new();
-        self.unprofiled.retain(|name| present.contains_key(name));
-        for (name, instance) in &present {
-            if self.unprofiled.contains(name) && self.profiler.track(name, &instance.cgroup).is_ok() {
-                tracing::info!(instance = %name, "it is profiled now");
-                self.unprofiled.remove(name);
-            }
-            if self.known.get(name).is_none_or(|before| before.cgroup_id != instance.cgroup_id) {
-                tracing::info!(instance = %name, cgroup = %instance.cgroup.display(), "watching");
-                // The forecaster may know another one of this name, from before this agent.
-                let kin = self.forecaster.kin(name).cloned().unwrap_or_default();
-                self.forecaster.introduce(name, kin, instance.since.0);
-                new.push(instance.clone());
-                if let Err(error) = self.profiler.track(name, &instance.cgroup) {
-                    self.unprofiled.insert(name.clone());
-                    tracing::warn!(instance = %name, error = %refused("profile it", &error), "not profiled");
-                }
-            }
-        }
+        let is_new = |instance: &&Instance| {
+            self.known.get(&instance.name).is_none_or(|before| before.cgroup_id != instance.cgroup_id)
+        };
+        let new = present.values().filter(is_new).cloned().collect();
         let some_went = self.known.keys().any(|name| !present.contains_key(name));
         self.known = present;
         self.unsettled.retain(|name, _| self.known.contains_key(name));
@@ -307,28 +325,31 @@ impl Wiring {
         }
         // Also those that only the agent before knew.
         self.forecaster.forget_others(|name| self.known.contains_key(name));
-        self.look_for_doubts();
-        let found_some = !new.is_empty();
-        for instance in new {
-            self.settle_uplink(instance);
-        }
-        if found_some {
-            // One whose uplink comes first has its turn later.
-            self.settle_cores();
-        }
-        let (doubts, mut standing) = (&self.in_doubt, storage::standing(&self.config.agent.state_dir));
-        let shown = self.known.values().map(|instance| {
-            let doubt = doubts.get(&instance.name);
-            let under_way = self.moving.contains_key(&instance.name);
-            (
-                instance.clone(),
-                volume_directories(&self.recovery.place, instance),
-                doubt.map(|doubt| doubt.peer.map_or_else(String::new, |peer| peer.to_string())),
-                standing.remove(&instance.cgroup_id).filter(|_| !under_way),
-            )
+        new
+    }
+
+    /// Profiles those that could not be when they were first seen.
+    fn profile_late(&mut self) {
+        self.unprofiled.retain(|name| {
+            let Some(instance) = self.known.get(name) else { return false };
+            let is_profiled = self.profiler.track(name, &instance.cgroup).is_ok();
+            if is_profiled {
+                tracing::info!(instance = %name, "it is profiled now");
+            }
+            !is_profiled
         });
-        self.board.write(|board| board.set_instances(shown));
-        Ok(())
+    }
+
+    fn begin_to_watch(&mut self, instance: &Instance) {
+        let name = &instance.name;
+        tracing::info!(instance = %name, cgroup = %instance.cgroup.display(), "watching");
+        // The forecaster may know another one of this name, from before this agent.
+        let kin = self.forecaster.kin(name).cloned().unwrap_or_default();
+        self.forecaster.introduce(name, kin, instance.since.0);
+        if let Err(error) = self.profiler.track(name, &instance.cgroup) {
+            self.unprofiled.insert(name.clone());
+            tracing::warn!(instance = %name, error = %refused("profile it", &error), "not profiled");
+        }
     }
 
     /// Follows the journals: what is in doubt, the planner takes for being on its way.
@@ -449,35 +470,29 @@ impl Wiring {
         let (cost, probes) = (self.profiler.cost(), self.profiler.probes());
         let (cgroups, shared) = (self.profiler.cgroups_known(), self.profiler.shared());
         let mut in_swap = self.cold.shown();
-        let kin =
-            |name: &InstanceName| self.forecaster.kin(name).filter(|kin| !kin.class.is_empty()).cloned();
         let links = self.look_at_links();
         self.board.write(|board| {
             board.links = Some(links);
             // Views are of some of the profiles, in their order.
-            let mut left = views.iter().peekable();
-            for (profile, usage) in profiles.iter().zip(&usages) {
-                let view = left.next_if(|view| view.instance == profile.instance);
-                board.keep_window(profile, usage, view.map(|view| &view.demand));
-            }
-            for profile in profiles {
-                if let Some(view) = board.instances.get_mut(&profile.instance) {
-                    view.kin = kin(&profile.instance);
-                    view.profile = Some(profile);
+            let mut views = views.into_iter().peekable();
+            for (profile, usage) in profiles.into_iter().zip(&usages) {
+                let planned = views.next_if(|view| view.instance == profile.instance);
+                board.keep_window(&profile, usage, planned.as_ref().map(|view| &view.demand));
+                let Some(view) = board.instances.get_mut(&profile.instance) else { continue };
+                let kin = self.forecaster.kin(&profile.instance).filter(|kin| !kin.class.is_empty());
+                if view.kin.as_ref() != kin {
+                    view.kin = kin.cloned();
+                }
+                view.profile = Some(profile);
+                if let Some(InstanceView { demand, volumes, .. }) = planned {
+                    (view.demand, view.volume_use) = (Some(demand), volumes);
                 }
             }
             for (name, view) in &mut board.instances {
                 view.in_swap = in_swap.remove(name);
             }
-            for InstanceView { instance, demand, volumes, .. } in views {
-                if let Some(view) = board.instances.get_mut(&instance) {
-                    (view.demand, view.volume_use) = (Some(demand), volumes);
-                }
-            }
-            for decision in &plan.decisions {
-                board.keep_decision(&decision.instance, decision.clone());
-            }
-            (board.pools, board.plan, board.programs, board.block) = (pools, plan, programs, block);
+            board.keep_plan(plan);
+            (board.pools, board.programs, board.block) = (pools, programs, block);
             (board.cgroups, board.shared) = (cgroups, shared);
             (board.memory_ages, board.written_ages) = ages;
             (board.profile_cost, board.probes) = (cost, probes);

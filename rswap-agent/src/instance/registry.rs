@@ -37,6 +37,8 @@ pub struct Listing {
     /// When the directory had changed last, and when it was read; nothing, if it may have changed since without a sign.
     read: Option<(SystemTime, SystemTime)>,
     instances: Vec<Instance>,
+    /// Which of them lived when that was answered last; nothing, if it is to be answered again.
+    answered: Option<Vec<usize>>,
     /// By the cgroup's id.
     files: BTreeMap<u64, Standing>,
     changes: Changes,
@@ -52,18 +54,26 @@ impl Listing {
         &self.still
     }
 
-    /// The living.
-    fn look(&mut self) -> Vec<Instance> {
-        let Self { instances, files, changes, still, dead, reader, .. } = self;
+    /// Takes in what the files say.
+    fn take_in(&mut self, instances: Vec<Instance>) {
+        if self.instances == instances {
+            return;
+        }
         let ids: BTreeSet<u64> = instances.iter().map(|instance| instance.cgroup_id).collect();
-        files.retain(|id, _| ids.contains(id));
-        dead.retain(|id, _| ids.contains(id));
-        changes.retain(&ids);
+        self.files.retain(|id, _| ids.contains(id));
+        self.dead.retain(|id, _| ids.contains(id));
+        self.changes.retain(&ids);
+        (self.instances, self.answered) = (instances, None);
+    }
+
+    /// The living; nothing, if they are those that were answered last.
+    fn look(&mut self) -> Option<Vec<Instance>> {
+        let Self { instances, answered, files, changes, still, dead, reader, .. } = self;
         reader.are_open(files.values().map(Standing::open_files).sum());
         let changed = changes.take();
         still.clear();
         let mut living = Vec::with_capacity(instances.len());
-        for instance in instances {
+        for (number, instance) in instances.iter().enumerate() {
             let of = files.entry(instance.cgroup_id).or_insert_with(|| Standing::new(instance));
             if !of.is_of(instance) {
                 changes.forget(instance.cgroup_id);
@@ -80,9 +90,13 @@ impl Listing {
             if stands_still {
                 still.insert(instance.name.clone());
             }
-            living.push(instance.clone());
+            living.push(number);
         }
-        living
+        if answered.as_ref() == Some(&living) {
+            return None;
+        }
+        let living = answered.insert(living);
+        Some(living.iter().map(|&number| instances[number].clone()).collect())
     }
 }
 
@@ -129,7 +143,8 @@ impl Registry {
     }
 
     /// As [`Self::list`], window by window: the files are only read again when one of them has come, was replaced or has gone since, and now and then.
-    pub fn list_again(&self, listing: &mut Listing) -> Result<Vec<Instance>, InstanceError> {
+    /// Nothing, if all is as it was answered last for this listing.
+    pub fn list_again(&self, listing: &mut Listing) -> Result<Option<Vec<Instance>>, InstanceError> {
         let now = SystemTime::now();
         let changed = fs::metadata(&self.directory).and_then(|directory| directory.modified());
         let changed =
@@ -139,7 +154,7 @@ impl Registry {
         });
         if !is_known {
             let (instances, all) = self.read_all()?;
-            listing.instances = instances;
+            listing.take_in(instances);
             // What changes within the same step as the last change would not be seen.
             let is_past = now.duration_since(changed).is_ok_and(|since| since > TIME_STEP);
             listing.read = (is_past && all).then_some((changed, now));
@@ -315,7 +330,7 @@ mod tests {
         let instance = instance("gone", directory.path().join("no-cgroup"), 1);
         registry.put(&instance).expect("put");
         assert_eq!(registry.list().expect("list"), []);
-        assert_eq!(registry.list_again(&mut Listing::default()).expect("list"), []);
+        assert_eq!(registry.list_again(&mut Listing::default()).expect("list"), Some(Vec::new()));
         assert_eq!(registry.get(&instance.name).expect("get"), None);
         registry.remove(&instance.name).expect("remove");
         registry.remove(&instance.name).expect("removing twice");
@@ -345,7 +360,7 @@ mod tests {
         };
         let all = files();
         let look = |listing: &mut Listing, dead_for: Duration| {
-            assert_eq!(registry.list_again(listing).expect("list"), []);
+            assert_eq!(registry.list_again(listing).expect("list").unwrap_or_default(), []);
             let since = Instant::now().checked_sub(dead_for).expect("a machine that has run for a minute");
             listing.dead.values_mut().for_each(|of| *of = since);
             registry.forget_dead(listing);
@@ -387,7 +402,7 @@ mod tests {
         registry.put(&instance).expect("put");
         assert_eq!(registry.list().expect("list"), std::slice::from_ref(&instance));
         let again = registry.list_again(&mut Listing::default()).expect("list");
-        assert_eq!(again, std::slice::from_ref(&instance));
+        assert_eq!(again, Some(vec![instance.clone()]));
         assert!(registry.get(&instance.name).is_err());
         fs::remove_dir(&events).expect("remove");
         fs::write(&events, "populated 1\nfrozen 0\n").expect("write");
@@ -395,6 +410,33 @@ mod tests {
         fs::write(&events, "populated 0\nfrozen 0\n").expect("write");
         assert_eq!(registry.list().expect("list"), []);
         assert_eq!(registry.get(&instance.name).expect("get"), None);
+    }
+
+    #[test]
+    fn who_lives_is_answered_again_only_when_that_has_changed() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let registry = Registry::open(directory.path()).expect("open");
+        let path = directory.path().join("cgroup");
+        fs::create_dir(&path).expect("a directory");
+        let is_populated = |word: &str| {
+            fs::write(path.join("cgroup.events"), format!("populated {word}\nfrozen 0\n")).expect("write");
+        };
+        let mut listing = Listing::default();
+        let mut again = || registry.list_again(&mut listing).expect("list");
+        assert_eq!((again(), again()), (Some(Vec::new()), None), "nobody, which is told, too");
+        let mut one = instance("one", path.clone(), cgroup::id(&path).expect("its id"));
+        is_populated("1");
+        registry.put(&one).expect("put");
+        assert_eq!((again(), again()), (Some(vec![one.clone()]), None));
+        one.pool = Some("fast".to_owned());
+        registry.put(&one).expect("put");
+        assert_eq!((again(), again()), (Some(vec![one.clone()]), None));
+        is_populated("0");
+        assert_eq!((again(), again()), (Some(Vec::new()), None));
+        is_populated("1");
+        assert_eq!((again(), again()), (Some(vec![one.clone()]), None));
+        registry.remove(&one.name).expect("remove");
+        assert_eq!((again(), again()), (Some(Vec::new()), None));
     }
 
     #[test]

@@ -55,10 +55,15 @@ impl Histogram {
 
     /// Adds another histogram's samples.
     pub fn merge(&mut self, other: &Self) {
-        for &(index, count) in &other.buckets {
-            match self.buckets.binary_search_by_key(&index, |&(index, _)| index) {
-                Ok(place) => self.buckets[place].1 = self.buckets[place].1.saturating_add(count),
-                Err(place) => self.buckets.insert(place, (index, count)),
+        if self.buckets.is_empty() {
+            // So each sum begins: its list need not grow.
+            self.buckets.clone_from(&other.buckets);
+        } else {
+            for &(index, count) in &other.buckets {
+                match self.buckets.binary_search_by_key(&index, |&(index, _)| index) {
+                    Ok(place) => self.buckets[place].1 = self.buckets[place].1.saturating_add(count),
+                    Err(place) => self.buckets.insert(place, (index, count)),
+                }
             }
         }
         self.count = self.count.saturating_add(other.count);

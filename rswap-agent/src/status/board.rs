@@ -60,9 +60,6 @@ pub struct InstanceView {
     pub volume_use: Vec<VolumeView>,
 }
 
-/// An instance that is present, where its volumes are, whom it was committed to, if that did not answer yet, and for which volume it stands still.
-pub type Present = (Instance, BTreeMap<InstanceName, PathBuf>, Option<String>, Option<InstanceName>);
-
 /// How far a running migration is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationProgress {
@@ -194,6 +191,15 @@ impl MigrationView {
     }
 }
 
+/// The last plan, as a [`Plan`] is shown. Its decisions are kept with their instances', too, and are not copied for that: each has a kilobyte or two.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ShownPlan {
+    /// When it was made.
+    pub at: UnixMillis,
+    /// One per instance and pool kind looked at.
+    pub decisions: Vec<Arc<Decision>>,
+}
+
 /// All that is shown.
 #[derive(Clone, Debug, Default)]
 pub struct BoardState {
@@ -232,7 +238,7 @@ pub struct BoardState {
     /// All that this host has to sit on.
     pub inventory: Arc<Inventory>,
     /// The last plan.
-    pub plan: Plan,
+    pub plan: ShownPlan,
     /// Past decisions per instance, oldest first.
     pub decisions: BTreeMap<InstanceName, Decisions>,
     /// What instances did window by window.
@@ -258,10 +264,19 @@ pub struct BoardState {
 }
 
 impl BoardState {
-    /// Keeps the instance's decision, and of the older ones as many as fit next to those of the other instances.
-    pub fn keep_decision(&mut self, instance: &InstanceName, decision: Decision) {
+    /// Shows a plan, and keeps each instance's decisions, of the older ones as many as fit next to those of the other instances.
+    pub fn keep_plan(&mut self, plan: Plan) {
         let whole = kept_whole(self.instances.len());
-        self.decisions.entry(instance.clone()).or_default().keep(decision, whole);
+        self.plan.at = plan.at;
+        self.plan.decisions.clear();
+        for mut decision in plan.decisions {
+            // It stays for long.
+            decision.candidates.shrink_to_fit();
+            let decision = Arc::new(decision);
+            let kept = self.decisions.entry(decision.instance.clone()).or_default();
+            kept.keep(decision.clone(), whole);
+            self.plan.decisions.push(decision);
+        }
     }
 
     /// Keeps what was used in a window, next to what was shown of it before.
@@ -274,17 +289,17 @@ impl BoardState {
         }
     }
 
-    /// Replaces the instances by those that `present` lists (each with where it was committed to, if that is in doubt),
-    /// and keeps what is known of those that stay.
+    /// Replaces the instances by those that are `present`, and keeps what is known of those that stay.
     /// The decisions of those that left are kept as long as a migration of theirs is shown.
-    pub fn set_instances(&mut self, present: impl IntoIterator<Item = Present>) {
+    pub fn set_instances(&mut self, present: impl IntoIterator<Item = Instance>) {
         let mut before = std::mem::take(&mut self.instances);
-        for (instance, volume_directories, in_doubt, stands_for) in present {
+        for instance in present {
             let name = instance.name.clone();
             let view = match before.remove(&name) {
-                Some(view) => InstanceView { instance, in_doubt, stands_for, volume_directories, ..view },
+                Some(view) => InstanceView { instance, ..view },
                 None => {
-                    let (profile, demand, kin, in_swap, volume_use) = Default::default();
+                    let (profile, demand, kin, in_doubt, stands_for) = Default::default();
+                    let (volume_directories, in_swap, volume_use) = Default::default();
                     InstanceView {
                         instance,
                         profile,
@@ -300,9 +315,15 @@ impl BoardState {
             };
             self.instances.insert(name, view);
         }
-        let (instances, migrations) = (&self.instances, &self.migrations);
+        let instances = &self.instances;
         self.series.retain(|name, _| instances.contains_key(name));
         self.distributions.retain(|name, _| instances.contains_key(name));
+        self.forget_decisions();
+    }
+
+    /// Forgets decisions about those that are neither here nor in a migration that is shown.
+    fn forget_decisions(&mut self) {
+        let (instances, migrations) = (&self.instances, &self.migrations);
         self.decisions
             .retain(|name, _| instances.contains_key(name) || migrations.iter().any(|m| m.instance == *name));
     }
@@ -327,6 +348,7 @@ impl BoardState {
                 None => break,
             };
         }
+        self.forget_decisions();
         id
     }
 

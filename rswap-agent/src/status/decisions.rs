@@ -1,6 +1,6 @@
 //! What was decided about instances, round by round: the newest decisions whole, and of older ones where the result changed. Bounded.
 
-use std::{collections::VecDeque, mem};
+use std::{collections::VecDeque, mem, sync::Arc};
 
 use crate::plan::{Decision, Outcome};
 
@@ -19,8 +19,8 @@ pub(super) fn kept_whole(instances: usize) -> usize {
 /// An instance's decisions, oldest first.
 #[derive(Clone, Debug, Default)]
 pub struct Decisions {
-    // Each by itself: a queue of them whole grows in steps of hundreds of kilobytes.
-    kept: VecDeque<Box<Decision>>,
+    // Each by itself: a queue of them whole grows in steps of hundreds of kilobytes. Shared: the newest are the last plan's, too.
+    kept: VecDeque<Arc<Decision>>,
     /// How many of the oldest have been looked at: of these, only those stay with which a run of equal results begins or ends.
     thinned: usize,
 }
@@ -28,8 +28,8 @@ pub struct Decisions {
 impl Decisions {
     /// Takes in a decision. The newest `whole` stay as they are; of those before, the ones go whose neighbours about the same part
     /// decided the same.
-    pub(super) fn keep(&mut self, decision: Decision, whole: usize) {
-        self.kept.push_back(Box::new(decision));
+    pub(super) fn keep(&mut self, decision: Arc<Decision>, whole: usize) {
+        self.kept.push_back(decision);
         while self.kept.len() - self.thinned > whole {
             if self.is_in_a_run(self.thinned) {
                 self.kept.remove(self.thinned);
@@ -48,14 +48,14 @@ impl Decisions {
         let Some(it) = self.kept.get(at) else { return false };
         let same_part = |other: &&Decision| (other.kind, &other.volume) == (it.kind, &it.volume);
         let same_result = |other: &Decision| is_same_result(&it.outcome, &other.outcome);
-        let before = self.kept.range(..at).rev().map(Box::as_ref).find(same_part);
-        let after = self.kept.range(at + 1..).map(Box::as_ref).find(same_part);
+        let before = self.kept.range(..at).rev().map(Arc::as_ref).find(same_part);
+        let after = self.kept.range(at + 1..).map(Arc::as_ref).find(same_part);
         before.zip(after).is_some_and(|(before, after)| same_result(before) && same_result(after))
     }
 
     /// All that are kept, oldest first.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Decision> {
-        self.kept.iter().map(Box::as_ref)
+        self.kept.iter().map(Arc::as_ref)
     }
 }
 
@@ -80,8 +80,8 @@ mod tests {
         units::UnixMillis,
     };
 
-    fn decision(kind: MoveKind, volume: Option<&str>, at: u64, outcome: Outcome) -> Decision {
-        Decision {
+    fn decision(kind: MoveKind, volume: Option<&str>, at: u64, outcome: Outcome) -> Arc<Decision> {
+        Arc::new(Decision {
             instance: "a".parse().unwrap(),
             kind,
             volume: volume.map(str::to_owned),
@@ -101,7 +101,7 @@ mod tests {
             writing: None,
             timing: None,
             outcome,
-        }
+        })
     }
 
     fn stay(reason: StayReason) -> Outcome {

@@ -1,15 +1,19 @@
 //! How long things took an instance over more than a window: the last minute, the last hour, and since it is shown. Histograms are added up in
 //! parts, so that a span is a sum of parts, with exact numbers and sums.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{collections::VecDeque, mem};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
 
+use super::packed::with_bytes;
 use crate::{
     profile::{Operation, Profile, histogram::Histogram},
     units::UnixMillis,
 };
+
+/// Windows of a part are added up when they take so many bytes. Of an instance that does little, all of them fit.
+const MOST_BYTES: usize = 256;
 
 /// What is distributed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -81,67 +85,130 @@ pub struct Distribution {
 /// One instance's distributions.
 #[derive(Clone, Debug, Default)]
 pub struct Distributions {
-    of: BTreeMap<Metric, Kept>,
+    /// In their order. A list, as they are few, and hardly ever a new one comes.
+    of: Vec<(Metric, Kept)>,
     listen_drops: Option<u64>,
 }
 
 /// A metric's samples, each kept once: a part of a minute is added to the hour's and to the total when it is full.
 #[derive(Clone, Debug, Default)]
 struct Kept {
-    last: Packed,
     minute: Parts,
     hour: Parts,
     /// Without what is in the part of a minute that is being filled.
     total: Packed,
 }
 
-/// A histogram as bytes (postcard): of hundreds of buckets few have samples, most of these few, and it is hardly ever looked at.
-#[derive(Clone, Debug, Default)]
-struct Packed(Box<[u8]>);
+/// A histogram as it is packed. Of hundreds of buckets few have samples: they are `(distance from the one before, samples)`.
+struct Short<'a>(&'a Histogram);
 
-impl Packed {
-    /// Buckets as `(distance from the one before, samples)`.
-    fn of(histogram: &Histogram) -> Self {
-        if histogram.count == 0 {
-            return Self::default();
-        }
-        let mut before = 0;
-        let distances = histogram.buckets.iter().map(|&(index, count)| {
-            let distance = index - std::mem::replace(&mut before, index);
-            (distance, count)
-        });
-        let distances: Vec<(u16, u64)> = distances.collect();
-        let packed = postcard::to_stdvec(&(histogram.count, histogram.sum, distances));
-        Self(packed.expect("plain data of known lengths").into_boxed_slice())
+impl Serialize for Short<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Histogram { buckets, count, sum } = self.0;
+        (count, sum, Distances(buckets)).serialize(serializer)
     }
+}
 
-    fn histogram(&self) -> Histogram {
-        if self.0.is_empty() {
-            return Histogram::default();
-        }
-        let unpacked: (u64, u64, Vec<(u16, u64)>) =
-            postcard::from_bytes(&self.0).expect("as it was packed by this process");
-        let (count, sum, mut buckets) = unpacked;
+struct Distances<'a>(&'a [(u16, u64)]);
+
+impl Serialize for Distances<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut before = 0;
+        serializer.collect_seq(self.0.iter().map(|&(index, count)| {
+            let distance = index - mem::replace(&mut before, index);
+            (distance, count)
+        }))
+    }
+}
+
+/// The sum of histograms that are packed one behind the other.
+fn unpacked(mut bytes: &[u8]) -> Histogram {
+    type Unpacked = (u64, u64, Vec<(u16, u64)>);
+    let mut all = Histogram::default();
+    while !bytes.is_empty() {
+        let (next, others): (Unpacked, _) =
+            postcard::take_from_bytes(bytes).expect("as it was packed by this process");
+        let (count, sum, mut buckets) = next;
         let mut index = 0;
         for bucket in &mut buckets {
             index += bucket.0;
             bucket.0 = index;
         }
-        Histogram { buckets, count, sum }
+        let one = Histogram { buckets, count, sum };
+        if all.count == 0 {
+            all = one;
+        } else {
+            all.merge(&one);
+        }
+        bytes = others;
+    }
+    all
+}
+
+/// A histogram as bytes; of one without samples, none.
+#[derive(Clone, Debug, Default)]
+struct Packed(Box<[u8]>);
+
+impl Packed {
+    fn of(histogram: &Histogram) -> Self {
+        if histogram.count == 0 {
+            return Self::default();
+        }
+        Self(with_bytes(&Short(histogram), |bytes| bytes.into()))
+    }
+
+    fn histogram(&self) -> Histogram {
+        unpacked(&self.0)
     }
 
     fn add(&mut self, histogram: &Histogram) {
-        if self.0.is_empty() {
-            *self = Self::of(histogram);
-        } else if histogram.count > 0 {
-            let mut sum = self.histogram();
-            sum.merge(histogram);
-            *self = Self::of(&sum);
+        let mut sum = self.histogram();
+        sum.merge(histogram);
+        *self = Self::of(&sum);
+    }
+}
+
+/// What has come of a part that is being filled. To add to it takes no more than to pack what is added: it is added up when somebody looks.
+#[derive(Clone, Debug, Default)]
+struct Filling {
+    /// Histograms with samples, packed one behind the other.
+    bytes: Vec<u8>,
+    /// So many of the bytes are one that was added up; behind them is what came since.
+    summed: usize,
+    /// Where that of the last window begins; at the end, if it had no samples.
+    last: usize,
+}
+
+impl Filling {
+    /// A window begins, and has no samples yet.
+    fn begin_window(&mut self) {
+        self.last = self.bytes.len();
+    }
+
+    fn add(&mut self, histogram: &Histogram) {
+        if self.bytes.len() - self.summed >= MOST_BYTES {
+            self.sum_up();
         }
+        self.last = self.bytes.len();
+        with_bytes(&Short(histogram), |bytes| self.bytes.extend_from_slice(bytes));
+    }
+
+    fn sum_up(&mut self) {
+        let bytes = with_bytes(&Short(&self.histogram()), <[u8]>::to_vec);
+        *self = Self { summed: bytes.len(), last: bytes.len(), bytes };
+    }
+
+    fn histogram(&self) -> Histogram {
+        unpacked(&self.bytes)
+    }
+
+    /// The last window's.
+    fn last(&self) -> Histogram {
+        unpacked(&self.bytes[self.last..])
     }
 
     fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.bytes.is_empty()
     }
 }
 
@@ -150,7 +217,7 @@ impl Packed {
 struct Parts {
     /// Number of the part that is being filled, from the epoch.
     filling: u64,
-    now: Packed,
+    now: Filling,
     /// Whole parts that had samples, oldest first, by their number.
     whole: VecDeque<(u64, Packed)>,
 }
@@ -164,9 +231,9 @@ impl Parts {
         // The clock of the host may have been set back: then the part that is being filled is filled on.
         if number > self.filling {
             if !self.now.is_empty() {
-                let now = std::mem::take(&mut self.now);
-                full = Some((UnixMillis(self.filling * part_ms), now.histogram()));
-                self.whole.push_back((self.filling, now));
+                let now = mem::take(&mut self.now).histogram();
+                self.whole.push_back((self.filling, Packed::of(&now)));
+                full = Some((UnixMillis(self.filling * part_ms), now));
             }
             self.filling = number;
         }
@@ -176,8 +243,9 @@ impl Parts {
         full
     }
 
-    fn sum(&self) -> Histogram {
-        let mut sum = self.now.histogram();
+    /// What its whole parts have, and `now`.
+    fn with(&self, now: &Histogram) -> Histogram {
+        let mut sum = now.clone();
         self.whole.iter().for_each(|(_, part)| sum.merge(&part.histogram()));
         sum
     }
@@ -192,15 +260,24 @@ impl Kept {
         if let Some((then, full)) = self.minute.go_on_to(at, Span::Minute) {
             self.hour.go_on_to(then, Span::Hour);
             self.hour.now.add(&full);
+            // One in ten seconds at most: added up at once, it takes the least room.
+            self.hour.now.sum_up();
             self.total.add(&full);
         }
         self.hour.go_on_to(at, Span::Hour);
     }
 
-    fn hour(&self) -> Histogram {
-        let mut sum = self.hour.sum();
-        sum.merge(&self.minute.now.histogram());
-        sum
+    fn shown(&self, metric: Metric) -> Distribution {
+        let now = self.minute.now.histogram();
+        let mut hour = self.hour.now.histogram();
+        hour.merge(&now);
+        Distribution {
+            metric,
+            window: self.minute.now.last(),
+            minute: self.minute.with(&now),
+            hour: self.hour.with(&hour),
+            total: self.total(),
+        }
     }
 
     fn total(&self) -> Histogram {
@@ -217,50 +294,74 @@ impl Kept {
 impl Distributions {
     /// Takes in a window.
     pub fn record(&mut self, profile: &Profile) {
+        let at = profile.at;
         if let Some(dropped) = profile.tcp.listen_drops {
             *self.listen_drops.get_or_insert_default() += dropped;
         }
-        for kept in self.of.values_mut() {
-            kept.last = Packed::default();
-            kept.go_on_to(profile.at);
+        for (_, kept) in &mut self.of {
+            kept.minute.now.begin_window();
+            kept.go_on_to(at);
         }
-        self.add(profile.at, Metric::RunQueueNs, &profile.cpu.run_queue_ns);
-        self.add(profile.at, Metric::OnCpuNs, &profile.cpu.on_cpu_ns);
-        self.add(profile.at, Metric::TcpRttUs, &profile.tcp.rtt_us);
+        self.add(at, Metric::RunQueueNs, &profile.cpu.run_queue_ns);
+        self.add(at, Metric::OnCpuNs, &profile.cpu.on_cpu_ns);
+        self.add(at, Metric::TcpRttUs, &profile.tcp.rtt_us);
         if let Some(connections) = &profile.tcp.connections {
-            self.add(profile.at, Metric::TcpLifeUs, &connections.life_us);
+            self.add(at, Metric::TcpLifeUs, &connections.life_us);
         }
         if let Some(faults) = &profile.memory.fault_latency {
-            self.add(profile.at, Metric::MajorFaultNs, &faults.major_ns);
-            faults.minor_ns.iter().for_each(|minor| self.add(profile.at, Metric::MinorFaultNs, minor));
+            self.add(at, Metric::MajorFaultNs, &faults.major_ns);
+            faults.minor_ns.iter().for_each(|minor| self.add(at, Metric::MinorFaultNs, minor));
         }
         for block in &profile.block {
-            let (device, operation) = (block.device.clone(), block.operation);
-            let queue = Metric::BlockQueueNs { device: device.clone(), operation };
-            self.add(profile.at, Metric::BlockDeviceNs { device, operation }, &block.latency_ns);
-            self.add(profile.at, queue, &block.queue_ns);
+            let (device, operation) = (&block.device, block.operation);
+            let on_device = |metric: &Metric| match metric {
+                Metric::BlockDeviceNs { device: of, operation: does } => (of, *does) == (device, operation),
+                _ => false,
+            };
+            let in_queue = |metric: &Metric| match metric {
+                Metric::BlockQueueNs { device: of, operation: does } => (of, *does) == (device, operation),
+                _ => false,
+            };
+            let new_on_device = || Metric::BlockDeviceNs { device: device.clone(), operation };
+            let new_in_queue = || Metric::BlockQueueNs { device: device.clone(), operation };
+            self.add_to(at, on_device, new_on_device, &block.latency_ns);
+            self.add_to(at, in_queue, new_in_queue, &block.queue_ns);
         }
     }
 
     fn add(&mut self, at: UnixMillis, metric: Metric, histogram: &Histogram) {
+        self.add_to(at, |known| *known == metric, || metric.clone(), histogram);
+    }
+
+    /// Adds to the metric that is meant. It is made only if there is none yet: that of a device has its name.
+    fn add_to(
+        &mut self,
+        at: UnixMillis,
+        is_meant: impl Fn(&Metric) -> bool,
+        new: impl FnOnce() -> Metric,
+        histogram: &Histogram,
+    ) {
         if histogram.count == 0 {
             return;
         }
-        let kept = self.of.entry(metric).or_default();
+        let known = self.of.iter().position(|(metric, _)| is_meant(metric));
+        let place = known.unwrap_or_else(|| {
+            let metric = new();
+            let place = self.of.partition_point(|(other, _)| *other < metric);
+            // Hardly ever: room for more of them would stand empty.
+            self.of.reserve_exact(1);
+            self.of.insert(place, (metric, Kept::default()));
+            place
+        });
+        let kept = &mut self.of[place].1;
         kept.go_on_to(at);
         kept.minute.now.add(histogram);
-        kept.last = Packed::of(histogram);
     }
 
     /// All that had samples in the last hour.
     pub fn shown(&self) -> impl Iterator<Item = Distribution> {
-        self.of.iter().filter(|(_, kept)| kept.had_some_in_the_hour()).map(|(metric, kept)| Distribution {
-            metric: metric.clone(),
-            window: kept.last.histogram(),
-            minute: kept.minute.sum(),
-            hour: kept.hour(),
-            total: kept.total(),
-        })
+        let of = self.of.iter().filter(|(_, kept)| kept.had_some_in_the_hour());
+        of.map(|(metric, kept)| kept.shown(metric.clone()))
     }
 
     /// Everything since the instance is shown.
@@ -278,16 +379,12 @@ impl Distributions {
     fn bytes(&self) -> usize {
         let parts = |parts: &Parts| {
             let whole = parts.whole.capacity() * size_of::<(u64, Packed)>();
-            whole + parts.now.0.len() + parts.whole.iter().map(|(_, part)| part.0.len()).sum::<usize>()
+            let packed = parts.whole.iter().map(|(_, part)| part.0.len()).sum::<usize>();
+            whole + packed + parts.now.bytes.capacity()
         };
-        let of = |kept: &Kept| {
-            size_of::<(Metric, Kept)>()
-                + kept.last.0.len()
-                + kept.total.0.len()
-                + parts(&kept.minute)
-                + parts(&kept.hour)
-        };
-        self.of.values().map(of).sum()
+        let of = |kept: &Kept| kept.total.0.len() + parts(&kept.minute) + parts(&kept.hour);
+        let packed: usize = self.of.iter().map(|(_, kept)| of(kept)).sum();
+        self.of.capacity() * size_of::<(Metric, Kept)>() + packed
     }
 }
 
@@ -411,7 +508,79 @@ mod tests {
         assert_eq!(waits.hour.count, 3700 * 300, "12 parts, and 100 seconds");
     }
 
+    /// The same, of one metric, with all of its windows by themselves.
+    #[derive(Default)]
+    struct Plain {
+        /// Number of the part of a minute that is being filled, once it has had samples.
+        filling: Option<u64>,
+        last: Histogram,
+        /// By the part that was filled then.
+        windows: Vec<(u64, Histogram)>,
+    }
+
+    impl Plain {
+        fn record(&mut self, at_s: u64, samples: &[u64]) {
+            self.last = of(samples);
+            if self.filling.is_some() || !samples.is_empty() {
+                let filling = self.filling.unwrap_or(0).max(at_s / 10);
+                self.filling = Some(filling);
+                if !samples.is_empty() {
+                    self.windows.push((filling, of(samples)));
+                }
+            }
+        }
+
+        fn sum(&self, is_within: impl Fn(u64) -> bool) -> Histogram {
+            let mut sum = Histogram::default();
+            let within = self.windows.iter().filter(|(part, _)| is_within(*part));
+            within.for_each(|(_, window)| sum.merge(window));
+            sum
+        }
+
+        fn total(&self) -> Histogram {
+            self.sum(|_| true)
+        }
+
+        fn shown(&self) -> Option<Distribution> {
+            let filling = self.filling?;
+            let hour = self.sum(|part| part / 30 + 12 >= filling / 30);
+            (hour.count > 0).then(|| Distribution {
+                metric: Metric::RunQueueNs,
+                window: self.last.clone(),
+                minute: self.sum(|part| part + 6 >= filling),
+                hour,
+                total: self.total(),
+            })
+        }
+    }
+
+    /// Seconds from one window to the next: mostly one; now and then the clock is set, or nothing was looked at for long.
+    fn steps() -> impl Strategy<Value = i64> {
+        prop_oneof![20 => 0..2_i64, 2 => 2..400_i64, 1 => 3_000..5_000_i64, 1 => -5_000..0_i64]
+    }
+
     proptest! {
+        #[test]
+        fn windows_that_are_added_up_late_are_those_that_came(
+            windows in prop::collection::vec(
+                (steps(), prop::collection::vec(0..1u64 << 42, 0..24), prop::bool::weighted(0.05)), 1..60,
+            ),
+        ) {
+            let (mut kept, mut plain) = (Distributions::default(), Plain::default());
+            let mut now = 1_000_000_u64;
+            let last = windows.len() - 1;
+            for (number, (seconds, waits_ns, is_looked_at)) in windows.iter().enumerate() {
+                now = now.saturating_add_signed(*seconds);
+                kept.record(&profile(now, waits_ns));
+                plain.record(now, waits_ns);
+                if *is_looked_at || number == last {
+                    prop_assert_eq!(waits(&kept), plain.shown());
+                    let total = kept.totals().map(|(_, total)| total).next().unwrap_or_default();
+                    prop_assert_eq!(total, plain.total());
+                }
+            }
+        }
+
         #[test]
         fn what_is_packed_is_unpacked_the_same(values in prop::collection::vec(any::<u64>(), 0..40), more in prop::collection::vec(any::<u64>(), 0..40)) {
             let mut packed = Packed::of(&of(&values));

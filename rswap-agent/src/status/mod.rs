@@ -10,6 +10,7 @@ mod distributions;
 mod metrics;
 mod moves;
 mod neighbour_names;
+mod packed;
 mod router;
 mod series;
 mod views;
@@ -27,7 +28,7 @@ use tokio::net::TcpListener;
 
 pub use board::{
     Board, BoardState, InstanceView, MIGRATIONS_KEPT, MigrationProgress, MigrationReport, MigrationRound,
-    MigrationState, MigrationView, Present,
+    MigrationState, MigrationView, ShownPlan,
 };
 pub use decisions::{DECISIONS_KEPT, Decisions};
 pub use distributions::{Distribution, Distributions, Metric, Span};

@@ -263,7 +263,10 @@ async fn explain(
     }
     let now = board.plan.decisions.iter().filter(|decision| decision.instance == instance);
     let moved = moved.into_iter().rev().take(MOVES_EXPLAINED);
-    Ok(Json(Explanation { now: now.map(Explained::of).collect(), moved: moved.map(MovedView::of).collect() }))
+    Ok(Json(Explanation {
+        now: now.map(|decision| Explained::of(decision)).collect(),
+        moved: moved.map(MovedView::of).collect(),
+    }))
 }
 
 /// An instance's last windows: what it used, what had been forecast, and how long things took

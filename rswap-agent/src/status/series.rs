@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::packed::with_bytes;
 use crate::{
     forecast::{Demand, Evidence, Resource, Usage},
     profile::{Profile, histogram::Histogram},
@@ -93,7 +94,8 @@ pub struct Spread {
 
 impl Spread {
     fn of(histogram: &Histogram) -> Self {
-        let mut octaves: Vec<(u8, u32)> = Vec::new();
+        let most = histogram.buckets.len().min(u64::BITS as usize);
+        let mut octaves: Vec<(u8, u32)> = Vec::with_capacity(most);
         for (low, count) in histogram.lows() {
             let (octave, count) = (low.max(1).ilog2() as u8, u32::try_from(count).unwrap_or(u32::MAX));
             match octaves.last_mut() {
@@ -130,8 +132,7 @@ struct Kept {
 
 impl Kept {
     fn new(at: UnixMillis, seen: &Seen) -> Self {
-        let packed = postcard::to_stdvec(seen).expect("plain data of known lengths");
-        Self { at, packed: packed.into_boxed_slice() }
+        Self { at, packed: with_bytes(seen, |bytes| bytes.into()) }
     }
 
     fn seen(&self) -> Seen {

@@ -8,8 +8,8 @@ use tokio::{
 use super::*;
 use crate::{
     control::client::{Client, Target},
-    instance::InstanceName,
-    plan::Plan,
+    instance::{Instance, InstanceName},
+    plan::{Decision, Plan},
     profile::{
         BlockProfile, CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour, OffCpuProfile, OffCpuTime,
         Operation, ProbeState, ProbeStatus, Profile, RequestCount, TcpConnections, TcpProfile, UnownedBlock,
@@ -279,6 +279,38 @@ fn forgets_the_oldest_ended_migrations_only() {
     assert!(state.migrations.iter().any(|m| m.id == running));
     assert!(state.migrations.len() <= MIGRATIONS_KEPT + 2);
     assert_eq!(state.migrations_failed, MIGRATIONS_KEPT as u64 + 5);
+}
+
+#[test]
+fn what_is_known_stays_with_who_stays_and_decisions_as_long_as_a_migration_is_shown() {
+    let mut state = BoardState::default();
+    show_a_profile(&mut state);
+    let db = state.instances.values().next().unwrap().instance.clone();
+    let decision = serde_json::json!({
+        "instance": "db", "kind": "cpu", "at": 0, "candidates": [], "threshold": 0.0, "hysteresis": 0.0,
+        "outcome": { "outcome": "stay", "reason": { "why": "no_pool_fits" } },
+    });
+    let decision: Decision = serde_json::from_value(decision).unwrap();
+    let plan = Plan { at: UnixMillis(5), decisions: vec![decision] };
+    state.keep_plan(plan.clone());
+    assert_eq!(serde_json::to_value(&state.plan).unwrap(), serde_json::to_value(&plan).unwrap());
+    state.set_instances([Instance { pool: Some("fast".into()), ..db.clone() }]);
+    let view = &state.instances[&db.name];
+    assert!(view.profile.is_some() && view.instance.pool.as_deref() == Some("fast"), "{view:?}");
+    assert_eq!((state.series.len(), state.distributions.len(), state.decisions.len()), (1, 1, 1));
+
+    let migrate = |state: &mut BoardState, name: &InstanceName| {
+        let id = state.begin_migration(name.clone(), "b".into(), UnixMillis(0));
+        let (report, ended) = Default::default();
+        state.set_migration(id, MigrationState::Done { report, ended });
+    };
+    migrate(&mut state, &db.name);
+    state.set_instances([]);
+    assert_eq!((state.series.len(), state.distributions.len(), state.decisions.len()), (0, 0, 1));
+    for _ in 0..=MIGRATIONS_KEPT {
+        migrate(&mut state, &"other".parse().unwrap());
+    }
+    assert!(state.decisions.is_empty(), "{:?}", state.decisions);
 }
 
 #[tokio::test]
