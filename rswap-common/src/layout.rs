@@ -360,7 +360,7 @@ pub const fn block_shards(cpus: u32) -> u32 {
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
 const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 96 + 16 * OFF_CPU_KINDS);
 // Each begins with a cache line: maps begin with a page.
-const _: () = assert!(size_of::<SlotRecord>() % 64 == 0);
+const _: () = assert!(size_of::<SlotRecord>().is_multiple_of(64));
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);
 const _: () = assert!(size_of::<FaultRecord>() == size_of::<HistogramRecord>() + 8);
 // The first four words of each of an array that begins with a page are in one cache line.
