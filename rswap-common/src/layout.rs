@@ -37,7 +37,7 @@ pub mod map_names {
     pub const CHILDREN: &str = "CHILDREN";
     /// Array of one [`super::ChildCounts`].
     pub const CHILD_COUNTS: &str = "CHILD_COUNTS";
-    /// Array of [`crate::tables::WaiterSet`]: tasks that wait for a CPU -> since when.
+    /// Array of words: tasks that wait for a CPU -> since when, index by [`crate::tables::waiter_place`].
     pub const WAITERS: &str = "WAITERS";
     /// Array of [`super::SlotRecord`], index by [`super::slot_index`]; can be mapped into memory.
     pub const SLOTS: &str = "SLOTS";

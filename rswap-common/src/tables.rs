@@ -170,28 +170,17 @@ pub const fn slept_ns(word: u64, arrived_ns: u64, woke_ns: u64) -> Option<u64> {
     Some(if slept >= HALF { 0 } else { slept << TIME_SHIFT })
 }
 
-/// The number of sets of the table of tasks that wait for a CPU is two to this power.
-const WAITER_SET_BITS: u32 = 13;
-
-/// Sets of the table of tasks that wait for a CPU.
-pub const WAITER_SETS: u32 = 1 << WAITER_SET_BITS;
-
-/// Tasks of one set.
-pub type WaiterSet = [u64; 4];
+/// Places of the table of tasks that wait for a CPU, a power of two. Of tasks that have the same place and wait at the same time, only the last one is remembered:
+/// pids that follow each other have different ones.
+pub const WAITER_PLACES: u32 = 1 << 16;
 
 const WAITER_TIME_BITS: u32 = 40;
 const WAITER_TIME_MASK: u64 = (1 << WAITER_TIME_BITS) - 1;
 
-/// The set that a task is looked for in. Pids that follow each other are in sets that do.
+/// The place that a task is looked for in.
 #[inline(always)]
-pub const fn waiter_set(pid: u32) -> u32 {
-    pid & (WAITER_SETS - 1)
-}
-
-/// The place in its set that a task is looked for in first: of those of one set, the first four have different ones. Of larger numbers the lower bits count.
-#[inline(always)]
-pub const fn waiter_way(pid: u32) -> u32 {
-    pid >> WAITER_SET_BITS
+pub const fn waiter_place(pid: u32) -> u32 {
+    pid & (WAITER_PLACES - 1)
 }
 
 /// What stands for a task that waits since then, in nanoseconds. Never 0, which is an empty place: no task that waits has the number 0. The kernel has no pid
@@ -307,7 +296,9 @@ mod tests {
             same_waiter(word, waiter_word(4_194_303, 1)) && !same_waiter(word, waiter_word(4_194_302, late))
         );
         assert!(
-            (1..=4_194_303).step_by(997).all(|pid| waiter_set(pid) < WAITER_SETS && waiter_word(pid, 0) != 0)
+            (1..=4_194_303)
+                .step_by(997)
+                .all(|pid| waiter_place(pid) < WAITER_PLACES && waiter_word(pid, 0) != 0)
         );
     }
 

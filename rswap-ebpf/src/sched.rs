@@ -72,6 +72,14 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let prev_cgroup = if leavers.pid == prev_pid { leavers.cgroup_id } else { task_cgroup_id(prev) };
     let next_cgroup = task_cgroup_id(next);
 
+    // Whoever it is, as at wake-ups: else one that becomes an instance's while it waits would have waited since it was woken. The idle task waits for nothing.
+    if EXACT.load() == 1 && prev_pid != 0 {
+        let (preempted, state): (u64, u32) = (ctx.arg(0), ctx.arg(3));
+        if preempted & 1 == 1 || state == 0 {
+            remember_waiter(prev_pid, monotonic_ns());
+        }
+    }
+
     let prev_slot = slot_of(prev_cgroup);
     let prev_record = prev_slot.and_then(slot_record);
     if let Some(record) = prev_record {
@@ -82,8 +90,6 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
                 && let Some(why) = why_off(prev, state)
             {
                 remember_sleeper(prev_pid, now, why);
-            } else if EXACT.load() == 1 && state & TASK_DEAD == 0 {
-                remember_waiter(prev_pid, monotonic_ns());
             }
         }
         let arrived: u64 = field(prev, &TASK_LAST_ARRIVAL);
@@ -159,11 +165,10 @@ fn sched_wakeup_new(ctx: BtfTracePointContext) -> i32 {
     woken(ctx.arg(0))
 }
 
+/// Also of tasks that are no instance's: to look whose one is takes longer than to write down when it was.
 #[inline(always)]
 fn woken(task: KernelPtr) -> i32 {
-    if slot_of(task_cgroup_id(task)).is_some() {
-        remember_waiter(field(task, &TASK_PID), monotonic_ns());
-    }
+    remember_waiter(field(task, &TASK_PID), monotonic_ns());
     0
 }
 

@@ -1,5 +1,5 @@
-//! Small tables of words ([`rswap_common::tables`]): requests in flight, each of which has one place; and in sets of a few tasks off the CPU or waiting for one,
-//! and connections.
+//! Small tables of words ([`rswap_common::tables`]): requests in flight and tasks that wait for a CPU, each of which has one place; and in sets of a few tasks off
+//! the CPU, and connections.
 //!
 //! Several CPUs write without a lock, one word at once: of two that take the same place in the same moment, one is forgotten. So is one of a set that is full.
 
@@ -7,10 +7,10 @@ use aya_ebpf::{bindings::BPF_F_MMAPABLE, macros::map, maps::Array};
 use rswap_common::{
     layout::OffCpu,
     tables::{
-        CONNECTION_SETS, ConnectionSet, REQUEST_PLACES, SLEEPER_SETS, SleeperSet, WAITER_SETS, WaiterSet,
-        age_us, connection_set, connection_word, request_place, request_word, same_connection, same_request,
+        CONNECTION_SETS, ConnectionSet, REQUEST_PLACES, SLEEPER_SETS, SleeperSet, WAITER_PLACES, age_us,
+        connection_set, connection_word, request_place, request_word, same_connection, same_request,
         same_sleeper, same_waiter, sleeper_set, sleeper_word, slot_of_connection, submitter_of_word,
-        waited_ns, waiter_set, waiter_way, waiter_word,
+        waited_ns, waiter_place, waiter_word,
     },
 };
 
@@ -24,9 +24,9 @@ static REQUESTS: Array<u64> = Array::with_max_entries(REQUEST_PLACES, BPF_F_MMAP
 #[map]
 static SLEEPERS: Array<SleeperSet> = Array::with_max_entries(SLEEPER_SETS, BPF_F_MMAPABLE);
 
-/// Tasks of instances that wait for a CPU (by pid) -> since when; the agent leaves one set where nobody asks.
+/// Tasks that wait for a CPU (by pid) -> since when; the agent leaves one place where nobody asks.
 #[map]
-static WAITERS: Array<WaiterSet> = Array::with_max_entries(WAITER_SETS, BPF_F_MMAPABLE);
+static WAITERS: Array<u64> = Array::with_max_entries(WAITER_PLACES, BPF_F_MMAPABLE);
 
 /// Connections of instances (by the socket's address) -> since when.
 #[map]
@@ -153,19 +153,26 @@ pub fn take_sleeper(pid: u32) -> Option<u64> {
     take(set, pid, sleeper_word(pid, 0, OffCpu::Sleep), same_sleeper)
 }
 
-/// Remembers since when a task waits for a CPU.
+/// Remembers since when a task waits for a CPU. Nothing is read of the table.
 #[inline(always)]
 pub fn remember_waiter(pid: u32, since_ns: u64) {
-    if let Some(set) = WAITERS.get_ptr_mut(waiter_set(pid)) {
-        put_in_own_way(set, waiter_way(pid), waiter_word(pid, since_ns), same_waiter);
+    if let Some(place) = WAITERS.get_ptr_mut(waiter_place(pid)) {
+        // SAFETY: the map gave the pointer. Other CPUs write there, too: one word is written at once.
+        unsafe { place.write_volatile(waiter_word(pid, since_ns)) };
     }
 }
 
 /// How long a task has waited for a CPU, if it was remembered; it is not any more.
 #[inline(always)]
 pub fn take_waiter(pid: u32, now_ns: u64) -> Option<u64> {
-    let set = WAITERS.get_ptr_mut(waiter_set(pid))?;
-    let word = take(set, waiter_way(pid), waiter_word(pid, 0), same_waiter)?;
+    let place = WAITERS.get_ptr_mut(waiter_place(pid))?;
+    // SAFETY: as above.
+    let word = unsafe { place.read_volatile() };
+    if !same_waiter(word, waiter_word(pid, 0)) {
+        return None;
+    }
+    // SAFETY: as above.
+    unsafe { place.write_volatile(0) };
     Some(waited_ns(word, now_ns))
 }
 

@@ -12,7 +12,7 @@ use rswap_common::{
     globals as g,
     layout::{FaultRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
     neighbours::NeighbourRecord,
-    tables::{CONNECTION_SETS, ConnectionSet, FAULT_PLACES, WAITER_SETS, WaiterSet, slot_of_connection},
+    tables::{CONNECTION_SETS, ConnectionSet, FAULT_PLACES, WAITER_PLACES, slot_of_connection},
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -201,13 +201,7 @@ pub(super) const PROBES: [Probe; 8] = [
     },
 ];
 
-const WAKER_FIELDS: [(&str, &str, &str); 5] = [
-    CGROUP_FIELDS[0],
-    CGROUP_FIELDS[1],
-    (g::TASK_PID, "task_struct", "pid"),
-    (g::TASK_CGROUPS, "task_struct", "cgroups"),
-    (g::CSS_SET_DFL_CGRP, "css_set", "dfl_cgrp"),
-];
+const WAKER_FIELDS: [(&str, &str, &str); 1] = [(g::TASK_PID, "task_struct", "pid")];
 
 const SCHED_WAKING: &str = "sched_waking";
 const SCHED_WAKEUP_NEW: &str = "sched_wakeup_new";
@@ -418,7 +412,7 @@ impl Probes {
         loader.map_max_entries(map_names::FAULTS, cpus * config.slots * fault_kinds);
         loader.map_max_entries(map_names::BLOCKS, block_entries);
         loader.map_max_entries(map_names::UNOWNED, cpus);
-        loader.map_max_entries(map_names::WAITERS, if exact { WAITER_SETS } else { 1 });
+        loader.map_max_entries(map_names::WAITERS, if exact { WAITER_PLACES } else { 1 });
         for (name, value) in &words {
             loader.override_global(name, value, true);
         }
@@ -447,7 +441,7 @@ impl Probes {
         let faults_begun = mapped_words(&ebpf, map_names::FAULTS_BEGUN, FAULT_PLACES, size_of::<u64>())?;
         let unowned = mapped(&ebpf, map_names::UNOWNED, cpus)?;
         let waiters = if exact {
-            Some(mapped_words(&ebpf, map_names::WAITERS, WAITER_SETS, size_of::<WaiterSet>())?)
+            Some(mapped_words(&ebpf, map_names::WAITERS, WAITER_PLACES, size_of::<u64>())?)
         } else {
             None
         };

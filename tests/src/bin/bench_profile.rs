@@ -86,7 +86,7 @@ fn main() -> anyhow::Result<()> {
     let (mut result, mut programs, mut others) = (Map::new(), BTreeMap::new(), Alternatives::default());
     let wanted = |what: &str| cli.only.as_deref().is_none_or(|only| only == what);
     if wanted("ping-pong") {
-        let kinds = [Kind::Empty, Kind::Probes, Kind::EmptyExact, Kind::Exact];
+        let kinds = [Kind::Empty, Kind::Probes, Kind::Measured, Kind::EmptyExact, Kind::Exact];
         result.extend(compare("ping_pong", Role::Pipe, &kinds, &RUN_QUEUE, cli.runs, &mut others)?);
         let costs = costs_of(Role::Pipe)?;
         others.compare_programs("ping_pong", per_event(costs.values(), 1000));
@@ -96,7 +96,7 @@ fn main() -> anyhow::Result<()> {
         result.extend(compare(
             "tcp",
             Role::Tcp,
-            &[Kind::EmptyTcp, Kind::Probes],
+            &[Kind::EmptyTcp, Kind::Probes, Kind::Measured],
             &TCP,
             cli.runs,
             &mut others,
@@ -159,7 +159,9 @@ fn write(result: &Map<String, Value>, output: &Path) -> anyhow::Result<()> {
 enum Kind {
     /// All probes, with the players' cgroup tracked.
     Probes,
-    /// The same, with waits measured from when threads are woken.
+    /// The same in a window in which the kernel measures the programs.
+    Measured,
+    /// As the first, with waits measured from when threads are woken.
     Exact,
     /// A program at every switch that does nothing.
     Empty,
@@ -181,8 +183,12 @@ enum Attached {
 impl Kind {
     fn attach(self, cgroup: &Path) -> anyhow::Result<Attached> {
         Ok(match self {
-            Self::Probes | Self::Exact => {
-                let config = ProfileConfig { exact: self == Self::Exact, ..ProfileConfig::default() };
+            Self::Probes | Self::Measured | Self::Exact => {
+                let config = ProfileConfig {
+                    exact: self == Self::Exact,
+                    measure_program_cost: self == Self::Measured,
+                    ..ProfileConfig::default()
+                };
                 Attached::Probes { _profiler: Box::new(profiler(cgroup, &config)?) }
             }
             Self::Empty => empty(EmptyProgram::attach())?,
@@ -267,6 +273,8 @@ fn profiler(cgroup: &Path, config: &ProfileConfig) -> anyhow::Result<Profiler> {
     }
     let name: InstanceName = "measured".parse()?;
     profiler.track(&name, cgroup)?;
+    // In the first window, and then in one of sixteen, the kernel measures the programs, for the budget: the second is as most are.
+    profiler.sample(UnixMillis::now());
     profiler.sample(UnixMillis::now());
     Ok(profiler)
 }
@@ -319,6 +327,7 @@ fn compare(
     for (kind, pct) in by {
         let key = match kind {
             Kind::Probes => format!("{measurement}_pct"),
+            Kind::Measured => format!("{measurement}_measured_pct"),
             Kind::Exact => format!("{measurement}_exact_pct"),
             Kind::Empty | Kind::EmptyTcp => format!("{measurement}_empty_pct"),
             Kind::EmptyExact => format!("{measurement}_exact_empty_pct"),
