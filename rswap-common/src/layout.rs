@@ -155,7 +155,7 @@ pub struct TcpCounts {
     pub retransmits: u64,
 }
 
-/// What one CPU saw of one slot's instance: scheduler and TCP. What every switch writes is together at the beginning, in two cache lines, and in those of the buckets.
+/// What one CPU saw of one slot's instance: scheduler and TCP. What every switch writes is together at the beginning, but for turns on the CPU and the buckets.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotRecord {

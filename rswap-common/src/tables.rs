@@ -1,7 +1,8 @@
 //! Small tables of words in array maps: which slot a cgroup has, who submitted a block request in flight, and since when a task is off the CPU.
 //!
 //! An array map is read by a few instructions in place, a hash map by a call; and what one program looks for in a table is in one cache line. The
-//! tables are cut into sets: the key's hash chooses the set, and the set is searched. A request has one place, so that its beginning is written down without a look.
+//! tables are cut into sets: the key's hash chooses the set, and the set is searched. A request, and a task that waits for a CPU, has one place, so that its beginning is
+//! written down without a look.
 
 use crate::layout::OffCpu;
 
@@ -170,17 +171,23 @@ pub const fn slept_ns(word: u64, arrived_ns: u64, woke_ns: u64) -> Option<u64> {
     Some(if slept >= HALF { 0 } else { slept << TIME_SHIFT })
 }
 
-/// Places of the table of tasks that wait for a CPU, a power of two. Of tasks that have the same place and wait at the same time, only the last one is remembered:
-/// pids that follow each other have different ones.
-pub const WAITER_PLACES: u32 = 1 << 16;
+const WAITER_PLACE_BITS: u32 = 16;
+
+/// Places of the table of tasks that wait for a CPU. Of tasks that have the same place and wait at the same time, only the last one is remembered: of any that many
+/// pids in a row each has its own.
+pub const WAITER_PLACES: u32 = 1 << WAITER_PLACE_BITS;
+
+/// Places of one cache line, as a power of two.
+const LINE_BITS: u32 = 3;
 
 const WAITER_TIME_BITS: u32 = 40;
 const WAITER_TIME_MASK: u64 = (1 << WAITER_TIME_BITS) - 1;
 
-/// The place that a task is looked for in.
+/// The place that a task is looked for in. Threads of one program, whose pids follow each other, run on many CPUs: they are in different cache lines.
 #[inline(always)]
 pub const fn waiter_place(pid: u32) -> u32 {
-    pid & (WAITER_PLACES - 1)
+    const LINES_BITS: u32 = WAITER_PLACE_BITS - LINE_BITS;
+    (pid << LINE_BITS & (WAITER_PLACES - 1)) | (pid >> LINES_BITS & ((1 << LINE_BITS) - 1))
 }
 
 /// What stands for a task that waits since then, in nanoseconds. Never 0, which is an empty place: no task that waits has the number 0. The kernel has no pid
@@ -300,6 +307,16 @@ mod tests {
                 .step_by(997)
                 .all(|pid| waiter_place(pid) < WAITER_PLACES && waiter_word(pid, 0) != 0)
         );
+    }
+
+    #[test]
+    fn tasks_that_wait_have_places_of_their_own_and_those_of_a_program_different_cache_lines() {
+        for first in [1, 30_000, 4_194_303 - WAITER_PLACES] {
+            let places: std::collections::BTreeSet<_> =
+                (first..first + WAITER_PLACES).map(waiter_place).collect();
+            assert_eq!(places.len(), WAITER_PLACES as usize);
+        }
+        assert!((1..1000).all(|pid| waiter_place(pid) >> LINE_BITS != waiter_place(pid + 1) >> LINE_BITS));
     }
 
     #[test]

@@ -70,7 +70,7 @@ function view(data, state) {
           "Probes",
           tile(
             `${active}/${status.probes.length - off}`,
-            off ? `of the kernel's are read; ${off} switched off` : "of the kernel's are read",
+            off ? `of the kernel's are read; ${off} not needed` : "of the kernel's are read",
           ),
         ],
         ["Links", tile(security, detail)],

@@ -53,7 +53,7 @@ static LEAVERS: PerCpuArray<Leavers> = PerCpuArray::with_max_entries(1, 0);
 pub struct Leavers {
     /// The cgroup of who came last.
     pub cgroup_id: u64,
-    /// Its pid: what comes while no program runs is not seen.
+    /// Its pid: who came unseen, while no program ran, is not taken for it.
     pub pid: u32,
     /// The idle task: since then there has been work.
     pub idle_ns: u64,

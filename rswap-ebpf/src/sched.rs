@@ -48,6 +48,9 @@ static EXACT: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static TASK_IN_IOWAIT_MASK: Global<u32> = Global::new(0);
 
+/// The run queue's clock is not the monotonic one.
+const CLOCKS_APART_NS: u64 = 1_000_000;
+
 /// Bits of a task's state, which have kept their numbers since the tracepoint tells it.
 const TASK_UNINTERRUPTIBLE: u32 = 2;
 const TASK_STOPPED: u32 = 4;
@@ -121,7 +124,11 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         if EXACT.load() == 1
             && let Some(exact_ns) = take_waiter(next_pid, monotonic_ns())
         {
-            waited = Some(exact_ns);
+            // A wait begins after the last turn: else what was remembered is of an earlier one, as this one's beginning was missed.
+            let arrived: u64 = field(next, &TASK_LAST_ARRIVAL);
+            if arrived == 0 || exact_ns <= now.saturating_sub(arrived) + CLOCKS_APART_NS {
+                waited = Some(exact_ns);
+            }
         }
         if let Some(waited_ns) = waited {
             // SAFETY: the map gave the pointer, and only this program on this CPU writes this record.

@@ -113,7 +113,9 @@ fn probe_cost(tracepoint: &str) -> &'static str {
             "cgroups in an instance's own that live for less than a window are not counted"
         }
         "tcp_probe" => "no TCP round-trip times",
-        "sock_send_length" => "no count of TCP bytes sent",
+        "sock_send_length" => {
+            "no count of TCP bytes sent; round trips are those of tcp_probe, if it attaches"
+        }
         "sock_recv_length" => "no count of TCP bytes received",
         "inet_sock_set_state" => "no count of TCP connections, nor how long they last",
         "tcp_retransmit_skb" => "no count of what TCP sends again",
@@ -125,7 +127,8 @@ fn probe_cost(tracepoint: &str) -> &'static str {
 }
 
 fn typed_tracepoints(probes: &[ProbeStatus]) -> Finding {
-    let programs = || probes.iter().filter(|probe| probe.name != SWITCH_STATE);
+    let is_off = |state: &ProbeState| matches!(state, ProbeState::Off { .. });
+    let programs = || probes.iter().filter(|probe| probe.name != SWITCH_STATE && !is_off(&probe.state));
     let active = programs().filter(|probe| probe.state == ProbeState::Active).count();
     match (active, probes.first()) {
         (0, Some(ProbeStatus { state: ProbeState::Unavailable { reason }, .. })) => Err(reason.clone()),

@@ -334,7 +334,7 @@ pub struct TcpProfile {
     pub bytes_in: u64,
     /// Payload bytes sent in the window.
     pub bytes_out: u64,
-    /// Smoothed round-trip time, in microseconds, one sample per received segment.
+    /// Smoothed round-trip time, in microseconds, one sample per call that sends.
     pub rtt_us: Histogram,
     /// Connections; `None` where they are not counted.
     #[serde(default)]

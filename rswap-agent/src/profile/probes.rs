@@ -337,11 +337,16 @@ pub(super) struct Probes {
 impl Probes {
     /// Loads and attaches what this kernel takes. Never fails as a whole.
     pub(super) fn load(config: &ProfileConfig) -> Self {
+        Self::load_without(&[], config)
+    }
+
+    /// The same as if the kernel did not have these tracepoints.
+    fn load_without(lacking: &[&str], config: &ProfileConfig) -> Self {
         let (statuses, maps, ebpf, links, flush_log, statistics) = Default::default();
         let (always_measured, was_measured) = (config.measure_program_cost, false);
         let mut this =
             Self { statuses, maps, ebpf, links, flush_log, statistics, always_measured, was_measured };
-        if let Err(reason) = this.try_load(config) {
+        if let Err(reason) = this.try_load(lacking, config) {
             this.maps = None;
             this.ebpf = None;
             this.links.clear();
@@ -357,10 +362,14 @@ impl Probes {
         this
     }
 
-    fn try_load(&mut self, config: &ProfileConfig) -> Result<(), String> {
+    fn try_load(&mut self, lacking: &[&str], config: &ProfileConfig) -> Result<(), String> {
         let object = OBJECT.ok_or(NO_OBJECT)?;
         let types = KernelTypes::of_this_kernel().map_err(|error| error.to_string())?;
-        let resolved: Vec<_> = wanted(config).map(|probe| probe.resolve(&types)).collect();
+        let resolve = |probe: &Probe| match probe.tracepoint {
+            name if lacking.contains(&name) => Err(format!("no tracepoint {name}")),
+            _ => probe.resolve(&types),
+        };
+        let resolved: Vec<_> = wanted(config).map(resolve).collect();
         let states = switch_states(&types);
         // Half of it would be neither.
         let exact = config.exact
@@ -803,6 +812,21 @@ mod tests {
         probes.statuses[waking] = statuses[waking].clone();
         assert!(probes.return_tier(Tier::Scheduler));
         assert_eq!((there(&probes), &probes.statuses), (links, &statuses));
+    }
+
+    #[test]
+    fn round_trips_are_told_by_segments_where_sends_are_not() {
+        let config = ProfileConfig { slots: 1, ..ProfileConfig::default() };
+        if !Probes::load(&config).are_active(&["inet_sock_set_state"]) {
+            eprintln!("not tested: this kernel takes no programs for TCP");
+            return;
+        }
+        let mut probes = Probes::load_without(&[SOCK_SEND], &config);
+        assert!(probes.are_active(&[TCP_PROBE]) && !probes.are_active(&[SOCK_SEND]), "{:?}", probes.statuses);
+        probes.drop_tier(Tier::Tcp, "a test");
+        assert!(!probes.are_active(&[TCP_PROBE]));
+        assert!(probes.return_tier(Tier::Tcp));
+        assert!(probes.are_active(&[TCP_PROBE]) && !probes.are_active(&[SOCK_SEND]), "{:?}", probes.statuses);
     }
 
     #[test]

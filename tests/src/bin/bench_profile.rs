@@ -181,6 +181,18 @@ enum Attached {
 }
 
 impl Kind {
+    /// What its figure is called in the result.
+    fn key(self, measurement: &str) -> String {
+        match self {
+            Self::Probes => format!("{measurement}_pct"),
+            Self::Measured => format!("{measurement}_measured_pct"),
+            Self::Exact => format!("{measurement}_exact_pct"),
+            Self::Empty | Self::EmptyTcp => format!("{measurement}_empty_pct"),
+            Self::EmptyExact => format!("{measurement}_exact_empty_pct"),
+            Self::Tool(tool) => format!("{measurement} with {}", tool.program),
+        }
+    }
+
     fn attach(self, cgroup: &Path) -> anyhow::Result<Attached> {
         Ok(match self {
             Self::Probes | Self::Measured | Self::Exact => {
@@ -303,8 +315,14 @@ fn compare(
         Some(Kind::Tool(tool))
     });
     let here: Vec<Kind> = here.collect();
-    let mut by: Vec<(Kind, Vec<f64>)> =
-        kinds.iter().copied().chain(here).map(|kind| (kind, Vec::new())).collect();
+    let kinds = kinds.iter().copied().filter(|kind| match kind.attach(players.cgroup()) {
+        Ok(_) => true,
+        Err(error) => {
+            println!("  {} is not measured: {error:#}", kind.key(measurement));
+            false
+        }
+    });
+    let mut by: Vec<(Kind, Vec<f64>)> = kinds.chain(here).map(|kind| (kind, Vec::new())).collect();
     for run in 0..runs {
         let length = by.len();
         for place in 0..length {
@@ -325,17 +343,11 @@ fn compare(
     let mut figures = Map::new();
     figures.insert(format!("{measurement}_turn_ns"), json!(median(plain)));
     for (kind, pct) in by {
-        let key = match kind {
-            Kind::Probes => format!("{measurement}_pct"),
-            Kind::Measured => format!("{measurement}_measured_pct"),
-            Kind::Exact => format!("{measurement}_exact_pct"),
-            Kind::Empty | Kind::EmptyTcp => format!("{measurement}_empty_pct"),
-            Kind::EmptyExact => format!("{measurement}_exact_empty_pct"),
-            Kind::Tool(tool) => {
-                others.note(measurement, "pct", tool, pct, own);
-                continue;
-            }
-        };
+        if let Kind::Tool(tool) = kind {
+            others.note(measurement, "pct", tool, pct, own);
+            continue;
+        }
+        let key = kind.key(measurement);
         figures.insert(format!("{key}_runs"), json!(pct));
         figures.insert(key, json!(median(pct)));
     }
