@@ -60,19 +60,17 @@ fn put(set: *mut [u64; WAYS], new: u64, same: impl Fn(u64, u64) -> bool) -> u64 
     displaced
 }
 
-/// The word of a set that stands for the same as `wanted`; it is taken out if `take` says so.
+/// Takes out the word of a set that stands for the same as `wanted`.
 #[inline(always)]
-fn find(set: *mut [u64; WAYS], wanted: u64, same: impl Fn(u64, u64) -> bool, take: bool) -> Option<u64> {
+fn take(set: *mut [u64; WAYS], wanted: u64, same: impl Fn(u64, u64) -> bool) -> Option<u64> {
     let words = set.cast::<u64>();
     let mut way = 0;
     while way < WAYS {
         // SAFETY: as in `put`.
         let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
         if same(word, wanted) {
-            if take {
-                // SAFETY: as in `put`.
-                unsafe { at.write_volatile(0) };
-            }
+            // SAFETY: as in `put`.
+            unsafe { at.write_volatile(0) };
             return Some(word);
         }
         way += 1;
@@ -97,9 +95,14 @@ fn put_in_own_way(set: *mut [u64; WAYS], way: u32, new: u64, same: impl Fn(u64, 
     }
 }
 
-/// Takes out the word of a set that stands for the same as `wanted`, which was put there by [`put_in_own_way`].
+/// The same as [`take`] for what was put there by [`put_in_own_way`].
 #[inline(always)]
-fn take(set: *mut [u64; WAYS], way: u32, wanted: u64, same: impl Fn(u64, u64) -> bool) -> Option<u64> {
+fn take_from_own_way(
+    set: *mut [u64; WAYS],
+    way: u32,
+    wanted: u64,
+    same: impl Fn(u64, u64) -> bool,
+) -> Option<u64> {
     // SAFETY: as in `put`.
     let (at, word) = unsafe {
         let at = set.cast::<u64>().add(way as usize % WAYS);
@@ -110,7 +113,7 @@ fn take(set: *mut [u64; WAYS], way: u32, wanted: u64, same: impl Fn(u64, u64) ->
         unsafe { at.write_volatile(0) };
         return Some(word);
     }
-    find(set, wanted, same, true)
+    take(set, wanted, same)
 }
 
 /// Remembers who submitted a request; `key` is its address, with the bytes swapped. Nothing is read of the table, for which the CPU would have to wait.
@@ -150,7 +153,7 @@ pub fn remember_sleeper(pid: u32, since_ns: u64, why: OffCpu) {
 #[inline(always)]
 pub fn take_sleeper(pid: u32) -> Option<u64> {
     let set = SLEEPERS.get_ptr_mut(sleeper_set(pid))?;
-    take(set, pid, sleeper_word(pid, 0, OffCpu::Sleep), same_sleeper)
+    take_from_own_way(set, pid, sleeper_word(pid, 0, OffCpu::Sleep), same_sleeper)
 }
 
 /// Remembers since when a task waits for a CPU. Nothing is read of the table.
@@ -188,5 +191,5 @@ pub fn remember_connection(key: u64, slot: u32, since_ns: u64) -> Option<u32> {
 #[inline(always)]
 pub fn take_connection(key: u64, now_ns: u64) -> Option<u64> {
     let set = CONNECTIONS.get_ptr_mut(connection_set(key))?;
-    Some(age_us(find(set, connection_word(key, 0, 0), same_connection, true)?, now_ns))
+    Some(age_us(take(set, connection_word(key, 0, 0), same_connection)?, now_ns))
 }
