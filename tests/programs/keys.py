@@ -29,14 +29,17 @@ def mapped_with(key):
 
 
 def told_keys():
-    """The key of each mapping, by its address."""
+    """The key of each mapping, by its address.
+
+    The kernel gives the file piece by piece: after a move in between, the end of a mapping may come without its beginning.
+    """
     found, at = {}, None
     for line in open("/proc/self/smaps"):
         words = line.split()
         if "-" in words[0] and not words[0].endswith(":"):
             at = int(words[0].split("-")[0], 16)
-        elif words[0] == "ProtectionKey:":
-            found[at] = int(words[1])
+        elif words[0] == "ProtectionKey:" and at is not None:
+            found[at], at = int(words[1]), None
     return found
 
 

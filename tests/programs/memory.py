@@ -44,8 +44,9 @@ def anonymous(length, flags=0, sharing=mmap.MAP_PRIVATE):
 def flags(wanted=()):
     """What the kernel tells of each mapping, by its address; what it notes by itself is left out.
 
-    The kernel gives the file piece by piece, and what is mapped in between shifts what comes: a mapping may be told twice, or
-    not at all. So it is read again until all that are `wanted` are told.
+    The kernel gives the file piece by piece, and what is mapped in between shifts what comes: a mapping may be told twice, in
+    part (of others, the end comes then without its beginning), or not at all. So does a move in between: the flags of who is
+    tracked are longer. So it is read again until all that are `wanted` are told.
     """
     for _ in range(20):
         found = flags_as_told()
@@ -60,9 +61,9 @@ def flags_as_told():
         words = line.split()
         if "-" in words[0] and not words[0].endswith(":"):
             at = int(words[0].split("-")[0], 16)
-            found[at] = []
-        elif words[0] == "VmFlags:":
-            found[at].extend(word for word in words[1:] if word not in ("sd", "um", "uw", "ui", "gu", "ac", "nr"))
+        elif words[0] == "VmFlags:" and at is not None:
+            found[at] = [word for word in words[1:] if word not in ("sd", "um", "uw", "ui", "gu", "ac", "nr")]
+            at = None
     return found
 
 
