@@ -4,7 +4,10 @@
 //! costs the agent nothing. What lives for longer (`profile.short_lived_s`) the agent writes into the first table that is looked at. Where the kernel does not
 //! take the programs, it does so with all, at the next window.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use aya::Ebpf;
 use rswap_common::{
@@ -68,6 +71,8 @@ pub struct CgroupsKnown {
 pub(super) struct Children {
     words: MappedWords,
     counts: MappedArray<ChildCounts>,
+    /// How many there were, and the counts then: the table has some tens of thousands of places.
+    present: Cell<Option<(ChildCounts, u64)>>,
 }
 
 impl Children {
@@ -75,22 +80,34 @@ impl Children {
         Ok(Self {
             words: mapped_words(ebpf, map_names::CHILDREN, CGROUP_SETS, size_of::<CgroupSet>())?,
             counts: mapped(ebpf, map_names::CHILD_COUNTS, 1)?,
+            present: Cell::new(None),
         })
     }
 
     /// Forgets all of a slot, which is another instance's from then on.
     pub(super) fn forget(&self, slot: u32) {
+        self.present.set(None);
         // A cgroup may be made in one of them meanwhile: until there is none left in which that could be.
         while self.words.clear(|word| word != 0 && slot_of_word(word) == slot) > 0 {}
     }
 
     /// Forgets these of a slot that is others', too; answers how many there were.
     pub(super) fn forget_these(&self, slot: u32, ids: &BTreeSet<u64>) -> u64 {
+        self.present.set(None);
         self.words.clear(|word| slot_of_word(word) == slot && ids.contains(&cgroup_of_word(word)))
     }
 
     pub(super) fn present(&self) -> u64 {
-        self.words.count(|word| word != 0)
+        // First: what comes meanwhile is looked at again the next time.
+        let counts = self.counts();
+        if let Some((then, present)) = self.present.get()
+            && then == counts
+        {
+            return present;
+        }
+        let present = self.words.count(|word| word != 0);
+        self.present.set(Some((counts, present)));
+        present
     }
 
     pub(super) fn counts(&self) -> ChildCounts {

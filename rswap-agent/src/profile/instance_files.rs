@@ -36,8 +36,8 @@ struct FaultsRead {
     of: BTreeMap<i32, faults::Process>,
 }
 
-/// After so many windows the faults of processes are read even if none was seen to begin: those that the kernel makes for itself are not seen,
-/// as for `O_DIRECT`.
+/// After so many windows the faults of processes are read, and processes listed, even if none was seen to begin: those that the kernel makes for itself are not seen,
+/// as for `O_DIRECT`, nor is a process that somebody moves into the cgroup.
 const FAULTS_READ_AFTER_WINDOWS: u32 = 10;
 
 /// After so many windows it is taken for grown all the same: the kernel rounds what it adds up, of a host that hardly does anything to nothing.
@@ -158,7 +158,7 @@ impl InstanceFiles {
     }
 
     /// Its memory, and its faults so far. `seen` is how many of these were seen to begin, and to end, where that is counted: the files that tell of each process's are the dearest of all,
-    /// and are not read again where none was.
+    /// and are not read again where none was. Nor are its processes listed then: none begins without a fault.
     pub(super) fn memory(&mut self, reader: &mut Reader, seen: Option<u64>) -> Result<Memory, ProfileError> {
         if let Some([current, stat]) = &mut self.memory {
             let resident_bytes = reader.read(current).ok().and_then(|text| text.trim().parse().ok());
@@ -170,32 +170,52 @@ impl InstanceFiles {
                 return Ok(Memory { resident_bytes, faults });
             }
         }
+        let is_recent =
+            |known: &FaultsRead| seen == Some(known.seen) && known.windows_since < FAULTS_READ_AFTER_WINDOWS;
+        let known = self.faults.take().filter(is_recent);
+        let known = known.map(|known| FaultsRead { windows_since: known.windows_since + 1, ..known });
+        let as_listed = if known.is_some() { self.resident_as_listed(reader) } else { None };
+        let (resident_bytes, now) = match (as_listed, known) {
+            (Some(resident_bytes), Some(known)) => (resident_bytes, known),
+            (_, known) => self.list(reader, known, seen)?,
+        };
+        let of = now.of.clone();
+        self.faults = seen.map(|_| now);
+        Ok(Memory { resident_bytes, faults: faults::Reading::OfProcesses(of) })
+    }
+
+    /// Lists its processes, and adds up their resident sets. Their faults are read, unless they are `known` of the same processes.
+    fn list(
+        &mut self,
+        reader: &mut Reader,
+        known: Option<FaultsRead>,
+        seen: Option<u64>,
+    ) -> Result<(u64, FaultsRead), ProfileError> {
         let pids = self.pids(reader)?;
-        let are_same = self.processes.keys().eq(&pids);
-        let known = self.faults.take().filter(|known| {
-            are_same && seen == Some(known.seen) && known.windows_since < FAULTS_READ_AFTER_WINDOWS
-        });
+        let known = known.filter(|_| self.processes.keys().eq(&pids));
         self.processes.retain(|pid, _| pids.contains(pid));
-        let (mut resident_bytes, mut counted) = (0, BTreeMap::new());
+        let (mut pages, mut of) = (0, BTreeMap::new());
         for pid in pids {
             let files = |name: &str| Kept::new(format!("/proc/{pid}/{name}").into());
             let [stat, statm] = self.processes.entry(pid).or_insert_with(|| [files("stat"), files("statm")]);
             // A process that has ended meanwhile holds nothing.
             if known.is_none() {
-                let process = unless_gone(reader, stat, faults::process)?;
-                counted.extend(process.map(|process| (pid, process)));
+                of.extend(unless_gone(reader, stat, faults::process)?.map(|process| (pid, process)));
             }
             // The resident set in `stat` is not exact.
-            let pages = unless_gone(reader, statm, resident_pages)?;
-            resident_bytes += pages.unwrap_or(0) * procfs::page_size();
+            pages += unless_gone(reader, statm, resident_pages)?.unwrap_or(0);
         }
-        let now = match known {
-            Some(known) => FaultsRead { windows_since: known.windows_since + 1, ..known },
-            None => FaultsRead { seen: seen.unwrap_or_default(), windows_since: 0, of: counted },
-        };
-        let of = now.of.clone();
-        self.faults = seen.map(|_| now);
-        Ok(Memory { resident_bytes, faults: faults::Reading::OfProcesses(of) })
+        let new = || FaultsRead { seen: seen.unwrap_or_default(), windows_since: 0, of };
+        Ok((pages * procfs::page_size(), known.unwrap_or_else(new)))
+    }
+
+    /// The resident sets of the processes that were listed last; `None` if one of them has ended, or not all are open: its number may be another one's.
+    fn resident_as_listed(&mut self, reader: &mut Reader) -> Option<u64> {
+        let mut pages = 0;
+        for [_, statm] in self.processes.values_mut() {
+            pages += resident_pages(&reader.read_open(statm)?)?;
+        }
+        Some(pages * procfs::page_size())
     }
 
     /// The processes of the cgroup and of all below it.
