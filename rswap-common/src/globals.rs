@@ -98,10 +98,22 @@ globals! {
     SOCK_PROTOCOL;
     /// `sock.sk_cgrp_data.cgroup`.
     SOCK_CGROUP;
+    /// `sock.__sk_common.skc_flags`.
+    SOCK_FLAGS;
+    /// In these, `SOCK_DONE`.
+    SOCK_DONE;
+    /// `socket.sk`.
+    SOCKET_SK;
     /// 1: the tracepoint of what is sent again says whether that failed.
     RETRANSMIT_HAS_ERROR;
     /// `tcp_sock.srtt_us`.
     TCP_SRTT_US;
+    /// `tcp_sock.bytes_received`.
+    TCP_BYTES_RECEIVED;
+    /// `tcp_sock.bytes_sent`.
+    TCP_BYTES_SENT;
+    /// `tcp_sock.bytes_retrans`.
+    TCP_BYTES_RETRANSMITTED;
 
     /// The device of the file system that is watched, as the kernel numbers it: 20 bits of minor.
     WRITTEN_DEVICE;

@@ -55,6 +55,10 @@ pub mod map_names {
     pub const FAULTS_BEGUN: &str = "FAULTS_BEGUN";
     /// Array of one [`super::DeviceTable`]; can be mapped into memory.
     pub const DEVICES: &str = "DEVICES";
+    /// Array of one number: how often the programs that know TCP connections were away.
+    pub const TCP_ERA: &str = "TCP_ERA";
+    /// Storage of sockets: connections of instances.
+    pub const CONNECTIONS: &str = "CONNECTIONS";
     /// Ring buffer of [`super::WrittenRecord`].
     pub const WRITTEN: &str = "WRITTEN";
     /// Array of one [`super::WrittenCounts`].
@@ -147,7 +151,7 @@ pub struct TcpCounts {
     pub accepted: u64,
     /// Connections that ended, also those of which the beginning was not seen.
     pub closed: u64,
-    /// Connections of which the beginning was seen, and that have ended, or were forgotten for lack of room.
+    /// Connections of which the beginning was seen, and that have ended, or of which the end will not be seen.
     pub seen: u64,
     /// Connections that it tried to make, without success.
     pub failed: u64,

@@ -218,57 +218,6 @@ pub const fn fault_place(pid: u32) -> u32 {
     pid & (FAULT_PLACES - 1)
 }
 
-/// The number of sets of the table of connections is two to this power.
-const CONNECTION_SET_BITS: u32 = 14;
-
-/// Sets of the table of connections.
-pub const CONNECTION_SETS: u32 = 1 << CONNECTION_SET_BITS;
-
-/// Connections of one set.
-pub type ConnectionSet = [u64; 4];
-
-/// Times are kept in units of about four microseconds.
-const CONNECTION_TIME_SHIFT: u32 = 12;
-const CONNECTION_TIME_BITS: u32 = 38;
-const CONNECTION_TIME_MASK: u64 = (1 << CONNECTION_TIME_BITS) - 1;
-const CONNECTION_TAG_SHIFT: u32 = CONNECTION_TIME_BITS + SLOT_BITS;
-
-/// The set that a connection is looked for in; `key` follows from its socket's address alone.
-#[inline(always)]
-pub const fn connection_set(key: u64) -> u32 {
-    (mixed(key) >> (u64::BITS - CONNECTION_SET_BITS)) as u32
-}
-
-/// What stands for a connection of a slot's instance that there is since then. Never 0, which is an empty place. Of twenty thousand connections, about one
-/// in a hundred thousand has the same as another one of its set.
-#[inline(always)]
-pub const fn connection_word(key: u64, slot: u32, since_ns: u64) -> u64 {
-    let tag = (mixed(key) << CONNECTION_SET_BITS >> CONNECTION_TAG_SHIFT) | 1;
-    tag << CONNECTION_TAG_SHIFT
-        | (slot as u64 & SLOT_MASK) << CONNECTION_TIME_BITS
-        | (since_ns >> CONNECTION_TIME_SHIFT) & CONNECTION_TIME_MASK
-}
-
-/// The slot for which a connection was counted.
-#[inline(always)]
-pub const fn slot_of_connection(word: u64) -> u32 {
-    (word >> CONNECTION_TIME_BITS & SLOT_MASK) as u32
-}
-
-/// Whether two words of one set stand for the same connection.
-#[inline(always)]
-pub const fn same_connection(word: u64, other: u64) -> bool {
-    word >> CONNECTION_TAG_SHIFT == other >> CONNECTION_TAG_SHIFT
-}
-
-/// For how long there has been the connection of a word, in microseconds, to within 4.096; as far as it is less than 13 days.
-#[inline(always)]
-pub const fn age_us(word: u64, now_ns: u64) -> u64 {
-    ((now_ns >> CONNECTION_TIME_SHIFT).wrapping_sub(word) & CONNECTION_TIME_MASK)
-        * (1 << CONNECTION_TIME_SHIFT)
-        / 1000
-}
-
 #[cfg(test)]
 mod tests {
     extern crate std;
@@ -317,20 +266,6 @@ mod tests {
             assert_eq!(places.len(), WAITER_PLACES as usize);
         }
         assert!((1..1000).all(|pid| waiter_place(pid) >> LINE_BITS != waiter_place(pid + 1) >> LINE_BITS));
-    }
-
-    #[test]
-    fn a_connection_is_as_old_as_the_time_since_it_came() {
-        let key = 0xffff_8881_2345_6780_u64.swap_bytes();
-        let word = connection_word(key, 255, 5_000_000_000);
-        assert!(age_us(word, 125_000_000_000).abs_diff(120_000_000) <= 5);
-        assert!(same_connection(word, connection_word(key, 0, 0)));
-        assert_eq!([word, connection_word(key, 3, u64::MAX)].map(slot_of_connection), [255, 3]);
-        assert!(!same_connection(word, 0));
-        let sets = (0..10_000u64).map(|n| connection_set((0xffff_8881_0000_0000 + n * 2432).swap_bytes()));
-        let mut used = std::vec![0; CONNECTION_SETS as usize];
-        sets.for_each(|set| used[set as usize] += 1);
-        assert!(used.iter().filter(|&&used| used > 4).count() < 30, "of ten thousand few find no place");
     }
 
     #[test]

@@ -8,19 +8,14 @@
 //! submitting task (write-back by kernel threads is then nobody's). The kernel makes requests at the places of former ones: one whose end was
 //! missed leaves its submitter behind, for the next one there that nobody else claims.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
-
 use aya_ebpf::{Global, helpers::bpf_ktime_get_ns, macros::btf_tracepoint, programs::BtfTracePointContext};
 use aya_log_ebpf::debug;
-use rswap_common::{
-    histogram::BUCKETS,
-    layout::{BlockOperation, MAX_DEVICES, OTHER_DEVICE, Unowned, device_number},
-};
+use rswap_common::layout::{BlockOperation, MAX_DEVICES, OTHER_DEVICE, Unowned, device_number};
 
 use crate::{
     disk_users::{count_disk_use, current_submitter, owner_of_submitter},
     kernel::{KernelPtr, cgroup_id, field, number_of, offsets},
-    maps::{DEVICES, ROOT_CGROUP_ID, block_record, bucket_of, slot_of, unowned_count},
+    maps::{DEVICES, ROOT_CGROUP_ID, add, block_record, count_shared, slot_of, unowned_count},
     sets::{remember_request, request_submitter},
 };
 
@@ -203,32 +198,4 @@ fn device_of(request: KernelPtr) -> u32 {
         place += 1;
     }
     OTHER_DEVICE
-}
-
-/// Counts one sample in a histogram that other CPUs also write, unless this one is `alone`.
-#[inline(always)]
-fn count_shared(sum: *mut u64, buckets: *mut [u32; BUCKETS], value: u64, alone: bool) {
-    let Some(index) = bucket_of(value) else { return };
-    // SAFETY: a map gave the pointer, and `index` is in range.
-    let bucket = unsafe { buckets.cast::<u32>().add(index) };
-    add(sum, value, alone);
-    if alone {
-        // SAFETY: in a record that the map gave, which no other CPU writes.
-        unsafe { *bucket = (*bucket).wrapping_add(1) };
-    } else {
-        // SAFETY: in a record that the map gave, to which every writer adds atomically.
-        unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(bucket, 1) };
-    }
-}
-
-/// Adds to a number that other CPUs also write, unless this one is `alone`.
-#[inline(always)]
-fn add(to: *mut u64, value: u64, alone: bool) {
-    if alone {
-        // SAFETY: in a record that the map gave, which no other CPU writes.
-        unsafe { *to = (*to).wrapping_add(value) };
-    } else {
-        // SAFETY: in a record that the map gave, to which every writer adds atomically.
-        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(to, value) };
-    }
 }

@@ -14,18 +14,6 @@ fn empty_waking(_ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// `sock_send_length(..)`.
-#[btf_tracepoint(function = "sock_send_length")]
-fn empty_send(_ctx: BtfTracePointContext) -> i32 {
-    0
-}
-
-/// `sock_recv_length(..)`.
-#[btf_tracepoint(function = "sock_recv_length")]
-fn empty_recv(_ctx: BtfTracePointContext) -> i32 {
-    0
-}
-
 /// `block_io_start(..)`.
 #[btf_tracepoint(function = "block_io_start")]
 fn empty_io_start(_ctx: BtfTracePointContext) -> i32 {

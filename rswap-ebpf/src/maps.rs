@@ -1,5 +1,7 @@
 //! The maps, and the way from a cgroup id to a slot's record.
 
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
 use aya_ebpf::{
     Global,
     bindings::BPF_F_MMAPABLE,
@@ -184,6 +186,34 @@ pub fn count(histogram: &mut HistogramRecord, value: u64) {
         // SAFETY: `bucket_of` answers only what is in range; a checked access would check twice.
         let bucket = unsafe { histogram.buckets.get_unchecked_mut(index) };
         *bucket = bucket.wrapping_add(1);
+    }
+}
+
+/// Counts one sample in a histogram that other CPUs also write, unless this one is `alone`.
+#[inline(always)]
+pub fn count_shared(sum: *mut u64, buckets: *mut [u32; BUCKETS], value: u64, alone: bool) {
+    let Some(index) = bucket_of(value) else { return };
+    // SAFETY: a map gave the pointer, and `index` is in range.
+    let bucket = unsafe { buckets.cast::<u32>().add(index) };
+    add(sum, value, alone);
+    if alone {
+        // SAFETY: in a record that the map gave, which no other CPU writes.
+        unsafe { *bucket = (*bucket).wrapping_add(1) };
+    } else {
+        // SAFETY: in a record that the map gave, to which every writer adds atomically.
+        unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(bucket, 1) };
+    }
+}
+
+/// Adds to a number that other CPUs also write, unless this one is `alone`.
+#[inline(always)]
+pub fn add(to: *mut u64, value: u64, alone: bool) {
+    if alone {
+        // SAFETY: in a record that the map gave, which no other CPU writes.
+        unsafe { *to = (*to).wrapping_add(value) };
+    } else {
+        // SAFETY: in a record that the map gave, to which every writer adds atomically.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(to, value) };
     }
 }
 

@@ -1,5 +1,5 @@
-//! Small tables of words ([`rswap_common::tables`]): requests in flight and tasks that wait for a CPU, each of which has one place; and in sets of a few tasks off
-//! the CPU, and connections.
+//! Small tables of words ([`rswap_common::tables`]): requests in flight and tasks that wait for a CPU, each of which has one place; and tasks off the CPU, in sets of
+//! a few.
 //!
 //! Several CPUs write without a lock, one word at once: of two that take the same place in the same moment, one is forgotten. So is one of a set that is full.
 
@@ -7,10 +7,9 @@ use aya_ebpf::{bindings::BPF_F_MMAPABLE, macros::map, maps::Array};
 use rswap_common::{
     layout::OffCpu,
     tables::{
-        CONNECTION_SETS, ConnectionSet, REQUEST_PLACES, SLEEPER_SETS, SleeperSet, WAITER_PLACES, age_us,
-        connection_set, connection_word, request_place, request_word, same_connection, same_request,
-        same_sleeper, same_waiter, sleeper_set, sleeper_word, slot_of_connection, submitter_of_word,
-        waited_ns, waiter_place, waiter_word,
+        REQUEST_PLACES, SLEEPER_SETS, SleeperSet, WAITER_PLACES, request_place, request_word, same_request,
+        same_sleeper, same_waiter, sleeper_set, sleeper_word, submitter_of_word, waited_ns, waiter_place,
+        waiter_word,
     },
 };
 
@@ -28,36 +27,28 @@ static SLEEPERS: Array<SleeperSet> = Array::with_max_entries(SLEEPER_SETS, BPF_F
 #[map]
 static WAITERS: Array<u64> = Array::with_max_entries(WAITER_PLACES, BPF_F_MMAPABLE);
 
-/// Connections of instances (by the socket's address) -> since when.
-#[map]
-static CONNECTIONS: Array<ConnectionSet> = Array::with_max_entries(CONNECTION_SETS, BPF_F_MMAPABLE);
-
 /// Words of one set.
 const WAYS: usize = 4;
 
-/// Puts a word into a set, in the place of one that stands for the same. Answers which one had to go for it, if the set was full; else 0.
+/// Puts a word into a set, in the place of one that stands for the same; if the set is full, another one has to go for it.
 #[inline(always)]
-fn put(set: *mut [u64; WAYS], new: u64, same: impl Fn(u64, u64) -> bool) -> u64 {
+fn put(set: *mut [u64; WAYS], new: u64, same: impl Fn(u64, u64) -> bool) {
     let words = set.cast::<u64>();
-    let (mut place, mut displaced) = (words, 0);
-    let mut way = 0;
+    let (mut place, mut way) = (words, 0);
     while way < WAYS {
         // SAFETY: the map gave the pointer to a set, and `way` is in it. Other CPUs write words of it: one word is read at once.
         let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
         if same(word, new) {
-            (place, displaced) = (at, 0);
+            place = at;
             break;
         }
         if word == 0 {
-            (place, displaced) = (at, 0);
-        } else if way == 0 {
-            displaced = word;
+            place = at;
         }
         way += 1;
     }
     // SAFETY: as above: a place in the set, and one word is written at once.
     unsafe { place.write_volatile(new) };
-    displaced
 }
 
 /// Takes out the word of a set that stands for the same as `wanted`.
@@ -177,19 +168,4 @@ pub fn take_waiter(pid: u32, now_ns: u64) -> Option<u64> {
     // SAFETY: as above.
     unsafe { place.write_volatile(0) };
     Some(waited_ns(word, now_ns))
-}
-
-/// Remembers since when a slot's instance has a connection; `key` follows from its socket's address alone. Answers whose connection is forgotten for it.
-#[inline(always)]
-pub fn remember_connection(key: u64, slot: u32, since_ns: u64) -> Option<u32> {
-    let set = CONNECTIONS.get_ptr_mut(connection_set(key))?;
-    let displaced = put(set, connection_word(key, slot, since_ns), same_connection);
-    (displaced != 0).then(|| slot_of_connection(displaced))
-}
-
-/// For how long there was a connection, in microseconds, if it was remembered; it is not any more.
-#[inline(always)]
-pub fn take_connection(key: u64, now_ns: u64) -> Option<u64> {
-    let set = CONNECTIONS.get_ptr_mut(connection_set(key))?;
-    Some(age_us(take(set, connection_word(key, 0, 0), same_connection)?, now_ns))
 }

@@ -1,26 +1,49 @@
-//! TCP: smoothed round-trip time and payload bytes per call, connections, and what is sent again.
+//! TCP: what came over connections and went, and how long round trips took, connections, and what is sent again.
+//!
+//! The kernel counts each connection's bytes by itself: nothing is to be done where a program sends or receives. A connection is remembered with its socket from its
+//! beginning on; what is new of it is taken over when the agent walks over all of them, at a window's end, and when it ends.
 //!
 //! A socket belongs to the cgroup that it was made in (accepted ones: that of the listener).
 
+use core::{
+    ffi::c_void,
+    intrinsics::{AtomicOrdering, atomic_xchg},
+    ptr,
+};
+
 use aya_ebpf::{
     Global,
-    helpers::{bpf_ktime_get_ns, bpf_skc_to_tcp_sock},
-    macros::btf_tracepoint,
+    bindings::BPF_SK_STORAGE_GET_F_CREATE,
+    btf_maps::SkStorage,
+    helpers::{
+        bpf_ktime_get_ns, bpf_skc_to_tcp_sock, bpf_sock_from_file,
+        generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+    },
+    macros::{btf_map, btf_tracepoint, map},
+    maps::Array,
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::debug;
+
 use rswap_common::layout::SlotRecord;
 
 use crate::{
-    kernel::{KernelPtr, cgroup_id, field, number_of, offsets},
-    maps::{count, slot_of, slot_record},
-    sets::{remember_connection, take_connection},
+    kernel::{KernelPtr, cgroup_id, field, offsets},
+    maps::{add, count, count_shared, slot_of, slot_record},
 };
 
-offsets!(SOCK_PROTOCOL, SOCK_CGROUP, TCP_SRTT_US);
+offsets!(
+    SOCK_PROTOCOL,
+    SOCK_CGROUP,
+    SOCK_FLAGS,
+    SOCKET_SK,
+    TCP_SRTT_US,
+    TCP_BYTES_RECEIVED,
+    TCP_BYTES_SENT,
+    TCP_BYTES_RETRANSMITTED,
+);
 
 const IPPROTO_TCP: u16 = 6;
-const MSG_PEEK: i32 = 2;
 
 // States of TCP, which programs see (`tcpi_state`) and which so keep their numbers.
 const TCP_ESTABLISHED: u32 = 1;
@@ -32,60 +55,90 @@ const LIVES: u32 = 1 << TCP_ESTABLISHED | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 
 #[unsafe(no_mangle)]
 static RETRANSMIT_HAS_ERROR: Global<u32> = Global::new(0);
 
-/// `tcp_probe(sk, skb)`: a segment has arrived on an established connection. It is attached only where the kernel does not tell of sends.
-#[btf_tracepoint(function = "tcp_probe")]
-fn tcp_probe(ctx: BtfTracePointContext) -> i32 {
-    let sock: KernelPtr = ctx.arg(0);
-    if let Some(slot) = slot_of_sock(sock)
-        && let Some(record) = slot_record(slot)
+/// The flag of a socket that says that the other side has sent its end.
+#[unsafe(no_mangle)]
+static SOCK_DONE: Global<u32> = Global::new(0);
+
+/// Connections of instances, each with its socket: it is forgotten with that.
+#[btf_map]
+static CONNECTIONS: SkStorage<Connection> = SkStorage::new();
+
+/// How often these programs were away so far: what was remembered of a connection before is not compared with what is there now.
+#[map]
+static TCP_ERA: Array<u64> = Array::with_max_entries(1, 0);
+
+/// What is remembered of a connection.
+#[repr(C)]
+pub struct Connection {
+    /// Bytes that were counted, or had come before it was known.
+    received: u64,
+    /// The same of those that went.
+    sent: u64,
+    /// When it began; 0: that was not seen.
+    since_ns: u64,
+    /// For whom it is counted, or [`NOBODY`].
+    slot: u64,
+    /// [`TCP_ERA`] when that was said.
+    era: u64,
+}
+
+const NOBODY: u64 = u64::MAX;
+
+/// What a program at the kernel's iterator `bpf_sk_storage_map` is called with. At the end of a walk there is no socket.
+#[repr(C)]
+pub struct AtConnection {
+    meta: *const c_void,
+    map: *const c_void,
+    sock: KernelPtr,
+}
+
+/// What a program at the kernel's iterator `task_file` is called with. At the end of a walk there is no file.
+#[repr(C)]
+pub struct AtFile {
+    meta: *const c_void,
+    task: *const c_void,
+    descriptor: u64,
+    file: KernelPtr,
+}
+
+/// At each connection that is remembered.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_sk_storage_map")]
+extern "C" fn tcp_connections(at: *const AtConnection) -> i32 {
+    // SAFETY: the kernel hands over what the iterator is about.
+    let sock = unsafe { (*at).sock };
+    if !sock.is_null()
+        && let Some(connection) = connection_of(sock)
     {
-        count_round_trip(&ctx, sock, record);
+        look_at(sock, connection);
     }
     0
 }
 
-/// `sock_send_length(sk, ret, flags)`: `ret` bytes were taken from the program, or an error if negative.
-#[btf_tracepoint(function = "sock_send_length")]
-fn sock_send_length(ctx: BtfTracePointContext) -> i32 {
-    let result: i32 = ctx.arg(1);
-    if let Some(record) = tcp_record(&ctx, result) {
-        // SAFETY: the map gave the pointer, and only this program on this CPU writes this counter.
-        unsafe { (*record).tcp_bytes_out = (*record).tcp_bytes_out.wrapping_add(result as u64) };
-        count_round_trip(&ctx, ctx.arg(0), record);
+/// At each file of a process: connections that were there before they could be seen to begin are remembered.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task_file")]
+extern "C" fn tcp_sockets(at: *const AtFile) -> i32 {
+    // SAFETY: as above.
+    let file = unsafe { (*at).file };
+    if file.is_null() {
+        return 0;
     }
-    0
-}
-
-/// Counts the round-trip time that the kernel has of a connection now.
-#[inline(always)]
-fn count_round_trip(ctx: &BtfTracePointContext, sock: KernelPtr, record: *mut SlotRecord) {
-    // The verifier knows the argument only as a `struct sock`; the helper makes it the larger type.
-    // SAFETY: the kernel checks the socket's type and answers null for another one.
-    let tcp_sock = unsafe { bpf_skc_to_tcp_sock(sock.cast_mut()) }.cast_const();
-    if tcp_sock.is_null() {
-        return;
+    // SAFETY: the kernel answers null for a file of another kind.
+    let socket: KernelPtr = unsafe { bpf_sock_from_file(file.cast_mut().cast()) }.cast_const().cast();
+    if socket.is_null() {
+        return 0;
     }
-    // The kernel keeps it in eighths of a microsecond. 0: no sample yet.
-    let smoothed_eighths: u32 = field(tcp_sock.cast(), &TCP_SRTT_US);
-    if smoothed_eighths != 0 {
-        let rtt_us = u64::from(smoothed_eighths >> 3);
-        // SAFETY: the map gave the pointer, and only one program on this CPU writes this histogram.
-        unsafe { count(&mut (*record).tcp_rtt_us, rtt_us) };
-        debug!(ctx, "round trip {} us", rtt_us);
+    let sock: KernelPtr = field(socket, &SOCKET_SK);
+    if sock.is_null() {
+        return 0;
     }
-}
-
-/// `sock_recv_length(sk, ret, flags)`: `ret` bytes were given to the program, or an error if negative.
-#[btf_tracepoint(function = "sock_recv_length")]
-fn sock_recv_length(ctx: BtfTracePointContext) -> i32 {
-    let result: i32 = ctx.arg(1);
-    let flags: i32 = ctx.arg(2);
-    // A peek leaves the bytes in the queue: they are counted when they are read.
-    if flags & MSG_PEEK == 0
-        && let Some(record) = tcp_record(&ctx, result)
+    let Some(tcp_sock) = tcp_sock_of(sock) else { return 0 };
+    if let Some(slot) = slot_of_sock(tcp_sock)
+        && connection_of(sock).is_none()
     {
-        // SAFETY: the map gave the pointer, and only this program on this CPU writes this counter.
-        unsafe { (*record).tcp_bytes_in = (*record).tcp_bytes_in.wrapping_add(result as u64) };
+        let (received, sent) = moved(tcp_sock);
+        remember(sock, Connection { received, sent, since_ns: 0, slot: slot.into(), era: era() });
     }
     0
 }
@@ -114,45 +167,194 @@ fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
     if new != TCP_ESTABLISHED && new != TCP_CLOSE || field::<u16>(sock, &SOCK_PROTOCOL) != IPPROTO_TCP {
         return 0;
     }
-    let Some(slot) = slot_of_sock(sock) else { return 0 };
-    let Some(record) = slot_record(slot) else { return 0 };
-    // SAFETY: the map gave the pointer, and only this program on this CPU writes these counters.
-    let record = unsafe { &mut *record };
-    // SAFETY: a helper without arguments; unsafe only for being foreign.
-    let now = unsafe { bpf_ktime_get_ns() };
-    let counts = &mut record.tcp;
-    let counted = match (old, new) {
-        (TCP_SYN_SENT, TCP_CLOSE) => &mut counts.failed,
-        // Listening sockets, those that were never connected, and connections of which the other side's last answer never came.
-        (_, TCP_CLOSE) if LIVES & (1 << (old & 31)) == 0 => return 0,
-        (_, TCP_CLOSE) => &mut counts.closed,
-        (TCP_SYN_SENT, _) => &mut counts.opened,
-        _ => &mut counts.accepted,
-    };
-    *counted = counted.wrapping_add(1);
+    let slot = slot_of_sock(sock);
+    if slot.is_some() {
+        debug!(&ctx, "connection: state {} after {}", new, old);
+    }
     if new == TCP_ESTABLISHED {
-        // Its end will not be seen: it is not open for ever.
-        if let Some(other) = remember_connection(number_of(sock), slot, now)
-            && let Some(record) = slot_record(other)
-        {
-            // SAFETY: as above: this CPU's record.
-            unsafe { (*record).tcp.seen = (*record).tcp.seen.wrapping_add(1) };
+        if let Some(slot) = slot {
+            begins(sock, slot, old);
         }
-    } else if let Some(life_us) = take_connection(number_of(sock), now) {
-        record.tcp.seen = record.tcp.seen.wrapping_add(1);
-        count(&mut record.tcp_life_us, life_us);
+        return 0;
+    }
+    let known = connection_of(sock);
+    if let Some(connection) = known {
+        look_at(sock, connection);
+    }
+    if let Some(slot) = slot {
+        ends(slot, old, known);
+    }
+    if known.is_some() {
+        // The socket may stay for long, or be connected again.
+        // SAFETY: nothing refers to it any more.
+        unsafe { bpf_sk_storage_delete(connections(), sock.cast_mut()) };
     }
     0
 }
 
-/// This CPU's record for a call that moved `result` bytes over a tracked TCP socket.
+/// A connection is there.
 #[inline(always)]
-fn tcp_record(ctx: &BtfTracePointContext, result: i32) -> Option<*mut SlotRecord> {
-    let sock: KernelPtr = ctx.arg(0);
-    if result <= 0 || field::<u16>(sock, &SOCK_PROTOCOL) != IPPROTO_TCP {
-        return None;
+fn begins(sock: KernelPtr, slot: u32, old: u32) {
+    let Some(record) = slot_record(slot) else { return };
+    // SAFETY: the map gave the pointer, and only one program on this CPU writes these counters.
+    let counts = unsafe { &mut (*record).tcp };
+    let counted = if old == TCP_SYN_SENT { &mut counts.opened } else { &mut counts.accepted };
+    *counted = counted.wrapping_add(1);
+    // SAFETY: a helper without arguments; unsafe only for being foreign.
+    let since_ns = unsafe { bpf_ktime_get_ns() };
+    let new = Connection { received: 0, sent: 0, since_ns, slot: slot.into(), era: era() };
+    match connection_of(sock) {
+        // SAFETY: the map gave the pointer, and nobody else looks at what has only begun.
+        Some(connection) => unsafe { *connection = new },
+        None => {
+            if !remember(sock, new) {
+                // Its end will not be seen: it is not open for ever.
+                end_is_seen(record);
+            }
+        }
     }
-    slot_record(slot_of_sock(sock)?)
+}
+
+/// A connection is over, or there was none.
+#[inline(always)]
+fn ends(slot: u32, old: u32, known: Option<*mut Connection>) {
+    let Some(record) = slot_record(slot) else { return };
+    // SAFETY: as in `begins`.
+    let counts = unsafe { &mut (*record).tcp };
+    if old == TCP_SYN_SENT {
+        counts.failed = counts.failed.wrapping_add(1);
+        return;
+    }
+    // Listening sockets, those that were never connected, and connections of which the other side's last answer never came.
+    if LIVES & (1 << (old & 31)) == 0 {
+        return;
+    }
+    counts.closed = counts.closed.wrapping_add(1);
+    let Some(connection) = known else { return };
+    // SAFETY: the map gave the pointer.
+    let since_ns = unsafe { (*connection).since_ns };
+    if since_ns != 0 {
+        end_is_seen(record);
+        // SAFETY: a helper without arguments; unsafe only for being foreign.
+        let now = unsafe { bpf_ktime_get_ns() };
+        // SAFETY: as in `begins`.
+        count(unsafe { &mut (*record).tcp_life_us }, now.saturating_sub(since_ns) / 1000);
+    }
+}
+
+/// A connection of which the beginning was seen is not open any more, for this slot. A walk says so, too.
+#[inline(always)]
+fn end_is_seen(record: *mut SlotRecord) {
+    // SAFETY: the map gave the pointer.
+    add(unsafe { &raw mut (*record).tcp.seen }, 1, false);
+}
+
+/// Counts what is new of a connection for who had it until now, and whose it is from now on.
+#[inline(always)]
+fn look_at(sock: KernelPtr, connection: *mut Connection) {
+    let Some(tcp_sock) = tcp_sock_of(sock) else { return };
+    let (era, (received, sent)) = (era(), moved(tcp_sock));
+    // SAFETY: the map gave the pointer. A walk and the connection's end may meet here, on two CPUs: `more` minds.
+    let (counted_for, known_in) = unsafe { ((*connection).slot, (*connection).era) };
+    if known_in != era {
+        let (since_ns, slot) = (0, counted_for);
+        // SAFETY: as above.
+        unsafe { *connection = Connection { received, sent, since_ns, slot, era } };
+    }
+    // SAFETY: as above.
+    let (came, went) =
+        unsafe { (more(&raw mut (*connection).received, received), more(&raw mut (*connection).sent, sent)) };
+    if came | went != 0
+        && counted_for != NOBODY
+        && let Some(record) = slot_record(counted_for as u32)
+    {
+        // SAFETY: the map gave the pointer. A walk may be interrupted by the end of a connection: hence not alone.
+        unsafe {
+            add(&raw mut (*record).tcp_bytes_in, came, false);
+            add(&raw mut (*record).tcp_bytes_out, went, false);
+        }
+        // The kernel keeps it in eighths of a microsecond. 0: no sample yet.
+        let smoothed_eighths: u32 = field(tcp_sock, &TCP_SRTT_US);
+        if smoothed_eighths != 0 {
+            // SAFETY: as above.
+            let (sum, buckets) =
+                unsafe { (&raw mut (*record).tcp_rtt_us.sum, &raw mut (*record).tcp_rtt_us.buckets) };
+            count_shared(sum, buckets, u64::from(smoothed_eighths >> 3), false);
+        }
+    }
+    let slot = slot_of_sock(tcp_sock).map_or(NOBODY, u64::from);
+    if counted_for != slot {
+        // SAFETY: as above.
+        let since_ns = unsafe { (*connection).since_ns };
+        if since_ns != 0
+            && let Some(record) = slot_record(counted_for as u32)
+        {
+            end_is_seen(record);
+        }
+        // That it began, and how it ends, is not its new one's.
+        // SAFETY: as above.
+        unsafe { ((*connection).slot, (*connection).since_ns) = (slot, 0) };
+    }
+}
+
+/// How much more there is `now` than was seen, which it is from then on.
+#[inline(always)]
+fn more(seen: *mut u64, now: u64) -> u64 {
+    let since = |before: u64| (now.wrapping_sub(before) as i64).max(0) as u64;
+    // What is sent again is counted as such a moment before it is sent.
+    // SAFETY: in a map's value. Others may write it meanwhile: it is read at once.
+    if since(unsafe { seen.read_volatile() }) == 0 {
+        return 0;
+    }
+    // SAFETY: as above.
+    since(unsafe { atomic_xchg::<u64, { AtomicOrdering::Relaxed }>(seen, now) })
+}
+
+/// Bytes that came over a connection, in order, and that were sent, each once.
+#[inline(always)]
+fn moved(tcp_sock: KernelPtr) -> (u64, u64) {
+    let flags: u64 = field(tcp_sock, &SOCK_FLAGS);
+    // The end of what the other side sends is counted as a byte.
+    let end = u64::from(flags & u64::from(SOCK_DONE.load()) != 0);
+    let received = field::<u64>(tcp_sock, &TCP_BYTES_RECEIVED).wrapping_sub(end);
+    let sent = field::<u64>(tcp_sock, &TCP_BYTES_SENT);
+    (received, sent.wrapping_sub(field(tcp_sock, &TCP_BYTES_RETRANSMITTED)))
+}
+
+/// The socket as the larger type that it is, if it is one of TCP, and whole.
+#[inline(always)]
+fn tcp_sock_of(sock: KernelPtr) -> Option<KernelPtr> {
+    // SAFETY: the kernel checks the socket's type and answers null for another one.
+    let tcp_sock = unsafe { bpf_skc_to_tcp_sock(sock.cast_mut()) }.cast_const().cast();
+    if KernelPtr::is_null(tcp_sock) { None } else { Some(tcp_sock) }
+}
+
+/// What is remembered of a socket's connection.
+#[inline(always)]
+fn connection_of(sock: KernelPtr) -> Option<*mut Connection> {
+    // SAFETY: the kernel looks for it with the socket, and answers null where there is none.
+    let found = unsafe { bpf_sk_storage_get(connections(), sock.cast_mut(), ptr::null_mut(), 0) };
+    if found.is_null() { None } else { Some(found.cast()) }
+}
+
+/// Remembers a connection with its socket; `false`: the kernel has no memory for that, and it is not counted.
+#[inline(always)]
+fn remember(sock: KernelPtr, mut connection: Connection) -> bool {
+    let flags = BPF_SK_STORAGE_GET_F_CREATE.into();
+    // SAFETY: the kernel copies the value.
+    let kept =
+        unsafe { bpf_sk_storage_get(connections(), sock.cast_mut(), (&raw mut connection).cast(), flags) };
+    !kept.is_null()
+}
+
+#[inline(always)]
+fn connections() -> *mut c_void {
+    ptr::from_ref(&CONNECTIONS).cast_mut().cast()
+}
+
+#[inline(always)]
+fn era() -> u64 {
+    TCP_ERA.get(0).copied().unwrap_or(0)
 }
 
 /// The slot of the cgroup that a socket was made in.

@@ -67,7 +67,7 @@ fn what_costs_more_than_it_may_goes_says_so_and_comes_back() -> anyhow::Result<(
         ("sched_switch", "dropped"),
         ("sched_switch.prev_state", "dropped"),
         ("block_rq_complete", "active"),
-        ("sock_send_length", "active"),
+        ("tcp_connections", "active"),
     ] {
         ensure!(has(&dropped, name, state), "{name} is not {state}: {}", dropped["probes"]);
     }

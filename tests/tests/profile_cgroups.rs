@@ -52,7 +52,7 @@ print(made)
 #[test]
 fn cgroups_that_live_for_a_moment_count_with_the_instance() {
     let test = "cgroups_that_live_for_a_moment_count_with_the_instance";
-    let needed = ["sched_switch", "sock_send_length", "cgroup_mkdir", "cgroup_release"];
+    let needed = ["sched_switch", "inet_sock_set_state", "cgroup_mkdir", "cgroup_release"];
     let Some(profiler) = profiler(test, &needed) else { return };
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port();

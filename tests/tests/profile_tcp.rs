@@ -3,7 +3,8 @@
 //! Each needs root, and the kernel's type information with the tracepoints of TCP.
 
 use std::{
-    process::{Command, Stdio},
+    io::{BufRead, BufReader, Write},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -57,8 +58,8 @@ fn connections_are_those_that_the_program_makes() {
     begin(&profiler, &cgroup.0);
     let mut child = cgroup.spawn(python(script).stdin(Stdio::piped()));
     let mut line = String::new();
-    let mut output = std::io::BufReader::new(child.stdout.take().expect("its output"));
-    std::io::BufRead::read_line(&mut output, &mut line).expect("its numbers");
+    let mut output = BufReader::new(child.stdout.take().expect("its output"));
+    output.read_line(&mut line).expect("its numbers");
     let profile = end(&profiler);
     let said = numbers(&line);
     let [opened, accepted, failed, open, life_us] = said[..] else { panic!("{said:?}") };
@@ -80,6 +81,108 @@ fn end_of(profiler: &Profiler) -> Profile {
     // The kernel may take a moment for what a program leaves.
     thread::sleep(Duration::from_millis(200));
     end(profiler)
+}
+
+/// A program that has a connection with itself, in a network namespace of its own; for each number that it is told, it sends as many bytes from one end, and twice as many from the other.
+struct Talker {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Talker {
+    fn start(cgroup: &TestCgroup) -> Self {
+        let script = "import socket, sys\nserver = socket.create_server(('127.0.0.1', 0))\n\
+            one = socket.create_connection(server.getsockname())\ntwo, _ = server.accept()\n\
+            def move(to, other, count):\n    while count:\n        part = min(count, 30000)\n        to.sendall(b'x' * part)\n        \
+            other.recv(part, socket.MSG_WAITALL)\n        count -= part\n\
+            print('there', flush=True)\n\
+            for line in sys.stdin:\n    move(one, two, int(line))\n    move(two, one, 2 * int(line))\n    print('done', flush=True)\n";
+        let python = moves::python().expect("python3");
+        let mut command = Command::new("unshare");
+        command
+            .args(["--net", "sh", "-c", "ip link set lo up && exec \"$0\" -c \"$1\""])
+            .arg(python)
+            .arg(script);
+        let mut child = cgroup.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let (stdin, stdout) =
+            (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
+        let mut talker = Self { child, stdin, stdout: BufReader::new(stdout) };
+        talker.answers("there");
+        talker
+    }
+
+    fn answers(&mut self, expected: &str) {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).expect("its answer");
+        assert_eq!(line.trim(), expected);
+    }
+
+    fn talk(&mut self, bytes: u64) {
+        writeln!(self.stdin, "{bytes}").expect("telling it");
+        self.answers("done");
+    }
+
+    fn end(self) {
+        let Self { child, stdin, .. } = self;
+        drop(stdin);
+        reap(child);
+    }
+}
+
+/// Bytes in and out, and round trips, since the window began.
+fn moved(profiler: &Profiler) -> (u64, u64, u64) {
+    let profile = end(profiler);
+    assert!(profile.tcp_counted);
+    (profile.tcp.bytes_in, profile.tcp.bytes_out, profile.tcp.rtt_us.count)
+}
+
+#[test]
+fn what_goes_over_a_connection_counts_from_when_its_instance_came_for_each_window() {
+    let test = "what_goes_over_a_connection_counts_from_when_its_instance_came_for_each_window";
+    let Some(profiler) = needed(test) else { return };
+    let cgroup = TestCgroup::create();
+    let mut talker = Talker::start(&cgroup);
+    talker.talk(1_000_000);
+    let name = begin(&profiler, &cgroup.0);
+    for bytes in [1, 100_000, 0, 7] {
+        talker.talk(bytes);
+        // Both ends are the instance's, and each has a sample, if anything went.
+        let samples = if bytes > 0 { 2 } else { 0 };
+        assert_eq!(moved(&profiler), (3 * bytes, 3 * bytes, samples), "of {bytes}");
+    }
+    // What is nobody's for a while is not counted later, also if it comes to the same slot.
+    talker.talk(10);
+    profiler.untrack(&name);
+    talker.talk(100);
+    begin(&profiler, &cgroup.0);
+    talker.talk(1000);
+    assert_eq!(moved(&profiler), (3000, 3000, 2));
+    // Of a connection that ends, the rest counts with its end, of which that of the other side is no byte.
+    talker.talk(10_000);
+    talker.end();
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(moved(&profiler), (30_000, 30_000, 2));
+}
+
+#[test]
+fn what_goes_over_connections_that_come_and_go_within_a_window_is_counted() {
+    let test = "what_goes_over_connections_that_come_and_go_within_a_window_is_counted";
+    let Some(profiler) = needed(test) else { return };
+    // In turns who ends first, and how: with an orderly end, or without one while the other side's end has come.
+    let script = "import socket, struct\nserver = socket.create_server(('127.0.0.1', 0))\nat = server.getsockname()\nsent = 0\n\
+        for i in range(300):\n    one = socket.create_connection(at)\n    two, _ = server.accept()\n    \
+        one.sendall(b'x' * i)\n    two.sendall(b'y' * 5)\n    two.recv(i, socket.MSG_WAITALL) if i else None\n    one.recv(5, socket.MSG_WAITALL)\n    sent += i + 5\n    \
+        first, last = (one, two) if i % 2 else (two, one)\n    first.shutdown(socket.SHUT_WR)\n    last.recv(1)\n    \
+        if i % 3 == 0: last.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n    \
+        last.close()\n    first.close()\nprint(sent)\n";
+    let cgroup = TestCgroup::create();
+    begin(&profiler, &cgroup.0);
+    let said = numbers(&wait(cgroup.spawn(&mut python(script)), Duration::from_secs(60)));
+    let profile = end_of(&profiler);
+    eprintln!("{said:?}: {} in, {} out", profile.tcp.bytes_in, profile.tcp.bytes_out);
+    assert_eq!([profile.tcp.bytes_in, profile.tcp.bytes_out], [said[0]; 2]);
+    assert_eq!(profile.tcp.rtt_us.count, 600);
 }
 
 #[test]
@@ -130,8 +233,8 @@ fn connections_that_find_the_backlog_full_are_dropped() {
                   print(server.getsockname()[1], flush=True)\ntime.sleep(60)\n";
     let mut child = cgroup.spawn(&mut python(server));
     let mut line = String::new();
-    let mut output = std::io::BufReader::new(child.stdout.take().expect("its output"));
-    std::io::BufRead::read_line(&mut output, &mut line).expect("its port");
+    let mut output = BufReader::new(child.stdout.take().expect("its output"));
+    output.read_line(&mut line).expect("its port");
     let name = begin(&profiler, &cgroup.0);
     // Looked at every five seconds: the first look is the one that it begins with.
     let look = |at_least: u64| {

@@ -1,6 +1,7 @@
 //! What is counted in a window, as far as probes are there for it: looked up once for all instances.
 
 use super::{
+    connections::SET_STATE,
     fault_latency::{FAULT_PROBES, MAJOR_FAULTS, PAGE_FAULT},
     probes::{EXACT, Probes, SWITCH_STATE},
     tiers::Tier,
@@ -27,7 +28,8 @@ pub(super) struct Counting {
 }
 
 impl Counting {
-    pub(super) fn of(probes: &Probes) -> Self {
+    /// `connections_counted`: what went over TCP connections was taken over at both ends of the window.
+    pub(super) fn of(probes: &Probes, connections_counted: bool) -> Self {
         Self {
             scheduler: !probes.is_dropped(Tier::Scheduler),
             block: !probes.is_dropped(Tier::Block),
@@ -36,9 +38,9 @@ impl Counting {
             turns: probes.are_active(&["sched_switch"]),
             off_cpu: probes.are_active(&[SWITCH_STATE]),
             requests: probes.are_active(&["block_rq_complete"]),
-            bytes: probes.are_active(&["sock_send_length", "sock_recv_length"]),
+            bytes: connections_counted && probes.are_active(&[SET_STATE]),
             retransmits: probes.are_active(&["tcp_retransmit_skb"]),
-            connections: probes.are_active(&["inet_sock_set_state"]),
+            connections: probes.are_active(&[SET_STATE]),
             fault_latency: probes.are_active(&[PAGE_FAULT, MAJOR_FAULTS]),
             faults_begun: probes.are_active(&FAULT_PROBES.map(|probe| probe.tracepoint)),
         }

@@ -8,7 +8,9 @@ use serde::Serialize;
 use super::{
     ProbeState, ProbeStatus, ProfileConfig,
     btf::{KERNEL_BTF, KernelTypes},
-    cgroup, fault_latency, listeners,
+    cgroup,
+    connections::walks_over,
+    fault_latency, listeners,
     probes::{Probes, SWITCH_STATE},
 };
 use crate::sys;
@@ -78,10 +80,14 @@ pub fn features() -> Vec<Feature> {
         let finding = match state {
             ProbeState::Active => Ok("the program loads and attaches".to_owned()),
             ProbeState::Unavailable { reason } | ProbeState::Dropped { reason } => Err(reason),
-            // All were asked for: another one tells the same.
+            // All were asked for.
             ProbeState::Off { .. } => continue,
         };
-        let kind = if fault_latency::at_event(&name).is_some() { "software event" } else { "tracepoint" };
+        let kind = match fault_latency::at_event(&name) {
+            Some(_) => "software event",
+            None if walks_over(&name).is_some() => "iterator",
+            None => "tracepoint",
+        };
         found.push(feature(&format!("{kind} {name}"), finding, probe_cost(&name)));
     }
     let told = listeners::is_told().map(|()| "tells of sockets that listen".to_owned());
@@ -112,12 +118,11 @@ fn probe_cost(tracepoint: &str) -> &'static str {
         "cgroup_mkdir" | "cgroup_release" => {
             "cgroups in an instance's own that live for less than a window are not counted"
         }
-        "tcp_probe" => "no TCP round-trip times",
-        "sock_send_length" => {
-            "no count of TCP bytes sent; round trips are those of tcp_probe, if it attaches"
+        "inet_sock_set_state" => {
+            "no count of TCP connections, nor how long they last, nor of what goes over them"
         }
-        "sock_recv_length" => "no count of TCP bytes received",
-        "inet_sock_set_state" => "no count of TCP connections, nor how long they last",
+        "tcp_connections" => "no count of TCP bytes, and no round-trip times",
+        "tcp_sockets" => "TCP connections that an instance has already when it comes are not counted",
         "tcp_retransmit_skb" => "no count of what TCP sends again",
         "page_fault_user" | "major_faults" => "how long page faults take is not told",
         "page_fault_kernel" => "how long page faults in system calls take is not told",

@@ -40,12 +40,6 @@ impl EmptyProgram {
         Self::attach_all(&[SWITCH, ("empty_waking", "sched_waking")], None)
     }
 
-    /// Attaches one to each tracepoint that two pass that exchange messages over TCP and wait for each other.
-    pub fn attach_tcp() -> Result<Self, String> {
-        let names = &[SWITCH, ("empty_send", "sock_send_length"), ("empty_recv", "sock_recv_length")];
-        Self::attach_all(names, None)
-    }
-
     /// Attaches one to each tracepoint of block I/O that is profiled, and has the kernel measure them.
     pub fn attach_block() -> Result<Self, String> {
         let statistics = enable_stats(Stats::RunTime).map_err(|error| chain(&error))?;

@@ -20,6 +20,7 @@ pub mod btf;
 mod cgroup;
 mod cgroup_table;
 mod children;
+mod connections;
 mod counting;
 mod disk_users;
 pub mod doctor;
@@ -334,7 +335,7 @@ pub struct TcpProfile {
     pub bytes_in: u64,
     /// Payload bytes sent in the window.
     pub bytes_out: u64,
-    /// Smoothed round-trip time, in microseconds, one sample per call that sends.
+    /// Smoothed round-trip time, in microseconds, one sample of each connection over which something went.
     pub rtt_us: Histogram,
     /// Connections; `None` where they are not counted.
     #[serde(default)]

@@ -1,6 +1,6 @@
 //! The eBPF programs: what each needs of the kernel, loading them, and what became of each.
 
-use std::{collections::BTreeMap, os::fd::OwnedFd};
+use std::{collections::BTreeMap, io, os::fd::OwnedFd};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
@@ -12,7 +12,7 @@ use rswap_common::{
     globals as g,
     layout::{FaultRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
     neighbours::NeighbourRecord,
-    tables::{CONNECTION_SETS, ConnectionSet, FAULT_PLACES, WAITER_PLACES, slot_of_connection},
+    tables::{FAULT_PLACES, WAITER_PLACES},
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -23,6 +23,7 @@ use super::{
     btf::KernelTypes,
     cgroup_table::CgroupTable,
     children::{CHILD_PROBES, Children},
+    connections::{self, CONNECTION_PROBES, SOCK_CGROUP, Walker, walks_over},
     disk_users::DiskUsers,
     fault_latency::{self, FAULT_PROBES, MAJOR_FAULTS, MINOR_FAULTS, PAGE_FAULT},
     tiers::ByTier,
@@ -47,9 +48,9 @@ pub(super) const NO_OBJECT: &str = "built without eBPF programs: use `cargo xtas
 pub enum ProbeState {
     /// It does.
     Active,
-    /// It does not, as the configuration does not ask for it, or another one tells the same: nothing is wrong.
+    /// It does not, as the configuration does not ask for it: nothing is wrong.
     Off {
-        /// Which setting, or which other one, for people.
+        /// Which setting, for people.
         reason: String,
     },
     /// It does not, and why.
@@ -67,7 +68,7 @@ pub enum ProbeState {
 /// What became of one probe.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ProbeStatus {
-    /// The tracepoint or event that it sits on.
+    /// The tracepoint or event that it sits on, or its own name, where the agent has the kernel call it.
     pub name: String,
     /// Whether it counts.
     #[serde(flatten)]
@@ -77,7 +78,7 @@ pub struct ProbeStatus {
 /// What one program has cost so far, from the kernel's own statistics.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ProgramCost {
-    /// The tracepoint or event that it sits on.
+    /// The tracepoint or event that it sits on, or its own name, where the agent has the kernel call it.
     pub name: String,
     /// How often it ran while the statistics were on.
     pub runs: u64,
@@ -88,7 +89,7 @@ pub struct ProgramCost {
 /// A program, and what it relies on. Tracepoints and structures change between kernels, at no version that
 /// could be asked for (vendors backport): hence every one is looked up.
 pub(super) struct Probe {
-    /// Name of the program and of its tracepoint.
+    /// Name of the program and of its tracepoint, or of one that walks ([`walks_over`]).
     pub(super) tracepoint: &'static str,
     /// The arguments' types, as far as they are used.
     pub(super) arguments: &'static [&'static str],
@@ -99,33 +100,16 @@ pub(super) struct Probe {
 pub(super) const CGROUP_FIELDS: [(&str, &str, &str); 2] =
     [(g::CGROUP_KN, "cgroup", "kn"), (g::KERNFS_ID, "kernfs_node", "id")];
 
-const SOCK_FIELDS: [(&str, &str, &str); 4] = [
-    CGROUP_FIELDS[0],
-    CGROUP_FIELDS[1],
-    (g::SOCK_PROTOCOL, "sock", "sk_protocol"),
-    (g::SOCK_CGROUP, "sock", "sk_cgrp_data.cgroup"),
-];
-
-const SRTT: (&str, &str, &str) = (g::TCP_SRTT_US, "tcp_sock", "srtt_us");
-
-/// The table of connections in the eBPF object.
-const CONNECTIONS: &str = "CONNECTIONS";
-
 const BLOCK_IO_START: &str = "block_io_start";
 
 const TCP_RETRANSMIT: &str = "tcp_retransmit_skb";
-
-const SOCK_SEND: &str = "sock_send_length";
-
-/// Is called for each segment that comes in, and asked only for what [`SOCK_SEND`] tells, too, which kernels before 6.3 have not.
-const TCP_PROBE: &str = "tcp_probe";
 
 const SCHED_SWITCH: &str = "sched_switch";
 
 /// What the program at [`SCHED_SWITCH`] does beside, where it can: it counts why tasks go.
 pub(super) const SWITCH_STATE: &str = "sched_switch.prev_state";
 
-pub(super) const PROBES: [Probe; 8] = [
+pub(super) const PROBES: [Probe; 4] = [
     Probe {
         tracepoint: SCHED_SWITCH,
         arguments: &["bool", "struct task_struct *", "struct task_struct *"],
@@ -175,29 +159,9 @@ pub(super) const PROBES: [Probe; 8] = [
         ],
     },
     Probe {
-        tracepoint: SOCK_SEND,
-        arguments: &["struct sock *", "int", "int"],
-        fields: &[SOCK_FIELDS[0], SOCK_FIELDS[1], SOCK_FIELDS[2], SOCK_FIELDS[3], SRTT],
-    },
-    Probe {
-        tracepoint: TCP_PROBE,
-        arguments: &["struct sock *"],
-        fields: &[CGROUP_FIELDS[0], CGROUP_FIELDS[1], SOCK_FIELDS[3], SRTT],
-    },
-    Probe {
-        tracepoint: "sock_recv_length",
-        arguments: &["struct sock *", "int", "int"],
-        fields: &SOCK_FIELDS,
-    },
-    Probe {
-        tracepoint: "inet_sock_set_state",
-        arguments: &["struct sock *", "int", "int"],
-        fields: &SOCK_FIELDS,
-    },
-    Probe {
         tracepoint: TCP_RETRANSMIT,
         arguments: &["struct sock *"],
-        fields: &[CGROUP_FIELDS[0], CGROUP_FIELDS[1], SOCK_FIELDS[3]],
+        fields: &[CGROUP_FIELDS[0], CGROUP_FIELDS[1], SOCK_CGROUP],
     },
 ];
 
@@ -218,7 +182,7 @@ pub(super) const EXACT: [&str; 4] = [SCHED_SWITCH, SWITCH_STATE, SCHED_WAKING, S
 /// All that the configuration asks for. Those that know cgroups come first: what is made while the others are attached is known.
 fn wanted(config: &ProfileConfig) -> impl Iterator<Item = &'static Probe> + Clone {
     let exact: &[Probe] = if config.exact { &EXACT_PROBES } else { &[] };
-    CHILD_PROBES.iter().chain(&PROBES).chain(exact).chain(&FAULT_PROBES)
+    CHILD_PROBES.iter().chain(&PROBES).chain(&CONNECTION_PROBES).chain(exact).chain(&FAULT_PROBES)
 }
 
 /// The same of programs at software events.
@@ -241,12 +205,17 @@ fn switched_off(config: &ProfileConfig) -> impl Iterator<Item = ProbeStatus> {
 enum Link {
     Tracepoint(#[expect(dead_code, reason = "it holds as long as it is kept")] BtfTracePointLink),
     Event(#[expect(dead_code, reason = "as above, one for each CPU")] Vec<PerfEventLink>),
+    /// It is called when the agent walks.
+    Walker(Walker),
 }
 
 impl Probe {
     /// The offsets that the program needs in this kernel, or why it can't run here.
     pub(super) fn resolve(&self, types: &KernelTypes) -> Result<Vec<(&'static str, u64)>, String> {
-        let found = types.tracepoint_arguments(self.tracepoint).map_err(|error| error.to_string())?;
+        let found = match walks_over(self.tracepoint) {
+            Some(_) => Vec::new(),
+            None => types.tracepoint_arguments(self.tracepoint).map_err(|error| error.to_string())?,
+        };
         let same = |expected: &&str, found: &String| *expected == found || integers(expected, found);
         if found.len() < self.arguments.len() || !self.arguments.iter().zip(&found).all(|(e, f)| same(e, f)) {
             return Err(format!(
@@ -309,8 +278,8 @@ pub(super) struct Maps {
     pub(super) unowned: MappedArray<UnownedRecord>,
     /// Tasks that wait for a CPU, where waits are measured exactly.
     waiters: Option<MappedWords>,
-    /// Connections, and since when there are.
-    connections: MappedWords,
+    /// How often the programs that know connections were away.
+    tcp_era: (Array<MapData, u64>, u64),
     /// Tasks in page faults, and since when.
     faults_begun: MappedWords,
     /// Kinds of faults in `faults`.
@@ -337,16 +306,11 @@ pub(super) struct Probes {
 impl Probes {
     /// Loads and attaches what this kernel takes. Never fails as a whole.
     pub(super) fn load(config: &ProfileConfig) -> Self {
-        Self::load_without(&[], config)
-    }
-
-    /// The same as if the kernel did not have these tracepoints.
-    fn load_without(lacking: &[&str], config: &ProfileConfig) -> Self {
         let (statuses, maps, ebpf, links, flush_log, statistics) = Default::default();
         let (always_measured, was_measured) = (config.measure_program_cost, false);
         let mut this =
             Self { statuses, maps, ebpf, links, flush_log, statistics, always_measured, was_measured };
-        if let Err(reason) = this.try_load(lacking, config) {
+        if let Err(reason) = this.try_load(config) {
             this.maps = None;
             this.ebpf = None;
             this.links.clear();
@@ -362,14 +326,10 @@ impl Probes {
         this
     }
 
-    fn try_load(&mut self, lacking: &[&str], config: &ProfileConfig) -> Result<(), String> {
+    fn try_load(&mut self, config: &ProfileConfig) -> Result<(), String> {
         let object = OBJECT.ok_or(NO_OBJECT)?;
         let types = KernelTypes::of_this_kernel().map_err(|error| error.to_string())?;
-        let resolve = |probe: &Probe| match probe.tracepoint {
-            name if lacking.contains(&name) => Err(format!("no tracepoint {name}")),
-            _ => probe.resolve(&types),
-        };
-        let resolved: Vec<_> = wanted(config).map(resolve).collect();
+        let resolved: Vec<_> = wanted(config).map(|probe| probe.resolve(&types)).collect();
         let states = switch_states(&types);
         // Half of it would be neither.
         let exact = config.exact
@@ -379,6 +339,7 @@ impl Probes {
         let background = types.enumerator("req_flag_bits", "__REQ_BACKGROUND");
         let background = background.and_then(|bit| 1u32.checked_shl(bit)).unwrap_or(0);
         let retransmit_has_error = retransmit_has_error(&types);
+        let sock_done = connections::done_flag(&types);
         drop(types);
 
         let cpus =
@@ -401,6 +362,7 @@ impl Probes {
             (g::EXACT, exact.into()),
             (g::FAULT_KINDS, fault_kinds),
             (g::RETRANSMIT_HAS_ERROR, retransmit_has_error.into()),
+            (g::SOCK_DONE, sock_done),
             (g::TASK_IN_IOWAIT_MASK, states.as_ref().map_or(0, |(_, mask)| u32::from(*mask))),
             (g::REQUEST_BACKGROUND, background),
             (g::BLOCK_BY_BLKCG, by_blkcg.into()),
@@ -454,7 +416,8 @@ impl Probes {
         } else {
             None
         };
-        let connections = mapped_words(&ebpf, CONNECTIONS, CONNECTION_SETS, size_of::<ConnectionSet>())?;
+        let tcp_era = Array::try_from(map(map_names::TCP_ERA, &mut ebpf)?)
+            .map_err(|error| unmapped(map_names::TCP_ERA, &error))?;
 
         let without_exact = "not attached: profile.exact can't be had here, as others of its programs can't";
         let links = &mut self.links;
@@ -463,17 +426,16 @@ impl Probes {
             .zip(resolved)
             .map(|(probe, found)| {
                 let name = probe.tracepoint;
-                if name == TCP_PROBE && links.contains_key(SOCK_SEND) {
-                    let reason = format!("{SOCK_SEND} tells round trips");
-                    return ProbeStatus { name: name.to_owned(), state: ProbeState::Off { reason } };
-                }
                 let attached = match found {
                     Err(reason) => Err(reason),
                     // They would be called at every wake-up, for nothing.
                     Ok(_) if is_of_exact_mode(probe) && !exact => Err(without_exact.to_owned()),
-                    Ok(_) => attach(&mut ebpf, name, &btf),
+                    Ok(_) => match walks_over(name) {
+                        Some(over) => Walker::attach(&mut ebpf, name, over, Some(&btf)).map(Link::Walker),
+                        None => attach(&mut ebpf, name, &btf).map(Link::Tracepoint),
+                    },
                 };
-                status(name, attached.map(|link| _ = links.insert(name, Link::Tracepoint(link))))
+                status(name, attached.map(|link| _ = links.insert(name, link)))
             })
             .collect();
         for name in wanted_events(config) {
@@ -510,7 +472,7 @@ impl Probes {
             faults,
             unowned,
             waiters,
-            connections,
+            tcp_era: (tcp_era, 0),
             faults_begun,
             fault_kinds,
             cpus,
@@ -539,6 +501,23 @@ impl Probes {
             self.statuses.iter().any(|status| status.name == *name && status.state == ProbeState::Active)
         };
         names.iter().all(active)
+    }
+
+    /// Takes over what has gone over the connections that are known; `false`: nobody knows.
+    pub(super) fn count_connections(&self) -> bool {
+        let Some(Link::Walker(walker)) = self.links.get(connections::KNOWN) else { return false };
+        walker.count().unwrap_or_else(|error| {
+            tracing::warn!(%error, "TCP connections can't be walked over");
+            false
+        })
+    }
+
+    /// Finds connections that a process has, and that were there before they could be seen to begin.
+    pub(super) fn find_connections(&self, pid: i32) -> io::Result<()> {
+        match self.links.get(connections::SOCKETS) {
+            Some(Link::Walker(walker)) => walker.find(pid),
+            _ => Ok(()),
+        }
     }
 
     /// Passes the programs' own messages on to the agent's log.
@@ -613,7 +592,7 @@ impl Probes {
     pub(super) fn return_tier(&mut self, tier: Tier) -> bool {
         let Some(ebpf) = &mut self.ebpf else { return true };
         let mut failed = None;
-        if let Some(maps) = &self.maps {
+        if let Some(maps) = &mut self.maps {
             maps.forget_begun(tier);
         }
         let is_due = |of: &ProbeStatus| {
@@ -623,6 +602,8 @@ impl Probes {
             let Some(name) = with_program(&status.name) else { continue };
             let attached = if fault_latency::at_event(name).is_some() {
                 fault_latency::attach(ebpf, name, false).map(Link::Event)
+            } else if let Some(over) = walks_over(name) {
+                Walker::attach(ebpf, name, over, None).map(Link::Walker)
             } else {
                 attach_again(ebpf, name).map(Link::Tracepoint)
             };
@@ -653,18 +634,20 @@ impl Probes {
 }
 
 impl Maps {
-    /// Connections of a slot, which is another instance's from then on.
-    pub(super) fn forget_connections(&self, slot: u32) {
-        self.connections.clear(|word| word != 0 && slot_of_connection(word) == slot);
-    }
-
     /// What began before a tier's programs were taken away: they have not seen how it went on.
-    fn forget_begun(&self, tier: Tier) {
+    fn forget_begun(&mut self, tier: Tier) {
         let words = match tier {
             Tier::Scheduler => self.waiters.as_ref(),
-            Tier::Tcp => Some(&self.connections),
             Tier::Faults => Some(&self.faults_begun),
             Tier::Block => None,
+            Tier::Tcp => {
+                let (map, era) = &mut self.tcp_era;
+                *era += 1;
+                if let Err(error) = map.set(0, *era, 0) {
+                    tracing::warn!(%error, "what went over TCP connections meanwhile is counted at once");
+                }
+                None
+            }
         };
         if let Some(words) = words {
             words.clear(|word| word != 0);
@@ -674,7 +657,8 @@ impl Maps {
 
 /// What is in a tier and a program of its own.
 fn with_program(name: &str) -> Option<&'static str> {
-    let all = PROBES.iter().chain(&EXACT_PROBES).chain(&FAULT_PROBES).map(|probe| probe.tracepoint);
+    let all = PROBES.iter().chain(&CONNECTION_PROBES).chain(&EXACT_PROBES).chain(&FAULT_PROBES);
+    let all = all.map(|probe| probe.tracepoint);
     all.chain(fault_latency::at_event(name)).find(|found| *found == name)
 }
 
@@ -775,7 +759,8 @@ mod tests {
 
     #[test]
     fn what_a_tier_loses_is_found_again() {
-        let all = PROBES.iter().chain(&EXACT_PROBES).chain(&FAULT_PROBES).map(|probe| probe.tracepoint);
+        let all = PROBES.iter().chain(&CONNECTION_PROBES).chain(&EXACT_PROBES).chain(&FAULT_PROBES);
+        let all = all.map(|probe| probe.tracepoint);
         for name in all.filter(|name| Tier::of(name).is_some()).chain([MAJOR_FAULTS, MINOR_FAULTS]) {
             assert_eq!(with_program(name), Some(name));
             assert!(Tier::of(name).is_some());
@@ -815,21 +800,6 @@ mod tests {
     }
 
     #[test]
-    fn round_trips_are_told_by_segments_where_sends_are_not() {
-        let config = ProfileConfig { slots: 1, ..ProfileConfig::default() };
-        if !Probes::load(&config).are_active(&["inet_sock_set_state"]) {
-            eprintln!("not tested: this kernel takes no programs for TCP");
-            return;
-        }
-        let mut probes = Probes::load_without(&[SOCK_SEND], &config);
-        assert!(probes.are_active(&[TCP_PROBE]) && !probes.are_active(&[SOCK_SEND]), "{:?}", probes.statuses);
-        probes.drop_tier(Tier::Tcp, "a test");
-        assert!(!probes.are_active(&[TCP_PROBE]));
-        assert!(probes.return_tier(Tier::Tcp));
-        assert!(probes.are_active(&[TCP_PROBE]) && !probes.are_active(&[SOCK_SEND]), "{:?}", probes.statuses);
-    }
-
-    #[test]
     fn what_the_configuration_does_not_ask_for_is_off_and_stays_so() {
         let off = |probes: &Probes| {
             let off = probes.statuses.iter().filter_map(|of| match &of.state {
@@ -840,12 +810,11 @@ mod tests {
         };
         let config = ProfileConfig { slots: 1, ..ProfileConfig::default() };
         let mut probes = Probes::load(&config);
-        if !probes.are_active(&[SOCK_SEND]) {
+        if probes.maps.is_none() {
             eprintln!("not tested: {:?}", probes.statuses);
             return;
         }
         let expected = [
-            "tcp_probe: sock_send_length tells round trips",
             "sched_waking: profile.exact is false",
             "sched_wakeup_new: profile.exact is false",
             "minor_faults: profile.minor_faults is false",
@@ -857,7 +826,7 @@ mod tests {
         }
         assert_eq!(off(&probes), expected);
         let all = Probes::load(&ProfileConfig { exact: true, minor_faults: true, ..config });
-        assert_eq!(off(&all), expected[..1], "{:?}", all.statuses);
+        assert!(off(&all).is_empty(), "{:?}", all.statuses);
         let names = |of: &Probes| of.statuses.iter().map(|of| of.name.clone()).collect::<BTreeSet<_>>();
         assert_eq!(names(&probes), names(&all), "all are told of, whatever is asked for");
         assert_eq!(names(&probes).len(), probes.statuses.len(), "once: {:?}", probes.statuses);

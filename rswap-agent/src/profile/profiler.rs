@@ -119,6 +119,8 @@ struct State {
     tracked: BTreeMap<InstanceName, Box<Tracked>>,
     /// Of the slot that is shared by those that have none of their own.
     shared: Option<Shared>,
+    /// What had gone over TCP connections by then was taken over as the window began.
+    connections_counted: bool,
     short_lived_ms: u64,
     slots: u32,
     reader: Reader,
@@ -166,6 +168,8 @@ struct Tracked {
     last: Reading,
     /// [`Counters::came_and_stayed`] when it began, or got its slot, or TCP was counted again.
     connections_then: u64,
+    /// Those that it had when it began, or TCP was counted again, were looked for.
+    connections_found: bool,
     dirty_bytes_per_s: Option<f64>,
 }
 
@@ -212,6 +216,7 @@ impl Profiler {
             listeners: Listeners::default(),
             tracked: BTreeMap::new(),
             shared: None,
+            connections_counted: false,
             short_lived_ms: config.short_lived_s.saturating_mul(1000),
             slots,
             reader: Reader::default(),
@@ -307,6 +312,7 @@ impl Profiler {
             members,
             is_known,
             connections_then: reading.counters.as_ref().map_or(0, Counters::came_and_stayed),
+            connections_found: false,
             last: reading,
             dirty_bytes_per_s: None,
         });
@@ -345,7 +351,8 @@ impl Profiler {
         state.reader.are_open(open);
         let State { reader, host_pressure, .. } = &mut *state;
         host_pressure.look(reader);
-        let counting = Counting::of(&state.probes);
+        let counted = state.count_connections();
+        let counting = Counting::of(&state.probes, counted);
         let State { tracked, names, .. } = &mut *state;
         names.begin(tracked.iter().flat_map(|(name, of)| of.members.all().map(move |id| (id, name))));
         let names: Vec<InstanceName> = state.tracked.keys().cloned().collect();
@@ -472,6 +479,9 @@ impl State {
                 }
                 if !self.probes.return_tier(tier) {
                     self.meter.judge.did_not_return(now, tier);
+                } else if tier == Tier::Tcp {
+                    // What is there now is where the next window begins.
+                    self.count_connections();
                 }
             }
             None => {}
@@ -488,10 +498,31 @@ impl State {
     fn forget_connections(&mut self) {
         let Some(maps) = &self.probes.maps else { return };
         for tracked in self.tracked.values_mut() {
+            tracked.connections_found = false;
             if let Some(slot) = tracked.slot {
                 tracked.connections_then = Counters::read(maps, self.slots, slot, None).came_and_stayed();
             }
         }
+    }
+
+    /// Looks for connections that instances had before they could be seen to begin.
+    fn find_connections(&mut self) {
+        for (name, tracked) in self.tracked.iter_mut().filter(|(_, of)| !of.connections_found) {
+            tracked.connections_found = true;
+            for pid in cgroup::pids(&tracked.cgroup).unwrap_or_default() {
+                // One that has ended meanwhile has none.
+                if let Err(error) = self.probes.find_connections(pid) {
+                    tracing::warn!(%name, pid, %error, "TCP connections that it has already are not counted");
+                }
+            }
+        }
+    }
+
+    /// Takes over what has gone over connections; whether it was taken over at the window's beginning, too.
+    fn count_connections(&mut self) -> bool {
+        self.find_connections();
+        let counted = self.probes.count_connections();
+        std::mem::replace(&mut self.connections_counted, counted) && counted
     }
 
     fn look_for_devices(&mut self) {
@@ -555,6 +586,8 @@ impl State {
         if let Some(looked) = &mut tracked.looked {
             looked.once_more |= !due.insert.is_empty();
         }
+        // Nobody may have known them when connections of theirs began.
+        tracked.connections_found &= due.insert.is_empty();
         for id in due.insert {
             let told = maps.cgroups.insert(id, slot);
             if let Err(error) = &told {
@@ -605,7 +638,8 @@ impl State {
             if let Some(children) = &maps.children {
                 children.forget(slot);
             }
-            maps.forget_connections(slot);
+            // Its connections are nobody's from here on.
+            self.probes.count_connections();
             self.free.give_back(slot);
         }
     }
@@ -790,7 +824,10 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, Write};
+
     use super::*;
+    use crate::profile::connections::KNOWN;
 
     #[test]
     fn ages_that_nobody_asks_for_are_off_and_not_unavailable() {
@@ -802,5 +839,60 @@ mod tests {
             });
             assert!(probes.as_array().unwrap().contains(&expected), "no {expected} in {probes}");
         }
+    }
+
+    /// Two connections with itself, of a program that opens the second one, or sends a byte from one end of the newest to the other, when it is told so.
+    const TALKER: &str = "import socket, sys\nserver = socket.create_server(('127.0.0.1', 0))\n\
+        for line in sys.stdin:\n    if line == 'open\\n':\n        one = socket.create_connection(server.getsockname())\n        \
+        two, _ = server.accept()\n    else:\n        one.sendall(b'x')\n        two.recv(1)\n    print('done', flush=True)\n";
+
+    #[test]
+    fn what_goes_over_connections_while_tcp_is_not_measured_is_not_counted() {
+        let profiler = Profiler::start(&ProfileConfig { slots: 1, ..ProfileConfig::default() });
+        if !profiler.lock().probes.are_active(&[KNOWN]) {
+            eprintln!("not tested: {:?}", profiler.probes());
+            return;
+        }
+        let path = cgroup::unified_mount().unwrap().join(format!("rswap-test-era-{}", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "echo 0 > \"$0/cgroup.procs\" && exec python3 -c \"$1\""]).arg(&path).arg(TALKER);
+        let piped = std::process::Stdio::piped;
+        let mut child = command.stdin(piped()).stdout(piped()).spawn().unwrap();
+        let mut to = child.stdin.take().unwrap();
+        let mut from = std::io::BufReader::new(child.stdout.take().unwrap());
+        let mut tell = |what: &str| {
+            writeln!(to, "{what}").unwrap();
+            let mut line = String::new();
+            from.read_line(&mut line).unwrap();
+            assert_eq!(line, "done\n");
+        };
+        tell("open");
+        profiler.track(&"talker".parse().unwrap(), &path).unwrap();
+        let window = || {
+            std::thread::sleep(Duration::from_millis(10));
+            let profile = profiler.sample(UnixMillis::now()).pop();
+            profile.map(|profile| (profile.tcp_counted, profile.tcp.bytes_in, profile.tcp.bytes_out))
+        };
+        assert_eq!(window(), None);
+        tell("send");
+        assert_eq!(window(), Some((true, 1, 1)));
+        profiler.lock().probes.drop_tier(Tier::Tcp, "a test");
+        tell("send");
+        assert_eq!(window(), Some((false, 0, 0)));
+        // One that has come meanwhile is found.
+        (tell("send"), tell("open"), tell("send"));
+        {
+            let mut state = profiler.lock();
+            state.forget_connections();
+            assert!(state.probes.return_tier(Tier::Tcp));
+            state.count_connections();
+        }
+        tell("send");
+        assert_eq!(window(), Some((true, 1, 1)));
+        assert_eq!(window(), Some((true, 0, 0)));
+        drop(to);
+        child.wait().unwrap();
+        std::fs::remove_dir(&path).unwrap();
     }
 }

@@ -46,7 +46,7 @@ impl Tier {
         match tracepoint.split('_').next()? {
             "sched" => Some(Self::Scheduler),
             "block" => Some(Self::Block),
-            "tcp" | "sock" | "inet" => Some(Self::Tcp),
+            "tcp" | "inet" => Some(Self::Tcp),
             "page" | "major" | "minor" => Some(Self::Faults),
             _ => None,
         }

@@ -361,7 +361,12 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
     for (name, help, of, per_second) in [
         ("instance_run_queue", "Time from runnable to running", waits, 1e9),
         ("instance_on_cpu", "Time on a CPU between two switches", turns, 1e9),
-        ("instance_tcp_rtt", "Smoothed TCP round trips, one sample per call that sends", round_trips, 1e6),
+        (
+            "instance_tcp_rtt",
+            "Smoothed TCP round trips, one sample per window of each connection over which something went",
+            round_trips,
+            1e6,
+        ),
         ("instance_tcp_life", "How long TCP connections lasted", lives, 1e6),
         ("instance_major_fault", "How long page faults took that waited", major, 1e9),
         ("instance_minor_fault", "How long page faults took that were served from memory", minor, 1e9),

@@ -3,6 +3,7 @@
 //! Nothing here decides anything. A wrapper checks lengths, turns errno into [`std::io::Error`] and
 //! says why its unsafe block is sound; policy lives with the callers.
 
+pub mod bpf_iter;
 pub mod bpf_mmap;
 pub mod capability;
 pub mod clock;

@@ -96,14 +96,16 @@ fn main() -> anyhow::Result<()> {
         result.extend(compare(
             "tcp",
             Role::Tcp,
-            &[Kind::EmptyTcp, Kind::Probes, Kind::Measured],
+            &[Kind::Empty, Kind::Probes, Kind::Measured],
             &TCP,
             cli.runs,
             &mut others,
         )?);
-        programs.extend(costs_of(Role::Tcp)?.into_iter().filter(|(name, _)| {
-            name.starts_with("tcp") || name.starts_with("sock") || name.starts_with("inet")
-        }));
+        programs.extend(
+            costs_of(Role::Tcp)?
+                .into_iter()
+                .filter(|(name, _)| name.starts_with("tcp") || name.starts_with("inet")),
+        );
     }
     if wanted("block") {
         let (figures, costs) = block(cli.runs.min(5), &mut others)?;
@@ -167,8 +169,6 @@ enum Kind {
     Empty,
     /// The same, and one at every wake-up.
     EmptyExact,
-    /// The same as the first, and one at everything that is sent and received.
-    EmptyTcp,
     /// What others have.
     Tool(&'static Tool),
 }
@@ -187,7 +187,7 @@ impl Kind {
             Self::Probes => format!("{measurement}_pct"),
             Self::Measured => format!("{measurement}_measured_pct"),
             Self::Exact => format!("{measurement}_exact_pct"),
-            Self::Empty | Self::EmptyTcp => format!("{measurement}_empty_pct"),
+            Self::Empty => format!("{measurement}_empty_pct"),
             Self::EmptyExact => format!("{measurement}_exact_empty_pct"),
             Self::Tool(tool) => format!("{measurement} with {}", tool.program),
         }
@@ -205,7 +205,6 @@ impl Kind {
             }
             Self::Empty => empty(EmptyProgram::attach())?,
             Self::EmptyExact => empty(EmptyProgram::attach_exact())?,
-            Self::EmptyTcp => empty(EmptyProgram::attach_tcp())?,
             Self::Tool(tool) => Attached::Tool { _running: tool.start(cgroup)? },
         })
     }

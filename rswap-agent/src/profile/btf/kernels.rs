@@ -5,7 +5,7 @@
 //! `linux-binary-7.2.13+deb14-cloud-amd64` (7.2.13-1): the section `.BTF` of the kernel in `vmlinuz`, cut down by [`make_a_subset`].
 //!
 //! This is about types, and tracepoints' arguments. Whether a kernel has the helpers that a program calls is not in there: 5.10, for one, has no
-//! `bpf_get_current_task_btf` (5.11), and refuses the programs that call it.
+//! `bpf_get_current_task_btf` (5.11), and refuses the programs that call it. Nor has it what the programs at iterators, and at connections' ends, ask of sockets' storage (5.11), nor their atomic exchange (5.12).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,6 +15,7 @@ use std::{
 use super::{KernelTypes, subset::subset};
 use crate::profile::{
     children::CHILD_PROBES,
+    connections::{CONNECTION_PROBES, walks_over},
     fault_latency::FAULT_PROBES,
     probes::{self, Probe},
     written,
@@ -36,6 +37,7 @@ fn all_probes() -> impl Iterator<Item = &'static Probe> {
     CHILD_PROBES
         .iter()
         .chain(&probes::PROBES)
+        .chain(&CONNECTION_PROBES)
         .chain(&probes::EXACT_PROBES)
         .chain(&FAULT_PROBES)
         .chain(&written::TYPED)
@@ -78,7 +80,7 @@ fn cut(types: &KernelTypes) -> Vec<u8> {
         fields.extend(probe.fields.iter().map(|(_, in_struct, field)| (*in_struct, *field)));
     }
     let tracepoints: Vec<&str> = all_probes().map(|probe| probe.tracepoint).collect();
-    subset(types, &fields, &tracepoints, &["pageflags", "req_flag_bits"])
+    subset(types, &fields, &tracepoints, &["pageflags", "req_flag_bits", "sock_flags"])
 }
 
 /// A probe's offsets, or why it would not load.
@@ -92,7 +94,8 @@ fn outcomes(types: &KernelTypes) -> BTreeMap<&'static str, Outcome> {
 #[test]
 fn every_program_is_asked_for() {
     // Those of ext4 are raw: they need no types (and may be a module's).
-    let asked: BTreeSet<&str> = all_probes().map(|probe| probe.tracepoint).chain(written::OF_EXT4).collect();
+    let at_tracepoints = all_probes().map(|probe| probe.tracepoint).filter(|name| walks_over(name).is_none());
+    let asked: BTreeSet<&str> = at_tracepoints.chain(written::OF_EXT4).collect();
     let programs = attached_to();
     assert_eq!(programs.iter().map(String::as_str).collect::<BTreeSet<_>>(), asked);
 }
@@ -107,7 +110,9 @@ fn a_subset_answers_as_the_whole_does() {
     let part = KernelTypes::parse(cut(&whole)).unwrap();
     assert!(part.bytes.len() * 20 < whole.bytes.len(), "{} bytes", part.bytes.len());
     assert_eq!(outcomes(&part), outcomes(&whole));
-    for (of, name) in [("pageflags", "PG_head"), ("req_flag_bits", "__REQ_BACKGROUND")] {
+    let flags =
+        [("pageflags", "PG_head"), ("req_flag_bits", "__REQ_BACKGROUND"), ("sock_flags", "SOCK_DONE")];
+    for (of, name) in flags {
         assert_eq!(part.enumerator(of, name), whole.enumerator(of, name));
     }
 }
@@ -123,10 +128,9 @@ fn what_would_load_on_other_kernels() {
                 ("block_rq_complete", "struct request_queue has no field disk"),
                 ("inet_sock_set_state", "struct sock has no field sk_cgrp_data.cgroup"),
                 ("iomap_dio_rw_begin", "no tracepoint iomap_dio_rw_begin"),
-                ("sock_recv_length", "no tracepoint sock_recv_length"),
-                ("sock_send_length", "no tracepoint sock_send_length"),
-                ("tcp_probe", "struct sock has no field sk_cgrp_data.cgroup"),
+                ("tcp_connections", "struct sock has no field sk_cgrp_data.cgroup"),
                 ("tcp_retransmit_skb", "struct sock has no field sk_cgrp_data.cgroup"),
+                ("tcp_sockets", "struct sock has no field sk_cgrp_data.cgroup"),
                 ("writeback_dirty_folio", "no tracepoint writeback_dirty_folio"),
             ],
         ),
@@ -135,8 +139,6 @@ fn what_would_load_on_other_kernels() {
             &[
                 ("block_io_start", "no tracepoint block_io_start"),
                 ("iomap_dio_rw_begin", "no tracepoint iomap_dio_rw_begin"),
-                ("sock_recv_length", "no tracepoint sock_recv_length"),
-                ("sock_send_length", "no tracepoint sock_send_length"),
             ],
         ),
         ("6.12", &[]),
@@ -182,6 +184,8 @@ fn flags_of_pages_and_requests_have_each_kernels_own_numbers() {
     // As `bpftool btf dump` shows them.
     assert_eq!(of_all("pageflags", "PG_head"), [16, 16, 6, 6]);
     assert_eq!(of_all("req_flag_bits", "__REQ_BACKGROUND"), [20; 4]);
+    let done = [1, 2, 3].map(|kernel| types_of(KERNELS[kernel].1).enumerator("sock_flags", "SOCK_DONE"));
+    assert_eq!(done, [Some(1); 3]);
 }
 
 #[test]
@@ -204,4 +208,14 @@ fn offsets_are_each_kernels_own() {
     assert_eq!(of_all("sched_switch", "RQ_CLOCK"), [2464, 2448, 2736, 3728]);
     assert_eq!(of_all("cgroup_mkdir", "CGROUP_ROOT"), [480, 656, 720, 808]);
     assert_eq!(of_all("cgroup_release", "ROOT_HIERARCHY_ID"), [12; 4]);
+    let of_newer = |global| {
+        [1, 2, 3].map(|kernel| {
+            let found = outcomes(&types_of(KERNELS[kernel].1)).remove("tcp_connections").unwrap().unwrap();
+            found.iter().find(|(name, _)| *name == global).unwrap().1
+        })
+    };
+    assert_eq!(of_newer("TCP_BYTES_RECEIVED"), [1448, 1784, 1864]);
+    assert_eq!(of_newer("TCP_BYTES_SENT"), [1488, 1608, 1616]);
+    assert_eq!(of_newer("TCP_BYTES_RETRANSMITTED"), [2136, 2208, 2296]);
+    assert_eq!((of_newer("SOCK_FLAGS"), of_newer("SOCKET_SK")), ([96; 3], [24; 3]));
 }
