@@ -181,7 +181,9 @@ export async function instance(page, get, name) {
       format(spread.p50),
       format(spread.p99),
     ]);
-    expect(await painted(page, id), `${id}: nothing is drawn`);
+    // Where there are few samples, as of round trips one per connection, all cells may be alike.
+    const most = Math.max(...windows.flatMap((window) => window[key].octaves.map(([, samples]) => samples)));
+    expect(await painted(page, id, most > 8 ? 2 : 1), `${id}: nothing is drawn`);
   }
   await agree("the decisions are those of the agent", async () => {
     const { now } = await get(`v1/explain?instance=${name}`);
@@ -197,24 +199,27 @@ export async function instance(page, get, name) {
   });
 }
 
-/** Whether a canvas has cells in several colours of the heat map. */
-const painted = (page, id) =>
-  page.evaluate((id) => {
-    const probe = document.body.appendChild(document.createElement("i"));
-    const cells = Array.from({ length: 8 }, (_, step) => {
-      probe.style.color = `var(--heat-${step})`;
-      return getComputedStyle(probe).color.match(/\d+/g).join();
-    });
-    probe.remove();
-    const canvas = document.querySelector(`#${id} canvas`);
-    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-    const found = new Map(cells.map((colour) => [colour, 0]));
-    for (let i = 0; i < data.length; i += 4) {
-      const colour = `${data[i]},${data[i + 1]},${data[i + 2]}`;
-      if (found.has(colour)) found.set(colour, found.get(colour) + 1);
-    }
-    return [...found.values()].filter((pixels) => pixels > 20).length >= 2;
-  }, id);
+/** Whether a canvas has cells in at least so many colours of the heat map. */
+const painted = (page, id, colours) =>
+  page.evaluate(
+    ([id, colours]) => {
+      const probe = document.body.appendChild(document.createElement("i"));
+      const cells = Array.from({ length: 8 }, (_, step) => {
+        probe.style.color = `var(--heat-${step})`;
+        return getComputedStyle(probe).color.match(/\d+/g).join();
+      });
+      probe.remove();
+      const canvas = document.querySelector(`#${id} canvas`);
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      const found = new Map(cells.map((colour) => [colour, 0]));
+      for (let i = 0; i < data.length; i += 4) {
+        const colour = `${data[i]},${data[i + 1]},${data[i + 2]}`;
+        if (found.has(colour)) found.set(colour, found.get(colour) + 1);
+      }
+      return [...found.values()].filter((pixels) => pixels > 20).length >= colours;
+    },
+    [id, colours],
+  );
 
 export async function pools(page, get) {
   await agree("the pools are those of the agent", async () => {

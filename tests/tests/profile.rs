@@ -206,7 +206,8 @@ fn resident_memory_is_that_of_who_is_there() {
     let cgroup = TestCgroup::create();
     let mut first = cgroup.spawn(&mut holder(50));
     let mut second = cgroup.spawn(&mut holder(200));
-    (there(&mut first), there(&mut second));
+    there(&mut first);
+    there(&mut second);
     begin(&profiler, &cgroup.0);
     let megabytes = || {
         thread::sleep(Duration::from_millis(20));
@@ -230,7 +231,8 @@ fn resident_memory_is_that_of_who_is_there() {
     eprintln!("seen in window {windows:?}");
     assert!(windows.is_some_and(|windows| windows <= 11), "{windows:?}");
     drop(cgroup);
-    (reap(first), reap(third));
+    reap(first);
+    reap(third);
 }
 
 #[test]

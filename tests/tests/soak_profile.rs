@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use rswap_agent::status::InstanceView;
+use rswap_agent::{profile::Profile, status::InstanceView};
 use rswap_tests::{
     Fleet, Host, HostOptions,
     bench::{process, turns::OwnCgroup},
@@ -26,14 +26,27 @@ const GROWTH_KIB: u64 = 3 << 10;
 /// Descriptors of what asks it, which come and go.
 const PASSING: usize = 2;
 
-/// Each makes cgroups in its own, and sleeps.
+/// Each makes cgroups in its own, and connections with itself, of which one is there already when it is adopted; and sleeps.
 const COMES_AND_GOES: &str = r#"
-import os, sys, time
+import os, socket, struct, sys, time
 root, number = sys.argv[1], 0
+server = socket.create_server(("127.0.0.1", 0))
+def connection():
+    one = socket.create_connection(server.getsockname())
+    # Reset at its end, it leaves no port behind that waits.
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return one, server.accept()[0]
+kept = connection()
 while True:
     path = f"{root}/{number % 4}"
     os.mkdir(path)
+    one, two = connection()
+    for ends in (one, two), kept:
+        ends[0].sendall(b"x")
+        ends[1].recv(1)
     time.sleep(0.01)
+    one.close()
+    two.close()
     os.rmdir(path)
     number += 1
 "#;
@@ -77,7 +90,9 @@ fn round(host: &Host, number: usize) -> anyhow::Result<()> {
     }
     wait_for("all to be profiled", LIMIT, || {
         let views: Vec<InstanceView> = host.get("/v1/profiles")?;
-        Ok((views.iter().filter(|view| view.profile.is_some()).count() == INSTANCES).then_some(()))
+        let profiles = views.iter().filter_map(|view| view.profile.as_ref());
+        let has_talked = |profile: &&Profile| !profile.tcp_counted || profile.tcp.bytes_in > 0;
+        Ok((profiles.filter(has_talked).count() == INSTANCES).then_some(()))
     })?;
     let during = size(host)?;
     ensure!(during.known >= INSTANCES as u64, "{during:?}");

@@ -405,8 +405,8 @@ impl Profiler {
         self.lock().shared.as_ref()?.shown.clone()
     }
 
-    /// What each program has cost since [`Self::start`]; empty unless
-    /// [`ProfileConfig::measure_program_cost`] is on.
+    /// What each program has cost since [`Self::start`], in the windows that were measured: all with
+    /// [`ProfileConfig::measure_program_cost`], else those that [`ProfileConfig::budget`] needs.
     pub fn program_costs(&self) -> Vec<ProgramCost> {
         self.lock().probes.costs()
     }
@@ -881,7 +881,7 @@ mod tests {
         tell("send");
         assert_eq!(window(), Some((false, 0, 0)));
         // One that has come meanwhile is found.
-        (tell("send"), tell("open"), tell("send"));
+        ["send", "open", "send"].into_iter().for_each(&mut tell);
         {
             let mut state = profiler.lock();
             state.forget_connections();

@@ -196,7 +196,7 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
             .inner()
             .store((program.ns_per_run * program.runs as f64) as u64, Relaxed);
     }
-    registry.register("bpf_runs", "Runs of an eBPF program", runs);
+    registry.register("bpf_runs", "Runs of an eBPF program, while BPF statistics are on", runs);
     registry.register(
         "bpf_run_time_nanoseconds",
         "Time in an eBPF program, while BPF statistics are on",

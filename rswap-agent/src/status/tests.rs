@@ -266,6 +266,11 @@ async fn exposes_metrics() {
     assert!(text.contains("rswap_probe_active{name=\"sched\"} 0"), "{text}");
     assert!(!text.contains("rswap_probe_active{name=\"memory.written_ages\"}"), "{text}");
     assert!(text.ends_with("# EOF\n"), "{text}");
+    let docs = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/profile.md")).unwrap();
+    for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE rswap_")) {
+        let name = line.split(' ').next().unwrap();
+        assert!(docs.contains(&format!("`{name}`")), "docs/profile.md does not explain {name}");
+    }
 }
 
 #[test]
