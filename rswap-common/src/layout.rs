@@ -188,6 +188,10 @@ pub struct SlotRecord {
     pub tcp_life_us: HistogramRecord,
     /// Page faults that were seen to begin, some of them twice or not at all: it says whether there were any.
     pub faults_begun: u64,
+    /// Times that a task went from one CPU to another.
+    pub migrations: u64,
+    /// To the end of a cache line.
+    pub padding: [u64; 7],
 }
 
 impl SlotRecord {
@@ -205,6 +209,8 @@ impl SlotRecord {
         tcp: TcpCounts { opened: 0, accepted: 0, closed: 0, seen: 0, failed: 0, retransmits: 0 },
         tcp_life_us: HistogramRecord::EMPTY,
         faults_begun: 0,
+        migrations: 0,
+        padding: [0; 7],
     };
 }
 
@@ -362,7 +368,7 @@ pub const fn block_shards(cpus: u32) -> u32 {
 
 // Both sides are compiled apart: the layout must not depend on the target's alignment rules.
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
-const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 96 + 16 * OFF_CPU_KINDS);
+const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 160 + 16 * OFF_CPU_KINDS);
 // Each begins with a cache line: maps begin with a page.
 const _: () = assert!(size_of::<SlotRecord>().is_multiple_of(64));
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);

@@ -160,6 +160,18 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
+/// `sched_migrate_task(p, dest_cpu)`: a task goes from one CPU to another.
+#[btf_tracepoint(function = "sched_migrate_task")]
+fn sched_migrate_task(ctx: BtfTracePointContext) -> i32 {
+    if let Some(slot) = slot_of(task_cgroup_id(ctx.arg(0)))
+        && let Some(record) = slot_record(slot)
+    {
+        // SAFETY: the map gave the pointer, and only this program on this CPU writes this counter.
+        unsafe { (*record).migrations = (*record).migrations.wrapping_add(1) };
+    }
+    0
+}
+
 /// `sched_waking(p)`: somebody begins to wake a task. If it is still running, or on its way off the CPU, it waits from the next switch on, which says so.
 #[btf_tracepoint(function = "sched_waking")]
 fn sched_waking(ctx: BtfTracePointContext) -> i32 {

@@ -4,6 +4,7 @@
 
 use std::{
     fs::{self, File},
+    io::{BufRead, BufReader, Write},
     path::Path,
     process::{Child, Command, Stdio},
     thread,
@@ -133,6 +134,42 @@ fn turns_are_the_context_switches_that_perf_counts() {
     assert!(turns.abs_diff(counted) as f64 <= counted as f64 * 0.001, "{turns} turns, {counted} switches");
     drop(cgroup);
     children.into_iter().for_each(reap);
+}
+
+#[test]
+fn migrations_are_those_that_the_kernel_counts() {
+    let test = "migrations_are_those_that_the_kernel_counts";
+    let Some(profiler) = profiler(test, &["sched_migrate_task"]) else { return };
+    if !Path::new("/proc/self/sched").exists() {
+        return skip(test, "this kernel is built without CONFIG_SCHED_DEBUG");
+    }
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").expect("the CPUs");
+    let cpus: Vec<usize> = cpu_list::parse(&online).expect("a list of CPUs").into_iter().collect();
+    let [one, .., other] = cpus[..] else { return skip(test, "one CPU: nothing can migrate") };
+    // Told to, it goes to and fro, and says how often the kernel saw that.
+    let script = format!(
+        "import os, sys, time\ndef seen():\n    for line in open('/proc/self/sched'):\n        \
+         if line.startswith('se.nr_migrations'): return int(line.split(':')[1])\n\
+         os.sched_setaffinity(0, {{{one}}})\nprint('there', flush=True)\nsys.stdin.readline()\nbefore = seen()\n\
+         for i in range(300):\n    os.sched_setaffinity(0, {{{other} if i % 2 == 0 else {one}}})\n    time.sleep(0.0005)\n\
+         print(seen() - before, flush=True)\nsys.stdin.readline()\n"
+    );
+    let cgroup = TestCgroup::create();
+    let mut command = Command::new(moves::python().expect("python3"));
+    command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = cgroup.spawn(&mut command);
+    let (mut to, from) = (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
+    let mut said = BufReader::new(from).lines().map(|line| line.expect("its output"));
+    assert_eq!(said.next().as_deref(), Some("there"));
+    begin(&profiler, &cgroup.0);
+    writeln!(to, "go").expect("telling it");
+    let seen: u64 = said.next().expect("a number").parse().expect("a number");
+    let counted = end(&profiler).cpu.migrations;
+    eprintln!("{counted:?} migrations, the kernel saw {seen}");
+    assert!(seen >= 300, "{seen}");
+    assert_eq!(counted, Some(seen));
+    drop(to);
+    reap(child);
 }
 
 #[test]

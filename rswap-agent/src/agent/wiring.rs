@@ -166,10 +166,11 @@ impl Wiring {
             self.moving.contains_key(name) || self.in_doubt.contains_key(name) || still.contains(name)
         };
         self.profiler.disturbed(left_alone);
-        let profiles = self.profiler.sample(now);
+        let mut profiles = self.profiler.sample(now);
         self.look_at_cores(now, &profiles);
         self.parts.begin_window(|name| self.known.contains_key(name));
         let (inventory, apart) = (self.watch.latest(), self.profiler.devices());
+        super::cores::tell_classes(&inventory, &mut profiles);
         let mut usages = Vec::with_capacity(profiles.len());
         for profile in &profiles {
             let parts = self.look_at_parts(profile, &apart, &inventory);

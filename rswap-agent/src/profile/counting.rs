@@ -3,7 +3,7 @@
 use super::{
     connections::SET_STATE,
     fault_latency::{FAULT_PROBES, MAJOR_FAULTS, PAGE_FAULT},
-    probes::{EXACT, Probes, SWITCH_STATE},
+    probes::{EXACT, Probes, SCHED_MIGRATE, SWITCH_STATE},
     tiers::Tier,
 };
 
@@ -18,6 +18,7 @@ pub(super) struct Counting {
     pub(super) exact: bool,
     pub(super) turns: bool,
     pub(super) off_cpu: bool,
+    pub(super) migrations: bool,
     pub(super) requests: bool,
     pub(super) bytes: bool,
     pub(super) retransmits: bool,
@@ -37,6 +38,7 @@ impl Counting {
             exact: probes.are_active(&EXACT),
             turns: probes.are_active(&["sched_switch"]),
             off_cpu: probes.are_active(&[SWITCH_STATE]),
+            migrations: probes.are_active(&[SCHED_MIGRATE]),
             requests: probes.are_active(&["block_rq_complete"]),
             bytes: connections_counted && probes.are_active(&[SET_STATE]),
             retransmits: probes.are_active(&["tcp_retransmit_skb"]),

@@ -111,6 +111,7 @@ pub fn features() -> Vec<Feature> {
 fn probe_cost(tracepoint: &str) -> &'static str {
     match tracepoint {
         "sched_switch" => "no run-queue latency and no on-CPU times",
+        "sched_migrate_task" => "no count of how often threads go from one core to another",
         "sched_waking" | "sched_wakeup_new" => "profile.exact has no effect",
         SWITCH_STATE => "time off the CPU is not told apart by its reason",
         "block_rq_complete" => "no block latency and no block bytes",

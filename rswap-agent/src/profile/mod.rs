@@ -174,6 +174,12 @@ pub struct CpuProfile {
     /// Of each CPU on which it ran or waited.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub by_cpu: Vec<OnCpu>,
+    /// Where this host has several pools of cores (its classes of cores, unless they are configured): time on each, as far as it has any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub by_class: Vec<OnClass>,
+    /// Times that one of its threads went from one core to another; `None` where that is not counted.
+    #[serde(default)]
+    pub migrations: Option<u64>,
     /// Who ran while one of its threads waited, the longest first: all of the time that `by_cpu` has of others.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub neighbours: Vec<CpuNeighbour>,
@@ -203,6 +209,15 @@ impl CpuProfile {
             of.waited_ns = (of.waited_ns as f64 * left) as u64;
         }
     }
+}
+
+/// Time on the cores of one pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OnClass {
+    /// The pool's name.
+    pub class: String,
+    /// Time that its threads ran there, of turns that ended in the window, in nanoseconds.
+    pub ran_ns: u64,
 }
 
 /// Time of threads off the CPU until they could run again, by reason. What they waited for a CPU then is in [`CpuProfile::run_queue_ns`]. Counted when it

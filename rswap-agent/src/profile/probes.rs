@@ -106,10 +106,13 @@ const TCP_RETRANSMIT: &str = "tcp_retransmit_skb";
 
 const SCHED_SWITCH: &str = "sched_switch";
 
+/// Sees tasks go from one CPU to another.
+pub(super) const SCHED_MIGRATE: &str = "sched_migrate_task";
+
 /// What the program at [`SCHED_SWITCH`] does beside, where it can: it counts why tasks go.
 pub(super) const SWITCH_STATE: &str = "sched_switch.prev_state";
 
-pub(super) const PROBES: [Probe; 4] = [
+pub(super) const PROBES: [Probe; 5] = [
     Probe {
         tracepoint: SCHED_SWITCH,
         arguments: &["bool", "struct task_struct *", "struct task_struct *"],
@@ -124,6 +127,16 @@ pub(super) const PROBES: [Probe; 4] = [
             (g::TASK_CFS_RQ, "task_struct", "se.cfs_rq"),
             (g::CFS_RQ_RQ, "cfs_rq", "rq"),
             (g::RQ_CLOCK, "rq", "clock"),
+            (g::CSS_SET_DFL_CGRP, "css_set", "dfl_cgrp"),
+        ],
+    },
+    Probe {
+        tracepoint: SCHED_MIGRATE,
+        arguments: &["struct task_struct *", "int"],
+        fields: &[
+            CGROUP_FIELDS[0],
+            CGROUP_FIELDS[1],
+            (g::TASK_CGROUPS, "task_struct", "cgroups"),
             (g::CSS_SET_DFL_CGRP, "css_set", "dfl_cgrp"),
         ],
     },

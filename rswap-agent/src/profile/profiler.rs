@@ -686,6 +686,7 @@ impl State {
             cpu.exact = counting.exact;
             cpu.counted = counting.turns;
             cpu.off_cpu = counting.off_cpu.then(|| counters.off_cpu_since(earlier));
+            cpu.migrations = counting.migrations.then(|| counters.migrations_since(earlier));
             cpu.cores = cpu.on_cpu_ns.sum as f64 / (window_ms as f64 * 1e6);
             let mut tcp = TcpProfile::default();
             if counting.tcp {
@@ -803,6 +804,7 @@ impl State {
             profile.cpu.exact = counting.exact;
             profile.cpu.counted = counting.turns;
             profile.cpu.off_cpu = counting.off_cpu.then(|| later.off_cpu_since(earlier));
+            profile.cpu.migrations = counting.migrations.then(|| later.migrations_since(earlier));
             if counting.tcp {
                 profile.tcp = later.tcp_since(earlier);
                 profile.tcp.retransmits = counting.retransmits.then(|| later.retransmits_since(earlier));

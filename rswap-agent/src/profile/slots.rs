@@ -52,6 +52,7 @@ pub(super) struct Counters {
     /// By CPU.
     cpus: Vec<OnCpu>,
     off_cpu: [OffCpuCount; OFF_CPU_KINDS],
+    migrations: u64,
     /// Whether this has changed says whether any of its page faults has begun.
     pub(super) faults_begun: u64,
     /// For whom it waited.
@@ -123,6 +124,7 @@ impl Counters {
                 add_record(&mut total.tcp_life_us, &record.tcp_life_us);
                 add_tcp(&mut total.tcp, &record.tcp);
                 total.faults_begun = total.faults_begun.wrapping_add(record.faults_begun);
+                total.migrations = total.migrations.wrapping_add(record.migrations);
                 total.tcp_bytes_in = total.tcp_bytes_in.wrapping_add(record.tcp_bytes_in);
                 total.tcp_bytes_out = total.tcp_bytes_out.wrapping_add(record.tcp_bytes_out);
             }
@@ -152,6 +154,7 @@ impl Counters {
             tcp_life_us: Counts::of(&total.tcp_life_us),
             cpus,
             off_cpu: total.off_cpu,
+            migrations: total.migrations,
             faults_begun: total.faults_begun,
             waits: Waits::read(maps, slots, slot),
             faults: FaultCounts::read(maps, slots, slot),
@@ -185,6 +188,11 @@ impl Counters {
             blocked: of(OffCpu::Blocked),
             stopped: of(OffCpu::Stopped),
         }
+    }
+
+    /// Times that a task went from one CPU to another since `earlier`.
+    pub(super) fn migrations_since(&self, earlier: &Self) -> u64 {
+        self.migrations.wrapping_sub(earlier.migrations)
     }
 
     /// What the TCP probes counted since `earlier`.
@@ -405,6 +413,7 @@ mod tests {
             tcp_life_us: Counts::default(),
             cpus: Vec::new(),
             off_cpu: SlotRecord::EMPTY.off_cpu,
+            migrations: 0,
             faults_begun: 0,
             waits: Waits::default(),
             faults: FaultCounts::default(),

@@ -59,6 +59,12 @@ struct OfFaults {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfClass {
+    instance: String,
+    class: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfReason {
     instance: String,
     reason: &'static str,
@@ -246,10 +252,11 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
 
 fn instances(registry: &mut Registry, board: &BoardState) {
     let cores = Family::<OfInstance, FloatGauge>::default();
+    let on_class = Family::<OfClass, FloatGauge>::default();
     let resident = Family::<OfInstance, FloatGauge>::default();
     let queue_mean = Family::<OfInstance, FloatGauge>::default();
     let need = Family::<Forecast, FloatGauge>::default();
-    let [io, io_latency, net_in, net_out, connections, opened, retransmits] =
+    let [io, io_latency, net_in, net_out, connections, opened, retransmits, migrations] =
         std::array::from_fn(|_| Family::<OfInstance, FloatGauge>::default());
     for (name, view) in &board.instances {
         let of = OfInstance { instance: name.to_string() };
@@ -259,6 +266,11 @@ fn instances(registry: &mut Registry, board: &BoardState) {
             let set = |family: &Family<OfInstance, FloatGauge>, value: Option<f64>| {
                 value.into_iter().for_each(|value| _ = family.get_or_create(&of).set(value));
             };
+            for on in &profile.cpu.by_class {
+                let labels = OfClass { instance: name.to_string(), class: on.class.clone() };
+                let window_ns = profile.window_ms.max(1) as f64 * 1e6;
+                on_class.get_or_create(&labels).set(on.ran_ns as f64 / window_ns);
+            }
             set(&io, profile.io_bytes_per_s());
             set(&io_latency, profile.io_latency_ns().quantile(0.99).map(|ns| ns as f64 / 1e9));
             set(&net_in, profile.net_bytes_per_s().map(|(bytes, _)| bytes));
@@ -268,6 +280,7 @@ fn instances(registry: &mut Registry, board: &BoardState) {
             set(&connections, tcp.connections.as_ref().map(|of| of.open as f64));
             set(&opened, tcp.connections.as_ref().map(|of| per_s(of.opened + of.accepted)));
             set(&retransmits, tcp.retransmits.map(per_s));
+            set(&migrations, profile.cpu.migrations.map(per_s));
             let queue = &profile.cpu.run_queue_ns;
             if queue.count > 0 {
                 queue_mean.get_or_create(&of).set(queue.sum as f64 / queue.count as f64 / 1e9);
@@ -292,6 +305,8 @@ fn instances(registry: &mut Registry, board: &BoardState) {
         }
     }
     registry.register("instance_cores", "CPU use in the last window, in cores", cores);
+    let help = "CPU use in the last window on a pool of cores, where there are several, in cores";
+    registry.register("instance_class_cores", help, on_class);
     registry.register_with_unit("instance_resident", "Resident memory", Unit::Bytes, resident);
     registry.register_with_unit(
         "instance_run_queue_mean",
@@ -306,6 +321,11 @@ fn instances(registry: &mut Registry, board: &BoardState) {
         ("instance_tcp_connections", "TCP connections that began while it was profiled, now", connections),
         ("instance_tcp_connections_per_second", "TCP connections begun in the last window", opened),
         ("instance_tcp_retransmits_per_second", "What TCP sent again in the last window", retransmits),
+        (
+            "instance_core_migrations_per_second",
+            "Times that a thread went from one core to another in the last window",
+            migrations,
+        ),
     ] {
         registry.register(name, help, family);
     }

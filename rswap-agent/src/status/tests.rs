@@ -12,8 +12,8 @@ use crate::{
     plan::{Decision, Plan},
     profile::{
         BlockProfile, CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour, OffCpuProfile, OffCpuTime,
-        Operation, ProbeState, ProbeStatus, Profile, RequestCount, TcpConnections, TcpProfile, UnownedBlock,
-        Who, histogram::Histogram,
+        OnClass, Operation, ProbeState, ProbeStatus, Profile, RequestCount, TcpConnections, TcpProfile,
+        UnownedBlock, Who, histogram::Histogram,
     },
     units::UnixMillis,
 };
@@ -157,7 +157,14 @@ fn show_a_profile(board: &mut BoardState) {
         instance: view.instance.name.clone(),
         at: UnixMillis::now(),
         window_ms: 1000,
-        cpu: CpuProfile { run_queue_ns: of(&[1000]), off_cpu, neighbours, ..CpuProfile::default() },
+        cpu: CpuProfile {
+            run_queue_ns: of(&[1000]),
+            off_cpu,
+            neighbours,
+            by_class: vec![OnClass { class: "fast".into(), ran_ns: 500_000_000 }],
+            migrations: Some(6),
+            ..CpuProfile::default()
+        },
         block: vec![BlockProfile {
             device: "8:0".into(),
             operation: Operation::Write,
@@ -257,6 +264,8 @@ async fn exposes_metrics() {
         "rswap_instance_tcp_listen_drops_total{instance=\"db\"} 5",
         "rswap_instance_tcp_life_seconds_sum{instance=\"db\"} 1.5",
         "rswap_profile_untiered_core_share 0.0625",
+        "rswap_instance_class_cores{instance=\"db\",class=\"fast\"} 0.5",
+        "rswap_instance_core_migrations_per_second{instance=\"db\"} 6.0",
         "rswap_instance_disk_taken_by{instance=\"db\",device=\"8:0\",kind=\"kernel_threads\",neighbour=\"\"} 2.0",
     ] {
         assert!(text.lines().any(|found| found == line), "no {line} in {text}");

@@ -192,6 +192,15 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         &history.wait_p99_ns,
     );
     distribution(&mut lines, "on a core", &profile.cpu.on_cpu_ns, nanoseconds, &VecDeque::new());
+    let on_class = profile.cpu.by_class.iter().map(|on| {
+        let cores = on.ran_ns as f64 / (profile.window_ms.max(1) as f64 * 1e6);
+        format!("  {} {cores:.2}", on.class)
+    });
+    lines.push(Line::from(format!(
+        "  went to another core {} times{}",
+        or_dash(profile.cpu.migrations.map(|times| times.to_string())),
+        on_class.collect::<String>()
+    )));
     if let Some(off) = &profile.cpu.off_cpu {
         let of = |time: OffCpuTime| format!("{} ({} times)", nanoseconds(time.ns as f64), time.times);
         lines.push(Line::from("off the CPU, over all threads").bold());
