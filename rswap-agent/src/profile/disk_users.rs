@@ -143,6 +143,9 @@ pub(super) fn add_neighbours(profiles: &mut [Profile], used: Vec<Used>) {
         for (device, users) in &by_device {
             let of_device = profile.block.iter().filter(|block| block.device == *device);
             let own_ns: u64 = of_device.map(|block| block.latency_ns.sum + block.queue_ns.sum).sum();
+            if own_ns == 0 {
+                continue;
+            }
             let all_ns: u64 = users.values().sum();
             let others = users.iter().filter(|(who, ns)| **who != own && **ns > 0);
             let others = others.map(|(who, &device_ns)| DiskNeighbour {
@@ -159,7 +162,7 @@ pub(super) fn add_neighbours(profiles: &mut [Profile], used: Vec<Used>) {
                     waited_ns: rest.iter().map(|of| of.waited_ns).sum(),
                 },
             );
-            if own_ns > 0 && !others.is_empty() {
+            if !others.is_empty() {
                 profile.disk_neighbours.push(DeviceNeighbours { device: device.clone(), own_ns, others });
             }
         }

@@ -99,6 +99,8 @@ impl Listeners {
         missed: &BTreeSet<u64>,
         instances: Vec<(&InstanceName, Option<u64>, &BTreeSet<u64>)>,
     ) {
+        let mut by_cgroup: HashMap<u64, Vec<&(u64, Listener)>> = HashMap::new();
+        found.iter().for_each(|of| by_cgroup.entry(of.1.cgroup_id).or_default().push(of));
         let mut all_before = std::mem::take(&mut self.seen);
         self.missed.clear();
         for (name, namespace, ids) in instances {
@@ -111,7 +113,7 @@ impl Listeners {
                 self.missed.insert(name.clone());
                 continue;
             }
-            let own = found.iter().filter(|(_, of)| ids.contains(&of.cgroup_id));
+            let own = ids.iter().filter_map(|id| by_cgroup.get(id)).flatten();
             let own = own.map(|(namespace, of)| ((*namespace, of.cookie), of.drops)).collect();
             // What there was before the first look is nobody's news.
             if let Some(before) = before {
