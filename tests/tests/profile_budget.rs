@@ -63,6 +63,9 @@ fn what_costs_more_than_it_may_goes_says_so_and_comes_back() -> anyhow::Result<(
     })?;
     println!("{}", dropped["profile_cost"]);
     ensure!(scheduler(&dropped)["core_share"].as_f64() > Some(0.0005), "{dropped}");
+    let switch = dropped["programs"].as_array().into_iter().flatten().find(|of| of["name"] == "sched_switch");
+    let share = switch.and_then(|switch| switch["core_share"].as_f64());
+    ensure!(share.is_some_and(|share| share > 0.0005 && share < 1.0), "{switch:?}");
     for (name, state) in [
         ("sched_switch", "dropped"),
         ("sched_switch.prev_state", "dropped"),

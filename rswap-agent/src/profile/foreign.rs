@@ -30,7 +30,12 @@ impl ForeignPrograms {
         let cost = |program: aya::programs::ProgramInfo| {
             let (runs, ran_ns) = (program.run_count(), program.run_time().as_nanos() as f64);
             let ns_per_run = if runs == 0 { 0.0 } else { ran_ns / runs as f64 };
-            ProgramCost { name: program.name_as_str().unwrap_or("?").to_owned(), runs, ns_per_run }
+            ProgramCost {
+                name: program.name_as_str().unwrap_or("?").to_owned(),
+                runs,
+                ns_per_run,
+                core_share: None,
+            }
         };
         programs.map(cost).collect()
     }

@@ -1,6 +1,6 @@
 //! The eBPF programs: what each needs of the kernel, loading them, and what became of each.
 
-use std::{collections::BTreeMap, io, os::fd::OwnedFd};
+use std::{collections::BTreeMap, io, os::fd::OwnedFd, time::Instant};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
@@ -84,6 +84,9 @@ pub struct ProgramCost {
     pub runs: u64,
     /// Mean time of a run, in nanoseconds (the measuring included).
     pub ns_per_run: f64,
+    /// Share of one core that it took in the last window that was measured, on all CPUs together.
+    #[serde(default)]
+    pub core_share: Option<f64>,
 }
 
 /// A program, and what it relies on. Tracepoints and structures change between kernels, at no version that
@@ -313,16 +316,28 @@ pub(super) struct Probes {
     statistics: Option<OwnedFd>,
     /// It does always.
     always_measured: bool,
-    was_measured: bool,
+    /// Since when the window is measured, and how long each program had run then, in nanoseconds.
+    measured_since: Option<(Instant, BTreeMap<String, u64>)>,
+    /// What each has cost by the end of the last window that was measured.
+    costs: Vec<ProgramCost>,
 }
 
 impl Probes {
     /// Loads and attaches what this kernel takes. Never fails as a whole.
     pub(super) fn load(config: &ProfileConfig) -> Self {
         let (statuses, maps, ebpf, links, flush_log, statistics) = Default::default();
-        let (always_measured, was_measured) = (config.measure_program_cost, false);
-        let mut this =
-            Self { statuses, maps, ebpf, links, flush_log, statistics, always_measured, was_measured };
+        let (measured_since, costs) = Default::default();
+        let mut this = Self {
+            statuses,
+            maps,
+            ebpf,
+            links,
+            flush_log,
+            statistics,
+            always_measured: config.measure_program_cost,
+            measured_since,
+            costs,
+        };
         if let Err(reason) = this.try_load(config) {
             this.maps = None;
             this.ebpf = None;
@@ -542,11 +557,36 @@ impl Probes {
 
     /// What each program has cost while the statistics were on; empty if they never were.
     pub(super) fn costs(&self) -> Vec<ProgramCost> {
+        match &self.measured_since {
+            // To ask the kernel is some system calls: they are asked for in each window.
+            Some(measured) if self.always_measured => self.costs_since(measured),
+            _ => self.costs.clone(),
+        }
+    }
+
+    /// A window ends: if it was measured, what each program has cost is known anew.
+    pub(super) fn note_costs(&mut self) {
+        let Some(measured) = self.measured_since.take() else { return };
+        self.costs = self.costs_since(&measured);
+        if self.always_measured {
+            self.begin_to_measure();
+        }
+    }
+
+    fn costs_since(&self, (since, before): &(Instant, BTreeMap<String, u64>)) -> Vec<ProgramCost> {
+        let elapsed_ns = since.elapsed().as_nanos().max(1) as f64;
         let cost = |(name, runs, ran_ns): (&str, u64, u64)| {
             let ns_per_run = if runs == 0 { 0.0 } else { ran_ns as f64 / runs as f64 };
-            ProgramCost { name: name.to_owned(), runs, ns_per_run }
+            let ran_before = before.get(name).copied().unwrap_or(0);
+            let core_share = Some(ran_ns.saturating_sub(ran_before) as f64 / elapsed_ns);
+            ProgramCost { name: name.to_owned(), runs, ns_per_run, core_share }
         };
-        if self.was_measured { self.ran().map(cost).collect() } else { Vec::new() }
+        self.ran().map(cost).collect()
+    }
+
+    fn begin_to_measure(&mut self) {
+        let ran = self.ran().map(|(name, _, ran_ns)| (name.to_owned(), ran_ns)).collect();
+        self.measured_since = Some((Instant::now(), ran));
     }
 
     /// How long the programs of each tier, and those in none, ran while the statistics were on, in nanoseconds.
@@ -569,12 +609,17 @@ impl Probes {
 
     /// From now on the kernel measures the programs.
     pub(super) fn measure(&mut self) {
-        if self.statistics.is_some() {
-            return;
+        if self.statistics.is_none() {
+            match enable_stats(Stats::RunTime) {
+                Ok(statistics) => self.statistics = Some(statistics),
+                Err(error) => {
+                    tracing::warn!(%error, "the cost of the eBPF programs can't be measured");
+                    return;
+                }
+            }
         }
-        match enable_stats(Stats::RunTime) {
-            Ok(statistics) => (self.statistics, self.was_measured) = (Some(statistics), true),
-            Err(error) => tracing::warn!(%error, "the cost of the eBPF programs can't be measured"),
+        if self.measured_since.is_none() {
+            self.begin_to_measure();
         }
     }
 

@@ -461,7 +461,9 @@ impl Reading {
 impl State {
     /// Has the programs measured now and then, and takes those away that cost more than they may.
     fn keep_budget(&mut self, now: UnixMillis) {
-        let change = self.meter.end(now, &self.probes.ran_by_tier());
+        let probes = &self.probes;
+        let change = self.meter.end(now, || probes.ran_by_tier());
+        self.probes.note_costs();
         match change {
             Some(Change::Drop(tier)) => {
                 let cost = self.meter.judge.cost();

@@ -238,14 +238,14 @@ impl Meter {
     }
 
     /// It ends: what is to be done.
-    pub(super) fn end(&mut self, now: UnixMillis, ran_ns: &ByTier<u64>) -> Option<Change> {
+    pub(super) fn end(&mut self, now: UnixMillis, ran_ns: impl FnOnce() -> ByTier<u64>) -> Option<Change> {
         let (began, before) = self.measuring.take()?;
         let elapsed_ns = began.elapsed().as_nanos().max(1) as f64;
-        let share = |(tier, ran): (&Option<Tier>, &u64)| {
-            let ran = ran.saturating_sub(before.get(tier).copied().unwrap_or(0));
-            (*tier, ran as f64 / elapsed_ns)
+        let share = |(tier, ran): (Option<Tier>, u64)| {
+            let ran = ran.saturating_sub(before.get(&tier).copied().unwrap_or(0));
+            (tier, ran as f64 / elapsed_ns)
         };
-        self.judge.judge(now, ran_ns.iter().map(share).collect())
+        self.judge.judge(now, ran_ns().into_iter().map(share).collect())
     }
 }
 
@@ -314,14 +314,14 @@ mod tests {
             assert!(meter.is_due(), "the first, and each after one that was over");
             meter.begin(ran(0));
             let expected = (second == 2).then_some(Change::Drop(Tier::Tcp));
-            assert_eq!(meter.end(at(second), &ran(MUCH)), expected);
+            assert_eq!(meter.end(at(second), || ran(MUCH)), expected);
         }
         assert!(!meter.is_due());
-        assert_eq!(meter.end(at(62), &ran(MUCH)), None, "nothing was measured");
+        assert_eq!(meter.end(at(62), || ran(MUCH)), None, "nothing was measured");
         // While it is away, its programs do not run.
         let mut idle = |second: u64| {
             meter.begin(ran(MUCH));
-            let change = meter.end(at(second), &ran(MUCH));
+            let change = meter.end(at(second), || ran(MUCH));
             if change == Some(Change::Return(Tier::Tcp)) {
                 meter.judge.did_not_return(at(second), Tier::Tcp);
             }
