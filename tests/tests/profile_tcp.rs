@@ -83,7 +83,7 @@ fn end_of(profiler: &Profiler) -> Profile {
     end(profiler)
 }
 
-/// A program that has a connection with itself, in a network namespace of its own; for each number that it is told, it sends as many bytes from one end, and twice as many from the other.
+/// A program that has a connection with itself, in a network namespace of its own; for each number that it is told, it sends as many bytes from one end, and twice as many from the other, and says what both ends' round trips are then, added up, in microseconds.
 struct Talker {
     child: Child,
     stdin: ChildStdin,
@@ -92,12 +92,14 @@ struct Talker {
 
 impl Talker {
     fn start(cgroup: &TestCgroup) -> Self {
-        let script = "import socket, sys\nserver = socket.create_server(('127.0.0.1', 0))\n\
+        let script = "import socket, struct, sys, time\nserver = socket.create_server(('127.0.0.1', 0))\n\
             one = socket.create_connection(server.getsockname())\ntwo, _ = server.accept()\n\
             def move(to, other, count):\n    while count:\n        part = min(count, 30000)\n        to.sendall(b'x' * part)\n        \
             other.recv(part, socket.MSG_WAITALL)\n        count -= part\n\
+            rtt = lambda end: struct.unpack('I', end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[68:72])[0]\n\
             print('there', flush=True)\n\
-            for line in sys.stdin:\n    move(one, two, int(line))\n    move(two, one, 2 * int(line))\n    print('done', flush=True)\n";
+            for line in sys.stdin:\n    move(one, two, int(line))\n    move(two, one, 2 * int(line))\n    \
+            time.sleep(0.1)  # The last answers have come.\n    print(rtt(one) + rtt(two), flush=True)\n";
         let python = moves::python().expect("python3");
         let mut command = Command::new("unshare");
         command
@@ -108,19 +110,19 @@ impl Talker {
         let (stdin, stdout) =
             (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
         let mut talker = Self { child, stdin, stdout: BufReader::new(stdout) };
-        talker.answers("there");
+        assert_eq!(talker.answer(), "there");
         talker
     }
 
-    fn answers(&mut self, expected: &str) {
+    fn answer(&mut self) -> String {
         let mut line = String::new();
         self.stdout.read_line(&mut line).expect("its answer");
-        assert_eq!(line.trim(), expected);
+        line.trim().to_owned()
     }
 
-    fn talk(&mut self, bytes: u64) {
+    fn talk(&mut self, bytes: u64) -> u64 {
         writeln!(self.stdin, "{bytes}").expect("telling it");
-        self.answers("done");
+        self.answer().parse().expect("a number")
     }
 
     fn end(self) {
@@ -130,11 +132,11 @@ impl Talker {
     }
 }
 
-/// Bytes in and out, and round trips, since the window began.
-fn moved(profiler: &Profiler) -> (u64, u64, u64) {
+/// Bytes in and out since the window began, how many round trips are told, and their sum in microseconds.
+fn moved(profiler: &Profiler) -> (u64, u64, u64, u64) {
     let profile = end(profiler);
     assert!(profile.tcp_counted);
-    (profile.tcp.bytes_in, profile.tcp.bytes_out, profile.tcp.rtt_us.count)
+    (profile.tcp.bytes_in, profile.tcp.bytes_out, profile.tcp.rtt_us.count, profile.tcp.rtt_us.sum)
 }
 
 #[test]
@@ -146,23 +148,24 @@ fn what_goes_over_a_connection_counts_from_when_its_instance_came_for_each_windo
     talker.talk(1_000_000);
     let name = begin(&profiler, &cgroup.0);
     for bytes in [1, 100_000, 0, 7] {
-        talker.talk(bytes);
+        let round_trips = talker.talk(bytes);
         // Both ends are the instance's, and each has a sample, if anything went.
-        let samples = if bytes > 0 { 2 } else { 0 };
-        assert_eq!(moved(&profiler), (3 * bytes, 3 * bytes, samples), "of {bytes}");
+        let (samples, sum) = if bytes > 0 { (2, round_trips) } else { (0, 0) };
+        assert_eq!(moved(&profiler), (3 * bytes, 3 * bytes, samples, sum), "of {bytes}");
     }
     // What is nobody's for a while is not counted later, also if it comes to the same slot.
     talker.talk(10);
     profiler.untrack(&name);
     talker.talk(100);
     begin(&profiler, &cgroup.0);
-    talker.talk(1000);
-    assert_eq!(moved(&profiler), (3000, 3000, 2));
+    let round_trips = talker.talk(1000);
+    assert_eq!(moved(&profiler), (3000, 3000, 2, round_trips));
     // Of a connection that ends, the rest counts with its end, of which that of the other side is no byte.
     talker.talk(10_000);
     talker.end();
     thread::sleep(Duration::from_millis(200));
-    assert_eq!(moved(&profiler), (30_000, 30_000, 2));
+    let (came, went, samples, _) = moved(&profiler);
+    assert_eq!((came, went, samples), (30_000, 30_000, 2));
 }
 
 #[test]
