@@ -2,7 +2,7 @@
 //!
 //! Two processes on one core, real-time, play ping-pong over pipes and then over TCP, in turns with the probes off, on, with exact waits, and
 //! with programs at the same events that do nothing. fio reads 4 KiB blocks past the page cache while the kernel measures the
-//! block programs, and ones that do nothing in their place. At last an agent has 200 instances that wake ten times a second. Figures are medians.
+//! block programs, and ones that do nothing in their place. At last an agent has 200 instances that wake ten times a second, and then 2,000 cgroups beside. Figures are medians.
 //! Where bpftrace or bcc's tools are installed (Debian: bpftrace, libbpf-tools), they take their turns too.
 
 use std::{
@@ -41,6 +41,8 @@ const SLICES: u32 = 10;
 const FIO_SECONDS: u32 = 3;
 /// Turns in which a tool has to see the players.
 const SEEN_TURNS: u32 = 20_000;
+/// Cgroups beside those of instances, with which the agent is measured again.
+const OTHER_CGROUPS: usize = 2000;
 /// Before an agent's own cost is measured, its first windows pass.
 const SETTLED: Duration = Duration::from_secs(10);
 
@@ -471,18 +473,34 @@ fn agent(instances: usize, seconds: Duration) -> anyhow::Result<Map<String, Valu
         host.call(&["adopt", path, "--name", &format!("nap{number}")])?;
         cgroups.push(cgroup);
     }
-    thread::sleep(SETTLED);
-    let (before, began) = (process::cpu_time(pid)?, Instant::now());
-    thread::sleep(seconds);
-    let share =
-        (process::cpu_time(pid)?.saturating_sub(before)).as_secs_f64() / began.elapsed().as_secs_f64();
+    let share = || -> anyhow::Result<f64> {
+        thread::sleep(SETTLED);
+        let (before, began) = (process::cpu_time(pid)?, Instant::now());
+        thread::sleep(seconds);
+        let used = process::cpu_time(pid)?.saturating_sub(before);
+        Ok(used.as_secs_f64() / began.elapsed().as_secs_f64())
+    };
+    let alone = share()?;
     let resident = process::status_kib(pid, "VmRSS:")? as f64 / 1024.0;
     let status: Value = host.get("/v1/status")?;
     ensure!(status["instances"] == instances, "{instances} instances: {}", status["instances"]);
+    // Half of them are an instance's, the others nobody's.
+    let first = cgroups.first().context("no instances")?.path().to_owned();
+    let below = || (0..OTHER_CGROUPS / 2).map(|number| first.join(format!("below{number}")));
+    below().try_for_each(fs::create_dir)?;
+    let foreign = (0..OTHER_CGROUPS / 2).map(|number| OwnCgroup::new(&format!("other{number}")));
+    let foreign = foreign.collect::<anyhow::Result<Vec<_>>>()?;
+    let among_many = share()?;
+    drop(foreign);
+    below().try_for_each(fs::remove_dir)?;
     drop((host, cgroups));
     nappers.iter_mut().for_each(|napper| drop(napper.wait()));
     let mut figures = Map::new();
-    figures.insert(format!("agent_core_pct_{instances}"), json!(share * 100.0));
+    figures.insert(format!("agent_core_pct_{instances}"), json!(alone * 100.0));
+    figures.insert(
+        format!("agent_core_pct_{instances}_beside_{OTHER_CGROUPS}_cgroups"),
+        json!(among_many * 100.0),
+    );
     figures.insert(format!("agent_rss_mb_{instances}"), json!(resident));
     figures.insert("agent_last_window_work_us".to_owned(), status["last_window_work_us"].clone());
     Ok(figures)
