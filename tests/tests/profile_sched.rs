@@ -137,6 +137,50 @@ fn turns_are_the_context_switches_that_perf_counts() {
 }
 
 #[test]
+fn turns_are_as_long_as_a_pinned_program_computes() {
+    let test = "turns_are_as_long_as_a_pinned_program_computes";
+    let Some(profiler) = profiler(test, &["sched_switch"]) else { return };
+    // Real-time, and on a core by itself, it is never made to give way. It computes for 0.1, 0.5 or 1.5 ms by its own clock, sleeps, and says how long it
+    // really was from one sleep to the next.
+    const TURNS: u64 = 6000;
+    let script = format!(
+        "import os, sys, time\nos.sched_setaffinity(0, {{max(os.sched_getaffinity(0))}})\n\
+         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))\n\
+         said = [0] * {TURNS}\nprint('there', flush=True)\nsys.stdin.readline()\ntime.sleep(0.001)\n\
+         for i in range({TURNS}):\n    said[i] = time.thread_time_ns()\n    until = said[i] + (100_000, 500_000, 1_500_000)[i % 3]\n    \
+         while time.thread_time_ns() < until: pass\n    time.sleep(0.001)\n\
+         said.append(time.thread_time_ns())\nprint(*[later - said[i] for i, later in enumerate(said[1:])], flush=True)\nsys.stdin.readline()\n"
+    );
+    let cgroup = TestCgroup::create();
+    let mut command = Command::new(moves::python().expect("python3"));
+    command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = cgroup.spawn(&mut command);
+    let (mut to, from) = (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
+    let mut lines = BufReader::new(from).lines().map(|line| line.expect("its output"));
+    assert_eq!(lines.next().as_deref(), Some("there"));
+    begin(&profiler, &cgroup.0);
+    writeln!(to, "go").expect("telling it");
+    let line = lines.next().expect("its turns");
+    let found = end(&profiler).cpu.on_cpu_ns;
+    let mut said: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
+    said.sort_unstable();
+    let sum: u64 = said.iter().sum();
+    eprintln!("{} turns of {} ns; the program: {TURNS} of {sum} ns", found.count, found.sum);
+    // Beside them: until it was told to go, and when it said how long they were.
+    assert!(found.count >= TURNS && found.count <= TURNS + TURNS / 1000, "{} turns", found.count);
+    // By another clock, and interrupts are in them.
+    assert!((found.sum as f64 / sum as f64 - 1.0).abs() < 0.01, "{} against {sum}", found.sum);
+    for q in [0.1, 0.3, 0.5, 0.7, 0.9, 0.99] {
+        let (own, quantile) = (said[(q * TURNS as f64) as usize], found.quantile(q).expect("there are some"));
+        eprintln!("  q{q}: {quantile} ns; the program: {own} ns");
+        // One bucket is an eighth at most.
+        assert!(quantile.abs_diff(own) <= own / 8, "q{q}: {quantile} against {own}");
+    }
+    drop(to);
+    reap(child);
+}
+
+#[test]
 fn migrations_are_those_that_the_kernel_counts() {
     let test = "migrations_are_those_that_the_kernel_counts";
     let Some(profiler) = profiler(test, &["sched_migrate_task"]) else { return };
