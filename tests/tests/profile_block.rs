@@ -115,8 +115,9 @@ fn times_are_those_that_fio_logs() {
     let _one = ONE_AT_A_TIME.lock();
     let disk = Disk::slow(Duration::from_millis(2));
     disk.set_queue("scheduler", "none");
-    let deep =
-        ["--rw=randread", "--bs=4k", "--ioengine=libaio", "--iodepth=8", "--time_based", "--runtime=3"];
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let log = format!("--write_lat_log={}", directory.path().join("fio").display());
+    let deep = ["--rw=randread", "--bs=4k", "--ioengine=libaio", "--iodepth=8", "--number_ios=1500", &log];
     let (profile, fio) = profile_of(&profiler, &disk, &deep);
     let (reads, logged) = (of(&profile, &disk, Operation::Read), &fio["jobs"][0]["read"]);
     let [ios, bytes, runtime_ms] =
@@ -138,9 +139,24 @@ fn times_are_those_that_fio_logs() {
         assert!((found - expected).abs() <= expected * share, "{found} against {expected}");
     };
     assert_eq!(reads.not_split, 0, "this kernel keeps both times");
-    // fio counts none of those that it no longer waits for at its end.
-    near(reads.latency_ns.count as f64, ios, 0.02);
-    near(reads.bytes as f64, bytes, 0.02);
+    near(reads.latency_ns.count as f64, ios, 0.001);
+    near(reads.bytes as f64, bytes, 0.001);
+    // As it logs them, one by one.
+    let lines = fs::read_to_string(directory.path().join("fio_clat.1.log")).expect("fio's log");
+    let said = lines.lines().map(|line| line.split(", ").nth(1).expect("a time").parse().expect("a number"));
+    let mut said: Vec<u64> = said.collect();
+    said.sort_unstable();
+    assert_eq!(said.len() as f64, ios);
+    let quantiles = [0.1, 0.25, 0.5, 0.75, 0.9, 0.99].map(|q| {
+        let own = said[(q * said.len() as f64) as usize];
+        let found = reads.latency_ns.quantile(q).expect("there are some");
+        eprintln!("  q{q}: {found} ns; fio: {own} ns");
+        (q, found, own)
+    });
+    for (q, found, own) in quantiles {
+        // One bucket is an eighth at most.
+        assert!(found.abs_diff(own) <= own / 8, "q{q}: {found} against {own}");
+    }
     // What fio waits for begins before the request is made, and ends when it looks.
     assert!(device_ns + queue_ns < clat("mean") * 1.01, "{} against {}", device_ns + queue_ns, clat("mean"));
     near(device_ns + queue_ns, clat("mean"), 0.05);
