@@ -136,6 +136,24 @@ fn turns_are_the_context_switches_that_perf_counts() {
     children.into_iter().for_each(reap);
 }
 
+/// The profile from when a Python program has said that it is there, and is told to go on, to its next line, which is answered, too. It ends with its input.
+fn while_told(profiler: &Profiler, script: &str) -> (CpuProfile, String) {
+    let cgroup = TestCgroup::create();
+    let mut command = Command::new(moves::python().expect("python3"));
+    command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = cgroup.spawn(&mut command);
+    let (mut to, from) = (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
+    let mut lines = BufReader::new(from).lines().map(|line| line.expect("its output"));
+    assert_eq!(lines.next().as_deref(), Some("there"));
+    begin(profiler, &cgroup.0);
+    writeln!(to, "go").expect("telling it");
+    let line = lines.next().expect("its answer");
+    let profile = end(profiler).cpu;
+    drop(to);
+    reap(child);
+    (profile, line)
+}
+
 #[test]
 fn turns_are_as_long_as_a_pinned_program_computes() {
     let test = "turns_are_as_long_as_a_pinned_program_computes";
@@ -151,17 +169,8 @@ fn turns_are_as_long_as_a_pinned_program_computes() {
          while time.thread_time_ns() < until: pass\n    time.sleep(0.001)\n\
          said.append(time.thread_time_ns())\nprint(*[later - said[i] for i, later in enumerate(said[1:])], flush=True)\nsys.stdin.readline()\n"
     );
-    let cgroup = TestCgroup::create();
-    let mut command = Command::new(moves::python().expect("python3"));
-    command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = cgroup.spawn(&mut command);
-    let (mut to, from) = (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
-    let mut lines = BufReader::new(from).lines().map(|line| line.expect("its output"));
-    assert_eq!(lines.next().as_deref(), Some("there"));
-    begin(&profiler, &cgroup.0);
-    writeln!(to, "go").expect("telling it");
-    let line = lines.next().expect("its turns");
-    let found = end(&profiler).cpu.on_cpu_ns;
+    let (cpu, line) = while_told(&profiler, &script);
+    let found = cpu.on_cpu_ns;
     let mut said: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
     said.sort_unstable();
     let sum: u64 = said.iter().sum();
@@ -176,8 +185,6 @@ fn turns_are_as_long_as_a_pinned_program_computes() {
         // One bucket is an eighth at most.
         assert!(quantile.abs_diff(own) <= own / 8, "q{q}: {quantile} against {own}");
     }
-    drop(to);
-    reap(child);
 }
 
 #[test]
@@ -198,22 +205,11 @@ fn migrations_are_those_that_the_kernel_counts() {
          for i in range(300):\n    os.sched_setaffinity(0, {{{other} if i % 2 == 0 else {one}}})\n    time.sleep(0.0005)\n\
          print(seen() - before, flush=True)\nsys.stdin.readline()\n"
     );
-    let cgroup = TestCgroup::create();
-    let mut command = Command::new(moves::python().expect("python3"));
-    command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = cgroup.spawn(&mut command);
-    let (mut to, from) = (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
-    let mut said = BufReader::new(from).lines().map(|line| line.expect("its output"));
-    assert_eq!(said.next().as_deref(), Some("there"));
-    begin(&profiler, &cgroup.0);
-    writeln!(to, "go").expect("telling it");
-    let seen: u64 = said.next().expect("a number").parse().expect("a number");
-    let counted = end(&profiler).cpu.migrations;
+    let (cpu, line) = while_told(&profiler, &script);
+    let (counted, seen): (_, u64) = (cpu.migrations, line.parse().expect("a number"));
     eprintln!("{counted:?} migrations, the kernel saw {seen}");
     assert!(seen >= 300, "{seen}");
     assert_eq!(counted, Some(seen));
-    drop(to);
-    reap(child);
 }
 
 #[test]
