@@ -1,18 +1,14 @@
 //! TCP connections: the kernel itself counts what goes over each. A program remembers those of instances with their sockets, and two others, which the kernel calls for each
 //! when the agent asks for it, take over what is new, and find those that were there before.
 
-use std::{io, os::fd::AsFd};
+use std::os::fd::AsFd;
 
-use aya::{
-    Btf, Ebpf,
-    maps::Map,
-    programs::{Iter, ProgramFd},
-};
+use aya::{Btf, Ebpf, maps::Map, programs::Iter};
 use rswap_common::{globals as g, layout::map_names::CONNECTIONS};
 
 use super::{
     btf::KernelTypes,
-    probes::{CGROUP_FIELDS, Probe, chain},
+    probes::{CGROUP_FIELDS, Link, Probe, chain},
 };
 use crate::sys::bpf_iter::Walk;
 
@@ -55,58 +51,27 @@ pub(super) fn walks_over(name: &str) -> Option<&'static str> {
     }
 }
 
-/// What the agent walks with.
-pub(super) enum Walker {
-    /// Over connections that are known.
-    Known(Walk),
-    /// Over the files of any process.
-    Sockets(ProgramFd),
-}
-
-impl Walker {
-    /// Puts a program at its iterator; with the kernel's types it is loaded first.
-    pub(super) fn attach(
-        ebpf: &mut Ebpf,
-        name: &str,
-        over: &str,
-        load: Option<&Btf>,
-    ) -> Result<Self, String> {
-        let program = ebpf.program_mut(name).ok_or("the eBPF object has no such program: build it again")?;
-        let program: &mut Iter = program.try_into().map_err(|error| chain(&error))?;
-        if let Some(btf) = load {
-            program
-                .load(over, btf)
-                .map_err(|error| format!("the kernel refuses the program: {}", chain(&error)))?;
-        }
-        let program = program.fd().map_err(|error| chain(&error))?;
-        let program = program.try_clone().map_err(|error| format!("keep the program: {error}"))?;
-        let attached = if name == KNOWN {
-            let Some(Map::SkStorage(map)) = ebpf.map(CONNECTIONS) else {
-                return Err(format!("the eBPF object has no map {CONNECTIONS}: build it again"));
-            };
-            Walk::over_map(program.as_fd(), map.fd().as_fd()).map(Self::Known)
-        } else {
-            // Whether it can be: it is put at each process for itself.
-            Walk::over_process(program.as_fd(), std::process::id() as i32).map(|_| Self::Sockets(program))
+/// Puts a program at its iterator; with the kernel's types it is loaded first.
+pub(super) fn attach(ebpf: &mut Ebpf, name: &str, over: &str, load: Option<&Btf>) -> Result<Link, String> {
+    let program = ebpf.program_mut(name).ok_or("the eBPF object has no such program: build it again")?;
+    let program: &mut Iter = program.try_into().map_err(|error| chain(&error))?;
+    if let Some(btf) = load {
+        program
+            .load(over, btf)
+            .map_err(|error| format!("the kernel refuses the program: {}", chain(&error)))?;
+    }
+    let program = program.fd().map_err(|error| chain(&error))?;
+    let program = program.try_clone().map_err(|error| format!("keep the program: {error}"))?;
+    let attached = if name == KNOWN {
+        let Some(Map::SkStorage(map)) = ebpf.map(CONNECTIONS) else {
+            return Err(format!("the eBPF object has no map {CONNECTIONS}: build it again"));
         };
-        attached.map_err(|error| format!("attach to the kernel's iterator {over}: {error}"))
-    }
-
-    /// Takes over what has gone over connections that are known; `false`: it is the other one.
-    pub(super) fn count(&self) -> io::Result<bool> {
-        match self {
-            Self::Known(walk) => walk.run().map(|()| true),
-            Self::Sockets(_) => Ok(false),
-        }
-    }
-
-    /// Finds the connections that a process has.
-    pub(super) fn find(&self, pid: i32) -> io::Result<()> {
-        match self {
-            Self::Known(_) => Ok(()),
-            Self::Sockets(program) => Walk::over_process(program.as_fd(), pid)?.run(),
-        }
-    }
+        Walk::over_map(program.as_fd(), map.fd().as_fd()).map(Link::Connections)
+    } else {
+        // Whether it can be: it is put at each process for itself.
+        Walk::over_process(program.as_fd(), std::process::id() as i32).map(|_| Link::Sockets(program))
+    };
+    attached.map_err(|error| format!("attach to the kernel's iterator {over}: {error}"))
 }
 
 /// The flag of a socket that says that the other side has sent its end.

@@ -1,11 +1,16 @@
 //! The eBPF programs: what each needs of the kernel, loading them, and what became of each.
 
-use std::{collections::BTreeMap, io, os::fd::OwnedFd, time::Instant};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Instant,
+};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData},
-    programs::{BtfTracePoint, perf_event::PerfEventLink, tp_btf::BtfTracePointLink},
+    programs::{BtfTracePoint, ProgramFd, perf_event::PerfEventLink, tp_btf::BtfTracePointLink},
     sys::{Stats, enable_stats},
 };
 use rswap_common::{
@@ -23,12 +28,15 @@ use super::{
     btf::KernelTypes,
     cgroup_table::CgroupTable,
     children::{CHILD_PROBES, Children},
-    connections::{self, CONNECTION_PROBES, SOCK_CGROUP, Walker, walks_over},
+    connections::{self, CONNECTION_PROBES, SOCK_CGROUP, walks_over},
     disk_users::DiskUsers,
     fault_latency::{self, FAULT_PROBES, MAJOR_FAULTS, MINOR_FAULTS, PAGE_FAULT},
     tiers::ByTier,
 };
-use crate::sys::bpf_mmap::{BpfRecord, MappedArray, MappedWords};
+use crate::sys::{
+    bpf_iter::Walk,
+    bpf_mmap::{BpfRecord, MappedArray, MappedWords},
+};
 
 /// The object that `cargo xtask build` made, if it was there when the agent was built.
 #[cfg(rswap_ebpf_object)]
@@ -218,11 +226,13 @@ fn switched_off(config: &ProfileConfig) -> impl Iterator<Item = ProbeStatus> {
 }
 
 /// Holds a program where it is called.
-enum Link {
+pub(super) enum Link {
     Tracepoint(#[expect(dead_code, reason = "it holds as long as it is kept")] BtfTracePointLink),
     Event(#[expect(dead_code, reason = "as above, one for each CPU")] Vec<PerfEventLink>),
-    /// It is called when the agent walks.
-    Walker(Walker),
+    /// It is called when the agent walks over connections that are known.
+    Connections(Walk),
+    /// The program itself: it is called when the agent walks over the files of a process.
+    Sockets(ProgramFd),
 }
 
 impl Probe {
@@ -459,7 +469,7 @@ impl Probes {
                     // They would be called at every wake-up, for nothing.
                     Ok(_) if is_of_exact_mode(probe) && !exact => Err(without_exact.to_owned()),
                     Ok(_) => match walks_over(name) {
-                        Some(over) => Walker::attach(&mut ebpf, name, over, Some(&btf)).map(Link::Walker),
+                        Some(over) => connections::attach(&mut ebpf, name, over, Some(&btf)),
                         None => attach(&mut ebpf, name, &btf).map(Link::Tracepoint),
                     },
                 };
@@ -533,19 +543,21 @@ impl Probes {
 
     /// Takes over what has gone over the connections that are known; `false`: nobody knows.
     pub(super) fn count_connections(&self) -> bool {
-        let Some(Link::Walker(walker)) = self.links.get(connections::KNOWN) else { return false };
-        walker.count().unwrap_or_else(|error| {
+        let Some(Link::Connections(walk)) = self.links.get(connections::KNOWN) else { return false };
+        let counted = walk.run();
+        if let Err(error) = &counted {
             tracing::warn!(%error, "TCP connections can't be walked over");
-            false
-        })
+        }
+        counted.is_ok()
     }
 
-    /// Finds connections that a process has, and that were there before they could be seen to begin.
-    pub(super) fn find_connections(&self, pid: i32) -> io::Result<()> {
-        match self.links.get(connections::SOCKETS) {
-            Some(Link::Walker(walker)) => walker.find(pid),
-            _ => Ok(()),
-        }
+    /// Finds connections that a process has, and that were there before they could be seen to begin; `true`: those of all processes, as this kernel knows no
+    /// other way.
+    pub(super) fn find_connections(&self, pid: i32) -> io::Result<bool> {
+        let Some(Link::Sockets(program)) = self.links.get(connections::SOCKETS) else { return Ok(false) };
+        let (walk, is_of_all) = Walk::over_process(program.as_fd(), pid)?;
+        walk.run()?;
+        Ok(is_of_all)
     }
 
     /// Passes the programs' own messages on to the agent's log.
@@ -661,7 +673,7 @@ impl Probes {
             let attached = if fault_latency::at_event(name).is_some() {
                 fault_latency::attach(ebpf, name, false).map(Link::Event)
             } else if let Some(over) = walks_over(name) {
-                Walker::attach(ebpf, name, over, None).map(Link::Walker)
+                connections::attach(ebpf, name, over, None)
             } else {
                 attach_again(ebpf, name).map(Link::Tracepoint)
             };

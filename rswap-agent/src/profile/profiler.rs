@@ -509,12 +509,19 @@ impl State {
 
     /// Looks for connections that instances had before they could be seen to begin.
     fn find_connections(&mut self) {
+        let mut all_are_found = false;
         for (name, tracked) in self.tracked.iter_mut().filter(|(_, of)| !of.connections_found) {
             tracked.connections_found = true;
             for pid in cgroup::pids(&tracked.cgroup).unwrap_or_default() {
+                if all_are_found {
+                    break;
+                }
                 // One that has ended meanwhile has none.
-                if let Err(error) = self.probes.find_connections(pid) {
-                    tracing::warn!(%name, pid, %error, "TCP connections that it has already are not counted");
+                match self.probes.find_connections(pid) {
+                    Ok(is_of_all) => all_are_found = is_of_all,
+                    Err(error) => {
+                        tracing::warn!(%name, pid, %error, "TCP connections that it has already are not counted");
+                    }
                 }
             }
         }

@@ -52,15 +52,17 @@ impl Walk {
         Self::with(program, Some(&map.as_raw_fd()))
     }
 
-    /// Puts a program that is loaded for an iterator over what processes have at one process; before Linux 6.1 at all of them.
+    /// Puts a program that is loaded for an iterator over what processes have at one process; before Linux 6.1 at all of them, which is `true` then.
     ///
     /// # Errors
     /// As above.
-    pub fn over_process(program: BorrowedFd<'_>, pid: i32) -> io::Result<Self> {
+    pub fn over_process(program: BorrowedFd<'_>, pid: i32) -> io::Result<(Self, bool)> {
         match Self::with(program, Some(&OfProcess { tid: 0, pid: pid as u32 })) {
             // It knows of no processes.
-            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => Self::with::<()>(program, None),
-            linked => linked,
+            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => {
+                Ok((Self::with::<()>(program, None)?, true))
+            }
+            linked => Ok((linked?, false)),
         }
     }
 
