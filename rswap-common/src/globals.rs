@@ -96,6 +96,10 @@ globals! {
 
     /// `sock.sk_protocol`.
     SOCK_PROTOCOL;
+    /// `sock.sk_type`.
+    SOCK_TYPE;
+    /// `sock.__sk_common.skc_state`.
+    SOCK_STATE;
     /// `sock.sk_cgrp_data.cgroup`.
     SOCK_CGROUP;
     /// `sock.__sk_common.skc_flags`.

@@ -29,6 +29,12 @@ pub const LEAST_WAIT_NS: u64 = 100_000;
 /// Most shards of the block records.
 pub const MAX_BLOCK_SHARDS: u32 = 4;
 
+/// Most TCP connections of instances that are remembered at a time.
+pub const MAX_CONNECTIONS: u32 = 1 << 17;
+
+/// Of so many the agent hands over the addresses in one call: as many arguments as a tracepoint may have.
+pub const CONNECTIONS_AT_ONCE: usize = 12;
+
 /// Names of the maps in the eBPF object.
 pub mod map_names {
     /// Array of [`crate::tables::CgroupSet`]: kernfs cgroup id -> slot.
@@ -57,7 +63,9 @@ pub mod map_names {
     pub const DEVICES: &str = "DEVICES";
     /// Array of one number: how often the programs that know TCP connections were away.
     pub const TCP_ERA: &str = "TCP_ERA";
-    /// Storage of sockets: connections of instances.
+    /// Array of [`super::TallyRecord`], index by CPU; can be mapped into memory.
+    pub const TALLIES: &str = "TALLIES";
+    /// Hash map of sockets' addresses, with their bytes swapped, to what is remembered of instances' connections.
     pub const CONNECTIONS: &str = "CONNECTIONS";
     /// Ring buffer of [`super::WrittenRecord`].
     pub const WRITTEN: &str = "WRITTEN";
@@ -131,16 +139,6 @@ pub enum OffCpu {
 /// Number of kinds in [`OffCpu`].
 pub const OFF_CPU_KINDS: usize = 4;
 
-/// Time off the CPU for one reason.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct OffCpuCount {
-    /// How long, in nanoseconds.
-    pub ns: u64,
-    /// How often.
-    pub times: u64,
-}
-
 /// TCP connections, and what went wrong.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -159,12 +157,12 @@ pub struct TcpCounts {
     pub retransmits: u64,
 }
 
-/// What one CPU saw of one slot's instance: scheduler and TCP. What every switch writes is together at the beginning, but for turns on the CPU and the buckets.
+/// What one CPU saw of one slot's instance: scheduler and TCP. What every switch writes is together in the first cache line, but for turns on the CPU and the buckets.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotRecord {
-    /// Time off the CPU that ended, by [`OffCpu`].
-    pub off_cpu: [OffCpuCount; OFF_CPU_KINDS],
+    /// Sums of what is in `off_cpu_ns`; each wraps.
+    pub off_cpu_sums_ns: [u64; OFF_CPU_KINDS],
     /// When a task of it last left the CPU, by the run queue's clock: for the programs.
     pub left_ns: u64,
     /// Time in nanoseconds for which a task of it waited while others than its own ran, from [`LEAST_WAIT_NS`] on: of several tasks that
@@ -190,14 +188,16 @@ pub struct SlotRecord {
     pub faults_begun: u64,
     /// Times that a task went from one CPU to another.
     pub migrations: u64,
+    /// Times off the CPU that ended, by [`OffCpu`], in nanoseconds.
+    pub off_cpu_ns: [[u32; BUCKETS]; OFF_CPU_KINDS],
     /// To the end of a cache line.
-    pub padding: [u64; 7],
+    pub padding: [u64; 3],
 }
 
 impl SlotRecord {
     /// One without events.
     pub const EMPTY: Self = Self {
-        off_cpu: [OffCpuCount { ns: 0, times: 0 }; OFF_CPU_KINDS],
+        off_cpu_sums_ns: [0; OFF_CPU_KINDS],
         left_ns: 0,
         others_wait_ns: 0,
         foreign_wait_ns: 0,
@@ -210,7 +210,8 @@ impl SlotRecord {
         tcp_life_us: HistogramRecord::EMPTY,
         faults_begun: 0,
         migrations: 0,
-        padding: [0; 7],
+        off_cpu_ns: [[0; BUCKETS]; OFF_CPU_KINDS],
+        padding: [0; 3],
     };
 }
 
@@ -306,6 +307,20 @@ pub struct UnownedRecord {
     pub unknown_ns: [u64; MAX_DEVICES as usize],
 }
 
+/// What one CPU's programs count of themselves: mostly what they could not remember, or had forgotten when it was asked for, and so is in no profile.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TallyRecord {
+    /// Times off the CPU: there was no room for another task that sleeps.
+    pub lost_sleeps: u64,
+    /// Waits for a CPU that were to be measured exactly, and are as the kernel has them.
+    pub lost_waits: u64,
+    /// Block requests, reads and writes, of which nobody knows who made them.
+    pub lost_requests: u64,
+    /// TCP connections for which there was no room, or no memory.
+    pub lost_connections: u64,
+}
+
 /// The devices told apart, by their place in the table; 0 is an empty place.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -368,7 +383,10 @@ pub const fn block_shards(cpus: u32) -> u32 {
 
 // Both sides are compiled apart: the layout must not depend on the target's alignment rules.
 const _: () = assert!(size_of::<HistogramRecord>() == 8 + 4 * BUCKETS);
-const _: () = assert!(size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 160 + 16 * OFF_CPU_KINDS);
+const _: () = assert!(
+    size_of::<SlotRecord>() == 4 * size_of::<HistogramRecord>() + 128 + (8 + 4 * BUCKETS) * OFF_CPU_KINDS
+);
+const _: () = assert!(size_of::<TallyRecord>() == 4 * 8);
 // Each begins with a cache line: maps begin with a page.
 const _: () = assert!(size_of::<SlotRecord>().is_multiple_of(64));
 const _: () = assert!(size_of::<BlockRecord>() == 2 * size_of::<HistogramRecord>() + 16);

@@ -203,10 +203,12 @@ pub const fn same_waiter(word: u64, other: u64) -> bool {
     word >> WAITER_TIME_BITS == other >> WAITER_TIME_BITS
 }
 
-/// How long the task of a word has waited by then, in nanoseconds, as far as it is less than 18 minutes.
+/// How long the task of a word has waited by then, in nanoseconds, as far as it is less than 18 minutes; 0, if the clock is a little behind.
 #[inline(always)]
 pub const fn waited_ns(word: u64, now_ns: u64) -> u64 {
-    now_ns.wrapping_sub(word) & WAITER_TIME_MASK
+    const LITTLE_NS: u64 = 1 << 30;
+    let waited = now_ns.wrapping_sub(word) & WAITER_TIME_MASK;
+    if waited > WAITER_TIME_MASK - LITTLE_NS { 0 } else { waited }
 }
 
 /// Places of the table of tasks in page faults, a power of two. Of tasks that have the same place and fault at the same time, only the last one is timed.
@@ -248,6 +250,7 @@ mod tests {
         let late = (7 << 40) - 1_000;
         let word = waiter_word(4_194_303, late);
         assert_eq!(waited_ns(word, late + 5_000_123), 5_000_123);
+        assert_eq!(waited_ns(word, late - 700), 0, "another clock");
         assert!(
             same_waiter(word, waiter_word(4_194_303, 1)) && !same_waiter(word, waiter_word(4_194_302, late))
         );

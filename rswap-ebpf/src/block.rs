@@ -15,7 +15,7 @@ use rswap_common::layout::{BlockOperation, MAX_DEVICES, OTHER_DEVICE, Unowned, d
 use crate::{
     disk_users::{count_disk_use, current_submitter, owner_of_submitter},
     kernel::{KernelPtr, cgroup_id, field, number_of, offsets},
-    maps::{DEVICES, ROOT_CGROUP_ID, add, block_record, count_shared, slot_of, unowned_count},
+    maps::{DEVICES, ROOT_CGROUP_ID, add, block_record, count_shared, slot_of, tally, unowned_count},
     sets::{remember_request, request_submitter},
 };
 
@@ -79,6 +79,10 @@ fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     let Some(slot) = slot else {
         count_unowned(device, operation, flags, bytes, complete);
         if complete {
+            let moves_data = matches!(operation, BlockOperation::Read | BlockOperation::Write);
+            if owner == 0 && moves_data && BLOCK_BY_SUBMITTER.load() == 1 {
+                tally(|of| &mut of.lost_requests);
+            }
             count_disk_use(owner, device, device_ns(request));
         }
         return 0;

@@ -13,7 +13,7 @@ use rswap_common::{
     histogram::{BUCKETS, index_by_table},
     layout::{
         BlockOperation, BlockRecord, ChildCounts, DeviceTable, HistogramRecord, MAX_DEVICES, SlotRecord,
-        UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
+        TallyRecord, UNOWNED_KINDS, Unowned, UnownedCount, UnownedRecord, block_index, slot_index,
     },
     neighbours::{NeighbourRecord, TURNS, Turn},
     tables::{self, CGROUP_SETS, CgroupSet, cgroup_of_word, cgroup_word, slot_of_word},
@@ -47,6 +47,10 @@ static BLOCKS: Array<BlockRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map]
 static UNOWNED: Array<UnownedRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
+/// What the programs count of themselves; the agent sets the number of entries.
+#[map]
+static TALLIES: Array<TallyRecord> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
 /// Who left each CPU last, and who was there.
 #[map]
 static LEAVERS: PerCpuArray<Leavers> = PerCpuArray::with_max_entries(1, 0);
@@ -61,6 +65,10 @@ pub struct Leavers {
     pub idle_ns: u64,
     /// A task of any instance.
     pub instance_ns: u64,
+    /// How far the monotonic clock is ahead of the run queue's, in nanoseconds; wraps.
+    pub ahead_ns: u64,
+    /// When they were compared, by the run queue's; 0: never.
+    pub compared_ns: u64,
     /// Number of the turn that goes on.
     pub turn: u64,
     /// Turns by their number's last bits.
@@ -231,6 +239,17 @@ pub fn neighbour_record(slot: u32) -> Option<*mut NeighbourRecord> {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     let cpu = unsafe { bpf_get_smp_processor_id() } as u32;
     NEIGHBOURS.get_ptr_mut(slot_index(cpu, slot, SLOT_COUNT.load()))
+}
+
+/// Counts one more of what this CPU's programs count of themselves.
+#[inline(always)]
+pub fn tally(of: impl FnOnce(&mut TallyRecord) -> &mut u64) {
+    // SAFETY: a helper without arguments; unsafe only for being foreign.
+    if let Some(record) = TALLIES.get_ptr_mut(unsafe { bpf_get_smp_processor_id() } as u32) {
+        // SAFETY: the map gave the pointer, and only programs on this CPU write there. Of two that interrupt each other one may not be counted.
+        let count = of(unsafe { &mut *record });
+        *count = count.wrapping_add(1);
+    }
 }
 
 /// Who left this CPU last.

@@ -16,13 +16,14 @@ use aya_ebpf::{Global, helpers::bpf_ktime_get_ns, macros::btf_tracepoint, progra
 use aya_log_ebpf::debug;
 
 use rswap_common::{
-    layout::{LEAST_WAIT_NS, OffCpu, OffCpuCount, SlotRecord},
+    histogram::BUCKETS,
+    layout::{LEAST_WAIT_NS, OffCpu, SlotRecord},
     tables::{slept_ns, why_of_word},
 };
 
 use crate::{
     kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{Leavers, count, leavers, slot_of, slot_record},
+    maps::{Leavers, count, count_shared, leavers, slot_of, slot_record, tally},
     neighbours::{count_neighbours, note_turn},
     sets::{remember_sleeper, remember_waiter, take_sleeper, take_waiter},
 };
@@ -79,7 +80,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     if EXACT.load() == 1 && prev_pid != 0 {
         let (preempted, state): (u64, u32) = (ctx.arg(0), ctx.arg(3));
         if preempted & 1 == 1 || state == 0 {
-            remember_waiter(prev_pid, monotonic_ns());
+            remember_waiter(prev_pid, monotonic_at(leavers, now));
         }
     }
 
@@ -121,13 +122,16 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         // 0: the task never left its CPU's queue in the kernel's own accounting; it counts nothing either.
         let queued: u64 = field(next, &TASK_LAST_QUEUED);
         let mut waited = if queued != 0 { Some(now.saturating_sub(queued)) } else { None };
-        if EXACT.load() == 1
-            && let Some(exact_ns) = take_waiter(next_pid, monotonic_ns())
-        {
+        if EXACT.load() == 1 {
+            let exact_ns = take_waiter(next_pid, monotonic_at(leavers, now));
             // A wait begins after the last turn: else what was remembered is of an earlier one, as this one's beginning was missed.
             let arrived: u64 = field(next, &TASK_LAST_ARRIVAL);
-            if arrived == 0 || exact_ns <= now.saturating_sub(arrived) + CLOCKS_APART_NS {
-                waited = Some(exact_ns);
+            let longest_ns =
+                if arrived == 0 { u64::MAX } else { now.saturating_sub(arrived) + CLOCKS_APART_NS };
+            match exact_ns {
+                Some(exact_ns) if exact_ns <= longest_ns => waited = Some(exact_ns),
+                _ if waited.is_some() => tally(|of| &mut of.lost_waits),
+                _ => {}
             }
         }
         if let Some(waited_ns) = waited {
@@ -142,9 +146,10 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
             {
                 // SAFETY: the map gave the pointer, and only this program on this CPU writes this record; there are as many kinds.
                 unsafe {
-                    let of = (&raw mut (*record).off_cpu).cast::<OffCpuCount>().add(why_of_word(word));
-                    (*of).ns = (*of).ns.wrapping_add(slept_ns);
-                    (*of).times = (*of).times.wrapping_add(1);
+                    let sum = (&raw mut (*record).off_cpu_sums_ns).cast::<u64>().add(why_of_word(word));
+                    let buckets =
+                        (&raw mut (*record).off_cpu_ns).cast::<[u32; BUCKETS]>().add(why_of_word(word));
+                    count_shared(sum, buckets, slept_ns, true);
                 }
             }
             if now.saturating_sub(queued) >= LEAST_WAIT_NS {
@@ -195,6 +200,25 @@ fn woken(task: KernelPtr) -> i32 {
 pub fn monotonic_ns() -> u64 {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     unsafe { bpf_ktime_get_ns() }
+}
+
+/// The monotonic clock when this CPU's run queue's is `now`. To ask for it is dear: it is compared with the run queue's only now and then.
+#[inline(always)]
+fn monotonic_at(leavers: &mut Leavers, now: u64) -> u64 {
+    /// They go apart by half a part in a thousand at most, where somebody sets the clock by the network.
+    const COMPARED_EVERY_NS: u64 = 1 << 20;
+    const DRIFT_SHIFT: u32 = 10;
+    let since = now.wrapping_sub(leavers.compared_ns);
+    if since >= COMPARED_EVERY_NS {
+        let found = monotonic_ns().wrapping_sub(now);
+        // The run queue's clock was read some time ago, and how long ago varies: so that is nearest to the truth by which they were least apart.
+        let drifted = leavers.ahead_ns.wrapping_add(since >> DRIFT_SHIFT);
+        let later = found.wrapping_sub(drifted);
+        let is_steady = leavers.compared_ns != 0 && later < CLOCKS_APART_NS;
+        leavers.ahead_ns = if is_steady { drifted } else { found };
+        leavers.compared_ns = now;
+    }
+    now.wrapping_add(leavers.ahead_ns)
 }
 
 /// Why a task goes that is in this state; `None` if it could go on at once, or is at its end.

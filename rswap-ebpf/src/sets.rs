@@ -13,6 +13,8 @@ use rswap_common::{
     },
 };
 
+use crate::maps::tally;
+
 // What can be mapped into memory begins with a page, so that a set is in one cache line.
 
 /// Requests in flight (by address) -> who submitted them.
@@ -30,25 +32,26 @@ static WAITERS: Array<u64> = Array::with_max_entries(WAITER_PLACES, BPF_F_MMAPAB
 /// Words of one set.
 const WAYS: usize = 4;
 
-/// Puts a word into a set, in the place of one that stands for the same; if the set is full, another one has to go for it.
+/// Puts a word into a set, in the place of one that stands for the same; if the set is full, another one has to go for it, and the answer is `false`.
 #[inline(always)]
-fn put(set: *mut [u64; WAYS], new: u64, same: impl Fn(u64, u64) -> bool) {
+fn put(set: *mut [u64; WAYS], new: u64, same: impl Fn(u64, u64) -> bool) -> bool {
     let words = set.cast::<u64>();
-    let (mut place, mut way) = (words, 0);
+    let (mut place, mut found, mut way) = (words, false, 0);
     while way < WAYS {
         // SAFETY: the map gave the pointer to a set, and `way` is in it. Other CPUs write words of it: one word is read at once.
         let (at, word) = unsafe { (words.add(way), words.add(way).read_volatile()) };
         if same(word, new) {
-            place = at;
+            (place, found) = (at, true);
             break;
         }
         if word == 0 {
-            place = at;
+            (place, found) = (at, true);
         }
         way += 1;
     }
     // SAFETY: as above: a place in the set, and one word is written at once.
     unsafe { place.write_volatile(new) };
+    found
 }
 
 /// Takes out the word of a set that stands for the same as `wanted`.
@@ -72,7 +75,7 @@ fn take(set: *mut [u64; WAYS], wanted: u64, same: impl Fn(u64, u64) -> bool) -> 
 /// The same as [`put`] for what has a way of its own in its set, which it nearly always finds free: then nothing else is looked at. Another word that stands for
 /// the same may be left in another way, from when its own was not free and its end was missed.
 #[inline(always)]
-fn put_in_own_way(set: *mut [u64; WAYS], way: u32, new: u64, same: impl Fn(u64, u64) -> bool) {
+fn put_in_own_way(set: *mut [u64; WAYS], way: u32, new: u64, same: impl Fn(u64, u64) -> bool) -> bool {
     // SAFETY: as in `put`.
     let (at, word) = unsafe {
         let at = set.cast::<u64>().add(way as usize % WAYS);
@@ -81,8 +84,9 @@ fn put_in_own_way(set: *mut [u64; WAYS], way: u32, new: u64, same: impl Fn(u64, 
     if word == 0 || same(word, new) {
         // SAFETY: as in `put`.
         unsafe { at.write_volatile(new) };
+        true
     } else {
-        put(set, new, same);
+        put(set, new, same)
     }
 }
 
@@ -135,8 +139,10 @@ pub fn request_submitter(key: u64, complete: bool) -> u32 {
 /// Remembers since when a task is off the CPU, and why.
 #[inline(always)]
 pub fn remember_sleeper(pid: u32, since_ns: u64, why: OffCpu) {
-    if let Some(set) = SLEEPERS.get_ptr_mut(sleeper_set(pid)) {
-        put_in_own_way(set, pid, sleeper_word(pid, since_ns, why), same_sleeper);
+    if let Some(set) = SLEEPERS.get_ptr_mut(sleeper_set(pid))
+        && !put_in_own_way(set, pid, sleeper_word(pid, since_ns, why), same_sleeper)
+    {
+        tally(|of| &mut of.lost_sleeps);
     }
 }
 

@@ -1,39 +1,36 @@
 //! TCP: what came over connections and went, and how long round trips took, connections, and what is sent again.
 //!
-//! The kernel counts each connection's bytes by itself: nothing is to be done where a program sends or receives. A connection is remembered with its socket from its
-//! beginning on; what is new of it is taken over when the agent walks over all of them, at a window's end, and when it ends.
+//! The kernel counts each connection's bytes by itself: nothing is to be done where a program sends or receives. A connection is remembered by its socket's address from its
+//! beginning on; what is new of it is taken over when the agent hands over all addresses, at a window's end, and when it ends.
 //!
 //! A socket belongs to the cgroup that it was made in (accepted ones: that of the listener).
 
 use core::{
     ffi::c_void,
     intrinsics::{AtomicOrdering, atomic_xchg},
-    ptr,
 };
 
 use aya_ebpf::{
     Global,
-    bindings::BPF_SK_STORAGE_GET_F_CREATE,
-    btf_maps::SkStorage,
-    helpers::{
-        bpf_ktime_get_ns, bpf_skc_to_tcp_sock, bpf_sock_from_file,
-        generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
-    },
-    macros::{btf_map, btf_tracepoint, map},
-    maps::Array,
-    programs::BtfTracePointContext,
+    bindings::BPF_F_NO_PREALLOC,
+    helpers::{bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_sock_from_file},
+    macros::{btf_tracepoint, map, raw_tracepoint},
+    maps::{Array, HashMap},
+    programs::{BtfTracePointContext, RawTracePointContext},
 };
 use aya_log_ebpf::debug;
 
-use rswap_common::layout::SlotRecord;
+use rswap_common::layout::{CONNECTIONS_AT_ONCE, MAX_CONNECTIONS, SlotRecord};
 
 use crate::{
-    kernel::{KernelPtr, cgroup_id, field, offsets},
-    maps::{add, count, count_shared, slot_of, slot_record},
+    kernel::{CGROUP_KN, KERNFS_ID, KernelPtr, cgroup_id, field, number_of, offsets},
+    maps::{add, count, count_shared, slot_of, slot_record, tally},
 };
 
 offsets!(
     SOCK_PROTOCOL,
+    SOCK_TYPE,
+    SOCK_STATE,
     SOCK_CGROUP,
     SOCK_FLAGS,
     SOCKET_SK,
@@ -44,6 +41,7 @@ offsets!(
 );
 
 const IPPROTO_TCP: u16 = 6;
+const SOCK_STREAM: u16 = 1;
 
 // States of TCP, which programs see (`tcpi_state`) and which so keep their numbers.
 const TCP_ESTABLISHED: u32 = 1;
@@ -59,9 +57,9 @@ static RETRANSMIT_HAS_ERROR: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static SOCK_DONE: Global<u32> = Global::new(0);
 
-/// Connections of instances, each with its socket: it is forgotten with that.
-#[btf_map]
-static CONNECTIONS: SkStorage<Connection> = SkStorage::new();
+/// Connections of instances, by their sockets' addresses ([`number_of`]). Storage of sockets would go with them; but there are kernels that let nobody walk over that.
+#[map]
+static CONNECTIONS: HashMap<u64, Connection> = HashMap::with_max_entries(MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 
 /// How often these programs were away so far: what was remembered of a connection before is not compared with what is there now.
 #[map]
@@ -69,6 +67,7 @@ static TCP_ERA: Array<u64> = Array::with_max_entries(1, 0);
 
 /// What is remembered of a connection.
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct Connection {
     /// Bytes that were counted, or had come before it was known.
     received: u64,
@@ -84,14 +83,6 @@ pub struct Connection {
 
 const NOBODY: u64 = u64::MAX;
 
-/// What a program at the kernel's iterator `bpf_sk_storage_map` is called with. At the end of a walk there is no socket.
-#[repr(C)]
-pub struct AtConnection {
-    meta: *const c_void,
-    map: *const c_void,
-    sock: KernelPtr,
-}
-
 /// What a program at the kernel's iterator `task_file` is called with. At the end of a walk there is no file.
 #[repr(C)]
 pub struct AtFile {
@@ -101,16 +92,38 @@ pub struct AtFile {
     file: KernelPtr,
 }
 
-/// At each connection that is remembered.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/bpf_sk_storage_map")]
-extern "C" fn tcp_connections(at: *const AtConnection) -> i32 {
-    // SAFETY: the kernel hands over what the iterator is about.
-    let sock = unsafe { (*at).sock };
-    if !sock.is_null()
-        && let Some(connection) = connection_of(sock)
-    {
-        look_at(sock, connection);
+/// Called by the agent, with the addresses of connections that are known: no tracepoint's.
+#[raw_tracepoint]
+fn tcp_connections(ctx: RawTracePointContext) -> i32 {
+    // The verifier wants arguments read at places that are constant.
+    let mut keys: [u64; CONNECTIONS_AT_ONCE] = [
+        ctx.arg(0),
+        ctx.arg(1),
+        ctx.arg(2),
+        ctx.arg(3),
+        ctx.arg(4),
+        ctx.arg(5),
+        ctx.arg(6),
+        ctx.arg(7),
+        ctx.arg(8),
+        ctx.arg(9),
+        ctx.arg(10),
+        ctx.arg(11),
+    ];
+    // SAFETY: one move of a register onto itself: the compiler has to take them for written to.
+    unsafe { core::arch::asm!("{0} = {0}", inout(reg) keys.as_mut_ptr() => _, options(nostack)) };
+    for &key in &keys {
+        if key == 0 {
+            break;
+        }
+        let Some(connection) = CONNECTIONS.get_ptr_mut(&key) else { continue };
+        let sock = key.swap_bytes() as KernelPtr;
+        if u32::from(read::<u8>(sock, &SOCK_STATE)) == TCP_CLOSE {
+            // Its end was missed.
+            forget(key, connection);
+        } else {
+            look_at(sock, connection);
+        }
     }
     0
 }
@@ -119,7 +132,7 @@ extern "C" fn tcp_connections(at: *const AtConnection) -> i32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
 extern "C" fn tcp_sockets(at: *const AtFile) -> i32 {
-    // SAFETY: as above.
+    // SAFETY: the kernel hands over what the iterator is about.
     let file = unsafe { (*at).file };
     if file.is_null() {
         return 0;
@@ -129,16 +142,20 @@ extern "C" fn tcp_sockets(at: *const AtFile) -> i32 {
     if socket.is_null() {
         return 0;
     }
-    let sock: KernelPtr = field(socket, &SOCKET_SK);
-    if sock.is_null() {
+    let sock: KernelPtr = read(socket, &SOCKET_SK);
+    if read::<u16>(sock, &SOCK_PROTOCOL) != IPPROTO_TCP || read::<u16>(sock, &SOCK_TYPE) != SOCK_STREAM {
         return 0;
     }
-    let Some(tcp_sock) = tcp_sock_of(sock) else { return 0 };
-    if let Some(slot) = slot_of_sock(tcp_sock)
-        && connection_of(sock).is_none()
+    // One that listens, or is to be connected, is seen to begin.
+    if LIVES & (1 << (read::<u8>(sock, &SOCK_STATE) & 31)) == 0 {
+        return 0;
+    }
+    let key = number_of(sock);
+    if let Some(slot) = owner(sock)
+        && CONNECTIONS.get_ptr_mut(&key).is_none()
     {
-        let (received, sent) = moved(tcp_sock);
-        remember(sock, Connection { received, sent, since_ns: 0, slot: slot.into(), era: era() });
+        let (received, sent) = moved(sock);
+        remember(key, &Connection { received, sent, since_ns: 0, slot: slot.into(), era: era() });
     }
     0
 }
@@ -177,7 +194,8 @@ fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
         }
         return 0;
     }
-    let known = connection_of(sock);
+    let key = number_of(sock);
+    let known = CONNECTIONS.get_ptr_mut(&key);
     if let Some(connection) = known {
         look_at(sock, connection);
     }
@@ -186,8 +204,7 @@ fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
     }
     if known.is_some() {
         // The socket may stay for long, or be connected again.
-        // SAFETY: nothing refers to it any more.
-        unsafe { bpf_sk_storage_delete(connections(), sock.cast_mut()) };
+        _ = CONNECTIONS.remove(&key);
     }
     0
 }
@@ -203,15 +220,10 @@ fn begins(sock: KernelPtr, slot: u32, old: u32) {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     let since_ns = unsafe { bpf_ktime_get_ns() };
     let new = Connection { received: 0, sent: 0, since_ns, slot: slot.into(), era: era() };
-    match connection_of(sock) {
-        // SAFETY: the map gave the pointer, and nobody else looks at what has only begun.
-        Some(connection) => unsafe { *connection = new },
-        None => {
-            if !remember(sock, new) {
-                // Its end will not be seen: it is not open for ever.
-                end_is_seen(record);
-            }
-        }
+    // What is known of its address is of a connection of which the end was missed.
+    if !remember(number_of(sock), &new) {
+        // Its end will not be seen: it is not open for ever.
+        end_is_seen(record);
     }
 }
 
@@ -252,8 +264,7 @@ fn end_is_seen(record: *mut SlotRecord) {
 /// Counts what is new of a connection for who had it until now, and whose it is from now on.
 #[inline(always)]
 fn look_at(sock: KernelPtr, connection: *mut Connection) {
-    let Some(tcp_sock) = tcp_sock_of(sock) else { return };
-    let (era, (received, sent)) = (era(), moved(tcp_sock));
+    let (era, (received, sent)) = (era(), moved(sock));
     // SAFETY: the map gave the pointer. A walk and the connection's end may meet here, on two CPUs: `more` minds.
     let (counted_for, known_in) = unsafe { ((*connection).slot, (*connection).era) };
     if known_in != era {
@@ -274,7 +285,7 @@ fn look_at(sock: KernelPtr, connection: *mut Connection) {
             add(&raw mut (*record).tcp_bytes_out, went, false);
         }
         // The kernel keeps it in eighths of a microsecond. 0: no sample yet.
-        let smoothed_eighths: u32 = field(tcp_sock, &TCP_SRTT_US);
+        let smoothed_eighths: u32 = read(sock, &TCP_SRTT_US);
         if smoothed_eighths != 0 {
             // SAFETY: as above.
             let (sum, buckets) =
@@ -282,7 +293,7 @@ fn look_at(sock: KernelPtr, connection: *mut Connection) {
             count_shared(sum, buckets, u64::from(smoothed_eighths >> 3), false);
         }
     }
-    let slot = slot_of_sock(tcp_sock).map_or(NOBODY, u64::from);
+    let slot = owner(sock).map_or(NOBODY, u64::from);
     if counted_for != slot {
         // SAFETY: as above.
         let since_ns = unsafe { (*connection).since_ns };
@@ -312,49 +323,58 @@ fn more(seen: *mut u64, now: u64) -> u64 {
 
 /// Bytes that came over a connection, in order, and that were sent, each once.
 #[inline(always)]
-fn moved(tcp_sock: KernelPtr) -> (u64, u64) {
-    let flags: u64 = field(tcp_sock, &SOCK_FLAGS);
+fn moved(sock: KernelPtr) -> (u64, u64) {
+    let flags: u64 = read(sock, &SOCK_FLAGS);
     // The end of what the other side sends is counted as a byte.
     let end = u64::from(flags & u64::from(SOCK_DONE.load()) != 0);
-    let received = field::<u64>(tcp_sock, &TCP_BYTES_RECEIVED).wrapping_sub(end);
-    let sent = field::<u64>(tcp_sock, &TCP_BYTES_SENT);
-    (received, sent.wrapping_sub(field(tcp_sock, &TCP_BYTES_RETRANSMITTED)))
+    let received = read::<u64>(sock, &TCP_BYTES_RECEIVED).wrapping_sub(end);
+    let sent = read::<u64>(sock, &TCP_BYTES_SENT);
+    (received, sent.wrapping_sub(read(sock, &TCP_BYTES_RETRANSMITTED)))
 }
 
-/// The socket as the larger type that it is, if it is one of TCP, and whole.
+/// Remembers a connection; `false`: there is no room, or no memory, for that, and it is not counted.
 #[inline(always)]
-fn tcp_sock_of(sock: KernelPtr) -> Option<KernelPtr> {
-    // SAFETY: the kernel checks the socket's type and answers null for another one.
-    let tcp_sock = unsafe { bpf_skc_to_tcp_sock(sock.cast_mut()) }.cast_const().cast();
-    if KernelPtr::is_null(tcp_sock) { None } else { Some(tcp_sock) }
+fn remember(key: u64, connection: &Connection) -> bool {
+    let is_kept = CONNECTIONS.insert(&key, connection, 0).is_ok();
+    if !is_kept {
+        tally(|of| &mut of.lost_connections);
+    }
+    is_kept
 }
 
-/// What is remembered of a socket's connection.
+/// Forgets a connection that has ended without being seen to.
 #[inline(always)]
-fn connection_of(sock: KernelPtr) -> Option<*mut Connection> {
-    // SAFETY: the kernel looks for it with the socket, and answers null where there is none.
-    let found = unsafe { bpf_sk_storage_get(connections(), sock.cast_mut(), ptr::null_mut(), 0) };
-    if found.is_null() { None } else { Some(found.cast()) }
-}
-
-/// Remembers a connection with its socket; `false`: the kernel has no memory for that, and it is not counted.
-#[inline(always)]
-fn remember(sock: KernelPtr, mut connection: Connection) -> bool {
-    let flags = BPF_SK_STORAGE_GET_F_CREATE.into();
-    // SAFETY: the kernel copies the value.
-    let kept =
-        unsafe { bpf_sk_storage_get(connections(), sock.cast_mut(), (&raw mut connection).cast(), flags) };
-    !kept.is_null()
-}
-
-#[inline(always)]
-fn connections() -> *mut c_void {
-    ptr::from_ref(&CONNECTIONS).cast_mut().cast()
+fn forget(key: u64, connection: *mut Connection) {
+    // SAFETY: the map gave the pointer.
+    let (slot, since_ns) = unsafe { ((*connection).slot, (*connection).since_ns) };
+    if slot != NOBODY
+        && since_ns != 0
+        && let Some(record) = slot_record(slot as u32)
+    {
+        end_is_seen(record);
+    }
+    _ = CONNECTIONS.remove(&key);
 }
 
 #[inline(always)]
 fn era() -> u64 {
     TCP_ERA.get(0).copied().unwrap_or(0)
+}
+
+/// The field of type `T` at `offset` of what is at an address, of which the verifier knows nothing; 0 where nothing can be read.
+#[inline(always)]
+fn read<T: Copy>(base: KernelPtr, offset: &Global<u64>) -> T {
+    // SAFETY: the kernel reads it, and fails where nothing is there; all that is read so may be 0.
+    unsafe {
+        bpf_probe_read_kernel(base.byte_add(offset.load() as usize).cast::<T>())
+            .unwrap_or(core::mem::zeroed())
+    }
+}
+
+/// The slot of the cgroup that a socket was made in, of which only the address is known.
+#[inline(always)]
+fn owner(sock: KernelPtr) -> Option<u32> {
+    slot_of(read(read(read(sock, &SOCK_CGROUP), &CGROUP_KN), &KERNFS_ID))
 }
 
 /// The slot of the cgroup that a socket was made in.

@@ -75,7 +75,7 @@ fn said_ns(output: &str) -> u64 {
 }
 
 fn off(profile: &CpuProfile) -> OffCpuProfile {
-    let off = profile.off_cpu.expect("the kernel tells");
+    let off = profile.off_cpu.clone().expect("the kernel tells");
     eprintln!("{off:?}; {} ns waiting for a CPU", profile.run_queue_ns.sum);
     off
 }
@@ -177,10 +177,40 @@ fn turns_are_as_long_as_a_pinned_program_computes() {
     eprintln!("{} turns of {} ns; the program: {TURNS} of {sum} ns", found.count, found.sum);
     // Beside them: until it was told to go, and when it said how long they were.
     assert!(found.count >= TURNS && found.count <= TURNS + TURNS / 1000, "{} turns", found.count);
-    // By another clock, and interrupts are in them.
-    assert!((found.sum as f64 / sum as f64 - 1.0).abs() < 0.01, "{} against {sum}", found.sum);
+    // Interrupts are in them, of which a machine that does much beside has some, and are not in the program's own clock.
+    let ratio = found.sum as f64 / sum as f64;
+    assert!((0.999..1.05).contains(&ratio), "{} against {sum}", found.sum);
     for q in [0.1, 0.3, 0.5, 0.7, 0.9, 0.99] {
         let (own, quantile) = (said[(q * TURNS as f64) as usize], found.quantile(q).expect("there are some"));
+        eprintln!("  q{q}: {quantile} ns; the program: {own} ns");
+        // One bucket is an eighth at most.
+        assert!(quantile.abs_diff(own) <= own / 8, "q{q}: {quantile} against {own}");
+    }
+}
+
+#[test]
+fn sleeps_are_as_long_as_a_pinned_program_sleeps() {
+    let test = "sleeps_are_as_long_as_a_pinned_program_sleeps";
+    let Some(profiler) = needed(test) else { return };
+    // As above: nobody keeps it from running when it wakes.
+    const SLEEPS: u64 = 2000;
+    let script = format!(
+        "import os, sys, time\nos.sched_setaffinity(0, {{max(os.sched_getaffinity(0))}})\n\
+         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))\n\
+         said = [0] * {SLEEPS}\nprint('there', flush=True)\nsys.stdin.readline()\n\
+         for i in range({SLEEPS}):\n    began = time.monotonic_ns()\n    time.sleep((0.0003, 0.001, 0.004)[i % 3])\n    \
+         said[i] = time.monotonic_ns() - began\n\
+         print(*said, flush=True)\nsys.stdin.readline()\n"
+    );
+    let (cpu, line) = while_told(&profiler, &script);
+    let found = off(&cpu).sleep_ns;
+    let mut said: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
+    said.sort_unstable();
+    // Beside them: until it was told to go.
+    assert!(found.count >= SLEEPS && found.count <= SLEEPS + SLEEPS / 1000, "{} times", found.count);
+    for q in [0.1, 0.3, 0.5, 0.7, 0.9] {
+        let (own, quantile) =
+            (said[(q * SLEEPS as f64) as usize], found.quantile(q).expect("there are some"));
         eprintln!("  q{q}: {quantile} ns; the program: {own} ns");
         // One bucket is an eighth at most.
         assert!(quantile.abs_diff(own) <= own / 8, "q{q}: {quantile} against {own}");
@@ -218,15 +248,15 @@ fn a_program_that_sleeps_sleeps() {
     let script = "import time\nbegan = time.monotonic_ns()\nfor i in range(100): time.sleep(0.01)\nprint(time.monotonic_ns() - began)";
     // What is called so may be a script that waits for others, which say where Python is.
     let (start, _) = profile_of(&profiler, &mut python("pass"), |_| {});
-    let start = off(&start).sleep;
+    let start = off(&start).sleep_ns;
     let (profile, output) = profile_of(&profiler, &mut python(script), |_| {});
     let off = off(&profile);
-    let (said, times) = (said_ns(&output), off.sleep.times - start.times.min(off.sleep.times));
-    assert!((90..=120).contains(&times), "{times} times beside {}", start.times);
+    let (said, times) = (said_ns(&output), off.sleep_ns.count - start.count.min(off.sleep_ns.count));
+    assert!((90..=120).contains(&times), "{times} times beside {}", start.count);
     // A start takes as long as another only roughly.
-    let slept = off.sleep.ns.saturating_sub(start.ns);
+    let slept = off.sleep_ns.sum.saturating_sub(start.sum);
     assert!((said * 8 / 10..said * 13 / 10).contains(&slept), "{slept} of {said} ns");
-    assert!(off.io_wait.ns + off.blocked.ns < SECOND_NS / 2 && off.stopped.ns == 0, "{off:?}");
+    assert!(off.io_wait_ns.sum + off.blocked_ns.sum < SECOND_NS / 2 && off.stopped_ns.sum == 0, "{off:?}");
 }
 
 #[test]
@@ -246,14 +276,14 @@ fn a_program_that_reads_from_a_slow_disk_waits_for_io() {
     let off = off(&profile);
     let said = said_ns(&output);
     assert!(said >= SECOND_NS / 2, "the disk is not as slow as was asked for: {said} ns");
-    assert!((99..250).contains(&off.io_wait.times), "{} times", off.io_wait.times);
+    assert!((99..250).contains(&off.io_wait_ns.count), "{} times", off.io_wait_ns.count);
     // When it is opened and closed the disk may be read as well.
     assert!(
-        (said * 8 / 10..said + SECOND_NS / 4).contains(&off.io_wait.ns),
+        (said * 8 / 10..said + SECOND_NS / 4).contains(&off.io_wait_ns.sum),
         "{} of {said} ns",
-        off.io_wait.ns
+        off.io_wait_ns.sum
     );
-    assert!(off.sleep.ns < SECOND_NS / 4, "{off:?}");
+    assert!(off.sleep_ns.sum < SECOND_NS / 4, "{off:?}");
 }
 
 #[test]
@@ -268,8 +298,8 @@ fn a_program_that_was_stopped_was_stopped() {
         send(Signal::SIGCONT);
     });
     let off = off(&profile);
-    assert_eq!(off.stopped.times, 1);
-    assert!((SECOND_NS * 6 / 10..SECOND_NS).contains(&off.stopped.ns), "{off:?}");
+    assert_eq!(off.stopped_ns.count, 1);
+    assert!((SECOND_NS * 6 / 10..SECOND_NS).contains(&off.stopped_ns.sum), "{off:?}");
 }
 
 #[test]
@@ -298,7 +328,10 @@ fn programs_that_take_turns_on_a_core_are_not_off_it_for_any_reason() {
     let waited = profile.cpu.run_queue_ns.sum;
     // One of both always waits.
     assert!(waited > SECOND_NS * 15 / 10, "{waited} ns");
-    assert!(off.sleep.ns + off.io_wait.ns + off.blocked.ns + off.stopped.ns < SECOND_NS / 5, "{off:?}");
+    assert!(
+        off.sleep_ns.sum + off.io_wait_ns.sum + off.blocked_ns.sum + off.stopped_ns.sum < SECOND_NS / 5,
+        "{off:?}"
+    );
     drop(cgroup);
     children.into_iter().for_each(reap);
 }

@@ -23,6 +23,9 @@ const WARM_UP_ROUNDS: usize = 3;
 /// What an agent may grow by: the allocator keeps some of what was free. By the minute it may be less.
 const GROWTH_KIB: u64 = 3 << 10;
 
+/// Who uses disks beside instances, at a time. Of cgroups that have gone nobody is known for long.
+const DISK_USERS: u64 = 256;
+
 /// Descriptors of what asks it, which come and go.
 const PASSING: usize = 2;
 
@@ -58,18 +61,25 @@ struct Size {
     descriptors: usize,
     known: u64,
     children: u64,
+    slots_free: u64,
+    connections: u64,
+    disk_users: u64,
 }
 
 fn size(host: &Host) -> anyhow::Result<Size> {
     let pid = host.agent_pid().context("no agent runs")?;
     let status: Value = host.get("/v1/status")?;
-    let number =
-        |name: &str| status["cgroups"][name].as_u64().with_context(|| format!("no {name}: {status}"));
+    let number = |of: &str, name: &str| {
+        status[of][name].as_u64().with_context(|| format!("no {name} in {of}: {status}"))
+    };
     Ok(Size {
         anonymous_kib: process::status_kib(pid, "RssAnon:")?,
         descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
-        known: number("known")?,
-        children: number("children")?,
+        known: number("cgroups", "known")?,
+        children: number("cgroups", "children")?,
+        slots_free: number("bookkeeping", "slots_free")?,
+        connections: number("bookkeeping", "connections")?,
+        disk_users: number("bookkeeping", "disk_users")?,
     })
 }
 
@@ -96,6 +106,7 @@ fn round(host: &Host, number: usize) -> anyhow::Result<()> {
     })?;
     let during = size(host)?;
     ensure!(during.known >= INSTANCES as u64, "{during:?}");
+    ensure!(during.connections >= INSTANCES as u64, "each has one that stays: {during:?}");
     drop(cgroups);
     children.iter_mut().for_each(|child| drop(child.wait()));
     wait_for("none to be left", LIMIT, || {
@@ -115,15 +126,18 @@ fn instances_that_come_and_go_leave_nothing_in_the_profiler() -> anyhow::Result<
     };
     let mut fleet = Fleet::new()?;
     let host = fleet.host("a", &HostOptions { window_ms: 200, ..HostOptions::default() })?;
+    let slots_free = size(&host)?.slots_free;
     let end = Instant::now() + Duration::from_secs(seconds);
     let mut seen = Vec::new();
     while seen.len() < WARM_UP_ROUNDS + 2 || Instant::now() < end {
         round(&host, seen.len())?;
         let now = wait_for("nothing to be known", LIMIT, || {
             let now = size(&host)?;
-            Ok((now.known == 0 && now.children == 0).then_some(now))
+            let nothing = now.known == 0 && now.children == 0 && now.connections == 0;
+            Ok((nothing && now.slots_free == slots_free).then_some(now))
         })?;
         println!("round {}: {now:?}", seen.len() + 1);
+        ensure!(now.disk_users <= DISK_USERS, "{now:?}");
         seen.push(now);
     }
     let (first, last) = (seen[WARM_UP_ROUNDS - 1], seen.iter().rev().take(2));

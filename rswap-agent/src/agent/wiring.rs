@@ -470,6 +470,7 @@ impl Wiring {
         let ages = (self.profiler.ages_cost(), self.profiler.written_ages_cost());
         let (cost, probes) = (self.profiler.cost(), self.profiler.probes());
         let (cgroups, shared) = (self.profiler.cgroups_known(), self.profiler.shared());
+        let bookkeeping = self.profiler.bookkeeping();
         let mut in_swap = self.cold.shown();
         let links = self.look_at_links();
         self.board.write(|board| {
@@ -494,7 +495,7 @@ impl Wiring {
             }
             board.keep_plan(plan);
             (board.pools, board.programs, board.block) = (pools, programs, block);
-            (board.cgroups, board.shared) = (cgroups, shared);
+            (board.cgroups, board.bookkeeping, board.shared) = (cgroups, bookkeeping, shared);
             (board.memory_ages, board.written_ages) = ages;
             (board.profile_cost, board.probes) = (cost, probes);
             board.windows += 1;

@@ -83,7 +83,7 @@ impl BlockRecords {
     /// Their heads, added up.
     pub(super) fn head(&self, slot: u32, device: u32, operation: BlockOperation) -> Head {
         let all = self.places(slot, device, operation);
-        let heads = all.filter_map(|(of, place)| of.iter().find_map(|of| of.head::<4>(place)));
+        let heads = all.filter_map(|(of, place)| of.iter().find_map(|of| of.words(place, [0, 1, 2, 3])));
         heads.fold(Head::default(), |sum, [bytes, not_split, device_sum_ns, queue_sum_ns]| Head {
             bytes: sum.bytes.wrapping_add(bytes),
             not_split: sum.not_split.wrapping_add(not_split),

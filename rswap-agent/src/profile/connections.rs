@@ -1,10 +1,17 @@
-//! TCP connections: the kernel itself counts what goes over each. A program remembers those of instances with their sockets, and two others, which the kernel calls for each
-//! when the agent asks for it, take over what is new, and find those that were there before.
+//! TCP connections: the kernel itself counts what goes over each. A program remembers those of instances by their sockets' addresses. Another one, which is at no event, takes over
+//! what is new of those whose addresses the agent hands over, and a third, which the kernel calls for each file of a process, finds those that were there before.
 
-use std::os::fd::AsFd;
+use std::{cell::Cell, os::fd::AsFd};
 
-use aya::{Btf, Ebpf, maps::Map, programs::Iter};
-use rswap_common::{globals as g, layout::map_names::CONNECTIONS};
+use aya::{
+    Btf, Ebpf,
+    maps::{HashMap, MapData},
+    programs::{Iter, ProgramFd, RawTracePoint, RawTracePointRunOptions, TestRun},
+};
+use rswap_common::{
+    globals as g,
+    layout::{CONNECTIONS_AT_ONCE, MAX_CONNECTIONS, map_names},
+};
 
 use super::{
     btf::KernelTypes,
@@ -14,7 +21,7 @@ use crate::sys::bpf_iter::Walk;
 
 /// Sees connections begin and end.
 pub(super) const SET_STATE: &str = "inet_sock_set_state";
-/// Walks over those that are known.
+/// Takes over what is new of those that are known.
 pub(super) const KNOWN: &str = "tcp_connections";
 /// Walks over the files of a process.
 pub(super) const SOCKETS: &str = "tcp_sockets";
@@ -22,10 +29,12 @@ pub(super) const SOCKETS: &str = "tcp_sockets";
 /// A socket's cgroup.
 pub(super) const SOCK_CGROUP: (&str, &str, &str) = (g::SOCK_CGROUP, "sock", "sk_cgrp_data.cgroup");
 
-const FIELDS: [(&str, &str, &str); 10] = [
+const FIELDS: [(&str, &str, &str); 12] = [
     CGROUP_FIELDS[0],
     CGROUP_FIELDS[1],
     (g::SOCK_PROTOCOL, "sock", "sk_protocol"),
+    (g::SOCK_TYPE, "sock", "sk_type"),
+    (g::SOCK_STATE, "sock", "__sk_common.skc_state"),
     SOCK_CGROUP,
     (g::SOCK_FLAGS, "sock", "__sk_common.skc_flags"),
     (g::SOCKET_SK, "socket", "sk"),
@@ -42,36 +51,106 @@ pub(super) const CONNECTION_PROBES: [Probe; 3] = [
     Probe { tracepoint: SOCKETS, arguments: &[], fields: &FIELDS },
 ];
 
-/// What the kernel walks over, where a program is called for that and not at a tracepoint.
-pub(super) fn walks_over(name: &str) -> Option<&'static str> {
+/// By what a program is called that is at no tracepoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CalledBy {
+    /// By the agent itself.
+    Agent,
+    /// By the kernel's iterator of this name.
+    Iterator(&'static str),
+}
+
+/// What calls this one, if it is no tracepoint's.
+pub(super) fn called_by(name: &str) -> Option<CalledBy> {
     match name {
-        KNOWN => Some("bpf_sk_storage_map"),
-        SOCKETS => Some("task_file"),
+        KNOWN => Some(CalledBy::Agent),
+        SOCKETS => Some(CalledBy::Iterator("task_file")),
         _ => None,
     }
 }
 
-/// Puts a program at its iterator; with the kernel's types it is loaded first.
-pub(super) fn attach(ebpf: &mut Ebpf, name: &str, over: &str, load: Option<&Btf>) -> Result<Link, String> {
-    let program = ebpf.program_mut(name).ok_or("the eBPF object has no such program: build it again")?;
-    let program: &mut Iter = program.try_into().map_err(|error| chain(&error))?;
-    if let Some(btf) = load {
-        program
-            .load(over, btf)
-            .map_err(|error| format!("the kernel refuses the program: {}", chain(&error)))?;
+/// The connections that are known, by their sockets' addresses. What is remembered of each is the programs' own.
+type Addresses = HashMap<MapData, u64, [u64; 5]>;
+
+/// Connections of instances, as the programs know them.
+pub(super) struct Connections {
+    addresses: Addresses,
+    /// How many there were when they were counted last.
+    known: Cell<u64>,
+}
+
+impl Connections {
+    pub(super) fn new(ebpf: &mut Ebpf) -> Result<Self, String> {
+        let name = map_names::CONNECTIONS;
+        let map = ebpf
+            .take_map(name)
+            .ok_or_else(|| format!("the eBPF object has no map {name}: build it again"))?;
+        let addresses =
+            Addresses::try_from(map).map_err(|error| format!("use the eBPF map {name}: {error}"))?;
+        Ok(Self { addresses, known: Cell::new(0) })
     }
-    let program = program.fd().map_err(|error| chain(&error))?;
-    let program = program.try_clone().map_err(|error| format!("keep the program: {error}"))?;
-    let attached = if name == KNOWN {
-        let Some(Map::SkStorage(map)) = ebpf.map(CONNECTIONS) else {
-            return Err(format!("the eBPF object has no map {CONNECTIONS}: build it again"));
+
+    /// How many there were when they were counted last.
+    pub(super) fn known(&self) -> u64 {
+        self.known.get()
+    }
+
+    /// Has the program take over what is new of them.
+    pub(super) fn count(&self, ebpf: &Ebpf) -> Result<(), String> {
+        let program = ebpf.program(KNOWN).ok_or("the eBPF object has no such program: build it again")?;
+        let program: &RawTracePoint = program.try_into().map_err(|error| chain(&error))?;
+        let mut known = 0;
+        let mut args = [0; CONNECTIONS_AT_ONCE];
+        let mut place = 0;
+        let run = |args| {
+            let options = RawTracePointRunOptions { args, cpu: None };
+            program.test_run(options).map_err(|error| format!("call {KNOWN}: {}", chain(&error)))
         };
-        Walk::over_map(program.as_fd(), map.fd().as_fd()).map(Link::Connections)
-    } else {
-        // Whether it can be: it is put at each process for itself.
-        Walk::over_process(program.as_fd(), std::process::id() as i32).map(|_| Link::Sockets(program))
-    };
-    attached.map_err(|error| format!("attach to the kernel's iterator {over}: {error}"))
+        // Where one goes meanwhile that was to be followed by the next one, the kernel begins anew: what is met twice has nothing new.
+        for address in self.addresses.keys().take(2 * MAX_CONNECTIONS as usize) {
+            args[place] = address.map_err(|error| format!("list the TCP connections: {}", chain(&error)))?;
+            (place, known) = (place + 1, known + 1);
+            if place == args.len() {
+                run(std::mem::take(&mut args))?;
+                place = 0;
+            }
+        }
+        if place > 0 {
+            run(args)?;
+        }
+        self.known.set(known);
+        Ok(())
+    }
+}
+
+/// Makes a program ready to be called; with the kernel's types it is loaded first.
+pub(super) fn attach(ebpf: &mut Ebpf, name: &str, by: CalledBy, load: Option<&Btf>) -> Result<Link, String> {
+    let program = ebpf.program_mut(name).ok_or("the eBPF object has no such program: build it again")?;
+    let refused = |error| format!("the kernel refuses the program: {}", chain(&error));
+    match by {
+        CalledBy::Agent => {
+            let program: &mut RawTracePoint = program.try_into().map_err(|error| chain(&error))?;
+            if load.is_some() {
+                program.load().map_err(refused)?;
+            }
+            // Whether it can be called: with no address it does nothing.
+            let called = program.test_run(RawTracePointRunOptions::new());
+            called.map_err(|error| format!("call the program: {}", chain(&error)))?;
+            Ok(Link::Called)
+        }
+        CalledBy::Iterator(over) => {
+            let program: &mut Iter = program.try_into().map_err(|error| chain(&error))?;
+            if let Some(btf) = load {
+                program.load(over, btf).map_err(refused)?;
+            }
+            let program: &ProgramFd = program.fd().map_err(|error| chain(&error))?;
+            let program = program.try_clone().map_err(|error| format!("keep the program: {error}"))?;
+            // Whether it can be: it is put at each process for itself.
+            let put = Walk::over_process(program.as_fd(), std::process::id() as i32);
+            put.map(|_| Link::Sockets(program))
+                .map_err(|error| format!("attach to the kernel's iterator {over}: {error}"))
+        }
+    }
 }
 
 /// The flag of a socket that says that the other side has sent its end.

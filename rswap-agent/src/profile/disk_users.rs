@@ -66,6 +66,11 @@ impl DiskUsers {
         Self { map, seen: Seen::default(), unknown_ns: [0; MAX_DEVICES as usize] }
     }
 
+    /// How many pairs of cgroup and device are known.
+    pub(super) fn len(&self) -> usize {
+        self.seen.0.len()
+    }
+
     fn read(&mut self) -> Vec<UseOf> {
         let now: HashMap<_, _> = self.map.iter().flatten().map(|(user, [_, ns])| (user, ns)).collect();
         let (used, idle) = self.seen.since(&now);

@@ -9,7 +9,7 @@ use super::{
     ProbeState, ProbeStatus, ProfileConfig,
     btf::{KERNEL_BTF, KernelTypes},
     cgroup,
-    connections::walks_over,
+    connections::{CalledBy, called_by},
     fault_latency, listeners,
     probes::{Probes, SWITCH_STATE},
 };
@@ -83,10 +83,11 @@ pub fn features() -> Vec<Feature> {
             // All were asked for.
             ProbeState::Off { .. } => continue,
         };
-        let kind = match fault_latency::at_event(&name) {
-            Some(_) => "software event",
-            None if walks_over(&name).is_some() => "iterator",
-            None => "tracepoint",
+        let kind = match (fault_latency::at_event(&name), called_by(&name)) {
+            (Some(_), _) => "software event",
+            (None, Some(CalledBy::Iterator(_))) => "iterator",
+            (None, Some(CalledBy::Agent)) => "program",
+            (None, None) => "tracepoint",
         };
         found.push(feature(&format!("{kind} {name}"), finding, probe_cost(&name)));
     }

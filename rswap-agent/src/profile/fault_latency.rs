@@ -2,6 +2,8 @@
 //!
 //! A tracepoint says that a fault begins. That it is over, the kernel says by its software events (perf), for each CPU by itself.
 
+use std::mem::offset_of;
+
 use aya::{
     Ebpf,
     programs::{
@@ -18,8 +20,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{
-    histogram::{Counts, Histogram, add_record},
+    histogram::Histogram,
     probes::{CGROUP_FIELDS, Maps, Probe, chain},
+    slot_records::{FAULTS, Seen},
 };
 
 const FAULT_FIELDS: [(&str, &str, &str); 5] = [
@@ -103,42 +106,39 @@ pub struct FaultLatency {
 /// Faults of a slot at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct FaultCounts {
-    major_ns: Counts,
-    minor_ns: Option<Counts>,
+    major_ns: Seen,
+    minor_ns: Option<Seen>,
     not_timed: u64,
 }
 
 impl FaultCounts {
     /// Whether this has changed says whether one has ended that waited.
     pub(super) fn ended(&self) -> u64 {
-        self.major_ns.count().wrapping_add(self.not_timed)
+        self.major_ns.counts.count().wrapping_add(self.not_timed)
     }
 
-    /// Reads them from the maps.
-    pub(super) fn read(maps: &Maps, slots: u32, slot: u32) -> Self {
-        let mut not_timed = 0u64;
-        let mut of = |kind| {
-            let mut total = FaultRecord::EMPTY;
-            for cpu in 0..maps.cpus {
-                if let Some(record) = maps.faults.read(fault_index(cpu, slot, slots, kind, maps.fault_kinds))
-                {
-                    add_record(&mut total.ns, &record.ns);
-                    not_timed = not_timed.wrapping_add(record.not_timed);
-                }
-            }
-            Counts::of(&total.ns)
-        };
-        let major_ns = of(FaultKind::Major);
-        let minor_ns = (maps.fault_kinds > 1).then(|| of(FaultKind::Minor));
-        Self { major_ns, minor_ns, not_timed }
+    /// Reads them from the maps. Those of a kind of which none was counted since are those of `known`.
+    pub(super) fn read(maps: &Maps, slots: u32, slot: u32, known: Option<&Self>) -> Self {
+        let kinds = maps.fault_kinds;
+        let records = |kind| (0..maps.cpus).map(move |cpu| fault_index(cpu, slot, slots, kind, kinds));
+        let of = |kind, known| Seen::read(&maps.faults, records(kind), FAULTS, known);
+        let all = [FaultKind::Major, FaultKind::Minor].into_iter().take(kinds as usize).flat_map(records);
+        let not_timed =
+            all.filter_map(|index| maps.faults.words(index, [offset_of!(FaultRecord, not_timed) / 8]));
+        Self {
+            not_timed: not_timed.fold(0, |sum, [count]| sum.wrapping_add(count)),
+            major_ns: of(FaultKind::Major, known.map(|known| &known.major_ns)),
+            minor_ns: (kinds > 1)
+                .then(|| of(FaultKind::Minor, known.and_then(|known| known.minor_ns.as_ref()))),
+        }
     }
 
     /// What there was since `earlier`.
     pub(super) fn since(&self, earlier: &Self) -> FaultLatency {
         let minor = earlier.minor_ns.as_ref().zip(self.minor_ns.as_ref());
         FaultLatency {
-            major_ns: Histogram::between(&earlier.major_ns, &self.major_ns),
-            minor_ns: minor.map(|(earlier, now)| Histogram::between(earlier, now)),
+            major_ns: Histogram::between(&earlier.major_ns.counts, &self.major_ns.counts),
+            minor_ns: minor.map(|(earlier, now)| Histogram::between(&earlier.counts, &now.counts)),
             not_timed: self.not_timed.wrapping_sub(earlier.not_timed),
         }
     }
@@ -151,6 +151,7 @@ mod tests {
     use aya::sys::SyscallError;
 
     use super::*;
+    use crate::profile::histogram::Counts;
 
     #[test]
     fn a_cpu_that_went_offline_is_passed_over_and_one_that_refuses_is_not() {
@@ -181,13 +182,14 @@ mod tests {
         let counts = |buckets: &[usize]| {
             let mut record = FaultRecord::EMPTY;
             buckets.iter().for_each(|bucket| record.ns.buckets[*bucket] += 1);
-            Counts::of(&record.ns)
+            Seen::of(Counts::of(&record.ns))
         };
-        let begin = FaultCounts { major_ns: counts(&[40]), minor_ns: None, not_timed: u64::MAX };
-        let end = FaultCounts { major_ns: counts(&[40, 77, 77]), minor_ns: None, not_timed: 1 };
+        let none = FaultCounts::default;
+        let begin = FaultCounts { major_ns: counts(&[40]), not_timed: u64::MAX, ..none() };
+        let end = FaultCounts { major_ns: counts(&[40, 77, 77]), not_timed: 1, ..none() };
         let seen = end.since(&begin);
         assert_eq!((seen.major_ns.buckets, seen.minor_ns, seen.not_timed), (vec![(77, 2)], None, 2));
-        let with = |buckets| FaultCounts { minor_ns: Some(counts(buckets)), ..FaultCounts::default() };
+        let with = |buckets| FaultCounts { minor_ns: Some(counts(buckets)), ..none() };
         let seen = with(&[9, 9]).since(&with(&[9]));
         assert_eq!((seen.major_ns.count, seen.minor_ns.map(|minor| minor.buckets)), (0, Some(vec![(9, 1)])));
     }

@@ -35,6 +35,7 @@ impl ForeignPrograms {
                 runs,
                 ns_per_run,
                 core_share: None,
+                missed: None,
             }
         };
         programs.map(cost).collect()

@@ -120,11 +120,6 @@ impl Counts {
 }
 
 /// Adds what another CPU's record of the same metric counted.
-pub(super) fn add_record(total: &mut HistogramRecord, shard: &HistogramRecord) {
-    add_counts(total, shard.sum, &shard.buckets);
-}
-
-/// The same, where sum and samples are not together.
 pub(super) fn add_counts(total: &mut HistogramRecord, sum: u64, buckets: &[u32; BUCKETS]) {
     total.sum = total.sum.wrapping_add(sum);
     for (bucket, count) in total.buckets.iter_mut().zip(buckets) {

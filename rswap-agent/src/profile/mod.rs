@@ -16,6 +16,7 @@
 
 mod ages;
 mod block_records;
+mod bookkeeping;
 pub mod btf;
 mod cgroup;
 mod cgroup_table;
@@ -34,6 +35,7 @@ mod listeners;
 mod neighbours;
 mod probes;
 mod profiler;
+mod slot_records;
 mod slots;
 mod tiers;
 pub mod written;
@@ -47,6 +49,7 @@ use crate::{instance::InstanceName, units::UnixMillis};
 use histogram::Histogram;
 
 pub use ages::{AgesCost, PageAges, SPANS_S, UsedWithin};
+pub use bookkeeping::{Bookkeeping, Lost};
 pub use cgroup::unified_mount;
 pub use children::CgroupsKnown;
 pub use disk_users::{DeviceNeighbours, DiskNeighbour};
@@ -222,25 +225,64 @@ pub struct OnClass {
 
 /// Time of threads off the CPU until they could run again, by reason. What they waited for a CPU then is in [`CpuProfile::run_queue_ns`]. Counted when it
 /// ends: a thread that goes on sleeping is in no window yet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct OffCpuProfile {
     /// Waiting for something to happen: a timer, a message, a child, a lock of the program's own; or in a frozen cgroup.
-    pub sleep: OffCpuTime,
+    pub sleep_ns: Histogram,
     /// Waiting for I/O.
-    pub io_wait: OffCpuTime,
+    pub io_wait_ns: Histogram,
     /// Held up inside of the kernel by something else than I/O: its locks, memory that is made free.
-    pub blocked: OffCpuTime,
+    pub blocked_ns: Histogram,
     /// Stopped by a signal, or by a tracer.
-    pub stopped: OffCpuTime,
+    pub stopped_ns: Histogram,
 }
 
-/// Time off the CPU for one reason.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct OffCpuTime {
-    /// How long, in nanoseconds, over all threads.
-    pub ns: u64,
-    /// How often.
-    pub times: u64,
+/// Why threads were off the CPU, and not waiting for one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OffCpuReason {
+    /// For something to happen.
+    Sleep,
+    /// For I/O.
+    IoWait,
+    /// For something inside of the kernel.
+    Blocked,
+    /// As they were stopped.
+    Stopped,
+}
+
+impl OffCpuReason {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sleep => "sleep",
+            Self::IoWait => "io_wait",
+            Self::Blocked => "blocked",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+impl OffCpuProfile {
+    /// The times of one reason.
+    pub fn of_mut(&mut self, reason: OffCpuReason) -> &mut Histogram {
+        match reason {
+            OffCpuReason::Sleep => &mut self.sleep_ns,
+            OffCpuReason::IoWait => &mut self.io_wait_ns,
+            OffCpuReason::Blocked => &mut self.blocked_ns,
+            OffCpuReason::Stopped => &mut self.stopped_ns,
+        }
+    }
+
+    /// All of it.
+    pub fn by_reason(&self) -> [(OffCpuReason, &Histogram); 4] {
+        [
+            (OffCpuReason::Sleep, &self.sleep_ns),
+            (OffCpuReason::IoWait, &self.io_wait_ns),
+            (OffCpuReason::Blocked, &self.blocked_ns),
+            (OffCpuReason::Stopped, &self.stopped_ns),
+        ]
+    }
 }
 
 /// What an instance did on one CPU.

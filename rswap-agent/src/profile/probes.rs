@@ -2,8 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    io,
-    os::fd::{AsFd, OwnedFd},
+    fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     time::Instant,
 };
 
@@ -15,7 +15,10 @@ use aya::{
 };
 use rswap_common::{
     globals as g,
-    layout::{FaultRecord, MAX_DEVICES, SlotRecord, UnownedRecord, block_records, block_shards, map_names},
+    layout::{
+        FaultRecord, MAX_DEVICES, SlotRecord, TallyRecord, UnownedRecord, block_records, block_shards,
+        map_names,
+    },
     neighbours::NeighbourRecord,
     tables::{FAULT_PLACES, WAITER_PLACES},
 };
@@ -28,7 +31,7 @@ use super::{
     btf::KernelTypes,
     cgroup_table::CgroupTable,
     children::{CHILD_PROBES, Children},
-    connections::{self, CONNECTION_PROBES, SOCK_CGROUP, walks_over},
+    connections::{self, CONNECTION_PROBES, Connections, SOCK_CGROUP, called_by},
     disk_users::DiskUsers,
     fault_latency::{self, FAULT_PROBES, MAJOR_FAULTS, MINOR_FAULTS, PAGE_FAULT},
     tiers::ByTier,
@@ -95,12 +98,15 @@ pub struct ProgramCost {
     /// Share of one core that it took in the last window that was measured, on all CPUs together.
     #[serde(default)]
     pub core_share: Option<f64>,
+    /// How often the kernel did not run it, as it was running on that CPU already: what happened then is not counted. `None` before Linux 5.12.
+    #[serde(default)]
+    pub missed: Option<u64>,
 }
 
 /// A program, and what it relies on. Tracepoints and structures change between kernels, at no version that
 /// could be asked for (vendors backport): hence every one is looked up.
 pub(super) struct Probe {
-    /// Name of the program and of its tracepoint, or of one that walks ([`walks_over`]).
+    /// Name of the program and of its tracepoint, or of one that is called otherwise ([`called_by`]).
     pub(super) tracepoint: &'static str,
     /// The arguments' types, as far as they are used.
     pub(super) arguments: &'static [&'static str],
@@ -229,8 +235,8 @@ fn switched_off(config: &ProfileConfig) -> impl Iterator<Item = ProbeStatus> {
 pub(super) enum Link {
     Tracepoint(#[expect(dead_code, reason = "it holds as long as it is kept")] BtfTracePointLink),
     Event(#[expect(dead_code, reason = "as above, one for each CPU")] Vec<PerfEventLink>),
-    /// It is called when the agent walks over connections that are known.
-    Connections(Walk),
+    /// It is called by the agent.
+    Called,
     /// The program itself: it is called when the agent walks over the files of a process.
     Sockets(ProgramFd),
 }
@@ -238,7 +244,7 @@ pub(super) enum Link {
 impl Probe {
     /// The offsets that the program needs in this kernel, or why it can't run here.
     pub(super) fn resolve(&self, types: &KernelTypes) -> Result<Vec<(&'static str, u64)>, String> {
-        let found = match walks_over(self.tracepoint) {
+        let found = match called_by(self.tracepoint) {
             Some(_) => Vec::new(),
             None => types.tracepoint_arguments(self.tracepoint).map_err(|error| error.to_string())?,
         };
@@ -302,8 +308,12 @@ pub(super) struct Maps {
     pub(super) faults: MappedArray<FaultRecord>,
     /// Requests that were nobody's, by CPU.
     pub(super) unowned: MappedArray<UnownedRecord>,
+    /// What the programs count of themselves, by CPU.
+    pub(super) tallies: MappedArray<TallyRecord>,
     /// Tasks that wait for a CPU, where waits are measured exactly.
     waiters: Option<MappedWords>,
+    /// TCP connections of instances.
+    pub(super) connections: Connections,
     /// How often the programs that know connections were away.
     tcp_era: (Array<MapData, u64>, u64),
     /// Tasks in page faults, and since when.
@@ -421,6 +431,7 @@ impl Probes {
         loader.map_max_entries(map_names::FAULTS, cpus * config.slots * fault_kinds);
         loader.map_max_entries(map_names::BLOCKS, block_entries);
         loader.map_max_entries(map_names::UNOWNED, cpus);
+        loader.map_max_entries(map_names::TALLIES, cpus);
         loader.map_max_entries(map_names::WAITERS, if exact { WAITER_PLACES } else { 1 });
         for (name, value) in &words {
             loader.override_global(name, value, true);
@@ -449,11 +460,13 @@ impl Probes {
         let faults = mapped(&ebpf, map_names::FAULTS, cpus * config.slots * fault_kinds)?;
         let faults_begun = mapped_words(&ebpf, map_names::FAULTS_BEGUN, FAULT_PLACES, size_of::<u64>())?;
         let unowned = mapped(&ebpf, map_names::UNOWNED, cpus)?;
+        let tallies = mapped(&ebpf, map_names::TALLIES, cpus)?;
         let waiters = if exact {
             Some(mapped_words(&ebpf, map_names::WAITERS, WAITER_PLACES, size_of::<u64>())?)
         } else {
             None
         };
+        let connections = Connections::new(&mut ebpf)?;
         let tcp_era = Array::try_from(map(map_names::TCP_ERA, &mut ebpf)?)
             .map_err(|error| unmapped(map_names::TCP_ERA, &error))?;
 
@@ -468,8 +481,8 @@ impl Probes {
                     Err(reason) => Err(reason),
                     // They would be called at every wake-up, for nothing.
                     Ok(_) if is_of_exact_mode(probe) && !exact => Err(without_exact.to_owned()),
-                    Ok(_) => match walks_over(name) {
-                        Some(over) => connections::attach(&mut ebpf, name, over, Some(&btf)),
+                    Ok(_) => match called_by(name) {
+                        Some(by) => connections::attach(&mut ebpf, name, by, Some(&btf)),
                         None => attach(&mut ebpf, name, &btf).map(Link::Tracepoint),
                     },
                 };
@@ -509,7 +522,9 @@ impl Probes {
             disk_users,
             faults,
             unowned,
+            tallies,
             waiters,
+            connections,
             tcp_era: (tcp_era, 0),
             faults_begun,
             fault_kinds,
@@ -543,10 +558,13 @@ impl Probes {
 
     /// Takes over what has gone over the connections that are known; `false`: nobody knows.
     pub(super) fn count_connections(&self) -> bool {
-        let Some(Link::Connections(walk)) = self.links.get(connections::KNOWN) else { return false };
-        let counted = walk.run();
+        let (Some(_), Some(ebpf), Some(maps)) = (self.links.get(connections::KNOWN), &self.ebpf, &self.maps)
+        else {
+            return false;
+        };
+        let counted = maps.connections.count(ebpf);
         if let Err(error) = &counted {
-            tracing::warn!(%error, "TCP connections can't be walked over");
+            tracing::warn!(error, "what went over TCP connections can't be counted");
         }
         counted.is_ok()
     }
@@ -588,12 +606,22 @@ impl Probes {
     fn costs_since(&self, (since, before): &(Instant, BTreeMap<String, u64>)) -> Vec<ProgramCost> {
         let elapsed_ns = since.elapsed().as_nanos().max(1) as f64;
         let cost = |(name, runs, ran_ns): (&str, u64, u64)| {
+            let missed = self.missed(name);
             let ns_per_run = if runs == 0 { 0.0 } else { ran_ns as f64 / runs as f64 };
             let ran_before = before.get(name).copied().unwrap_or(0);
             let core_share = Some(ran_ns.saturating_sub(ran_before) as f64 / elapsed_ns);
-            ProgramCost { name: name.to_owned(), runs, ns_per_run, core_share }
+            ProgramCost { name: name.to_owned(), runs, ns_per_run, core_share, missed }
         };
         self.ran().map(cost).collect()
+    }
+
+    /// How often the kernel did not run a program as it was running already.
+    fn missed(&self, name: &str) -> Option<u64> {
+        let fd = self.ebpf.as_ref()?.program(name)?.fd().ok()?;
+        // No library asks for it otherwise.
+        let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd())).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?;
+        line.trim().parse().ok()
     }
 
     fn begin_to_measure(&mut self) {
@@ -672,8 +700,8 @@ impl Probes {
             let Some(name) = with_program(&status.name) else { continue };
             let attached = if fault_latency::at_event(name).is_some() {
                 fault_latency::attach(ebpf, name, false).map(Link::Event)
-            } else if let Some(over) = walks_over(name) {
-                connections::attach(ebpf, name, over, None)
+            } else if let Some(by) = called_by(name) {
+                connections::attach(ebpf, name, by, None)
             } else {
                 attach_again(ebpf, name).map(Link::Tracepoint)
             };

@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{
-    AgesCost, BlockProfile, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus, Profile,
-    ProfileCost, ProfileError, ProgramCost, TcpProfile,
+    AgesCost, BlockProfile, Bookkeeping, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus,
+    Profile, ProfileCost, ProfileError, ProgramCost, TcpProfile,
     ages::{Means, Scanner},
+    bookkeeping::tallies,
     cgroup,
     children::{CgroupsKnown, Children, Members},
     counting::Counting,
@@ -33,7 +34,7 @@ use crate::{instance::InstanceName, kept_files::Reader, units::UnixMillis};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProfileConfig {
-    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 6 KiB of
+    /// Most instances whose kernel events are counted apart (at most [`MAX_SLOTS`] - 1); those of others are counted together. Each takes about 11 KiB of
     /// kernel memory per CPU, 40 KiB for each of up to four block shards, and 40 KiB beside. Of the last two, 5 KiB for each block device of the host, and as much for
     /// all others, are in the agent's resident memory, too.
     pub slots: u32,
@@ -400,6 +401,18 @@ impl Profiler {
         }
     }
 
+    /// What is remembered in the kernel, and what had no room there.
+    pub fn bookkeeping(&self) -> Bookkeeping {
+        let state = self.lock();
+        let Some(maps) = &state.probes.maps else { return Bookkeeping::default() };
+        Bookkeeping {
+            slots_free: state.free.len() as u64,
+            connections: maps.connections.known(),
+            disk_users: maps.disk_users.len() as u64,
+            lost: tallies(maps).into(),
+        }
+    }
+
     /// What instances without a slot of their own did in the last window, together; `None` where each has one.
     pub fn shared(&self) -> Option<SharedProfile> {
         self.lock().shared.as_ref()?.shown.clone()
@@ -755,7 +768,7 @@ impl State {
         // Behind it: a fault that begins meanwhile is one that the next reading sees begun.
         // One that waits may end long after it has begun.
         let counted = counters.as_ref().filter(|_| counting.faults_begun);
-        let faults = counted.map(|of| of.faults_begun.wrapping_add(of.faults.ended()));
+        let faults = counted.map(|of| of.faults_begun().wrapping_add(of.faults.ended()));
         let mut reading = Reading::take(&mut tracked.files, &mut self.reader, &self.host_pressure, faults)?;
         (reading.at, reading.counters) = (Some(now), counters);
         let last = std::mem::replace(&mut tracked.last, reading);
@@ -802,7 +815,7 @@ impl State {
             if counting.scheduler {
                 later.add_cpu_since(earlier, &mut profile.cpu);
                 let others_ns = profile.cpu.by_cpu.iter().map(|of| of.others_wait_ns).sum();
-                let waited = later.waits.since(&earlier.waits);
+                let waited = later.waits_since(earlier);
                 let looked_at = Some((name, &*tracked));
                 let waited = waited.into_iter().map(|(id, ns)| (self.who(id, looked_at), ns));
                 profile.cpu.neighbours = neighbours::ranked(waited.collect::<Vec<_>>(), others_ns);

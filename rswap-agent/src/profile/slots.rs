@@ -1,24 +1,23 @@
 //! Slots of the eBPF maps: who has which, and what is counted there.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
 
 use rswap_common::layout::{
-    BlockOperation, BlockRecord, HistogramRecord, MAX_DEVICES, OFF_CPU_KINDS, OTHER_DEVICE, OffCpu,
-    OffCpuCount, SlotRecord, TcpCounts, UNOWNED_KINDS, Unowned, UnownedCount, device_number, slot_index,
+    BlockOperation, BlockRecord, HistogramRecord, MAX_DEVICES, OTHER_DEVICE, OffCpu, UNOWNED_KINDS, Unowned,
+    UnownedCount, device_number,
 };
 
 use super::{
-    BlockProfile, CpuProfile, OffCpuProfile, OffCpuTime, OnCpu, Operation, TcpConnections, TcpProfile,
-    UnownedBlock,
+    BlockProfile, CpuProfile, OffCpuProfile, OnCpu, Operation, TcpConnections, TcpProfile, UnownedBlock,
     block_records::Head,
     fault_latency::FaultCounts,
-    histogram::{Counts, Histogram, add_counts, add_record},
-    neighbours::Waits,
+    histogram::{Counts, Histogram, add_counts},
     probes::Maps,
+    slot_records::SlotCounts,
 };
 
 /// Which slots are free: the lowest is taken first.
@@ -37,26 +36,16 @@ impl FreeSlots {
     pub(super) fn give_back(&mut self, slot: u32) {
         self.0.insert(slot);
     }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
 }
 
 /// A slot's counters at one moment, over all CPUs. A new owner takes them as its start: slots are reused
 /// without being cleared. Kept from window to window, hence only what has counted anything.
 pub(super) struct Counters {
-    run_queue_ns: Counts,
-    on_cpu_ns: Counts,
-    tcp_rtt_us: Counts,
-    tcp_bytes_in: u64,
-    tcp_bytes_out: u64,
-    tcp: TcpCounts,
-    tcp_life_us: Counts,
-    /// By CPU.
-    cpus: Vec<OnCpu>,
-    off_cpu: [OffCpuCount; OFF_CPU_KINDS],
-    migrations: u64,
-    /// Whether this has changed says whether any of its page faults has begun.
-    pub(super) faults_begun: u64,
-    /// For whom it waited.
-    pub(super) waits: Waits,
+    slot: SlotCounts,
     /// How long page faults took.
     pub(super) faults: FaultCounts,
     /// By their place, ascending; those that have counted anything.
@@ -104,31 +93,6 @@ fn places() -> impl Iterator<Item = (usize, u32, (BlockOperation, Operation))> {
 impl Counters {
     /// Reads them from the maps. What has counted nothing since `earlier`, of the same slot, is not read again.
     pub(super) fn read(maps: &Maps, slots: u32, slot: u32, earlier: Option<&Self>) -> Self {
-        let mut total = SlotRecord::EMPTY;
-        let mut cpus = Vec::with_capacity(maps.cpus as usize);
-        for cpu in 0..maps.cpus {
-            if let Some(record) = maps.slots.read(slot_index(cpu, slot, slots)) {
-                cpus.push(OnCpu {
-                    cpu: cpu as usize,
-                    ran_ns: record.on_cpu_ns.sum,
-                    others_wait_ns: record.others_wait_ns,
-                    foreign_wait_ns: record.foreign_wait_ns,
-                });
-                add_record(&mut total.run_queue_ns, &record.run_queue_ns);
-                add_record(&mut total.on_cpu_ns, &record.on_cpu_ns);
-                add_record(&mut total.tcp_rtt_us, &record.tcp_rtt_us);
-                for (total, count) in total.off_cpu.iter_mut().zip(&record.off_cpu) {
-                    total.ns = total.ns.wrapping_add(count.ns);
-                    total.times = total.times.wrapping_add(count.times);
-                }
-                add_record(&mut total.tcp_life_us, &record.tcp_life_us);
-                add_tcp(&mut total.tcp, &record.tcp);
-                total.faults_begun = total.faults_begun.wrapping_add(record.faults_begun);
-                total.migrations = total.migrations.wrapping_add(record.migrations);
-                total.tcp_bytes_in = total.tcp_bytes_in.wrapping_add(record.tcp_bytes_in);
-                total.tcp_bytes_out = total.tcp_bytes_out.wrapping_add(record.tcp_bytes_out);
-            }
-        }
         let mut blocks = Vec::new();
         for (place, device, (operation, _)) in places().filter(|(_, device, _)| maps.blocks.has(*device)) {
             // Nearly all of it is buckets, and nearly all have counted nothing.
@@ -145,69 +109,69 @@ impl Counters {
         }
         blocks.shrink_to_fit();
         Self {
-            run_queue_ns: Counts::of(&total.run_queue_ns),
-            on_cpu_ns: Counts::of(&total.on_cpu_ns),
-            tcp_rtt_us: Counts::of(&total.tcp_rtt_us),
-            tcp_bytes_in: total.tcp_bytes_in,
-            tcp_bytes_out: total.tcp_bytes_out,
-            tcp: total.tcp,
-            tcp_life_us: Counts::of(&total.tcp_life_us),
-            cpus,
-            off_cpu: total.off_cpu,
-            migrations: total.migrations,
-            faults_begun: total.faults_begun,
-            waits: Waits::read(maps, slots, slot),
-            faults: FaultCounts::read(maps, slots, slot),
+            slot: SlotCounts::read(maps, slots, slot, earlier.map(|earlier| &earlier.slot)),
+            faults: FaultCounts::read(maps, slots, slot, earlier.map(|earlier| &earlier.faults)),
             blocks,
         }
     }
 
+    /// Whether this has changed says whether any of its page faults has begun.
+    pub(super) fn faults_begun(&self) -> u64 {
+        self.slot.faults_begun
+    }
+
+    /// For whom it waited since `earlier`: by cgroup, in nanoseconds.
+    pub(super) fn waits_since(&self, earlier: &Self) -> BTreeMap<u64, u64> {
+        self.slot.waits.since(&earlier.slot.waits)
+    }
+
     /// What the scheduler probe counted since `earlier`.
     pub(super) fn add_cpu_since(&self, earlier: &Self, cpu: &mut CpuProfile) {
-        cpu.run_queue_ns = Histogram::between(&earlier.run_queue_ns, &self.run_queue_ns);
-        cpu.on_cpu_ns = Histogram::between(&earlier.on_cpu_ns, &self.on_cpu_ns);
+        cpu.run_queue_ns =
+            Histogram::between(&earlier.slot.run_queue_ns.counts, &self.slot.run_queue_ns.counts);
+        cpu.on_cpu_ns = Histogram::between(&earlier.slot.on_cpu_ns.counts, &self.slot.on_cpu_ns.counts);
         let since = |(now, earlier): (&OnCpu, &OnCpu)| OnCpu {
             cpu: now.cpu,
             ran_ns: now.ran_ns.wrapping_sub(earlier.ran_ns),
             others_wait_ns: now.others_wait_ns.wrapping_sub(earlier.others_wait_ns),
             foreign_wait_ns: now.foreign_wait_ns.wrapping_sub(earlier.foreign_wait_ns),
         };
-        let by_cpu = self.cpus.iter().zip(&earlier.cpus).map(since);
+        let by_cpu = self.slot.cpus.iter().zip(&earlier.slot.cpus).map(since);
         cpu.by_cpu = by_cpu.filter(|of| of.ran_ns > 0 || of.others_wait_ns > 0).collect();
     }
 
     /// Why and how long tasks were off the CPU, of those times that ended since `earlier`.
     pub(super) fn off_cpu_since(&self, earlier: &Self) -> OffCpuProfile {
         let of = |why: OffCpu| {
-            let (now, earlier) = (self.off_cpu[why as usize], earlier.off_cpu[why as usize]);
-            OffCpuTime { ns: now.ns.wrapping_sub(earlier.ns), times: now.times.wrapping_sub(earlier.times) }
+            let kind = why as usize;
+            Histogram::between(&earlier.slot.off_cpu_ns[kind].counts, &self.slot.off_cpu_ns[kind].counts)
         };
         OffCpuProfile {
-            sleep: of(OffCpu::Sleep),
-            io_wait: of(OffCpu::IoWait),
-            blocked: of(OffCpu::Blocked),
-            stopped: of(OffCpu::Stopped),
+            sleep_ns: of(OffCpu::Sleep),
+            io_wait_ns: of(OffCpu::IoWait),
+            blocked_ns: of(OffCpu::Blocked),
+            stopped_ns: of(OffCpu::Stopped),
         }
     }
 
     /// Times that a task went from one CPU to another since `earlier`.
     pub(super) fn migrations_since(&self, earlier: &Self) -> u64 {
-        self.migrations.wrapping_sub(earlier.migrations)
+        self.slot.migrations.wrapping_sub(earlier.slot.migrations)
     }
 
     /// What the TCP probes counted since `earlier`.
     pub(super) fn tcp_since(&self, earlier: &Self) -> TcpProfile {
         TcpProfile {
-            bytes_in: self.tcp_bytes_in.wrapping_sub(earlier.tcp_bytes_in),
-            bytes_out: self.tcp_bytes_out.wrapping_sub(earlier.tcp_bytes_out),
-            rtt_us: Histogram::between(&earlier.tcp_rtt_us, &self.tcp_rtt_us),
+            bytes_in: self.slot.tcp_bytes_in.wrapping_sub(earlier.slot.tcp_bytes_in),
+            bytes_out: self.slot.tcp_bytes_out.wrapping_sub(earlier.slot.tcp_bytes_out),
+            rtt_us: Histogram::between(&earlier.slot.tcp_rtt_us.counts, &self.slot.tcp_rtt_us.counts),
             ..TcpProfile::default()
         }
     }
 
     /// Times that something was sent again since `earlier`.
     pub(super) fn retransmits_since(&self, earlier: &Self) -> u64 {
-        self.tcp.retransmits.wrapping_sub(earlier.tcp.retransmits)
+        self.slot.tcp.retransmits.wrapping_sub(earlier.slot.tcp.retransmits)
     }
 
     /// Connections since `earlier`; there are those now that have come and not gone since `open_then` was [`Self::came_and_stayed`].
@@ -216,18 +180,18 @@ impl Counters {
         // Negative, if more have gone than there were: some may have come while it was profiled before.
         let open = self.came_and_stayed().wrapping_sub(open_then) as i64;
         TcpConnections {
-            opened: since(self.tcp.opened, earlier.tcp.opened),
-            accepted: since(self.tcp.accepted, earlier.tcp.accepted),
-            closed: since(self.tcp.closed, earlier.tcp.closed),
-            failed: since(self.tcp.failed, earlier.tcp.failed),
+            opened: since(self.slot.tcp.opened, earlier.slot.tcp.opened),
+            accepted: since(self.slot.tcp.accepted, earlier.slot.tcp.accepted),
+            closed: since(self.slot.tcp.closed, earlier.slot.tcp.closed),
+            failed: since(self.slot.tcp.failed, earlier.slot.tcp.failed),
             open: open.try_into().unwrap_or(0),
-            life_us: Histogram::between(&earlier.tcp_life_us, &self.tcp_life_us),
+            life_us: Histogram::between(&earlier.slot.tcp_life_us.counts, &self.slot.tcp_life_us.counts),
         }
     }
 
-    /// Connections of which the beginning was seen, and the end was not; wraps.
+    /// As [`SlotCounts::came_and_stayed`].
     pub(super) fn came_and_stayed(&self) -> u64 {
-        self.tcp.opened.wrapping_add(self.tcp.accepted).wrapping_sub(self.tcp.seen)
+        self.slot.came_and_stayed()
     }
 
     /// What the block probe counted since `earlier`, `window_ms` ago, for devices and operations that had I/O.
@@ -259,19 +223,6 @@ impl Counters {
 
     fn block(&self, place: usize) -> Option<&Block> {
         self.blocks.iter().find(|block| block.place == place)
-    }
-}
-
-fn add_tcp(total: &mut TcpCounts, record: &TcpCounts) {
-    for (total, count) in [
-        (&mut total.opened, record.opened),
-        (&mut total.accepted, record.accepted),
-        (&mut total.closed, record.closed),
-        (&mut total.seen, record.seen),
-        (&mut total.failed, record.failed),
-        (&mut total.retransmits, record.retransmits),
-    ] {
-        *total = total.wrapping_add(count);
     }
 }
 
@@ -386,6 +337,8 @@ fn parse_number(text: &str) -> Option<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
+    use rswap_common::layout::TcpCounts;
+
     use super::*;
 
     #[test]
@@ -404,18 +357,7 @@ mod tests {
             Block { place, head, device_ns: Counts::of(&device_ns), ..Block::default() }
         };
         Counters {
-            run_queue_ns: Counts::default(),
-            on_cpu_ns: Counts::default(),
-            tcp_rtt_us: Counts::default(),
-            tcp_bytes_in: 0,
-            tcp_bytes_out: 0,
-            tcp: TcpCounts::default(),
-            tcp_life_us: Counts::default(),
-            cpus: Vec::new(),
-            off_cpu: SlotRecord::EMPTY.off_cpu,
-            migrations: 0,
-            faults_begun: 0,
-            waits: Waits::default(),
+            slot: SlotCounts::default(),
             faults: FaultCounts::default(),
             blocks: blocks.iter().map(block).collect(),
         }
@@ -423,9 +365,9 @@ mod tests {
 
     #[test]
     fn connections_are_open_that_came_and_have_not_gone() {
-        let of = |opened, accepted, closed, seen| Counters {
-            tcp: TcpCounts { opened, accepted, closed, seen, ..TcpCounts::default() },
-            ..counters(&[])
+        let of = |opened, accepted, closed, seen| {
+            let tcp = TcpCounts { opened, accepted, closed, seen, ..TcpCounts::default() };
+            Counters { slot: SlotCounts { tcp, ..SlotCounts::default() }, ..counters(&[]) }
         };
         // Of another owner of the slot before, two are left for ever.
         let (begin, later) = (of(5, 0, 3, 3), of(6, 4, 9, 4));

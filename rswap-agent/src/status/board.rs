@@ -19,7 +19,8 @@ use crate::{
     plan::{Decision, Plan, VolumeView},
     pool::{Inventory, Pool},
     profile::{
-        AgesCost, CgroupsKnown, HostBlock, ProbeStatus, Profile, ProfileCost, ProgramCost, SharedProfile,
+        AgesCost, Bookkeeping, CgroupsKnown, HostBlock, ProbeStatus, Profile, ProfileCost, ProgramCost,
+        SharedProfile,
     },
     swap::memory::InSwap,
     units::UnixMillis,
@@ -221,6 +222,8 @@ pub struct BoardState {
     pub programs: Vec<ProgramCost>,
     /// Which cgroups they know.
     pub cgroups: CgroupsKnown,
+    /// What is remembered in the kernel, and what had no room there.
+    pub bookkeeping: Bookkeeping,
     /// What instances did that share a slot.
     pub shared: Option<SharedProfile>,
     /// What all of them cost, and which had to go for that.

@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::packed::with_bytes;
 use crate::{
-    profile::{Operation, Profile, histogram::Histogram},
+    profile::{OffCpuProfile, OffCpuReason, Operation, Profile, histogram::Histogram},
     units::UnixMillis,
 };
 
@@ -23,6 +23,11 @@ pub enum Metric {
     RunQueueNs,
     /// On a CPU between two switches, in nanoseconds.
     OnCpuNs,
+    /// Off the CPU until a thread could run again, in nanoseconds.
+    OffCpuNs {
+        /// Why.
+        reason: OffCpuReason,
+    },
     /// From when the driver was given a request to its end, in nanoseconds.
     BlockDeviceNs {
         /// `major:minor`, or `other`.
@@ -304,6 +309,9 @@ impl Distributions {
         }
         self.add(at, Metric::RunQueueNs, &profile.cpu.run_queue_ns);
         self.add(at, Metric::OnCpuNs, &profile.cpu.on_cpu_ns);
+        for (reason, times) in profile.cpu.off_cpu.iter().flat_map(OffCpuProfile::by_reason) {
+            self.add(at, Metric::OffCpuNs { reason }, times);
+        }
         self.add(at, Metric::TcpRttUs, &profile.tcp.rtt_us);
         if let Some(connections) = &profile.tcp.connections {
             self.add(at, Metric::TcpLifeUs, &connections.life_us);

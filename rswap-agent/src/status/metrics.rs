@@ -15,7 +15,7 @@ use rswap_common::histogram::bounds_of;
 
 use super::{BoardState, Metric, MigrationState};
 use crate::{
-    profile::{ProbeState, RequestCount, histogram::Histogram},
+    profile::{OffCpuProfile, ProbeState, RequestCount, histogram::Histogram},
     units::UnixMillis,
 };
 
@@ -208,6 +208,39 @@ fn agent(registry: &mut Registry, board: &BoardState, now: UnixMillis) {
         "Time in an eBPF program, while BPF statistics are on",
         run_time,
     );
+    let missed = Family::<Named, Counter>::default();
+    for (name, times) in board.programs.iter().filter_map(|of| Some((&of.name, of.missed?))) {
+        missed.get_or_create(&named(name)).inner().store(times, Relaxed);
+    }
+    let help = "Times that an eBPF program did not run, as it was running on that CPU already";
+    registry.register("bpf_missed", help, missed);
+    let lost = Family::<Named, Counter>::default();
+    let of = &board.bookkeeping.lost;
+    for (name, times) in [
+        ("off_cpu", of.off_cpu),
+        ("exact_waits", of.exact_waits),
+        ("block_requests", of.block_requests),
+        ("tcp_connections", of.tcp_connections),
+    ] {
+        lost.get_or_create(&named(name)).inner().store(times, Relaxed);
+    }
+    let help = "What the eBPF programs could not remember, by kind: it is in no profile, or less exact there";
+    registry.register("profile_lost", help, lost);
+    for (name, help, value) in [
+        ("slots_free", "Instances that could still be counted apart", board.bookkeeping.slots_free),
+        (
+            "tcp_connections_known",
+            "TCP connections of instances that the eBPF programs know",
+            board.bookkeeping.connections,
+        ),
+        (
+            "disk_users",
+            "Cgroups that are no instances and use disks, by device",
+            board.bookkeeping.disk_users,
+        ),
+    ] {
+        registry.register(name, help, float(value as f64));
+    }
     let known = &board.cgroups;
     for (name, help, value) in [
         ("cgroups_known", "Instances' cgroups that the eBPF programs know", known.known),
@@ -346,7 +379,7 @@ fn instances(registry: &mut Registry, board: &BoardState) {
 fn distributions(registry: &mut Registry, board: &BoardState) {
     let [mut waits, mut turns, mut round_trips, mut lives, mut major, mut minor] =
         std::array::from_fn(|_| Vec::new());
-    let (mut on_device, mut in_queue) = (Vec::new(), Vec::new());
+    let (mut on_device, mut in_queue, mut off_cpu) = (Vec::new(), Vec::new(), Vec::new());
     // They are looked at every few windows: a rate over the last one would tell nothing.
     let listen_drops = Family::<OfInstance, Counter>::default();
     for (name, of) in &board.distributions {
@@ -363,6 +396,9 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
             match metric {
                 Metric::RunQueueNs => waits.push((own(), total)),
                 Metric::OnCpuNs => turns.push((own(), total)),
+                Metric::OffCpuNs { reason } => {
+                    off_cpu.push((OfReason { instance: name.to_string(), reason: reason.name() }, total));
+                }
                 Metric::TcpRttUs => round_trips.push((own(), total)),
                 Metric::TcpLifeUs => lives.push((own(), total)),
                 Metric::MajorFaultNs => major.push((own(), total)),
@@ -393,6 +429,9 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
     ] {
         registry.register_with_unit(name, help, Unit::Seconds, Histograms { of, per_second });
     }
+    let help = "Time off the CPU until a thread could run again, by reason";
+    let off_cpu = Histograms { of: off_cpu, per_second: 1e9 };
+    registry.register_with_unit("instance_off_cpu", help, Unit::Seconds, off_cpu);
     for (name, help, of) in [
         ("instance_block_device", "Time of block requests from when the driver was given them", on_device),
         ("instance_block_queue", "Time of block requests until the driver was given them", in_queue),
@@ -467,15 +506,9 @@ fn block(registry: &mut Registry, board: &BoardState) {
                 disk_taken.get_or_create(&labels).inc_by(of.waited_ns as f64 / 1e9 * per_s);
             }
         }
-        let Some(off) = &profile.cpu.off_cpu else { continue };
-        for (reason, time) in [
-            ("sleep", off.sleep),
-            ("io_wait", off.io_wait),
-            ("blocked", off.blocked),
-            ("stopped", off.stopped),
-        ] {
-            let labels = OfReason { instance: name.to_string(), reason };
-            off_cpu.get_or_create(&labels).set(time.ns as f64 / 1e9 * per_s);
+        for (reason, times) in profile.cpu.off_cpu.iter().flat_map(OffCpuProfile::by_reason) {
+            let labels = OfReason { instance: name.to_string(), reason: reason.name() };
+            off_cpu.get_or_create(&labels).set(times.sum as f64 / 1e9 * per_s);
         }
     }
     registry.register("instance_block_bytes_per_second", "Block I/O in the last window, by operation", bytes);

@@ -11,8 +11,8 @@ use crate::{
     instance::{Instance, InstanceName},
     plan::{Decision, Plan},
     profile::{
-        BlockProfile, CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour, OffCpuProfile, OffCpuTime,
-        OnClass, Operation, ProbeState, ProbeStatus, Profile, RequestCount, TcpConnections, TcpProfile,
+        BlockProfile, CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour, OffCpuProfile, OnClass,
+        Operation, ProbeState, ProbeStatus, Profile, ProgramCost, RequestCount, TcpConnections, TcpProfile,
         UnownedBlock, Who, histogram::Histogram,
     },
     units::UnixMillis,
@@ -149,8 +149,8 @@ fn show_a_profile(board: &mut BoardState) {
         values.iter().for_each(|value| histogram.record(*value));
         histogram
     };
-    let io_wait = OffCpuTime { ns: 500_000_000, times: 9 };
-    let off_cpu = Some(OffCpuProfile { io_wait, ..OffCpuProfile::default() });
+    let io_wait_ns = of(&[300_000_000, 200_000_000]);
+    let off_cpu = Some(OffCpuProfile { io_wait_ns, ..OffCpuProfile::default() });
     let hog = Who::Cgroup("/system.slice/hog.service".into());
     let neighbours = vec![CpuNeighbour { who: hog, waited_ns: 250_000_000 }];
     let profile = Profile {
@@ -218,8 +218,9 @@ async fn shows_distributions_of_one_instance_or_all() {
         (&shown[0]["name"], &of[0]["metric"], &of[0]["hour"]["sum"]),
         (&"db".into(), &"run_queue_ns".into(), &1000.into())
     );
-    assert_eq!((&of[1]["metric"], &of[1]["operation"]), (&"block_device_ns".into(), &"write".into()));
-    assert_eq!((&of[1]["minute"]["count"], &of[1]["total"]["sum"]), (&2.into(), &6_000_000_000_u64.into()));
+    assert_eq!((&of[1]["metric"], &of[1]["reason"]), (&"off_cpu_ns".into(), &"io_wait".into()));
+    assert_eq!((&of[2]["metric"], &of[2]["operation"]), (&"block_device_ns".into(), &"write".into()));
+    assert_eq!((&of[2]["minute"]["count"], &of[2]["total"]["sum"]), (&2.into(), &6_000_000_000_u64.into()));
     let all: serde_json::Value = client.get("/v1/distributions").await.unwrap();
     assert_eq!(all, shown);
     let none: serde_json::Value = client.get("/v1/distributions?instance=gone").await.unwrap();
@@ -238,6 +239,10 @@ async fn exposes_metrics() {
     board.write(|b| {
         b.swaps_done = 4;
         b.profile_cost.untiered_share = 0.0625;
+        b.bookkeeping.slots_free = 250;
+        b.bookkeeping.lost.exact_waits = 7;
+        let (name, runs, ns_per_run) = ("sched_switch".to_owned(), 10, 50.0);
+        b.programs.push(ProgramCost { name, runs, ns_per_run, core_share: None, missed: Some(2) });
         b.probes.push(ProbeStatus {
             name: "sched".into(),
             state: ProbeState::Unavailable { reason: "no BTF".into() },
@@ -257,6 +262,11 @@ async fn exposes_metrics() {
         "rswap_block_unowned_bytes_total{device=\"8:0\",kind=\"write_back\"} 4096",
         "rswap_block_not_covered{name=\"dm-0\"} 1",
         "rswap_instance_off_cpu_threads{instance=\"db\",reason=\"io_wait\"} 0.5",
+        "rswap_instance_off_cpu_seconds_sum{instance=\"db\",reason=\"io_wait\"} 0.5",
+        "rswap_instance_off_cpu_seconds_count{instance=\"db\",reason=\"io_wait\"} 2",
+        "rswap_profile_lost_total{name=\"exact_waits\"} 7",
+        "rswap_bpf_missed_total{name=\"sched_switch\"} 2",
+        "rswap_slots_free 250.0",
         "rswap_instance_cpu_taken_by{instance=\"db\",kind=\"cgroup\",neighbour=\"/system.slice/hog.service\"} 0.25",
         "rswap_instance_tcp_connections{instance=\"db\"} 3.0",
         "rswap_instance_tcp_connections_per_second{instance=\"db\"} 2.0",

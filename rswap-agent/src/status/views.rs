@@ -10,7 +10,9 @@ use crate::{
     instance::{Instance, InstanceName},
     migrate::links::LinksView,
     plan::{Decision, in_words},
-    profile::{AgesCost, CgroupsKnown, HostBlock, ProbeStatus, ProfileCost, ProgramCost, SharedProfile},
+    profile::{
+        AgesCost, Bookkeeping, CgroupsKnown, HostBlock, ProbeStatus, ProfileCost, ProgramCost, SharedProfile,
+    },
     units::UnixMillis,
 };
 
@@ -59,6 +61,8 @@ pub(super) struct Status {
     programs: Vec<ProgramCost>,
     /// The cgroups that the programs know.
     cgroups: CgroupsKnown,
+    /// What is remembered in the kernel, and what had no room there.
+    bookkeeping: Bookkeeping,
     /// What counts events of instances that found no place of their own.
     without_slot: Option<SharedProfile>,
     /// What profiling costs, and what of it is left out for that.
@@ -96,6 +100,7 @@ impl Status {
             probes: board.probes.clone(),
             programs: board.programs.clone(),
             cgroups: board.cgroups,
+            bookkeeping: board.bookkeeping,
             without_slot: board.shared.clone(),
             profile_cost: board.profile_cost.clone(),
             memory_ages: board.memory_ages,

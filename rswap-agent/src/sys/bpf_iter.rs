@@ -44,18 +44,10 @@ pub struct Walk {
 }
 
 impl Walk {
-    /// Puts a program that is loaded for an iterator over what is in a map at that map.
-    ///
-    /// # Errors
-    /// Those of bpf(2), `BPF_LINK_CREATE`.
-    pub fn over_map(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<Self> {
-        Self::with(program, Some(&map.as_raw_fd()))
-    }
-
     /// Puts a program that is loaded for an iterator over what processes have at one process; before Linux 6.1 at all of them, which is `true` then.
     ///
     /// # Errors
-    /// As above.
+    /// Those of bpf(2), `BPF_LINK_CREATE`.
     pub fn over_process(program: BorrowedFd<'_>, pid: i32) -> io::Result<(Self, bool)> {
         match Self::with(program, Some(&OfProcess { tid: 0, pid: pid as u32 })) {
             // It knows of no processes.

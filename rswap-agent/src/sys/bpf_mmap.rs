@@ -13,7 +13,8 @@ use std::{
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use rswap_common::{
-    layout::{BlockRecord, ChildCounts, FaultRecord, SlotRecord, UnownedRecord},
+    histogram::BUCKETS,
+    layout::{BlockRecord, ChildCounts, FaultRecord, SlotRecord, TallyRecord, UnownedRecord},
     neighbours::NeighbourRecord,
 };
 
@@ -36,6 +37,10 @@ unsafe impl BpfRecord for FaultRecord {}
 unsafe impl BpfRecord for ChildCounts {}
 // SAFETY: as above.
 unsafe impl BpfRecord for NeighbourRecord {}
+// SAFETY: as above: an even number of u32.
+unsafe impl BpfRecord for [u32; BUCKETS] {}
+// SAFETY: as above: four u64.
+unsafe impl BpfRecord for TallyRecord {}
 
 /// Entries of an array map of `T`, mapped read-only until they are dropped.
 #[derive(Debug)]
@@ -91,21 +96,37 @@ impl<T: BpfRecord> MappedArray<T> {
 
     /// The record at `index`, as it is now: each word is read at once, the record as a whole is not. `None` where it is not mapped.
     pub fn read(&self, index: u32) -> Option<T> {
-        let first = self.place(index)?;
-        let mut record = MaybeUninit::<T>::uninit();
-        for word in 0..Self::WORDS {
-            let value = self.word(first + word);
-            // SAFETY: `word` is inside of the record; unaligned, so that no alignment of `T` is asked for.
-            unsafe { record.as_mut_ptr().cast::<u64>().add(word).write_unaligned(value) };
-        }
-        // SAFETY: every word was written, and any bits are a valid `T` (the trait's contract).
-        Some(unsafe { record.assume_init() })
+        self.read_part(index, 0)
     }
 
-    /// The first words of the record at `index`; as many as there are, if it has fewer.
-    pub fn head<const N: usize>(&self, index: u32) -> Option<[u64; N]> {
+    /// The same of what begins with one of the record's words.
+    ///
+    /// # Panics
+    /// The record ends before it.
+    pub fn read_part<P: BpfRecord>(&self, index: u32, first_word: usize) -> Option<P> {
+        let words = MappedArray::<P>::WORDS;
+        assert!(first_word + words <= Self::WORDS, "a part of the record");
+        let first = self.place(index)? + first_word;
+        let mut part = MaybeUninit::<P>::uninit();
+        for word in 0..words {
+            let value = self.word(first + word);
+            // SAFETY: `word` is inside of the part; unaligned, so that no alignment of `P` is asked for.
+            unsafe { part.as_mut_ptr().cast::<u64>().add(word).write_unaligned(value) };
+        }
+        // SAFETY: every word was written, and any bits are a valid `P` (the trait's contract).
+        Some(unsafe { part.assume_init() })
+    }
+
+    /// These words of the record at `index`, by their place in it.
+    ///
+    /// # Panics
+    /// The record ends before one of them.
+    pub fn words<const N: usize>(&self, index: u32, places: [usize; N]) -> Option<[u64; N]> {
         let first = self.place(index)?;
-        Some(std::array::from_fn(|word| if word < Self::WORDS { self.word(first + word) } else { 0 }))
+        Some(places.map(|place| {
+            assert!(place < Self::WORDS, "a word of the record");
+            self.word(first + place)
+        }))
     }
 
     /// The first word of a record.

@@ -1,7 +1,7 @@
 //! Over how long the times are that are shown.
 
 use crate::{
-    profile::{BlockProfile, Operation, Profile, histogram::Histogram},
+    profile::{BlockProfile, OffCpuProfile, Operation, Profile, histogram::Histogram},
     status::{Distribution, Metric},
 };
 
@@ -51,6 +51,7 @@ impl Shown {
         for times in [&mut cpu.run_queue_ns, &mut cpu.on_cpu_ns, &mut profile.tcp.rtt_us] {
             *times = Histogram::default();
         }
+        cpu.off_cpu = cpu.off_cpu.take().map(|_| OffCpuProfile::default());
         for faults in profile.memory.fault_latency.iter_mut() {
             faults.major_ns = Histogram::default();
             faults.minor_ns = faults.minor_ns.take().map(|_| Histogram::default());
@@ -63,6 +64,9 @@ impl Shown {
             match &distribution.metric {
                 Metric::RunQueueNs => profile.cpu.run_queue_ns = times,
                 Metric::OnCpuNs => profile.cpu.on_cpu_ns = times,
+                Metric::OffCpuNs { reason } => {
+                    *profile.cpu.off_cpu.get_or_insert_default().of_mut(*reason) = times;
+                }
                 Metric::TcpRttUs => profile.tcp.rtt_us = times,
                 Metric::TcpLifeUs => {}
                 Metric::MajorFaultNs => {

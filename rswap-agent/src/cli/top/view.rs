@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     forecast::{Evidence, Resource},
-    profile::{BlockProfile, OffCpuTime, Operation, Profile, UsedWithin, Who, histogram::Histogram},
+    profile::{BlockProfile, OffCpuReason, Operation, Profile, UsedWithin, Who, histogram::Histogram},
     status::InstanceView,
 };
 
@@ -202,15 +202,16 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         on_class.collect::<String>()
     )));
     if let Some(off) = &profile.cpu.off_cpu {
-        let of = |time: OffCpuTime| format!("{} ({} times)", nanoseconds(time.ns as f64), time.times);
         lines.push(Line::from("off the CPU, over all threads").bold());
-        lines.push(Line::from(format!(
-            "  asleep {}  waiting for I/O {}  blocked {}  stopped {}",
-            of(off.sleep),
-            of(off.io_wait),
-            of(off.blocked),
-            of(off.stopped),
-        )));
+        for (reason, times) in off.by_reason().into_iter().filter(|(_, times)| times.count > 0) {
+            let what = match reason {
+                OffCpuReason::Sleep => "asleep",
+                OffCpuReason::IoWait => "waiting for I/O",
+                OffCpuReason::Blocked => "blocked",
+                OffCpuReason::Stopped => "stopped",
+            };
+            distribution(&mut lines, what, times, nanoseconds, &VecDeque::new());
+        }
     }
     waited_for(&mut lines, profile);
     for block in &profile.block {

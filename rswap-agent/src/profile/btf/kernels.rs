@@ -5,7 +5,7 @@
 //! `linux-binary-7.2.13+deb14-cloud-amd64` (7.2.13-1): the section `.BTF` of the kernel in `vmlinuz`, cut down by [`make_a_subset`].
 //!
 //! This is about types, and tracepoints' arguments. Whether a kernel has the helpers that a program calls is not in there: 5.10, for one, has no
-//! `bpf_get_current_task_btf` (5.11), and refuses the programs that call it. Nor has it what the programs at iterators, and at connections' ends, ask of sockets' storage (5.11), nor their atomic exchange (5.12).
+//! `bpf_get_current_task_btf` (5.11), and refuses the programs that call it. Nor has it what tells a file's socket (5.11), nor the atomic exchange of the programs that know connections (5.12).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +15,7 @@ use std::{
 use super::{KernelTypes, subset::subset};
 use crate::profile::{
     children::CHILD_PROBES,
-    connections::{CONNECTION_PROBES, walks_over},
+    connections::{CONNECTION_PROBES, called_by},
     fault_latency::FAULT_PROBES,
     probes::{self, Probe},
     written,
@@ -54,8 +54,8 @@ fn attached_to() -> BTreeSet<String> {
             // A program is handed its context itself, what it calls a reference.
             let is_program =
                 line.starts_with("fn ") && line.ends_with("Context) -> i32 {") && !line.contains('&');
-            // Those at events of perf have no types.
-            if is_program && attribute != "#[perf_event]" {
+            // Those at events of perf, and what the agent calls, have no types.
+            if is_program && !["#[perf_event]", "#[raw_tracepoint]"].contains(&attribute) {
                 let to = attribute.split('"').nth(1);
                 found.insert(to.unwrap_or_else(|| panic!("what is it attached to? {line}")).to_owned());
             }
@@ -94,7 +94,7 @@ fn outcomes(types: &KernelTypes) -> BTreeMap<&'static str, Outcome> {
 #[test]
 fn every_program_is_asked_for() {
     // Those of ext4 are raw: they need no types (and may be a module's).
-    let at_tracepoints = all_probes().map(|probe| probe.tracepoint).filter(|name| walks_over(name).is_none());
+    let at_tracepoints = all_probes().map(|probe| probe.tracepoint).filter(|name| called_by(name).is_none());
     let asked: BTreeSet<&str> = at_tracepoints.chain(written::OF_EXT4).collect();
     let programs = attached_to();
     assert_eq!(programs.iter().map(String::as_str).collect::<BTreeSet<_>>(), asked);
