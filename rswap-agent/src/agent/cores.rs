@@ -72,6 +72,7 @@ mod tests {
             block,
             block_counted: false,
             disk_neighbours,
+            io: Default::default(),
             tcp: TcpProfile::default(),
             tcp_counted: false,
             memory: MemoryProfile::default(),

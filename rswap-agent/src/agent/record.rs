@@ -183,6 +183,7 @@ mod tests {
             block: if second.is_multiple_of(2) { vec![block] } else { vec![] },
             block_counted: true,
             disk_neighbours: Vec::new(),
+            io: Default::default(),
             tcp: TcpProfile { bytes_in: 100, bytes_out: 7, ..TcpProfile::default() },
             tcp_counted: true,
             memory: MemoryProfile { resident_bytes: 5, ..MemoryProfile::default() },

@@ -58,6 +58,7 @@ mod tests {
             block: if did { block } else { Vec::new() },
             block_counted: counted,
             disk_neighbours: Vec::new(),
+            io: Default::default(),
             tcp: TcpProfile { bytes_in: 10, bytes_out: 20, ..TcpProfile::default() },
             tcp_counted: counted,
             memory: MemoryProfile { resident_bytes: 7, ..MemoryProfile::default() },

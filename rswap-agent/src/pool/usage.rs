@@ -71,6 +71,7 @@ mod tests {
             block: vec![],
             block_counted: true,
             disk_neighbours: Vec::new(),
+            io: Default::default(),
             tcp: TcpProfile::default(),
             tcp_counted: true,
             memory: MemoryProfile { resident_bytes: 7, ..MemoryProfile::default() },

@@ -1,4 +1,4 @@
-//! What cgroup v2 and /proc say about an instance: CPU time, pressure, memory, members.
+//! What cgroup v2 and /proc say about an instance: CPU time, members.
 
 use std::{
     collections::BTreeSet,
@@ -80,12 +80,6 @@ pub(super) fn cpu_stat_us(text: &str, path: &Path) -> Result<(u64, u64), Profile
     Ok((field(text, "usage_usec").ok_or_else(no_usage)?, held_back))
 }
 
-/// What a `.pressure` file says of the time in which some task was held up, in microseconds.
-pub(super) fn pressure_some_us(text: &str) -> Option<u64> {
-    let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
-    some.split(' ').find_map(|word| word.strip_prefix("total="))?.parse().ok()
-}
-
 /// The processes of a cgroup and of all below it.
 pub(super) fn pids(cgroup: &Path) -> Result<BTreeSet<i32>, ProfileError> {
     let mut pids = BTreeSet::new();
@@ -130,8 +124,5 @@ mod tests {
     fn counters_are_read_from_the_kernels_files() {
         assert_eq!(field("usage_usec 12\nuser_usec 7\n", "user_usec"), Some(7));
         assert_eq!(field("usage_usec_x 12\n", "usage_usec"), None);
-        let pressure = "some avg10=0.00 avg60=0.00 avg300=0.00 total=81\nfull avg10=0.00 total=3\n";
-        assert_eq!(pressure_some_us(pressure), Some(81));
-        assert_eq!(pressure_some_us(""), None);
     }
 }

@@ -205,6 +205,7 @@ mod tests {
             block: vec![block],
             block_counted: true,
             disk_neighbours: Vec::new(),
+            io: Default::default(),
             tcp: Default::default(),
             tcp_counted: false,
             memory: Default::default(),

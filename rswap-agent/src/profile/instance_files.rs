@@ -6,7 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{ProfileError, cgroup, faults};
+use super::{
+    ProfileError, cgroup, faults,
+    pressure::{self, HostPressure, Pressure, StalledFor},
+};
 use crate::kept_files::{Kept, Reader, has_gone};
 
 /// The files of one instance.
@@ -15,9 +18,8 @@ pub(super) struct InstanceFiles {
     cgroup: PathBuf,
     cpu_stat: Kept,
     cpu_pressure: Kept,
-    memory_pressure: Kept,
-    /// What it said when it was read last.
-    memory_pressure_us: Option<u64>,
+    memory_pressure: Pressure,
+    io_pressure: Pressure,
     /// `memory.current` and `memory.stat`, where the memory controller is in cgroup v2.
     memory: Option<[Kept; 2]>,
     /// Where the processes are listed, of its cgroup and each below.
@@ -40,44 +42,6 @@ struct FaultsRead {
 /// as for `O_DIRECT`, nor is a process that somebody moves into the cgroup.
 const FAULTS_READ_AFTER_WINDOWS: u32 = 10;
 
-/// After so many windows it is taken for grown all the same: the kernel rounds what it adds up, of a host that hardly does anything to nothing.
-const GROWN_AFTER_WINDOWS: u32 = 10;
-
-/// What the whole host says of its pressure: what did not grow there grew in no cgroup, as each of its tasks counts there, too.
-#[derive(Debug)]
-pub(super) struct HostPressure {
-    memory: Kept,
-    memory_us: Option<u64>,
-    /// Some task was held up for lack of memory since the look before, or nobody knows.
-    memory_has_grown: bool,
-    windows_since: u32,
-}
-
-impl Default for HostPressure {
-    fn default() -> Self {
-        let memory = Kept::new("/proc/pressure/memory".into());
-        Self { memory, memory_us: None, memory_has_grown: true, windows_since: 0 }
-    }
-}
-
-impl HostPressure {
-    /// To be called as a window ends, before its instances are looked at: of what comes behind it the next look knows.
-    pub(super) fn look(&mut self, reader: &mut Reader) {
-        let read = reader.read(&mut self.memory);
-        self.found(read.ok().and_then(|text| cgroup::pressure_some_us(&text)));
-    }
-
-    fn found(&mut self, memory_us: Option<u64>) {
-        self.windows_since += 1;
-        let is_known = memory_us.is_some() && memory_us == self.memory_us;
-        self.memory_has_grown = !is_known || self.windows_since >= GROWN_AFTER_WINDOWS;
-        if self.memory_has_grown {
-            self.windows_since = 0;
-        }
-        self.memory_us = memory_us;
-    }
-}
-
 /// An instance's memory at one moment.
 pub(super) struct Memory {
     /// What its cgroup is charged where the memory controller is there, else the sum of its processes' resident sets (memory shared between them is then
@@ -94,8 +58,8 @@ impl InstanceFiles {
             cgroup: cgroup.to_owned(),
             cpu_stat: file("cpu.stat"),
             cpu_pressure: file("cpu.pressure"),
-            memory_pressure: file("memory.pressure"),
-            memory_pressure_us: None,
+            memory_pressure: Pressure::new(cgroup.join("memory.pressure")),
+            io_pressure: Pressure::new(cgroup.join("io.pressure")),
             memory: None,
             procs: BTreeMap::new(),
             processes: BTreeMap::new(),
@@ -124,10 +88,12 @@ impl InstanceFiles {
 
     /// How many are open.
     pub(super) fn open_files(&self) -> usize {
-        let own = [&self.cpu_stat, &self.cpu_pressure, &self.memory_pressure];
+        let own = [&self.cpu_stat, &self.cpu_pressure];
         let others = self.memory.iter().flatten().chain(self.procs.values());
         let of_processes = self.processes.values().flatten();
+        let pressures = [&self.memory_pressure, &self.io_pressure];
         own.into_iter().chain(others).chain(of_processes).filter(|file| file.is_open()).count()
+            + pressures.into_iter().filter(|file| file.is_open()).count()
     }
 
     /// CPU time used by the cgroup and all below it, and time for which a limit of it held its CPUs back (0 where there is none), in microseconds.
@@ -138,18 +104,13 @@ impl InstanceFiles {
         }
     }
 
-    /// Time in which some task was held up for lack of a CPU, in microseconds, where the kernel keeps it.
-    pub(super) fn cpu_pressure_us(&mut self, reader: &mut Reader) -> Option<u64> {
-        cgroup::pressure_some_us(&reader.read(&mut self.cpu_pressure).ok()?)
-    }
-
-    /// The same for lack of memory; it is not read where no task of the host was held up.
-    pub(super) fn memory_pressure_us(&mut self, reader: &mut Reader, host: &HostPressure) -> Option<u64> {
-        if host.memory_has_grown || self.memory_pressure_us.is_none() {
-            let read = reader.read(&mut self.memory_pressure);
-            self.memory_pressure_us = read.ok().and_then(|text| cgroup::pressure_some_us(&text));
+    /// Time in which tasks were held up for lack of a CPU, for lack of memory, and by I/O. The last two are not read where no task of the host was.
+    pub(super) fn stalled(&mut self, reader: &mut Reader, host: &HostPressure) -> StalledFor {
+        StalledFor {
+            cpu: pressure::read(reader, &mut self.cpu_pressure),
+            memory: self.memory_pressure.stalled(reader, &host.memory),
+            io: self.io_pressure.stalled(reader, &host.io),
         }
-        self.memory_pressure_us
     }
 
     /// Its processes, as far as they were looked at when its memory was read last.
@@ -255,22 +216,6 @@ fn resident_pages(statm: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pressure_is_read_where_the_hosts_has_grown_and_now_and_then() {
-        let mut host = HostPressure::default();
-        let mut grown = |us| {
-            host.found(us);
-            host.memory_has_grown
-        };
-        assert!(grown(Some(5)));
-        assert!(!grown(Some(5)));
-        assert!(grown(Some(6)) && !grown(Some(6)));
-        // Where the kernel does not keep it, or it can't be read, nobody knows.
-        assert!(grown(None) && grown(None) && grown(Some(6)));
-        let windows: Vec<bool> = (0..2 * GROWN_AFTER_WINDOWS).map(|_| grown(Some(6))).collect();
-        assert_eq!(windows.iter().filter(|grown| **grown).count(), 2);
-    }
 
     #[test]
     fn what_this_process_has_is_read_again_and_again() {

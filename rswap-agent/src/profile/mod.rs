@@ -33,6 +33,7 @@ pub mod histogram;
 mod instance_files;
 mod listeners;
 mod neighbours;
+mod pressure;
 mod probes;
 mod profiler;
 mod slot_records;
@@ -122,6 +123,9 @@ pub struct Profile {
     /// Who used the devices that it waited for, by device.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disk_neighbours: Vec<DeviceNeighbours>,
+    /// Waiting for I/O.
+    #[serde(default)]
+    pub io: IoProfile,
     /// TCP.
     pub tcp: TcpProfile,
     /// Whether TCP bytes were counted.
@@ -174,6 +178,9 @@ pub struct CpuProfile {
     pub on_cpu_ns: Histogram,
     /// PSI `some` share of the window, 0 to 1, where the kernel has it.
     pub pressure_some: Option<f64>,
+    /// PSI `full` share of the window, 0 to 1, where the kernel has it (5.13): none of its threads ran, and some could have.
+    #[serde(default)]
+    pub pressure_full: Option<f64>,
     /// Of each CPU on which it ran or waited.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub by_cpu: Vec<OnCpu>,
@@ -385,6 +392,15 @@ pub struct HostBlock {
     pub not_covered: Vec<String>,
 }
 
+/// Waiting for I/O, of any device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct IoProfile {
+    /// PSI `some` share of the window, 0 to 1, where the kernel has it.
+    pub pressure_some: Option<f64>,
+    /// PSI `full` share of the window, 0 to 1, where the kernel has it: all of its threads that had something to do waited.
+    pub pressure_full: Option<f64>,
+}
+
 /// TCP traffic.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TcpProfile {
@@ -432,6 +448,9 @@ pub struct MemoryProfile {
     pub dirty_bytes_per_s: Option<f64>,
     /// PSI `some` share of the window, 0 to 1, where the kernel has it.
     pub pressure_some: Option<f64>,
+    /// PSI `full` share of the window, 0 to 1, where the kernel has it: all of its threads that had something to do waited.
+    #[serde(default)]
+    pub pressure_full: Option<f64>,
     /// Page faults in the window.
     #[serde(default)]
     pub faults: Option<Faults>,

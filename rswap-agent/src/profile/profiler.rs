@@ -13,17 +13,18 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{
-    AgesCost, BlockProfile, Bookkeeping, CpuProfile, HostBlock, MemoryProfile, ProbeState, ProbeStatus,
-    Profile, ProfileCost, ProfileError, ProgramCost, TcpProfile,
+    AgesCost, BlockProfile, Bookkeeping, CpuProfile, HostBlock, IoProfile, MemoryProfile, ProbeState,
+    ProbeStatus, Profile, ProfileCost, ProfileError, ProgramCost, TcpProfile,
     ages::{Means, Scanner},
     bookkeeping::tallies,
     cgroup,
     children::{CgroupsKnown, Children, Members},
     counting::Counting,
     disk_users, faults,
-    instance_files::{HostPressure, InstanceFiles, Memory},
+    instance_files::{InstanceFiles, Memory},
     listeners::Listeners,
     neighbours::{self, Names},
+    pressure::{HostPressure, StalledFor},
     probes::Probes,
     slots::{self, Counters, Devices, FreeSlots},
     tiers::{Change, Judge, Meter, Tier},
@@ -190,8 +191,8 @@ struct Reading {
     counters: Option<Counters>,
     cpu_usage_us: u64,
     cpu_held_back_us: u64,
-    cpu_pressure_us: Option<u64>,
-    memory_pressure_us: Option<u64>,
+    /// As far as profiles have told it.
+    stalled: StalledFor,
     resident_bytes: u64,
     faults: faults::Reading,
 }
@@ -455,19 +456,9 @@ impl Reading {
         faults_seen: Option<u64>,
     ) -> Result<Self, ProfileError> {
         let (cpu_usage_us, cpu_held_back_us) = files.cpu_stat_us(reader)?;
-        let (cpu_pressure_us, memory_pressure_us) =
-            (files.cpu_pressure_us(reader), files.memory_pressure_us(reader, host));
+        let stalled = files.stalled(reader, host);
         let Memory { resident_bytes, faults } = files.memory(reader, faults_seen)?;
-        Ok(Self {
-            at: None,
-            counters: None,
-            cpu_usage_us,
-            cpu_held_back_us,
-            cpu_pressure_us,
-            memory_pressure_us,
-            resident_bytes,
-            faults,
-        })
+        Ok(Self { at: None, counters: None, cpu_usage_us, cpu_held_back_us, stalled, resident_bytes, faults })
     }
 }
 
@@ -772,7 +763,6 @@ impl State {
         let mut reading = Reading::take(&mut tracked.files, &mut self.reader, &self.host_pressure, faults)?;
         (reading.at, reading.counters) = (Some(now), counters);
         let last = std::mem::replace(&mut tracked.last, reading);
-        let reading = &tracked.last;
 
         let Some(started) = last.at else { return Ok(None) };
         let window_ms = now.since(started);
@@ -781,9 +771,11 @@ impl State {
             tracked.last = last;
             return Ok(None);
         }
-        let share = |later: Option<u64>, earlier: Option<u64>| {
-            Some((later?.saturating_sub(earlier?) as f64 / (window_ms as f64 * 1e3)).min(1.0))
-        };
+        let (stalled, window_us) = (&mut tracked.last.stalled, window_ms.saturating_mul(1000));
+        let [cpu_some, cpu_full] = stalled.cpu.shares_since(&last.stalled.cpu, window_us);
+        let [memory_some, memory_full] = stalled.memory.shares_since(&last.stalled.memory, window_us);
+        let [io_some, io_full] = stalled.io.shares_since(&last.stalled.io, window_us);
+        let reading = &tracked.last;
         let faults = reading.faults.since(&last.faults);
         let mut profile = Profile {
             instance: name.clone(),
@@ -792,18 +784,21 @@ impl State {
             cpu: CpuProfile {
                 cores: reading.cpu_usage_us.saturating_sub(last.cpu_usage_us) as f64
                     / (window_ms as f64 * 1e3),
-                pressure_some: share(reading.cpu_pressure_us, last.cpu_pressure_us),
+                pressure_some: cpu_some,
+                pressure_full: cpu_full,
                 ..CpuProfile::default()
             },
             block: Vec::new(),
             block_counted: false,
             disk_neighbours: Vec::new(),
+            io: IoProfile { pressure_some: io_some, pressure_full: io_full },
             tcp: TcpProfile::default(),
             tcp_counted: false,
             memory: MemoryProfile {
                 resident_bytes: reading.resident_bytes,
                 dirty_bytes_per_s: tracked.dirty_bytes_per_s,
-                pressure_some: share(reading.memory_pressure_us, last.memory_pressure_us),
+                pressure_some: memory_some,
+                pressure_full: memory_full,
                 faults: faults.map(|(faults, _)| faults),
                 fault_latency: None,
                 refaults: faults.and_then(|(_, refaults)| refaults),

@@ -418,6 +418,7 @@ mod tests {
             block: Vec::new(),
             block_counted: true,
             disk_neighbours: Vec::new(),
+            io: Default::default(),
             tcp: TcpProfile::default(),
             tcp_counted: true,
             memory: MemoryProfile::default(),

@@ -228,6 +228,7 @@ mod tests {
             block: Vec::new(),
             block_counted: false,
             disk_neighbours: Vec::new(),
+            io: Default::default(),
             tcp: TcpProfile::default(),
             tcp_counted: false,
             memory: MemoryProfile::default(),

@@ -184,6 +184,7 @@ fn show_a_profile(board: &mut BoardState) {
                 waited_ns: 2_000_000_000,
             }],
         }],
+        io: Default::default(),
         tcp: TcpProfile {
             connections: Some(TcpConnections {
                 opened: 2,

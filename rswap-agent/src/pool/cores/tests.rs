@@ -63,6 +63,7 @@ fn ran(name: &str, on: &[(usize, u64, u64, u64)]) -> Profile {
         block: Vec::new(),
         block_counted: true,
         disk_neighbours: Vec::new(),
+        io: Default::default(),
         tcp: TcpProfile::default(),
         tcp_counted: true,
         memory: MemoryProfile::default(),

@@ -99,6 +99,7 @@ fn profile(name: &str, block: Vec<BlockProfile>) -> Profile {
         block,
         block_counted: true,
         disk_neighbours: Vec::new(),
+        io: Default::default(),
         tcp: TcpProfile::default(),
         tcp_counted: true,
         memory: MemoryProfile::default(),

@@ -29,6 +29,7 @@ fn seen(name: &str, cores: f64, waits_ns: &[u64], at: u64) -> InstanceView {
         block: Vec::new(),
         block_counted: false,
         disk_neighbours: Vec::new(),
+        io: Default::default(),
         tcp: Default::default(),
         tcp_counted: false,
         memory: Default::default(),
