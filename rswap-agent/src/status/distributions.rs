@@ -1,19 +1,19 @@
-//! How long things took an instance over more than a window: the last minute, the last hour, and since it is shown. Histograms are added up in
-//! parts, so that a span is a sum of parts, with exact numbers and sums.
+//! How long things took an instance, and how often they happened, over more than a window: the last minute, the last hour, and since it is shown.
+//! Numbers and sums are exact.
 
-use std::{collections::VecDeque, mem};
+use std::mem;
 
 use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
 
-use super::packed::with_bytes;
+use super::{
+    counts::{Counts, CountsOver},
+    spans::{Kept, Sum},
+};
 use crate::{
     profile::{OffCpuProfile, OffCpuReason, Operation, Profile, histogram::Histogram},
     units::UnixMillis,
 };
-
-/// Windows of a part are added up when they take so many bytes. Of an instance that does little, all of them fit.
-const MOST_BYTES: usize = 256;
 
 /// What is distributed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -52,25 +52,6 @@ pub enum Metric {
     MinorFaultNs,
 }
 
-/// The spans that are kept beside the last window.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Span {
-    /// 60 to 70 seconds.
-    Minute,
-    /// 60 to 65 minutes.
-    Hour,
-}
-
-impl Span {
-    /// How long a part of it is, and how many whole ones belong to it.
-    const fn parts(self) -> (u64, usize) {
-        match self {
-            Self::Minute => (10_000, 6),
-            Self::Hour => (300_000, 12),
-        }
-    }
-}
-
 /// One metric over the spans.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Distribution {
@@ -91,17 +72,33 @@ pub struct Distribution {
 #[derive(Clone, Debug, Default)]
 pub struct Distributions {
     /// In their order. A list, as they are few, and hardly ever a new one comes.
-    of: Vec<(Metric, Kept)>,
-    listen_drops: Option<u64>,
+    of: Vec<(Metric, Kept<Histogram>)>,
+    counts: Kept<Counts>,
 }
 
-/// A metric's samples, each kept once: a part of a minute is added to the hour's and to the total when it is full.
-#[derive(Clone, Debug, Default)]
-struct Kept {
-    minute: Parts,
-    hour: Parts,
-    /// Without what is in the part of a minute that is being filled.
-    total: Packed,
+impl Sum for Histogram {
+    fn is_nothing(&self) -> bool {
+        self.count == 0
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.merge(other);
+    }
+
+    fn packed(&self) -> impl Serialize {
+        Short(self)
+    }
+
+    fn unpack(bytes: &[u8]) -> postcard::Result<(Self, &[u8])> {
+        type Unpacked = (u64, u64, Vec<(u16, u64)>);
+        let ((count, sum, mut buckets), others): (Unpacked, _) = postcard::take_from_bytes(bytes)?;
+        let mut index = 0;
+        for bucket in &mut buckets {
+            index += bucket.0;
+            bucket.0 = index;
+        }
+        Ok((Self { buckets, count, sum }, others))
+    }
 }
 
 /// A histogram as it is packed. Of hundreds of buckets few have samples: they are `(distance from the one before, samples)`.
@@ -126,187 +123,13 @@ impl Serialize for Distances<'_> {
     }
 }
 
-/// The sum of histograms that are packed one behind the other.
-fn unpacked(mut bytes: &[u8]) -> Histogram {
-    type Unpacked = (u64, u64, Vec<(u16, u64)>);
-    let mut all = Histogram::default();
-    while !bytes.is_empty() {
-        let (next, others): (Unpacked, _) =
-            postcard::take_from_bytes(bytes).expect("as it was packed by this process");
-        let (count, sum, mut buckets) = next;
-        let mut index = 0;
-        for bucket in &mut buckets {
-            index += bucket.0;
-            bucket.0 = index;
-        }
-        let one = Histogram { buckets, count, sum };
-        if all.count == 0 {
-            all = one;
-        } else {
-            all.merge(&one);
-        }
-        bytes = others;
-    }
-    all
-}
-
-/// A histogram as bytes; of one without samples, none.
-#[derive(Clone, Debug, Default)]
-struct Packed(Box<[u8]>);
-
-impl Packed {
-    fn of(histogram: &Histogram) -> Self {
-        if histogram.count == 0 {
-            return Self::default();
-        }
-        Self(with_bytes(&Short(histogram), |bytes| bytes.into()))
-    }
-
-    fn histogram(&self) -> Histogram {
-        unpacked(&self.0)
-    }
-
-    fn add(&mut self, histogram: &Histogram) {
-        let mut sum = self.histogram();
-        sum.merge(histogram);
-        *self = Self::of(&sum);
-    }
-}
-
-/// What has come of a part that is being filled. To add to it takes no more than to pack what is added: it is added up when somebody looks.
-#[derive(Clone, Debug, Default)]
-struct Filling {
-    /// Histograms with samples, packed one behind the other.
-    bytes: Vec<u8>,
-    /// So many of the bytes are one that was added up; behind them is what came since.
-    summed: usize,
-    /// Where that of the last window begins; at the end, if it had no samples.
-    last: usize,
-}
-
-impl Filling {
-    /// A window begins, and has no samples yet.
-    fn begin_window(&mut self) {
-        self.last = self.bytes.len();
-    }
-
-    fn add(&mut self, histogram: &Histogram) {
-        if self.bytes.len() - self.summed >= MOST_BYTES {
-            self.sum_up();
-        }
-        self.last = self.bytes.len();
-        with_bytes(&Short(histogram), |bytes| self.bytes.extend_from_slice(bytes));
-    }
-
-    fn sum_up(&mut self) {
-        let bytes = with_bytes(&Short(&self.histogram()), <[u8]>::to_vec);
-        *self = Self { summed: bytes.len(), last: bytes.len(), bytes };
-    }
-
-    fn histogram(&self) -> Histogram {
-        unpacked(&self.bytes)
-    }
-
-    /// The last window's.
-    fn last(&self) -> Histogram {
-        unpacked(&self.bytes[self.last..])
-    }
-
-    fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
-    }
-}
-
-/// The parts of a span.
-#[derive(Clone, Debug, Default)]
-struct Parts {
-    /// Number of the part that is being filled, from the epoch.
-    filling: u64,
-    now: Filling,
-    /// Whole parts that had samples, oldest first, by their number.
-    whole: VecDeque<(u64, Packed)>,
-}
-
-impl Parts {
-    /// Goes on to the part that is filled then; answers when the one that was filled until now began, and what is in it, if it is full.
-    fn go_on_to(&mut self, at: UnixMillis, span: Span) -> Option<(UnixMillis, Histogram)> {
-        let (part_ms, kept) = span.parts();
-        let number = at.0 / part_ms;
-        let mut full = None;
-        // The clock of the host may have been set back: then the part that is being filled is filled on.
-        if number > self.filling {
-            if !self.now.is_empty() {
-                let now = mem::take(&mut self.now).histogram();
-                self.whole.push_back((self.filling, Packed::of(&now)));
-                full = Some((UnixMillis(self.filling * part_ms), now));
-            }
-            self.filling = number;
-        }
-        while self.whole.front().is_some_and(|(oldest, _)| oldest + (kept as u64) < self.filling) {
-            self.whole.pop_front();
-        }
-        full
-    }
-
-    /// What its whole parts have, and `now`.
-    fn with(&self, now: &Histogram) -> Histogram {
-        let mut sum = now.clone();
-        self.whole.iter().for_each(|(_, part)| sum.merge(&part.histogram()));
-        sum
-    }
-
-    fn is_empty(&self) -> bool {
-        self.now.is_empty() && self.whole.is_empty()
-    }
-}
-
-impl Kept {
-    fn go_on_to(&mut self, at: UnixMillis) {
-        if let Some((then, full)) = self.minute.go_on_to(at, Span::Minute) {
-            self.hour.go_on_to(then, Span::Hour);
-            self.hour.now.add(&full);
-            // One in ten seconds at most: added up at once, it takes the least room.
-            self.hour.now.sum_up();
-            self.total.add(&full);
-        }
-        self.hour.go_on_to(at, Span::Hour);
-    }
-
-    fn shown(&self, metric: Metric) -> Distribution {
-        let now = self.minute.now.histogram();
-        let mut hour = self.hour.now.histogram();
-        hour.merge(&now);
-        Distribution {
-            metric,
-            window: self.minute.now.last(),
-            minute: self.minute.with(&now),
-            hour: self.hour.with(&hour),
-            total: self.total(),
-        }
-    }
-
-    fn total(&self) -> Histogram {
-        let mut sum = self.total.histogram();
-        sum.merge(&self.minute.now.histogram());
-        sum
-    }
-
-    fn had_some_in_the_hour(&self) -> bool {
-        !self.hour.is_empty() || !self.minute.now.is_empty()
-    }
-}
-
 impl Distributions {
     /// Takes in a window.
     pub fn record(&mut self, profile: &Profile) {
         let at = profile.at;
-        if let Some(dropped) = profile.tcp.listen_drops {
-            *self.listen_drops.get_or_insert_default() += dropped;
-        }
-        for (_, kept) in &mut self.of {
-            kept.minute.now.begin_window();
-            kept.go_on_to(at);
-        }
+        self.counts.begin_window(at);
+        self.counts.add(&Counts::of(profile));
+        self.of.iter_mut().for_each(|(_, kept)| kept.begin_window(at));
         self.add(at, Metric::RunQueueNs, &profile.cpu.run_queue_ns);
         self.add(at, Metric::OnCpuNs, &profile.cpu.on_cpu_ns);
         for (reason, times) in profile.cpu.off_cpu.iter().flat_map(OffCpuProfile::by_reason) {
@@ -358,18 +181,21 @@ impl Distributions {
             let place = self.of.partition_point(|(other, _)| *other < metric);
             // Hardly ever: room for more of them would stand empty.
             self.of.reserve_exact(1);
-            self.of.insert(place, (metric, Kept::default()));
+            let mut kept = Kept::default();
+            kept.begin_window(at);
+            self.of.insert(place, (metric, kept));
             place
         });
-        let kept = &mut self.of[place].1;
-        kept.go_on_to(at);
-        kept.minute.now.add(histogram);
+        self.of[place].1.add(histogram);
     }
 
     /// All that had samples in the last hour.
     pub fn shown(&self) -> impl Iterator<Item = Distribution> {
         let of = self.of.iter().filter(|(_, kept)| kept.had_some_in_the_hour());
-        of.map(|(metric, kept)| kept.shown(metric.clone()))
+        of.map(|(metric, kept)| {
+            let [window, minute, hour, total] = kept.spans();
+            Distribution { metric: metric.clone(), window, minute, hour, total }
+        })
     }
 
     /// Everything since the instance is shown.
@@ -377,22 +203,22 @@ impl Distributions {
         self.of.iter().map(|(metric, kept)| (metric, kept.total()))
     }
 
-    /// Connections to it that were dropped since it is shown; `None` if that was never known.
-    pub fn listen_drops(&self) -> Option<u64> {
-        self.listen_drops
+    /// What was counted, over the same spans.
+    pub fn counts(&self) -> CountsOver {
+        let [window, minute, hour, total] = self.counts.spans();
+        CountsOver { window, minute, hour, total }
+    }
+
+    /// What was counted since the instance is shown.
+    pub fn counted(&self) -> Counts {
+        self.counts.total()
     }
 
     /// What it takes of memory, in bytes, as far as it grows with the samples.
     #[cfg(test)]
     fn bytes(&self) -> usize {
-        let parts = |parts: &Parts| {
-            let whole = parts.whole.capacity() * size_of::<(u64, Packed)>();
-            let packed = parts.whole.iter().map(|(_, part)| part.0.len()).sum::<usize>();
-            whole + packed + parts.now.bytes.capacity()
-        };
-        let of = |kept: &Kept| kept.total.0.len() + parts(&kept.minute) + parts(&kept.hour);
-        let packed: usize = self.of.iter().map(|(_, kept)| of(kept)).sum();
-        self.of.capacity() * size_of::<(Metric, Kept)>() + packed
+        let packed: usize = self.of.iter().map(|(_, kept)| kept.bytes()).sum();
+        self.of.capacity() * size_of::<(Metric, Kept<Histogram>)>() + packed + self.counts.bytes()
     }
 }
 
@@ -401,7 +227,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::profile::{BlockProfile, CpuProfile, MemoryProfile, TcpProfile};
+    use crate::profile::{BlockProfile, CpuProfile, Faults, MemoryProfile, TcpProfile};
 
     fn of(values: &[u64]) -> Histogram {
         let mut histogram = Histogram::default();
@@ -453,16 +279,62 @@ mod tests {
     }
 
     #[test]
-    fn dropped_connections_are_added_up_where_they_are_known() {
+    fn counts_are_added_up_where_they_are_known() {
         let mut kept = Distributions::default();
-        kept.record(&profile(1, &[]));
-        assert_eq!(kept.listen_drops(), None);
-        for (second, dropped) in [(2, Some(0)), (3, None), (4, Some(7)), (5, Some(2))] {
+        let counted = |second, dropped, retransmits| {
             let mut seen = profile(second, &[]);
-            seen.tcp.listen_drops = dropped;
+            (seen.tcp.listen_drops, seen.tcp.retransmits) = (dropped, retransmits);
+            seen
+        };
+        kept.record(&counted(100_001, None, None));
+        assert_eq!(kept.counted().tcp_listen_drops, None);
+        for (second, dropped) in [(2, Some(0)), (3, None), (4, Some(7)), (5, Some(2))] {
+            kept.record(&counted(100_000 + second, dropped, None));
+        }
+        kept.record(&counted(100_075, None, Some(3)));
+        let CountsOver { window, minute, hour, total } = kept.counts();
+        let drops = [&window, &minute, &hour, &total].map(|of| of.tcp_listen_drops);
+        assert_eq!(drops, [None, None, Some(9), Some(9)]);
+        let retransmits = [&window, &minute, &hour, &total].map(|of| of.tcp_retransmits);
+        assert_eq!(retransmits, [Some(3); 4]);
+        assert_eq!(kept.counted(), total);
+        kept.record(&counted(104_000, None, Some(0)));
+        let CountsOver { hour, total, .. } = kept.counts();
+        assert_eq!((hour.tcp_listen_drops, hour.tcp_retransmits), (None, Some(0)));
+        assert_eq!((total.tcp_listen_drops, total.tcp_retransmits), (Some(9), Some(3)));
+    }
+
+    #[test]
+    fn counts_of_an_hour_take_little() {
+        let mut kept = Distributions::default();
+        for second in 0..4000 {
+            let mut seen = profile(second, &[]);
+            (seen.cpu.cores, seen.cpu.migrations, seen.cpu.pressure_some) = (1.7, Some(5_000), Some(0.5));
+            (seen.tcp.bytes_in, seen.tcp.bytes_out) = (100_000_000, 200_000_000);
+            (seen.tcp.retransmits, seen.tcp.connections) = (Some(40), Some(Default::default()));
+            seen.memory.faults = Some(Faults { minor: 30_000, major: 100 });
+            for (device, operation) in
+                [("8:0", Operation::Read), ("8:0", Operation::Write), ("259:1", Operation::Read)]
+            {
+                let times = Histogram::default();
+                seen.block.push(BlockProfile {
+                    device: device.to_owned(),
+                    operation,
+                    bytes: 300_000_000,
+                    latency_ns: times.clone(),
+                    queue_ns: times,
+                    not_split: 0,
+                    in_flight: 1.0,
+                });
+            }
             kept.record(&seen);
         }
-        assert_eq!(kept.listen_drops(), Some(9));
+        let bytes = kept.bytes();
+        assert!(bytes < 4 << 10, "{bytes}");
+        let CountsOver { minute, hour, total, .. } = kept.counts();
+        let spans = [&minute, &hour, &total].map(|of| (of.cpu_us, of.block[2].bytes));
+        // 7 parts, the last one whole; 12 parts, and 100 seconds.
+        assert_eq!(spans, [70, 3700, 4000].map(|s| (Some(s * 1_700_000), s * 300_000_000)));
     }
 
     #[test]
@@ -588,16 +460,6 @@ mod tests {
                     prop_assert_eq!(total, plain.total());
                 }
             }
-        }
-
-        #[test]
-        fn what_is_packed_is_unpacked_the_same(values in prop::collection::vec(any::<u64>(), 0..40), more in prop::collection::vec(any::<u64>(), 0..40)) {
-            let mut packed = Packed::of(&of(&values));
-            prop_assert_eq!(packed.histogram(), of(&values));
-            packed.add(&of(&more));
-            let mut sum = of(&values);
-            sum.merge(&of(&more));
-            prop_assert_eq!(packed.histogram(), sum);
         }
 
         #[test]

@@ -13,13 +13,14 @@ use prometheus_client::{
 };
 use rswap_common::histogram::bounds_of;
 
-use super::{BoardState, Metric, MigrationState};
+use super::{BoardState, Counts, Metric, MigrationState};
 use crate::{
-    profile::{OffCpuProfile, ProbeState, RequestCount, histogram::Histogram},
+    profile::{OffCpuProfile, ProbeState, Profile, RequestCount, histogram::Histogram},
     units::UnixMillis,
 };
 
 type FloatGauge = Gauge<f64, AtomicU64>;
+type FloatCounter = Counter<f64, AtomicU64>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Named {
@@ -55,6 +56,13 @@ struct UsedWithin {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfFaults {
     instance: String,
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfPressure {
+    instance: String,
+    resource: &'static str,
     kind: &'static str,
 }
 
@@ -139,6 +147,17 @@ fn by_octave(histogram: &Histogram, per_second: f64) -> Vec<(f64, u64)> {
     buckets
 }
 
+/// What is known of each pressure, some and full, with its labels.
+fn waits_for<T>(
+    cpu: [T; 2],
+    memory: [T; 2],
+    io: [T; 2],
+) -> impl Iterator<Item = (&'static str, &'static str, T)> {
+    [("cpu", cpu), ("memory", memory), ("io", io)]
+        .into_iter()
+        .flat_map(|(resource, [some, full])| [(resource, "some", some), (resource, "full", full)])
+}
+
 fn named(name: &str) -> Named {
     Named { name: name.to_owned() }
 }
@@ -155,6 +174,8 @@ pub(super) fn encode(board: &BoardState, now: UnixMillis) -> Result<String, fmt:
     agent(&mut registry, board, now);
     instances(&mut registry, board);
     distributions(&mut registry, board);
+    counts(&mut registry, board);
+    pressures(&mut registry, board);
     memory(&mut registry, board);
     block(&mut registry, board);
     pools(&mut registry, board);
@@ -380,13 +401,8 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
     let [mut waits, mut turns, mut round_trips, mut lives, mut major, mut minor] =
         std::array::from_fn(|_| Vec::new());
     let (mut on_device, mut in_queue, mut off_cpu) = (Vec::new(), Vec::new(), Vec::new());
-    // They are looked at every few windows: a rate over the last one would tell nothing.
-    let listen_drops = Family::<OfInstance, Counter>::default();
     for (name, of) in &board.distributions {
         let own = || OfInstance { instance: name.to_string() };
-        if let Some(dropped) = of.listen_drops() {
-            listen_drops.get_or_create(&own()).inner().store(dropped, Relaxed);
-        }
         for (metric, total) in of.totals() {
             let block = |device: &String, operation: crate::profile::Operation| OfBlock {
                 instance: name.to_string(),
@@ -412,8 +428,6 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
             }
         }
     }
-    let help = "Connections dropped before they were accepted, since the instance is shown";
-    registry.register("instance_tcp_listen_drops", help, listen_drops);
     for (name, help, of, per_second) in [
         ("instance_run_queue", "Time from runnable to running", waits, 1e9),
         ("instance_on_cpu", "Time on a CPU between two switches", turns, 1e9),
@@ -438,6 +452,97 @@ fn distributions(registry: &mut Registry, board: &BoardState) {
     ] {
         registry.register_with_unit(name, help, Unit::Seconds, Histograms { of, per_second: 1e9 });
     }
+}
+
+/// What was counted since the instance is shown. A series begins as its number is known first.
+fn counts(registry: &mut Registry, board: &BoardState) {
+    let counted = board.distributions.iter().map(|(name, of)| (name.to_string(), of.counted()));
+    let counted: Vec<(String, Counts)> = counted.collect();
+    type Number = fn(&Counts) -> Option<u64>;
+    let numbers: [(_, _, _, Number); 10] = [
+        ("instance_net_in", "Payload received over TCP", Some(Unit::Bytes), |of| of.tcp_bytes_in),
+        ("instance_net_out", "Payload sent over TCP", Some(Unit::Bytes), |of| of.tcp_bytes_out),
+        ("instance_tcp_retransmits", "Times that TCP sent something again", None, |of| of.tcp_retransmits),
+        ("instance_tcp_connections_opened", "TCP connections that it made", None, |of| of.tcp_opened),
+        ("instance_tcp_connections_accepted", "TCP connections made to it", None, |of| of.tcp_accepted),
+        ("instance_tcp_connections_failed", "TCP connections tried in vain", None, |of| of.tcp_failed),
+        ("instance_tcp_connections_closed", "TCP connections that ended", None, |of| of.tcp_closed),
+        ("instance_tcp_listen_drops", "TCP connections dropped before they were accepted", None, |of| {
+            of.tcp_listen_drops
+        }),
+        ("instance_core_migrations", "Times that a thread went from one core to another", None, |of| {
+            of.core_migrations
+        }),
+        ("instance_refaults", "Pages fetched again that reclaim had taken", None, |of| of.refaults),
+    ];
+    for (name, help, unit, number) in numbers {
+        let family = Family::<OfInstance, Counter>::default();
+        for (instance, of) in &counted {
+            let Some(number) = number(of) else { continue };
+            let labels = OfInstance { instance: instance.clone() };
+            family.get_or_create(&labels).inner().store(number, Relaxed);
+        }
+        match unit {
+            Some(unit) => registry.register_with_unit(name, help, unit, family),
+            None => registry.register(name, help, family),
+        }
+    }
+    let cpu = Family::<OfInstance, FloatCounter>::default();
+    let pressure = Family::<OfPressure, FloatCounter>::default();
+    let faults = Family::<OfFaults, Counter>::default();
+    let block = Family::<OfBlock, Counter>::default();
+    for (instance, of) in counted {
+        let seconds = |us: u64| us as f64 / 1e6;
+        if let Some(us) = of.cpu_us {
+            cpu.get_or_create(&OfInstance { instance: instance.clone() }).inc_by(seconds(us));
+        }
+        let waited = waits_for(
+            [of.cpu_pressure_some_us, of.cpu_pressure_full_us],
+            [of.memory_pressure_some_us, of.memory_pressure_full_us],
+            [of.io_pressure_some_us, of.io_pressure_full_us],
+        );
+        for (resource, kind, us) in waited {
+            let Some(us) = us else { continue };
+            let labels = OfPressure { instance: instance.clone(), resource, kind };
+            pressure.get_or_create(&labels).inc_by(seconds(us));
+        }
+        for (kind, count) in [("minor", of.minor_faults), ("major", of.major_faults)] {
+            let Some(count) = count else { continue };
+            let labels = OfFaults { instance: instance.clone(), kind };
+            faults.get_or_create(&labels).inner().store(count, Relaxed);
+        }
+        for of in of.block {
+            let labels =
+                OfBlock { instance: instance.clone(), device: of.device, operation: of.operation.name() };
+            block.get_or_create(&labels).inner().store(of.bytes, Relaxed);
+        }
+    }
+    registry.register_with_unit("instance_cpu", "CPU time", Unit::Seconds, cpu);
+    let help = "Time in which a thread (some), or all that had something to do (full), waited for a resource";
+    registry.register_with_unit("instance_pressure", help, Unit::Seconds, pressure);
+    registry.register("instance_page_faults", "Page faults", faults);
+    registry.register_with_unit("instance_block", "Block I/O, by operation", Unit::Bytes, block);
+}
+
+/// For how much of the last window something was waited for.
+fn pressures(registry: &mut Registry, board: &BoardState) {
+    let pressure = Family::<OfPressure, FloatGauge>::default();
+    for (name, view) in &board.instances {
+        let Some(Profile { cpu, memory, io, .. }) = &view.profile else { continue };
+        let waited = waits_for(
+            [cpu.pressure_some, cpu.pressure_full],
+            [memory.pressure_some, memory.pressure_full],
+            [io.pressure_some, io.pressure_full],
+        );
+        for (resource, kind, share) in waited {
+            let Some(share) = share else { continue };
+            let labels = OfPressure { instance: name.to_string(), resource, kind };
+            pressure.get_or_create(&labels).set(share);
+        }
+    }
+    let help =
+        "Share of the last window in which a thread (some), or all that had something to do (full), waited";
+    registry.register("instance_pressure_share", help, pressure);
 }
 
 /// Memory beside how much of it there is.

@@ -5,6 +5,7 @@
 //! The routes and their JSON are documented in `docs/api.md` and stay stable.
 
 mod board;
+mod counts;
 mod decisions;
 mod distributions;
 mod metrics;
@@ -13,6 +14,7 @@ mod neighbour_names;
 mod packed;
 mod router;
 mod series;
+mod spans;
 mod views;
 
 use std::{future::Future, net::SocketAddr, time::Duration};
@@ -30,8 +32,9 @@ pub use board::{
     Board, BoardState, InstanceView, MIGRATIONS_KEPT, MigrationProgress, MigrationReport, MigrationRound,
     MigrationState, MigrationView, ShownPlan,
 };
+pub use counts::{BlockBytes, Counts, CountsOver};
 pub use decisions::{DECISIONS_KEPT, Decisions};
-pub use distributions::{Distribution, Distributions, Metric, Span};
+pub use distributions::{Distribution, Distributions, Metric};
 pub use moves::{AskedBy, MOVES_KEPT, MoveState, MoveView, MovedKind, Moves, NewMove};
 pub use neighbour_names::NeighbourNames;
 pub use router::{ApiError, router};

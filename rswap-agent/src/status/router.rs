@@ -119,9 +119,9 @@ async fn profiles(
     }
 }
 
-/// What instances' times were over the last window, minute and hour, as histograms
+/// What instances' times were over the last window, minute and hour, as histograms, and what was counted
 ///
-/// What had no sample within the hour is left out.
+/// Histograms without a sample within the hour are left out.
 #[utoipa::path(
     get,
     path = "/v1/distributions",
@@ -142,8 +142,10 @@ async fn distributions(
         let kept = board.distributions.iter().filter(|(name, _)| wanted(name));
         kept.map(|(name, of)| (name.clone(), of.clone())).collect()
     };
-    let shown =
-        kept.into_iter().map(|(name, of)| DistributionsOf { name, distributions: of.shown().collect() });
+    let shown = kept.into_iter().map(|(name, of)| {
+        let (distributions, counts) = (of.shown().collect(), of.counts());
+        DistributionsOf { name, distributions, counts }
+    });
     Ok(Json(shown.collect()))
 }
 

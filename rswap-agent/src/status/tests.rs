@@ -11,9 +11,9 @@ use crate::{
     instance::{Instance, InstanceName},
     plan::{Decision, Plan},
     profile::{
-        BlockProfile, CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour, OffCpuProfile, OnClass,
-        Operation, ProbeState, ProbeStatus, Profile, ProgramCost, RequestCount, TcpConnections, TcpProfile,
-        UnownedBlock, Who, histogram::Histogram,
+        BlockProfile, CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour, Faults, IoProfile,
+        MemoryProfile, OffCpuProfile, OnClass, Operation, ProbeState, ProbeStatus, Profile, ProgramCost,
+        RequestCount, TcpConnections, TcpProfile, UnownedBlock, Who, histogram::Histogram,
     },
     units::UnixMillis,
 };
@@ -163,6 +163,8 @@ fn show_a_profile(board: &mut BoardState) {
             neighbours,
             by_class: vec![OnClass { class: "fast".into(), ran_ns: 500_000_000 }],
             migrations: Some(6),
+            cores: 1.25,
+            pressure_full: Some(0.125),
             ..CpuProfile::default()
         },
         block: vec![BlockProfile {
@@ -184,10 +186,12 @@ fn show_a_profile(board: &mut BoardState) {
                 waited_ns: 2_000_000_000,
             }],
         }],
-        io: Default::default(),
+        io: IoProfile { pressure_some: Some(0.25), pressure_full: None },
         tcp: TcpProfile {
+            bytes_in: 700,
             connections: Some(TcpConnections {
                 opened: 2,
+                closed: 1,
                 open: 3,
                 life_us: of(&[1_500_000]),
                 ..Default::default()
@@ -197,7 +201,11 @@ fn show_a_profile(board: &mut BoardState) {
             ..Default::default()
         },
         tcp_counted: true,
-        memory: Default::default(),
+        memory: MemoryProfile {
+            faults: Some(Faults { minor: 30, major: 2 }),
+            pressure_some: Some(0.0),
+            ..MemoryProfile::default()
+        },
     };
     view.profile = Some(profile.clone());
     board.instances.insert(profile.instance.clone(), view);
@@ -222,6 +230,18 @@ async fn shows_distributions_of_one_instance_or_all() {
     assert_eq!((&of[1]["metric"], &of[1]["reason"]), (&"off_cpu_ns".into(), &"io_wait".into()));
     assert_eq!((&of[2]["metric"], &of[2]["operation"]), (&"block_device_ns".into(), &"write".into()));
     assert_eq!((&of[2]["minute"]["count"], &of[2]["total"]["sum"]), (&2.into(), &6_000_000_000_u64.into()));
+    let counts = &shown[0]["counts"];
+    for span in ["window", "minute", "hour", "total"] {
+        let of = &counts[span];
+        assert_eq!((&of["tcp_bytes_in"], &of["core_migrations"]), (&700.into(), &6.into()), "{counts}");
+        assert_eq!(
+            (&of["refaults"], &of["cpu_us"]),
+            (&serde_json::Value::Null, &1_250_000.into()),
+            "{counts}"
+        );
+        let block = serde_json::json!([{ "device": "8:0", "operation": "write", "bytes": 8192 }]);
+        assert_eq!(of["block"], block, "{counts}");
+    }
     let all: serde_json::Value = client.get("/v1/distributions").await.unwrap();
     assert_eq!(all, shown);
     let none: serde_json::Value = client.get("/v1/distributions?instance=gone").await.unwrap();
@@ -278,6 +298,7 @@ async fn exposes_metrics() {
         "rswap_instance_class_cores{instance=\"db\",class=\"fast\"} 0.5",
         "rswap_instance_core_migrations_per_second{instance=\"db\"} 6.0",
         "rswap_instance_disk_taken_by{instance=\"db\",device=\"8:0\",kind=\"kernel_threads\",neighbour=\"\"} 2.0",
+        "rswap_instance_pressure_share{instance=\"db\",resource=\"io\",kind=\"some\"} 0.25",
     ] {
         assert!(text.lines().any(|found| found == line), "no {line} in {text}");
     }
@@ -290,6 +311,46 @@ async fn exposes_metrics() {
     for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE rswap_")) {
         let name = line.split(' ').next().unwrap();
         assert!(docs.contains(&format!("`{name}`")), "docs/profile.md does not explain {name}");
+    }
+}
+
+#[tokio::test]
+async fn exposes_what_was_counted_and_nothing_that_was_not() {
+    let board = board();
+    board.write(|board| {
+        show_a_profile(board);
+        let mut next = board.instances.values().next().unwrap().profile.clone().unwrap();
+        // A window in which little is known takes nothing away.
+        (next.at, next.block_counted, next.tcp_counted) = (UnixMillis(next.at.0 + 1000), false, false);
+        (next.tcp.connections, next.tcp.retransmits, next.memory.faults) = Default::default();
+        (next.cpu.pressure_full, next.io.pressure_some) = (Some(0.5), None);
+        board.keep_window(&next, &Default::default(), None);
+    });
+    let text = served(board).await.get_text("/metrics").await.unwrap();
+    for line in [
+        "rswap_instance_cpu_seconds_total{instance=\"db\"} 2.5",
+        "rswap_instance_core_migrations_total{instance=\"db\"} 12",
+        "rswap_instance_net_in_bytes_total{instance=\"db\"} 700",
+        "rswap_instance_net_out_bytes_total{instance=\"db\"} 0",
+        "rswap_instance_tcp_retransmits_total{instance=\"db\"} 4",
+        "rswap_instance_tcp_connections_opened_total{instance=\"db\"} 2",
+        "rswap_instance_tcp_connections_accepted_total{instance=\"db\"} 0",
+        "rswap_instance_tcp_connections_failed_total{instance=\"db\"} 0",
+        "rswap_instance_tcp_connections_closed_total{instance=\"db\"} 1",
+        "rswap_instance_tcp_listen_drops_total{instance=\"db\"} 10",
+        "rswap_instance_page_faults_total{instance=\"db\",kind=\"minor\"} 30",
+        "rswap_instance_page_faults_total{instance=\"db\",kind=\"major\"} 2",
+        "rswap_instance_block_bytes_total{instance=\"db\",device=\"8:0\",operation=\"write\"} 8192",
+        "rswap_instance_pressure_seconds_total{instance=\"db\",resource=\"cpu\",kind=\"full\"} 0.625",
+        "rswap_instance_pressure_seconds_total{instance=\"db\",resource=\"memory\",kind=\"some\"} 0.0",
+        "rswap_instance_pressure_seconds_total{instance=\"db\",resource=\"io\",kind=\"some\"} 0.25",
+    ] {
+        assert!(text.lines().any(|found| found == line), "no {line} in {text}");
+    }
+    for unknown in
+        ["rswap_instance_refaults_total", "resource=\"io\",kind=\"full\"", "resource=\"cpu\",kind=\"some\""]
+    {
+        assert!(!text.contains(unknown), "{unknown} in {text}");
     }
 }
 

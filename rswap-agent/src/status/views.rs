@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{BoardState, Distribution, InstanceView, MigrationState, MigrationView, MoveView, Window};
+use super::{
+    BoardState, CountsOver, Distribution, InstanceView, MigrationState, MigrationView, MoveView, Window,
+};
 use crate::{
     instance::{Instance, InstanceName},
     migrate::links::LinksView,
@@ -132,13 +134,15 @@ impl Shown {
     }
 }
 
-/// How long things took one instance.
+/// How long things took one instance, and how often they happened.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct DistributionsOf {
     /// The instance.
     pub(crate) name: InstanceName,
     /// What had samples within the last hour.
     pub(crate) distributions: Vec<Distribution>,
+    /// What was counted over the same spans.
+    pub(crate) counts: CountsOver,
 }
 
 /// An instance's last windows.
