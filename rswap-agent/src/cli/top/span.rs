@@ -52,6 +52,9 @@ impl Shown {
             *times = Histogram::default();
         }
         cpu.off_cpu = cpu.off_cpu.take().map(|_| OffCpuProfile::default());
+        for connections in profile.tcp.connections.iter_mut() {
+            connections.life_us = Histogram::default();
+        }
         for faults in profile.memory.fault_latency.iter_mut() {
             faults.major_ns = Histogram::default();
             faults.minor_ns = faults.minor_ns.take().map(|_| Histogram::default());
@@ -68,7 +71,10 @@ impl Shown {
                     *profile.cpu.off_cpu.get_or_insert_default().of_mut(*reason) = times;
                 }
                 Metric::TcpRttUs => profile.tcp.rtt_us = times,
-                Metric::TcpLifeUs => {}
+                // Where they are not counted now, there is nothing to show them with.
+                Metric::TcpLifeUs => {
+                    profile.tcp.connections.iter_mut().for_each(|of| of.life_us = times.clone());
+                }
                 Metric::MajorFaultNs => {
                     profile.memory.fault_latency.get_or_insert_default().major_ns = times;
                 }

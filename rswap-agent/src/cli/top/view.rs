@@ -26,7 +26,7 @@ use crate::{
 const CURVE: usize = 16;
 /// Longest bar of a histogram, in characters.
 const BAR: u64 = 40;
-const HEADER: [&str; 12] = [
+const HEADER: [&str; 13] = [
     "NAME",
     "POOL",
     "CORES",
@@ -37,6 +37,7 @@ const HEADER: [&str; 12] = [
     "",
     "I/O P99",
     "I/O/S",
+    "NET/S",
     "MEMORY",
     "IN SWAP",
 ];
@@ -91,7 +92,7 @@ fn span_help(model: &Model) -> String {
 }
 
 fn list(frame: &mut Frame<'_>, model: &mut Model, area: Rect) {
-    let widths = [20, 10, 6, 9, CURVE as u16, 9, 9, CURVE as u16, 9, 10, 10, 10].map(Constraint::Length);
+    let widths = [20, 10, 6, 9, CURVE as u16, 9, 9, CURVE as u16, 9, 10, 10, 10, 10].map(Constraint::Length);
     let rows: Vec<Row<'_>> = model.listed().into_iter().map(|view| Row::new(row(model, view))).collect();
     let table = Table::new(rows, widths)
         .header(Row::new(HEADER).style(Style::new().bold()))
@@ -118,6 +119,9 @@ fn row(model: &Model, view: &InstanceView) -> [String; HEADER.len()] {
         curve(&history.wait_p99_ns, CURVE),
         or_dash(profile.and_then(|p| p.io_latency_ns().quantile(0.99)).map(|ns| nanoseconds(ns as f64))),
         or_dash(profile.and_then(Profile::io_bytes_per_s).map(bytes)),
+        or_dash(
+            profile.and_then(Profile::net_bytes_per_s).map(|(inwards, outwards)| bytes(inwards + outwards)),
+        ),
         or_dash(profile.map(|p| bytes(p.memory.resident_bytes as f64))),
         or_dash(view.in_swap.as_ref().map(|seen| bytes(seen.swapped_bytes as f64))),
     ]
@@ -184,6 +188,7 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         return lines;
     };
     lines.push(Line::from(format!("cores {:.2} {}", profile.cpu.cores, curve(&history.cores, usize::MAX))));
+    lines.push(pressures(profile));
     distribution(
         &mut lines,
         "waiting for a core",
@@ -227,6 +232,7 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         count(profile.tcp.listen_drops)
     )));
     if let Some(of) = &profile.tcp.connections {
+        distribution(&mut lines, "TCP connections that ended", &of.life_us, microseconds, &VecDeque::new());
         lines.push(Line::from(format!(
             "  connections {}  opened {}  accepted {}  closed {}  failed {}",
             of.open, of.opened, of.accepted, of.closed, of.failed
@@ -270,6 +276,19 @@ fn closely(model: &Model, view: &InstanceView) -> Vec<Line<'static>> {
         )));
     }
     lines
+}
+
+/// For how much of the time a thread waited, and all that had something to do.
+fn pressures(profile: &Profile) -> Line<'static> {
+    let share = |share: Option<f64>| or_dash(share.map(|share| format!("{:.1}", share * 100.0)));
+    let Profile { cpu, memory, io, .. } = profile;
+    let of = [
+        ("cores", cpu.pressure_some, cpu.pressure_full),
+        ("memory", memory.pressure_some, memory.pressure_full),
+        ("I/O", io.pressure_some, io.pressure_full),
+    ];
+    let words = of.map(|(what, some, full)| format!("{what} {} (all {}) %", share(some), share(full)));
+    Line::from(format!("  pressure: {}", words.join("  ")))
 }
 
 /// Who ran while it waited for a core.

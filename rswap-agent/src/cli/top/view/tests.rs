@@ -6,7 +6,11 @@ use ratatui::{
 
 use super::{super::model::Then, *};
 use crate::{
-    profile::{CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour},
+    forecast::{Demand, DemandPoint, Quantiles},
+    profile::{
+        CpuNeighbour, CpuProfile, DeviceNeighbours, DiskNeighbour, Faults, IoProfile, PageAges,
+        TcpConnections,
+    },
     status::{Distribution, DistributionsOf, Metric},
     units::UnixMillis,
 };
@@ -133,6 +137,10 @@ fn spans(metric: Metric, values: &[u64], minute: u64, hour: u64) -> Distribution
     }
 }
 
+fn distributions_of(name: &str, distributions: Vec<Distribution>) -> DistributionsOf {
+    DistributionsOf { name: name.parse().expect("a name"), distributions, counts: Default::default() }
+}
+
 #[test]
 fn times_are_shown_over_the_span_that_is_chosen() {
     let mut model = of_three();
@@ -146,10 +154,7 @@ fn times_are_shown_over_the_span_that_is_chosen() {
             spans(Metric::RunQueueNs, &[70_000_000], 30, 900),
             spans(on_disk.clone(), &[8_000_000], 0, 12),
         ];
-        vec![
-            DistributionsOf { name: "alpha".parse().expect("a name"), distributions: of_alpha },
-            DistributionsOf { name: "beta".parse().expect("a name"), distributions: Vec::new() },
-        ]
+        vec![distributions_of("alpha", of_alpha), distributions_of("beta", Vec::new())]
     };
     let views = || (0..3).map(|at| seen(["alpha", "beta", "gamma"][at], 1.0, &[5000], 4)).collect();
     model.take(views(), told(), UnixMillis(4));
@@ -200,6 +205,109 @@ fn a_close_look_names_who_took_a_core_and_a_disk() {
         "8:0 was used by",
         "3.00 under way  about 75 % of its time  kernel threads",
         "sent again 7  dropped at sockets that listen -",
+    ] {
+        assert!(text.contains(line), "no {line:?} in {text}");
+    }
+}
+
+#[test]
+fn what_goes_over_the_network_is_listed_and_ordered_by() {
+    let mut model = Model::default();
+    let views = [("alpha", Some((1024, 2048))), ("beta", Some((4096, 4096))), ("gamma", None)];
+    let views = views.map(|(name, bytes)| {
+        let mut view = seen(name, 0.5, &[], 1);
+        if let (Some(profile), Some((bytes_in, bytes_out))) = (&mut view.profile, bytes) {
+            (profile.tcp_counted, profile.tcp.bytes_in, profile.tcp.bytes_out) = (true, bytes_in, bytes_out);
+        }
+        view
+    });
+    model.take(views.into(), Vec::new(), UnixMillis(1));
+    press(&mut model, &[KeyCode::Char('t')]);
+    let lines = shown(&mut model, 170, 6);
+    assert!(lines[0].contains("by net") && lines[1].contains("I/O/S      NET/S      MEMORY"), "{lines:?}");
+    let column = lines[1].find("NET/S").expect("a column");
+    for (line, expected) in lines[2..5].iter().zip(["beta 8.0 KiB", "alpha 3.0 KiB", "gamma -"]) {
+        let (name, net) = expected.split_once(' ').expect("two words");
+        let from_there: String = line.chars().skip(column).collect();
+        assert!(line.starts_with(name) && from_there.starts_with(&format!("{net} ")), "{lines:?}");
+    }
+}
+
+#[test]
+fn a_close_look_shows_how_long_connections_lasted_over_the_span_that_is_chosen() {
+    let mut model = Model::default();
+    let view = || {
+        let mut view = seen("db", 0.5, &[], 1);
+        let profile = view.profile.as_mut().expect("it was measured");
+        let mut of = TcpConnections { open: 2, closed: 3, ..TcpConnections::default() };
+        [1000, 1000, 3_000_000].iter().for_each(|us| of.life_us.record(*us));
+        profile.tcp.connections = Some(of);
+        view
+    };
+    model.take(vec![view()], Vec::new(), UnixMillis(1));
+    press(&mut model, &[KeyCode::Down, KeyCode::Enter]);
+    let text = shown(&mut model, 100, 40).join("\n");
+    assert!(
+        text.contains("TCP connections that ended: 3 times, p50 991.0 us, p90 3.0 s, p99 3.0 s"),
+        "{text}"
+    );
+    assert!(text.contains("connections 2  opened 0  accepted 0  closed 3  failed 0"), "{text}");
+    press(&mut model, &[KeyCode::Char('s')]);
+    let lives = spans(Metric::TcpLifeUs, &[1000], 40, 90);
+    model.take(vec![view()], vec![distributions_of("db", vec![lives])], UnixMillis(2));
+    let text = shown(&mut model, 100, 40).join("\n");
+    assert!(text.contains("TCP connections that ended: 40 times, p50 991.0 us"), "{text}");
+    // Not counted: nothing is said of any.
+    let mut view = seen("db", 0.5, &[], 3);
+    view.profile.as_mut().expect("it was measured").tcp.connections = None;
+    model.take(vec![view], Vec::new(), UnixMillis(3));
+    assert!(!shown(&mut model, 100, 40).join("\n").contains("connections"));
+}
+
+#[test]
+fn a_close_look_shows_ages_of_memory_pressures_and_what_is_forecast() {
+    let mut model = Model::default();
+    let mut view = seen("db", 0.5, &[], 1);
+    let profile = view.profile.as_mut().expect("it was measured");
+    (profile.cpu.pressure_some, profile.cpu.pressure_full) = (Some(0.25), Some(0.005));
+    profile.io = IoProfile { pressure_some: Some(1.0), pressure_full: None };
+    let used = |of: &[(u64, u64)]| {
+        let within = |&(span_s, bytes): &(u64, u64)| UsedWithin { span_s, within_ms: span_s * 1000, bytes };
+        let used = of.iter().map(within).collect();
+        Some(PageAges { used, resident_bytes: 64 << 20, left_out_bytes: 0, at: UnixMillis(1) })
+    };
+    let memory = &mut profile.memory;
+    (memory.resident_bytes, memory.dirty_bytes_per_s) = (96 << 20, Some(2048.0));
+    (memory.faults, memory.refaults) = (Some(Faults { minor: 30, major: 2 }), Some(7));
+    memory.ages = used(&[(1, 3 << 20), (4, 5 << 20), (256, 48 << 20)]);
+    memory.written_ages = used(&[(2, 512 << 10)]);
+    let point = |resource, horizon_ms, p50: f64, evidence| DemandPoint {
+        resource,
+        horizon_ms,
+        need: Quantiles { p50, p90: 2.0 * p50, p95: 3.0 * p50, p99: 4.0 * p50 },
+        evidence,
+    };
+    let enough = Evidence::Enough { seen: 90, p95_coverage: 0.95 };
+    let points = vec![
+        point(Resource::Cpu, 10_000, 0.25, enough),
+        point(Resource::Memory, 1000, 1024.0, Evidence::TooLittle { seen: 3, needed: 30 }),
+        point(Resource::IoLatency, 1000, 5e6, enough),
+    ];
+    view.demand = Some(Demand { instance: view.instance.name.clone(), at: UnixMillis(1), points });
+    model.take(vec![view], Vec::new(), UnixMillis(1));
+    let lines = shown(&mut model, 170, 5);
+    assert!(lines[2].contains("0.75"), "its p95 ahead is listed: {lines:?}");
+    press(&mut model, &[KeyCode::Down, KeyCode::Enter]);
+    let text = shown(&mut model, 100, 30).join("\n");
+    for line in [
+        "pressure: cores 25.0 (all 0.5) %  memory - (all -) %  I/O 100.0 (all -) %",
+        "resident 96.0 MiB  written 2.0 KiB/s",
+        "faults: 30 minor  2 major  fetched again: 7",
+        "used within 1 s 3.0 MiB  4 s 5.0 MiB  256 s 48.0 MiB",
+        "written within 2 s 512.0 KiB",
+        "Cpu in 10 s: 0.25 0.50 0.75 1.00",
+        "Memory in 1 s: 1.0 KiB 2.0 KiB 3.0 KiB 4.0 KiB  (seen too little)",
+        "IoLatency in 1 s: 5.0 ms 10.0 ms 15.0 ms 20.0 ms",
     ] {
         assert!(text.contains(line), "no {line:?} in {text}");
     }
