@@ -120,6 +120,32 @@ fn gaps_do_not_shift_the_season() {
 }
 
 #[test]
+fn what_is_seen_in_few_windows_is_forecast_and_judged_by_those() {
+    const APART: u64 = 256;
+    let mut forecaster = forecaster();
+    let points = |forecaster: &Forecaster, window| {
+        let demand = demand(forecaster, window).unwrap();
+        [250, 1_000, 2_500, 5_000].map(|horizon_ms| point(&demand, Resource::Written, horizon_ms))
+    };
+    for window in 0..40 * APART {
+        let mut seen = seen(window, 0.5, 1 << 20);
+        let amount = [20e6, 30e6][(window / APART % 2) as usize];
+        seen.usage.written_bytes_per_s = window.is_multiple_of(APART).then_some(amount);
+        forecaster.observe(&seen);
+        if window == APART / 2 {
+            for point in points(&forecaster, window) {
+                assert!((19e6..21e6).contains(&point.need.p50), "{point:?}");
+                assert_eq!(point.evidence, Evidence::TooLittle { seen: 0, needed: 20 });
+            }
+        }
+    }
+    for point in points(&forecaster, 40 * APART - 1) {
+        assert!((19e6..31e6).contains(&point.need.p50) && point.need.p95 < 45e6, "{point:?}");
+        assert!(matches!(point.evidence, Evidence::Enough { seen: 39.., .. }), "{point:?}");
+    }
+}
+
+#[test]
 fn windows_that_are_not_quite_regular_are_one_series() {
     let mut forecaster = forecaster();
     for window in 0..60 {

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::PathBuf,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -12,6 +13,7 @@ use std::{
 use anyhow::{Context, ensure};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use rswap_agent::{
+    forecast::Resource,
     instance::cgroup::stands_still,
     profile::{MemoryProfile, PageAges, ProbeState, Profile, ProfileConfig, Profiler, histogram::Histogram},
     status::InstanceView,
@@ -22,6 +24,7 @@ use rswap_tests::{
     profiled::{TestCgroup, begin, end, profiler_with, reap},
     reason_to_skip, wait_for,
 };
+use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -499,6 +502,73 @@ fn the_agent_says_nothing_of_writes_of_who_is_frozen_and_goes_on_after_that() ->
     toucher.write(0, 1, 8 * MIB / PAGE);
     let written = bytes_within(&ages(4)?, 4);
     ensure!((8 * MIB..10 * MIB).contains(&written), "{written}");
+    drop((host, cgroup));
+    reap(toucher.child);
+    Ok(())
+}
+
+#[test]
+fn what_a_program_writes_per_second_is_forecast_before_it_ever_moves() -> anyhow::Result<()> {
+    const SIZE: u64 = 96 * MIB;
+    /// Pages, and how often so many are written: 25 MiB/s, so that none is written twice within two seconds.
+    const PART: u64 = 128;
+    const EVERY: Duration = Duration::from_millis(20);
+    let test = "what_a_program_writes_per_second_is_forecast_before_it_ever_moves";
+    if profiler_of_writes(test, 256).is_none() {
+        return Ok(());
+    }
+    let more = "[profile]\nwritten_budget = 0.5\n".to_owned();
+    let mut fleet = Fleet::new()?;
+    let host = fleet.host("a", &HostOptions { window_ms: 250, more, ..HostOptions::default() })?;
+    let cgroup = TestCgroup::create();
+    let mut toucher = Toucher::start(&cgroup, SIZE, nix::libc::MADV_NOHUGEPAGE);
+    let path = cgroup.0.to_str().context("a path that is no text")?;
+    let view = || -> anyhow::Result<Option<InstanceView>> {
+        let views: Vec<InstanceView> = host.get("/v1/profiles")?;
+        Ok(views.into_iter().find(|view| view.instance.name.as_str() == "writer"))
+    };
+    let rates = || -> anyhow::Result<Vec<f64>> {
+        let windows: Value = host.get("/v1/windows?instance=writer")?;
+        let windows = windows["windows"].as_array().context("no windows")?;
+        Ok(windows.iter().filter_map(|window| window["used"]["written_bytes_per_s"].as_f64()).collect())
+    };
+    let stop = AtomicBool::new(false);
+    let (seen, written_per_s) = thread::scope(|scope| {
+        let toucher = &mut toucher;
+        let stopped = &stop;
+        let writing = scope.spawn(move || {
+            let (began, mut parts) = (Instant::now(), 0);
+            while !stopped.load(Ordering::Acquire) {
+                toucher.write(parts * PART % (SIZE / PAGE), 1, PART);
+                parts += 1;
+                thread::sleep((began + EVERY * parts as u32).saturating_duration_since(Instant::now()));
+            }
+            (parts * PART * PAGE) as f64 / began.elapsed().as_secs_f64()
+        });
+        let look = || -> anyhow::Result<_> {
+            host.call(&["adopt", path, "--name", "writer"])?;
+            // Longer spans have been counted as well, in windows of their own.
+            wait_for("what was written within 4 s", LIMIT, || {
+                let profile = view()?.and_then(|view| view.profile);
+                let ages = profile.and_then(|profile| profile.memory.written_ages);
+                Ok(ages.filter(|ages| ages.within(4).is_some()))
+            })?;
+            let demand = view()?.and_then(|view| view.demand).context("no forecast")?;
+            let points = demand.points.into_iter().filter(|point| point.resource == Resource::Written);
+            Ok((rates()?, points.map(|point| point.need.p50).collect::<Vec<_>>()))
+        };
+        let seen = look();
+        stop.store(true, Ordering::Release);
+        (seen, writing.join().expect("it writes until it is told to stop"))
+    });
+    let (rates, medians) = seen?;
+    eprintln!("{rates:?}, forecast {medians:?}; it writes {written_per_s} a second");
+    ensure!(rates.len() == 1, "a look is of one window: {rates:?}");
+    ensure!(!medians.is_empty(), "what it writes is not forecast");
+    // The look is at one or two seconds of what the program did all the time, beside others that build here.
+    for rate in rates.into_iter().chain(medians) {
+        ensure!((0.5..1.5).contains(&(rate / written_per_s)), "{rate} against {written_per_s}");
+    }
     drop((host, cgroup));
     reap(toucher.child);
     Ok(())

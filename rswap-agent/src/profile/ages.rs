@@ -50,6 +50,9 @@ pub struct UsedWithin {
     pub within_ms: u64,
     /// Memory that was used in it at least once, in bytes. Of a huge page, all; of one that was written, what was written of it.
     pub bytes: u64,
+    /// When it ended, and was counted.
+    #[serde(default)]
+    pub at: UnixMillis,
 }
 
 impl PageAges {
@@ -100,7 +103,7 @@ struct Cycle {
     cleared: Option<Duration>,
     /// Of the next span to be counted.
     next: usize,
-    counted: [Option<(u64, u64)>; SPANS_S.len()],
+    counted: [Option<UsedWithin>; SPANS_S.len()],
     last: Count,
     at: UnixMillis,
     /// Cgroups with processes that stood still as it began, so that their marks could not be taken away: they are left out of all its counts.
@@ -142,7 +145,8 @@ impl Cycle {
         // One that is late is a count of the longest span that has passed.
         let passed = SPANS_S.iter().rposition(|span| Duration::from_secs(*span) <= within);
         if let Some(span) = passed.filter(|span| *span >= self.next) {
-            self.counted[span] = Some((within.as_millis() as u64, count.used_bytes));
+            let (span_s, within_ms) = (SPANS_S[span], within.as_millis() as u64);
+            self.counted[span] = Some(UsedWithin { span_s, within_ms, bytes: count.used_bytes, at });
             self.next = span + 1;
         }
         let ends = self.next == SPANS_S.len();
@@ -174,11 +178,10 @@ impl Cycle {
 
     fn ages(&self) -> Option<PageAges> {
         let mut least = 0;
-        let used = SPANS_S.iter().zip(&self.counted).filter_map(|(span_s, counted)| {
-            let (within_ms, bytes) = (*counted)?;
+        let used = self.counted.iter().flatten().map(|counted| {
             // What was used within a second was used within a minute as well, whatever was counted a minute ago.
-            least = bytes.max(least);
-            Some(UsedWithin { span_s: *span_s, within_ms, bytes: least })
+            least = counted.bytes.max(least);
+            UsedWithin { bytes: least, ..*counted }
         });
         let used: Vec<_> = used.collect();
         (!used.is_empty()).then(|| PageAges {
@@ -245,7 +248,7 @@ mod tests {
         // Late: the span of two seconds is passed over.
         assert!(!cycle.count(s(15.5), AT, used(300)));
         assert_eq!(cycle.due(), s(18.0));
-        let of = |span_s, within_ms, bytes| UsedWithin { span_s, within_ms, bytes };
+        let of = |span_s, within_ms, bytes| UsedWithin { span_s, within_ms, bytes, at: AT };
         assert_eq!(cycle.ages().unwrap().used, [of(1, 1100, 100), of(4, 5500, 300)]);
         assert_eq!(
             cycle.ages().unwrap().by_age(),
@@ -254,9 +257,11 @@ mod tests {
         assert!(cycle.count(s(10.0 + 256.5), AT, used(400)));
         cycle.was_cleared(s(267.0));
         // It does more now: what was counted for longer spans is less than that.
-        assert!(!cycle.count(s(268.0), AT, used(350)));
+        let later = UnixMillis(9);
+        assert!(!cycle.count(s(268.0), later, used(350)));
         let shown = cycle.ages().unwrap();
-        assert_eq!(shown.used, [of(1, 1000, 350), of(4, 5500, 350), of(256, 256_500, 400)]);
+        let newest = UsedWithin { at: later, ..of(1, 1000, 350) };
+        assert_eq!(shown.used, [newest, of(4, 5500, 350), of(256, 256_500, 400)]);
         assert_eq!(shown.within(4).unwrap().bytes, 350);
     }
 
