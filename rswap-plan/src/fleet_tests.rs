@@ -274,6 +274,16 @@ fn where_writes_are_not_tracked_little_cpu_use_is_a_quiet_time() {
     let Outcome::Move { start_by, .. } = decision.outcome else { panic!("{decision:?}") };
     assert_eq!(start_by.since(planned.at), 15_000, "{}", explain(decision));
     assert!(explain(decision).contains("0.50 cores of CPU use are expected then"), "{}", explain(decision));
+    // As much is forecast to be written at all times: that tells of none. Where it does, it is heard first.
+    for (written, start_ms) in [([2e6, 2e6], 15_000), ([40e6, 1e6], 30_000)] {
+        let mut known = view.clone();
+        let written = [(5_000, written[0]), (30_000, written[1])];
+        known.demand.points.extend(medians(Resource::Written, &written));
+        let planned = plan(eager(), &[known], &pools);
+        let decision = &planned.decisions[0];
+        let Outcome::Move { start_by, .. } = decision.outcome else { panic!("{decision:?}") };
+        assert_eq!(start_by.since(planned.at), start_ms, "{}", explain(decision));
+    }
     // It is quiet now, or it always does the same: it is not waited for.
     for (now, later) in [(0.5, 4.0), (1.0, 1.0)] {
         view.cores = now;

@@ -20,7 +20,8 @@ const MOMENTS: u32 = 8;
 pub enum TimedBy {
     /// The forecast of what is written, in bytes per second.
     Written,
-    /// The forecast of CPU use, in reference cores, where writes are not tracked: who does little writes little.
+    /// The forecast of CPU use, in reference cores, where writes are not tracked, and no time stands out in what is forecast of them: who does little
+    /// writes little.
     Cpu,
 }
 
@@ -89,7 +90,7 @@ impl Timing {
 
 impl Planner {
     /// A migration begins when little memory is written: by the forecast of that, where there is one; else at once in a time that is
-    /// quieter than most, where it is known what it usually writes; else, where writes are not tracked, by the forecast of its CPU use.
+    /// quieter than most, where it is known what it usually writes; else, where writes are not tracked now, by the forecast of its CPU use.
     /// It waits no longer than it can, and, where nothing forces it, no longer than a planning horizon.
     pub(crate) fn time(&self, view: &InstanceView, round: &Round<'_, '_>, decision: &mut Decision) {
         let now = decision.at;
@@ -110,20 +111,19 @@ impl Planner {
             known.then(|| choose(by, &expected, takes_ms, latest.since(now), start_by.since(now)))
         };
         let mut timing = by(TimedBy::Written, Resource::Written, view.dirty_bytes_per_s);
+        // What looks taught that are minutes apart may not tell the times of the next minute apart, where CPU use does.
+        let otherwise_ms = start_by.since(now).min(latest.since(now));
+        let tells_none = timing.as_ref().is_none_or(|timing| timing.chosen_ms == otherwise_ms);
+        if view.dirty_bytes_per_s.is_none() && tells_none {
+            let on = round.current(view, MoveKind::Cpu).or_else(|| round.current(view, MoveKind::Host));
+            let speed = on.map_or(1.0, |index| round.pools[index].performance);
+            timing = by(TimedBy::Cpu, Resource::Cpu, Some(view.cores * speed)).or(timing);
+        }
         let chosen = match (&timing, decision.writing) {
             (Some(timing), _) => timing.chosen_ms,
             (None, Some(writing)) if writing.is_quiet() => 0,
             (None, Some(_)) => latest.since(now),
-            (None, None) => {
-                let on = round.current(view, MoveKind::Cpu).or_else(|| round.current(view, MoveKind::Host));
-                let speed = on.map_or(1.0, |index| round.pools[index].performance);
-                timing = view
-                    .dirty_bytes_per_s
-                    .is_none()
-                    .then(|| by(TimedBy::Cpu, Resource::Cpu, Some(view.cores * speed)))
-                    .flatten();
-                timing.as_ref().map_or(start_by.since(now), |timing| timing.chosen_ms)
-            }
+            (None, None) => start_by.since(now),
         };
         decision.timing = timing;
         if let Outcome::Move { start_by, .. } = &mut decision.outcome {
