@@ -24,21 +24,30 @@ const SETTLED: Duration = Duration::from_millis(500);
 const ENDS_WITHIN: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// A tool that measures what one of the benchmark's measurements is about.
+/// What measures what one of the benchmark's measurements is about.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Tool {
     /// Whose it is: what the result calls the alternative.
     pub of: &'static str,
-    /// The program.
-    pub program: &'static str,
     /// The package of Debian's that has it.
     pub package: &'static str,
+    /// They run beside each other.
+    commands: &'static [ToolCommand],
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct ToolCommand {
+    program: &'static str,
     /// `CGROUP` stands for the path of the cgroup that is measured.
     arguments: &'static [&'static str],
 }
 
-const BPFTRACE: &str = "bpftrace";
-const BCC: &str = "bcc";
+impl ToolCommand {
+    const fn new(program: &'static str, arguments: &'static [&'static str]) -> Self {
+        Self { program, arguments }
+    }
+}
+
 const CGROUP: &str = "CGROUP";
 
 /// As its own `runqlat.bt`, by cgroup: of the one that goes, since it can't tell that of the one that comes.
@@ -59,26 +68,52 @@ tracepoint:block:block_io_done /@start[args->dev, args->sector]/ {
     delete(@start[args->dev, args->sector]);
 }";
 
+/// Round trips of everybody, since an answer comes in nobody's cgroup, and what is sent and read, by cgroup. At tracepoints (Linux 6.3), as not every kernel has
+/// kprobes; 6 is TCP, and 2 a look at what is read again later.
+const BPFTRACE_TCP: &str = "\
+tracepoint:tcp:tcp_probe { @us = hist(args->srtt); }
+tracepoint:sock:sock_send_length /args->protocol == 6 && args->ret > 0/ { @sent[cgroup] = sum(args->ret); }
+tracepoint:sock:sock_recv_length /args->protocol == 6 && args->ret > 0 && (args->flags & 2) == 0/ {
+    @read[cgroup] = sum(args->ret);
+}";
+
+const fn bpftrace(commands: &'static [ToolCommand]) -> Tool {
+    Tool { of: "bpftrace", package: "bpftrace", commands }
+}
+
+const fn bcc(commands: &'static [ToolCommand]) -> Tool {
+    Tool { of: "bcc", package: "libbpf-tools", commands }
+}
+
 /// For how long threads wait for a CPU, by cgroup.
 pub static RUN_QUEUE: [Tool; 2] = [
-    Tool { of: BPFTRACE, program: "bpftrace", package: "bpftrace", arguments: &["-e", BPFTRACE_RUNQLAT] },
-    Tool { of: BCC, program: "runqlat", package: "libbpf-tools", arguments: &["-c", CGROUP] },
+    bpftrace(&[ToolCommand::new("bpftrace", &["-e", BPFTRACE_RUNQLAT])]),
+    bcc(&[ToolCommand::new("runqlat", &["-c", CGROUP])]),
 ];
 
-/// Round trips.
-pub static TCP: [Tool; 1] = [Tool { of: BCC, program: "tcprtt", package: "libbpf-tools", arguments: &[] }];
+/// Round trips, and how much goes over connections.
+pub static TCP: [Tool; 2] = [
+    bpftrace(&[ToolCommand::new("bpftrace", &["-e", BPFTRACE_TCP])]),
+    bcc(&[ToolCommand::new("tcprtt", &[]), ToolCommand::new("tcptop", &["--noclear", "-c", CGROUP])]),
+];
 
 /// How long requests to disks take, of everybody: the end of a request is in nobody's cgroup.
 pub static BLOCK: [Tool; 2] = [
-    Tool { of: BPFTRACE, program: "bpftrace", package: "bpftrace", arguments: &["-e", BPFTRACE_BIOLATENCY] },
-    Tool { of: BCC, program: "biolatency", package: "libbpf-tools", arguments: &[] },
+    bpftrace(&[ToolCommand::new("bpftrace", &["-e", BPFTRACE_BIOLATENCY])]),
+    bcc(&[ToolCommand::new("biolatency", &[])]),
 ];
 
 impl Tool {
-    /// Whether it is on the path.
+    /// Its programs, by name.
+    pub fn programs(&self) -> String {
+        self.commands.iter().map(|command| command.program).collect::<Vec<_>>().join(" and ")
+    }
+
+    /// Whether all of it is on the path.
     pub fn is_installed(&self) -> bool {
         let path = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&path).any(|directory| directory.join(self.program).exists())
+        let has = |of: &ToolCommand| std::env::split_paths(&path).any(|at| at.join(of.program).exists());
+        self.commands.iter().all(has)
     }
 
     /// Starts it, and waits until its programs are attached.
@@ -87,60 +122,68 @@ impl Tool {
     /// It does not run here: it may need what this kernel does not have.
     pub fn start(&self, cgroup: &Path) -> anyhow::Result<RunningTool> {
         let cgroup = cgroup.to_str().context("a path that is no text")?;
-        let arguments = self.arguments.iter().map(|word| if *word == CGROUP { cgroup } else { word });
-        let mut command = Command::new(self.program);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let child = command.spawn().with_context(|| format!("cannot start {}", self.program))?;
-        let mut running = RunningTool { child };
-        running.wait_for_programs().with_context(|| format!("{} of {}", self.program, self.package))?;
+        let mut running = RunningTool { children: Vec::new() };
+        for ToolCommand { program, arguments } in self.commands {
+            let arguments = arguments.iter().map(|word| if *word == CGROUP { cgroup } else { word });
+            let mut command = Command::new(program);
+            command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+            running.children.push(command.spawn().with_context(|| format!("cannot start {program}"))?);
+        }
+        for (child, of) in running.children.iter_mut().zip(self.commands) {
+            wait_for_programs(child).with_context(|| format!("{} of {}", of.program, self.package))?;
+        }
         Ok(running)
     }
+}
+
+fn wait_for_programs(child: &mut Child) -> anyhow::Result<()> {
+    let deadline = Instant::now() + STARTS_WITHIN;
+    let (mut known, mut since) = (BTreeSet::new(), Instant::now());
+    while Instant::now() < deadline {
+        if let Some(status) = child.try_wait()? {
+            let mut said = String::new();
+            if let Some(stderr) = &mut child.stderr {
+                stderr.read_to_string(&mut said)?;
+            }
+            bail!("it ended ({status}): {}", said.lines().last().unwrap_or("and said nothing"));
+        }
+        let now = program_ids(child.id());
+        if now != known {
+            (known, since) = (now, Instant::now());
+        } else if !known.is_empty() && since.elapsed() >= SETTLED {
+            return Ok(());
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+    bail!("it has no programs after {} s", STARTS_WITHIN.as_secs())
 }
 
 /// A tool with its programs attached. Dropping it ends it.
 #[derive(Debug)]
 pub struct RunningTool {
-    child: Child,
+    children: Vec<Child>,
 }
 
 impl RunningTool {
-    fn wait_for_programs(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + STARTS_WITHIN;
-        let (mut known, mut since) = (BTreeSet::new(), Instant::now());
-        while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait()? {
-                let mut said = String::new();
-                if let Some(stderr) = &mut self.child.stderr {
-                    stderr.read_to_string(&mut said)?;
-                }
-                bail!("it ended ({status}): {}", said.lines().last().unwrap_or("and said nothing"));
-            }
-            let now = program_ids(self.child.id());
-            if now != known {
-                (known, since) = (now, Instant::now());
-            } else if !known.is_empty() && since.elapsed() >= SETTLED {
-                return Ok(());
-            }
-            thread::sleep(LOOK_EVERY);
-        }
-        bail!("it has no programs after {} s", STARTS_WITHIN.as_secs())
-    }
-
     /// What its programs have cost while `measuring` was there.
     pub fn costs(&self, measuring: &ForeignPrograms) -> Vec<ProgramCost> {
-        measuring.costs(self.child.id())
+        self.children.iter().flat_map(|child| measuring.costs(child.id())).collect()
     }
 }
 
 impl Drop for RunningTool {
     fn drop(&mut self) {
-        // Until it is waited for, its number is nobody else's.
-        let _ended = kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT);
-        let deadline = Instant::now() + ENDS_WITHIN;
-        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
-            thread::sleep(LOOK_EVERY);
+        for child in &self.children {
+            // Until it is waited for, its number is nobody else's.
+            let _ended = kill(Pid::from_raw(child.id() as i32), Signal::SIGINT);
         }
-        let _ended = self.child.kill();
-        let _ended = self.child.wait();
+        let deadline = Instant::now() + ENDS_WITHIN;
+        for child in &mut self.children {
+            while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                thread::sleep(LOOK_EVERY);
+            }
+            let _ended = child.kill();
+            let _ended = child.wait();
+        }
     }
 }

@@ -39,6 +39,10 @@ const TURN: Duration = Duration::from_millis(250);
 /// And is cut into so many, of which the quickest counts.
 const SLICES: u32 = 10;
 const FIO_SECONDS: u32 = 3;
+/// An agent's window, unless configured otherwise.
+const WINDOW: Duration = Duration::from_secs(1);
+/// One there, one back.
+const MESSAGES_PER_TURN: f64 = 2.0;
 /// Turns in which a tool has to see the players.
 const SEEN_TURNS: u32 = 20_000;
 /// Cgroups beside those of instances, with which the agent is measured again.
@@ -103,11 +107,10 @@ fn main() -> anyhow::Result<()> {
             cli.runs,
             &mut others,
         )?);
-        programs.extend(
-            costs_of(Role::Tcp)?
-                .into_iter()
-                .filter(|(name, _)| name.starts_with("tcp") || name.starts_with("inet")),
-        );
+        let (own_ns, costs) = tcp_in_a_window()?;
+        others.compare_programs("tcp", own_ns);
+        result.insert("tcp_programs_ns".to_owned(), json!(own_ns));
+        programs.extend(costs);
     }
     if wanted("block") {
         let (figures, costs) = block(cli.runs.min(5), &mut others)?;
@@ -191,7 +194,7 @@ impl Kind {
             Self::Exact => format!("{measurement}_exact_pct"),
             Self::Empty => format!("{measurement}_empty_pct"),
             Self::EmptyExact => format!("{measurement}_exact_empty_pct"),
-            Self::Tool(tool) => format!("{measurement} with {}", tool.program),
+            Self::Tool(tool) => format!("{measurement} with {}", tool.programs()),
         }
     }
 
@@ -237,8 +240,8 @@ impl Alternatives {
             Ok(ns) => return Some(ns),
             Err(why) => why,
         };
-        println!("  {}: {} {why}", tool.of, tool.program);
-        self.put(tool, format!("{measurement}_missing"), format!("{} {why}", tool.program).into());
+        println!("  {}: {} {why}", tool.of, tool.programs());
+        self.put(tool, format!("{measurement}_missing"), format!("{} {why}", tool.programs()).into());
         None
     }
 
@@ -249,7 +252,7 @@ impl Alternatives {
     /// Notes what was measured of a tool, and how many times as much that is as `own`.
     fn note(&mut self, measurement: &str, unit: &str, tool: &Tool, runs: Vec<f64>, own: f64) {
         let of_tool = median(runs.clone());
-        self.put(tool, format!("{measurement}_program"), tool.program.into());
+        self.put(tool, format!("{measurement}_program"), tool.programs().into());
         self.put(tool, format!("{measurement}_{unit}"), json!(of_tool));
         self.put(tool, format!("{measurement}_{unit}_runs"), json!(runs));
         if own > 0.0 {
@@ -378,6 +381,26 @@ fn costs_of(role: Role) -> anyhow::Result<BTreeMap<String, ProgramCost>> {
     players.turn_ns(20_000)?;
     let costs = profiler.program_costs().into_iter().filter(|cost| cost.runs > 1000);
     Ok(costs.map(|cost| (cost.name.clone(), cost)).collect())
+}
+
+/// Nanoseconds in our TCP programs for each message of two that play, and what they cost. None runs for each message: they walk over the connections when
+/// a window ends, and that is divided among all that went in it.
+fn tcp_in_a_window() -> anyhow::Result<(f64, BTreeMap<String, ProgramCost>)> {
+    let mut players = Players::start(Role::Tcp, last_core())?;
+    let profiler = profiler(players.cgroup(), &measured())?;
+    let count = (WINDOW.as_nanos() as f64 / players.turn_ns(10_000)?) as u32;
+    profiler.sample(UnixMillis::now());
+    let costs = || {
+        let is_of_tcp = |cost: &ProgramCost| cost.name.starts_with("tcp") || cost.name.starts_with("inet");
+        profiler.program_costs().into_iter().filter(is_of_tcp)
+    };
+    let ran_ns = || -> f64 { costs().map(|cost| cost.runs as f64 * cost.ns_per_run).sum() };
+    let before = ran_ns();
+    players.turn_ns(count)?;
+    profiler.sample(UnixMillis::now());
+    let ns = (ran_ns() - before) / f64::from(count) / MESSAGES_PER_TURN;
+    let ran = costs().filter(|cost| cost.runs > 0);
+    Ok((ns, ran.map(|cost| (cost.name.clone(), cost)).collect()))
 }
 
 fn last_core() -> usize {
