@@ -272,7 +272,12 @@ fn a_close_look_shows_ages_of_memory_pressures_and_what_is_forecast() {
     (profile.cpu.pressure_some, profile.cpu.pressure_full) = (Some(0.25), Some(0.005));
     profile.io = IoProfile { pressure_some: Some(1.0), pressure_full: None };
     let used = |of: &[(u64, u64)]| {
-        let within = |&(span_s, bytes): &(u64, u64)| UsedWithin { span_s, within_ms: span_s * 1000, bytes };
+        let within = |&(span_s, bytes): &(u64, u64)| UsedWithin {
+            span_s,
+            within_ms: span_s * 1000,
+            bytes,
+            at: UnixMillis(1),
+        };
         let used = of.iter().map(within).collect();
         Some(PageAges { used, resident_bytes: 64 << 20, left_out_bytes: 0, at: UnixMillis(1) })
     };
