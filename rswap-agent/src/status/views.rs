@@ -142,6 +142,7 @@ pub(crate) struct DistributionsOf {
     /// What had samples within the last hour.
     pub(crate) distributions: Vec<Distribution>,
     /// What was counted over the same spans.
+    #[serde(default)]
     pub(crate) counts: CountsOver,
 }
 
