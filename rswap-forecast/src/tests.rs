@@ -141,7 +141,7 @@ fn what_is_seen_in_few_windows_is_forecast_and_judged_by_those() {
     }
     for point in points(&forecaster, 40 * APART - 1) {
         assert!((19e6..31e6).contains(&point.need.p50) && point.need.p95 < 45e6, "{point:?}");
-        assert!(matches!(point.evidence, Evidence::Enough { seen: 39.., .. }), "{point:?}");
+        assert!(matches!(point.evidence, Evidence::Enough { seen: 30.., .. }), "{point:?}");
     }
 }
 
