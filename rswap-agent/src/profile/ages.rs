@@ -16,7 +16,7 @@ use utoipa::ToSchema;
 
 use crate::units::UnixMillis;
 
-pub(super) use scanner::{Means, Scanner};
+pub(super) use scanner::{Means, Scanner, marks, noted_writes};
 
 /// The spans, in seconds. Each is twice the one before.
 pub const SPANS_S: [u64; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];

@@ -10,8 +10,9 @@ use super::{
     btf::{KERNEL_BTF, KernelTypes},
     cgroup,
     connections::{CalledBy, called_by},
-    fault_latency, listeners,
+    fault_latency,
     probes::{Probes, SWITCH_STATE},
+    sources::{Host, Source},
 };
 use crate::sys;
 
@@ -47,7 +48,7 @@ pub enum Needed {
 }
 
 /// What was found, or how it was missed.
-type Finding = Result<String, String>;
+pub(super) type Finding = Result<String, String>;
 
 pub(crate) fn feature(name: &str, finding: Finding, cost_of_lack: &str) -> Feature {
     let (present, detail) = match finding {
@@ -91,12 +92,8 @@ pub fn features() -> Vec<Feature> {
         };
         found.push(feature(&format!("{kind} {name}"), finding, probe_cost(&name)));
     }
-    let told = listeners::is_told().map(|()| "tells of sockets that listen".to_owned());
-    found.push(feature(
-        "sock_diag for TCP",
-        told.map_err(|error| format!("{error} (CONFIG_INET_DIAG)")),
-        "connections that are dropped before they are accepted are not counted",
-    ));
+    let host = Host::this();
+    found.extend(Source::ALL.map(|source| source.feature(source.find(&host))));
     found.extend(control_group_features());
     found.extend(migration_features());
     for (name, structure) in [("bridge", "net_bridge"), ("veth", "veth_priv")] {
@@ -150,11 +147,6 @@ fn control_group_features() -> Vec<Feature> {
         Ok(mount) => Err(format!("not in {}/cgroup.controllers", mount.display())),
         Err(_) => Err("no cgroup v2".to_owned()),
     };
-    let pressure = match &mount {
-        Ok(mount) if mount.join("cpu.pressure").exists() => Ok("per cgroup".to_owned()),
-        _ if Path::new("/proc/pressure/cpu").exists() => Err("only for the whole host".to_owned()),
-        _ => Err("no /proc/pressure (CONFIG_PSI, or psi=1 on the kernel's command line)".to_owned()),
-    };
     vec![
         feature(
             "cgroup v2",
@@ -162,7 +154,6 @@ fn control_group_features() -> Vec<Feature> {
             "no instance can be started or adopted",
         ),
         feature("cgroup v2 cpuset", cpuset, "cores are set thread by thread instead (affinity)"),
-        feature("pressure (PSI)", pressure, "profiles say nothing about pressure"),
     ]
 }
 
@@ -282,6 +273,7 @@ fn network_driver(module: &str, structure: &str, types: Option<&KernelTypes>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::profile::Profiler;
 
     #[test]
     fn every_feature_says_what_was_found_and_what_its_lack_costs() {
@@ -292,5 +284,24 @@ mod tests {
             assert_eq!(feature.needed_by == Needed::Never, feature.remedy.is_empty(), "{feature:?}");
         }
         assert!(features.len() >= 15);
+    }
+
+    #[test]
+    fn the_status_says_the_same_of_what_profiles_are_made_of() {
+        let features = features();
+        let config = ProfileConfig { slots: 1, written_budget: 0.1, ..ProfileConfig::default() };
+        let statuses = Profiler::start(&config).probes();
+        for source in Source::ALL {
+            let of_source = |name: &str| name == source.name();
+            let feature = features.iter().find(|of| of_source(&of.name)).expect(source.name());
+            let told: Vec<_> = statuses.iter().filter(|of| of_source(&of.name)).collect();
+            let [status] = told[..] else { panic!("{}: {told:?}", source.name()) };
+            // Devices may have come or gone meanwhile.
+            if !matches!(source, Source::BlockTimes | Source::BlockSplit) {
+                let reason = format!("{}: {}", feature.detail, feature.cost_of_lack);
+                let missing = ProbeState::Unavailable { reason };
+                assert_eq!(status.state, if feature.present { ProbeState::Active } else { missing });
+            }
+        }
     }
 }

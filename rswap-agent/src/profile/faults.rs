@@ -123,6 +123,17 @@ pub(super) fn process(stat: &str) -> Option<Process> {
     })
 }
 
+/// `memory.stat` of a cgroup v2 as Linux 6.12 writes it, with these values.
+#[cfg(test)]
+pub(super) fn memory_stat(values: &[(&str, u64)]) -> String {
+    let line = |line: &str| {
+        let name = line.split(' ').next().expect("a name");
+        let value = values.iter().find(|(of, _)| *of == name);
+        value.map_or_else(|| format!("{line}\n"), |(_, value)| format!("{name} {value}\n"))
+    };
+    include_str!("faults/memory.stat").lines().map(line).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -215,6 +215,8 @@ fn resident_pages(statm: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -238,5 +240,51 @@ mod tests {
         child.wait().unwrap();
         assert!(reader.read(&mut stat).is_err());
         assert!(!stat.is_open());
+    }
+
+    #[test]
+    fn refaults_are_told_as_long_as_the_cgroup_tells_of_its_memory() {
+        let directory = tempfile::tempdir().unwrap();
+        let cgroup = directory.path();
+        fs::write(cgroup.join("cgroup.procs"), format!("{}\n", std::process::id())).unwrap();
+        let mut files = InstanceFiles::new(cgroup);
+        let mut reader = Reader::default();
+        let mut read = |files: &mut InstanceFiles| files.memory(&mut reader, None).unwrap();
+        let stat = |refaults| {
+            let text = faults::memory_stat(&[("workingset_refault_file", refaults)]);
+            fs::write(cgroup.join("memory.stat"), text).unwrap();
+        };
+        let resident = |memory: &Memory| memory.resident_bytes;
+        let refaults = |now: &Memory, before: &Memory| now.faults.since(&before.faults).map(|(_, of)| of);
+
+        // Without the controller: of its processes, which tell of no refaults.
+        let (a, b) = (read(&mut files), read(&mut files));
+        assert!(resident(&a) > 1 << 20, "this test's own");
+        assert_eq!(refaults(&b, &a), Some(None));
+        // It is enabled, and its files are seen when cgroups are looked for: from the window after that on.
+        fs::write(cgroup.join("memory.current"), "83886080\n").unwrap();
+        stat(600);
+        assert_eq!(refaults(&read(&mut files), &b), Some(None));
+        files.follow(&[cgroup.to_owned()]);
+        let c = read(&mut files);
+        assert_eq!((resident(&c), refaults(&c, &b)), (83_886_080, None), "counted otherwise before");
+        stat(625);
+        let d = read(&mut files);
+        assert_eq!(refaults(&d, &c), Some(Some(25)));
+        // One of the two files alone tells nothing.
+        fs::write(cgroup.join("memory.stat"), "anon 4096\n").unwrap();
+        let e = read(&mut files);
+        assert_eq!((resident(&e) == 83_886_080, refaults(&e, &d)), (false, None));
+        stat(640);
+        let f = read(&mut files);
+        // And gone again.
+        fs::remove_file(cgroup.join("memory.stat")).unwrap();
+        fs::remove_file(cgroup.join("memory.current")).unwrap();
+        files.follow(&[cgroup.to_owned()]);
+        let (g, h) = (read(&mut files), read(&mut files));
+        assert_eq!(
+            (refaults(&f, &d), refaults(&g, &f), refaults(&h, &g)),
+            (Some(Some(15)), None, Some(None))
+        );
     }
 }

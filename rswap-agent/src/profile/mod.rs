@@ -38,6 +38,7 @@ mod probes;
 mod profiler;
 mod slot_records;
 mod slots;
+mod sources;
 mod tiers;
 pub mod written;
 

@@ -27,6 +27,7 @@ use super::{
     pressure::{HostPressure, StalledFor},
     probes::Probes,
     slots::{self, Counters, Devices, FreeSlots},
+    sources::{Found, Host, Source},
     tiers::{Change, Judge, Meter, Tier},
 };
 use crate::{instance::InstanceName, kept_files::Reader, units::UnixMillis};
@@ -103,10 +104,6 @@ const ALONE_LIMIT: Duration = Duration::from_secs(2);
 /// A program tells when a cgroup comes or goes in an instance's. After so many windows without that they are looked for all the same: it may be in a way that
 /// no program sees.
 const LOOK_AFTER_WINDOWS: u32 = 30;
-/// What looking at ages is called among the probes.
-const AGES: &str = "memory.ages";
-/// What looking at writes is called among them.
-const WRITTEN_AGES: &str = "memory.written_ages";
 
 struct State {
     probes: Probes,
@@ -116,6 +113,7 @@ struct State {
     /// The programs don't know all of them.
     devices_untold: bool,
     names: Names,
+    sources: Found,
     listeners: Listeners,
     /// Boxed: each is taken out and put back in every window.
     tracked: BTreeMap<InstanceName, Box<Tracked>>,
@@ -215,6 +213,7 @@ impl Profiler {
             devices: Devices::default(),
             devices_untold: false,
             names: Names::default(),
+            sources: Found::on(Host::this()),
             listeners: Listeners::default(),
             tracked: BTreeMap::new(),
             shared: None,
@@ -232,16 +231,18 @@ impl Profiler {
         Self { config, state: Mutex::new(state), ages, written_ages }
     }
 
-    /// What became of each probe.
+    /// What became of each probe, and of what else profiles are made of.
     pub fn probes(&self) -> Vec<ProbeStatus> {
-        let mut all = self.lock().probes.statuses.clone();
-        for (name, scanner) in [(AGES, &self.ages), (WRITTEN_AGES, &self.written_ages)] {
+        let state = self.lock();
+        let mut all = state.probes.statuses.clone();
+        for (source, scanner) in [(Source::Ages, &self.ages), (Source::WrittenAges, &self.written_ages)] {
             let state = match scanner {
                 Ok(_) => ProbeState::Active,
                 Err(state) => state.clone(),
             };
-            all.push(ProbeStatus { name: name.to_owned(), state });
+            all.push(source.status(state));
         }
+        all.extend(state.sources.statuses());
         all
     }
 
@@ -347,6 +348,7 @@ impl Profiler {
         let mut state = self.lock();
         state.probes.flush_log();
         state.look_for_devices();
+        state.sources.look_again();
         state.give_free_slots();
         state.look_at_listeners(now);
         let open = state.tracked.values().map(|tracked| tracked.files.open_files()).sum();
@@ -852,12 +854,57 @@ mod tests {
     fn ages_that_nobody_asks_for_are_off_and_not_unavailable() {
         let config = ProfileConfig { slots: 1, memory_budget: 0.0, ..ProfileConfig::default() };
         let probes = serde_json::to_value(Profiler::start(&config).probes()).unwrap();
-        for (name, setting) in [(AGES, "memory_budget"), (WRITTEN_AGES, "written_budget")] {
+        for (source, setting) in [(Source::Ages, "memory_budget"), (Source::WrittenAges, "written_budget")] {
             let expected = serde_json::json!({
-                "name": name, "state": "off", "reason": format!("profile.{setting} is 0"),
+                "name": source.name(), "state": "off", "reason": format!("profile.{setting} is 0"),
             });
             assert!(probes.as_array().unwrap().contains(&expected), "no {expected} in {probes}");
         }
+    }
+
+    #[test]
+    fn a_window_has_the_refaults_between_two_looks_at_the_cgroup() {
+        let directory = tempfile::tempdir().unwrap();
+        let cgroup = directory.path();
+        let write = |file: &str, text: &str| std::fs::write(cgroup.join(file), text).unwrap();
+        write("cpu.stat", "usage_usec 0\nuser_usec 0\nsystem_usec 0\n");
+        write("cgroup.procs", "");
+        write("memory.current", "83886080\n");
+        let stat = |all, major, anon, file| {
+            let values = [
+                ("pgfault", all),
+                ("pgmajfault", major),
+                ("workingset_refault_anon", anon),
+                ("workingset_refault_file", file),
+            ];
+            write("memory.stat", &faults::memory_stat(&values));
+        };
+        stat(31_552, 12, 3, 609);
+        let profiler = Profiler::start(&ProfileConfig { slots: 1, ..ProfileConfig::default() });
+        profiler.track(&"refaults".parse().unwrap(), cgroup).unwrap();
+        assert!(profiler.sample(UnixMillis(1000)).is_empty());
+        let window = |second: u64| {
+            let memory = profiler.sample(UnixMillis(second * 1000)).pop().unwrap().memory;
+            let faults = memory.faults.unwrap();
+            (memory.resident_bytes, faults.minor, faults.major, memory.refaults)
+        };
+        stat(31_600, 14, 10, 620);
+        assert_eq!(window(2), (83_886_080, 46, 2, Some(7 + 11)));
+        write("memory.current", "4096\n");
+        assert_eq!(window(3), (4096, 0, 0, Some(0)));
+        // Back to less, as of a cgroup that was made anew: nothing is told of what that one did before.
+        stat(100, 1, 0, 5);
+        assert_eq!(window(4), (4096, 0, 0, Some(0)));
+        stat(103, 2, 1, 5);
+        assert_eq!(window(5), (4096, 2, 1, Some(1)));
+        // Before Linux 5.9 both kinds of pages were counted together.
+        let old = faults::memory_stat(&[("pgfault", 103), ("pgmajfault", 2)]);
+        let lines = old.lines().filter(|line| !line.starts_with("workingset_refault_"));
+        let old: String = lines.map(|line| format!("{line}\n")).collect();
+        write("memory.stat", &format!("{old}workingset_refault 50\n"));
+        assert_eq!(window(6).3, Some(44));
+        write("memory.stat", &old);
+        assert_eq!(window(7), (4096, 0, 0, None), "a kernel that does not count them");
     }
 
     /// Two connections with itself, of a program that opens the second one, or sends a byte from one end of the newest to the other, when it is told so.
@@ -912,6 +959,69 @@ mod tests {
         assert_eq!(window(), Some((true, 0, 0)));
         drop(to);
         child.wait().unwrap();
+        std::fs::remove_dir(&path).unwrap();
+    }
+
+    #[test]
+    fn zz_temporary_wbt() {
+        use std::process::Command;
+        let sh = |script: &str| {
+            let out = Command::new("sh").args(["-c", script]).output().unwrap();
+            format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
+                .trim()
+                .to_owned()
+        };
+        sh("mkdir -p /work/doctor/target; dd if=/dev/zero of=/work/doctor/target/zz.img bs=1M count=64");
+        let dev = sh("losetup -f --show --direct-io=on /work/doctor/target/zz.img");
+        let name = dev.trim_start_matches("/dev/").to_owned();
+        eprintln!("{dev}");
+        let path = cgroup::unified_mount().unwrap().join("rswap-test-zz");
+        std::fs::create_dir_all(&path).unwrap();
+        for (iostats, wbt, scheduler) in [
+            ("1", "2000", "none"),
+            ("1", "0", "none"),
+            ("0", "2000", "none"),
+            ("0", "0", "none"),
+            ("1", "0", "mq-deadline"),
+            ("0", "0", "mq-deadline"),
+            ("0", "0", "kyber"),
+            ("0", "0", "bfq"),
+            ("1", "0", "bfq"),
+            ("1", "0", "none"),
+        ] {
+            let q = format!("/sys/block/{name}/queue");
+            let said = sh(&format!(
+                "echo {scheduler} > {q}/scheduler; echo {wbt} > {q}/wbt_lat_usec; echo {iostats} > {q}/iostats; cat {q}/iostats {q}/wbt_lat_usec {q}/scheduler | tr '\n' ' '"
+            ));
+            let profiler = Profiler::start(&ProfileConfig { slots: 1, ..ProfileConfig::default() });
+            profiler.track(&"zz".parse().unwrap(), &path).unwrap();
+            profiler.sample(UnixMillis::now());
+            sh(&format!(
+                "echo $$ > {}/cgroup.procs; exec dd if={dev} of=/dev/null bs=4k count=500 iflag=direct",
+                path.display()
+            ));
+            std::thread::sleep(Duration::from_millis(20));
+            for profile in profiler.sample(UnixMillis::now()) {
+                for b in profile.block {
+                    eprintln!(
+                        "{said}: {} {:?} {} latency {} x {:?} ns queue {} not_split {}",
+                        b.device,
+                        b.operation,
+                        b.bytes,
+                        b.latency_ns.count,
+                        b.latency_ns.mean(),
+                        b.queue_ns.count,
+                        b.not_split
+                    );
+                }
+            }
+        }
+        eprintln!(
+            "{}",
+            sh(&format!(
+                "echo none > /sys/block/{name}/queue/scheduler; echo 2000 > /sys/block/{name}/queue/wbt_lat_usec; echo 1 > /sys/block/{name}/queue/iostats; losetup -d {dev}; rm /work/doctor/target/zz.img"
+            ))
+        );
         std::fs::remove_dir(&path).unwrap();
     }
 }

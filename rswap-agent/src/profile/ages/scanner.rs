@@ -12,7 +12,11 @@ use std::{
 use super::{AgesCost, Budget, Count, Cycle, PageAges, writes, writes::Armed};
 use crate::{
     instance::InstanceName,
-    profile::{ProbeState, cgroup, doctor::migration_features},
+    profile::{
+        ProbeState, cgroup,
+        doctor::{Feature, Finding, migration_features},
+        sources::{Host, Source},
+    },
     sys::clock::thread_cpu_time,
     units::UnixMillis,
 };
@@ -67,21 +71,29 @@ pub(in crate::profile) enum Means {
     Writes { sample_bytes: u64 },
 }
 
+/// Whether the kernel lets the processor's marks be taken away, and counted.
+pub(in crate::profile) fn marks(proc: &Path) -> Finding {
+    for file in ["clear_refs", "smaps_rollup"] {
+        let path = proc.join("self").join(file);
+        fs::metadata(&path).map_err(|error| format!("this kernel has no {} ({error})", path.display()))?;
+    }
+    Ok("clear_refs and smaps_rollup".to_owned())
+}
+
+/// Whether the kernel notes writes, and lets them be counted.
+pub(in crate::profile) fn noted_writes() -> Finding {
+    let is_needed = |of: &Feature| NEEDED_FOR_WRITES.contains(&of.name.as_str());
+    match migration_features().into_iter().find(|of| is_needed(of) && !of.present) {
+        Some(lacks) => Err(format!("{}: {}", lacks.name, lacks.detail)),
+        None => Ok(NEEDED_FOR_WRITES.join("; ")),
+    }
+}
+
 impl Means {
-    /// Why it can't be had.
-    fn missing(self) -> Option<String> {
+    fn source(self) -> Source {
         match self {
-            Self::Marks { .. } => ["clear_refs", "smaps_rollup"].into_iter().find_map(|file| {
-                let path = format!("/proc/self/{file}");
-                fs::metadata(&path).err().map(|error| format!("this kernel has no {path}: {error}"))
-            }),
-            Self::Writes { .. } => {
-                let lacks = migration_features().into_iter().filter(|of| !of.present);
-                lacks
-                    .filter(|of| NEEDED_FOR_WRITES.contains(&of.name.as_str()))
-                    .map(|of| format!("{}: {}", of.name, of.detail))
-                    .next()
-            }
+            Self::Marks { .. } => Source::Ages,
+            Self::Writes { .. } => Source::WrittenAges,
         }
     }
 
@@ -109,13 +121,12 @@ impl Scanner {
         if budget_share <= 0.0 {
             return Err(ProbeState::Off { reason: format!("profile.{setting} is 0") });
         }
-        if let Some(reason) = means.missing() {
-            return Err(ProbeState::Unavailable { reason });
-        }
+        let source = means.source();
+        source.find(&Host::this()).map_err(|missing| source.unavailable(&missing))?;
         let look = move |cgroup: &Path, cycle: &mut Cycle, armed: &mut Vec<Armed>, began: Instant| {
             means.look(cgroup, cycle, armed, began)
         };
-        Self::spawn(name, budget_share, look).map_err(|reason| ProbeState::Unavailable { reason })
+        Self::spawn(name, budget_share, look).map_err(|missing| source.unavailable(&missing))
     }
 }
 

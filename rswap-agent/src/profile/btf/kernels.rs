@@ -4,8 +4,10 @@
 //! `linux-image-6.1.0-57-cloud-amd64-unsigned` (6.1.192-3), `linux-image-6.12.117+deb13-cloud-amd64-unsigned` (6.12.117-1) and
 //! `linux-binary-7.2.13+deb14-cloud-amd64` (7.2.13-1): the section `.BTF` of the kernel in `vmlinuz`, cut down by [`make_a_subset`].
 //!
-//! This is about types, and tracepoints' arguments. Whether a kernel has the helpers that a program calls is not in there: 5.10, for one, has no
-//! `bpf_get_current_task_btf` (5.11), and refuses the programs that call it. Nor has it what tells a file's socket (5.11), nor the atomic exchange of the programs that know connections (5.12).
+//! Types, and tracepoints' arguments, are in there. Whether a kernel has the helpers that a program calls, and its instructions, is not: that is known by
+//! the version in which they came ([`beyond`]).
+
+mod beyond;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +18,7 @@ use super::{KernelTypes, subset::subset};
 use crate::profile::{
     children::CHILD_PROBES,
     connections::{CONNECTION_PROBES, called_by},
-    fault_latency::FAULT_PROBES,
+    fault_latency::{FAULT_PROBES, MAJOR_FAULTS, MINOR_FAULTS},
     probes::{self, Probe},
     written,
 };
@@ -117,51 +119,65 @@ fn a_subset_answers_as_the_whole_does() {
     }
 }
 
+/// Why programs would not load: the first thing that is missing of types, and all that is beside.
+fn refused(release: &str, version: beyond::Version) -> BTreeMap<&'static str, Vec<String>> {
+    let found = outcomes(&types_of(release)).into_iter();
+    let by_types = found.map(|(name, outcome)| (name, outcome.err()));
+    // These ask for no types of their own.
+    let at_events = [MAJOR_FAULTS, MINOR_FAULTS].map(|name| (name, None));
+    let mut all = BTreeMap::new();
+    for (name, reason) in by_types.chain(at_events) {
+        let mut reasons: Vec<String> = reason.into_iter().collect();
+        let lacking = beyond::lacking(name, version);
+        reasons.extend(lacking.map(|of| format!("no {} ({}.{})", of.what, of.with.0, of.with.1)));
+        if !reasons.is_empty() {
+            all.insert(name, reasons);
+        }
+    }
+    all
+}
+
 #[test]
 fn what_would_load_on_other_kernels() {
+    const NO_TASK: &str = "no bpf_get_current_task_btf (5.11)";
+    const NO_FETCH: &str = "no atomic instructions that answer what was there (5.12)";
+    const NO_FILE: &str = "no bpf_sock_from_file (5.11)";
+    const NO_CGROUP: &str = "struct sock has no field sk_cgrp_data.cgroup";
+    const NO_START: &str = "no tracepoint block_io_start";
+    const NO_DIRECT: &str = "no tracepoint iomap_dio_rw_begin";
     // What is not listed would load.
-    let expected: [(&str, &[(&str, &str)]); 4] = [
+    let expected: [(&str, beyond::Version, &[(&str, &[&str])]); 4] = [
         (
             "5.10",
+            (5, 10),
             &[
-                ("block_io_start", "no tracepoint block_io_start"),
-                ("block_rq_complete", "struct request_queue has no field disk"),
-                ("inet_sock_set_state", "struct sock has no field sk_cgrp_data.cgroup"),
-                ("iomap_dio_rw_begin", "no tracepoint iomap_dio_rw_begin"),
-                ("tcp_connections", "struct sock has no field sk_cgrp_data.cgroup"),
-                ("tcp_retransmit_skb", "struct sock has no field sk_cgrp_data.cgroup"),
-                ("tcp_sockets", "struct sock has no field sk_cgrp_data.cgroup"),
-                ("writeback_dirty_folio", "no tracepoint writeback_dirty_folio"),
+                ("block_io_start", &[NO_START, NO_TASK]),
+                ("block_rq_complete", &["struct request_queue has no field disk"]),
+                ("inet_sock_set_state", &[NO_CGROUP, NO_FETCH]),
+                ("iomap_dio_rw_begin", &[NO_DIRECT]),
+                ("major_faults", &[NO_TASK]),
+                ("minor_faults", &[NO_TASK]),
+                ("page_fault_kernel", &[NO_TASK]),
+                ("page_fault_user", &[NO_TASK]),
+                ("tcp_connections", &[NO_CGROUP, NO_FETCH]),
+                ("tcp_retransmit_skb", &[NO_CGROUP]),
+                ("tcp_sockets", &[NO_CGROUP, NO_FILE]),
+                ("writeback_dirty_folio", &["no tracepoint writeback_dirty_folio"]),
             ],
         ),
-        (
-            "6.1",
-            &[
-                ("block_io_start", "no tracepoint block_io_start"),
-                ("iomap_dio_rw_begin", "no tracepoint iomap_dio_rw_begin"),
-            ],
-        ),
-        ("6.12", &[]),
-        ("7.2", &[]),
+        ("6.1", (6, 1), &[("block_io_start", &[NO_START]), ("iomap_dio_rw_begin", &[NO_DIRECT])]),
+        ("6.12", (6, 12), &[]),
+        ("7.2", (7, 2), &[]),
     ];
-    for ((kernel, release), (of, refused)) in KERNELS.into_iter().zip(expected) {
+    for ((kernel, release), (of, version, expected)) in KERNELS.into_iter().zip(expected) {
         assert_eq!(kernel, of);
-        let types = types_of(release);
-        let found = outcomes(&types);
-        for (tracepoint, outcome) in &found {
-            println!(
-                "{kernel}: {tracepoint}: {}",
-                outcome.as_ref().map_or_else(String::clone, |_| "loads".into())
-            );
-        }
-        let reasons: Vec<(&str, &str)> = found
-            .iter()
-            .filter_map(|(tracepoint, outcome)| Some((*tracepoint, outcome.as_ref().err()?.as_str())))
-            .collect();
-        assert_eq!(reasons.len(), refused.len(), "{kernel}: {reasons:?}");
-        for ((tracepoint, reason), (expected, part)) in reasons.iter().zip(refused) {
-            assert_eq!(tracepoint, expected, "{kernel}");
-            assert!(reason.contains(part), "{kernel}: {tracepoint}: {reason}");
+        let refused = refused(release, version);
+        refused.iter().for_each(|(name, reasons)| println!("{kernel}: {name}: {}", reasons.join("; ")));
+        let names: Vec<&str> = refused.keys().copied().collect();
+        assert_eq!(names, expected.iter().map(|(name, _)| *name).collect::<Vec<_>>(), "{kernel}");
+        for ((name, reasons), (_, expected)) in refused.iter().zip(expected) {
+            let are_told = reasons.iter().zip(*expected).all(|(reason, part)| reason.contains(part));
+            assert!(are_told && reasons.len() == expected.len(), "{kernel}: {name}: {reasons:?}");
         }
     }
 }
