@@ -73,11 +73,14 @@ pub(super) fn lacking(program: &str, version: Version) -> impl Iterator<Item = C
 fn used_by(instruction: &bpf::bpf_insn) -> Option<Came> {
     let code = u32::from(instruction.code);
     if code == bpf::BPF_JMP | bpf::BPF_CALL {
-        assert_eq!(
-            instruction.src_reg(),
-            0,
-            "a call of a function or of the kernel's own: it is not looked into"
-        );
+        match instruction.src_reg() {
+            0 => {}
+            // Of a function of the object itself, as the compiler's memset: it is looked into as well.
+            1 => return None,
+            kind => panic!(
+                "a call of kind {kind}, of a function of the kernel's own: with which Linux did it come?"
+            ),
+        }
         let known = HELPERS.iter().find(|(number, _)| *number == instruction.imm);
         return Some(
             known.unwrap_or_else(|| panic!("with which Linux did helper {} come?", instruction.imm)).1,
@@ -99,6 +102,11 @@ fn what_is_newer_is_what_the_programs_use() {
         let function = &object.functions[&program.function_key()];
         let used = function.instructions.iter().filter_map(used_by);
         newer.insert(name, used.filter(|of| of.with > OLDEST).collect());
+    }
+    let programs: BTreeSet<_> = object.programs.values().map(|program| program.function_key()).collect();
+    for (key, function) in object.functions.iter().filter(|(key, _)| !programs.contains(key)) {
+        let used = function.instructions.iter().filter_map(used_by).find(|of| of.with > OLDEST);
+        assert_eq!(used, None, "{}, which no program is told of: {key:?}", function.name);
     }
     newer.retain(|_, used| !used.is_empty());
     let listed = NEWER.iter().map(|(name, used)| (*name, used.iter().copied().collect()));
