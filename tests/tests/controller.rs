@@ -3,13 +3,15 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use rswap_agent::{
     forecast::{DemandPoint, Evidence, Resource},
     pool::{Pool, PoolState, THIS_HOST},
     status::InstanceView,
 };
-use rswap_tests::{Fleet, Host, HostOptions, api::Api, controller::Controller, reason_to_skip, wait_for};
+use rswap_tests::{
+    Fleet, Host, HostOptions, api::Api, controller::Controller, moves, reason_to_skip, wait_for,
+};
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -62,8 +64,11 @@ fn a_newcomer_starts_from_what_another_host_taught_and_no_report_is_lost() -> an
     };
     let (a, b) = (fleet.host("a", &options(&spools[0]))?, fleet.host("b", &options(&spools[1]))?);
     let shop: &[&str] = &["--label", "app=shop"];
+    // What an instance uses first is to be its own, and not what stands for Python on the PATH.
+    let python = moves::python()?;
+    let python = python.to_str().context("a path that is no text")?;
     for busy in ["busy-1", "busy-2"] {
-        a.run(busy, shop, &["python3", "-c", SERVES, "0"])?;
+        a.run(busy, shop, &[python, "-c", SERVES, "0"])?;
     }
     b.run("other", &["--label", "app=other"], IDLE)?;
     // A series teaches others after 48 windows.
@@ -82,8 +87,8 @@ fn a_newcomer_starts_from_what_another_host_taught_and_no_report_is_lost() -> an
     // The controller is gone: agents go on alone, with what they know.
     controller.kill()?;
     let before = made(&spools[1])?.0;
-    b.run("new", shop, &["python3", "-c", SERVES, "6"])?;
-    b.run("stranger", &["--label", "app=none"], &["python3", "-c", SERVES, "600"])?;
+    b.run("new", shop, &[python, "-c", SERVES, "6"])?;
+    b.run("stranger", &["--label", "app=none"], &[python, "-c", SERVES, "600"])?;
     let first = |name: &str| {
         wait_for(&format!("the first forecast of {name}"), LIMIT, || {
             Ok(Some(points(&b, name, Resource::Memory)?).filter(|points| !points.is_empty()))

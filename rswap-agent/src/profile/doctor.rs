@@ -293,7 +293,8 @@ mod tests {
         let statuses = Profiler::start(&config).probes();
         for source in Source::ALL {
             let of_source = |name: &str| name == source.name();
-            let feature = features.iter().find(|of| of_source(&of.name)).expect(source.name());
+            let feature = features.iter().find(|of| of_source(&of.name));
+            let feature = feature.unwrap_or_else(|| panic!("no {}", source.name()));
             let told: Vec<_> = statuses.iter().filter(|of| of_source(&of.name)).collect();
             let [status] = told[..] else { panic!("{}: {told:?}", source.name()) };
             // Devices may have come or gone meanwhile.

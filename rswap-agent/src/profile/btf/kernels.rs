@@ -119,6 +119,9 @@ fn a_subset_answers_as_the_whole_does() {
     }
 }
 
+/// Programs that would not load, each with parts of why.
+type Refused = &'static [(&'static str, &'static [&'static str])];
+
 /// Why programs would not load: the first thing that is missing of types, and all that is beside.
 fn refused(release: &str, version: beyond::Version) -> BTreeMap<&'static str, Vec<String>> {
     let found = outcomes(&types_of(release)).into_iter();
@@ -146,7 +149,7 @@ fn what_would_load_on_other_kernels() {
     const NO_START: &str = "no tracepoint block_io_start";
     const NO_DIRECT: &str = "no tracepoint iomap_dio_rw_begin";
     // What is not listed would load.
-    let expected: [(&str, beyond::Version, &[(&str, &[&str])]); 4] = [
+    let expected: [(&str, beyond::Version, Refused); 4] = [
         (
             "5.10",
             (5, 10),

@@ -78,8 +78,11 @@ pub(super) fn split(queues: &[Queue]) -> Finding {
     found(queues, &[(NOT_MADE, &|queue| !queue.knows_made()), (NOT_ISSUED, &|queue| !queue.knows_issued())])
 }
 
+/// What may be missing, and of which devices it is.
+type Missing<'a> = (&'a str, &'a dyn Fn(&Queue) -> bool);
+
 /// The devices, or what is missing of which.
-fn found(queues: &[Queue], missing: &[(&str, &dyn Fn(&Queue) -> bool)]) -> Finding {
+fn found(queues: &[Queue], missing: &[Missing<'_>]) -> Finding {
     let names = |concerned: &dyn Fn(&Queue) -> bool| {
         let names = queues.iter().filter(|queue| concerned(queue)).map(|queue| queue.device.as_str());
         names.collect::<Vec<_>>().join(", ")
