@@ -104,6 +104,16 @@ pub fn wait_for<T>(
     }
 }
 
+/// Random numbers from a seed that is printed, and that `RSWAP_SEED` says to have the same ones again.
+pub fn seeded() -> anyhow::Result<fastrand::Rng> {
+    let seed = match std::env::var("RSWAP_SEED") {
+        Ok(seed) => seed.parse()?,
+        Err(_) => fastrand::u64(..),
+    };
+    println!("RSWAP_SEED={seed}");
+    Ok(fastrand::Rng::with_seed(seed))
+}
+
 /// Why scenarios cannot run here, if they can't. A scenario that gets a reason returns at once, and is
 /// counted as skipped by `cargo xtask test`.
 pub fn reason_to_skip(test: &str) -> Option<&'static str> {

@@ -7,10 +7,10 @@
 
 use std::{
     fs,
-    io::Read,
+    io::{BufRead, BufReader, Read, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, Command},
+    process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
@@ -18,11 +18,14 @@ use std::{
 
 use rswap_agent::{
     instance::InstanceName,
-    profile::{ProbeState, Profile, ProfileConfig, Profiler, Who, btf::KernelTypes, unified_mount},
+    profile::{
+        CpuProfile, ProbeState, Profile, ProfileConfig, Profiler, Who, btf::KernelTypes,
+        histogram::Histogram, unified_mount,
+    },
     units::UnixMillis,
 };
 
-use crate::{reason_to_skip, skip};
+use crate::{moves, reason_to_skip, skip};
 
 /// A cgroup of the test's own. Dropping it kills what is in it and removes it.
 #[derive(Debug)]
@@ -52,7 +55,8 @@ impl TestCgroup {
     pub fn freeze(&self, frozen: bool) {
         fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" }).unwrap();
         let wanted = format!("frozen {}", u8::from(frozen));
-        let deadline = Instant::now() + Duration::from_secs(5);
+        // Each of its threads must come to run for that.
+        let deadline = Instant::now() + Duration::from_secs(30);
         while !fs::read_to_string(self.0.join("cgroup.events")).unwrap().contains(&wanted) {
             assert!(Instant::now() < deadline, "the cgroup does not become {wanted}");
             thread::sleep(Duration::from_millis(5));
@@ -65,6 +69,17 @@ impl TestCgroup {
     pub fn who(&self) -> Who {
         let below = self.0.strip_prefix(unified_mount().unwrap()).unwrap();
         Who::Cgroup(format!("/{}", below.display()))
+    }
+
+    /// The ids of its threads.
+    pub fn threads(&self) -> Vec<u32> {
+        let text = fs::read_to_string(self.0.join("cgroup.threads")).unwrap();
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    }
+
+    /// What `/proc/TID/schedstat` has of all of its threads.
+    pub fn schedstat(&self) -> [u64; 3] {
+        schedstat_of(self.threads())
     }
 
     /// CPU time used in it, in microseconds.
@@ -122,11 +137,16 @@ pub fn begin(profiler: &Profiler, cgroup: &Path) -> InstanceName {
     name
 }
 
-/// The profile of the one tracked instance since [`begin`].
-pub fn end(profiler: &Profiler) -> Profile {
+/// The profile of the one tracked instance since [`begin`], or the last time.
+pub fn window(profiler: &Profiler) -> Profile {
     // Of no time, nothing is said.
     thread::sleep(Duration::from_millis(2));
-    let profile = profiler.sample(UnixMillis::now()).pop().expect("a tracked instance has a profile");
+    profiler.sample(UnixMillis::now()).pop().expect("a tracked instance has a profile")
+}
+
+/// The same, and says what it cost.
+pub fn end(profiler: &Profiler) -> Profile {
+    let profile = window(profiler);
     for cost in profiler.program_costs() {
         eprintln!("{}: {} runs, {:.0} ns each", cost.name, cost.runs, cost.ns_per_run);
     }
@@ -163,20 +183,69 @@ pub fn reap(mut child: Child) {
     let _killed = child.wait();
 }
 
-/// `/proc/PID/schedstat`: nanoseconds on a CPU, nanoseconds waiting for one, number of times on one.
-pub fn schedstat(pid: u32) -> Option<[u64; 3]> {
-    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
-    let numbers: Vec<u64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-    numbers.try_into().ok()
+/// The profiles from when a Python program in a cgroup of its own has said that it is there, and is told to go on, to its next line, which is answered, too. It ends with
+/// its input.
+pub fn while_told<const N: usize>(profilers: [&Profiler; N], script: &str) -> ([CpuProfile; N], String) {
+    let cgroup = TestCgroup::create();
+    let mut command = Command::new(moves::python().expect("python3"));
+    command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = cgroup.spawn(&mut command);
+    let (mut to, from) = (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
+    let mut lines = BufReader::new(from).lines().map(|line| line.expect("its output"));
+    assert_eq!(lines.next().as_deref(), Some("there"));
+    for profiler in profilers {
+        begin(profiler, &cgroup.0);
+    }
+    writeln!(to, "go").expect("telling it");
+    let line = lines.next().expect("its answer");
+    let profiles = profilers.map(|profiler| end(profiler).cpu);
+    drop(to);
+    reap(child);
+    (profiles, line)
 }
 
-/// Time that the threads of process 1 have spent on a CPU.
+/// A line of numbers.
+pub fn numbers(line: &str) -> Vec<u64> {
+    line.split_whitespace().map(|word| word.parse().expect("a number")).collect()
+}
+
+/// That these quantiles of what was found are between those of what is known of each at least and at most, to a bucket.
+pub fn assert_quantiles(what: &str, found: &Histogram, [least, most]: [&[u64]; 2], quantiles: &[f64]) {
+    let sorted = |of: &[u64]| {
+        let mut of = of.to_vec();
+        of.sort_unstable();
+        of
+    };
+    let (least, most) = (sorted(least), sorted(most));
+    for q in quantiles {
+        let [least, most] = [&least, &most].map(|of| of[(q * of.len() as f64) as usize]);
+        let found = found.quantile(*q).expect("samples");
+        eprintln!("{what}: q{q} is {found} ns, known to be {least} to {most} ns");
+        // One bucket is an eighth at most.
+        assert!(
+            (least - least / 8..=most + most / 8).contains(&found),
+            "{what}: q{q} is {found}, known to be {least} to {most} ns"
+        );
+    }
+}
+
+/// `/proc/PID/schedstat`: nanoseconds on a CPU, nanoseconds waiting for one, number of times on one.
+fn schedstat(pid: u32) -> Option<[u64; 3]> {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+    numbers(&text).try_into().ok()
+}
+
+fn schedstat_of(threads: impl IntoIterator<Item = u32>) -> [u64; 3] {
+    let each = threads.into_iter().filter_map(schedstat);
+    each.fold([0; 3], |sum, one| [0, 1, 2].map(|at| sum[at] + one[at]))
+}
+
+/// What `/proc/TID/schedstat` has of all threads of process 1: time on a CPU, time waiting for one, number of times on one.
 ///
 /// The guest kernel of a virtual machine was seen (6.18) to run no eBPF program while a thread of process 1, the supervisor
 /// of the machine, is current: not at its own events, and not at the interrupts that come then, such as the end of somebody's
 /// request. The kernel's tracer (tracefs) has those events. On other machines process 1 does next to nothing.
-pub fn supervisor_cpu_ns() -> u64 {
+pub fn supervisor_schedstat() -> [u64; 3] {
     let threads = fs::read_dir("/proc/1/task").unwrap().flatten();
-    let ids = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
-    ids.filter_map(|tid: u32| schedstat(tid)).map(|[on_cpu_ns, ..]| on_cpu_ns).sum()
+    schedstat_of(threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok()))
 }

@@ -15,6 +15,7 @@ use rswap_tests::{
     moves::program,
     reason_to_skip,
     scene::{Scene, further, lines},
+    seeded,
     steps::{Follower, Place},
 };
 
@@ -99,12 +100,7 @@ fn outlives(test: &str, command: impl FnOnce(&str) -> anyhow::Result<Vec<String>
     scene.run("patient", &[], &command.iter().map(String::as_str).collect::<Vec<_>>())?;
     goes_on(&log)?;
     let kills = std::env::var("RSWAP_KILLS").map_or(Ok(RANDOM), |kills| kills.parse())?;
-    let seed: u64 = match std::env::var("RSWAP_SEED") {
-        Ok(seed) => seed.parse()?,
-        Err(_) => u64::from(std::process::id()) << 20 | u64::from(began.elapsed().subsec_micros()),
-    };
-    println!("RSWAP_SEED={seed}");
-    let mut random = fastrand::Rng::with_seed(seed);
+    let mut random = seeded()?;
     for place in PLACES {
         kill_at(&mut scene, place).with_context(|| format!("at {place:?}"))?;
     }

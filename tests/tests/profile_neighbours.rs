@@ -15,7 +15,7 @@ use rswap_agent::{
 };
 use rswap_tests::{
     hog::set_nice,
-    profiled::{TestCgroup, begin, end, profiler, reap, schedstat},
+    profiled::{TestCgroup, begin, end, profiler, reap},
 };
 
 const WINDOW: Duration = Duration::from_secs(3);
@@ -41,11 +41,10 @@ fn loops(cgroup: &TestCgroup) -> Child {
     child
 }
 
-/// In nanoseconds, all of a cgroup's processes: how long they ran, and waited.
+/// In nanoseconds, all of a cgroup's threads: how long they ran, and waited.
 fn ran_and_waited(cgroup: &TestCgroup) -> [f64; 2] {
-    let members = std::fs::read_to_string(cgroup.0.join("cgroup.procs")).expect("its members");
-    let each = members.lines().filter_map(|pid| schedstat(pid.parse().ok()?));
-    each.fold([0.0; 2], |sum, [ran, waited, _]| [sum[0] + ran as f64, sum[1] + waited as f64])
+    let [ran, waited, _] = cgroup.schedstat();
+    [ran as f64, waited as f64]
 }
 
 fn waited_for(profile: &CpuProfile, who: &Who) -> f64 {

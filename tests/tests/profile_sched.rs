@@ -4,7 +4,6 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
     path::Path,
     process::{Child, Command, Stdio},
     thread,
@@ -23,7 +22,7 @@ use rswap_agent::{
 use rswap_tests::{
     loop_device::{FileSystem, LoopDevice},
     moves,
-    profiled::{TestCgroup, begin, end, profiler, reap, wait},
+    profiled::{TestCgroup, assert_quantiles, begin, end, numbers, profiler, reap, wait, while_told},
     served_disk::Speed,
     skip,
 };
@@ -136,24 +135,6 @@ fn turns_are_the_context_switches_that_perf_counts() {
     children.into_iter().for_each(reap);
 }
 
-/// The profile from when a Python program has said that it is there, and is told to go on, to its next line, which is answered, too. It ends with its input.
-fn while_told(profiler: &Profiler, script: &str) -> (CpuProfile, String) {
-    let cgroup = TestCgroup::create();
-    let mut command = Command::new(moves::python().expect("python3"));
-    command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = cgroup.spawn(&mut command);
-    let (mut to, from) = (child.stdin.take().expect("its input"), child.stdout.take().expect("its output"));
-    let mut lines = BufReader::new(from).lines().map(|line| line.expect("its output"));
-    assert_eq!(lines.next().as_deref(), Some("there"));
-    begin(profiler, &cgroup.0);
-    writeln!(to, "go").expect("telling it");
-    let line = lines.next().expect("its answer");
-    let profile = end(profiler).cpu;
-    drop(to);
-    reap(child);
-    (profile, line)
-}
-
 #[test]
 fn turns_are_as_long_as_a_pinned_program_computes() {
     let test = "turns_are_as_long_as_a_pinned_program_computes";
@@ -169,10 +150,9 @@ fn turns_are_as_long_as_a_pinned_program_computes() {
          while time.thread_time_ns() < until: pass\n    time.sleep(0.001)\n\
          said.append(time.thread_time_ns())\nprint(*[later - said[i] for i, later in enumerate(said[1:])], flush=True)\nsys.stdin.readline()\n"
     );
-    let (cpu, line) = while_told(&profiler, &script);
+    let ([cpu], line) = while_told([&profiler], &script);
     let found = cpu.on_cpu_ns;
-    let mut said: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
-    said.sort_unstable();
+    let said = numbers(&line);
     let sum: u64 = said.iter().sum();
     eprintln!("{} turns of {} ns; the program: {TURNS} of {sum} ns", found.count, found.sum);
     // Beside them: until it was told to go, and when it said how long they were.
@@ -180,12 +160,7 @@ fn turns_are_as_long_as_a_pinned_program_computes() {
     // Interrupts are in them, of which a machine that does much beside has some, and are not in the program's own clock.
     let ratio = found.sum as f64 / sum as f64;
     assert!((0.999..1.05).contains(&ratio), "{} against {sum}", found.sum);
-    for q in [0.1, 0.3, 0.5, 0.7, 0.9, 0.99] {
-        let (own, quantile) = (said[(q * TURNS as f64) as usize], found.quantile(q).expect("there are some"));
-        eprintln!("  q{q}: {quantile} ns; the program: {own} ns");
-        // One bucket is an eighth at most.
-        assert!(quantile.abs_diff(own) <= own / 8, "q{q}: {quantile} against {own}");
-    }
+    assert_quantiles("turns", &found, [&said, &said], &[0.1, 0.3, 0.5, 0.7, 0.9, 0.99]);
 }
 
 #[test]
@@ -202,19 +177,12 @@ fn sleeps_are_as_long_as_a_pinned_program_sleeps() {
          said[i] = time.monotonic_ns() - began\n\
          print(*said, flush=True)\nsys.stdin.readline()\n"
     );
-    let (cpu, line) = while_told(&profiler, &script);
+    let ([cpu], line) = while_told([&profiler], &script);
     let found = off(&cpu).sleep_ns;
-    let mut said: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
-    said.sort_unstable();
     // Beside them: until it was told to go.
     assert!(found.count >= SLEEPS && found.count <= SLEEPS + SLEEPS / 1000, "{} times", found.count);
-    for q in [0.1, 0.3, 0.5, 0.7, 0.9] {
-        let (own, quantile) =
-            (said[(q * SLEEPS as f64) as usize], found.quantile(q).expect("there are some"));
-        eprintln!("  q{q}: {quantile} ns; the program: {own} ns");
-        // One bucket is an eighth at most.
-        assert!(quantile.abs_diff(own) <= own / 8, "q{q}: {quantile} against {own}");
-    }
+    let said = numbers(&line);
+    assert_quantiles("sleeps", &found, [&said, &said], &[0.1, 0.3, 0.5, 0.7, 0.9]);
 }
 
 #[test]
@@ -235,7 +203,7 @@ fn migrations_are_those_that_the_kernel_counts() {
          for i in range(300):\n    os.sched_setaffinity(0, {{{other} if i % 2 == 0 else {one}}})\n    time.sleep(0.0005)\n\
          print(seen() - before, flush=True)\nsys.stdin.readline()\n"
     );
-    let (cpu, line) = while_told(&profiler, &script);
+    let ([cpu], line) = while_told([&profiler], &script);
     let (counted, seen): (_, u64) = (cpu.migrations, line.parse().expect("a number"));
     eprintln!("{counted:?} migrations, the kernel saw {seen}");
     assert!(seen >= 300, "{seen}");
