@@ -80,7 +80,7 @@ struct Counted {
 }
 
 /// Lets what is in `cgroup` go on for some windows, at whose ends it stands still, and compares what both have of them. Waits are of those in which process 1 did not
-/// run, as no program sees who comes after it ([`supervisor_schedstat`]).
+/// run, as no program sees who comes after it ([`supervisor_schedstat`]), and in which none ended of which the beginning was missed for that.
 fn counted([exact, quick]: &[Profiler; 2], cgroup: &TestCgroup) -> Counted {
     const WINDOWS: u32 = 20;
     const LIMIT: Duration = Duration::from_secs(100);
@@ -95,20 +95,21 @@ fn counted([exact, quick]: &[Profiler; 2], cgroup: &TestCgroup) -> Counted {
     // More of them where process 1 runs in each.
     while windows < WINDOWS || all.turns == 0 && began.elapsed() < LIMIT {
         windows += 1;
-        let supervisor = supervisor_schedstat();
+        let unseen = || (supervisor_schedstat(), exact.bookkeeping().lost.exact_waits);
+        let unseen_before = unseen();
         let ([_, waited, turns], switched) = (cgroup.schedstat(), switches(cgroup));
         cgroup.freeze(false);
         thread::sleep(Duration::from_millis(250));
         cgroup.freeze(true);
-        let [exact, quick] = [exact, quick].map(|profiler| window(profiler).cpu);
-        assert!(exact.exact && !quick.exact);
-        on_cpu.merge(&quick.on_cpu_ns);
-        if supervisor_schedstat() != supervisor {
+        let [of_exact, of_quick] = [exact, quick].map(|profiler| window(profiler).cpu);
+        assert!(of_exact.exact && !of_quick.exact);
+        on_cpu.merge(&of_quick.on_cpu_ns);
+        if unseen() != unseen_before {
             continue;
         }
         let [_, waited_then, turns_then] = cgroup.schedstat();
-        all.exact.merge(&exact.run_queue_ns);
-        all.quick.merge(&quick.run_queue_ns);
+        all.exact.merge(&of_exact.run_queue_ns);
+        all.quick.merge(&of_quick.run_queue_ns);
         all.waited_ns += waited_then - waited;
         all.turns += turns_then - turns;
         all.switches += switches(cgroup) - switched;
