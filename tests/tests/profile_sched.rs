@@ -22,7 +22,10 @@ use rswap_agent::{
 use rswap_tests::{
     loop_device::{FileSystem, LoopDevice},
     moves,
-    profiled::{TestCgroup, assert_quantiles, begin, end, numbers, profiler, reap, wait, while_told},
+    profiled::{
+        TestCgroup, assert_quantiles, begin, end, numbers, profiler, reap, supervisor_schedstat, wait,
+        while_told,
+    },
     served_disk::Speed,
     skip,
 };
@@ -150,13 +153,16 @@ fn turns_are_as_long_as_a_pinned_program_computes() {
          while time.thread_time_ns() < until: pass\n    time.sleep(0.001)\n\
          said.append(time.thread_time_ns())\nprint(*[later - said[i] for i, later in enumerate(said[1:])], flush=True)\nsys.stdin.readline()\n"
     );
+    let supervisor_before = supervisor_schedstat();
     let ([cpu], line) = while_told([&profiler], &script);
     let found = cpu.on_cpu_ns;
+    // What no program sees ([`supervisor_schedstat`]): who comes after it, and who goes for it.
+    let unseen = 2 * (supervisor_schedstat()[2] - supervisor_before[2]);
     let said = numbers(&line);
     let sum: u64 = said.iter().sum();
     eprintln!("{} turns of {} ns; the program: {TURNS} of {sum} ns", found.count, found.sum);
     // Beside them: until it was told to go, and when it said how long they were.
-    assert!(found.count >= TURNS && found.count <= TURNS + TURNS / 1000, "{} turns", found.count);
+    assert!(found.count + unseen >= TURNS && found.count <= TURNS + TURNS / 1000, "{} turns", found.count);
     // Interrupts are in them, of which a machine that does much beside has some, and are not in the program's own clock.
     let ratio = found.sum as f64 / sum as f64;
     assert!((0.999..1.05).contains(&ratio), "{} against {sum}", found.sum);
@@ -177,10 +183,13 @@ fn sleeps_are_as_long_as_a_pinned_program_sleeps() {
          said[i] = time.monotonic_ns() - began\n\
          print(*said, flush=True)\nsys.stdin.readline()\n"
     );
+    let supervisor_before = supervisor_schedstat();
     let ([cpu], line) = while_told([&profiler], &script);
     let found = off(&cpu).sleep_ns;
+    // What no program sees ([`supervisor_schedstat`]): who comes after it, and who goes for it.
+    let unseen = 2 * (supervisor_schedstat()[2] - supervisor_before[2]);
     // Beside them: until it was told to go.
-    assert!(found.count >= SLEEPS && found.count <= SLEEPS + SLEEPS / 1000, "{} times", found.count);
+    assert!(found.count + unseen >= SLEEPS && found.count <= SLEEPS + SLEEPS / 1000, "{} times", found.count);
     let said = numbers(&line);
     assert_quantiles("sleeps", &found, [&said, &said], &[0.1, 0.3, 0.5, 0.7, 0.9]);
 }
