@@ -30,7 +30,7 @@ pub const LEAST_WAIT_NS: u64 = 100_000;
 pub const MAX_BLOCK_SHARDS: u32 = 4;
 
 /// Most TCP connections of instances that are remembered at a time.
-pub const MAX_CONNECTIONS: u32 = 1 << 17;
+pub const MAX_CONNECTIONS: u32 = 1 << 16;
 
 /// Of so many the agent hands over the addresses in one call: as many arguments as a tracepoint may have.
 pub const CONNECTIONS_AT_ONCE: usize = 12;

@@ -65,10 +65,6 @@ pub struct Leavers {
     pub idle_ns: u64,
     /// A task of any instance.
     pub instance_ns: u64,
-    /// How far the monotonic clock is ahead of the run queue's, in nanoseconds; wraps.
-    pub ahead_ns: u64,
-    /// When they were compared, by the run queue's; 0: never.
-    pub compared_ns: u64,
     /// Number of the turn that goes on.
     pub turn: u64,
     /// Turns by their number's last bits.

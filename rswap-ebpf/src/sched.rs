@@ -77,10 +77,13 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let next_cgroup = task_cgroup_id(next);
 
     // Whoever it is, as at wake-ups: else one that becomes an instance's while it waits would have waited since it was woken. The idle task waits for nothing.
+    let mut asked_ns = None;
     if EXACT.load() == 1 && prev_pid != 0 {
         let (preempted, state): (u64, u32) = (ctx.arg(0), ctx.arg(3));
         if preempted & 1 == 1 || state == 0 {
-            remember_waiter(prev_pid, monotonic_at(leavers, now));
+            let now_ns = monotonic_ns();
+            remember_waiter(prev_pid, now_ns);
+            asked_ns = Some(now_ns);
         }
     }
 
@@ -123,7 +126,12 @@ fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         let queued: u64 = field(next, &TASK_LAST_QUEUED);
         let mut waited = if queued != 0 { Some(now.saturating_sub(queued)) } else { None };
         if EXACT.load() == 1 {
-            let exact_ns = take_waiter(next_pid, monotonic_at(leavers, now));
+            // Not by the run queue's clock: where a wake-up has made somebody give way, the kernel does not set it again until the switch.
+            let now_ns = match asked_ns {
+                Some(now_ns) => now_ns,
+                None => monotonic_ns(),
+            };
+            let exact_ns = take_waiter(next_pid, now_ns);
             // A wait begins after the last turn: else what was remembered is of an earlier one, as this one's beginning was missed.
             let arrived: u64 = field(next, &TASK_LAST_ARRIVAL);
             let longest_ns =
@@ -200,25 +208,6 @@ fn woken(task: KernelPtr) -> i32 {
 pub fn monotonic_ns() -> u64 {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     unsafe { bpf_ktime_get_ns() }
-}
-
-/// The monotonic clock when this CPU's run queue's is `now`. To ask for it is dear: it is compared with the run queue's only now and then.
-#[inline(always)]
-fn monotonic_at(leavers: &mut Leavers, now: u64) -> u64 {
-    /// They go apart by half a part in a thousand at most, where somebody sets the clock by the network.
-    const COMPARED_EVERY_NS: u64 = 1 << 20;
-    const DRIFT_SHIFT: u32 = 10;
-    let since = now.wrapping_sub(leavers.compared_ns);
-    if since >= COMPARED_EVERY_NS {
-        let found = monotonic_ns().wrapping_sub(now);
-        // The run queue's clock was read some time ago, and how long ago varies: so that is nearest to the truth by which they were least apart.
-        let drifted = leavers.ahead_ns.wrapping_add(since >> DRIFT_SHIFT);
-        let later = found.wrapping_sub(drifted);
-        let is_steady = leavers.compared_ns != 0 && later < CLOCKS_APART_NS;
-        leavers.ahead_ns = if is_steady { drifted } else { found };
-        leavers.compared_ns = now;
-    }
-    now.wrapping_add(leavers.ahead_ns)
 }
 
 /// Why a task goes that is in this state; `None` if it could go on at once, or is at its end.

@@ -12,7 +12,6 @@ use core::{
 
 use aya_ebpf::{
     Global,
-    bindings::BPF_F_NO_PREALLOC,
     helpers::{bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_sock_from_file},
     macros::{btf_tracepoint, map, raw_tracepoint},
     maps::{Array, HashMap},
@@ -46,9 +45,13 @@ const SOCK_STREAM: u16 = 1;
 // States of TCP, which programs see (`tcpi_state`) and which so keep their numbers.
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_SYN_SENT: u32 = 2;
+const TCP_SYN_RECEIVED: u32 = 3;
 const TCP_CLOSE: u32 = 7;
 /// States of a connection that both sides know of: established, both that wait for its end, the two in which the other side has ended it, closing.
 const LIVES: u32 = 1 << TCP_ESTABLISHED | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
+
+/// The same, and those in which one is as it is said to be established.
+const MAY_BE_KNOWN: u32 = LIVES | 1 << TCP_SYN_SENT | 1 << TCP_SYN_RECEIVED;
 
 #[unsafe(no_mangle)]
 static RETRANSMIT_HAS_ERROR: Global<u32> = Global::new(0);
@@ -58,8 +61,9 @@ static RETRANSMIT_HAS_ERROR: Global<u32> = Global::new(0);
 static SOCK_DONE: Global<u32> = Global::new(0);
 
 /// Connections of instances, by their sockets' addresses ([`number_of`]). Storage of sockets would go with them; but there are kernels that let nobody walk over that.
+/// Room for all is made at once: before Linux 6.1 the kernel warns of programs that trace and would make it as they run.
 #[map]
-static CONNECTIONS: HashMap<u64, Connection> = HashMap::with_max_entries(MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
+static CONNECTIONS: HashMap<u64, Connection> = HashMap::with_max_entries(MAX_CONNECTIONS, 0);
 
 /// How often these programs were away so far: what was remembered of a connection before is not compared with what is there now.
 #[map]
@@ -118,11 +122,16 @@ fn tcp_connections(ctx: RawTracePointContext) -> i32 {
         }
         let Some(connection) = CONNECTIONS.get_ptr_mut(&key) else { continue };
         let sock = key.swap_bytes() as KernelPtr;
-        if u32::from(read::<u8>(sock, &SOCK_STATE)) == TCP_CLOSE {
+        if !is_tcp_in(sock, MAY_BE_KNOWN) {
             // Its end was missed.
             forget(key, connection);
-        } else {
-            look_at(sock, connection);
+            continue;
+        }
+        look_at(sock, connection);
+        // SAFETY: the map gave the pointer.
+        if unsafe { (*connection).slot } == NOBODY {
+            // It is found again when its cgroup is somebody's.
+            _ = CONNECTIONS.remove(&key);
         }
     }
     0
@@ -143,11 +152,8 @@ extern "C" fn tcp_sockets(at: *const AtFile) -> i32 {
         return 0;
     }
     let sock: KernelPtr = read(socket, &SOCKET_SK);
-    if read::<u16>(sock, &SOCK_PROTOCOL) != IPPROTO_TCP || read::<u16>(sock, &SOCK_TYPE) != SOCK_STREAM {
-        return 0;
-    }
     // One that listens, or is to be connected, is seen to begin.
-    if LIVES & (1 << (read::<u8>(sock, &SOCK_STATE) & 31)) == 0 {
+    if !is_tcp_in(sock, LIVES) {
         return 0;
     }
     let key = number_of(sock);
@@ -188,23 +194,30 @@ fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
     if slot.is_some() {
         debug!(&ctx, "connection: state {} after {}", new, old);
     }
+    let key = number_of(sock);
+    let known = CONNECTIONS.get_ptr_mut(&key);
     if new == TCP_ESTABLISHED {
+        if let Some(connection) = known {
+            // Of another one at this address, of which the end was missed.
+            forget(key, connection);
+        }
         if let Some(slot) = slot {
             begins(sock, slot, old);
         }
         return 0;
     }
-    let key = number_of(sock);
-    let known = CONNECTIONS.get_ptr_mut(&key);
+    let mut since_ns = 0;
     if let Some(connection) = known {
         look_at(sock, connection);
+        // SAFETY: the map gave the pointer.
+        since_ns = unsafe { (*connection).since_ns };
+        // The socket may stay for long, or be connected again. If a walk was faster, it has counted the end.
+        if CONNECTIONS.remove(&key).is_err() {
+            since_ns = 0;
+        }
     }
     if let Some(slot) = slot {
-        ends(slot, old, known);
-    }
-    if known.is_some() {
-        // The socket may stay for long, or be connected again.
-        _ = CONNECTIONS.remove(&key);
+        ends(slot, old, since_ns);
     }
     0
 }
@@ -220,16 +233,15 @@ fn begins(sock: KernelPtr, slot: u32, old: u32) {
     // SAFETY: a helper without arguments; unsafe only for being foreign.
     let since_ns = unsafe { bpf_ktime_get_ns() };
     let new = Connection { received: 0, sent: 0, since_ns, slot: slot.into(), era: era() };
-    // What is known of its address is of a connection of which the end was missed.
     if !remember(number_of(sock), &new) {
         // Its end will not be seen: it is not open for ever.
         end_is_seen(record);
     }
 }
 
-/// A connection is over, or there was none.
+/// A connection is over that was seen to begin then, if that is not 0; or there was none.
 #[inline(always)]
-fn ends(slot: u32, old: u32, known: Option<*mut Connection>) {
+fn ends(slot: u32, old: u32, since_ns: u64) {
     let Some(record) = slot_record(slot) else { return };
     // SAFETY: as in `begins`.
     let counts = unsafe { &mut (*record).tcp };
@@ -242,9 +254,6 @@ fn ends(slot: u32, old: u32, known: Option<*mut Connection>) {
         return;
     }
     counts.closed = counts.closed.wrapping_add(1);
-    let Some(connection) = known else { return };
-    // SAFETY: the map gave the pointer.
-    let since_ns = unsafe { (*connection).since_ns };
     if since_ns != 0 {
         end_is_seen(record);
         // SAFETY: a helper without arguments; unsafe only for being foreign.
@@ -347,13 +356,22 @@ fn remember(key: u64, connection: &Connection) -> bool {
 fn forget(key: u64, connection: *mut Connection) {
     // SAFETY: the map gave the pointer.
     let (slot, since_ns) = unsafe { ((*connection).slot, (*connection).since_ns) };
-    if slot != NOBODY
+    // Who takes it out counts its end.
+    if CONNECTIONS.remove(&key).is_ok()
+        && slot != NOBODY
         && since_ns != 0
         && let Some(record) = slot_record(slot as u32)
     {
         end_is_seen(record);
     }
-    _ = CONNECTIONS.remove(&key);
+}
+
+/// Whether this is a socket of TCP in one of these states, as far as what is at its address says.
+#[inline(always)]
+fn is_tcp_in(sock: KernelPtr, states: u32) -> bool {
+    read::<u16>(sock, &SOCK_PROTOCOL) == IPPROTO_TCP
+        && read::<u16>(sock, &SOCK_TYPE) == SOCK_STREAM
+        && states & (1 << (read::<u8>(sock, &SOCK_STATE) & 31)) != 0
 }
 
 #[inline(always)]

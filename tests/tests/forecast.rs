@@ -3,13 +3,12 @@
 
 use std::{fs, io::Write as _, path::Path, time::Duration};
 
-use anyhow::Context;
 use nix::sys::signal::Signal;
 use rswap_agent::{
     forecast::{DemandPoint, Evidence, Kin, Resource},
     status::InstanceView,
 };
-use rswap_tests::{Fleet, Host, HostOptions, foreign::Foreign, moves, reason_to_skip, wait_for};
+use rswap_tests::{Fleet, Host, HostOptions, foreign::Foreign, reason_to_skip, wait_for};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -252,11 +251,8 @@ fn the_first_band_of_a_newcomer_holds_what_its_class_uses_though_half_of_it_idle
     let mut fleet = Fleet::new()?;
     let host = fleet.host("a", &options(400, ""))?;
     let of_class: &[&str] = &["--label", "app=shop"];
-    // What an instance uses first is to be its own, and not what stands for Python on the PATH.
-    let python = moves::python()?;
-    let python = python.to_str().context("a path that is no text")?;
     for busy in ["busy-1", "busy-2"] {
-        host.run(busy, of_class, &[python, "-c", SERVES, "0"])?;
+        host.run(busy, of_class, &["python3", "-c", SERVES, "0"])?;
     }
     for idle in ["idle-1", "idle-2"] {
         host.run(idle, of_class, IDLE)?;
@@ -281,8 +277,8 @@ fn the_first_band_of_a_newcomer_holds_what_its_class_uses_though_half_of_it_idle
     assert!(memory > f64::from(96 << 20) && cores > 0.1, "{memory} bytes, {cores} cores");
 
     // One that begins with nothing, like those that idle, and without a class one that does the same.
-    host.run("new", of_class, &[python, "-c", SERVES, "6"])?;
-    host.run("stranger", &["--label", "app=other"], &[python, "-c", SERVES, "600"])?;
+    host.run("new", of_class, &["python3", "-c", SERVES, "6"])?;
+    host.run("stranger", &["--label", "app=other"], &["python3", "-c", SERVES, "600"])?;
     let first = |name: &str| {
         wait_for(&format!("the first forecast of {name}"), LIMIT, || {
             let (memory, cpu) = (points(&host, name, Resource::Memory)?, points(&host, name, Resource::Cpu)?);

@@ -99,25 +99,20 @@ impl Connections {
     pub(super) fn count(&self, ebpf: &Ebpf) -> Result<(), String> {
         let program = ebpf.program(KNOWN).ok_or("the eBPF object has no such program: build it again")?;
         let program: &RawTracePoint = program.try_into().map_err(|error| chain(&error))?;
-        let mut known = 0;
-        let mut args = [0; CONNECTIONS_AT_ONCE];
-        let mut place = 0;
-        let run = |args| {
-            let options = RawTracePointRunOptions { args, cpu: None };
-            program.test_run(options).map_err(|error| format!("call {KNOWN}: {}", chain(&error)))
-        };
-        // Where one goes meanwhile that was to be followed by the next one, the kernel begins anew: what is met twice has nothing new.
-        for address in self.addresses.keys().take(2 * MAX_CONNECTIONS as usize) {
-            args[place] = address.map_err(|error| format!("list the TCP connections: {}", chain(&error)))?;
-            (place, known) = (place + 1, known + 1);
-            if place == args.len() {
-                run(std::mem::take(&mut args))?;
-                place = 0;
-            }
+        // Where one goes meanwhile that was to be followed by the next one, the kernel begins anew: they are met twice then.
+        let addresses = self.addresses.keys().take(2 * MAX_CONNECTIONS as usize);
+        let addresses: Result<Vec<u64>, _> = addresses.collect();
+        let mut addresses =
+            addresses.map_err(|error| format!("list the TCP connections: {}", chain(&error)))?;
+        addresses.sort_unstable();
+        addresses.dedup();
+        for some in addresses.chunks(CONNECTIONS_AT_ONCE) {
+            let mut args = [0; CONNECTIONS_AT_ONCE];
+            args[..some.len()].copy_from_slice(some);
+            let called = program.test_run(RawTracePointRunOptions { args, cpu: None });
+            called.map_err(|error| format!("call {KNOWN}: {}", chain(&error)))?;
         }
-        if place > 0 {
-            run(args)?;
-        }
+        let known = addresses.len() as u64;
         self.known.set(known);
         Ok(())
     }

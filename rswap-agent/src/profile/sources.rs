@@ -106,9 +106,9 @@ impl Source {
         self.told().0
     }
 
-    /// Whether it may come and go while the agent runs: devices do, and what is set of them.
+    /// Whether it may come and go while the agent runs: devices do, and what is set of them, and controllers are enabled.
     fn may_change(self) -> bool {
-        matches!(self, Self::BlockTimes | Self::BlockSplit)
+        matches!(self, Self::BlockTimes | Self::BlockSplit | Self::MemoryController | Self::IoController)
     }
 
     /// Looks whether the host has it.
