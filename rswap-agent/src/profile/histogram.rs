@@ -127,17 +127,19 @@ pub(super) fn add_counts(total: &mut HistogramRecord, sum: u64, buckets: &[u32; 
     }
 }
 
+/// A histogram of these.
+#[cfg(test)]
+pub(crate) fn of(values: &[u64]) -> Histogram {
+    let mut histogram = Histogram::default();
+    values.iter().for_each(|&value| histogram.record(value));
+    histogram
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn of(values: &[u64]) -> Histogram {
-        let mut histogram = Histogram::default();
-        values.iter().for_each(|&value| histogram.record(value));
-        histogram
-    }
 
     #[test]
     fn an_empty_histogram_has_no_quantiles() {

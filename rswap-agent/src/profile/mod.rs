@@ -5,7 +5,7 @@
 //! kernel does not take is reported with its reason, and the rest goes on.
 //!
 //! ```text
-//!   sched_switch   block_rq_complete   inet_sock_set_state, walk   page_fault_user, perf
+//!   sched_switch   block_rq_complete   inet_sock_set_state, call   page_fault_user, perf
 //!        |                |                    |                        |
 //!        |           cgroup id -> slot, or not counted                  |
 //!        v                v                    v                        v

@@ -227,13 +227,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::profile::{BlockProfile, CpuProfile, Faults, MemoryProfile, TcpProfile};
-
-    fn of(values: &[u64]) -> Histogram {
-        let mut histogram = Histogram::default();
-        values.iter().for_each(|value| histogram.record(*value));
-        histogram
-    }
+    use crate::profile::{BlockProfile, CpuProfile, Faults, MemoryProfile, TcpProfile, histogram::of};
 
     fn profile(at_s: u64, waits_ns: &[u64]) -> Profile {
         Profile {

@@ -239,13 +239,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::profile::histogram::Histogram;
-
-    fn of(values: &[u64]) -> Histogram {
-        let mut histogram = Histogram::default();
-        values.iter().for_each(|value| histogram.record(*value));
-        histogram
-    }
+    use crate::profile::histogram::of;
 
     proptest! {
         #[test]
