@@ -71,11 +71,10 @@ pub(crate) fn online(root: &Root<'_>) -> (CpuSet, String) {
     }
 }
 
-/// What is known of one CPU.
-pub(crate) fn core(root: &Root<'_>, cpu: usize, online: bool) -> Core {
+/// What is known of one CPU. What its package is made of is taken over from a look `before` at it: these are some twenty files of each CPU, and they say the same
+/// as long as no CPU comes or goes.
+pub(crate) fn core(root: &Root<'_>, cpu: usize, online: bool, before: Option<&Core>) -> Core {
     let dir = format!("{CPUS}/cpu{cpu}");
-    let caches =
-        root.names(&format!("{dir}/cache")).into_iter().filter(|name| numbered(name, "index").is_some());
     Core {
         cpu,
         online,
@@ -83,11 +82,21 @@ pub(crate) fn core(root: &Root<'_>, cpu: usize, online: bool) -> Core {
         max_khz: root.number(&format!("{dir}/cpufreq/cpuinfo_max_freq")),
         min_khz: root.number(&format!("{dir}/cpufreq/cpuinfo_min_freq")),
         limit_khz: root.number(&format!("{dir}/cpufreq/scaling_max_freq")),
+        ..before.cloned().unwrap_or_else(|| place(root, &dir))
+    }
+}
+
+/// Where it is in the machine.
+fn place(root: &Root<'_>, dir: &str) -> Core {
+    let caches =
+        root.names(&format!("{dir}/cache")).into_iter().filter(|name| numbered(name, "index").is_some());
+    Core {
         core_id: root.number(&format!("{dir}/topology/core_id")),
         package_id: root.number(&format!("{dir}/topology/physical_package_id")),
-        node: root.names(&dir).iter().find_map(|name| numbered(name, "node")),
+        node: root.names(dir).iter().find_map(|name| numbered(name, "node")),
         siblings: root.set(&format!("{dir}/topology/thread_siblings_list")),
         caches: caches.filter_map(|name| cache(root, &format!("{dir}/cache/{name}"))).collect(),
+        ..Core::default()
     }
 }
 

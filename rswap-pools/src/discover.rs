@@ -1,5 +1,7 @@
 //! One look at everything, with what the configuration says laid over it.
 
+use std::collections::BTreeMap;
+
 use procfs_core::DiskStat;
 use rswap_types::{CpuSet, UnixMillis};
 
@@ -16,8 +18,19 @@ pub(crate) const BYTES_PER_S: &str = "bytes_per_s";
 
 /// All that is below `root`, and what `settings` name, at `now`. Rates, and what is gone, come by [`crate::follow`].
 pub fn discover(root: &Root<'_>, settings: &Settings, now: UnixMillis) -> Inventory {
+    discover_again(root, settings, now, &Inventory::default())
+}
+
+/// The same, of a machine that was looked at `before`, when all of its CPUs that were online had been so for a while: the kernel shows one's caches a little later than it
+/// says that it is online. What can't have changed since is not read again.
+pub fn discover_again(
+    root: &Root<'_>,
+    settings: &Settings,
+    now: UnixMillis,
+    before: &Inventory,
+) -> Inventory {
     let devices = crate::block::devices(root);
-    let mut pools = core_pools(root, settings);
+    let mut pools = core_pools(root, settings, before);
     pools.extend(memory_pools(root, settings));
     pools.extend(swap_pools(root, settings));
     let file_systems = storage::file_systems(root, &devices, settings.full_below_share);
@@ -43,14 +56,22 @@ fn counters(root: &Root<'_>, pools: &[LocalPool]) -> Counters {
     }
 }
 
-fn core_pools(root: &Root<'_>, settings: &Settings) -> Vec<LocalPool> {
+fn core_pools(root: &Root<'_>, settings: &Settings, before: &Inventory) -> Vec<LocalPool> {
     let (online, file) = cores::online(root);
+    let seen = before.pools.iter().filter(|_| before.online == online).filter_map(|pool| match &pool.kind {
+        LocalKind::Cores { cores, .. } => Some(cores),
+        _ => None,
+    });
+    // One that was offline told little.
+    let seen: BTreeMap<usize, &Core> =
+        seen.flatten().filter(|core| core.online).map(|core| (core.cpu, core)).collect();
     let wanted = settings.pools.iter().filter_map(|wanted| match &wanted.member {
         Member::Cpus(cpus) => Some((wanted, cpus)),
         _ => None,
     });
     let known = |cpus: &CpuSet| -> Vec<Core> {
-        cpus.iter().map(|&cpu| cores::core(root, cpu, online.contains(&cpu))).collect()
+        let core = |&cpu: &usize| cores::core(root, cpu, online.contains(&cpu), seen.get(&cpu).copied());
+        cpus.iter().map(core).collect()
     };
     let mut pools: Vec<LocalPool> = wanted
         .map(|(wanted, cpus)| {

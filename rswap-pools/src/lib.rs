@@ -30,7 +30,7 @@ mod swap;
 
 pub use block::{Device, DeviceKind};
 pub use cores::{Cache, Core, CpuTime, cpu_times};
-pub use discover::{RELATIVE_SPEED, discover};
+pub use discover::{RELATIVE_SPEED, discover, discover_again};
 pub use follow::{GONE_KEPT_MS, follow};
 pub use inventory::{Inventory, Known, LocalKind, LocalPool, Measure, Source, State};
 pub use root::{Room, Root, room_of};

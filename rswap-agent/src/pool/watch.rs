@@ -15,9 +15,15 @@ use crate::{
 
 /// One look, as what follows `before`.
 pub fn look(config: &Config, before: Option<&Inventory>) -> Inventory {
+    let nothing = Inventory::default();
+    look_again(config, before.unwrap_or(&nothing), &nothing)
+}
+
+/// The same; what does not change while the same CPUs are online, of `known`.
+fn look_again(config: &Config, before: &Inventory, known: &Inventory) -> Inventory {
     let settings = config::settings(config);
-    let found = rswap_pools::discover(&Root::machine(), &settings, UnixMillis::now());
-    let mut now = rswap_pools::follow(before.unwrap_or(&Inventory::default()), found, &settings);
+    let found = rswap_pools::discover_again(&Root::machine(), &settings, UnixMillis::now(), known);
+    let mut now = rswap_pools::follow(before, found, &settings);
     let kept = calibrate::kept(&calibrations(config), &config.agent.host, &kernel_release());
     calibrate::apply(&mut now, &kept, &settings);
     now
@@ -45,10 +51,12 @@ impl Watch {
         let (config, shared) = (config.clone(), watch.clone());
         let every = Duration::from_millis(config.looks.look_every_ms);
         std::thread::spawn(move || {
+            let (nothing, mut is_steady) = (Inventory::default(), false);
             loop {
                 std::thread::sleep(every);
                 let before = shared.latest();
-                let now = look(&config, Some(&before));
+                let now = look_again(&config, &before, if is_steady { &before } else { &nothing });
+                is_steady = now.online == before.online;
                 tell(&before, &now);
                 *shared.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(now);
             }

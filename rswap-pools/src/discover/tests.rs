@@ -43,6 +43,10 @@ impl Machine {
         self.discover_with(settings, at_ms, &|_| Ok(half_full()))
     }
 
+    pub(crate) fn discover_again(&self, settings: &Settings, at_ms: u64, before: &Inventory) -> Inventory {
+        discover_again(&Root::at(self.0.path(), &|_| Ok(half_full())), settings, UnixMillis(at_ms), before)
+    }
+
     pub(crate) fn discover_with(
         &self,
         settings: &Settings,

@@ -4,7 +4,7 @@ use std::{fs, io};
 
 use super::*;
 use crate::{
-    Member, Room,
+    LocalKind, Member, Room,
     discover::tests::{Machine, half_full, server, wanted},
 };
 
@@ -54,6 +54,26 @@ fn a_class_that_loses_cores_is_degraded_and_comes_back() {
     let still = look("0-1,3\n", &less, 3);
     assert_eq!(states(&still, &["cores"]), ["degraded"]);
     assert_eq!(look("0-3\n", &still, 4).pools, whole.pools);
+}
+
+#[test]
+fn what_a_package_is_made_of_is_read_again_when_cpus_come_and_go() {
+    let machine = server();
+    let settings = Settings::default();
+    let look = |before: &Inventory| machine.discover_again(&settings, 2, before);
+    let of = |found: &Inventory| match &found.pool("cores").unwrap().kind {
+        LocalKind::Cores { cores, .. } => (cores[0].core_id, cores[0].limit_khz),
+        other => panic!("{other:?}"),
+    };
+    let first = look(&Inventory::default());
+    assert_eq!(look(&first).pools, machine.discover(&settings, 2).pools);
+    machine.write("/sys/devices/system/cpu/cpu0/topology/core_id", "77\n");
+    machine.write("/sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq", "1234000\n");
+    assert_eq!(of(&look(&first)), (of(&first).0, Some(1_234_000)));
+    machine.write("/sys/devices/system/cpu/online", "0-2\n");
+    let less = look(&first);
+    assert_eq!(of(&less).0, Some(77));
+    assert_eq!(of(&look(&less)).0, Some(77));
 }
 
 #[test]
