@@ -58,7 +58,7 @@ const IN_DOUBT_HINT: &str = "the agent asks the other host until it answers; if 
 /// Every so many windows it is looked whether threads are where they belong: a system call for each.
 pub(super) const CORES_EVERY_WINDOWS: u64 = 8;
 /// Whom an instance is like is looked up again every so many windows: programs change their user, and what they run.
-const KIN_EVERY_WINDOWS: u64 = 64;
+const KIN_EVERY_WINDOWS: u64 = 256;
 
 /// All rooms' nouns, and what is under way.
 pub(super) struct Wiring {

@@ -23,6 +23,7 @@ mod cgroup_table;
 mod children;
 mod connections;
 mod counting;
+mod device_list;
 mod disk_users;
 pub mod doctor;
 mod empty;

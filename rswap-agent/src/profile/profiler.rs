@@ -20,6 +20,7 @@ use super::{
     cgroup,
     children::{CgroupsKnown, Children, Members},
     counting::Counting,
+    device_list::DeviceList,
     disk_users, faults,
     instance_files::{InstanceFiles, Memory},
     listeners::Listeners,
@@ -110,6 +111,7 @@ struct State {
     meter: Meter,
     free: FreeSlots,
     devices: Devices,
+    device_list: DeviceList,
     /// The programs don't know all of them.
     devices_untold: bool,
     names: Names,
@@ -211,6 +213,7 @@ impl Profiler {
             meter: Meter::new(judge),
             free: FreeSlots::new(slots - 1),
             devices: Devices::default(),
+            device_list: DeviceList::default(),
             devices_untold: false,
             names: Names::default(),
             sources: Found::on(Host::this()),
@@ -542,7 +545,8 @@ impl State {
 
     fn look_for_devices(&mut self) {
         let Some(maps) = &mut self.probes.maps else { return };
-        if !self.devices.rescan() && !self.devices_untold {
+        let has_new = self.device_list.may_have_changed(&mut self.reader) && self.devices.rescan();
+        if !has_new && !self.devices_untold {
             return;
         }
         // Their records first: nothing is counted there that can't be read.
