@@ -35,9 +35,14 @@ use serde_json::{Map, Value, json};
 
 const RESULT: &str = "target/rswap/bench-profile.json";
 /// A measurement takes about as long: short enough that the machine is the same before and after.
-const TURN: Duration = Duration::from_millis(250);
+const TURN: Duration = Duration::from_millis(100);
 /// And is cut into so many, of which the quickest counts.
-const SLICES: u32 = 10;
+const SLICES: u32 = 4;
+/// A machine that was so much slower, or faster, after a measurement than before it, has changed meanwhile: a virtual one has two speeds, by who uses the other thread
+/// of its core, and keeps each for some seconds.
+const STEADY: f64 = 0.03;
+/// Until it is steady a measurement is made so many times.
+const TRIES: usize = 5;
 const FIO_SECONDS: u32 = 3;
 /// An agent's window, unless configured otherwise.
 const WINDOW: Duration = Duration::from_secs(1);
@@ -56,7 +61,7 @@ struct Cli {
     #[command(subcommand)]
     play: Option<Play>,
     /// Measurements of each kind
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 31)]
     runs: usize,
     /// Only what is called so: ping-pong, tcp, block, agent
     #[arg(long)]
@@ -89,6 +94,7 @@ fn main() -> anyhow::Result<()> {
         return turns::play(role, address.as_deref());
     }
     sweep::stale()?;
+    tell_what_is_missing();
     let (mut result, mut programs, mut others) = (Map::new(), BTreeMap::new(), Alternatives::default());
     let wanted = |what: &str| cli.only.as_deref().is_none_or(|only| only == what);
     if wanted("ping-pong") {
@@ -279,14 +285,20 @@ impl Alternatives {
     }
 }
 
-/// A profiler that tracks `cgroup`. All of its probes must count: otherwise something else would be measured.
-fn profiler(cgroup: &Path, config: &ProfileConfig) -> anyhow::Result<Profiler> {
-    let profiler = Profiler::start(config);
-    for probe in profiler.probes() {
+/// Says what this machine does not have of what is measured elsewhere.
+fn tell_what_is_missing() {
+    // One slot, and no looks at memory.
+    let config = ProfileConfig { slots: 1, memory_budget: 0.0, ..ProfileConfig::default() };
+    for probe in Profiler::start(&config).probes() {
         if let ProbeState::Unavailable { reason } = probe.state {
-            println!("  the probe {} is not measured: {reason}", probe.name);
+            println!("Not here: {} ({reason})", probe.name);
         }
     }
+}
+
+/// A profiler that tracks `cgroup`.
+fn profiler(cgroup: &Path, config: &ProfileConfig) -> anyhow::Result<Profiler> {
+    let profiler = Profiler::start(config);
     let name: InstanceName = "measured".parse()?;
     profiler.track(&name, cgroup)?;
     // In the first window, and then in one of sixteen, the kernel measures the programs, for the budget: the second is as most are.
@@ -331,14 +343,7 @@ fn compare(
         let length = by.len();
         for place in 0..length {
             let (kind, pct) = &mut by[(run + place) % length];
-            // Without before and after: what drifts meanwhile is in both.
-            let before = players.quickest_turn_ns(count, SLICES)?;
-            let attached = kind.attach(players.cgroup())?;
-            players.turn_ns(1000)?;
-            let with = players.quickest_turn_ns(count, SLICES)?;
-            drop(attached);
-            let after = players.quickest_turn_ns(count, SLICES)?;
-            let without = (before + after) / 2.0;
+            let (with, without) = with_and_without(*kind, &mut players, count)?;
             pct.push((with / without - 1.0) * 100.0);
             plain.push(without);
         }
@@ -356,6 +361,25 @@ fn compare(
         figures.insert(key, json!(median(pct)));
     }
     Ok(figures)
+}
+
+/// How long a turn takes with programs of this kind, and without any, in nanoseconds.
+fn with_and_without(kind: Kind, players: &mut Players, count: u32) -> anyhow::Result<(f64, f64)> {
+    let mut before = players.quickest_turn_ns(count, SLICES)?;
+    let mut tries = 1;
+    loop {
+        let attached = kind.attach(players.cgroup())?;
+        players.turn_ns(1000)?;
+        let with = players.quickest_turn_ns(count, SLICES)?;
+        drop(attached);
+        // Without before and after: what drifts meanwhile is in both.
+        let after = players.quickest_turn_ns(count, SLICES)?;
+        if (after / before - 1.0).abs() <= STEADY || tries == TRIES {
+            return Ok((with, (before + after) / 2.0));
+        }
+        before = after;
+        tries += 1;
+    }
 }
 
 /// What a tool's programs take for each turn of two that play, if they run then.
@@ -485,7 +509,7 @@ fn fio(mut command: Command, file: &str, arguments: &[&str]) -> anyhow::Result<(
 fn agent(instances: usize, seconds: Duration) -> anyhow::Result<Map<String, Value>> {
     println!("Agent");
     let mut fleet = Fleet::new()?;
-    let host = fleet.host("a", &HostOptions::default())?;
+    let mut host = fleet.host("a", &HostOptions::default())?;
     let pid = host.agent_pid().context("no agent")?;
     let (mut cgroups, mut nappers) = (Vec::new(), Vec::new());
     for number in 0..instances {
@@ -516,6 +540,7 @@ fn agent(instances: usize, seconds: Duration) -> anyhow::Result<Map<String, Valu
     let among_many = share()?;
     drop(foreign);
     below().try_for_each(fs::remove_dir)?;
+    host.show_log = false;
     drop((host, cgroups));
     nappers.iter_mut().for_each(|napper| drop(napper.wait()));
     let mut figures = Map::new();
