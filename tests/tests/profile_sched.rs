@@ -175,14 +175,14 @@ fn sleeps_are_as_long_as_a_pinned_program_sleeps() {
     let Some(profiler) = needed(test) else { return };
     // As above: nobody keeps it from running when it wakes.
     const SLEEPS: u64 = 2000;
-    const ASKED_NS: [u64; 3] = [300_000, 1_000_000, 4_000_000];
-    let asked = ASKED_NS.map(|ns| format!("{ns} / 1e9")).join(", ");
+    // Its own ways to the call and back are not of a sleep: on a slow machine they are more than a bucket of the shortest.
     let script = format!(
         "import os, sys, time\nos.sched_setaffinity(0, {{max(os.sched_getaffinity(0))}})\n\
          os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))\n\
          said = [0] * {SLEEPS}\nprint('there', flush=True)\nsys.stdin.readline()\n\
-         for i in range({SLEEPS}):\n    began = time.monotonic_ns()\n    time.sleep(({asked})[i % 3])\n    \
-         said[i] = time.monotonic_ns() - began\n\
+         for i in range({SLEEPS}):\n    began, ran = time.monotonic_ns(), time.thread_time_ns()\n    \
+         time.sleep((0.0003, 0.001, 0.004)[i % 3])\n    \
+         said[i] = time.monotonic_ns() - began - (time.thread_time_ns() - ran)\n\
          print(*said, flush=True)\nsys.stdin.readline()\n"
     );
     let supervisor_before = supervisor_schedstat();
@@ -192,9 +192,8 @@ fn sleeps_are_as_long_as_a_pinned_program_sleeps() {
     let unseen = 2 * (supervisor_schedstat()[2] - supervisor_before[2]);
     // Beside them: until it was told to go.
     assert!(found.count + unseen >= SLEEPS && found.count <= SLEEPS + SLEEPS / 1000, "{} times", found.count);
-    // It sleeps for no less than it asks for, and what it says is with its own ways to and from the call, which take a slow machine a sixth of the shortest sleep.
-    let asked: Vec<u64> = ASKED_NS.into_iter().cycle().take(SLEEPS as usize).collect();
-    assert_quantiles("sleeps", &found, [&asked, &numbers(&line)], &[0.1, 0.3, 0.5, 0.7, 0.9]);
+    let said = numbers(&line);
+    assert_quantiles("sleeps", &found, [&said, &said], &[0.1, 0.3, 0.5, 0.7, 0.9]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Tells when block devices may have come or gone: to look for them in /sys takes several files of each, those included that are not in use.
 
-use std::path::PathBuf;
+use std::{borrow::Cow, path::PathBuf};
 
 use crate::kept_files::{Kept, Reader};
 
@@ -31,10 +31,11 @@ impl DeviceList {
     /// Whether some may have come or gone since the last look but one: one is listed before all of it is in /sys.
     pub(super) fn may_have_changed(&mut self, reader: &mut Reader) -> bool {
         let says = reader.read(&mut self.file).ok();
-        let is_same = says.is_some() && says.as_deref() == self.said.as_deref();
-        self.same = if is_same { self.same + 1 } else { 0 };
-        if !is_same {
-            self.said = says.map(std::borrow::Cow::into_owned);
+        if says.is_some() && says.as_deref() == self.said.as_deref() {
+            self.same += 1;
+        } else {
+            self.same = 0;
+            self.said = says.map(Cow::into_owned);
         }
         self.same < 2 || self.same.is_multiple_of(LOOK_AFTER)
     }
@@ -62,10 +63,8 @@ mod tests {
 
     #[test]
     fn the_kernels_list_is_found() {
-        let mut reader = Reader::default();
         let mut list = DeviceList::default();
-        let looks: Vec<bool> = (0..3).map(|_| list.may_have_changed(&mut reader)).collect();
-        assert_eq!(looks[..1], [true]);
+        list.may_have_changed(&mut Reader::default());
         assert!(list.said.is_some());
     }
 }
